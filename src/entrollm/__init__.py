@@ -1,0 +1,1 @@
+"""Large language models whose weights stay entropy-coded from disk to the matrix product."""
