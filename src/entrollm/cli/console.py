@@ -1,0 +1,212 @@
+"""What every command shares: the two consoles, the --json discipline, error lines, formats and progress bars.
+
+Results go to stdout; messages and progress go to stderr. With --json, stdout holds exactly one JSON object.
+"""
+
+import errno
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from entrollm.errors import EntroLLMError
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# Tables that are piped to a file or a pager keep their columns instead of being cut at 80.
+_PIPE_WIDTH = 160
+_TRACEBACK_VARIABLE = "ENTROLLM_TRACEBACK"
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; messages and progress go to stderr.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; by default one for each core.")
+]
+
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_json(result: object) -> None:
+    """Print `result` as the one JSON object of a --json run.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+        TypeError: a value is not one of JSON's types.
+    """
+    sys.stdout.write(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def message(text: str) -> None:
+    """Print a line for the user on stderr, without interpreting markup."""
+    stderr.print(Text(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a yellow warning line on stderr."""
+    stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+
+def describe_error(error: BaseException) -> str:
+    """Say in one line what went wrong; operating system errors lead with the file that they are about."""
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = os.strerror(error.errno)
+        if error.errno == errno.ENOSPC:
+            reason = "the disk is full; free some space and run the command again"
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Turn a user's errors into one line (an object with --json) and exit code 1, an interrupt into code 130.
+
+    EntroLLMError, ValueError and OSError are the user's; any other exception is a defect and keeps its traceback.
+    With ENTROLLM_TRACEBACK=1 every exception keeps it.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            message("interrupted")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # the reader of stdout went away: typer ends quietly
+        except (EntroLLMError, ValueError, OSError) as error:
+            if os.environ.get(_TRACEBACK_VARIABLE) == "1":
+                raise
+            if kwargs.get("json_output"):
+                print_json({"error": {"type": type(error).__name__, "message": describe_error(error)}})
+            stderr.print(Text.assemble(("error: ", "bold red"), (describe_error(error), "red")), soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+def examples_epilog(examples: Sequence[tuple[str, str]]) -> str:
+    """Format (command line, what it does) pairs as the examples at the end of a command's help."""
+    width = max(len(command) for command, _ in examples)
+    lines = ["[bold]Examples[/bold]"]
+    lines += [
+        f"$ [cyan]{escape(command)}[/cyan]{' ' * (width - len(command))}  [dim]# {escape(purpose)}[/dim]"
+        for command, purpose in examples
+    ]
+    return "\n".join(lines)
+
+
+def format_bytes(size_bytes: float) -> str:
+    """Format a size with decimal units and three digits, as in '31.5 MB'."""
+    size = float(size_bytes)
+    for unit in _BYTE_UNITS:
+        if abs(size) < 999.5 or unit == _BYTE_UNITS[-1]:
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def format_count(count: float) -> str:
+    """Format a count with three digits and a decimal suffix, as in '15.7 M'."""
+    number, suffix = _scale_count(count)
+    return f"{number} {suffix}".rstrip()
+
+
+def format_rate(amount: float, elapsed_s: float, unit: str = "B") -> str:
+    """Format `amount` per second: bytes for the unit 'B', else a count and its unit, as in '62.1 Mweights/s'."""
+    if elapsed_s <= 0:
+        return f"- {unit}/s"
+    if unit == "B":
+        return f"{format_bytes(amount / elapsed_s)}/s"
+    number, suffix = _scale_count(amount / elapsed_s)
+    return f"{number} {suffix}{unit}/s"
+
+
+def _scale_count(count: float) -> tuple[str, str]:
+    for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= 0.9995 * scale:
+            return f"{count / scale:.3g}", suffix
+    return f"{count:.3g}", ""
+
+
+def directory_size_bytes(folder: str | Path) -> int:
+    """Add up the sizes of the files below a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+class _RateColumn(ProgressColumn):
+    """Amount per second since the task began."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(format_rate(task.completed, task.elapsed or 0.0, self.unit), style="cyan")
+
+
+@contextmanager
+def progress_bar(description: str, unit: str = "B", *, quiet: bool = False) -> Iterator[Callable[[float, float], None]]:
+    """Show a bar with rate and remaining time on stderr; silent where stderr is no terminal.
+
+    Args:
+        description: what is being done.
+        unit: 'B' for bytes, else the name of what is counted, such as 'tokens'.
+        quiet: show nothing; commands pass their --json here.
+    Yields:
+        A callback (completed, total), cheap enough to call often.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _RateColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
+        task = bar.add_task(escape(description), total=None)
+
+        def update(completed: float, total: float) -> None:
+            bar.update(task, completed=completed, total=total)
+
+        yield update
+
+
+class Stopwatch:
+    """Wall time since it was made."""
+
+    def __init__(self) -> None:
+        self._start_s = time.perf_counter()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since construction."""
+        return time.perf_counter() - self._start_s
+
+
+def json_safe(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold (NaN, infinities) by None, through dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

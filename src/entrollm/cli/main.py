@@ -1,0 +1,68 @@
+"""The `entrollm` command: its options and the list of its commands, one file each.
+
+A command file holds `command`, a typer function, and `EXAMPLES`, pairs of a command line and what it does. It
+imports at its top only what parsing needs; the rest is imported when the command runs, so that --help is quick.
+A command that can print JSON takes `json_output: JsonOption`, through which its errors become JSON as well.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from entrollm.cli.console import examples_epilog, guard, stdout
+
+_PACKAGE = "entrollm.cli"
+_COMMANDS = ("compress", "run", "chat", "inspect", "verify", "eval", "export", "demo", "info")
+_EXAMPLES = (
+    ("entrollm demo", "try it on the shipped model"),
+    ("entrollm compress MODEL -o OUT --bits 4", "MODEL: a folder or a Hub id"),
+    ('entrollm run OUT -p "Once upon a time"', "generate text"),
+    ("entrollm COMMAND --help", "options and examples of a command"),
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        stdout.print(f"entrollm {importlib.metadata.version('entrollm')}")
+        raise typer.Exit()
+
+
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Large language models whose weights stay entropy-coded from disk to the matrix product."""
+
+
+def _build_app() -> typer.Typer:
+    application = typer.Typer(
+        name="entrollm",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    application.callback(epilog=examples_epilog(_EXAMPLES))(_main)
+    for name in _COMMANDS:
+        if importlib.util.find_spec(f"{_PACKAGE}.{name}") is None:
+            continue
+        module = importlib.import_module(f"{_PACKAGE}.{name}")
+        application.command(name, epilog=examples_epilog(module.EXAMPLES))(guard(module.command))
+    return application
+
+
+app = _build_app()
+
+
+def run() -> None:
+    """Run the command line; the console script's entry."""
+    app()
+
+
+if __name__ == "__main__":
+    run()
