@@ -1,0 +1,17 @@
+"""Read Hugging Face checkpoints: one tensor or a range of rows at a time, never the whole model."""
+
+from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo
+from entrollm.checkpoint.resolve import resolve
+from entrollm.checkpoint.safetensors_file import DTYPES, Entry, SafetensorsFile, open_safetensors
+from entrollm.checkpoint.scales import to_float32
+
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "Entry",
+    "SafetensorsFile",
+    "TensorInfo",
+    "open_safetensors",
+    "resolve",
+    "to_float32",
+]

@@ -1,0 +1,81 @@
+"""Find a model: a local folder, or a repository of the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_ALLOW_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "LICEN*",
+    "licen*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# Weights of other tools, which some repositories hold a second time.
+_IGNORE_PATTERNS = ("consolidated*.safetensors", "*/*")
+
+
+def resolve(model: str | Path) -> Path:
+    """Return the folder of a model, fetching it from the Hub where it is not a folder here.
+
+    Args:
+        model: a folder, or a Hub id: 'owner/name', or 'owner/name@revision'.
+    Raises:
+        ValueError: it is neither; the message says what was tried.
+        ConnectionError: it is not in the local cache and the Hub cannot be reached.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    hub_id = _HUB_ID.fullmatch(str(model))
+    if isinstance(model, Path) or hub_id is None or str(model).startswith("."):
+        raise ValueError(f"{model}: no such folder, and it cannot be a Hub id ('owner/name')")
+    return _fetch(hub_id["repo"], hub_id["revision"])
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    # Imported here: it takes longer than all else that a local model needs.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    tried = f"{repo!r} is not a folder here"
+    try:
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=list(_ALLOW_PATTERNS), ignore_patterns=list(_IGNORE_PATTERNS)
+        )
+    except GatedRepoError:
+        raise ValueError(
+            f"{tried}, and on the Hub it is gated: accept its licence at https://huggingface.co/{repo} and log in "
+            "with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"{tried}, and the Hub has no such public model; for a private one, `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{tried}, and on the Hub it has no revision {revision!r}") from None
+    except HFValidationError as error:
+        raise ValueError(f"{tried}, and it is no Hub id: {error}") from None
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"{tried}, nor in the Hub's local cache, and the Hub cannot be reached: {error}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"{tried}, and the Hub refused to send it: {error}") from error
+    return Path(folder)
