@@ -1,0 +1,126 @@
+"""Keys and values of the tokens seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from entrollm.engine.config import ModelConfig
+from entrollm.engine.weights import Floats
+
+_INITIAL_POSITIONS = 256
+
+
+class LayerCache:
+    """Keys and values of one layer; with a sliding window, only those that a later token can still see.
+
+    Invariant: positions [first, first + held) lie in slots [start, start + held) of both buffers.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, window: int | None) -> None:
+        self._window = window
+        self._start = 0
+        self._held = 0
+        self._first = 0
+        self._keys = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
+        self._values = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
+
+    def append(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
+        """Add n positions and return all that the new ones may see.
+
+        Args:
+            keys, values: float32 (n, kv_heads, head_dim).
+        Returns:
+            (keys, values): views, float32 (kv_heads, length, head_dim), n <= length; valid until the next call.
+        """
+        n = keys.shape[0]
+        if self._window is not None and self._held >= self._window:
+            self._drop(self._held - self._window + 1)
+        if self._start + self._held + n > self._keys.shape[1]:
+            self._make_room(n)
+        stop = self._start + self._held
+        self._keys[:, stop : stop + n] = keys.transpose(1, 0, 2)
+        self._values[:, stop : stop + n] = values.transpose(1, 0, 2)
+        self._held += n
+        return self._keys[:, self._start : stop + n], self._values[:, self._start : stop + n]
+
+    def can_truncate(self, length: int) -> bool:
+        """Whether the next token at position `length` would find all that it may see."""
+        needed = 0 if self._window is None else max(0, length - self._window + 1)
+        return self._first <= needed and length <= self._first + self._held
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on; can_truncate(length) must hold."""
+        self._held = max(0, length - self._first)
+        if self._held == 0:
+            self._start, self._first = 0, length
+
+    def _drop(self, count: int) -> None:
+        self._start += count
+        self._first += count
+        self._held -= count
+
+    def _make_room(self, n: int) -> None:
+        capacity = self._keys.shape[1]
+        needed = self._held + n
+        # Moving within the buffer pays only if it frees about half; else a window would move at every token.
+        grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed)
+        held = slice(self._start, self._start + self._held)
+        self._keys = _moved(self._keys[:, held], grown)
+        self._values = _moved(self._values[:, held], grown)
+        self._start = 0
+
+
+def _moved(held: Floats, capacity: int) -> Floats:
+    kv_heads, length, head_dim = held.shape
+    buffer = np.empty((kv_heads, capacity, head_dim), dtype=np.float32)
+    buffer[:, :length] = held
+    return buffer
+
+
+class Cache:
+    """The state of one sequence: its token ids and every layer's keys and values.
+
+    Attributes:
+        ids: the tokens seen so far.
+        is_long: whether the keys were rotated with longrope's long frequencies.
+        layers: one LayerCache per layer.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self.reset()
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return len(self.ids)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        config = self._config
+        self.ids: list[int] = []
+        self.is_long = False
+        self.layers = [LayerCache(config.num_kv_heads, config.head_dim, window) for window in config.windows]
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Keep the longest usable beginning that the sequence shares with `ids`, short of its last token.
+
+        Returns:
+            The number of tokens kept; the caller runs the model on ids from there on.
+        """
+        shared = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        if not all(layer.can_truncate(shared) for layer in self.layers):
+            shared = 0
+        if shared == 0:
+            self.reset()
+            return 0
+        del self.ids[shared:]
+        for layer in self.layers:
+            layer.truncate(shared)
+        return shared

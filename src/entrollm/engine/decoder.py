@@ -1,0 +1,144 @@
+"""The decoder-only transformer that every supported architecture is an instance of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from entrollm.engine.cache import Cache, LayerCache
+from entrollm.engine.config import ModelConfig
+from entrollm.engine.ops import attention, rms_norm, rotate, swiglu
+from entrollm.engine.rope import RopeTables
+from entrollm.engine.weights import Floats, Ids, Linear, Weights, load_embedding, load_linear, load_tensor
+
+# Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
+_TOKENS_PER_PASS = 512
+
+
+class Decoder:
+    """A model's layers over its weights.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape than config.json asks for.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        table = (config.vocab_size, config.hidden_size)
+        embedding_name = "model.embed_tokens.weight"
+        self._embedding = load_embedding(weights, embedding_name, table)
+        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._norm = load_tensor(weights, "model.norm.weight", (config.hidden_size,))
+        tied = config.tied_embeddings or "lm_head.weight" not in weights
+        self._head = load_linear(weights, embedding_name if tied else "lm_head.weight", table)
+        self._tables = RopeTables(config.rope)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one sequence."""
+        return Cache(self.config)
+
+    def forward(self, ids: Ids, cache: Cache, *, last_only: bool = False) -> Floats:
+        """Run the model on the tokens that follow those in the cache, and add them to it.
+
+        Args:
+            ids: int64 (n,), n >= 1, each in [0, vocab_size).
+            cache: the tokens before; left in an undefined state if this call is interrupted, until its reset().
+            last_only: compute the logits of the last position alone.
+        Returns:
+            float32 (n, vocab_size), or (1, vocab_size) with last_only.
+        """
+        wanted = 1 if last_only else len(ids)
+        is_long = self.config.rope.is_long(cache.length + len(ids))
+        if is_long != cache.is_long and cache.length:
+            # Every hidden state depends on the frequencies, so crossing longrope's limit starts the sequence over.
+            ids = np.concatenate([np.array(cache.ids, dtype=np.int64), ids])
+            cache.reset()
+        cache.is_long = is_long
+        hidden = [self._run_layers(ids[i : i + _TOKENS_PER_PASS], cache) for i in range(0, len(ids), _TOKENS_PER_PASS)]
+        last = (hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]
+        return self._head(rms_norm(last, self._norm, self.config.norm_eps))
+
+    def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
+        cosines, sines = self._tables.rows(cache.length, len(ids), cache.is_long)
+        cache.ids.extend(ids.tolist())
+        x = self._embedding.rows(ids)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            x = layer(x, cosines, sines, layer_cache)
+        return x
+
+
+class _Layer:
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        hidden, inner = config.hidden_size, config.intermediate_size
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self._config = config
+        self._window = config.windows[index]
+        self._attention_norm = load_tensor(weights, f"{prefix}input_layernorm.weight", (hidden,))
+        self._mlp_norm = load_tensor(weights, f"{prefix}post_attention_layernorm.weight", (hidden,))
+        kv_dim = kv_heads * head_dim
+        qkv = {"q_proj": heads * head_dim, "k_proj": kv_dim, "v_proj": kv_dim}
+        gate_up = {"gate_proj": inner, "up_proj": inner}
+        if config.fused:
+            qkv, gate_up = {"qkv_proj": sum(qkv.values())}, {"gate_up_proj": 2 * inner}
+        self._qkv = _Projection(weights, f"{prefix}self_attn.", qkv, hidden, config.qkv_bias)
+        self._output = _Projection(
+            weights, f"{prefix}self_attn.", {"o_proj": hidden}, heads * head_dim, config.output_bias
+        )
+        self._gate_up = _Projection(weights, f"{prefix}mlp.", gate_up, hidden, config.mlp_bias)
+        self._down = _Projection(weights, f"{prefix}mlp.", {"down_proj": hidden}, inner, config.mlp_bias)
+        self._qk_norm: Floats | None = None
+        if config.qk_norm:
+            q_norm = load_tensor(weights, f"{prefix}self_attn.q_norm.weight", (head_dim,))
+            k_norm = load_tensor(weights, f"{prefix}self_attn.k_norm.weight", (head_dim,))
+            self._qk_norm = np.stack([q_norm] * heads + [k_norm] * kv_heads)
+
+    def __call__(self, x: Floats, cosines: Floats, sines: Floats, cache: LayerCache) -> Floats:
+        """float32 (n, hidden_size) -> float32 (n, hidden_size)."""
+        eps = self._config.norm_eps
+        x = x + self._attend(rms_norm(x, self._attention_norm, eps), cosines, sines, cache)
+        x += self._down(swiglu(self._gate_up(rms_norm(x, self._mlp_norm, eps))))
+        return x
+
+    def _attend(self, x: Floats, cosines: Floats, sines: Floats, cache: LayerCache) -> Floats:
+        config = self._config
+        heads, rotated_heads = config.num_heads, config.num_heads + config.num_kv_heads
+        qkv = self._qkv(x).reshape(len(x), -1, config.head_dim)
+        qk = qkv[:, :rotated_heads]
+        if self._qk_norm is not None:
+            qk = rms_norm(qk, self._qk_norm, config.norm_eps)
+        qk = rotate(qk, cosines, sines)
+        keys, values = cache.append(qk[:, heads:], qkv[:, rotated_heads:])
+        return self._output(attention(qk[:, :heads], keys, values, self._window))
+
+
+class _Projection:
+    """One or more linear layers on the same input, their outputs side by side.
+
+    Args:
+        weights: the model's tensors.
+        prefix: what the names start with.
+        outputs: out_features of each part, by name.
+        in_features: of every part.
+        bias: whether every part has one.
+    """
+
+    def __init__(self, weights: Weights, prefix: str, outputs: dict[str, int], in_features: int, bias: bool) -> None:
+        self._linears: list[Linear] = [
+            load_linear(weights, f"{prefix}{name}.weight", (size, in_features)) for name, size in outputs.items()
+        ]
+        self._bias: Floats | None = None
+        if bias:
+            parts = [load_tensor(weights, f"{prefix}{name}.bias", (size,)) for name, size in outputs.items()]
+            self._bias = np.concatenate(parts)
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, in_features) -> float32 (n, sum of out_features)."""
+        if len(self._linears) == 1:
+            y = self._linears[0](x)
+        else:
+            y = np.concatenate([linear(x) for linear in self._linears], axis=1)
+        if self._bias is not None:
+            y += self._bias
+        return y

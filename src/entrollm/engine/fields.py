@@ -1,0 +1,127 @@
+"""Typed, checked access to a JSON object from a file that nobody has vetted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeGuard
+
+from entrollm.errors import FormatError
+
+# No dimension of a supported model comes near; it keeps absurd sizes from reaching an allocation.
+MAX_SIZE = 2**24
+# Scale factors in this range, and products of two of them, are safe in float32.
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e12
+
+
+class Fields:
+    """A JSON object whose values are checked as they are read; null counts as absent.
+
+    Args:
+        values: the object.
+        source: the file it came from, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, object], source: str) -> None:
+        self.source = source
+        self._values = values
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def raw(self, key: str) -> object:
+        """The value as it is, or None."""
+        return self._values.get(key)
+
+    def error(self, key: str, expected: str) -> FormatError:
+        """The error to raise when `key` does not hold what was expected."""
+        found = repr(self._values[key]) if key in self._values else "nothing"
+        if len(found) > 80:
+            found = f"{found[:77]}..."
+        return FormatError(f"{self.source}: {key} should be {expected}, found {found}")
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_SIZE) -> int:
+        """An integer in [low, high]; FormatError if it is not one, or is absent without a default."""
+        value = self._values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.error(key, f"an integer from {low} to {high}")
+        return value
+
+    def optional_integer(self, key: str, *, low: int = 1, high: int = MAX_SIZE) -> int | None:
+        """An integer in [low, high], or None when absent."""
+        return self.integer(key, low=low, high=high) if key in self else None
+
+    def number(self, key: str, default: float | None = None, *, low: float = 0.0, high: float = math.inf) -> float:
+        """A finite number in [low, high]; FormatError if it is not one, or is absent without a default."""
+        value = self._values.get(key)
+        if value is None and default is not None:
+            return default
+        if not _is_number(value) or not low <= float(value) <= high:
+            raise self.error(key, f"a finite number from {low:g} to {high:g}")
+        return float(value)
+
+    def factor(self, key: str, default: float | None = None) -> float:
+        """A number in [MIN_FACTOR, MAX_FACTOR]; FormatError if it is not one, or is absent without a default."""
+        return self.number(key, default, low=MIN_FACTOR, high=MAX_FACTOR)
+
+    def factors(self, key: str, count: int) -> list[float]:
+        """A list of `count` numbers in [MIN_FACTOR, MAX_FACTOR]."""
+        value = self._values.get(key)
+        if isinstance(value, list) and len(value) == count:
+            numbers = [float(item) for item in value if _is_number(item) and MIN_FACTOR <= item <= MAX_FACTOR]
+            if len(numbers) == count:
+                return numbers
+        raise self.error(key, f"a list of {count} numbers from {MIN_FACTOR:g} to {MAX_FACTOR:g}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string; FormatError if it is not one, or is absent without a default."""
+        value = self._values.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(key, "a string")
+        return value
+
+    def texts(self, key: str, count: int) -> list[str]:
+        """A list of `count` strings."""
+        value = self._values.get(key)
+        if isinstance(value, list) and len(value) == count and all(isinstance(item, str) for item in value):
+            return value
+        raise self.error(key, f"a list of {count} strings")
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """Token ids written as one integer or a list of them; empty when absent."""
+        value = self._values.get(key)
+        items = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < MAX_SIZE for item in items):
+            raise self.error(key, "a token id or a list of token ids")
+        return tuple(items)
+
+    def section(self, key: str) -> Fields:
+        """A nested object; an empty one when absent."""
+        value = self._values.get(key)
+        if value is None:
+            return Fields({}, f"{self.source}: {key}")
+        if not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return Fields(value, f"{self.source}: {key}")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of float
+        return False

@@ -1,0 +1,116 @@
+"""The small files of a model folder: configuration, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from entrollm.errors import FormatError
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model folder holds besides its weights.
+
+    Attributes:
+        config: config.json.
+        tokenizer: tokenizer.json, or None if there is none.
+        generation_config: generation_config.json, or {}.
+        special_tokens: the text of bos_token, eos_token and so on.
+        chat_template: jinja source, or None if there is none.
+    """
+
+    config: Mapping[str, object]
+    tokenizer: Tokenizer | None = None
+    generation_config: Mapping[str, object] = field(default_factory=dict)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+def read_model_files(folder: Path) -> ModelFiles:
+    """Read the small files of the model in `folder`.
+
+    Raises:
+        FormatError: config.json is missing, or a file is malformed; the message names it.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise FormatError(f"{folder / 'config.json'}: there is no such file; a model folder needs one")
+    tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
+    special_tokens = _read_special_tokens(_read_json(folder / "special_tokens_map.json") or {})
+    special_tokens |= _read_special_tokens(tokenizer_config)
+    return ModelFiles(
+        config=config,
+        tokenizer=_read_tokenizer(folder / "tokenizer.json"),
+        generation_config=_read_json(folder / "generation_config.json") or {},
+        special_tokens=special_tokens,
+        chat_template=_read_chat_template(folder, tokenizer_config),
+    )
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, object] | None:
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"{path}: should hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _read_tokenizer(path: Path) -> Tokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for every malformed file
+        raise FormatError(f"{path}: not a valid tokenizer: {error}") from error
+    # Both are for batches in training; a prompt is never cut or filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_special_tokens(values: Mapping[str, object]) -> dict[str, str]:
+    """The entries named *_token, written as a string or as an object with a "content"."""
+    tokens = {}
+    for key, value in values.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            tokens[key] = text
+    return tokens
+
+
+def _read_chat_template(folder: Path, tokenizer_config: Mapping[str, object]) -> str | None:
+    """The template from its own file, else from tokenizer_config.json, else from chat_template.json."""
+    text = _read_text(folder / "chat_template.jinja")
+    if text is not None:
+        return text
+    source, template = folder / "tokenizer_config.json", tokenizer_config.get("chat_template")
+    if template is None:
+        source = folder / "chat_template.json"
+        template = (_read_json(source) or {}).get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise FormatError(f"{source}: chat_template is a list without an entry named 'default'")
+    if template is not None and not isinstance(template, str):
+        raise FormatError(f"{source}: chat_template should be a string or a list, found {type(template).__name__}")
+    return template

@@ -1,0 +1,188 @@
+"""A model to run: configuration, weights and tokenizer together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Unpack
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from entrollm.engine.cache import Cache
+from entrollm.engine.chat import ChatTemplate, Message
+from entrollm.engine.config import ModelConfig
+from entrollm.engine.decoder import Decoder
+from entrollm.engine.detokenize import Detokenizer
+from entrollm.engine.fields import Fields
+from entrollm.engine.files import ModelFiles
+from entrollm.engine.generate import Generation, GenerationResult
+from entrollm.engine.models import read_config
+from entrollm.engine.options import GenerateKeywords, resolve_options
+from entrollm.engine.weights import Floats, Ids, Weights
+from entrollm.errors import UnsupportedError
+
+Prompt = str | Sequence[int]
+
+
+class Model:
+    """A causal language model.
+
+    Args:
+        files: the model folder's small files.
+        weights: its tensors.
+    Raises:
+        FormatError: config.json or the chat template is malformed, or a tensor is missing or of another shape.
+        UnsupportedError: the model type, or an option of it, is not implemented.
+    """
+
+    def __init__(self, files: ModelFiles, weights: Weights) -> None:
+        self._config = read_config(Fields(files.config, "config.json"))
+        self._decoder = Decoder(self._config, weights)
+        self._tokenizer = files.tokenizer
+        self._generation_config = Fields(files.generation_config, "generation_config.json")
+        self._template: ChatTemplate | None = None
+        if files.chat_template is not None:
+            self._template = ChatTemplate(files.chat_template, "chat template", files.special_tokens)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape and options of the architecture."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None for a model without tokenizer.json."""
+        return self._tokenizer
+
+    def new_cache(self) -> Cache:
+        """An empty cache, to pass to successive generations that share a beginning."""
+        return self._decoder.new_cache()
+
+    def logits(self, ids: Sequence[int] | Ids) -> Floats:
+        """Return the logits of the token after each prefix of `ids`, as raw ids: no token is added.
+
+        Args:
+            ids: integers (n,), n >= 1.
+        Returns:
+            float32 (n, vocab_size).
+        Raises:
+            TypeError: the ids are not integers.
+            ValueError: there are none, they are not one-dimensional, or one is outside the vocabulary.
+        """
+        return self._decoder.forward(self._checked(ids), self._decoder.new_cache())
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        on_text: Callable[[str], object] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> GenerationResult:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, encoded as tokenizer.json says (which may add a start token), or raw token ids.
+            on_text: called with each piece of text as it is made.
+            options: see GenerateKeywords; what is left out comes from generation_config.json.
+        Raises:
+            TypeError, ValueError: an option or the prompt is invalid, or the prompt fills the context.
+            UnsupportedError: generation_config.json asks for something that is not implemented.
+        """
+        return _run(self.stream(prompt, **options), on_text)
+
+    def stream(self, prompt: Prompt, *, cache: Cache | None = None, **options: Unpack[GenerateKeywords]) -> Generation:
+        """Like generate, but returns an iterator over the pieces of text; nothing runs until it is iterated.
+
+        Args:
+            prompt, options: as for generate.
+            cache: from new_cache(); what it shares with the prompt is not computed again.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_list(prompt)
+        return self._generation(ids, ids, cache, options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        on_text: Callable[[str], object] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> GenerationResult:
+        """Answer a dialogue laid out by the model's chat template.
+
+        Args:
+            messages: each with a "role" and a "content".
+            on_text, options: as for generate.
+        Raises:
+            TypeError, ValueError: the messages are malformed or the template refuses them, or as for generate.
+            UnsupportedError: the model has no chat template, or as for generate.
+        """
+        return _run(self.stream_chat(messages, **options), on_text)
+
+    def stream_chat(
+        self, messages: Sequence[Message], *, cache: Cache | None = None, **options: Unpack[GenerateKeywords]
+    ) -> Generation:
+        """Like chat, but returns an iterator over the pieces of text; nothing runs until it is iterated."""
+        # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
+        return self._generation(self.encode_chat(messages), [], cache, options)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, with the special tokens that tokenizer.json adds; the start token for "".
+
+        Raises:
+            ValueError: the model has no tokenizer, or `text` is empty and there is no start token.
+        """
+        ids = self._encode(text, add_special_tokens=True)
+        if not ids and self._config.bos_token_id is not None:
+            ids = [self._config.bos_token_id]
+        return self._checked_list(ids)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object
+    ) -> list[int]:
+        """The token ids of a dialogue laid out by the chat template.
+
+        Args:
+            messages: each with a "role" and a "content".
+            add_generation_prompt: end with the beginning of an answer.
+            variables: more names for the template, such as enable_thinking.
+        Raises:
+            UnsupportedError: the model has no chat template.
+            ValueError: the model has no tokenizer, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise UnsupportedError("this model has no chat template; use generate with a prompt of your own")
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self._checked_list(self._encode(text, add_special_tokens=False))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer.json; give token ids in place of text")
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def _generation(
+        self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords
+    ) -> Generation:
+        options = resolve_options(keywords, self._generation_config, self._config.eos_token_ids)
+        detokenizer = Detokenizer(self._tokenizer, context) if self._tokenizer else None
+        return Generation(self._decoder, ids, options, detokenizer, cache)
+
+    def _checked(self, ids: Sequence[int] | Ids) -> Ids:
+        array = np.asarray(ids)
+        if array.ndim != 1 or len(array) == 0:
+            raise ValueError(f"token ids should be a non-empty one-dimensional sequence, got shape {array.shape}")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"token ids should be integers, got {array.dtype}")
+        if array.min() < 0 or array.max() >= self._config.vocab_size:
+            wrong = next(int(i) for i in array if not 0 <= i < self._config.vocab_size)
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {self._config.vocab_size}")
+        return array.astype(np.int64)
+
+    def _checked_list(self, ids: Sequence[int]) -> list[int]:
+        return [int(token_id) for token_id in self._checked(ids)]
+
+
+def _run(generation: Generation, on_text: Callable[[str], object] | None) -> GenerationResult:
+    for piece in generation:
+        if on_text is not None:
+            on_text(piece)
+    return generation.result

@@ -1,0 +1,97 @@
+"""What the engine needs of a model's weights, however they are stored."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.errors import FormatError
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class Linear(Protocol):
+    """A matrix of shape (out_features, in_features) that multiplies activations; it adds no bias."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+
+    def __call__(self, x: Floats, /) -> Floats:
+        """Multiply: float32 (n, in_features) -> a new float32 (n, out_features), which the caller may overwrite."""
+
+
+class Embedding(Protocol):
+    """A matrix of shape (vocab_size, hidden_size) that is read by row."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(vocab_size, hidden_size)."""
+
+    def rows(self, ids: Ids, /) -> Floats:
+        """Look up: int64 (n,), each in [0, vocab_size) -> a new float32 (n, hidden_size)."""
+
+
+class Weights(Protocol):
+    """The tensors of one model, by their full name in the checkpoint."""
+
+    def __contains__(self, name: str, /) -> bool:
+        """Whether the tensor exists."""
+
+    def linear(self, name: str, /) -> Linear:
+        """The matrix `name`, to multiply with."""
+
+    def embedding(self, name: str, /) -> Embedding:
+        """The matrix `name`, to look rows up in."""
+
+    def tensor(self, name: str, /) -> Floats:
+        """The tensor `name` (a norm or a bias) in float32."""
+
+
+def load_linear(weights: Weights, name: str, shape: tuple[int, int]) -> Linear:
+    """Return the matrix `name`.
+
+    Raises:
+        FormatError: the tensor is missing or its shape is not `shape`.
+    """
+    _check_present(weights, name, shape)
+    linear = weights.linear(name)
+    _check_shape(name, shape, linear.shape)
+    return linear
+
+
+def load_embedding(weights: Weights, name: str, shape: tuple[int, int]) -> Embedding:
+    """Return the embedding `name`.
+
+    Raises:
+        FormatError: the tensor is missing or its shape is not `shape`.
+    """
+    _check_present(weights, name, shape)
+    embedding = weights.embedding(name)
+    _check_shape(name, shape, embedding.shape)
+    return embedding
+
+
+def load_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> Floats:
+    """Return the tensor `name`.
+
+    Raises:
+        FormatError: the tensor is missing or its shape is not `shape`.
+    """
+    _check_present(weights, name, shape)
+    tensor = weights.tensor(name)
+    _check_shape(name, shape, tensor.shape)
+    return tensor
+
+
+def _check_present(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
+    if name not in weights:
+        raise FormatError(f"{name}: the tensor is missing; config.json asks for shape {shape}")
+
+
+def _check_shape(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    if tuple(found) != expected:
+        raise FormatError(f"{name}: config.json asks for shape {expected}, found {tuple(found)}")

@@ -1,0 +1,70 @@
+"""Weights held as plain float32 arrays: what the engine is tested with when no compression is involved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from entrollm.engine.files import read_model_files
+from entrollm.engine.model import Model
+from entrollm.engine.weights import Floats, Ids
+
+
+class DenseMatrix:
+    """A float32 matrix that is both a Linear and an Embedding."""
+
+    def __init__(self, matrix: Floats) -> None:
+        self.matrix = matrix
+        self.shape: tuple[int, int] = (matrix.shape[0], matrix.shape[1])
+
+    def __call__(self, x: Floats) -> Floats:
+        return x @ self.matrix.T
+
+    def rows(self, ids: Ids) -> Floats:
+        return self.matrix[ids]
+
+
+class DenseWeights:
+    """Named float32 arrays."""
+
+    def __init__(self, tensors: dict[str, Floats]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def linear(self, name: str) -> DenseMatrix:
+        return DenseMatrix(self.tensors[name])
+
+    def embedding(self, name: str) -> DenseMatrix:
+        return DenseMatrix(self.tensors[name])
+
+    def tensor(self, name: str) -> Floats:
+        return self.tensors[name]
+
+
+def read_tensors(folder: Path) -> dict[str, Floats]:
+    """All tensors of a checkpoint, single or sharded, upcast to float32."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    tensors = {}
+    for name in names:
+        with safe_open(folder / name, framework="numpy") as shard:
+            for key in shard.keys():  # noqa: SIM118 (not a mapping)
+                tensors[key] = np.asarray(shard.get_tensor(key)).astype(np.float32)
+    return tensors
+
+
+def load_dense(folder: Path) -> Model:
+    """The checkpoint in `folder` as a model with float32 weights."""
+    return Model(read_model_files(folder), DenseWeights(read_tensors(folder)))
+
+
+# Registers bfloat16 with numpy, which safetensors needs to read it.
+assert ml_dtypes.bfloat16
