@@ -1,0 +1,23 @@
+// Encodes whole row groups of a matrix; the inverse of decode_block().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "codec/code.hpp"
+#include "codec/geometry.hpp"
+
+namespace entrollm {
+
+struct EncodedRows {
+  std::vector<std::uint8_t> dense;
+  std::vector<std::uint8_t> sparse;
+  std::vector<std::uint16_t> sparse_sizes;  // bytes, one a block
+};
+
+// `symbols` is row-major (geometry.rows, geometry.columns). Throws std::invalid_argument when a
+// symbol is not in the code.
+EncodedRows encode_rows(const Code& code, const Geometry& geometry, const std::uint8_t* symbols);
+
+}  // namespace entrollm

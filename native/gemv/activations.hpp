@@ -1,0 +1,36 @@
+// Activation vectors as balanced base-256 digits, ready for int8 products.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "isa/kernels.hpp"
+
+namespace entrollm {
+
+class Activations {
+ public:
+  // Rounds each row of x (batch, columns), times column_scale when given, to 16 bits of the row's
+  // largest magnitude. Rows are padded with zeros to `padded` columns.
+  Activations(const float* x, std::size_t batch, std::size_t columns, std::size_t padded,
+              std::span<const float> column_scale);
+
+  std::size_t batch() const { return scales_.size(); }
+  Digits digits(std::size_t row, std::size_t column) const {
+    const std::size_t at = row * padded_ + column;
+    return {high_.data() + at, low_.data() + at};
+  }
+  double scale(std::size_t row) const { return scales_[row]; }
+  std::int64_t sum(std::size_t row) const { return sums_[row]; }
+
+ private:
+  std::size_t padded_;
+  std::vector<std::int8_t> high_;
+  std::vector<std::int8_t> low_;
+  std::vector<double> scales_;
+  std::vector<std::int64_t> sums_;  // of the rounded integers
+};
+
+}  // namespace entrollm

@@ -1,0 +1,205 @@
+#include "gemv/matrix.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "codec/decode.hpp"
+#include "gemv/activations.hpp"
+#include "isa/kernels.hpp"
+
+namespace entrollm {
+namespace {
+
+const Kernels& kernels() {
+  static const Kernels& chosen = select_kernels(std::getenv("ENTROLLM_ISA"));
+  return chosen;
+}
+
+void check_scale(std::span<const float> values, std::size_t rows, const char* name) {
+  if (values.size() != 1 && values.size() != rows) {
+    throw std::invalid_argument(std::string(name) + " needs one entry or one a row");
+  }
+}
+
+[[noreturn]] void throw_corrupt(std::size_t block) {
+  throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
+}
+
+}  // namespace
+
+CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
+                         std::span<const std::uint8_t> sparse,
+                         std::span<const std::uint16_t> sparse_sizes, Scales scales)
+    : code_(std::move(code)), geometry_(geometry), dense_(dense), sparse_(sparse), scales_(scales) {
+  geometry_.validate();
+  check_scale(scales.scale, geometry_.rows, "scale");
+  if (!scales.offset.empty()) check_scale(scales.offset, geometry_.rows, "offset");
+  if (!scales.column_scale.empty() && scales.column_scale.size() != geometry_.columns) {
+    throw std::invalid_argument("column_scale needs one entry a column");
+  }
+  const std::size_t dense_size = geometry_.dense_size(code_);
+  if (dense.size() < dense_size + kSlack) {
+    throw std::invalid_argument("the dense stream has " + std::to_string(dense.size()) +
+                                " bytes, expected at least " +
+                                std::to_string(dense_size + kSlack));
+  }
+  const std::size_t blocks = code_.has_sparse() ? geometry_.blocks() : 0;
+  if (sparse_sizes.size() != blocks) {
+    throw std::invalid_argument("there are " + std::to_string(sparse_sizes.size()) +
+                                " sparse block sizes, expected " + std::to_string(blocks));
+  }
+  sparse_offsets_.assign(geometry_.blocks() + 1, 0);
+  for (std::size_t i = 0; i < blocks; ++i) {
+    sparse_offsets_[i + 1] = sparse_offsets_[i] + sparse_sizes[i];
+  }
+  if (code_.has_sparse() && sparse.size() < sparse_offsets_.back() + kSlack) {
+    throw std::invalid_argument("the sparse stream has " + std::to_string(sparse.size()) +
+                                " bytes, expected at least " +
+                                std::to_string(sparse_offsets_.back() + kSlack));
+  }
+  for (std::size_t part = 0; part <= geometry_.blocks_per_group(); ++part) {
+    part_offsets_.push_back(geometry_.dense_before(code_, geometry_.block_rows, part));
+  }
+}
+
+bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch& scratch) const {
+  const std::size_t parts = geometry_.blocks_per_group();
+  const std::size_t rows = geometry_.rows_in(group);
+  const std::size_t in_group = rows == geometry_.block_rows
+                                   ? part_offsets_[part]
+                                   : geometry_.dense_before(code_, rows, part);
+  const std::uint8_t* dense = dense_.data() + group * part_offsets_[parts] + in_group;
+  const std::size_t block = group * parts + part;
+  const auto sparse = sparse_.subspan(sparse_offsets_[block],
+                                      sparse_offsets_[block + 1] - sparse_offsets_[block]);
+  return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
+                      scratch) == BlockStatus::kOk;
+}
+
+struct CodedMatrix::Work {
+  const Activations& x;
+  float* y;
+  std::vector<std::vector<std::int64_t>> sums;  // one a worker: (rows of a group, batch)
+};
+
+bool CodedMatrix::multiply_group(std::size_t group, Work& work, std::size_t worker) const {
+  const Kernels& isa = kernels();
+  const std::size_t batch = work.x.batch();
+  const std::size_t rows = geometry_.rows_in(group);
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  auto& sums = work.sums[worker];
+  sums.assign(rows * batch, 0);
+  for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+    if (!decode_part(group, part, scratch)) return false;
+    const std::size_t width = geometry_.columns_in(part);
+    const std::size_t begin = part * geometry_.block_columns;
+    std::size_t column = 0;
+    for (; column + kColumnTile <= batch; column += kColumnTile) {
+      Digits x[kColumnTile];
+      for (std::size_t i = 0; i < kColumnTile; ++i) x[i] = work.x.digits(column + i, begin);
+      for (std::size_t row = 0; row < rows; ++row) {
+        std::int64_t tile[kColumnTile];
+        isa.dot_tile(scratch.block() + row * width, x, width, tile);
+        for (std::size_t i = 0; i < kColumnTile; ++i) sums[row * batch + column + i] += tile[i];
+      }
+    }
+    for (; column < batch; ++column) {
+      const Digits x = work.x.digits(column, begin);
+      for (std::size_t row = 0; row < rows; ++row) {
+        sums[row * batch + column] += isa.dot(scratch.block() + row * width, x, width);
+      }
+    }
+  }
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::size_t i = group * geometry_.block_rows + row;
+    const double scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
+    const double offset =
+        scales_.offset.empty() ? 0.0 : scales_.offset[scales_.offset.size() == 1 ? 0 : i];
+    for (std::size_t column = 0; column < batch; ++column) {
+      const double sum = scale * static_cast<double>(sums[row * batch + column]) +
+                         offset * static_cast<double>(work.x.sum(column));
+      work.y[column * geometry_.rows + i] = static_cast<float>(sum * work.x.scale(column));
+    }
+  }
+  return true;
+}
+
+void CodedMatrix::multiply(ThreadPool& pool, const float* x, std::size_t batch, float* y) const {
+  const Activations activations(x, batch, geometry_.columns, geometry_.padded_columns(),
+                                scales_.column_scale);
+  Work work{activations, y, {}};
+  work.sums.resize(pool.size());
+  std::atomic<bool> corrupt{false};
+  std::atomic<std::size_t> bad_group{0};
+  const std::size_t groups = geometry_.row_groups();
+  const std::size_t tasks = std::min(groups, pool.size() == 1 ? std::size_t{1} : pool.size() * 8);
+  pool.run(tasks, [&](std::size_t task, std::size_t worker) {
+    for (std::size_t group = groups * task / tasks; group < groups * (task + 1) / tasks; ++group) {
+      if (multiply_group(group, work, worker)) continue;
+      bad_group = group;
+      corrupt = true;
+      return;
+    }
+  });
+  if (corrupt) throw_corrupt(bad_group * geometry_.blocks_per_group());
+}
+
+void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin,
+                            std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
+  const std::size_t width = geometry_.columns_in(part);
+  const std::size_t first_column = part * geometry_.block_columns;
+  const std::size_t filled = std::min(width, geometry_.columns - first_column);
+  for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
+    const std::size_t i = group * geometry_.block_rows + row;
+    if (i < begin || i >= end) continue;
+    std::memcpy(out + (i - begin) * geometry_.columns + first_column, block + row * width, filled);
+  }
+}
+
+void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
+                         std::uint8_t* out) const {
+  if (begin > end || end > geometry_.rows) throw std::invalid_argument("rows out of range");
+  if (begin == end) return;
+  const std::size_t first = begin / geometry_.block_rows;
+  const std::size_t last = (end - 1) / geometry_.block_rows + 1;
+  const std::size_t parts = geometry_.blocks_per_group();
+  std::atomic<std::size_t> bad_block{SIZE_MAX};
+  pool.run(last - first, [&](std::size_t task, std::size_t) {
+    const std::size_t group = first + task;
+    DecodeScratch& scratch = thread_scratch(code_, max_block());
+    for (std::size_t part = 0; part < parts; ++part) {
+      if (!decode_part(group, part, scratch)) {
+        bad_block = group * parts + part;
+        return;
+      }
+      copy_rows(group, part, begin, end, scratch.block(), out);
+    }
+  });
+  if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
+}
+
+void CodedMatrix::dequantize(std::span<const std::int64_t> rows, float* out) const {
+  ThreadPool here(1);
+  std::vector<std::uint8_t> symbols(geometry_.columns);
+  for (std::size_t n = 0; n < rows.size(); ++n) {
+    if (rows[n] < 0 || static_cast<std::size_t>(rows[n]) >= geometry_.rows) {
+      throw std::invalid_argument("row index out of range");
+    }
+    const auto i = static_cast<std::size_t>(rows[n]);
+    decode(here, i, i + 1, symbols.data());
+    const float scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
+    const float offset =
+        scales_.offset.empty() ? 0.0f : scales_.offset[scales_.offset.size() == 1 ? 0 : i];
+    for (std::size_t j = 0; j < geometry_.columns; ++j) {
+      // Rounded after the product and after the sum: the build forbids contraction to an FMA.
+      float value = static_cast<float>(symbols[j]) * scale;
+      if (!scales_.offset.empty()) value = value + offset;
+      if (!scales_.column_scale.empty()) value = value * scales_.column_scale[j];
+      out[n * geometry_.columns + j] = value;
+    }
+  }
+}
+
+}  // namespace entrollm

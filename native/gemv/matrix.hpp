@@ -1,0 +1,66 @@
+// A matrix whose weights stay coded: y = W x, and rows of W, straight from the stored bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+#include "codec/code.hpp"
+#include "codec/geometry.hpp"
+#include "threads/pool.hpp"
+
+namespace entrollm {
+
+struct CorruptBlock : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j]. `scale` and `offset` have one
+// entry, or one a row; `offset` and `column_scale` may be empty.
+struct Scales {
+  std::span<const float> scale;
+  std::span<const float> offset;
+  std::span<const float> column_scale;
+};
+
+class CodedMatrix {
+ public:
+  // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
+  // Throws std::invalid_argument when a size does not match the code and the geometry.
+  CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
+              std::span<const std::uint8_t> sparse, std::span<const std::uint16_t> sparse_sizes,
+              Scales scales);
+
+  const Geometry& geometry() const { return geometry_; }
+
+  // x is (batch, columns), y is (batch, rows), both row-major. Activations are rounded to 16 bits
+  // of each vector's largest magnitude; sums are exact integers, so that results do not depend on
+  // the batch or on the number of threads. Throws CorruptBlock.
+  void multiply(ThreadPool& pool, const float* x, std::size_t batch, float* y) const;
+
+  // Symbols of rows [begin, end) into out (end - begin, columns). Throws CorruptBlock.
+  void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
+
+  // Dequantized values of the given rows into out (rows.size(), columns). Throws CorruptBlock.
+  void dequantize(std::span<const std::int64_t> rows, float* out) const;
+
+ private:
+  struct Work;
+  std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
+  bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  bool multiply_group(std::size_t group, Work& work, std::size_t worker) const;
+  void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
+                 const std::uint8_t* block, std::uint8_t* out) const;
+
+  Code code_;
+  Geometry geometry_;
+  std::span<const std::uint8_t> dense_;
+  std::span<const std::uint8_t> sparse_;
+  std::vector<std::uint64_t> sparse_offsets_;  // bytes, blocks + 1 entries
+  std::vector<std::size_t> part_offsets_;      // dense bytes before each part of a full row group
+  Scales scales_;
+};
+
+}  // namespace entrollm

@@ -1,0 +1,78 @@
+#include "threads/pool.hpp"
+
+#include <chrono>
+
+namespace entrollm {
+namespace {
+
+// Products of one token follow each other within microseconds; a worker that slept in between
+// would cost more to wake than the product takes.
+constexpr auto kSpin = std::chrono::microseconds(200);
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(std::size_t threads) {
+  for (std::size_t worker = 1; worker < threads; ++worker) {
+    workers_.emplace_back([this, worker] { work(worker); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+    ++generation_;
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::run(std::size_t tasks,
+                     const std::function<void(std::size_t, std::size_t)>& body) {
+  const std::lock_guard turn(turn_);
+  if (workers_.empty() || tasks == 1) {
+    for (std::size_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
+  body_ = &body;
+  tasks_ = tasks;
+  next_ = 0;
+  busy_ = workers_.size();
+  {
+    const std::lock_guard lock(mutex_);
+    ++generation_;
+  }
+  wake_.notify_all();
+  drain(0);
+  while (busy_.load() != 0) relax();
+}
+
+void ThreadPool::drain(std::size_t worker) {
+  for (std::size_t task = next_++; task < tasks_; task = next_++) (*body_)(task, worker);
+}
+
+void ThreadPool::work(std::size_t worker) {
+  std::uint64_t seen = 0;
+  while (true) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    while (generation_.load() == seen && std::chrono::steady_clock::now() < deadline) relax();
+    if (generation_.load() == seen) {
+      std::unique_lock lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+    }
+    seen = generation_.load();
+    if (stop_) return;
+    drain(worker);
+    --busy_;
+  }
+}
+
+}  // namespace entrollm

@@ -1,0 +1,114 @@
+"""Choose the code for a tensor: which tree, and how many low bits to leave raw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from entrollm.codec.cost import CostModel
+from entrollm.codec.huffman import huffman_bits
+from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
+from entrollm.specs import MAX_LOW_BITS, Code, Leaf, Node, Split, listed_symbols
+
+Prefer = Literal["size", "speed"]
+
+# What one cycle per 64 weights is worth in bits per weight. A core that streams 4 bytes a cycle spends two cycles on
+# a bit of 64 weights; size asks for the fewest bits and lets time break ties.
+_BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.04}
+# The promise of `speed`: at most this many bits per weight above the Huffman optimum.
+_SPEED_EXCESS_BITS = 0.25
+_SPEED_EXCESS_BITS_WIDE = 0.35
+_WIDE_ALPHABET = 17
+
+
+def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> Code:
+    """The best code for a histogram.
+
+    Args:
+        counts: 256 entries, how often each symbol occurs; padding is not counted.
+        blocks: blocks of the tensor, each of which costs a little.
+        prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
+            Huffman optimum (0.35 for alphabets of more than 16 symbols).
+    Raises:
+        ValueError: `prefer` is unknown, or the histogram is empty.
+    """
+    if prefer not in _BITS_PER_CYCLE:
+        raise ValueError(f"prefer must be 'size' or 'speed', not {prefer!r}")
+    weights = sum(counts)
+    if weights == 0:
+        raise ValueError("the histogram is empty")
+    symbols = [s for s, c in enumerate(counts) if c]
+    if len(symbols) == 1:
+        return Code(Leaf(symbols[0]))
+    model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks)
+    if prefer == "size":
+        return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
+    excess = _SPEED_EXCESS_BITS if len(symbols) < _WIDE_ALPHABET else _SPEED_EXCESS_BITS_WIDE
+    # A little below the promise, for padding that the estimate does not see.
+    limit = huffman_bits(counts) + excess - 0.02
+    candidates = list(_candidates(counts, model))
+    within = [c for c in candidates if stored_bits(c[1], counts, blocks) <= limit]
+    if within:
+        return min(within, key=lambda candidate: candidate[0])[1]
+    return min((c[1] for c in candidates), key=lambda code: stored_bits(code, counts, blocks))
+
+
+def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:
+    """Predicted stored bits per weight of a tensor with this histogram, headers and padding included."""
+    weights = sum(counts)
+    model = CostModel(0.0, weights, blocks)
+    high = _high_histogram(counts, code.low_bits)
+    listed = listed_symbols(code.tree)
+    rest = sum(c for s, c in enumerate(high) if s not in listed)
+    bits = model.low(code.low_bits) + _tree_bits(code.tree, high, rest, model, root=True)[0]
+    return bits / weights
+
+
+def _candidates(counts: Sequence[int], model: CostModel) -> Iterator[tuple[float, Code]]:
+    distinct = sum(1 for c in counts if c)
+    # Raw low bits only pay on wide alphabets, where the low bits are close to uniform.
+    most = max(0, min(MAX_LOW_BITS, distinct.bit_length() - 3))
+    for low_bits in range(most + 1):
+        ranked = rank(_high_histogram(counts, low_bits))
+        if len(ranked.symbols) == 1:
+            continue
+        low_cost = model.low(low_bits)
+        cascades = Cascades(ranked, model)
+        cost, tree = cascades.root()
+        yield cost + low_cost, Code(tree, low_bits)
+        for kept in _kept_choices(ranked):
+            cost, tree = huffman_shape(ranked, kept, cascades, model)
+            yield cost + low_cost, Code(tree, low_bits)
+
+
+def _kept_choices(ranked: Ranked) -> list[int]:
+    size = len(ranked.symbols)
+    if size <= 24:
+        return list(range(1, size + 1))
+    return [*range(2, 24, 3), *(n for n in (28, 34, 42, 52, 64, 80, 104, 144) if n < size), size]
+
+
+def _high_histogram(counts: Sequence[int], low_bits: int) -> list[int]:
+    high = [0] * 256
+    for symbol, count in enumerate(counts):
+        high[symbol >> low_bits << low_bits] += count
+    return high
+
+
+def _tree_bits(node: Node, counts: Sequence[int], rest: int, model: CostModel, root: bool) -> tuple[float, int]:
+    """Stored bits at and below `node`, and how many symbols pass it; `rest` is the count that a raw field codes."""
+    if isinstance(node, Leaf):
+        return 0.0, counts[node.symbol]
+    if isinstance(node, Split):
+        left_bits, left = _tree_bits(node.left, counts, rest, model, False)
+        right_bits, right = _tree_bits(node.right, counts, rest, model, False)
+        own = model.root(1, False, True) if root else model.split(left + right)
+        return own + left_bits + right_bits, left + right
+    count = sum(counts[symbol] for symbol in set(node.symbols)) if node.symbols else rest
+    below = 0.0
+    escape = node.escape is not None
+    if node.escape is not None:
+        below, escaped = _tree_bits(node.escape, counts, rest, model, False)
+        count += escaped
+    own = model.root(node.bits, escape, False) if root else model.sparse_list(node.bits, count, escape)
+    return own + below, count

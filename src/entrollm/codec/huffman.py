@@ -1,0 +1,73 @@
+"""Entropy and Huffman code lengths of a histogram."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+
+def entropy_bits(counts: Sequence[int]) -> float:
+    """Entropy of the empirical distribution, in bits per symbol; 0 for no or one distinct symbol."""
+    total = sum(counts)
+    return sum(c / total * math.log2(total / c) for c in counts if c)
+
+
+def huffman_lengths(counts: Sequence[int]) -> list[int]:
+    """Code lengths of an optimal prefix code.
+
+    Args:
+        counts: positive counts, at least one.
+    Returns:
+        one length per count, in bits; [0] for a single symbol.
+    """
+    heap: list[tuple[int, int, tuple[int, ...]]] = [(c, i, (i,)) for i, c in enumerate(counts)]
+    heapq.heapify(heap)
+    lengths = [0] * len(counts)
+    while len(heap) > 1:
+        low, _, low_members = heapq.heappop(heap)
+        high, order, high_members = heapq.heappop(heap)
+        members = low_members + high_members
+        for member in members:
+            lengths[member] += 1
+        heapq.heappush(heap, (low + high, order, members))
+    return lengths
+
+
+def limited_lengths(counts: Sequence[int], limit: int) -> list[int]:
+    """Code lengths of an optimal prefix code with no length above `limit`.
+
+    Package-merge: Larmore and Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", 1990.
+
+    Args:
+        counts: positive counts, at most 2**limit of them.
+        limit: bits.
+    Raises:
+        ValueError: more symbols than 2**limit.
+    """
+    if len(counts) > 2**limit:
+        raise ValueError(f"{len(counts)} symbols cannot have codes of at most {limit} bits")
+    lengths = huffman_lengths(counts)
+    if max(lengths) <= limit:
+        return lengths
+    coins = sorted((c, (i,)) for i, c in enumerate(counts))
+    packages: list[tuple[int, tuple[int, ...]]] = []
+    for _ in range(limit):
+        merged = sorted(coins + packages, key=lambda package: package[0])
+        packages = [
+            (merged[i][0] + merged[i + 1][0], merged[i][1] + merged[i + 1][1]) for i in range(0, len(merged) - 1, 2)
+        ]
+    lengths = [0] * len(counts)
+    # The last round paired the candidates, so the first n - 1 pairs are the 2n - 2 cheapest coins.
+    for _, members in packages[: len(counts) - 1]:
+        for member in members:
+            lengths[member] += 1
+    return lengths
+
+
+def huffman_bits(counts: Sequence[int]) -> float:
+    """Mean length of the optimal prefix code, in bits per symbol; the optimum that stored bits are compared with."""
+    present = [c for c in counts if c]
+    if len(present) < 2:
+        return 0.0
+    return sum(c * n for c, n in zip(present, huffman_lengths(present), strict=True)) / sum(present)

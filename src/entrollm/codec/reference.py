@@ -1,0 +1,204 @@
+"""The codec in plain Python, one symbol at a time: what every fast path is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from entrollm.errors import CorruptStreamError
+from entrollm.specs import RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
+
+_VECTOR = 64
+
+
+def encode_block(code: Code, symbols: Sequence[int]) -> tuple[bytes, bytes]:
+    """Encode one block.
+
+    Args:
+        symbols: a whole number of vectors of 64 symbols, all in the code.
+    Returns:
+        the dense and the sparse bytes of the block.
+    """
+    keep = ~((1 << code.low_bits) - 1)
+    high = [symbol & keep for symbol in symbols]
+    dense = b""
+    sparse = b""
+    children: list[list[int]] = []
+    if not isinstance(code.tree, Leaf):
+        fields, children = _fields(code.tree, high)
+        dense += _pack_dense(fields, _width(code.tree))
+    if children:
+        sparse += len(children[0]).to_bytes(2, "little")
+        for child, members in zip(_children(code.tree), children, strict=True):
+            sparse += _encode_list(child, members)
+    dense += _pack_dense([symbol & ~keep for symbol in symbols], code.low_bits)
+    return dense, sparse
+
+
+def decode_block(code: Code, dense: bytes, sparse: bytes, count: int) -> list[int]:
+    """Decode one block of `count` symbols, the inverse of encode_block.
+
+    Raises:
+        CorruptStreamError: the streams do not hold exactly `count` symbols.
+    """
+    tree = code.tree
+    root_bytes = _dense_bytes(count, _width(tree))
+    fields = _unpack_dense(dense[:root_bytes], count, _width(tree))
+    low = _unpack_dense(dense[root_bytes:], count, code.low_bits)
+    lists: list[Iterable[int]] = []
+    end = 0
+    children = _children(tree)
+    if children:
+        first = int.from_bytes(sparse[:2], "little")
+        end = 2
+        if first > count:
+            raise CorruptStreamError(f"a list of {first} symbols in a block of {count}")
+        for child, length in zip(children, (first, count - first), strict=False):
+            members, end = _decode_list(child, sparse, end, length)
+            lists.append(members)
+    if end != len(sparse):
+        raise CorruptStreamError(f"the block has {len(sparse)} sparse bytes, its lists {end}")
+    expected = _child_lengths(tree, fields)
+    if [len(list(members)) for members in lists] != expected:
+        raise CorruptStreamError(f"the block's first list does not match its {expected} escapes")
+    return [symbol | bits for symbol, bits in zip(_merge(tree, fields, lists), low, strict=True)]
+
+
+def _width(node: Node) -> int:
+    return 0 if isinstance(node, Leaf) else 1 if isinstance(node, Split) else node.bits
+
+
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, Split):
+        return [node.left, node.right]
+    return [node.escape] if isinstance(node, Field) and node.escape is not None else []
+
+
+def _has_raw(node: Node) -> bool:
+    return _width(node) == RAW_BITS or any(_has_raw(child) for child in _children(node))
+
+
+def _fields(node: Field | Split, symbols: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """The field of every symbol at `node`, and the symbols that go on to each child."""
+    if isinstance(node, Split):
+        left, right = listed_symbols(node.left), listed_symbols(node.right)
+        rest = 0 if _has_raw(node.left) else 1
+        fields = [0 if symbol in left else 1 if symbol in right else rest for symbol in symbols]
+        return fields, [[s for s, f in zip(symbols, fields, strict=True) if f == side] for side in (0, 1)]
+    if node.bits == RAW_BITS:
+        return list(symbols), []
+    escape = 2**node.bits - 1
+    fields = [node.symbols.index(symbol) if symbol in node.symbols else escape for symbol in symbols]
+    if node.escape is None:
+        return fields, []
+    return fields, [[s for s, f in zip(symbols, fields, strict=True) if f == escape]]
+
+
+def _child_lengths(node: Node, fields: Sequence[int]) -> list[int]:
+    if isinstance(node, Split):
+        return [fields.count(0), fields.count(1)]
+    return [fields.count(2**node.bits - 1)] if isinstance(node, Field) and node.escape is not None else []
+
+
+def _merge(node: Node, fields: Sequence[int], lists: Sequence[Iterable[int]]) -> list[int]:
+    if isinstance(node, Leaf):
+        return [node.symbol] * len(fields)
+    queues = [iter(members) for members in lists]
+    if isinstance(node, Split):
+        return [next(queues[field]) for field in fields]
+    if node.bits == RAW_BITS:
+        return list(fields)
+    escape = 2**node.bits - 1
+    return [next(queues[0]) if queues and f == escape else node.symbols[f] for f in fields]
+
+
+def _encode_list(node: Node, symbols: Sequence[int]) -> bytes:
+    assert not isinstance(node, Leaf)
+    fields, children = _fields(node, symbols)
+    own = bytes(fields) if _width(node) == RAW_BITS else _pack_planes(fields, _width(node))
+    return own + b"".join(_encode_list(c, members) for c, members in zip(_children(node), children, strict=True))
+
+
+def _decode_list(node: Node, sparse: bytes, at: int, count: int) -> tuple[list[int], int]:
+    width = _width(node)
+    size = count if width == RAW_BITS else width * (-(-count // 8))
+    if at + size > len(sparse):
+        raise CorruptStreamError("the block's sparse part ends early")
+    stored = sparse[at : at + size]
+    fields = list(stored) if width == RAW_BITS else _unpack_planes(stored, count, width)
+    at += size
+    lists: list[Iterable[int]] = []
+    for child, length in zip(_children(node), _child_lengths(node, fields), strict=True):
+        members, at = _decode_list(child, sparse, at, length)
+        lists.append(members)
+    return _merge(node, fields, lists), at
+
+
+def _pack_planes(fields: Sequence[int], width: int) -> bytes:
+    plane_bytes = -(-len(fields) // 8)
+    out = bytearray(width * plane_bytes)
+    for i, field in enumerate(fields):
+        for bit in range(width):
+            out[bit * plane_bytes + i // 8] |= (field >> bit & 1) << i % 8
+    return bytes(out)
+
+
+def _unpack_planes(stored: bytes, count: int, width: int) -> list[int]:
+    plane_bytes = -(-count // 8)
+    return [
+        sum((stored[bit * plane_bytes + i // 8] >> i % 8 & 1) << bit for bit in range(width)) for i in range(count)
+    ]
+
+
+def _sub_fields(width: int) -> list[tuple[int, int]]:
+    """(bits, shift) of the packed groups that make up a dense field of `width` bits, most significant first."""
+    parts = []
+    for bits in (4, 2, 1):
+        if width & bits:
+            parts.append((bits, width % bits))
+    return parts
+
+
+def _dense_bytes(count: int, width: int) -> int:
+    if width == RAW_BITS:
+        return count
+    return sum(
+        count // 8 if bits == 1 else -(-count // (_VECTOR * 8 // bits)) * _VECTOR for bits, _ in _sub_fields(width)
+    )
+
+
+def _pack_dense(fields: Sequence[int], width: int) -> bytes:
+    if width == RAW_BITS:
+        return bytes(fields)
+    out = b""
+    for bits, shift in _sub_fields(width):
+        part = [field >> shift & (2**bits - 1) for field in fields]
+        if bits == 1:
+            out += _pack_planes(part, 1)
+            continue
+        groups = bytearray(_dense_bytes(len(fields), bits))
+        for i, value in enumerate(part):
+            vector, lane = divmod(i, _VECTOR)
+            group, slot = divmod(vector, 8 // bits)
+            groups[group * _VECTOR + lane] |= value << slot * bits
+        out += bytes(groups)
+    return out
+
+
+def _unpack_dense(stored: bytes, count: int, width: int) -> list[int]:
+    if width == RAW_BITS:
+        return list(stored[:count])
+    fields = [0] * count
+    at = 0
+    for bits, shift in _sub_fields(width):
+        size = _dense_bytes(count, bits)
+        part = stored[at : at + size]
+        at += size
+        for i in range(count):
+            if bits == 1:
+                value = part[i // 8] >> i % 8 & 1
+            else:
+                vector, lane = divmod(i, _VECTOR)
+                group, slot = divmod(vector, 8 // bits)
+                value = part[group * _VECTOR + lane] >> slot * bits & (2**bits - 1)
+            fields[i] |= value << shift
+    return fields

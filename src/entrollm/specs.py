@@ -1,0 +1,255 @@
+"""What a compressed tensor is: its shape, code and blocks, as frozen dataclasses with a strict JSON form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from entrollm.errors import FormatError
+
+FORMAT_VERSION = 1
+MAX_FIELD_BITS = 6
+RAW_BITS = 8
+MAX_LOW_BITS = 6
+MAX_NODES = 511
+MAX_DEPTH = 64
+_LEAF, _FIELD, _SPLIT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A code of one symbol, which needs no bits; stands only at the root."""
+
+    symbol: int
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of `bits` bits per symbol that passes.
+
+    Field value i means `symbols[i]`; with an `escape` subtree the all-ones value means "decoded there". A field of
+    8 bits is raw: it lists no symbols, its values are the symbols.
+    """
+
+    bits: int
+    symbols: tuple[int, ...]
+    escape: Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One bit per symbol that passes: 0 continues in `left`, 1 in `right`; neither is a leaf."""
+
+    left: Node
+    right: Node
+
+
+Node: TypeAlias = Leaf | Field | Split
+
+
+def listed_symbols(node: Node) -> frozenset[int]:
+    """The symbols that a subtree names; any other symbol is coded by its raw field, if it has one."""
+    if isinstance(node, Leaf):
+        return frozenset((node.symbol,))
+    if isinstance(node, Split):
+        return listed_symbols(node.left) | listed_symbols(node.right)
+    own = frozenset(node.symbols)
+    return own if node.escape is None else own | listed_symbols(node.escape)
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A prefix code for symbols 0..255: a tree for the high bits, and `low_bits` raw bits below them.
+
+    Symbols in the tree have their `low_bits` lowest bits clear.
+    """
+
+    tree: Node
+    low_bits: int = 0
+
+    def program(self) -> bytes:
+        """The tree as preorder bytes, the form that the native code validates and runs."""
+        return bytes(_program(self.tree))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A block holds `rows` whole padded rows, or, when rows is 1, up to `columns` weights of one row."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One compressed matrix: W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j].
+
+    Attributes:
+        rows, columns: out_features and in_features.
+        dtype: safetensors name of the type of the original tensor, which `export` restores.
+        grid: how the scales were chosen, for people ("paper-asymmetric-4", ...).
+        code, blocks: how the symbols are stored.
+        scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
+        checksum: CRC-32 over all stored entries of the tensor, in the order of docs/format.md.
+    """
+
+    rows: int
+    columns: int
+    dtype: str
+    grid: str
+    code: Code
+    blocks: Blocks
+    scale: float | None
+    offset: float | None
+    checksum: int
+
+    def to_json(self) -> str:
+        """Compact JSON; floats round-trip exactly."""
+        fields: dict[str, Any] = {
+            "shape": [self.rows, self.columns],
+            "dtype": self.dtype,
+            "grid": self.grid,
+            "block": [self.blocks.rows, self.blocks.columns],
+            "code": _node_to_json(self.code.tree),
+            "crc32": f"{self.checksum:08x}",
+        }
+        if self.code.low_bits:
+            fields["low_bits"] = self.code.low_bits
+        if self.scale is not None:
+            fields["scale"] = self.scale
+        if self.offset is not None:
+            fields["offset"] = self.offset
+        return json.dumps(fields, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, name: str) -> TensorSpec:
+        """Parse and check the JSON form.
+
+        Args:
+            text: the value stored in the safetensors metadata.
+            name: the tensor's name, for error messages.
+        Raises:
+            FormatError: the text is not a valid spec.
+        """
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{name}: the stored spec is not valid JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise FormatError(f"{name}: the stored spec is not a JSON object")
+        reader = _SpecReader(name, fields)
+        rows, columns = reader.int_pair("shape", 2**31)
+        block_rows, block_columns = reader.int_pair("block", 8192)
+        checksum = reader.text("crc32")
+        if len(checksum) != 8 or any(c not in "0123456789abcdef" for c in checksum):
+            raise FormatError(f"{name}: crc32 must be 8 hex digits, found {checksum!r}")
+        tree, _ = _node_from_json(reader.require("code"), name, 0)
+        return cls(
+            rows=rows,
+            columns=columns,
+            dtype=reader.text("dtype"),
+            grid=reader.text("grid"),
+            code=Code(tree, reader.low_bits()),
+            blocks=Blocks(block_rows, block_columns),
+            scale=reader.number("scale"),
+            offset=reader.number("offset"),
+            checksum=int(checksum, 16),
+        )
+
+
+class _SpecReader:
+    """Typed access to the fields of a spec, with errors that name the tensor and the field."""
+
+    def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
+        self._name = name
+        self._fields = fields
+
+    def require(self, key: str) -> Any:
+        if key not in self._fields:
+            raise FormatError(f"{self._name}: the stored spec lacks {key!r}")
+        return self._fields[key]
+
+    def text(self, key: str) -> str:
+        value = self.require(key)
+        if not isinstance(value, str) or len(value) > 64:
+            raise FormatError(f"{self._name}: {key} must be a short string, found {value!r:.80}")
+        return value
+
+    def int_pair(self, key: str, limit: int) -> tuple[int, int]:
+        value = self.require(key)
+        if not isinstance(value, list) or len(value) != 2 or not all(_is_int(v, 1, limit) for v in value):
+            raise FormatError(f"{self._name}: {key} must be two integers from 1 to {limit}, found {value!r:.80}")
+        return value[0], value[1]
+
+    def low_bits(self) -> int:
+        value = self._fields.get("low_bits", 0)
+        if not _is_int(value, 0, MAX_LOW_BITS):
+            raise FormatError(f"{self._name}: low_bits must be 0 to {MAX_LOW_BITS}, found {value!r:.80}")
+        return int(value)
+
+    def number(self, key: str) -> float | None:
+        value = self._fields.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 3.5e38:
+            raise FormatError(f"{self._name}: {key} must be a finite float32, found {value!r:.80}")
+        return float(value)
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _program(node: Node) -> list[int]:
+    if isinstance(node, Leaf):
+        return [_LEAF, node.symbol]
+    if isinstance(node, Split):
+        return [_SPLIT, *_program(node.left), *_program(node.right)]
+    escape = [] if node.escape is None else _program(node.escape)
+    return [_FIELD, node.bits, node.escape is not None, *node.symbols, *escape]
+
+
+def _node_to_json(node: Node) -> Any:
+    if isinstance(node, Leaf):
+        return node.symbol
+    if isinstance(node, Split):
+        return {"split": [_node_to_json(node.left), _node_to_json(node.right)]}
+    fields: dict[str, Any] = {"bits": node.bits}
+    if node.symbols:
+        fields["symbols"] = list(node.symbols)
+    if node.escape is not None:
+        fields["escape"] = _node_to_json(node.escape)
+    return fields
+
+
+def _node_from_json(value: Any, name: str, depth: int, nodes: int = 0) -> tuple[Node, int]:
+    """The node, and how many nodes have been read so far."""
+    nodes += 1
+    if depth > MAX_DEPTH or nodes > MAX_NODES:
+        raise FormatError(f"{name}: the code tree is too large")
+    if _is_int(value, 0, 255) and depth == 0:
+        return Leaf(value), nodes
+    if not isinstance(value, dict):
+        raise FormatError(f"{name}: a node of the code tree is {value!r:.80}")
+    if "split" in value:
+        children = value["split"]
+        if not isinstance(children, list) or len(children) != 2:
+            raise FormatError(f"{name}: a split of the code tree needs two children")
+        left, nodes = _node_from_json(children[0], name, depth + 1, nodes)
+        right, nodes = _node_from_json(children[1], name, depth + 1, nodes)
+        return Split(left, right), nodes
+    bits = value.get("bits")
+    if not (_is_int(bits, 1, MAX_FIELD_BITS) or bits == RAW_BITS):
+        raise FormatError(f"{name}: a field of the code tree has {bits!r:.80} bits, expected 1 to 6, or 8")
+    escape: Node | None = None
+    if "escape" in value:
+        if bits == RAW_BITS:
+            raise FormatError(f"{name}: a raw field of the code tree cannot have an escape")
+        escape, nodes = _node_from_json(value["escape"], name, depth + 1, nodes)
+    symbols = value.get("symbols", [])
+    expected = 0 if bits == RAW_BITS else 2**bits - (escape is not None)
+    if not isinstance(symbols, list) or len(symbols) != expected or not all(_is_int(s, 0, 255) for s in symbols):
+        raise FormatError(f"{name}: a {bits}-bit field of the code tree needs {expected} symbols from 0 to 255")
+    return Field(bits, tuple(symbols), escape), nodes
