@@ -26,6 +26,11 @@ class LayerCache:
         self._keys = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
         self._values = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
 
+    @property
+    def capacity(self) -> int:
+        """Positions that fit without a larger buffer."""
+        return self._keys.shape[1]
+
     def append(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Add n positions and return all that the new ones may see.
 
@@ -37,7 +42,7 @@ class LayerCache:
         n = keys.shape[0]
         if self._window is not None and self._held >= self._window:
             self._drop(self._held - self._window + 1)
-        if self._start + self._held + n > self._keys.shape[1]:
+        if self._start + self._held + n > self.capacity:
             self._make_room(n)
         stop = self._start + self._held
         self._keys[:, stop : stop + n] = keys.transpose(1, 0, 2)
@@ -62,7 +67,7 @@ class LayerCache:
         self._held -= count
 
     def _make_room(self, n: int) -> None:
-        capacity = self._keys.shape[1]
+        capacity = self.capacity
         needed = self._held + n
         # Moving within the buffer pays only if it frees about half; else a window would move at every token.
         grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed)

@@ -1,0 +1,169 @@
+"""Small random checkpoints of every supported architecture, and the comparison of a model with transformers.
+
+`ARCHITECTURES` maps a name to a function that writes the checkpoint into an empty folder and returns the folder.
+They are bf16, in several shards, as `save_pretrained` writes them; ask `compare_with_transformers` about any Model
+made from one (or from a folder that holds the same weights otherwise encoded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from entrollm.engine.model import Model
+from entrollm.engine.weights import Floats
+
+VOCAB_SIZE = 307
+# The greedy comparison decodes this many tokens after a prompt of PROMPT_TOKENS.
+GREEDY_TOKENS = 64
+PROMPT_TOKENS = 20
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _longrope(count: int) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.05 * index for index in range(count)],
+        "long_factor": [2.0 + 0.5 * index for index in range(count)],
+    }
+
+
+# The longrope models switch at 32 tokens, so the greedy comparison crosses it.
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("LlamaConfig", {"head_dim": 32, "hidden_size": 64, "num_attention_heads": 4}),
+    "llama-llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-linear-rope": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 7}),
+    "phi3": ("Phi3Config", {}),
+    "phi3-window": ("Phi3Config", {"sliding_window": 9}),
+    "phi3-longrope": ("Phi3Config", {"original_max_position_embeddings": 32, "rope_parameters": _longrope(8)}),
+    "phi3-partial": (
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {**_longrope(6), "partial_rotary_factor": 0.75},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": _YARN_ROPE}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen3-window": (
+        "Qwen3Config",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+}
+
+
+def _write_checkpoint(name: str, folder: Path) -> Path:
+    class_name, options = _CONFIGS[name]
+    config = getattr(transformers, class_name)(**{**_COMMON, **options})
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+ARCHITECTURES: dict[str, Callable[[Path], Path]] = {name: partial(_write_checkpoint, name) for name in _CONFIGS}
+
+
+def random_ids(count: int, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """`count` token ids."""
+    return [int(token_id) for token_id in np.random.default_rng(seed).integers(0, vocab_size, count)]
+
+
+def load_reference(folder: Path) -> Any:
+    """The checkpoint in transformers, in float32."""
+    torch.set_num_threads(1)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def reference_logits(reference: Any, ids: list[int]) -> Floats:
+    """float32 (n, vocab_size) of a transformers model."""
+    with torch.no_grad():
+        logits: Floats = reference(torch.tensor([ids])).logits[0].numpy()
+    return logits
+
+
+def reference_greedy(reference: Any, prompt: list[int], count: int) -> list[int]:
+    """The `count` likeliest tokens that a transformers model generates one after another."""
+    with torch.no_grad():
+        output = reference.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=count,
+        )
+    return [int(token_id) for token_id in output[0, len(prompt) :]]
+
+
+def relative_difference(found: Floats, expected: Floats) -> float:
+    """The largest difference, relative to the largest expected magnitude."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def compare_with_transformers(model: Model, folder: Path, *, tolerance: float) -> None:
+    """Assert that `model` computes what transformers computes from the checkpoint in `folder`.
+
+    Logits of a short and of a longer sequence to the relative tolerance, and GREEDY_TOKENS equal tokens.
+    """
+    reference = load_reference(folder)
+    for count in (1, PROMPT_TOKENS, 60):
+        ids = random_ids(count, seed=count)
+        difference = relative_difference(model.logits(ids), reference_logits(reference, ids))
+        assert difference <= tolerance, f"{count} tokens: relative difference {difference:.2e}"
+    prompt = random_ids(PROMPT_TOKENS)
+    result = model.generate(prompt, max_tokens=GREEDY_TOKENS)
+    assert list(result.token_ids) == reference_greedy(reference, prompt, GREEDY_TOKENS)
