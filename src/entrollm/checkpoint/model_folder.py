@@ -103,7 +103,7 @@ class Checkpoint:
         return cls(path, config, _open_files(path))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return rows [start, stop) of a tensor as a read-only view of the file, in its own dtype and without fp8 scales.
+        """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
 
         Args:
             name: a name of `tensors`.

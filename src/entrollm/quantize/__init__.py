@@ -1,0 +1,18 @@
+"""Turn weights into small integers on uniform grids."""
+
+from entrollm.quantize.paper import Granularity, Grid, Range, Scheme, make_grid, measure_range, quantize_rows
+from entrollm.quantize.select import BitsOverride, TensorPlan, parse_bits, plan_tensors
+
+__all__ = [
+    "BitsOverride",
+    "Granularity",
+    "Grid",
+    "Range",
+    "Scheme",
+    "TensorPlan",
+    "make_grid",
+    "measure_range",
+    "parse_bits",
+    "plan_tensors",
+    "quantize_rows",
+]

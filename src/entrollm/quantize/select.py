@@ -1,0 +1,104 @@
+"""Choose what happens to each tensor of a checkpoint: quantized to how many bits, or kept in its type."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What happens to one tensor; `bits` is None for a tensor that keeps its type."""
+
+    bits: int | None
+    granularity: Granularity = "tensor"
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the tensor keeps its type."""
+        return self.bits is None
+
+
+@dataclass(frozen=True, slots=True)
+class BitsOverride:
+    """A per-tensor choice of the user: tensors that match the glob get these bits; None keeps their type."""
+
+    pattern: str
+    bits: int | None
+
+
+def parse_bits(options: Sequence[str], keep: Sequence[str] = ()) -> tuple[int | None, tuple[BitsOverride, ...]]:
+    """Parse the values of `--bits N | GLOB=N` and `--keep GLOB`.
+
+    Args:
+        options: values of --bits in their order; a bare number sets the default.
+        keep: globs of --keep; they come after the overrides of bits, so they win.
+    Returns:
+        The default bits, or None where no bare number was given, and the overrides in their order.
+    Raises:
+        ValueError: a value is neither a number nor GLOB=N, or N is out of range.
+    """
+    default: int | None = None
+    overrides: list[BitsOverride] = []
+    for option in options:
+        pattern, equals, number = option.rpartition("=")
+        bits = _parse_number(option, number)
+        if equals:
+            overrides.append(BitsOverride(pattern, bits))
+        else:
+            default = bits
+    overrides += [BitsOverride(pattern, None) for pattern in keep]
+    return default, tuple(overrides)
+
+
+def plan_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    bits: int,
+    overrides: Sequence[BitsOverride] = (),
+    granularity: Granularity = "tensor",
+) -> dict[str, TensorPlan]:
+    """Plan every tensor: matrices (linear layers, embeddings, output head) are quantized, all others kept.
+
+    Args:
+        shapes: every tensor's name and shape, in the order of the checkpoint.
+        bits: for matrices that no override matches.
+        overrides: globs over whole tensor names, case-sensitive; a later match wins over an earlier one.
+        granularity: one grid per tensor or per row.
+    Returns:
+        The plans, in the order of `shapes`.
+    Raises:
+        ValueError: an override matches no tensor, or gives bits to tensors of which none is a matrix.
+    """
+    _check_bits(bits)
+    chosen = {name: bits if is_quantizable(name, shape) else None for name, shape in shapes.items()}
+    for override in overrides:
+        if override.bits is not None:
+            _check_bits(override.bits)
+        matches = [name for name in shapes if fnmatchcase(name, override.pattern)]
+        if not matches:
+            raise ValueError(f"the pattern {override.pattern!r} matches none of the {len(shapes)} tensors")
+        if override.bits is not None:
+            matches = [name for name in matches if is_quantizable(name, shapes[name])]
+        if not matches:
+            raise ValueError(f"the pattern {override.pattern!r} matches no matrix, and only matrices are quantized")
+        chosen.update(dict.fromkeys(matches, override.bits))
+    return {name: TensorPlan(tensor_bits, granularity) for name, tensor_bits in chosen.items()}
+
+
+def is_quantizable(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a weight matrix: of a linear layer, an embedding or the output head."""
+    return len(shape) == 2 and name.endswith("weight")
+
+
+def _parse_number(option: str, number: str) -> int:
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(f"--bits takes N or GLOB=N, such as 4 or 'lm_head*=8'; found {option!r}")
+    bits = int(number)
+    _check_bits(bits)
+    return bits
+
+
+def _check_bits(bits: int) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, found {bits}")
