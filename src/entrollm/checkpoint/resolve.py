@@ -33,6 +33,8 @@ def resolve(model: str | Path) -> Path:
         ValueError: it is neither; the message says what was tried.
         ConnectionError: it is not in the local cache and the Hub cannot be reached.
     """
+    if not str(model):
+        raise ValueError("the model's name is empty; give a folder or a Hub id")
     path = Path(model)
     if path.is_dir():
         return path
