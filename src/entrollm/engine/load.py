@@ -1,0 +1,36 @@
+"""Load a model folder, compressed or not, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from entrollm.checkpoint import Checkpoint, resolve
+from entrollm.container.reader import CompressedModel, is_compressed, read_config
+from entrollm.engine.files import read_model_files
+from entrollm.engine.linear import CodedWeights, DenseWeights
+from entrollm.engine.model import Model
+from entrollm.engine.weights import Weights
+from entrollm.threads import default_threads
+
+
+def load(model: str | Path, threads: int | None = None) -> Model:
+    """Load a model.
+
+    Args:
+        model: a folder, or a Hub id. A compressed folder runs from its coded bytes; an ordinary checkpoint is
+            expanded to float32, which takes four bytes per weight.
+        threads: worker threads of the coded products; by default one for each core.
+    Raises:
+        FormatError: the folder is malformed.
+        UnsupportedError: its architecture, or an option of it, is not implemented.
+        ValueError: it is neither a folder nor a Hub id, or `threads` is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, found {threads}")
+    path = resolve(model)
+    weights: Weights
+    if is_compressed(read_config(path)):
+        weights = CodedWeights(CompressedModel.open(path), threads or default_threads())
+    else:
+        weights = DenseWeights(Checkpoint.open(path))
+    return Model(read_model_files(path), weights)
