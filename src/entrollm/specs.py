@@ -92,6 +92,7 @@ class TensorSpec:
         grid: how the scales were chosen, for people ("paper-asymmetric-4", ...).
         code, blocks: how the symbols are stored.
         scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
+        relative_error: RMS quantization error over the RMS of the original weights.
         checksum: CRC-32 over all stored entries of the tensor, in the order of docs/format.md.
     """
 
@@ -103,6 +104,7 @@ class TensorSpec:
     blocks: Blocks
     scale: float | None
     offset: float | None
+    relative_error: float
     checksum: int
 
     def to_json(self) -> str:
@@ -113,6 +115,7 @@ class TensorSpec:
             "grid": self.grid,
             "block": [self.blocks.rows, self.blocks.columns],
             "code": _node_to_json(self.code.tree),
+            "error": self.relative_error,
             "crc32": f"{self.checksum:08x}",
         }
         if self.code.low_bits:
@@ -145,6 +148,7 @@ class TensorSpec:
         checksum = reader.text("crc32")
         if len(checksum) != 8 or any(c not in "0123456789abcdef" for c in checksum):
             raise FormatError(f"{name}: crc32 must be 8 hex digits, found {checksum!r}")
+        reader.require("error")
         tree, _ = _node_from_json(reader.require("code"), name, 0)
         return cls(
             rows=rows,
@@ -155,6 +159,7 @@ class TensorSpec:
             blocks=Blocks(block_rows, block_columns),
             scale=reader.number("scale"),
             offset=reader.number("offset"),
+            relative_error=reader.number("error") or 0.0,
             checksum=int(checksum, 16),
         )
 
@@ -241,7 +246,7 @@ def _node_from_json(value: Any, name: str, depth: int, nodes: int = 0) -> tuple[
         right, nodes = _node_from_json(children[1], name, depth + 1, nodes)
         return Split(left, right), nodes
     bits = value.get("bits")
-    if not (_is_int(bits, 1, MAX_FIELD_BITS) or bits == RAW_BITS):
+    if not (isinstance(bits, int) and (_is_int(bits, 1, MAX_FIELD_BITS) or bits == RAW_BITS)):
         raise FormatError(f"{name}: a field of the code tree has {bits!r:.80} bits, expected 1 to 6, or 8")
     escape: Node | None = None
     if "escape" in value:

@@ -100,7 +100,7 @@ class Checkpoint:
             raise FormatError(f"{path} has no {_CONFIG}; a checkpoint is a folder as save_pretrained writes it")
         config = parse_json_object(config_path, config_path.read_bytes(), "the configuration")
         _check_quantization(config_path, config.get("quantization_config"))
-        return cls(path, config, _open_files(path))
+        return cls(path, config, open_weight_files(path))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
@@ -222,7 +222,7 @@ def _stores_fp8(quantization: dict[str, Any]) -> bool:
     )
 
 
-def _open_files(path: Path) -> dict[str, SafetensorsFile]:
+def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
     """Open the checkpoint's one file, or every shard that its index names."""
     index_path, single_path = path / _INDEX, path / _SINGLE
     if index_path.is_file():

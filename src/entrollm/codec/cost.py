@@ -40,8 +40,11 @@ class CostModel:
         used_blocks = min(self.blocks, count)
         cycles = _FIELD_CYCLES + _PLANE_CYCLES * planes + _ESCAPE_CYCLES * escape
         fixed = _NODE_CYCLES_PER_BLOCK * VECTOR
-        return count * bits + used_blocks * _PADDING_BITS * planes + self._cycles(cycles, count) + (
-            self._cycles(fixed, self.blocks)
+        return (
+            count * bits
+            + used_blocks * _PADDING_BITS * planes
+            + self._cycles(cycles, count)
+            + (self._cycles(fixed, self.blocks))
         )
 
     def split(self, count: float) -> float:

@@ -144,9 +144,7 @@ def _pack_planes(fields: Sequence[int], width: int) -> bytes:
 
 def _unpack_planes(stored: bytes, count: int, width: int) -> list[int]:
     plane_bytes = -(-count // 8)
-    return [
-        sum((stored[bit * plane_bytes + i // 8] >> i % 8 & 1) << bit for bit in range(width)) for i in range(count)
-    ]
+    return [sum((stored[bit * plane_bytes + i // 8] >> i % 8 & 1) << bit for bit in range(width)) for i in range(count)]
 
 
 def _sub_fields(width: int) -> list[tuple[int, int]]:

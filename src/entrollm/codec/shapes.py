@@ -156,4 +156,3 @@ def _split(left: _Item, right: _Item, model: CostModel, root: bool) -> _Item:
     count = left.count + right.count
     own = model.root(1, escape=False, is_split=True) if root else model.split(count)
     return _Item(count, own + left.cost + right.cost, node=Split(left.node, right.node))
-

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from entrollm import _core
 from entrollm.checkpoint import Checkpoint, to_float32
 from entrollm.container.reader import CodedMatrix, CompressedModel

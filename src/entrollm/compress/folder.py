@@ -1,0 +1,108 @@
+"""The output folder of a run: built beside its place, resumable, and moved there only when complete."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from entrollm.container import layout
+from entrollm.container.reader import is_compressed, read_config
+from entrollm.errors import EntroLLMError
+
+_PLAN = "plan.json"
+
+
+class OutputFolder:
+    """A folder that appears at `path` when `publish` is called; until then its files are in `path`.partial.
+
+    A later run with the same plan goes on where an interrupted one stopped.
+    """
+
+    def __init__(self, path: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self._overwrite = overwrite
+        self._check_place()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._adopt(json.loads(json.dumps(plan)))
+
+    def publish(self) -> None:
+        """Sync the folder and give it its name, replacing an earlier output where that was allowed."""
+        sync_folder(self.partial)
+        replaced = self.path.with_name(self.path.name + ".replaced")
+        if self.path.exists():
+            self._check_place()
+            self.path.rename(replaced)
+        self.partial.rename(self.path)
+        (self.path / _PLAN).unlink()
+        sync_folder(self.path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.close(self._lock)
+
+    def close(self) -> None:
+        """Let another run continue; the files stay."""
+        os.close(self._lock)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file and sync it."""
+        temporary = self.partial / (name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(self.partial / name)
+
+    def _check_place(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; name a folder that does not exist yet")
+        if not any(self.path.iterdir()):
+            return
+        ours = (self.path / "config.json").is_file() and is_compressed(read_config(self.path))
+        if not ours:
+            raise ValueError(f"{self.path} exists and is no compressed model; name a folder that does not exist yet")
+        if not self._overwrite:
+            raise ValueError(f"{self.path} exists; name another folder, or pass --overwrite to replace it")
+
+    def _adopt(self, plan: dict[str, Any]) -> None:
+        """Make the partial folder this run's: continue one with the same plan, clear one with another."""
+        if self.partial.exists() and not (self.partial / _PLAN).is_file() and any(self.partial.iterdir()):
+            raise ValueError(f"{self.partial} is in the way and was not left by an interrupted run; move it")
+        self.partial.mkdir(exist_ok=True)
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder") from None
+        plan_file = self.partial / _PLAN
+        if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == _plan_text(plan):
+            return
+        for file in self.partial.iterdir():
+            file.unlink()
+        self.write_text(_PLAN, _plan_text(plan))
+
+
+def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:
+    """Write the index of a folder with several shards: entry name to file."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(names)}
+    folder.write_text(layout.INDEX_NAME, json.dumps(index, indent=1) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    return json.dumps(plan, indent=1, sort_keys=True)

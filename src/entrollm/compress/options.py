@@ -1,0 +1,31 @@
+"""What a user may ask of a compression run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from entrollm.codec.choose import Prefer
+from entrollm.quantize.paper import Granularity
+from entrollm.quantize.select import BitsOverride
+
+
+@dataclass(frozen=True, slots=True)
+class CompressOptions:
+    """Options of `compress`; all but `threads` decide the result.
+
+    Attributes:
+        bits: width of the grid of a matrix, 2 to 8.
+        granularity: one grid per tensor, as in the paper, or one per row.
+        overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
+        prefer: "size" for the fewest bits, "speed" for the fastest decoding.
+        shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
+        threads: worker threads; None for one per core.
+    """
+
+    bits: int = 4
+    granularity: Granularity = "tensor"
+    overrides: Sequence[BitsOverride] = ()
+    prefer: Prefer = "size"
+    shard_bytes: int = 1 << 30
+    threads: int | None = None

@@ -1,0 +1,282 @@
+"""Stream a checkpoint through the compressor, one output shard at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
+from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.options import CompressOptions
+from entrollm.compress.tensor import TensorCompressor, stored_dtype
+from entrollm.container import layout
+from entrollm.container.writer import ShardWriter
+from entrollm.errors import FormatError
+from entrollm.quantize.select import TensorPlan, plan_tensors
+from entrollm.specs import FORMAT_VERSION
+from entrollm.threads import default_threads
+
+_log = logging.getLogger(__name__)
+_COPY_ROWS_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class CompressProgress:
+    """How far a run is; sent after every chunk.
+
+    Attributes:
+        weights_done, weights: quantized weights finished, and in the whole model.
+        tensor: the tensor in work.
+    """
+
+    weights_done: int
+    weights: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompressResult:
+    """What a run did. Bits are per weight over all weights of the model, norms and headers included.
+
+    Attributes:
+        path: the model folder.
+        weights: weights of the whole model; quantized_weights of them are coded.
+        source_bytes, file_bytes: sizes of the weight files, headers included.
+        file_bits: file_bytes * 8 / weights.
+        entropy_bits, huffman_bits: per coded weight, weighted over tensors.
+        coded_bits: stored bits per coded weight: streams, sizes, scales and the header.
+        elapsed_s: wall time of this run; resumed_weights were finished by an earlier one.
+    """
+
+    path: Path
+    weights: int
+    quantized_weights: int
+    source_bytes: int
+    file_bytes: int
+    file_bits: float
+    entropy_bits: float
+    huffman_bits: float
+    coded_bits: float
+    elapsed_s: float
+    resumed_weights: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, the path as text."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[CompressProgress], None] | None = None,
+) -> CompressResult:
+    """Quantize a checkpoint, entropy-code it and write a model folder.
+
+    Memory stays below twice the largest tensor in float32. The folder appears only when it is complete; a run that
+    was interrupted is resumed by calling this again with the same arguments.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        out: the folder to make.
+        options: what to make; by default the paper's 4-bit grids, coded for size.
+        overwrite: replace an earlier output.
+        on_progress: called from worker threads.
+    Raises:
+        FormatError: the checkpoint is malformed or has a weight that is not finite.
+        UnsupportedError: the checkpoint uses something that is not implemented.
+        ValueError: an option or a path is wrong.
+        OSError: reading or writing failed; what is finished is kept for the next run.
+    """
+    options = options or CompressOptions()
+    started = time.monotonic()
+    with Checkpoint.open(resolve(model)) as checkpoint:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+        shards = _plan_shards(checkpoint, plans, options.shard_bytes)
+        folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options), overwrite)
+        try:
+            run = _Run(checkpoint, plans, folder, options, on_progress)
+            records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
+            _finish(checkpoint, folder, records, options)
+        except BaseException:
+            folder.close()
+            raise
+        folder.publish()
+        return _summarize(checkpoint, Path(out), records, time.monotonic() - started, run.resumed_weights)
+
+
+class _Run:
+    """The state of one run over all shards."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plans: dict[str, TensorPlan],
+        folder: OutputFolder,
+        options: CompressOptions,
+        on_progress: Callable[[CompressProgress], None] | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._plans = plans
+        self._folder = folder
+        self._options = options
+        self._on_progress = on_progress
+        self._total = sum(_weights(checkpoint.tensors[name]) for name, plan in plans.items() if not plan.is_kept)
+        self._done = 0
+        self.resumed_weights = 0
+
+    def shard(self, index: int, names: list[str], count: int) -> dict[str, Any]:
+        """Write one shard, or find it finished; returns its record for the index and the summary."""
+        path = self._folder.partial / layout.shard_name(index, count)
+        record_path = path.with_suffix(".json")
+        if path.is_file() and record_path.is_file():
+            record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+            self._done += record["quantized_weights"]
+            self.resumed_weights += record["quantized_weights"]
+            self._report(names[0])
+            _log.info("%s is finished already", path.name)
+            return record
+        coded = [name for name in names if not self._is_plain(name)]
+        plain = [name for name in names if self._is_plain(name)]
+        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0}
+        threads = self._options.threads or default_threads()
+        with ShardWriter(path) as writer, ThreadPoolExecutor(threads) as executor:
+            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer)
+            for name in coded:
+                self._code(name, compressor, writer, record)
+            for name in plain:
+                info = self._checkpoint.tensors[name]
+                dtype = stored_dtype(self._checkpoint, name)
+                record["kept_bytes"] += writer.add_plain(
+                    name, dtype, info.shape, _chunks(self._checkpoint, info, dtype)
+                )
+                self._checkpoint.release(name)
+        record["entries"] = [entry.name for entry in writer.entries]
+        record["file"] = path.name
+        record["file_bytes"] = path.stat().st_size
+        self._folder.write_text(record_path.name, json.dumps(record))
+        return record
+
+    def _is_plain(self, name: str) -> bool:
+        return self._plans[name].is_kept or _weights(self._checkpoint.tensors[name]) == 0
+
+    def _code(self, name: str, compressor: TensorCompressor, writer: ShardWriter, record: dict[str, Any]) -> None:
+        plan = self._plans[name]
+        weights = _weights(self._checkpoint.tensors[name])
+
+        def progress(finished: int) -> None:
+            self._done += finished
+            self._report(name)
+
+        assert plan.bits is not None
+        tensor = compressor.compress(name, plan.bits, plan.granularity, progress)
+        writer.add_matrix(name, tensor.spec, tensor.arrays)
+        record["quantized_weights"] += weights
+        record["entropy_bits"] += tensor.entropy_bits * weights
+        record["huffman_bits"] += tensor.huffman_bits * weights
+
+    def _report(self, name: str) -> None:
+        if self._on_progress is not None:
+            self._on_progress(CompressProgress(self._done, self._total, name))
+
+
+def _weights(info: TensorInfo) -> int:
+    count = 1
+    for length in info.shape:
+        count *= length
+    return count
+
+
+def _plan_shards(checkpoint: Checkpoint, plans: dict[str, TensorPlan], shard_bytes: int) -> list[list[str]]:
+    """Consecutive tensors whose source bytes fit `shard_bytes`; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = []
+    size = 0
+    for name in plans:
+        tensor_bytes = checkpoint.tensors[name].size_bytes
+        if not shards or size + tensor_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor_bytes
+    if not shards:
+        raise FormatError(f"{checkpoint.path} has no tensors")
+    return shards
+
+
+def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions) -> dict[str, Any]:
+    """What must be equal for a run to continue an interrupted one."""
+    files = {info.file for info in checkpoint.tensors.values()}
+    return {
+        "format_version": FORMAT_VERSION,
+        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+        "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
+        "prefer": options.prefer,
+        "shard_bytes": options.shard_bytes,
+    }
+
+
+def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[NDArray[Any]]:
+    """A tensor in runs of rows of about 16 MB."""
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, _COPY_ROWS_BYTES * rows // max(1, info.size_bytes))
+    for begin in range(0, rows, step):
+        part = (info.name, begin, min(rows, begin + step)) if info.shape else (info.name,)
+        yield checkpoint.read(*part) if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
+
+
+def _finish(
+    checkpoint: Checkpoint, folder: OutputFolder, records: list[dict[str, Any]], options: CompressOptions
+) -> None:
+    """Write what surrounds the shards: index, configuration, tokenizer files."""
+    for file in checkpoint.side_files():
+        if file.name != "config.json":
+            shutil.copyfile(file, folder.partial / file.name)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config["quantization_config"] = {
+        "quant_method": layout.QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "bits": options.bits,
+        "granularity": options.granularity,
+        "prefer": options.prefer,
+    }
+    folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    if len(records) > 1:
+        names = {entry: record["file"] for record in records for entry in record["entries"]}
+        write_index(folder, names, sum(record["file_bytes"] for record in records))
+    for record in records:
+        (folder.partial / record["file"]).with_suffix(".json").unlink()
+
+
+def _summarize(
+    checkpoint: Checkpoint, out: Path, records: list[dict[str, Any]], elapsed_s: float, resumed: int
+) -> CompressResult:
+    coded = sum(record["quantized_weights"] for record in records)
+    file_bytes = sum(record["file_bytes"] for record in records)
+    kept = sum(record["kept_bytes"] for record in records)
+    weights = sum(_weights(info) for info in checkpoint.tensors.values())
+    per_weight = max(1, coded)
+    return CompressResult(
+        path=out,
+        weights=weights,
+        quantized_weights=coded,
+        source_bytes=sum(f.stat().st_size for f in {info.file for info in checkpoint.tensors.values()}),
+        file_bytes=file_bytes,
+        file_bits=file_bytes * 8 / max(1, weights),
+        entropy_bits=sum(record["entropy_bits"] for record in records) / per_weight,
+        huffman_bits=sum(record["huffman_bits"] for record in records) / per_weight,
+        coded_bits=(file_bytes - kept) * 8 / per_weight,
+        elapsed_s=elapsed_s,
+        resumed_weights=resumed,
+    )

@@ -1,0 +1,97 @@
+"""Byte layout of a compressed safetensors file: entry names, alignment, header; see docs/format.md."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm._core import SLACK_BYTES
+from entrollm.specs import FORMAT_VERSION
+
+ALIGNMENT_BYTES = 64
+QUANT_METHOD = "entrollm"
+INDEX_NAME = "model.safetensors.index.json"
+# Keys of __metadata__ that are not tensor names.
+VERSION_KEY = "entrollm.version"
+FORMAT_KEY = "format"
+
+# A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum.
+DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = SUFFIXES = (
+    ".dense",
+    ".sparse",
+    ".sparse_sizes",
+    ".scale",
+    ".offset",
+    ".column_scale",
+)
+SUFFIX_DTYPES: Mapping[str, str] = {
+    DENSE: "U8",
+    SPARSE: "U8",
+    SPARSE_SIZES: "U16",
+    SCALE: "F32",
+    OFFSET: "F32",
+    COLUMN_SCALE: "F32",
+}
+# Streams that the engine reads in place; the others are small and copied at load.
+STREAMS = (DENSE, SPARSE)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """One tensor of a safetensors file that is being written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Join the parts of a stream and pad it: wide loads may run past its end, and the next stream must be aligned.
+
+    An empty stream stays empty and is not stored.
+    """
+    chunks = list(parts)
+    size = sum(chunk.size for chunk in chunks)
+    if size == 0:
+        return np.zeros(0, np.uint8)
+    stored = -(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return np.concatenate([*chunks, np.zeros(stored - size, np.uint8)])
+
+
+def checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 over the stored arrays of one matrix, keyed by suffix, in the order of SUFFIXES."""
+    value = 0
+    for suffix in SUFFIXES:
+        if suffix in arrays:
+            value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)
+    return value
+
+
+def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose data starts at a multiple of ALIGNMENT_BYTES."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.size_bytes
+        fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_metadata(specs: Mapping[str, str]) -> dict[str, str]:
+    """The __metadata__ of a file with these matrices (name to JSON spec)."""
+    return {FORMAT_KEY: "pt", VERSION_KEY: str(FORMAT_VERSION), **specs}
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file name of shard `index` (from 0) of `count`, as transformers names them."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,273 @@
+"""Open a compressed model folder: every structure is checked once here, code bytes stay in the memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.checkpoint.model_folder import open_weight_files
+from entrollm.checkpoint.safetensors_file import SafetensorsFile, parse_json_object
+from entrollm.container import layout
+from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
+from entrollm.specs import FORMAT_VERSION, TensorSpec
+
+_NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
+_NO_SIZES = np.zeros(0, np.uint16)
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix that is read straight from its coded bytes.
+
+    Attributes:
+        name: the tensor's name.
+        spec: what it is.
+        stored_bytes: all its bytes in the file, without its share of the header.
+    """
+
+    name: str
+    spec: TensorSpec
+    stored_bytes: int
+    _native: _core.CodedMatrix
+
+    def multiply(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+        """Multiply: float32 (n, columns) -> float32 (n, rows).
+
+        Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            return self._native.multiply(np.ascontiguousarray(x), pool)
+        except _core.CorruptBlockError as error:
+            raise self._corrupt(error) from None
+
+    def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
+        """Decode rows [begin, end): uint8 (end - begin, columns).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            return self._native.decode(begin, end, pool)
+        except _core.CorruptBlockError as error:
+            raise self._corrupt(error) from None
+
+    def dequantize(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Decode and dequantize some rows: float32 (len(rows), columns).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            return self._native.dequantize(rows)
+        except _core.CorruptBlockError as error:
+            raise self._corrupt(error) from None
+
+    def _corrupt(self, error: Exception) -> CorruptStreamError:
+        return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
+
+
+class CompressedModel:
+    """A folder written by `entrollm compress`; make it with `CompressedModel.open`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+        self.path = path
+        self.config = config
+        self._files: dict[str, SafetensorsFile] = {}
+        specs: dict[str, TensorSpec] = {}
+        plain: list[str] = []
+        for file in files.values():
+            _check_version(file)
+            coded = _read_specs(file)
+            used = {name + suffix for name in coded for suffix in layout.SUFFIXES}
+            plain += [name for name in file.tensors if name not in used]
+            specs.update(coded)
+            for name in [*coded, *file.tensors]:
+                if self._files.setdefault(name, file) is not file:
+                    raise FormatError(f"{path}: tensor {name!r} is in two shards")
+        self.specs: Mapping[str, TensorSpec] = MappingProxyType(specs)
+        self.plain = tuple(plain)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a compressed model folder.
+
+        Raises:
+            FormatError: the folder, a shard or a spec is malformed; the message names it.
+            UnsupportedError: the folder was written by a newer version.
+            ValueError: the path is not a folder of a compressed model.
+        """
+        path = Path(path)
+        config = read_config(path)
+        if not is_compressed(config):
+            raise ValueError(f"{path} is not a compressed model; `entrollm compress {path} -o OUT` makes one")
+        version = config["quantization_config"].get("version")
+        if version != FORMAT_VERSION:
+            raise UnsupportedError(
+                f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads version {FORMAT_VERSION}"
+            )
+        return cls(path, config, open_weight_files(path))
+
+    def matrix(self, name: str) -> CodedMatrix:
+        """Open one matrix, checking that its streams, blocks and code fit together.
+
+        Raises:
+            KeyError: no matrix has this name.
+            FormatError: the stored entries do not match the spec.
+        """
+        spec = self.specs[name]
+        arrays = self.stored_arrays(name)
+        scale = _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
+        if scale is None:
+            raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
+        try:
+            native = _core.CodedMatrix(
+                spec.code.program(),
+                spec.code.low_bits,
+                _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
+                arrays.get(layout.DENSE, _NO_STREAM),
+                arrays.get(layout.SPARSE, _NO_STREAM),
+                _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
+                scale,
+                _scales(name, "offset", spec.offset, arrays.get(layout.OFFSET)),
+                _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
+            )
+        except ValueError as error:
+            raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
+        return CodedMatrix(name, spec, sum(array.nbytes for array in arrays.values()), native)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor that was kept in its own type, as a read-only view of the file."""
+        return self._files[name].array(name)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors dtype of a tensor that was kept."""
+        return self._files[name].tensors[name].dtype
+
+    def stored_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The stored entries of a matrix, by suffix.
+
+        Raises:
+            FormatError: an entry has the wrong type.
+        """
+        file = self._files[name]
+        arrays = {}
+        for suffix in layout.SUFFIXES:
+            entry = file.tensors.get(name + suffix)
+            if entry is None:
+                continue
+            if entry.dtype != layout.SUFFIX_DTYPES[suffix] or len(entry.shape) != 1:
+                raise FormatError(
+                    f"{file.path}: {name + suffix!r} is {entry.dtype} {list(entry.shape)}, "
+                    f"expected one axis of {layout.SUFFIX_DTYPES[suffix]}"
+                )
+            arrays[suffix] = file.array(name + suffix)
+        return arrays
+
+    def check_checksum(self, name: str) -> None:
+        """Compare a matrix's bytes with its checksum.
+
+        Raises:
+            CorruptStreamError: they differ.
+        """
+        found = layout.checksum(self.stored_arrays(name))
+        expected = self.specs[name].checksum
+        if found != expected:
+            raise CorruptStreamError(
+                f"{self._files[name].path}: the bytes of {name!r} have CRC-32 {found:08x}, expected {expected:08x}; "
+                "the file is damaged, compress or fetch it again"
+            )
+
+    def file_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(file.size_bytes for file in {id(f): f for f in self._files.values()}.values())
+
+    def release(self, name: str) -> None:
+        """Tell the system that the bytes of a matrix or a kept tensor need not stay resident."""
+        file = self._files[name]
+        for entry in (name, *(name + suffix for suffix in layout.SUFFIXES)):
+            if entry in file.tensors:
+                file.release(entry)
+
+    def close(self) -> None:
+        """Let go of the files; matrices and views stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        FormatError: it is missing or malformed.
+        ValueError: the path is not a folder.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is {'a file' if path.exists() else 'missing'}; expected a model folder")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise FormatError(f"{path} has no config.json; expected a model folder")
+    return parse_json_object(config_path, config_path.read_bytes(), "the configuration")
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json belongs to a folder that `entrollm compress` wrote."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD
+
+
+def _check_version(file: SafetensorsFile) -> None:
+    version = file.metadata.get(layout.VERSION_KEY)
+    if version != str(FORMAT_VERSION):
+        raise UnsupportedError(f"{file.path}: format version {version!r}; this EntroLLM reads {FORMAT_VERSION}")
+
+
+def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
+    reserved = (layout.VERSION_KEY, layout.FORMAT_KEY)
+    specs = {
+        name: TensorSpec.from_json(text, f"{file.path}: {name}")
+        for name, text in file.metadata.items()
+        if name not in reserved
+    }
+    for name in specs:
+        if name in file.tensors:
+            raise FormatError(f"{file.path}: {name!r} is stored both coded and plain")
+    return specs
+
+
+def _scales(
+    name: str, what: str, value: float | None, stored: NDArray[np.float32] | None
+) -> NDArray[np.float32] | None:
+    """One scale for the tensor from its spec, or stored ones; finite, in aligned memory."""
+    if value is not None and stored is not None:
+        raise FormatError(f"{name}: its {what} is both in the spec and stored")
+    if value is not None:
+        return np.array([value], np.float32)
+    if stored is None:
+        return None
+    copied = _aligned(stored)
+    if not np.isfinite(copied).all():
+        raise FormatError(f"{name}: a {what} is not finite")
+    return copied
+
+
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy in aligned memory; safetensors only aligns what it happens to."""
+    return np.array(array)

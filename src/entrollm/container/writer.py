@@ -1,0 +1,114 @@
+"""Write safetensors files of coded matrices and plain tensors, streaming; a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.container import layout
+from entrollm.container.layout import StoredEntry
+from entrollm.specs import TensorSpec
+
+_COPY_BYTES = 1 << 22
+
+
+class ShardWriter:
+    """One safetensors file. Data is spooled beside it, then the header and the data are written under its name.
+
+    Coded matrices come first, so that their streams stay aligned; plain tensors follow.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[StoredEntry] = []
+        self._specs: dict[str, str] = {}
+        self._small: list[tuple[StoredEntry, NDArray[Any]]] = []
+        self._names: set[str] = set()
+        # Unnamed where the system can: an interrupted run leaves nothing behind.
+        self._spool = cast(BinaryIO, tempfile.TemporaryFile(dir=path.parent))  # noqa: SIM115 (closed with the writer)
+
+    def add_matrix(self, name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> TensorSpec:
+        """Add a coded matrix.
+
+        Args:
+            name: the tensor's name in the original checkpoint.
+            spec: its spec; the checksum is filled in here.
+            arrays: by suffix of layout.SUFFIXES, streams already padded; empty arrays are left out.
+        Returns:
+            the spec as stored.
+        """
+        stored = {suffix: array for suffix, array in arrays.items() if array.size}
+        spec = dataclasses.replace(spec, checksum=layout.checksum(stored))
+        for suffix in layout.SUFFIXES:
+            if suffix not in stored:
+                continue
+            array = stored[suffix]
+            entry = StoredEntry(name + suffix, layout.SUFFIX_DTYPES[suffix], array.shape, array.nbytes)
+            self._claim(entry.name)
+            if suffix in layout.STREAMS:
+                self.entries.append(entry)
+                self._spool.write(array.data)
+            else:
+                self._small.append((entry, array))
+        self._claim(name)
+        self._specs[name] = spec.to_json()
+        return spec
+
+    def add_plain(self, name: str, dtype: str, shape: tuple[int, ...], chunks: Iterable[NDArray[Any]]) -> int:
+        """Add a tensor in its own type, given as consecutive chunks; no coded matrix may follow. Returns its bytes."""
+        self._flush_small()
+        self._claim(name)
+        size_bytes = 0
+        for chunk in chunks:
+            data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
+            self._spool.write(data.data)
+            size_bytes += data.nbytes
+        self.entries.append(StoredEntry(name, dtype, shape, size_bytes))
+        return size_bytes
+
+    def close(self) -> None:
+        """Write the file, sync it to disk and give it its name."""
+        self._flush_small()
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with temporary.open("wb") as out:
+                out.write(layout.build_header(self.entries, layout.file_metadata(self._specs)))
+                self._spool.seek(0)
+                shutil.copyfileobj(self._spool, out, _COPY_BYTES)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+            self._spool.close()
+
+    def _claim(self, name: str) -> None:
+        if name in self._names:
+            raise ValueError(f"{self.path}: two entries are called {name!r}")
+        self._names.add(name)
+
+    def _flush_small(self) -> None:
+        for entry, array in self._small:
+            self.entries.append(entry)
+            self._spool.write(array.data)
+        self._small.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._spool.close()
