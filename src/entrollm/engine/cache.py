@@ -10,6 +10,8 @@ from entrollm.engine.config import ModelConfig
 from entrollm.engine.weights import Floats
 
 _INITIAL_POSITIONS = 256
+# Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
+_SKEW = 16
 
 
 class LayerCache:
@@ -23,13 +25,14 @@ class LayerCache:
         self._start = 0
         self._held = 0
         self._first = 0
-        self._keys = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
+        # Keys lie feature by feature: that is the layout in which one query against all of them is a fast product.
+        self._keys = np.empty((kv_heads, head_dim, 0), dtype=np.float32)
         self._values = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
 
     @property
     def capacity(self) -> int:
         """Positions that fit without a larger buffer."""
-        return self._keys.shape[1]
+        return self._values.shape[1]
 
     def append(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Add n positions and return all that the new ones may see.
@@ -37,7 +40,8 @@ class LayerCache:
         Args:
             keys, values: float32 (n, kv_heads, head_dim).
         Returns:
-            (keys, values): views, float32 (kv_heads, length, head_dim), n <= length; valid until the next call.
+            (keys, values): views, float32 (kv_heads, head_dim, length) and (kv_heads, length, head_dim), n <= length;
+            valid until the next call.
         """
         n = keys.shape[0]
         if self._window is not None and self._held >= self._window:
@@ -45,10 +49,10 @@ class LayerCache:
         if self._start + self._held + n > self.capacity:
             self._make_room(n)
         stop = self._start + self._held
-        self._keys[:, stop : stop + n] = keys.transpose(1, 0, 2)
+        self._keys[:, :, stop : stop + n] = keys.transpose(1, 2, 0)
         self._values[:, stop : stop + n] = values.transpose(1, 0, 2)
         self._held += n
-        return self._keys[:, self._start : stop + n], self._values[:, self._start : stop + n]
+        return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""
@@ -69,19 +73,16 @@ class LayerCache:
     def _make_room(self, n: int) -> None:
         capacity = self.capacity
         needed = self._held + n
-        # Moving within the buffer pays only if it frees about half; else a window would move at every token.
-        grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed)
+        # Moving within the capacity pays only if it frees about half; else a window would move at every token.
+        grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed) + _SKEW
         held = slice(self._start, self._start + self._held)
-        self._keys = _moved(self._keys[:, held], grown)
-        self._values = _moved(self._values[:, held], grown)
+        keys, values = self._keys[:, :, held], self._values[:, held]
+        kv_heads, head_dim, _ = keys.shape
+        self._keys = np.empty((kv_heads, head_dim, grown), dtype=np.float32)
+        self._values = np.empty((kv_heads, grown, head_dim), dtype=np.float32)
+        self._keys[:, :, : self._held] = keys
+        self._values[:, : self._held] = values
         self._start = 0
-
-
-def _moved(held: Floats, capacity: int) -> Floats:
-    kv_heads, length, head_dim = held.shape
-    buffer = np.empty((kv_heads, capacity, head_dim), dtype=np.float32)
-    buffer[:, :length] = held
-    return buffer
 
 
 class Cache:

@@ -63,13 +63,14 @@ def attention(queries: Floats, keys: Floats, values: Floats, window: int | None 
 
     Args:
         queries: float32 (n, heads, head_dim); the last n positions of the `length`.
-        keys, values: float32 (kv_heads, length, head_dim); length >= n and heads a multiple of kv_heads.
+        keys: float32 (kv_heads, head_dim, length); length >= n and heads a multiple of kv_heads.
+        values: float32 (kv_heads, length, head_dim).
         window: how many positions back, itself included, a query sees; None for all.
     Returns:
         float32 (n, heads * head_dim).
     """
     n, heads, head_dim = queries.shape
-    kv_heads, length, _ = keys.shape
+    kv_heads, _, length = keys.shape
     queries = np.multiply(queries, np.float32(head_dim**-0.5))
     if n == 1 and (window is None or length <= window):
         grouped = queries.reshape(kv_heads, heads // kv_heads, head_dim)
@@ -87,7 +88,7 @@ def attention(queries: Floats, keys: Floats, values: Floats, window: int | None 
         if window is not None:
             hidden |= columns <= rows - window
         grouped = queries[start:stop].transpose(1, 0, 2).reshape(kv_heads, -1, head_dim)
-        mixed = _weighted_values(grouped, keys[:, first:last], values[:, first:last], hidden)
+        mixed = _weighted_values(grouped, keys[:, :, first:last], values[:, first:last], hidden)
         output[start:stop] = mixed.reshape(heads, stop - start, head_dim).transpose(1, 0, 2)
     return output.reshape(n, heads * head_dim)
 
@@ -95,8 +96,8 @@ def attention(queries: Floats, keys: Floats, values: Floats, window: int | None 
 def _weighted_values(
     queries: Floats, keys: Floats, values: Floats, hidden: np.ndarray[tuple[int, int], np.dtype[np.bool_]] | None
 ) -> Floats:
-    """softmax(queries keys^T) values per key-value head; rows of queries repeat as often as `hidden` has rows."""
-    scores: Floats = queries @ keys.transpose(0, 2, 1)
+    """softmax(queries keys) values per key-value head; rows of queries repeat as often as `hidden` has rows."""
+    scores: Floats = queries @ keys
     if hidden is not None:
         per_head = scores.reshape(scores.shape[0], -1, *hidden.shape)
         np.copyto(per_head, np.float32(-np.inf), where=hidden)
