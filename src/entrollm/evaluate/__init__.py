@@ -1,0 +1,19 @@
+"""Measure models on a text: perplexity, and divergence from a reference model."""
+
+from entrollm.evaluate.divergence import Divergence
+from entrollm.evaluate.perplexity import Perplexity
+from entrollm.evaluate.run import Evaluation, LanguageModel, evaluate
+from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text
+
+__all__ = [
+    "DEFAULT_WINDOW",
+    "Divergence",
+    "Evaluation",
+    "LanguageModel",
+    "Perplexity",
+    "Protocol",
+    "Windows",
+    "cut_windows",
+    "evaluate",
+    "read_text",
+]

@@ -1,0 +1,107 @@
+"""Evaluate models on a text in one pass; the reference's logits are used window by window and never kept."""
+
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.errors import EntroLLMError
+from entrollm.evaluate.divergence import Divergence, summarize_divergences, token_divergences, top1_agreements
+from entrollm.evaluate.perplexity import Float32, Float64, Perplexity, summarize_losses, token_losses
+from entrollm.evaluate.windows import Windows
+
+Int64 = NDArray[np.int64]
+
+
+class LanguageModel(typing.Protocol):
+    """What is evaluated."""
+
+    def logits(self, ids: Int64, /) -> Float32:
+        """Return float32 logits, shape (n, vocabulary), of the token after each of ids, shape (n,)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's figures; `divergence` only where there was a reference."""
+
+    perplexity: Perplexity
+    divergence: Divergence | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as one JSON object, the divergence under 'kl'."""
+        result = self.perplexity.to_json()
+        if self.divergence is not None:
+            result["kl"] = self.divergence.to_json()
+        return result
+
+
+def evaluate(
+    models: Sequence[LanguageModel],
+    windows: Windows,
+    reference: LanguageModel | None = None,
+    progress: Callable[[float, float], None] | None = None,
+) -> tuple[list[Evaluation], Evaluation | None]:
+    """Measure models, and the reference too, on the windows of a text.
+
+    Args:
+        models: the models to measure.
+        windows: from `cut_windows`.
+        reference: what the models' predictions are compared with; it reads every window once, whatever their number.
+        progress: called after each window with the tokens done and in all.
+    Returns:
+        One evaluation per model, and the reference's.
+    Raises:
+        ValueError: a model and the reference have different vocabularies.
+        EntroLLMError: a model's logits are not finite.
+    """
+    tallies = [_Tally() for _ in models]
+    reference_tally = _Tally()
+    for number, ids in enumerate(windows.ids):
+        wanted = None if reference is None else _predict(reference, ids, number)
+        if wanted is not None:
+            reference_tally.add(wanted, ids, None)
+        for model, tally in zip(models, tallies, strict=True):
+            tally.add(_predict(model, ids, number), ids, wanted)
+        if progress is not None:
+            progress((number + 1) * len(ids), windows.ids.size)
+    evaluations = [tally.summarize(windows) for tally in tallies]
+    return evaluations, None if reference is None else reference_tally.summarize(windows)
+
+
+@dataclass
+class _Tally:
+    """What one model's predictions gave so far, one array per window."""
+
+    losses: list[Float64] = field(default_factory=list)
+    divergences: list[Float64] = field(default_factory=list)
+    agreements: list[NDArray[np.bool_]] = field(default_factory=list)
+
+    def add(self, logits: Float32, ids: Int64, wanted: Float32 | None) -> None:
+        self.losses.append(token_losses(logits, ids[1:]))
+        if wanted is None:
+            return
+        if wanted.shape != logits.shape:
+            raise ValueError(
+                f"the reference has a vocabulary of {wanted.shape[1]} and the model one of {logits.shape[1]}; "
+                "compare a model with what it was made from"
+            )
+        self.divergences.append(token_divergences(wanted, logits))
+        self.agreements.append(top1_agreements(wanted, logits))
+
+    def summarize(self, windows: Windows) -> Evaluation:
+        perplexity = summarize_losses(np.stack(self.losses), windows.text_tokens, windows.text_bytes)
+        if not self.divergences:
+            return Evaluation(perplexity)
+        return Evaluation(perplexity, summarize_divergences(np.stack(self.divergences), np.stack(self.agreements)))
+
+
+def _predict(model: LanguageModel, ids: Int64, number: int) -> Float32:
+    """Return the logits that predict ids[1:]."""
+    logits = model.logits(ids)[:-1]
+    # A sum is NaN or infinite if any logit is; the logits of a window are too many for a mask of them.
+    if not np.isfinite(logits.sum(dtype=np.float64)):
+        raise EntroLLMError(f"window {number}: the model's logits are not finite; its weights may be damaged")
+    return logits
