@@ -22,6 +22,27 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from entrollm.errors import EntroLLMError
+from entrollm.report.numbers import format_bytes, format_count, format_rate
+
+__all__ = [
+    "JsonOption",
+    "Stopwatch",
+    "ThreadsOption",
+    "describe_error",
+    "directory_size_bytes",
+    "examples_epilog",
+    "format_bytes",
+    "format_count",
+    "format_rate",
+    "guard",
+    "json_safe",
+    "message",
+    "print_json",
+    "progress_bar",
+    "stderr",
+    "stdout",
+    "warn",
+]
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -29,7 +50,6 @@ Result = TypeVar("Result")
 # Tables that are piped to a file or a pager keep their columns instead of being cut at 80.
 _PIPE_WIDTH = 160
 _TRACEBACK_VARIABLE = "ENTROLLM_TRACEBACK"
-_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; messages and progress go to stderr.")
@@ -103,45 +123,13 @@ def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]
 def examples_epilog(examples: Sequence[tuple[str, str]]) -> str:
     """Format (command line, what it does) pairs as the examples at the end of a command's help."""
     width = max(len(command) for command, _ in examples)
+    # A comment goes above its command where the two do not fit on a line of 80 columns.
+    aside = all(width + len(purpose) <= 72 for _, purpose in examples)
     lines = ["[bold]Examples[/bold]"]
-    lines += [
-        f"$ [cyan]{escape(command)}[/cyan]{' ' * (width - len(command))}  [dim]# {escape(purpose)}[/dim]"
-        for command, purpose in examples
-    ]
+    for command, purpose in examples:
+        shown, comment = f"$ [cyan]{escape(command)}[/cyan]", f"[dim]# {escape(purpose)}[/dim]"
+        lines += [f"{shown}{' ' * (width - len(command))}  {comment}"] if aside else [comment, shown]
     return "\n".join(lines)
-
-
-def format_bytes(size_bytes: float) -> str:
-    """Format a size with decimal units and three digits, as in '31.5 MB'."""
-    size = float(size_bytes)
-    for unit in _BYTE_UNITS:
-        if abs(size) < 999.5 or unit == _BYTE_UNITS[-1]:
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-
-
-def format_count(count: float) -> str:
-    """Format a count with three digits and a decimal suffix, as in '15.7 M'."""
-    number, suffix = _scale_count(count)
-    return f"{number} {suffix}".rstrip()
-
-
-def format_rate(amount: float, elapsed_s: float, unit: str = "B") -> str:
-    """Format `amount` per second: bytes for the unit 'B', else a count and its unit, as in '62.1 Mweights/s'."""
-    if elapsed_s <= 0:
-        return f"- {unit}/s"
-    if unit == "B":
-        return f"{format_bytes(amount / elapsed_s)}/s"
-    number, suffix = _scale_count(amount / elapsed_s)
-    return f"{number} {suffix}{unit}/s"
-
-
-def _scale_count(count: float) -> tuple[str, str]:
-    for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(count) >= 0.9995 * scale:
-            return f"{count / scale:.3g}", suffix
-    return f"{count:.3g}", ""
 
 
 def directory_size_bytes(folder: str | Path) -> int:
