@@ -54,6 +54,11 @@ class Model:
         """The tokenizer, or None for a model without tokenizer.json."""
         return self._tokenizer
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat works: the model says how a dialogue is laid out."""
+        return self._template is not None
+
     def new_cache(self) -> Cache:
         """An empty cache, to pass to successive generations that share a beginning."""
         return self._decoder.new_cache()

@@ -1,0 +1,132 @@
+"""`entrollm run`: continue a prompt."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from entrollm.cli.console import JsonOption, ThreadsOption, message, print_json
+
+if TYPE_CHECKING:
+    from entrollm.engine.generate import GenerationResult
+
+EXAMPLES = (
+    ('entrollm run OUT -p "Once upon a time"', "the likeliest text"),
+    ('entrollm run OUT -p "Once" --temperature 0.8 --seed 1', "a sampled one"),
+    ("entrollm run OUT < prompt.txt --max-tokens 500", "prompt from a file"),
+    ('entrollm run OUT -p "Q: 2+2?" --stop "Q:" --json', "for scripts"),
+)
+
+# Shared with `entrollm chat`. What is left out comes from the model's generation_config.json.
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="Model folder or Hub id, compressed or not.", show_default=False)
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, metavar="N", help="At most N new tokens; by default 256.")
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token; higher is more random.")
+]
+TopKOption = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Sample among the K likeliest tokens.")]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Sample among the likeliest tokens of total probability P.")
+]
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", metavar="P", help="Drop tokens less likely than P times the likeliest.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="X", help="Above 1 makes used tokens less likely.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Makes sampling reproducible.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; can be repeated.")
+]
+
+
+def command(
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; by default standard input."),
+    ] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Continue a prompt, printing text as it is generated.
+
+    The text goes to standard output, the speed to standard error. Options that
+    are left out come from the model's generation_config.json; without one, the
+    likeliest token is taken. --top-k, --top-p or --min-p turn sampling on.
+    """
+    from entrollm.engine.load import load
+
+    text = _read_prompt(prompt)
+    loaded = load(model, threads=threads)
+    stream = loaded.stream(
+        text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
+    try:
+        for piece in stream:
+            if not json_output:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    finally:
+        if not json_output:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if json_output:
+        print_json({"model": model, "prompt": text, **result_to_json(stream.result)})
+    message(describe_speed(stream.result))
+
+
+def result_to_json(result: GenerationResult) -> dict[str, Any]:
+    """The fields of a result, as --json prints them."""
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "prefill_s": result.prefill_s,
+        "decode_s": result.decode_s,
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def describe_speed(result: GenerationResult) -> str:
+    """One line on how much was generated, how fast and why it ended."""
+    reasons = {
+        "stop": "the model ended the text",
+        "length": "--max-tokens reached",
+        "context": "the model's context is full",
+        "unfinished": "interrupted",
+    }
+    return (
+        f"{len(result.token_ids)} tokens at {result.tokens_per_second:.1f} tokens/s after {result.prefill_s:.2f} s "
+        f"for {result.prompt_tokens} prompt tokens; {reasons[result.finish_reason]}"
+    )
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if sys.stdin.isatty():
+        raise ValueError("there is no prompt: give one with -p TEXT, or pipe text in")
+    return sys.stdin.read()
