@@ -105,12 +105,13 @@ nb::ndarray<nb::numpy, std::uint8_t> decode(const PyMatrix& self, std::size_t be
   return result;
 }
 
-nb::ndarray<nb::numpy, float> dequantize(const PyMatrix& self, Vector<std::int64_t> rows) {
+nb::ndarray<nb::numpy, float> dequantize(const PyMatrix& self, Vector<std::int64_t> rows,
+                                          ThreadPool& pool) {
   const std::size_t shape[2] = {rows.size(), self.matrix.geometry().columns};
   float* out = allocate<float>(shape[0] * shape[1]);
   auto result = own(out, shape);
   const nb::gil_scoped_release release;
-  self.matrix.dequantize(view(rows), out);
+  self.matrix.dequantize(pool, view(rows), out);
   return result;
 }
 
@@ -172,7 +173,7 @@ NB_MODULE(_core, m) {
            "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
       .def("multiply", &multiply, "x"_a, "pool"_a)
       .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
-      .def("dequantize", &dequantize, "rows"_a);
+      .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);

@@ -180,26 +180,52 @@ void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
   if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
 }
 
-void CodedMatrix::dequantize(std::span<const std::int64_t> rows, float* out) const {
-  ThreadPool here(1);
-  std::vector<std::uint8_t> symbols(geometry_.columns);
-  for (std::size_t n = 0; n < rows.size(); ++n) {
-    if (rows[n] < 0 || static_cast<std::size_t>(rows[n]) >= geometry_.rows) {
+void CodedMatrix::dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const {
+  const float scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
+  const bool shifted = !scales_.offset.empty();
+  const float offset = shifted ? scales_.offset[scales_.offset.size() == 1 ? 0 : i] : 0.0f;
+  for (std::size_t j = 0; j < geometry_.columns; ++j) {
+    // Rounded after the product and after the sum: the build forbids contraction to an FMA.
+    float value = static_cast<float>(symbols[j]) * scale;
+    if (shifted) value = value + offset;
+    if (!scales_.column_scale.empty()) value = value * scales_.column_scale[j];
+    out[j] = value;
+  }
+}
+
+void CodedMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> rows,
+                             float* out) const {
+  for (const std::int64_t row : rows) {
+    if (row < 0 || static_cast<std::size_t>(row) >= geometry_.rows) {
       throw std::invalid_argument("row index out of range");
     }
-    const auto i = static_cast<std::size_t>(rows[n]);
-    decode(here, i, i + 1, symbols.data());
-    const float scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
-    const float offset =
-        scales_.offset.empty() ? 0.0f : scales_.offset[scales_.offset.size() == 1 ? 0 : i];
-    for (std::size_t j = 0; j < geometry_.columns; ++j) {
-      // Rounded after the product and after the sum: the build forbids contraction to an FMA.
-      float value = static_cast<float>(symbols[j]) * scale;
-      if (!scales_.offset.empty()) value = value + offset;
-      if (!scales_.column_scale.empty()) value = value * scales_.column_scale[j];
-      out[n * geometry_.columns + j] = value;
-    }
   }
+  constexpr std::size_t kRowsPerTask = 64;
+  std::atomic<std::size_t> bad_group{SIZE_MAX};
+  pool.run((rows.size() + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task, std::size_t) {
+    // Runs of rows usually share their block: keep the last group decoded.
+    std::vector<std::uint8_t> symbols(geometry_.block_rows * geometry_.columns);
+    std::size_t decoded = SIZE_MAX;
+    DecodeScratch& scratch = thread_scratch(code_, max_block());
+    const std::size_t end = std::min(rows.size(), (task + 1) * kRowsPerTask);
+    for (std::size_t n = task * kRowsPerTask; n < end; ++n) {
+      const auto i = static_cast<std::size_t>(rows[n]);
+      const std::size_t group = i / geometry_.block_rows;
+      const std::size_t begin = group * geometry_.block_rows;
+      for (std::size_t part = 0; group != decoded && part < geometry_.blocks_per_group(); ++part) {
+        if (!decode_part(group, part, scratch)) {
+          bad_group = group;
+          return;
+        }
+        copy_rows(group, part, begin, begin + geometry_.rows_in(group), scratch.block(),
+                  symbols.data());
+      }
+      decoded = group;
+      dequantize_row(i, symbols.data() + (i - begin) * geometry_.columns,
+                     out + n * geometry_.columns);
+    }
+  });
+  if (bad_group != SIZE_MAX) throw_corrupt(bad_group * geometry_.blocks_per_group());
 }
 
 }  // namespace entrollm

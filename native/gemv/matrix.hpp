@@ -44,13 +44,14 @@ class CodedMatrix {
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
 
   // Dequantized values of the given rows into out (rows.size(), columns). Throws CorruptBlock.
-  void dequantize(std::span<const std::int64_t> rows, float* out) const;
+  void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
   struct Work;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
   bool multiply_group(std::size_t group, Work& work, std::size_t worker) const;
+  void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
   void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 

@@ -88,8 +88,9 @@ def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) ->
 
 
 def file_metadata(specs: Mapping[str, str]) -> dict[str, str]:
-    """The __metadata__ of a file with these matrices (name to JSON spec)."""
-    return {FORMAT_KEY: "pt", VERSION_KEY: str(FORMAT_VERSION), **specs}
+    """The __metadata__ of a file with these matrices (name to JSON spec); without any it is an ordinary file."""
+    version = {VERSION_KEY: str(FORMAT_VERSION)} if specs else {}
+    return {FORMAT_KEY: "pt", **version, **specs}
 
 
 def shard_name(index: int, count: int) -> str:

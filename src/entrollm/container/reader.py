@@ -61,14 +61,14 @@ class CodedMatrix:
         except _core.CorruptBlockError as error:
             raise self._corrupt(error) from None
 
-    def dequantize(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
 
         Raises:
             CorruptStreamError: a block does not decode.
         """
         try:
-            return self._native.dequantize(rows)
+            return self._native.dequantize(rows, pool)
         except _core.CorruptBlockError as error:
             raise self._corrupt(error) from None
 
@@ -86,7 +86,6 @@ class CompressedModel:
         specs: dict[str, TensorSpec] = {}
         plain: list[str] = []
         for file in files.values():
-            _check_version(file)
             coded = _read_specs(file)
             used = {name + suffix for name in coded for suffix in layout.SUFFIXES}
             plain += [name for name in file.tensors if name not in used]
@@ -233,13 +232,13 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD
 
 
-def _check_version(file: SafetensorsFile) -> None:
+def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
+    """The specs of a file's coded matrices; a file without the version key has none."""
     version = file.metadata.get(layout.VERSION_KEY)
+    if version is None:
+        return {}
     if version != str(FORMAT_VERSION):
         raise UnsupportedError(f"{file.path}: format version {version!r}; this EntroLLM reads {FORMAT_VERSION}")
-
-
-def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
     reserved = (layout.VERSION_KEY, layout.FORMAT_KEY)
     specs = {
         name: TensorSpec.from_json(text, f"{file.path}: {name}")

@@ -22,7 +22,7 @@ class CodedLinear:
 
     def rows(self, ids: Ids, /) -> Floats:
         """Look up: int64 (n,) -> float32 (n, in_features)."""
-        return self._matrix.dequantize(ids)
+        return self._matrix.dequantize(ids, self._pool)
 
 
 class DenseLinear:

@@ -1,0 +1,114 @@
+"""`entrollm compress`: a checkpoint to a coded model folder."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+
+if TYPE_CHECKING:
+    from entrollm.compress import CompressResult
+
+EXAMPLES = (
+    ("entrollm compress MODEL -o OUT", "4-bit grids, coded for size"),
+    ("entrollm compress MODEL -o OUT --bits 8", "nearly lossless"),
+    ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
+    ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
+    ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
+)
+
+
+class Granularity(StrEnum):
+    """One grid per tensor, or one per row."""
+
+    tensor = "tensor"
+    row = "row"
+
+
+class Prefer(StrEnum):
+    """What decides between codes."""
+
+    size = "size"
+    speed = "speed"
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)
+    ],
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bits",
+            metavar="N|GLOB=N",
+            help="Grid width, 2 to 8 (by default 4); with GLOB= for the tensors that match. The last match wins.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="GLOB", help="Leave the tensors that match in their own type."),
+    ] = None,
+    granularity: Annotated[
+        Granularity, typer.Option("--granularity", help="One grid per tensor, as in the paper, or one per row.")
+    ] = Granularity.tensor,
+    prefer: Annotated[
+        Prefer, typer.Option("--prefer", help="The fewest bits, or the fastest decoding within 0.25 bits of them.")
+    ] = Prefer.size,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Quantize a checkpoint, entropy-code it and write a model folder.
+
+    Matrices (linear layers, embeddings, output head) are rounded to a uniform grid and coded; norms and biases keep
+    their type. The folder appears when it is complete; after an interruption, the same command goes on where it
+    stopped.
+    """
+    from entrollm.compress import CompressOptions, compress
+    from entrollm.compress.pipeline import CompressProgress
+    from entrollm.quantize.select import parse_bits
+
+    default_bits, overrides = parse_bits(bits or [], keep or [])
+    options = CompressOptions(
+        bits=4 if default_bits is None else default_bits,
+        granularity=granularity.value,
+        overrides=overrides,
+        prefer=prefer.value,
+        threads=threads,
+    )
+    with progress_bar("compressing", "weights", quiet=json_output) as update:
+
+        def show(progress: CompressProgress) -> None:
+            update(progress.weights_done, progress.weights)
+
+        result = compress(model, out, options, overwrite=overwrite, on_progress=show)
+    if json_output:
+        print_json(result.to_json())
+    else:
+        _print_summary(result)
+
+
+def _print_summary(result: CompressResult) -> None:
+    from entrollm.report import format_bytes, format_count, format_rate
+
+    done = result.quantized_weights - result.resumed_weights
+    stdout.print(
+        f"[bold]{result.path}[/bold]: {format_bytes(result.source_bytes)} -> "
+        f"[bold green]{format_bytes(result.file_bytes)}[/bold green], "
+        f"{result.file_bits:.3f} bits/weight over {format_count(result.weights)} weights"
+    )
+    stdout.print(
+        f"coded weights: entropy {result.entropy_bits:.3f}, Huffman optimum {result.huffman_bits:.3f}, "
+        f"in the file {result.coded_bits:.3f} bits"
+    )
+    resumed = f" ({format_count(result.resumed_weights)} were finished before)" if result.resumed_weights else ""
+    stdout.print(
+        f"{result.elapsed_s:.1f} s, {format_rate(done, result.elapsed_s, 'weights')}, "
+        f"read {format_rate(result.source_bytes, result.elapsed_s)}, "
+        f"written {format_rate(result.file_bytes, result.elapsed_s)}{resumed}"
+    )

@@ -1,0 +1,54 @@
+"""`entrollm export`: back to an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+
+EXAMPLES = (
+    ("entrollm export OUT -o DIR", "decoded, in the original types"),
+    ("entrollm export OUT -o DIR --dtype f32", "the dequantized values exactly"),
+)
+
+
+class DataType(StrEnum):
+    """Type of the decoded matrices."""
+
+    original = "original"
+    bf16 = "bf16"
+    f16 = "f16"
+    f32 = "f32"
+
+
+def command(
+    model: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder made by `entrollm compress`.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint folder to make.", show_default=False)
+    ],
+    dtype: Annotated[
+        DataType, typer.Option("--dtype", help="Type of the decoded matrices; f32 holds them exactly.")
+    ] = DataType.original,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Decode a compressed folder to a checkpoint that any Hugging Face tool reads."""
+    from entrollm import _core
+    from entrollm.compress.export import export
+    from entrollm.container.reader import CompressedModel
+    from entrollm.report import format_bytes, format_count
+    from entrollm.threads import default_threads
+
+    pool = _core.ThreadPool(threads or default_threads())
+    with CompressedModel.open(model) as opened, progress_bar("exporting", "weights", quiet=json_output) as update:
+        result = export(opened, out, pool, dtype.value, update)
+    if json_output:
+        print_json(result.to_json())
+    else:
+        stdout.print(f"[bold]{out}[/bold]: {format_count(result.weights)} weights, {format_bytes(result.file_bytes)}")

@@ -1,0 +1,57 @@
+"""`entrollm verify`: whether a compressed folder is whole and true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entrollm.cli.console import JsonOption, Stopwatch, ThreadsOption, print_json, progress_bar, stdout
+
+EXAMPLES = (
+    ("entrollm verify OUT", "checksums, structure, exact coding"),
+    ("entrollm verify OUT --against MODEL", "and the integers against the original"),
+)
+
+
+def command(
+    model: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder made by `entrollm compress`.", show_default=False)
+    ],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The original checkpoint: a folder or a Hub id.")
+    ] = None,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Check checksums and structure, decode everything and encode it again bit for bit.
+
+    With --against, the original is quantized again and must give the same integers, its error must be the stored
+    one, and tensors that keep their type must be equal. Stops with exit code 1 at the first difference.
+    """
+    from contextlib import nullcontext
+
+    from entrollm import _core
+    from entrollm.checkpoint import Checkpoint, resolve
+    from entrollm.compress.verify import verify
+    from entrollm.container.reader import CompressedModel
+    from entrollm.report import format_count, format_rate
+    from entrollm.threads import default_threads
+
+    watch = Stopwatch()
+    with (
+        CompressedModel.open(model) as opened,
+        Checkpoint.open(resolve(against)) if against else nullcontext() as original,
+        progress_bar("verifying", "weights", quiet=json_output) as update,
+    ):
+        result = verify(opened, _core.ThreadPool(threads or default_threads()), original, update)
+    if json_output:
+        print_json({"model": str(model), "against": against, "ok": True, **result.to_json()})
+        return
+    agreement = "; equal to the original's integers" if result.compared else ""
+    stdout.print(
+        f"[bold green]ok[/bold green] {model}: {result.matrices} matrices, {format_count(result.weights)} weights "
+        f"decode and encode exactly, {result.kept} kept tensors{agreement} "
+        f"({format_rate(result.weights, watch.elapsed_s, 'weights')})"
+    )

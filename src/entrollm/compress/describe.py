@@ -1,0 +1,183 @@
+"""What a compressed folder holds, tensor by tensor, measured from its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.codec.huffman import entropy_bits, huffman_bits
+from entrollm.container.reader import CodedMatrix, CompressedModel
+from entrollm.specs import Code, Field, Leaf, Node, Split
+
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """One coded matrix; bits are per weight.
+
+    Attributes:
+        name, shape, grid: what it is and how it was quantized.
+        code: the shape of its code, such as "raw 2 + huffman, 12 nodes".
+        symbols: distinct integers that occur.
+        entropy_bits, huffman_bits: of the integers' histogram.
+        file_bits: stored, without a share of the file's header.
+        relative_error: RMS quantization error over the RMS of the original weights.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    grid: str
+    code: str
+    symbols: int
+    entropy_bits: float
+    huffman_bits: float
+    file_bits: float
+    relative_error: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """A compressed folder; means are over coded weights.
+
+    Attributes:
+        tensors: the coded matrices.
+        kept: names of the tensors in their own type, which hold kept_weights in kept_bytes.
+        file_bytes: all weight files, headers included; file_bits are per weight of the whole model.
+    """
+
+    tensors: tuple[TensorReport, ...]
+    kept: tuple[str, ...]
+    kept_weights: int
+    kept_bytes: int
+    file_bytes: int
+
+    @property
+    def coded_weights(self) -> int:
+        """Weights in coded matrices."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        """All weights of the model."""
+        return self.coded_weights + self.kept_weights
+
+    @property
+    def entropy_bits(self) -> float:
+        """Mean entropy per coded weight."""
+        return sum(t.entropy_bits * t.weights for t in self.tensors) / max(1, self.coded_weights)
+
+    @property
+    def huffman_bits(self) -> float:
+        """Mean Huffman optimum per coded weight."""
+        return sum(t.huffman_bits * t.weights for t in self.tensors) / max(1, self.coded_weights)
+
+    @property
+    def coded_bits(self) -> float:
+        """Stored bits per coded weight: all of the files but the kept tensors."""
+        return (self.file_bytes - self.kept_bytes) * 8 / max(1, self.coded_weights)
+
+    @property
+    def file_bits(self) -> float:
+        """Stored bits per weight of the whole model, everything included."""
+        return self.file_bytes * 8 / max(1, self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """Totals and tensors."""
+        totals = ("weights", "coded_weights", "kept_weights", "kept_bytes", "file_bytes")
+        bits = ("file_bits", "coded_bits", "entropy_bits", "huffman_bits")
+        return {
+            **{key: getattr(self, key) for key in (*totals, *bits)},
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "kept": list(self.kept),
+        }
+
+
+def describe(
+    model: CompressedModel, pool: _core.ThreadPool, on_progress: Callable[[float, float], None] | None = None
+) -> ModelReport:
+    """Decode every matrix once and report what its integers and its bytes are.
+
+    Args:
+        model: the folder.
+        pool: threads to decode on.
+        on_progress: called with the weights done and the weights in all.
+    Raises:
+        FormatError: a matrix is malformed or does not decode.
+    """
+    total = sum(spec.rows * spec.columns for spec in model.specs.values())
+    done = 0
+    reports = []
+    for name in model.specs:
+        matrix = model.matrix(name)
+        reports.append(_describe_matrix(matrix, pool))
+        model.release(name)
+        done += reports[-1].weights
+        if on_progress is not None:
+            on_progress(done, total)
+    kept = [model.array(name) for name in model.plain]
+    return ModelReport(
+        tensors=tuple(reports),
+        kept=model.plain,
+        kept_weights=sum(array.size for array in kept),
+        kept_bytes=sum(array.nbytes for array in kept),
+        file_bytes=model.file_bytes(),
+    )
+
+
+def symbol_chunks(matrix: CodedMatrix, pool: _core.ThreadPool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Decode a matrix in runs of whole row groups: (first row, symbols)."""
+    spec = matrix.spec
+    step = max(1, _CHUNK_WEIGHTS // (spec.columns * spec.blocks.rows)) * spec.blocks.rows
+    for begin in range(0, spec.rows, step):
+        yield begin, matrix.symbols(begin, min(spec.rows, begin + step), pool)
+
+
+def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorReport:
+    spec = matrix.spec
+    counts = np.zeros(256, np.int64)
+    for _, symbols in symbol_chunks(matrix, pool):
+        counts += _core.histogram(symbols)
+    histogram = [int(c) for c in counts]
+    return TensorReport(
+        name=matrix.name,
+        shape=(spec.rows, spec.columns),
+        grid=spec.grid,
+        code=describe_code(spec.code),
+        symbols=sum(1 for c in histogram if c),
+        entropy_bits=entropy_bits(histogram),
+        huffman_bits=huffman_bits(histogram),
+        file_bits=matrix.stored_bytes * 8 / (spec.rows * spec.columns),
+        relative_error=spec.relative_error,
+    )
+
+
+def describe_code(code: Code) -> str:
+    """The shape of a code in words: a cascade's field widths, or a tree and its nodes."""
+    low = f" + {code.low_bits} raw" if code.low_bits else ""
+    if isinstance(code.tree, Leaf):
+        return "constant" + low
+    widths = []
+    node: Node | None = code.tree
+    while isinstance(node, Field):
+        widths.append(node.bits)
+        node = node.escape
+    if node is None:
+        return "flat " + "-".join(map(str, widths)) + low
+    return f"tree of {_count_nodes(code.tree)}" + low
+
+
+def _count_nodes(node: Node) -> int:
+    if isinstance(node, Split):
+        return 1 + _count_nodes(node.left) + _count_nodes(node.right)
+    return 1 + (_count_nodes(node.escape) if isinstance(node, Field) and node.escape is not None else 0)

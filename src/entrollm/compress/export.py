@@ -1,0 +1,130 @@
+"""Decode a compressed folder back to an ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.checkpoint import DTYPES
+from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.container import layout
+from entrollm.container.reader import CompressedModel
+from entrollm.container.writer import ShardWriter
+
+ExportType = Literal["original", "bf16", "f16", "f32"]
+
+_DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+_TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+_SHARD_BYTES = 4 << 30
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """An exported checkpoint: its folder, weights and the bytes of its weight files."""
+
+    path: Path
+    weights: int
+    file_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, the path as text."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def export(
+    model: CompressedModel,
+    out: str | Path,
+    pool: _core.ThreadPool,
+    dtype: ExportType = "original",
+    on_progress: Callable[[float, float], None] | None = None,
+) -> ExportResult:
+    """Write the dequantized weights as a checkpoint that any Hugging Face tool reads.
+
+    Args:
+        model: the folder to decode.
+        out: the folder to make; it appears only when complete.
+        pool: threads to decode on.
+        dtype: type of the decoded matrices; "original" is each tensor's type before compression. f32 holds the
+            dequantized values exactly, the others round them.
+        on_progress: called with the weights done and the weights in all.
+    Raises:
+        FormatError: a matrix is malformed or does not decode.
+        ValueError: `out` exists, or the dtype is unknown.
+        OSError: writing failed.
+    """
+    if dtype != "original" and dtype not in _DTYPES:
+        raise ValueError(f"dtype must be original, {', '.join(_DTYPES)}; found {dtype!r}")
+    types = {name: _DTYPES.get(dtype, spec.dtype) for name, spec in model.specs.items()}
+    types |= {name: model.dtype(name) for name in model.plain}
+    shapes = {name: (spec.rows, spec.columns) for name, spec in model.specs.items()}
+    shapes |= {name: model.array(name).shape for name in model.plain}
+    sizes = {name: int(np.prod(shapes[name])) for name in shapes}
+    shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
+    total, done = sum(sizes.values()), 0
+    folder = OutputFolder(Path(out), {"export": str(model.path), "dtype": dtype}, overwrite=False)
+    names: dict[str, str] = {}
+    file_bytes = 0
+    try:
+        for index, members in enumerate(shards):
+            path = folder.partial / layout.shard_name(index, len(shards))
+            with ShardWriter(path) as writer:
+                for name in members:
+                    writer.add_plain(name, types[name], shapes[name], _chunks(model, name, types[name], pool))
+                    names[name] = path.name
+                    done += sizes[name]
+                    if on_progress is not None:
+                        on_progress(done, total)
+            file_bytes += path.stat().st_size
+        _write_small_files(model, folder, dtype)
+        if len(shards) > 1:
+            write_index(folder, names, file_bytes)
+    except BaseException:
+        folder.close()
+        raise
+    folder.publish()
+    return ExportResult(Path(out), total, file_bytes)
+
+
+def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor_bytes in sizes.items():
+        if shards[-1] and size + tensor_bytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor_bytes
+    return shards
+
+
+def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPool) -> Iterator[NDArray[Any]]:
+    if name not in model.specs:
+        yield model.array(name)
+    else:
+        matrix = model.matrix(name)
+        step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)
+        for begin in range(0, matrix.spec.rows, step):
+            rows = np.arange(begin, min(matrix.spec.rows, begin + step), dtype=np.int64)
+            yield matrix.dequantize(rows, pool).astype(DTYPES[dtype])
+    model.release(name)
+
+
+def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: ExportType) -> None:
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    if dtype in _TORCH_NAMES:
+        config.pop("torch_dtype", None)
+        config["dtype"] = _TORCH_NAMES[dtype]
+    folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    for file in sorted(model.path.iterdir()):
+        weights = file.suffix == ".safetensors" or file.name == layout.INDEX_NAME
+        if file.is_file() and not weights and file.name != "config.json":
+            shutil.copyfile(file, folder.partial / file.name)

@@ -1,0 +1,155 @@
+"""Check a compressed folder: checksums, structure, bit-exact coding, and agreement with its original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.checkpoint import DTYPES, Checkpoint
+from entrollm.compress.describe import symbol_chunks
+from entrollm.compress.tensor import stored_dtype
+from entrollm.container import layout
+from entrollm.container.reader import CodedMatrix, CompressedModel
+from entrollm.errors import CorruptStreamError, FormatError
+from entrollm.quantize.paper import Grid, quantize_rows
+
+# The stored error was summed in another order.
+_ERROR_TOLERANCE = 1e-3
+_PAPER_PREFIX = "paper-"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was checked; a failed check raises instead.
+
+    Attributes:
+        matrices, kept: coded matrices and tensors in their own type.
+        weights: coded weights decoded, encoded again and found equal.
+        compared: whether an original was compared as well.
+    """
+
+    matrices: int
+    kept: int
+    weights: int
+    compared: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def verify(
+    model: CompressedModel,
+    pool: _core.ThreadPool,
+    original: Checkpoint | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
+) -> VerifyResult:
+    """Check every tensor.
+
+    A matrix passes when its bytes have their checksum, every block decodes to its stated length, and encoding the
+    integers again gives the stored bytes. With the original, the integers of a paper grid must be those that
+    quantizing it again gives, the error of any grid must be the stored one, and kept tensors must be equal.
+
+    Args:
+        model: the folder.
+        pool: threads to decode on.
+        original: the checkpoint that the folder was made from.
+        on_progress: called with the weights done and the weights in all.
+    Raises:
+        CorruptStreamError: bytes differ from their checksum or do not decode exactly.
+        FormatError: a structure is wrong, or the original differs.
+    """
+    total = sum(spec.rows * spec.columns for spec in model.specs.values())
+    done = 0
+    if original is not None:
+        _compare_names(model, original)
+    for name, spec in model.specs.items():
+        model.check_checksum(name)
+        matrix = model.matrix(name)
+        _check_coding(matrix, model.stored_arrays(name), pool)
+        if original is not None:
+            _compare_matrix(matrix, model.stored_arrays(name), original, pool)
+            original.release(name)
+        model.release(name)
+        done += spec.rows * spec.columns
+        if on_progress is not None:
+            on_progress(done, total)
+    if original is not None:
+        for name in model.plain:
+            _compare_kept(model, name, original)
+    return VerifyResult(len(model.specs), len(model.plain), total, original is not None)
+
+
+def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _core.ThreadPool) -> None:
+    """Decode, encode again and compare with the stored streams."""
+    spec = matrix.spec
+    ends = dict.fromkeys((layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES), 0)
+    empty = np.zeros(0, np.uint8)
+    for begin, symbols in symbol_chunks(matrix, pool):
+        try:
+            parts: tuple[NDArray[Any], ...] = _core.encode(
+                spec.code.program(), spec.code.low_bits, symbols, spec.blocks.rows, spec.blocks.columns
+            )
+        except ValueError as error:
+            raise CorruptStreamError(f"{matrix.name}: rows from {begin} on: {error}") from None
+        for suffix, part in zip(ends, parts, strict=True):
+            if suffix == layout.SPARSE_SIZES and not ends[layout.SPARSE]:
+                continue  # a code without lists stores no sizes
+            found = stored.get(suffix, empty)[ends[suffix] : ends[suffix] + part.size]
+            if not np.array_equal(found, part):
+                raise CorruptStreamError(
+                    f"{matrix.name}: encoding its integers again gives other bytes in {suffix[1:]}, near row {begin}"
+                )
+            ends[suffix] += part.size
+
+
+def _compare_names(model: CompressedModel, original: Checkpoint) -> None:
+    ours, theirs = {*model.specs, *model.plain}, set(original.tensors)
+    for name in sorted(ours ^ theirs):
+        where = model.path if name in ours else original.path
+        raise FormatError(f"tensor {name!r} is only in {where}; {model.path} was made from another checkpoint")
+
+
+def _compare_matrix(
+    matrix: CodedMatrix, stored: dict[str, NDArray[Any]], original: Checkpoint, pool: _core.ThreadPool
+) -> None:
+    spec, name = matrix.spec, matrix.name
+    if original.tensors[name].shape != (spec.rows, spec.columns):
+        shape = (spec.rows, spec.columns)
+        raise FormatError(f"{name}: the original has shape {original.tensors[name].shape}, not {shape}")
+    grid = _stored_grid(matrix, stored)
+    error = energy = 0.0
+    for begin, symbols in symbol_chunks(matrix, pool):
+        weights = original.read_float32(name, begin, begin + len(symbols))
+        if spec.grid.startswith(_PAPER_PREFIX) and not np.array_equal(quantize_rows(weights, grid, begin), symbols):
+            raise FormatError(f"{name}: quantizing the original again gives other integers, from row {begin} on")
+        rows = np.arange(begin, begin + len(symbols), dtype=np.int64)
+        difference = matrix.dequantize(rows, pool) - weights
+        error += float(np.sum(np.square(difference, dtype=np.float64)))
+        energy += float(np.sum(np.square(weights, dtype=np.float64)))
+    found = math.sqrt(error / energy) if energy else 0.0
+    if not math.isclose(found, spec.relative_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-6):
+        raise FormatError(f"{name}: its error against the original is {found:.6f}, stored {spec.relative_error:.6f}")
+
+
+def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
+    """The grid of a matrix with a scale per tensor or row; 8 bits, since its integers need no clipping."""
+    spec = matrix.spec
+    scale = np.array([spec.scale], np.float32) if spec.scale is not None else stored[layout.SCALE]
+    offset = np.array([spec.offset], np.float32) if spec.offset is not None else stored.get(layout.OFFSET)
+    return Grid("symmetric" if offset is None else "asymmetric", 8, scale, offset)
+
+
+def _compare_kept(model: CompressedModel, name: str, original: Checkpoint) -> None:
+    dtype = stored_dtype(original, name)
+    theirs = original.read(name) if dtype == original.tensors[name].dtype else original.read_float32(name)
+    ours = model.array(name)
+    same = ours.shape == theirs.shape and ours.tobytes() == theirs.astype(DTYPES[dtype]).tobytes()
+    if model.dtype(name) != dtype or not same:
+        raise FormatError(f"{name}: the kept tensor differs from the original")
