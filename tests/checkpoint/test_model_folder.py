@@ -168,9 +168,8 @@ def test_block_scales_multiply_their_blocks(tmp_path: Path, dtype: Any, block: l
     expected = weight.astype(np.float32) * scale[row, column]
     np.testing.assert_array_equal(checkpoint.read_float32("x.weight"), expected)
     for start in range(rows):
-        np.testing.assert_array_equal(
-            checkpoint.read_float32("x.weight", start, start + 1), expected[start : start + 1]
-        )
+        for stop in (start + 1, rows):
+            np.testing.assert_array_equal(checkpoint.read_float32("x.weight", start, stop), expected[start:stop])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1)])
