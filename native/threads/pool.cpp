@@ -8,6 +8,7 @@ namespace {
 // Products of one token follow each other within microseconds; a worker that slept in between
 // would cost more to wake than the product takes.
 constexpr auto kSpin = std::chrono::microseconds(200);
+constexpr int kPatience = 2000;
 
 void relax() {
 #if defined(__x86_64__)
@@ -52,7 +53,14 @@ void ThreadPool::run(std::size_t tasks,
   }
   wake_.notify_all();
   drain(0);
-  while (busy_.load() != 0) relax();
+  // The last tasks end within microseconds, unless other programs hold their cores: let those run.
+  for (int spins = 0; busy_.load() != 0; ++spins) {
+    if (spins < kPatience) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 void ThreadPool::drain(std::size_t worker) {

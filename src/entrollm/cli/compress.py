@@ -34,13 +34,12 @@ class Prefer(StrEnum):
 
     size = "size"
     speed = "speed"
+    fixed = "fixed"
 
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)],
     bits: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,7 +56,11 @@ def command(
         Granularity, typer.Option("--granularity", help="One grid per tensor, as in the paper, or one per row.")
     ] = Granularity.tensor,
     prefer: Annotated[
-        Prefer, typer.Option("--prefer", help="The fewest bits, or the fastest decoding within 0.25 bits of them.")
+        Prefer,
+        typer.Option(
+            "--prefer",
+            help="The fewest bits, or the fastest decoding within 0.25 bits of them; fixed: no entropy coding.",
+        ),
     ] = Prefer.size,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,

@@ -8,9 +8,9 @@ from typing import Literal
 from entrollm.codec.cost import CostModel
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
-from entrollm.specs import MAX_LOW_BITS, Code, Leaf, Node, Split, listed_symbols
+from entrollm.specs import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
 
-Prefer = Literal["size", "speed"]
+Prefer = Literal["size", "speed", "fixed"]
 
 # What one cycle per 64 weights is worth in bits per weight. A core that streams 4 bytes a cycle spends two cycles on
 # a bit of 64 weights; size asks for the fewest bits and lets time break ties.
@@ -28,15 +28,18 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
         counts: 256 entries, how often each symbol occurs; padding is not counted.
         blocks: blocks of the tensor, each of which costs a little.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
-            Huffman optimum (0.35 for alphabets of more than 16 symbols).
+            Huffman optimum (0.35 for alphabets of more than 16 symbols), "fixed" for fixed-width integers, which
+            entropy coding is compared with.
     Raises:
         ValueError: `prefer` is unknown, or the histogram is empty.
     """
-    if prefer not in _BITS_PER_CYCLE:
-        raise ValueError(f"prefer must be 'size' or 'speed', not {prefer!r}")
+    if prefer != "fixed" and prefer not in _BITS_PER_CYCLE:
+        raise ValueError(f"prefer must be 'size', 'speed' or 'fixed', not {prefer!r}")
     weights = sum(counts)
     if weights == 0:
         raise ValueError("the histogram is empty")
+    if prefer == "fixed":
+        return Code(_fixed_width(max(s for s, c in enumerate(counts) if c)))
     symbols = [s for s, c in enumerate(counts) if c]
     if len(symbols) == 1:
         return Code(Leaf(symbols[0]))
@@ -51,6 +54,11 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
     if within:
         return min(within, key=lambda candidate: candidate[0])[1]
     return min((c[1] for c in candidates), key=lambda code: stored_bits(code, counts, blocks))
+
+
+def _fixed_width(largest: int) -> Field:
+    bits = max(1, largest.bit_length())
+    return Field(bits, tuple(range(2**bits))) if bits <= MAX_FIELD_BITS else Field(RAW_BITS, ())
 
 
 def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:

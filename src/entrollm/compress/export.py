@@ -76,7 +76,7 @@ def export(
     try:
         for index, members in enumerate(shards):
             path = folder.partial / layout.shard_name(index, len(shards))
-            with ShardWriter(path) as writer:
+            with ShardWriter(path, ordinary=True) as writer:
                 for name in members:
                     writer.add_plain(name, types[name], shapes[name], _chunks(model, name, types[name], pool))
                     names[name] = path.name

@@ -18,7 +18,7 @@ class CompressOptions:
         bits: width of the grid of a matrix, 2 to 8.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
-        prefer: "size" for the fewest bits, "speed" for the fastest decoding.
+        prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
         threads: worker threads; None for one per core.
     """

@@ -52,9 +52,9 @@ def verify(
 ) -> VerifyResult:
     """Check every tensor.
 
-    A matrix passes when its bytes have their checksum, every block decodes to its stated length, and encoding the
-    integers again gives the stored bytes. With the original, the integers of a paper grid must be those that
-    quantizing it again gives, the error of any grid must be the stored one, and kept tensors must be equal.
+    A kept tensor passes when its bytes have their checksum; a matrix when, besides, every block decodes to its stated
+    length and encoding the integers again gives the stored bytes. With the original, the integers of a paper grid must
+    be those that quantizing it again gives, the error of any grid must be the stored one, and kept tensors be equal.
 
     Args:
         model: the folder.
@@ -80,8 +80,9 @@ def verify(
         done += spec.rows * spec.columns
         if on_progress is not None:
             on_progress(done, total)
-    if original is not None:
-        for name in model.plain:
+    for name in model.plain:
+        model.check_checksum(name)
+        if original is not None:
             _compare_kept(model, name, original)
     return VerifyResult(len(model.specs), len(model.plain), total, original is not None)
 

@@ -1,0 +1,172 @@
+"""`entrollm demo`: the whole product on the model that ships in examples/."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, print_json, progress_bar, stdout
+
+if TYPE_CHECKING:
+    from entrollm.codec.choose import Prefer
+    from entrollm.compress import CompressResult
+    from entrollm.evaluate import Evaluation
+    from entrollm.report import QualityRow
+
+EXAMPLES = (
+    ("entrollm demo", "compress, measure, generate"),
+    ("entrollm demo --table --windows 673", "the paper's Table I on the whole text; minutes"),
+    ("entrollm demo --model MODEL --text FILE", "the same on a model of yours"),
+)
+
+_MODEL = Path("examples/tiny-llama")
+_TEXT = Path("examples/wikitext-2-test.txt")
+_PROMPT = "The history of the city"
+# The paper's Table I: label, grid width, and how the integers are stored.
+_VARIANTS: tuple[tuple[str, int, Prefer], ...] = (
+    ("uint8", 8, "fixed"),
+    ("uint4", 4, "fixed"),
+    ("uint8 + Huffman", 8, "size"),
+    ("uint4 + Huffman", 4, "size"),
+)
+
+
+def command(
+    model: Annotated[Path, typer.Option("--model", metavar="MODEL", help="A checkpoint folder.")] = _MODEL,
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on.")] = _TEXT,
+    windows: Annotated[int, typer.Option("--windows", min=1, metavar="N", help="Windows of the text to read.")] = 8,
+    table: Annotated[bool, typer.Option("--table", help="Only the table, without generated text.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue.")] = _PROMPT,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Compress the example model with the paper's grids, compare, and generate text from coded weights.
+
+    The table is Table I of the EntroLLM paper: the same integers stored at fixed width and entropy-coded, so that
+    only the size differs between them. Files are made in a temporary folder. Run it from a clone of the project, or
+    name a model and a text.
+    """
+    for path, option in ((model, "--model"), (text, "--text")):
+        if not path.exists():
+            raise ValueError(f"{path} is missing; run this in a clone of the project, or name another with {option}")
+    with tempfile.TemporaryDirectory(prefix="entrollm-demo-") as folder:
+        results = {}
+        for label, bits, prefer in _VARIANTS:
+            results[label] = _compress(model, Path(folder) / label.replace(" ", ""), bits, prefer, threads, json_output)
+        evaluations, original = _evaluate(model, results, text, windows, threads, json_output)
+        rows = _rows(model, results, evaluations, original)
+        generated = None if table else _generate(results["uint8 + Huffman"].path, prompt, threads, json_output, rows)
+        if json_output:
+            print_json(json_safe(_to_json(rows, results, generated)))
+        elif table:
+            _print_table(rows)
+
+
+def _compress(model: Path, out: Path, bits: int, prefer: Prefer, threads: int | None, quiet: bool) -> CompressResult:
+    from entrollm.compress import CompressOptions, compress
+
+    with progress_bar(f"compressing to {out.name}", "weights", quiet=quiet) as update:
+        options = CompressOptions(bits=bits, prefer=prefer, threads=threads)
+        return compress(model, out, options, on_progress=lambda p: update(p.weights_done, p.weights))
+
+
+def _evaluate(
+    model: Path, results: dict[str, CompressResult], text: Path, count: int, threads: int | None, quiet: bool
+) -> tuple[dict[str, Evaluation], Evaluation]:
+    """Measure each grid once, from its entropy-coded folder; the fixed-width folder holds the same integers."""
+    from entrollm.engine.load import load
+    from entrollm.evaluate import DEFAULT_WINDOW, Protocol, cut_windows, evaluate, read_text
+
+    reference = load(model, threads=threads)
+    if reference.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer.json, which reading a text needs")
+    window = min(DEFAULT_WINDOW, reference.config.context_length)
+    cut = cut_windows(reference.tokenizer, read_text(text), Protocol(window, count, None))
+    labels = [label for label, _, prefer in _VARIANTS if prefer != "fixed"]
+    loaded = [load(results[label].path, threads=threads) for label in labels]
+    with progress_bar(f"reading {text.name}", "tokens", quiet=quiet) as update:
+        evaluations, original = evaluate(loaded, cut, reference, update)
+    assert original is not None
+    by_label = dict(zip(labels, evaluations, strict=True))
+    return {label: by_label[f"uint{bits} + Huffman"] for label, bits, _ in _VARIANTS}, original
+
+
+def _rows(
+    model: Path, results: dict[str, CompressResult], evaluations: dict[str, Evaluation], original: Evaluation
+) -> list[QualityRow]:
+    from entrollm.report import QualityRow
+
+    first = next(iter(results.values()))
+    base = QualityRow(
+        label="original",
+        size_bytes=first.source_bytes,
+        bits_per_weight=first.source_bytes * 8 / first.weights,
+        perplexity=original.perplexity.perplexity,
+    )
+    rows = [base]
+    for label, result in results.items():
+        evaluation = evaluations[label]
+        assert evaluation.divergence is not None
+        rows.append(
+            replace(
+                base,
+                label=label,
+                size_bytes=result.file_bytes,
+                bits_per_weight=result.file_bits,
+                entropy_bits=result.entropy_bits,
+                perplexity=evaluation.perplexity.perplexity,
+                kl_nats=evaluation.divergence.mean,
+                top1_agreement=evaluation.divergence.top1_agreement,
+            )
+        )
+    return rows
+
+
+def _generate(folder: Path, prompt: str, threads: int | None, quiet: bool, rows: list[QualityRow]) -> dict[str, Any]:
+    """Print the table and continue the prompt from the 8-bit coded model, as the text is made."""
+    from entrollm.engine.load import load
+
+    if not quiet:
+        _print_table(rows)
+        stdout.print("\nfrom the uint8 + Huffman folder, weights coded in memory:")
+        stdout.print(f"[bold]{prompt}[/bold]", end="", markup=True)
+    model = load(folder, threads=threads)
+    result = model.generate(
+        prompt,
+        max_tokens=64,
+        temperature=0.7,
+        top_p=0.9,
+        seed=1,
+        on_text=None if quiet else lambda piece: stdout.print(piece, end="", markup=False, soft_wrap=True),
+    )
+    if not quiet:
+        stdout.print("\n")
+        stdout.print("next: [cyan]entrollm compress MODEL -o OUT[/cyan], then [cyan]entrollm run OUT -p TEXT[/cyan]")
+    return {"prompt": prompt, "text": result.text}
+
+
+def _print_table(rows: list[QualityRow]) -> None:
+    from entrollm.report import quality_table
+
+    stdout.print(quality_table("EntroLLM Table I, measured", rows).to_rich())
+    by_label = {row.label: row for row in rows}
+    for bits in (8, 4):
+        fixed, coded = by_label[f"uint{bits}"].size_bytes, by_label[f"uint{bits} + Huffman"].size_bytes
+        assert fixed and coded
+        stdout.print(f"uint{bits}: entropy coding saves [bold]{100 * (1 - coded / fixed):.1f} %[/bold]")
+
+
+def _to_json(
+    rows: list[QualityRow], results: dict[str, CompressResult], generated: dict[str, Any] | None
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "rows": [asdict(row) for row in rows],
+        "compress": {label: result.to_json() for label, result in results.items()},
+        "generated": generated,
+    }
