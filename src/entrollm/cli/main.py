@@ -7,7 +7,6 @@ A command that can print JSON takes `json_output: JsonOption`, through which its
 
 import importlib
 import importlib.metadata
-import importlib.util
 from typing import Annotated
 
 import typer
@@ -49,8 +48,6 @@ def _build_app() -> typer.Typer:
     )
     application.callback(epilog=examples_epilog(_EXAMPLES))(_main)
     for name in _COMMANDS:
-        if importlib.util.find_spec(f"{_PACKAGE}.{name}") is None:
-            continue
         module = importlib.import_module(f"{_PACKAGE}.{name}")
         application.command(name, epilog=examples_epilog(module.EXAMPLES))(guard(module.command))
     return application
