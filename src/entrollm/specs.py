@@ -15,6 +15,13 @@ RAW_BITS = 8
 MAX_LOW_BITS = 6
 MAX_NODES = 511
 MAX_DEPTH = 64
+MAX_AXIS = 2**31
+MAX_WEIGHTS = 2**40
+MAX_BLOCK_WEIGHTS = 8192
+# Types that a compressed matrix may have had.
+SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_FLOAT32_MAX = 3.4028234663852886e38
+_SPEC_KEYS = frozenset({"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "error", "crc32"})
 _LEAF, _FIELD, _SPLIT = 0, 1, 2
 
 
@@ -93,7 +100,7 @@ class TensorSpec:
         code, blocks: how the symbols are stored.
         scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
         relative_error: RMS quantization error over the RMS of the original weights.
-        checksum: CRC-32 over all stored entries of the tensor, in the order of docs/format.md.
+        checksum: CRC-32 over this spec and all stored entries of the tensor; see docs/format.md.
     """
 
     rows: int
@@ -108,7 +115,7 @@ class TensorSpec:
     checksum: int
 
     def to_json(self) -> str:
-        """Compact JSON; floats round-trip exactly."""
+        """Compact JSON; floats round-trip exactly, and the checksum comes last because it covers what precedes it."""
         fields: dict[str, Any] = {
             "shape": [self.rows, self.columns],
             "dtype": self.dtype,
@@ -116,7 +123,6 @@ class TensorSpec:
             "block": [self.blocks.rows, self.blocks.columns],
             "code": _node_to_json(self.code.tree),
             "error": self.relative_error,
-            "crc32": f"{self.checksum:08x}",
         }
         if self.code.low_bits:
             fields["low_bits"] = self.code.low_bits
@@ -124,6 +130,7 @@ class TensorSpec:
             fields["scale"] = self.scale
         if self.offset is not None:
             fields["offset"] = self.offset
+        fields["crc32"] = f"{self.checksum:08x}"
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
@@ -136,30 +143,36 @@ class TensorSpec:
         Raises:
             FormatError: the text is not a valid spec.
         """
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{name}: the stored spec is not valid JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise FormatError(f"{name}: the stored spec is not a JSON object")
+        fields = _parse_object(text, name)
+        if unknown := sorted(fields.keys() - _SPEC_KEYS):
+            raise FormatError(f"{name}: the stored spec has the unknown key {unknown[0]!r:.80}")
         reader = _SpecReader(name, fields)
-        rows, columns = reader.int_pair("shape", 2**31)
-        block_rows, block_columns = reader.int_pair("block", 8192)
+        rows, columns = reader.int_pair("shape", MAX_AXIS)
+        if rows * columns > MAX_WEIGHTS:
+            raise FormatError(f"{name}: {rows} x {columns} weights are more than the format allows")
+        block_rows, block_columns = reader.int_pair("block", MAX_BLOCK_WEIGHTS)
+        dtype = reader.text("dtype")
+        if dtype not in SOURCE_DTYPES:
+            raise FormatError(f"{name}: dtype is {dtype!r}, expected one of {', '.join(sorted(SOURCE_DTYPES))}")
         checksum = reader.text("crc32")
         if len(checksum) != 8 or any(c not in "0123456789abcdef" for c in checksum):
             raise FormatError(f"{name}: crc32 must be 8 hex digits, found {checksum!r}")
-        reader.require("error")
+        if not text.endswith(f',"crc32":"{checksum}"}}'):
+            raise FormatError(f"{name}: crc32 must come last in the stored spec")
+        relative_error = reader.number("error")
+        if relative_error is None or relative_error < 0:
+            raise FormatError(f"{name}: error must be a number of at least 0, found {fields.get('error')!r}")
         tree, _ = _node_from_json(reader.require("code"), name, 0)
         return cls(
             rows=rows,
             columns=columns,
-            dtype=reader.text("dtype"),
+            dtype=dtype,
             grid=reader.text("grid"),
             code=Code(tree, reader.low_bits()),
             blocks=Blocks(block_rows, block_columns),
             scale=reader.number("scale"),
             offset=reader.number("offset"),
-            relative_error=reader.number("error") or 0.0,
+            relative_error=relative_error,
             checksum=int(checksum, 16),
         )
 
@@ -198,9 +211,29 @@ class _SpecReader:
         value = self._fields.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 3.5e38:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _FLOAT32_MAX:
             raise FormatError(f"{self._name}: {key} must be a finite float32, found {value!r:.80}")
         return float(value)
+
+
+def _parse_object(text: str, name: str) -> dict[str, Any]:
+    """A JSON object, strictly: no duplicate keys and no NaN."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("an object has a key twice")
+        return dict(pairs)
+
+    def refuse_constant(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        fields = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: the stored spec is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise FormatError(f"{name}: the stored spec is not a JSON object")
+    return fields
 
 
 def _is_int(value: Any, low: int, high: int) -> bool:
@@ -238,6 +271,8 @@ def _node_from_json(value: Any, name: str, depth: int, nodes: int = 0) -> tuple[
         return Leaf(value), nodes
     if not isinstance(value, dict):
         raise FormatError(f"{name}: a node of the code tree is {value!r:.80}")
+    if unknown := sorted(value.keys() - ({"split"} if "split" in value else {"bits", "symbols", "escape"})):
+        raise FormatError(f"{name}: a node of the code tree has the unexpected key {unknown[0]!r:.80}")
     if "split" in value:
         children = value["split"]
         if not isinstance(children, list) or len(children) != 2:

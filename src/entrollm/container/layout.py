@@ -19,7 +19,9 @@ QUANT_METHOD = "entrollm"
 INDEX_NAME = "model.safetensors.index.json"
 # Keys of __metadata__ that are not tensor names.
 VERSION_KEY = "entrollm.version"
+PLAIN_KEY = "entrollm.plain"
 FORMAT_KEY = "format"
+RESERVED_KEYS = frozenset({VERSION_KEY, PLAIN_KEY, FORMAT_KEY})
 
 # A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum.
 DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = SUFFIXES = (
@@ -38,6 +40,7 @@ SUFFIX_DTYPES: Mapping[str, str] = {
     OFFSET: "F32",
     COLUMN_SCALE: "F32",
 }
+_CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # Streams that the engine reads in place; the others are small and copied at load.
 STREAMS = (DENSE, SPARSE)
 
@@ -65,9 +68,9 @@ def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.concatenate([*chunks, np.zeros(stored - size, np.uint8)])
 
 
-def checksum(arrays: Mapping[str, NDArray[Any]]) -> int:
-    """CRC-32 over the stored arrays of one matrix, keyed by suffix, in the order of SUFFIXES."""
-    value = 0
+def checksum(spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 over one matrix: its JSON spec up to the checksum at its end, then its arrays in the order of SUFFIXES."""
+    value = zlib.crc32(spec_text[: -len(_CHECKSUM_TAIL)].encode())
     for suffix in SUFFIXES:
         if suffix in arrays:
             value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)
@@ -87,10 +90,10 @@ def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def file_metadata(specs: Mapping[str, str]) -> dict[str, str]:
-    """The __metadata__ of a file with these matrices (name to JSON spec); without any it is an ordinary file."""
-    version = {VERSION_KEY: str(FORMAT_VERSION)} if specs else {}
-    return {FORMAT_KEY: "pt", **version, **specs}
+def file_metadata(specs: Mapping[str, str], plain: Mapping[str, int]) -> dict[str, str]:
+    """The __metadata__ of a shard: the specs of its matrices, and the CRC-32 of every other tensor."""
+    checksums = json.dumps({name: f"{value:08x}" for name, value in plain.items()}, separators=(",", ":"))
+    return {FORMAT_KEY: "pt", VERSION_KEY: str(FORMAT_VERSION), PLAIN_KEY: checksums, **specs}
 
 
 def shard_name(index: int, count: int) -> str:

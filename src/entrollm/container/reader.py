@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from entrollm.specs import FORMAT_VERSION, TensorSpec
 
 _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
 _NO_SIZES = np.zeros(0, np.uint16)
+_CRC32 = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,19 @@ class CompressedModel:
         self.config = config
         self._files: dict[str, SafetensorsFile] = {}
         specs: dict[str, TensorSpec] = {}
-        plain: list[str] = []
+        plain: dict[str, int] = {}
         for file in files.values():
-            coded = _read_specs(file)
-            used = {name + suffix for name in coded for suffix in layout.SUFFIXES}
-            plain += [name for name in file.tensors if name not in used]
+            _check_version(file)
+            coded, kept = _read_specs(file), _read_plain(file)
+            _check_cover(file, coded, kept)
             specs.update(coded)
+            plain.update(kept)
             for name in [*coded, *file.tensors]:
                 if self._files.setdefault(name, file) is not file:
                     raise FormatError(f"{path}: tensor {name!r} is in two shards")
         self.specs: Mapping[str, TensorSpec] = MappingProxyType(specs)
         self.plain = tuple(plain)
+        self._plain_checksums = plain
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -110,7 +115,7 @@ class CompressedModel:
         if not is_compressed(config):
             raise ValueError(f"{path} is not a compressed model; `entrollm compress {path} -o OUT` makes one")
         version = config["quantization_config"].get("version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise UnsupportedError(
                 f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads version {FORMAT_VERSION}"
             )
@@ -173,13 +178,18 @@ class CompressedModel:
         return arrays
 
     def check_checksum(self, name: str) -> None:
-        """Compare a matrix's bytes with its checksum.
+        """Compare the bytes of a matrix, or of a tensor that was kept, with their checksum.
 
         Raises:
+            KeyError: no tensor has this name.
             CorruptStreamError: they differ.
         """
-        found = layout.checksum(self.stored_arrays(name))
-        expected = self.specs[name].checksum
+        if name in self.specs:
+            expected = self.specs[name].checksum
+            found = layout.checksum(self._files[name].metadata[name], self.stored_arrays(name))
+        else:
+            expected = self._plain_checksums[name]
+            found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
         if found != expected:
             raise CorruptStreamError(
                 f"{self._files[name].path}: the bytes of {name!r} have CRC-32 {found:08x}, expected {expected:08x}; "
@@ -232,23 +242,46 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD
 
 
-def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
-    """The specs of a file's coded matrices; a file without the version key has none."""
+def _check_version(file: SafetensorsFile) -> None:
     version = file.metadata.get(layout.VERSION_KEY)
     if version is None:
-        return {}
+        raise FormatError(f"{file.path}: its header has no {layout.VERSION_KEY!r}; it is not a compressed shard")
     if version != str(FORMAT_VERSION):
         raise UnsupportedError(f"{file.path}: format version {version!r}; this EntroLLM reads {FORMAT_VERSION}")
-    reserved = (layout.VERSION_KEY, layout.FORMAT_KEY)
-    specs = {
+
+
+def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
+    """The specs of a file's coded matrices."""
+    return {
         name: TensorSpec.from_json(text, f"{file.path}: {name}")
         for name, text in file.metadata.items()
-        if name not in reserved
+        if name not in layout.RESERVED_KEYS
     }
-    for name in specs:
-        if name in file.tensors:
+
+
+def _read_plain(file: SafetensorsFile) -> dict[str, int]:
+    """The CRC-32 of a file's other tensors."""
+    text = file.metadata.get(layout.PLAIN_KEY)
+    if text is None:
+        raise FormatError(f"{file.path}: its header has no {layout.PLAIN_KEY!r}")
+    plain = parse_json_object(file.path, text.encode(), layout.PLAIN_KEY)
+    for name, value in plain.items():
+        if not isinstance(value, str) or _CRC32.fullmatch(value) is None:
+            raise FormatError(f"{file.path}: the CRC-32 of {name!r} must be 8 hex digits, found {value!r:.80}")
+    return {name: int(value, 16) for name, value in plain.items()}
+
+
+def _check_cover(file: SafetensorsFile, coded: Mapping[str, TensorSpec], plain: Mapping[str, int]) -> None:
+    """Check that every entry is a plain tensor or belongs to one coded matrix."""
+    for name in plain:
+        if name not in file.tensors:
+            raise FormatError(f"{file.path}: tensor {name!r} is listed but not stored")
+    owned = {name + suffix for name in coded for suffix in layout.SUFFIXES}
+    for name in file.tensors:
+        if name in coded or (name in plain and name in owned):
             raise FormatError(f"{file.path}: {name!r} is stored both coded and plain")
-    return specs
+        if name not in plain and name not in owned:
+            raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")
 
 
 def _scales(

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +25,16 @@ _COPY_BYTES = 1 << 22
 class ShardWriter:
     """One safetensors file. Data is spooled beside it, then the header and the data are written under its name.
 
-    Coded matrices come first, so that their streams stay aligned; plain tensors follow.
+    Coded matrices come first, so that their streams stay aligned; plain tensors follow. An `ordinary` file holds
+    plain tensors alone and says nothing of this format.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ordinary: bool = False) -> None:
         self.path = path
+        self._ordinary = ordinary
         self.entries: list[StoredEntry] = []
         self._specs: dict[str, str] = {}
+        self._plain: dict[str, int] = {}
         self._small: list[tuple[StoredEntry, NDArray[Any]]] = []
         self._names: set[str] = set()
         # Unnamed where the system can: an interrupted run leaves nothing behind.
@@ -47,19 +51,20 @@ class ShardWriter:
             the spec as stored.
         """
         stored = {suffix: array for suffix, array in arrays.items() if array.size}
-        spec = dataclasses.replace(spec, checksum=layout.checksum(stored))
+        spec = dataclasses.replace(spec, checksum=layout.checksum(spec.to_json(), stored))
+        # All suffixes are taken, stored or not: a reader must not find another tensor under one of them.
+        for claimed in (name, *(name + suffix for suffix in layout.SUFFIXES)):
+            self._claim(claimed)
         for suffix in layout.SUFFIXES:
             if suffix not in stored:
                 continue
             array = stored[suffix]
             entry = StoredEntry(name + suffix, layout.SUFFIX_DTYPES[suffix], array.shape, array.nbytes)
-            self._claim(entry.name)
             if suffix in layout.STREAMS:
                 self.entries.append(entry)
                 self._spool.write(array.data)
             else:
                 self._small.append((entry, array))
-        self._claim(name)
         self._specs[name] = spec.to_json()
         return spec
 
@@ -67,11 +72,13 @@ class ShardWriter:
         """Add a tensor in its own type, given as consecutive chunks; no coded matrix may follow. Returns its bytes."""
         self._flush_small()
         self._claim(name)
-        size_bytes = 0
+        size_bytes = checksum = 0
         for chunk in chunks:
             data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
             self._spool.write(data.data)
             size_bytes += data.nbytes
+            checksum = zlib.crc32(data.data, checksum)
+        self._plain[name] = checksum
         self.entries.append(StoredEntry(name, dtype, shape, size_bytes))
         return size_bytes
 
@@ -81,7 +88,7 @@ class ShardWriter:
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
             with temporary.open("wb") as out:
-                out.write(layout.build_header(self.entries, layout.file_metadata(self._specs)))
+                out.write(layout.build_header(self.entries, self._metadata()))
                 self._spool.seek(0)
                 shutil.copyfileobj(self._spool, out, _COPY_BYTES)
                 out.flush()
@@ -90,6 +97,9 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
             self._spool.close()
+
+    def _metadata(self) -> dict[str, str]:
+        return {layout.FORMAT_KEY: "pt"} if self._ordinary else layout.file_metadata(self._specs, self._plain)
 
     def _claim(self, name: str) -> None:
         if name in self._names:
