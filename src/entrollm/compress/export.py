@@ -87,10 +87,9 @@ def export(
         _write_small_files(model, folder, dtype)
         if len(shards) > 1:
             write_index(folder, names, file_bytes)
-    except BaseException:
+        folder.publish()
+    finally:
         folder.close()
-        raise
-    folder.publish()
     return ExportResult(Path(out), total, file_bytes)
 
 

@@ -26,6 +26,7 @@ class OutputFolder:
     def __init__(self, path: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
+        self._replaced = path.with_name(path.name + ".replaced")
         self._overwrite = overwrite
         self._check_place()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,18 +35,16 @@ class OutputFolder:
     def publish(self) -> None:
         """Sync the folder and give it its name, replacing an earlier output where that was allowed."""
         sync_folder(self.partial)
-        replaced = self.path.with_name(self.path.name + ".replaced")
+        self._check_place()
         if self.path.exists():
-            self._check_place()
-            self.path.rename(replaced)
+            self.path.rename(self._replaced)
         self.partial.rename(self.path)
         (self.path / _PLAN).unlink()
         sync_folder(self.path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.close(self._lock)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def close(self) -> None:
-        """Let another run continue; the files stay."""
+        """Give up the lock; what is not published stays for another run."""
         os.close(self._lock)
 
     def write_text(self, name: str, text: str) -> None:
@@ -58,6 +57,10 @@ class OutputFolder:
         temporary.replace(self.partial / name)
 
     def _check_place(self) -> None:
+        if self._replaced.exists():
+            raise ValueError(
+                f"{self._replaced} holds an earlier output that a stopped run was replacing; remove it or rename it"
+            )
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -72,21 +75,31 @@ class OutputFolder:
 
     def _adopt(self, plan: dict[str, Any]) -> None:
         """Make the partial folder this run's: continue one with the same plan, clear one with another."""
-        if self.partial.exists() and not (self.partial / _PLAN).is_file() and any(self.partial.iterdir()):
+        if self.partial.exists() and not self._was_ours():
             raise ValueError(f"{self.partial} is in the way and was not left by an interrupted run; move it")
         self.partial.mkdir(exist_ok=True)
         self._lock = os.open(self.partial, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The other run may have published the folder between the two lines above.
+            locked = os.path.samestat(os.fstat(self._lock), self.partial.stat())
         except OSError:
+            locked = False
+        if not locked:
             os.close(self._lock)
-            raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder") from None
+            raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder")
         plan_file = self.partial / _PLAN
         if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == _plan_text(plan):
             return
-        for file in self.partial.iterdir():
+        # The plan goes last: without one, the rest would be taken for somebody else's.
+        for file in sorted(self.partial.iterdir(), key=lambda file: file.name == _PLAN):
             file.unlink()
         self.write_text(_PLAN, _plan_text(plan))
+
+    def _was_ours(self) -> bool:
+        """Whether a folder in the place of the partial one holds nothing or a plan, perhaps a half-written one."""
+        names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
+        return _PLAN in names or names <= {_PLAN + ".tmp"}
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:

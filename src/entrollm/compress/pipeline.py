@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,10 +111,9 @@ def compress(
             run = _Run(checkpoint, plans, folder, options, on_progress)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
             _finish(checkpoint, folder, records, options)
-        except BaseException:
+            folder.publish()
+        finally:
             folder.close()
-            raise
-        folder.publish()
         return _summarize(checkpoint, Path(out), records, time.monotonic() - started, run.resumed_weights)
 
 
@@ -135,6 +135,7 @@ class _Run:
         self._on_progress = on_progress
         self._total = sum(_weights(checkpoint.tensors[name]) for name, plan in plans.items() if not plan.is_kept)
         self._done = 0
+        self._lock = threading.Lock()
         self.resumed_weights = 0
 
     def shard(self, index: int, names: list[str], count: int) -> dict[str, Any]:
@@ -177,7 +178,8 @@ class _Run:
         weights = _weights(self._checkpoint.tensors[name])
 
         def progress(finished: int) -> None:
-            self._done += finished
+            with self._lock:
+                self._done += finished
             self._report(name)
 
         assert plan.bits is not None
