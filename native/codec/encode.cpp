@@ -116,7 +116,9 @@ class BlockEncoder {
     }
     for (std::size_t i = 0; i < code_.nodes().size(); ++i) encode_node(i);
     if (code_.low_bits() != 0) write_dense(symbols, count, code_.low_bits());
-    out_.sparse_sizes.push_back(static_cast<std::uint16_t>(out_.sparse.size() - sparse_begin));
+    const std::size_t sparse_size = out_.sparse.size() - sparse_begin;
+    if (sparse_size > UINT16_MAX) throw std::invalid_argument("the code is too long for its blocks");
+    out_.sparse_sizes.push_back(static_cast<std::uint16_t>(sparse_size));
   }
 
  private:

@@ -12,7 +12,7 @@ namespace entrollm {
 
 inline constexpr std::size_t kMaxBlock = 8192;
 
-// kColumns bounds one dot product: see reduce() of the AVX-512 kernels.
+// kMaxBlockColumns bounds one dot product: see reduce() of the AVX-512 kernels.
 inline constexpr std::size_t kMaxBlockColumns = 64 * kVector;
 
 // A block holds `block_rows` whole rows (padded to kVector), or a part of one row.
@@ -26,8 +26,12 @@ struct Geometry {
   // 64 bits.
   void validate() const {
     constexpr std::size_t kLimit = std::size_t{1} << 31;
+    constexpr std::size_t kMaxWeights = std::size_t{1} << 40;
     if (rows == 0 || columns == 0 || rows > kLimit || columns > kLimit) {
       throw std::invalid_argument("matrix sizes must be between 1 and 2^31");
+    }
+    if (rows > kMaxWeights / padded_columns()) {
+      throw std::invalid_argument("the matrix has more than 2^40 weights");
     }
     if (block_rows == 0 || block_columns == 0 || block_columns % kVector != 0 ||
         block_columns > kMaxBlockColumns || block_rows > kMaxBlock / block_columns) {

@@ -23,6 +23,14 @@ void check_scale(std::span<const float> values, std::size_t rows, const char* na
   }
 }
 
+// The padding is part of the stream: it is what wide loads past its last block read.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
+  if (stored.size() == stored_bytes(size)) return;
+  throw std::invalid_argument("the " + std::string(name) + " stream has " +
+                              std::to_string(stored.size()) + " bytes, expected " +
+                              std::to_string(stored_bytes(size)));
+}
+
 [[noreturn]] void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
 }
@@ -39,28 +47,21 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
   if (!scales.column_scale.empty() && scales.column_scale.size() != geometry_.columns) {
     throw std::invalid_argument("column_scale needs one entry a column");
   }
-  const std::size_t dense_size = geometry_.dense_size(code_);
-  if (dense.size() < dense_size + kSlack) {
-    throw std::invalid_argument("the dense stream has " + std::to_string(dense.size()) +
-                                " bytes, expected at least " +
-                                std::to_string(dense_size + kSlack));
-  }
+  check_stream(dense, geometry_.dense_size(code_), "dense");
   const std::size_t blocks = code_.has_sparse() ? geometry_.blocks() : 0;
   if (sparse_sizes.size() != blocks) {
     throw std::invalid_argument("there are " + std::to_string(sparse_sizes.size()) +
                                 " sparse block sizes, expected " + std::to_string(blocks));
   }
-  sparse_offsets_.assign(geometry_.blocks() + 1, 0);
+  sparse_offsets_.assign(blocks + 1, 0);
   for (std::size_t i = 0; i < blocks; ++i) {
     sparse_offsets_[i + 1] = sparse_offsets_[i] + sparse_sizes[i];
   }
-  if (code_.has_sparse() && sparse.size() < sparse_offsets_.back() + kSlack) {
-    throw std::invalid_argument("the sparse stream has " + std::to_string(sparse.size()) +
-                                " bytes, expected at least " +
-                                std::to_string(sparse_offsets_.back() + kSlack));
-  }
-  for (std::size_t part = 0; part <= geometry_.blocks_per_group(); ++part) {
-    part_offsets_.push_back(geometry_.dense_before(code_, geometry_.block_rows, part));
+  check_stream(sparse, sparse_offsets_.back(), "sparse");
+  part_offsets_.push_back(0);
+  for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+    part_offsets_.push_back(part_offsets_.back() +
+                            code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
   }
 }
 
@@ -71,9 +72,11 @@ bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch
                                    ? part_offsets_[part]
                                    : geometry_.dense_before(code_, rows, part);
   const std::uint8_t* dense = dense_.data() + group * part_offsets_[parts] + in_group;
-  const std::size_t block = group * parts + part;
-  const auto sparse = sparse_.subspan(sparse_offsets_[block],
-                                      sparse_offsets_[block + 1] - sparse_offsets_[block]);
+  const std::size_t block = code_.has_sparse() ? group * parts + part : 0;
+  const auto sparse =
+      code_.has_sparse() ? sparse_.subspan(sparse_offsets_[block],
+                                           sparse_offsets_[block + 1] - sparse_offsets_[block])
+                         : std::span<const std::uint8_t>();
   return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
                       scratch) == BlockStatus::kOk;
 }

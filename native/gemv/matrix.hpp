@@ -59,7 +59,7 @@ class CodedMatrix {
   Geometry geometry_;
   std::span<const std::uint8_t> dense_;
   std::span<const std::uint8_t> sparse_;
-  std::vector<std::uint64_t> sparse_offsets_;  // bytes, blocks + 1 entries
+  std::vector<std::uint64_t> sparse_offsets_;  // bytes, blocks + 1 entries; one without lists
   std::vector<std::size_t> part_offsets_;      // dense bytes before each part of a full row group
   Scales scales_;
 };

@@ -69,6 +69,9 @@ constexpr std::size_t dense_bytes(std::size_t count, int bits) {
   return total;
 }
 
+// Bytes of a stored stream of `size` bytes with its padding.
+constexpr std::size_t stored_bytes(std::size_t size) { return (size + kSlack + 63) / 64 * 64; }
+
 constexpr std::size_t sparse_bytes(std::size_t count, int bits) {
   return bits == 8 ? count : static_cast<std::size_t>(bits) * ((count + 7) / 8);
 }

@@ -28,6 +28,7 @@ class ThreadPool {
 
  private:
   void work(std::size_t worker);
+  void stop();
   void drain(std::size_t worker);
 
   std::vector<std::thread> workers_;

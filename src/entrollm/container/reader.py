@@ -161,7 +161,7 @@ class CompressedModel:
         """The stored entries of a matrix, by suffix.
 
         Raises:
-            FormatError: an entry has the wrong type.
+            FormatError: an entry has the wrong type or nothing in it.
         """
         file = self._files[name]
         arrays = {}
@@ -174,6 +174,8 @@ class CompressedModel:
                     f"{file.path}: {name + suffix!r} is {entry.dtype} {list(entry.shape)}, "
                     f"expected one axis of {layout.SUFFIX_DTYPES[suffix]}"
                 )
+            if entry.size_bytes <= (_core.SLACK_BYTES if suffix in layout.STREAMS else 0):
+                raise FormatError(f"{file.path}: {name + suffix!r} is empty; empty entries are left out")
             arrays[suffix] = file.array(name + suffix)
         return arrays
 
