@@ -72,8 +72,8 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
   const auto bytes = std::span(static_cast<const std::uint8_t*>(program.data()), program.size());
   Scales scales{view(scale), offset ? view(*offset) : std::span<const float>(),
                 column_scale ? view(*column_scale) : std::span<const float>()};
-  CodedMatrix matrix(Code(bytes, low_bits), geometry, view(dense), view(sparse),
-                     view(sparse_sizes), scales);
+  CodedMatrix matrix(Code(bytes, low_bits), geometry, view(dense), view(sparse), view(sparse_sizes),
+                     scales);
   return std::unique_ptr<PyMatrix>(
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
@@ -81,8 +81,8 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
 nb::ndarray<nb::numpy, float> multiply(const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
   const Geometry& geometry = self.matrix.geometry();
   if (x.shape(1) != geometry.columns) {
-    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) + " columns, the matrix has " +
-                                std::to_string(geometry.columns));
+    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                " columns, the matrix has " + std::to_string(geometry.columns));
   }
   const std::size_t shape[2] = {x.shape(0), geometry.rows};
   float* y = allocate<float>(shape[0] * shape[1]);
@@ -106,7 +106,7 @@ nb::ndarray<nb::numpy, std::uint8_t> decode(const PyMatrix& self, std::size_t be
 }
 
 nb::ndarray<nb::numpy, float> dequantize(const PyMatrix& self, Vector<std::int64_t> rows,
-                                          ThreadPool& pool) {
+                                         ThreadPool& pool) {
   const std::size_t shape[2] = {rows.size(), self.matrix.geometry().columns};
   float* out = allocate<float>(shape[0] * shape[1]);
   auto result = own(out, shape);
@@ -153,20 +153,22 @@ NB_MODULE(_core, m) {
   m.attr("SLACK_BYTES") = kSlack;
   m.attr("MAX_BLOCK") = kMaxBlock;
   m.attr("MAX_BLOCK_COLUMNS") = kMaxBlockColumns;
-  m.def("isa", [] { return select_kernels(std::getenv("ENTROLLM_ISA")).name; },
-        "Name of the instruction set in use.");
+  m.def(
+      "isa", [] { return select_kernels(std::getenv("ENTROLLM_ISA")).name; },
+      "Name of the instruction set in use.");
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<std::size_t>(), "threads"_a)
       .def_prop_ro("size", &ThreadPool::size);
   nb::class_<Geometry>(m, "Geometry")
-      .def("__init__",
-           [](Geometry* self, std::size_t rows, std::size_t columns, std::size_t block_rows,
-              std::size_t block_columns) {
-             Geometry geometry{rows, columns, block_rows, block_columns};
-             geometry.validate();
-             new (self) Geometry(geometry);
-           },
-           "rows"_a, "columns"_a, "block_rows"_a, "block_columns"_a)
+      .def(
+          "__init__",
+          [](Geometry* self, std::size_t rows, std::size_t columns, std::size_t block_rows,
+             std::size_t block_columns) {
+            Geometry geometry{rows, columns, block_rows, block_columns};
+            geometry.validate();
+            new (self) Geometry(geometry);
+          },
+          "rows"_a, "columns"_a, "block_rows"_a, "block_columns"_a)
       .def_prop_ro("blocks", &Geometry::blocks);
   nb::class_<PyMatrix>(m, "CodedMatrix")
       .def(nb::new_(&make_matrix), "program"_a, "low_bits"_a, "geometry"_a, "dense"_a, "sparse"_a,

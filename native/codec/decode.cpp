@@ -34,7 +34,8 @@ BlockStatus measure_lists(const Kernels& kernels, const Code& code,
     at += sparse_bytes(counts[i], node.bits);
     if (at > sparse.size()) return BlockStatus::kCorrupt;
     if (node.left < 0) continue;
-    const std::size_t ones = kernels.count_all_ones(sparse.data() + offsets[i], counts[i], node.bits);
+    const std::size_t ones =
+        kernels.count_all_ones(sparse.data() + offsets[i], counts[i], node.bits);
     const bool is_split = node.kind == NodeKind::kSplit;
     counts[static_cast<std::size_t>(node.left)] =
         static_cast<std::uint32_t>(is_split ? counts[i] - ones : ones);
@@ -119,7 +120,8 @@ BlockStatus decode_block(const Kernels& kernels, const Code& code, const std::ui
     }
   } else {
     const std::size_t ones = kernels.count_all_ones(dense, count, 1);
-    if (ones != scratch.counts()[static_cast<std::size_t>(root.right)]) return BlockStatus::kCorrupt;
+    if (ones != scratch.counts()[static_cast<std::size_t>(root.right)])
+      return BlockStatus::kCorrupt;
     kernels.split(dense, count, scratch.outputs()[static_cast<std::size_t>(root.left)],
                   scratch.outputs()[static_cast<std::size_t>(root.right)], out);
   }

@@ -16,8 +16,8 @@ constexpr std::uint8_t kAbsent = 0xff;
 // The cost of a symbol in bits, to find the cheapest one for padding.
 struct CodeMaps {
   std::vector<SymbolMap> fields;
-  std::array<int, 256> lengths{};    // bits; 0 marks a symbol outside the code
-  std::array<bool, 256> listed{};    // symbols that a field names; a raw field takes only the others
+  std::array<int, 256> lengths{};  // bits; 0 marks a symbol outside the code
+  std::array<bool, 256> listed{};  // symbols that a field names; a raw field takes only the others
 };
 
 // Fills the maps of the subtree at `index` and returns its symbols.
@@ -52,8 +52,10 @@ std::vector<std::uint8_t> map_subtree(const Code& code, int index, int depth_bit
       }
     }
   } else {
-    for (std::uint8_t symbol : map_subtree(code, node.left, depth_bits + 1, maps)) add(symbol, 0, 0);
-    for (std::uint8_t symbol : map_subtree(code, node.right, depth_bits + 1, maps)) add(symbol, 1, 0);
+    for (std::uint8_t symbol : map_subtree(code, node.left, depth_bits + 1, maps))
+      add(symbol, 0, 0);
+    for (std::uint8_t symbol : map_subtree(code, node.right, depth_bits + 1, maps))
+      add(symbol, 1, 0);
   }
   return symbols;
 }
@@ -67,7 +69,8 @@ std::uint8_t gather_bits(const std::uint8_t* fields, int bit) {
 }
 
 void write_plane(const std::uint8_t* fields, std::size_t count, int bit, std::uint8_t* out) {
-  for (std::size_t byte = 0; byte < (count + 7) / 8; ++byte) out[byte] = gather_bits(fields + byte * 8, bit);
+  for (std::size_t byte = 0; byte < (count + 7) / 8; ++byte)
+    out[byte] = gather_bits(fields + byte * 8, bit);
 }
 
 // `width` bits of each field from bit `shift` on, packed in groups (see Kernels::dense_field).
@@ -117,7 +120,8 @@ class BlockEncoder {
     for (std::size_t i = 0; i < code_.nodes().size(); ++i) encode_node(i);
     if (code_.low_bits() != 0) write_dense(symbols, count, code_.low_bits());
     const std::size_t sparse_size = out_.sparse.size() - sparse_begin;
-    if (sparse_size > UINT16_MAX) throw std::invalid_argument("the code is too long for its blocks");
+    if (sparse_size > UINT16_MAX)
+      throw std::invalid_argument("the code is too long for its blocks");
     out_.sparse_sizes.push_back(static_cast<std::uint16_t>(sparse_size));
   }
 
@@ -156,7 +160,8 @@ class BlockEncoder {
     if (node.left < 0) return;
     const auto escape = static_cast<std::uint8_t>((1 << node.bits) - 1);
     const bool is_split = node.kind == NodeKind::kSplit;
-    select(list, static_cast<std::uint8_t>(is_split ? 0 : escape), lists_[static_cast<std::size_t>(node.left)]);
+    select(list, static_cast<std::uint8_t>(is_split ? 0 : escape),
+           lists_[static_cast<std::size_t>(node.left)]);
     if (is_split) select(list, 1, lists_[static_cast<std::size_t>(node.right)]);
   }
 
@@ -226,7 +231,8 @@ EncodedRows encode_rows(const Code& code, const Geometry& geometry, const std::u
       block.assign(geometry.rows_in(group) * width, encoder.pad());
       for (std::size_t row = 0; row < geometry.rows_in(group); ++row) {
         std::memcpy(block.data() + row * width,
-                    symbols + (group * geometry.block_rows + row) * geometry.columns + begin, filled);
+                    symbols + (group * geometry.block_rows + row) * geometry.columns + begin,
+                    filled);
       }
       encoder.encode(block.data(), block.size());
     }

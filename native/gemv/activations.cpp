@@ -12,8 +12,8 @@ constexpr float kLargest = 32639.0f;
 
 }  // namespace
 
-Activations::Activations(const float* x, std::size_t batch, std::size_t columns,
-                         std::size_t padded, std::span<const float> column_scale)
+Activations::Activations(const float* x, std::size_t batch, std::size_t columns, std::size_t padded,
+                         std::span<const float> column_scale)
     : padded_(padded), high_(batch * padded), low_(batch * padded), scales_(batch), sums_(batch) {
   std::vector<float> scaled(columns);
   for (std::size_t row = 0; row < batch; ++row) {

@@ -73,10 +73,10 @@ bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch
                                    : geometry_.dense_before(code_, rows, part);
   const std::uint8_t* dense = dense_.data() + group * part_offsets_[parts] + in_group;
   const std::size_t block = code_.has_sparse() ? group * parts + part : 0;
-  const auto sparse =
-      code_.has_sparse() ? sparse_.subspan(sparse_offsets_[block],
-                                           sparse_offsets_[block + 1] - sparse_offsets_[block])
-                         : std::span<const std::uint8_t>();
+  const auto sparse = code_.has_sparse()
+                          ? sparse_.subspan(sparse_offsets_[block],
+                                            sparse_offsets_[block + 1] - sparse_offsets_[block])
+                          : std::span<const std::uint8_t>();
   return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
                       scratch) == BlockStatus::kOk;
 }
@@ -149,8 +149,8 @@ void CodedMatrix::multiply(ThreadPool& pool, const float* x, std::size_t batch, 
   if (corrupt) throw_corrupt(bad_group * geometry_.blocks_per_group());
 }
 
-void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin,
-                            std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
+void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
+                            const std::uint8_t* block, std::uint8_t* out) const {
   const std::size_t width = geometry_.columns_in(part);
   const std::size_t first_column = part * geometry_.block_columns;
   const std::size_t filled = std::min(width, geometry_.columns - first_column);

@@ -33,8 +33,8 @@ std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
     __m512i field = _mm512_maskz_set1_epi8(all, 1);
     for (int bit = 1; bit < Bits; ++bit) {
       const __mmask64 mask = load_mask(plane + static_cast<std::size_t>(bit) * plane_bytes);
-      field = _mm512_mask_add_epi8(field, mask, field,
-                                   _mm512_set1_epi8(static_cast<char>(1 << bit)));
+      field =
+          _mm512_mask_add_epi8(field, mask, field, _mm512_set1_epi8(static_cast<char>(1 << bit)));
       all &= mask;
     }
     __m512i symbols = _mm512_permutexvar_epi8(field, table);
@@ -55,13 +55,20 @@ std::size_t copy_bytes(const FieldArgs& args, std::uint8_t* out) {
 std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
   const bool escape = args.child != nullptr;
   switch (args.bits) {
-    case 1: return escape ? sparse_field_of<1, true>(args, out) : sparse_field_of<1, false>(args, out);
-    case 2: return escape ? sparse_field_of<2, true>(args, out) : sparse_field_of<2, false>(args, out);
-    case 3: return escape ? sparse_field_of<3, true>(args, out) : sparse_field_of<3, false>(args, out);
-    case 4: return escape ? sparse_field_of<4, true>(args, out) : sparse_field_of<4, false>(args, out);
-    case 5: return escape ? sparse_field_of<5, true>(args, out) : sparse_field_of<5, false>(args, out);
-    case 6: return escape ? sparse_field_of<6, true>(args, out) : sparse_field_of<6, false>(args, out);
-    default: return copy_bytes(args, out);
+    case 1:
+      return escape ? sparse_field_of<1, true>(args, out) : sparse_field_of<1, false>(args, out);
+    case 2:
+      return escape ? sparse_field_of<2, true>(args, out) : sparse_field_of<2, false>(args, out);
+    case 3:
+      return escape ? sparse_field_of<3, true>(args, out) : sparse_field_of<3, false>(args, out);
+    case 4:
+      return escape ? sparse_field_of<4, true>(args, out) : sparse_field_of<4, false>(args, out);
+    case 5:
+      return escape ? sparse_field_of<5, true>(args, out) : sparse_field_of<5, false>(args, out);
+    case 6:
+      return escape ? sparse_field_of<6, true>(args, out) : sparse_field_of<6, false>(args, out);
+    default:
+      return copy_bytes(args, out);
   }
 }
 
@@ -84,7 +91,8 @@ struct DenseReader {
       const __m512i group = load(fours + vector / 2 * kVector);
       const auto shift = static_cast<unsigned>(vector % 2 * 4);
       value = _mm512_and_si512(_mm512_srli_epi16(group, shift), _mm512_set1_epi8(15));
-      if constexpr ((Bits & 3) != 0) value = _mm512_slli_epi16(value, Bits & 3 ? (Bits & 3) / 2 + 1 : 0);
+      if constexpr ((Bits & 3) != 0)
+        value = _mm512_slli_epi16(value, Bits & 3 ? (Bits & 3) / 2 + 1 : 0);
     }
     if constexpr ((Bits & 2) != 0) {
       const __m512i group = load(twos + vector / 4 * kVector);
@@ -123,13 +131,20 @@ std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
 std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
   const bool escape = args.child != nullptr;
   switch (args.bits) {
-    case 1: return escape ? sparse_field_of<1, true>(args, out) : sparse_field_of<1, false>(args, out);
-    case 2: return escape ? dense_field_of<2, true>(args, out) : dense_field_of<2, false>(args, out);
-    case 3: return escape ? dense_field_of<3, true>(args, out) : dense_field_of<3, false>(args, out);
-    case 4: return escape ? dense_field_of<4, true>(args, out) : dense_field_of<4, false>(args, out);
-    case 5: return escape ? dense_field_of<5, true>(args, out) : dense_field_of<5, false>(args, out);
-    case 6: return escape ? dense_field_of<6, true>(args, out) : dense_field_of<6, false>(args, out);
-    default: return copy_bytes(args, out);
+    case 1:
+      return escape ? sparse_field_of<1, true>(args, out) : sparse_field_of<1, false>(args, out);
+    case 2:
+      return escape ? dense_field_of<2, true>(args, out) : dense_field_of<2, false>(args, out);
+    case 3:
+      return escape ? dense_field_of<3, true>(args, out) : dense_field_of<3, false>(args, out);
+    case 4:
+      return escape ? dense_field_of<4, true>(args, out) : dense_field_of<4, false>(args, out);
+    case 5:
+      return escape ? dense_field_of<5, true>(args, out) : dense_field_of<5, false>(args, out);
+    case 6:
+      return escape ? dense_field_of<6, true>(args, out) : dense_field_of<6, false>(args, out);
+    default:
+      return copy_bytes(args, out);
   }
 }
 
@@ -156,12 +171,18 @@ void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t*
 
 void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {
   switch (bits) {
-    case 1: return or_low_bits_of<1>(fields, count, out);
-    case 2: return or_low_bits_of<2>(fields, count, out);
-    case 3: return or_low_bits_of<3>(fields, count, out);
-    case 4: return or_low_bits_of<4>(fields, count, out);
-    case 5: return or_low_bits_of<5>(fields, count, out);
-    default: return or_low_bits_of<6>(fields, count, out);
+    case 1:
+      return or_low_bits_of<1>(fields, count, out);
+    case 2:
+      return or_low_bits_of<2>(fields, count, out);
+    case 3:
+      return or_low_bits_of<3>(fields, count, out);
+    case 4:
+      return or_low_bits_of<4>(fields, count, out);
+    case 5:
+      return or_low_bits_of<5>(fields, count, out);
+    default:
+      return or_low_bits_of<6>(fields, count, out);
   }
 }
 
@@ -230,7 +251,7 @@ void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, s
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", sparse_field,   dense_field, split, or_low_bits,
-                                count_all_ones, dot, dot_tile};
+const Kernels kAvx512Kernels = {"avx512",    sparse_field,   dense_field, split,
+                                or_low_bits, count_all_ones, dot,         dot_tile};
 
 }  // namespace entrollm

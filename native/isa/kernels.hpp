@@ -1,4 +1,5 @@
-// The primitives that every instruction set implements; see docs/format.md for the byte layout they read.
+// The primitives that every instruction set implements; see docs/format.md for the byte layout they
+// read.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,8 @@ namespace entrollm {
 inline constexpr std::size_t kVector = 64;
 
 // A kernel may read this many bytes past the last byte it needs, and write as many past the last
-// byte it produces. Scratch buffers and the stored streams are padded accordingly (checked at load).
+// byte it produces. Scratch buffers and the stored streams are padded accordingly (checked at
+// load).
 inline constexpr std::size_t kSlack = 64;
 
 // Escaped symbols are taken from `child` in order; `child` is null when the node has no escape.
@@ -52,8 +54,8 @@ struct Kernels {
   // Number of positions below `count` at which all of the `bits` planes are set.
   std::size_t (*count_all_ones)(const std::uint8_t* planes, std::size_t count, int bits);
 
-  // Exact integer products of `count` weights (a multiple of kVector, at most 64 * kVector) with the
-  // digits of one, or of kColumnTile, activation vectors.
+  // Exact integer products of `count` weights (a multiple of kVector, at most 64 * kVector) with
+  // the digits of one, or of kColumnTile, activation vectors.
   std::int64_t (*dot)(const std::uint8_t* weights, const Digits& x, std::size_t count);
   void (*dot_tile)(const std::uint8_t* weights, const Digits* x, std::size_t count,
                    std::int64_t* out);

@@ -25,7 +25,8 @@ ThreadPool::ThreadPool(std::size_t threads) {
     for (std::size_t worker = 1; worker < threads; ++worker) {
       workers_.emplace_back([this, worker] { work(worker); });
     }
-  } catch (...) {  // the system has no more threads: end those that started before the error goes on
+  } catch (
+      ...) {  // the system has no more threads: end those that started before the error goes on
     stop();
     throw;
   }
@@ -43,8 +44,7 @@ void ThreadPool::stop() {
   for (auto& worker : workers_) worker.join();
 }
 
-void ThreadPool::run(std::size_t tasks,
-                     const std::function<void(std::size_t, std::size_t)>& body) {
+void ThreadPool::run(std::size_t tasks, const std::function<void(std::size_t, std::size_t)>& body) {
   const std::lock_guard turn(turn_);
   if (workers_.empty() || tasks == 1) {
     for (std::size_t task = 0; task < tasks; ++task) body(task, 0);
