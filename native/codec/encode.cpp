@@ -13,10 +13,8 @@ using SymbolMap = std::array<std::uint8_t, 256>;
 // For every node, the field that each symbol below it gets; kAbsent elsewhere.
 constexpr std::uint8_t kAbsent = 0xff;
 
-// The cost of a symbol in bits, to find the cheapest one for padding.
 struct CodeMaps {
   std::vector<SymbolMap> fields;
-  std::array<int, 256> lengths{};  // bits; 0 marks a symbol outside the code
   std::array<bool, 256> listed{};  // symbols that a field names; a raw field takes only the others
 };
 
