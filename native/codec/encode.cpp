@@ -1,6 +1,7 @@
 #include "codec/encode.hpp"
 
 #include <array>
+#include <climits>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -19,43 +20,48 @@ struct CodeMaps {
 };
 
 // Fills the maps of the subtree at `index` and returns its symbols.
-std::vector<std::uint8_t> map_subtree(const Code& code, int index, int depth_bits, CodeMaps& maps) {
+std::vector<std::uint8_t> map_subtree(const Code& code, int index, CodeMaps& maps) {
   const Node& node = code.nodes()[static_cast<std::size_t>(index)];
   SymbolMap& map = maps.fields[static_cast<std::size_t>(index)];
   map.fill(kAbsent);
   std::vector<std::uint8_t> symbols;
-  const auto add = [&](std::uint8_t symbol, std::uint8_t field, int bits) {
-    if (map[symbol] != kAbsent) return;  // the first, shortest, code of a symbol wins
-    map[symbol] = field;
+  const auto add = [&](std::uint8_t symbol, unsigned field) {
+    if (map[symbol] != kAbsent) return;  // the first place that names a symbol codes it
+    map[symbol] = static_cast<std::uint8_t>(field);
     symbols.push_back(symbol);
-    int& length = maps.lengths[symbol];
-    if (bits != 0 && (length == 0 || bits < length)) length = bits;
   };
   if (node.kind == NodeKind::kLeaf) {
-    add(node.table[0], 0, 1);
+    add(node.table[0], 0);
   } else if (node.bits == 8) {
     for (unsigned symbol = 0; symbol < 256; ++symbol) {
-      if (maps.listed[symbol]) continue;
-      add(static_cast<std::uint8_t>(symbol), static_cast<std::uint8_t>(symbol), depth_bits + 8);
+      if (!maps.listed[symbol]) add(static_cast<std::uint8_t>(symbol), symbol);
     }
   } else if (node.kind == NodeKind::kField) {
     const unsigned escape = (1u << node.bits) - 1;
     const unsigned values = escape + (node.left < 0 ? 1 : 0);
-    for (unsigned i = 0; i < values; ++i) {
-      add(node.table[i], static_cast<std::uint8_t>(i), depth_bits + node.bits);
-    }
+    for (unsigned i = 0; i < values; ++i) add(node.table[i], i);
     if (node.left >= 0) {
-      for (std::uint8_t symbol : map_subtree(code, node.left, depth_bits + node.bits, maps)) {
-        add(symbol, static_cast<std::uint8_t>(escape), 0);
-      }
+      for (std::uint8_t symbol : map_subtree(code, node.left, maps)) add(symbol, escape);
     }
   } else {
-    for (std::uint8_t symbol : map_subtree(code, node.left, depth_bits + 1, maps))
-      add(symbol, 0, 0);
-    for (std::uint8_t symbol : map_subtree(code, node.right, depth_bits + 1, maps))
-      add(symbol, 1, 0);
+    for (std::uint8_t symbol : map_subtree(code, node.left, maps)) add(symbol, 0);
+    for (std::uint8_t symbol : map_subtree(code, node.right, maps)) add(symbol, 1);
   }
   return symbols;
+}
+
+// Bits of a symbol's code; only for symbols that map_subtree() returned for the root.
+int code_length(const Code& code, const CodeMaps& maps, std::uint8_t symbol) {
+  int length = 0;
+  for (std::size_t index = 0;;) {
+    const Node& node = code.nodes()[index];
+    length += node.bits;
+    const std::uint8_t field = maps.fields[index][symbol];
+    const bool right = node.kind == NodeKind::kSplit && field == 1;
+    const bool ends = node.kind != NodeKind::kSplit && field != (1 << node.bits) - 1;
+    if (node.left < 0 || ends) return length;
+    index = static_cast<std::size_t>(right ? node.right : node.left);
+  }
 }
 
 // Gathers bit `bit` of eight fields into one byte, first field lowest.
@@ -96,11 +102,13 @@ class BlockEncoder {
       const std::size_t values = (std::size_t{1} << node.bits) - (node.left >= 0);
       for (std::size_t i = 0; i < values; ++i) maps_.listed[node.table[i]] = true;
     }
-    map_subtree(code, 0, 0, maps_);
-    for (int symbol = 0; symbol < 256; ++symbol) {
-      const int length = maps_.lengths[static_cast<std::size_t>(symbol)];
-      const int best = maps_.lengths[pad_];
-      if (length != 0 && (best == 0 || length < best)) pad_ = static_cast<std::uint8_t>(symbol);
+    int best = INT_MAX;
+    for (std::uint8_t symbol : map_subtree(code, 0, maps_)) {
+      const int length = code_length(code, maps_, symbol);
+      if ((symbol & low_mask()) != 0 || length > best || (length == best && symbol > pad_))
+        continue;
+      best = length;
+      pad_ = symbol;
     }
   }
 
@@ -112,7 +120,7 @@ class BlockEncoder {
     auto& list = lists_[0];
     list.assign(symbols, symbols + count);
     if (code_.low_bits() != 0) {
-      const auto keep = static_cast<std::uint8_t>(0xff << code_.low_bits());
+      const auto keep = static_cast<std::uint8_t>(~low_mask());
       for (auto& symbol : list) symbol &= keep;
     }
     for (std::size_t i = 0; i < code_.nodes().size(); ++i) encode_node(i);
@@ -124,6 +132,8 @@ class BlockEncoder {
   }
 
  private:
+  unsigned low_mask() const { return (1u << code_.low_bits()) - 1; }
+
   void encode_node(std::size_t index) {
     const Node& node = code_.nodes()[index];
     const auto& list = lists_[index];

@@ -163,12 +163,15 @@ class TensorSpec:
         if relative_error is None or relative_error < 0:
             raise FormatError(f"{name}: error must be a number of at least 0, found {fields.get('error')!r}")
         tree, _ = _node_from_json(reader.require("code"), name, 0)
+        low_bits = reader.low_bits()
+        if any(symbol % (1 << low_bits) for symbol in listed_symbols(tree)):
+            raise FormatError(f"{name}: a symbol of the code tree overlaps the {low_bits} low bits")
         return cls(
             rows=rows,
             columns=columns,
             dtype=dtype,
             grid=reader.text("grid"),
-            code=Code(tree, reader.low_bits()),
+            code=Code(tree, low_bits),
             blocks=Blocks(block_rows, block_columns),
             scale=reader.number("scale"),
             offset=reader.number("offset"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from entrollm.codec.blocks import padded
 from entrollm.errors import CorruptStreamError
-from entrollm.specs import RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
+from entrollm.specs import RAW_BITS, Blocks, Code, Field, Leaf, Node, Split, listed_symbols
 
 _VECTOR = 64
 
@@ -17,9 +18,14 @@ def encode_block(code: Code, symbols: Sequence[int]) -> tuple[bytes, bytes]:
         symbols: a whole number of vectors of 64 symbols, all in the code.
     Returns:
         the dense and the sparse bytes of the block.
+    Raises:
+        ValueError: a symbol is not in the code.
     """
     keep = ~((1 << code.low_bits) - 1)
     high = [symbol & keep for symbol in symbols]
+    for symbol in sorted(set(high)):
+        if code_bits(code.tree, symbol) is None:
+            raise ValueError(f"symbol {symbol} is not in the code")
     dense = b""
     sparse = b""
     children: list[list[int]] = []
@@ -61,6 +67,80 @@ def decode_block(code: Code, dense: bytes, sparse: bytes, count: int) -> list[in
     if [len(list(members)) for members in lists] != expected:
         raise CorruptStreamError(f"the block's first list does not match its {expected} escapes")
     return [symbol | bits for symbol, bits in zip(_merge(tree, fields, lists), low, strict=True)]
+
+
+def encode_matrix(code: Code, rows: Sequence[Sequence[int]], blocks: Blocks) -> tuple[bytes, bytes, list[int]]:
+    """Encode a matrix of symbols, all of its blocks in order.
+
+    Returns:
+        the dense and the sparse stream without their final padding, and the sparse bytes of each block, which are
+        stored only when the code has lists.
+    """
+    width = padded(len(rows[0]))
+    padding = padding_symbol(code)
+    dense = sparse = b""
+    sizes = []
+    for first in range(0, len(rows), blocks.rows):
+        for begin in range(0, width, blocks.columns):
+            end = min(begin + blocks.columns, width)
+            symbols: list[int] = []
+            for row in rows[first : first + blocks.rows]:
+                part = list(row[begin:end])
+                symbols += part + [padding] * (end - begin - len(part))
+            block = encode_block(code, symbols)
+            dense += block[0]
+            sparse += block[1]
+            sizes.append(len(block[1]))
+    return dense, sparse, sizes
+
+
+def decode_matrix(
+    code: Code, shape: tuple[int, int], blocks: Blocks, dense: bytes, sparse: bytes, sizes: Sequence[int]
+) -> list[list[int]]:
+    """Decode a matrix, the inverse of encode_matrix; the streams may have padding at their ends.
+
+    Raises:
+        CorruptStreamError: a block does not hold exactly its symbols.
+    """
+    rows, columns = shape
+    width = padded(columns)
+    matrix: list[list[int]] = [[] for _ in range(rows)]
+    dense_at = sparse_at = block = 0
+    for first in range(0, rows, blocks.rows):
+        members = matrix[first : first + blocks.rows]
+        for begin in range(0, width, blocks.columns):
+            part = min(blocks.columns, width - begin)
+            count = part * len(members)
+            dense_end = dense_at + _dense_bytes(count, _width(code.tree)) + _dense_bytes(count, code.low_bits)
+            sparse_end = sparse_at + (sizes[block] if sizes else 0)
+            symbols = decode_block(code, dense[dense_at:dense_end], sparse[sparse_at:sparse_end], count)
+            for i, row in enumerate(members):
+                row += symbols[i * part : (i + 1) * part][: columns - begin]
+            dense_at, sparse_at, block = dense_end, sparse_end, block + 1
+    return matrix
+
+
+def code_bits(node: Node, symbol: int) -> int | None:
+    """The length of a symbol's code below `node`, in bits; None when it has none."""
+    if isinstance(node, Leaf):
+        return 0 if symbol == node.symbol else None
+    (field,), lists = _fields(node, [symbol])
+    for child, members in zip(_children(node), lists, strict=True):
+        if members:
+            below = code_bits(child, symbol)
+            return None if below is None else _width(node) + below
+    named = node.bits == RAW_BITS or node.symbols[field] == symbol if isinstance(node, Field) else False
+    return _width(node) if named else None
+
+
+def padding_symbol(code: Code) -> int:
+    """What rows are padded with to whole vectors: the symbol with the shortest code, of several the smallest."""
+    lengths = [
+        (bits, symbol)
+        for symbol in range(0, 256, 1 << code.low_bits)
+        if (bits := code_bits(code.tree, symbol)) is not None
+    ]
+    return min(lengths)[1]
 
 
 def _width(node: Node) -> int:
