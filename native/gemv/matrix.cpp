@@ -31,6 +31,23 @@ void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const 
                               std::to_string(stored_bytes(size)));
 }
 
+// The code as a chain of fields, or no levels when it is none that a fused product runs.
+Cascade make_cascade(const Code& code) {
+  Cascade cascade{};
+  cascade.low_bits = code.low_bits();
+  if (cascade.low_bits > 4 || code.root().bits == 8) return Cascade{};
+  int index = 0;
+  while (index >= 0) {
+    const Node& node = code.nodes()[static_cast<std::size_t>(index)];
+    if (node.kind != NodeKind::kField || cascade.levels == kMaxLevels) return Cascade{};
+    cascade.bits[cascade.levels] = node.bits;
+    cascade.tables[cascade.levels] = node.table.data();
+    ++cascade.levels;
+    index = node.left;
+  }
+  return cascade;
+}
+
 [[noreturn]] void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
 }
@@ -63,6 +80,7 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
     part_offsets_.push_back(part_offsets_.back() +
                             code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
   }
+  if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
 }
 
 bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch& scratch) const {
@@ -115,8 +133,43 @@ bool CodedMatrix::multiply_group(std::size_t group, Work& work, std::size_t work
       }
     }
   }
+  write_outputs(group * geometry_.block_rows, rows, sums.data(), work);
+  return true;
+}
+
+bool CodedMatrix::multiply_fused(std::size_t begin, std::size_t end, Work& work,
+                                 std::size_t worker) const {
+  const std::size_t parts = geometry_.blocks_per_group();
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  auto& sums = work.sums[worker];
+  const std::size_t first_row = begin * geometry_.block_rows;
+  const std::size_t rows = std::min(geometry_.rows, end * geometry_.block_rows) - first_row;
+  sums.resize(rows);
+  CascadeRun run{};
+  run.code = &cascade_;
+  run.dense = dense_.data() + begin * part_offsets_[parts];
+  run.sparse = sparse_.data();
+  run.sparse_offsets = sparse_offsets_.data() + (code_.has_sparse() ? begin * parts : 0);
+  run.groups = end - begin;
+  run.parts = parts;
+  run.block_rows = geometry_.block_rows;
+  run.last_rows = geometry_.rows_in(end - 1);
+  run.block_columns = geometry_.block_columns;
+  run.last_columns = geometry_.columns_in(parts - 1);
+  run.x = work.x.digits(0, 0);
+  run.buffer = scratch.block();
+  run.lists = scratch.lists();
+  if (kernels().cascade_product(run, sums.data()) != run.groups * parts) return false;
+  write_outputs(first_row, rows, sums.data(), work);
+  return true;
+}
+
+// `sums` is (rows, batch).
+void CodedMatrix::write_outputs(std::size_t first_row, std::size_t rows, const std::int64_t* sums,
+                                Work& work) const {
+  const std::size_t batch = work.x.batch();
   for (std::size_t row = 0; row < rows; ++row) {
-    const std::size_t i = group * geometry_.block_rows + row;
+    const std::size_t i = first_row + row;
     const double scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
     const double offset =
         scales_.offset.empty() ? 0.0 : scales_.offset[scales_.offset.size() == 1 ? 0 : i];
@@ -126,7 +179,6 @@ bool CodedMatrix::multiply_group(std::size_t group, Work& work, std::size_t work
       work.y[column * geometry_.rows + i] = static_cast<float>(sum * work.x.scale(column));
     }
   }
-  return true;
 }
 
 void CodedMatrix::multiply(ThreadPool& pool, const float* x, std::size_t batch, float* y) const {
@@ -138,12 +190,19 @@ void CodedMatrix::multiply(ThreadPool& pool, const float* x, std::size_t batch, 
   std::atomic<std::size_t> bad_group{0};
   const std::size_t groups = geometry_.row_groups();
   const std::size_t tasks = std::min(groups, pool.size() == 1 ? std::size_t{1} : pool.size() * 8);
+  const bool fused = batch == 1 && cascade_.levels != 0;
   pool.run(tasks, [&](std::size_t task, std::size_t worker) {
-    for (std::size_t group = groups * task / tasks; group < groups * (task + 1) / tasks; ++group) {
-      if (multiply_group(group, work, worker)) continue;
+    const std::size_t end = groups * (task + 1) / tasks;
+    std::size_t group = groups * task / tasks;
+    bool valid = true;
+    if (fused) {
+      valid = multiply_fused(group, end, work, worker);
+    } else {
+      while (group < end && (valid = multiply_group(group, work, worker))) ++group;
+    }
+    if (!valid) {
       bad_group = group;
       corrupt = true;
-      return;
     }
   });
   if (corrupt) throw_corrupt(bad_group * geometry_.blocks_per_group());

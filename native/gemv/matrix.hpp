@@ -50,6 +50,9 @@ class CodedMatrix {
   struct Work;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  bool multiply_fused(std::size_t begin, std::size_t end, Work& work, std::size_t worker) const;
+  void write_outputs(std::size_t begin, std::size_t end, const std::int64_t* sums,
+                     Work& work) const;
   bool multiply_group(std::size_t group, Work& work, std::size_t worker) const;
   void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
   void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
@@ -62,6 +65,7 @@ class CodedMatrix {
   std::vector<std::uint64_t> sparse_offsets_;  // bytes, blocks + 1 entries; one without lists
   std::vector<std::size_t> part_offsets_;      // dense bytes before each part of a full row group
   Scales scales_;
+  Cascade cascade_{};  // levels == 0 when the code is no cascade or has no fused product
 };
 
 }  // namespace entrollm

@@ -33,6 +33,33 @@ struct Digits {
 
 inline constexpr std::size_t kColumnTile = 4;
 
+// A code that is a chain of fields, each escaping to the next, in the form that fused products run.
+inline constexpr int kMaxLevels = 16;
+struct Cascade {
+  int levels;
+  int low_bits;
+  int bits[kMaxLevels];
+  const std::uint8_t* tables[kMaxLevels];  // 64 entries each
+};
+
+// Consecutive row groups of a matrix with a cascade code, and the activations to multiply by.
+struct CascadeRun {
+  const Cascade* code;
+  const std::uint8_t* dense;  // of the first block; later ones follow it
+  const std::uint8_t* sparse;
+  const std::uint64_t*
+      sparse_offsets;  // into `sparse`, one more than blocks; unused with one level
+  std::size_t groups;
+  std::size_t parts;          // blocks per group
+  std::size_t block_rows;     // rows of every group but the last
+  std::size_t last_rows;      // rows of the last group
+  std::size_t block_columns;  // columns of every part but the last
+  std::size_t last_columns;
+  Digits x;
+  std::uint8_t* buffer;  // room for a block, and slack
+  std::uint8_t* lists;   // room for a block and slack for every level
+};
+
 struct Kernels {
   const char* name;
 
@@ -59,6 +86,11 @@ struct Kernels {
   std::int64_t (*dot)(const std::uint8_t* weights, const Digits& x, std::size_t count);
   void (*dot_tile)(const std::uint8_t* weights, const Digits* x, std::size_t count,
                    std::int64_t* out);
+
+  // Optional: the product of a run with one activation vector, decoded and multiplied in one pass.
+  // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
+  // does not decode to its stated length.
+  std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums);
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.
