@@ -1,0 +1,156 @@
+// Coded matrices over exact-size buffers: products, rows and damaged streams.
+#include <cmath>
+
+#include "codec/encode.hpp"
+#include "gemv/matrix.hpp"
+#include "support.hpp"
+
+using namespace entrollm;
+using namespace entrollm::test;
+
+namespace {
+
+Geometry random_geometry(Random& random) {
+  Geometry geometry{1 + random.below(20), 1 + random.below(random.coin() ? 300 : 9000), 1, 0};
+  const std::size_t width = geometry.padded_columns();
+  if (width <= kMaxBlockColumns && random.coin()) {
+    geometry.block_rows = 1 + random.below(kMaxBlock / width);
+    geometry.block_columns = width;
+  } else {
+    geometry.block_columns =
+        kVector * (1 + random.below(std::min(width, kMaxBlockColumns) / kVector));
+  }
+  geometry.validate();
+  return geometry;
+}
+
+// A stream with its padding, in an allocation of exactly that size.
+ExactBuffer pad(Bytes bytes) {
+  bytes.resize(stored_bytes(bytes.size()));
+  return ExactBuffer(bytes, 0);
+}
+
+struct Case {
+  Code code;
+  Geometry geometry;
+  Bytes symbols;
+  EncodedRows rows;
+  std::vector<float> scale{0.5f};
+  std::vector<float> offset{-3.0f};
+  std::vector<float> x;
+  std::size_t batch;
+
+  Case(Random& random, const RandomCode& source)
+      : code(source.code()), geometry(random_geometry(random)), batch(1 + random.below(6)) {
+    symbols.resize(geometry.rows * geometry.columns);
+    const std::size_t skew = random.below(10);
+    for (auto& symbol : symbols) symbol = source.symbol(random, skew);
+    rows = encode_rows(code, geometry, symbols.data());
+    if (!code.has_sparse()) rows.sparse_sizes.clear();
+    x.resize(batch * geometry.columns);
+    for (auto& value : x) value = static_cast<float>(random.byte()) - 100.0f;
+  }
+};
+
+void check_products(const Case& c, const CodedMatrix& matrix, ThreadPool& pool) {
+  std::vector<float> y(c.batch * c.geometry.rows);
+  matrix.multiply(pool, c.x.data(), c.batch, y.data());
+  for (std::size_t b = 0; b < c.batch; ++b) {
+    double largest = 0;
+    for (std::size_t j = 0; j < c.geometry.columns; ++j) {
+      largest = std::max(largest, std::fabs(double{c.x[b * c.geometry.columns + j]}));
+    }
+    for (std::size_t i = 0; i < c.geometry.rows; ++i) {
+      double sum = 0;
+      double bound = 1e-30;
+      for (std::size_t j = 0; j < c.geometry.columns; ++j) {
+        const double weight = 0.5 * c.symbols[i * c.geometry.columns + j] - 3.0;
+        sum += weight * c.x[b * c.geometry.columns + j];
+        bound += std::fabs(weight) * largest / 65000;
+      }
+      bound += std::fabs(sum) * 1e-6;
+      require(std::fabs(y[b * c.geometry.rows + i] - sum) <= bound, "the product is close");
+    }
+  }
+}
+
+void check_rows(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
+  const std::size_t begin = random.below(c.geometry.rows + 1);
+  const std::size_t end = begin + random.below(c.geometry.rows - begin + 1);
+  const std::size_t size = (end - begin) * c.geometry.columns;
+  const std::unique_ptr<std::uint8_t[]> out(new std::uint8_t[size]);
+  matrix.decode(pool, begin, end, out.get());
+  require(
+      size == 0 || std::memcmp(out.get(), c.symbols.data() + begin * c.geometry.columns, size) == 0,
+      "rows decode");
+  const std::vector<std::int64_t> picked{static_cast<std::int64_t>(random.below(c.geometry.rows)),
+                                         0};
+  const std::unique_ptr<float[]> values(new float[2 * c.geometry.columns]);
+  matrix.dequantize(pool, picked, values.get());
+  for (std::size_t j = 0; j < c.geometry.columns; ++j) {
+    const auto row = static_cast<std::size_t>(picked[0]);
+    const float expected = static_cast<float>(c.symbols[row * c.geometry.columns + j]) * 0.5f;
+    require(values[j] == expected - 3.0f, "rows dequantize");
+  }
+}
+
+// Returns whether a damaged stream was refused.
+bool survives(const Case& c, Random& random, ThreadPool& pool) {
+  EncodedRows rows = c.rows;
+  Bytes& stream = rows.sparse.empty() || random.coin() ? rows.dense : rows.sparse;
+  if (!stream.empty())
+    stream[random.below(stream.size())] ^= static_cast<std::uint8_t>(1 + random.below(255));
+  auto& sizes = rows.sparse_sizes;
+  if (sizes.size() > 1 && random.coin()) std::swap(sizes[0], sizes[random.below(sizes.size())]);
+  const ExactBuffer dense = pad(rows.dense);
+  const ExactBuffer sparse = pad(rows.sparse);
+  std::vector<float> y(c.batch * c.geometry.rows);
+  Bytes out(c.symbols.size());
+  try {
+    const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), sizes,
+                             {c.scale, c.offset, {}});
+    matrix.multiply(pool, c.x.data(), c.batch, y.data());
+    matrix.decode(pool, 0, c.geometry.rows, out.data());
+    return false;
+  } catch (const CorruptBlock&) {
+    return true;
+  }
+}
+
+bool refuses(const Case& c, std::size_t dense_size, std::size_t sparse_size, std::size_t sizes) {
+  const Bytes dense(dense_size), sparse(sparse_size);
+  const std::vector<std::uint16_t> none(sizes, 0xffff);
+  try {
+    CodedMatrix(c.code, c.geometry, dense, sparse, none, {c.scale, {}, {}});
+    return false;
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+}
+
+}  // namespace
+
+int main() {
+  ThreadPool one(1);
+  ThreadPool three(3);
+  std::size_t refused = 0;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    Random random(seed);
+    const RandomCode source(random);
+    const Case c(random, source);
+    const ExactBuffer dense = pad(c.rows.dense);
+    const ExactBuffer sparse = pad(c.rows.sparse);
+    const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), c.rows.sparse_sizes,
+                             {c.scale, c.offset, {}});
+    ThreadPool& pool = random.coin() ? one : three;
+    check_products(c, matrix, pool);
+    check_rows(c, matrix, pool, random);
+    for (int n = 0; n < 3; ++n) refused += survives(c, random, pool);
+    require(refuses(c, dense.size() + 64, sparse.size(), c.rows.sparse_sizes.size()), "dense size");
+    require(refuses(c, dense.size(), sparse.size() + 64, c.rows.sparse_sizes.size()),
+            "sparse size");
+    require(refuses(c, dense.size(), sparse.size(), c.rows.sparse_sizes.size() + 1), "block count");
+  }
+  std::printf("matrix: %zu of 900 damaged matrices refused\n", refused);
+  require(refused > 100, "damage is noticed where lengths disagree");
+}
