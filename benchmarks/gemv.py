@@ -42,13 +42,13 @@ def main() -> None:
     repeat = max(1, round(arguments.gib * 2**30 / (ROWS * COLUMNS)))
     rng = np.random.default_rng(SEED)
     x = rng.standard_normal((1, COLUMNS)).astype(np.float32)
-    baselines = Baselines()
     full = np.tile(source(5.6, (ROWS, COLUMNS)).ravel(), repeat)
     int8 = rng.integers(-100, 100, COLUMNS).astype(np.int8)
     coded = [(goal, Coded(source(goal[1], (ROWS, COLUMNS)), repeat, arguments.prefer)) for goal in GOALS]
+    baselines = Baselines()
     rows = []
     for threads in arguments.threads:
-        run = Run(Baselines(), full, int8, x, threads, arguments.repeats)
+        run = Run(baselines, full, int8, x, threads, arguments.repeats)
         times = {name: run.baseline(name) for name in ("read", "int8", "int4", "bf16")}
         for goal, matrix in coded:
             timed = run.coded(matrix)
@@ -92,9 +92,9 @@ def report(threads: int, rows: list, times: dict, weights: int) -> None:
     int8_rate = weights / times["int8"]["best_s"] / 1e9
     read_rate = weights / times["read"]["best_s"] / 1e9
     print(f"\n{threads} thread(s): read {read_rate:.1f} GB/s; Gweights/s at best: int8 {int8_rate:.1f}, ", end="")
-    print(
-        f"int4 {2 * weights / times['int4']['best_s'] / 1e9:.1f}, bf16 {weights / 2 / times['bf16']['best_s'] / 1e9:.1f}"
-    )
+    int4_rate = 2 * weights / times["int4"]["best_s"] / 1e9
+    bf16_rate = weights / 2 / times["bf16"]["best_s"] / 1e9
+    print(f"int4 {int4_rate:.1f}, bf16 {bf16_rate:.1f}")
     print(
         f"{'code':24} {'Huffman':>8} {'stored':>7} {'Gw/s':>6} {'median':>7} {'x int8':>7} {'goal':>5} {'of read':>8}"
     )
