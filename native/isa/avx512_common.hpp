@@ -65,7 +65,7 @@ struct DenseReader {
     __m512i value = _mm512_setzero_si512();
     if constexpr (kFours != 0) {
       const __m512i group = load(fours + (vector + Step) / 2 * kVector);
-      value = transform<move_bits(Step % 2 * 4, 4, kTwos + kOnes)>(group);
+      value = transform<move_bits(Step % 2 * 4, 4, 2 * kTwos + kOnes)>(group);
     }
     if constexpr (kTwos != 0) {
       const __m512i group = load(twos + (vector + Step) / 4 * kVector);
