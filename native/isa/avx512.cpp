@@ -86,28 +86,42 @@ std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count
   return sums.total();
 }
 
-void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
-  __m512i high[kColumnTile];
-  __m512i low[kColumnTile];
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    high[column] = low[column] = _mm512_setzero_si512();
-  }
+// Rows x kColumnTile products at once; 16 accumulators leave room for the operands.
+template <std::size_t Rows>
+void dot_tile_of(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+                 std::size_t count, std::int64_t* out) {
+  __m512i high[Rows * kColumnTile];
+  __m512i low[Rows * kColumnTile];
+  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) high[i] = low[i] = _mm512_setzero_si512();
   for (std::size_t i = 0; i < count; i += kVector) {
-    const __m512i w = load(weights + i);
+    __m512i w[Rows];
+    for (std::size_t row = 0; row < Rows; ++row) w[row] = load(weights + row * stride + i);
     for (std::size_t column = 0; column < kColumnTile; ++column) {
-      high[column] = _mm512_dpbusd_epi32(high[column], w, load(x[column].high + i));
-      low[column] = _mm512_dpbusd_epi32(low[column], w, load(x[column].low + i));
+      const __m512i x_high = load(x[column].high + i);
+      const __m512i x_low = load(x[column].low + i);
+      for (std::size_t row = 0; row < Rows; ++row) {
+        const std::size_t at = row * kColumnTile + column;
+        high[at] = _mm512_dpbusd_epi32(high[at], w[row], x_high);
+        low[at] = _mm512_dpbusd_epi32(low[at], w[row], x_low);
+      }
     }
   }
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    out[column] = reduce_digits(high[column], low[column]);
-  }
+  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) out[i] = reduce_digits(high[i], low[i]);
+}
+
+void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
+  dot_tile_of<1>(weights, 0, x, count, out);
+}
+
+void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+                   std::size_t count, std::int64_t* out) {
+  dot_tile_of<2>(weights, stride, x, count, out);
 }
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", sparse_field_any, dense_field,
-                                split,    or_low_bits,      count_ones,
-                                dot,      dot_tile,         cascade_product};
+const Kernels kAvx512Kernels = {"avx512",      sparse_field_any, dense_field, split,
+                                or_low_bits,   count_ones,       dot,         dot_tile,
+                                dot_tile_pair, cascade_product};
 
 }  // namespace entrollm
