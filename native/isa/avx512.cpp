@@ -9,8 +9,8 @@ namespace {
 template <int Bits, bool Escape>
 std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
   RootDecoder<Bits, Escape, 0> root(args, nullptr);
-  for_vectors(args.count / kVector, [&]<int Step>(std::size_t vector) {
-    store(out + (vector + Step) * kVector, root.template next<Step>(vector));
+  for_vectors(args.count / kVector, [&]<int Step>(std::size_t eight) {
+    store(out + (eight * 8 + Step) * kVector, root.template next<Step>(eight));
   });
   return root.escapes;
 }
@@ -55,9 +55,9 @@ void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* lef
 template <int Bits>
 void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
   const LowReader<Bits> low(fields, count);
-  for_vectors(count / kVector, [&]<int Step>(std::size_t vector) {
-    std::uint8_t* at = out + (vector + Step) * kVector;
-    store(at, low.template merge<Step>(load(at), vector));
+  for_vectors(count / kVector, [&]<int Step>(std::size_t eight) {
+    std::uint8_t* at = out + (eight * 8 + Step) * kVector;
+    store(at, low.template merge<Step>(load(at), eight));
   });
 }
 
@@ -80,8 +80,8 @@ void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::u
 
 std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
   DotSums sums;
-  for_vectors(count / kVector, [&]<int Step>(std::size_t vector) {
-    sums.add<Step>(load(weights + (vector + Step) * kVector), x, vector);
+  for_vectors(count / kVector, [&]<int Step>(std::size_t eight) {
+    sums.add<Step>(load(weights + (eight * 8 + Step) * kVector), x, eight);
   });
   return sums.total();
 }

@@ -191,7 +191,7 @@ class CompressedModel:
         """
         if name in self.specs:
             expected = self.specs[name].checksum
-            found = layout.checksum(self._files[name].metadata[name], self.stored_arrays(name))
+            found = layout.checksum(name, self._files[name].metadata[name], self.stored_arrays(name))
         else:
             expected = self._plain_checksums[name]
             found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
@@ -301,7 +301,7 @@ def _scales(
         return None
     copied = _aligned(stored)
     if not np.isfinite(copied).all():
-        raise FormatError(f"{name}: a {what} is not finite")
+        raise FormatError(f"{name}: its {what} has a value that is not finite")
     return copied
 
 
