@@ -57,9 +57,9 @@ struct Geometry {
 
   // Dense bytes of a group of `group_rows` rows, and of the parts before `part` in it.
   std::size_t dense_before(const Code& code, std::size_t group_rows, std::size_t part) const {
-    std::size_t total = 0;
-    for (std::size_t i = 0; i < part; ++i) total += code.dense_size(group_rows * columns_in(i));
-    return total;
+    const std::size_t whole = std::min(part, blocks_per_group() - 1);
+    const std::size_t last = part == whole ? 0 : code.dense_size(group_rows * columns_in(whole));
+    return whole * code.dense_size(group_rows * block_columns) + last;
   }
   std::size_t dense_size(const Code& code) const {
     const std::size_t parts = blocks_per_group();

@@ -11,7 +11,7 @@ from matrices import StoredMatrix, block_shapes, codes, decode, multiply, shapes
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.specs import Code, Field
+from entrollm.specs import Blocks, Code, Field
 
 shared = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Activations are rounded to multiples of the largest magnitude / 32639.
@@ -160,7 +160,8 @@ def _multiply_from_threads(stored: StoredMatrix) -> bool:
 
 
 def test_a_damaged_block_is_named() -> None:
-    stored = store(Code(Field(1, (3,), Field(1, (1, 2)))), np.full((6, 4096), 3, np.uint8))
+    code = Code(Field(1, (3,), Field(1, (1, 2))))
+    stored = store(code, np.full((6, 4096), 3, np.uint8), Blocks(1, 4096))
     stored.dense[3 * 512] = 0xFF  # eight escapes that block 3 does not list
     for call in (decode, lambda s: multiply(s, np.ones((1, 4096), np.float32))):
         with pytest.raises(_core.CorruptBlockError, match="block 3 does not decode to its stated length"):

@@ -218,14 +218,16 @@ def test_a_missing_plain_tensor_is_refused(folder: Path, file: Path) -> None:
 
 BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "more rows": ({"shape": [2**31, 100]}, "the dense stream has"),
-    "more columns": ({"shape": [10, 200]}, "block columns do not fit the matrix"),
+    "more columns": ({"shape": [10, 200]}, "the dense stream has 576 bytes, expected 1024"),
+    "fewer columns": ({"shape": [10, 64]}, "block columns do not fit the matrix"),
     "fewer rows": ({"shape": [4, 100]}, "the dense stream has"),
     "absurd product": ({"shape": [2**31, 2**31]}, "more than the format allows"),
     "absurd padding": ({"shape": [2**31, 129], "block": [1, 128]}, "the dense stream has"),
     "absurd width": ({"shape": [3, 2**31], "block": [1, 64]}, "the dense stream has"),
     "wide block": ({"block": [1, 8192]}, "block sizes are out of range"),
     "large block": ({"block": [8192, 128]}, "block sizes are out of range"),
-    "other block": ({"block": [10, 64]}, "block columns do not fit the matrix"),
+    "narrow block": ({"block": [10, 64]}, "the dense stream has 576 bytes, expected 640"),
+    "broad block": ({"block": [10, 192]}, "block columns do not fit the matrix"),
     "odd block": ({"block": [1, 100]}, "block sizes are out of range"),
     "one-row blocks": ({"block": [1, 128]}, "the dense stream has 576 bytes, expected 896"),
     "other code": ({"code": {"bits": 4, "symbols": [0] * 16}}, "the dense stream has"),

@@ -14,13 +14,9 @@ namespace {
 Geometry random_geometry(Random& random) {
   Geometry geometry{1 + random.below(20), 1 + random.below(random.coin() ? 300 : 9000), 1, 0};
   const std::size_t width = geometry.padded_columns();
-  if (width <= kMaxBlockColumns && random.coin()) {
-    geometry.block_rows = 1 + random.below(kMaxBlock / width);
-    geometry.block_columns = width;
-  } else {
-    geometry.block_columns =
-        kVector * (1 + random.below(std::min(width, kMaxBlockColumns) / kVector));
-  }
+  const std::size_t widest = std::min(width, kMaxBlockColumns);
+  geometry.block_columns = random.coin() ? widest : kVector * (1 + random.below(widest / kVector));
+  geometry.block_rows = 1 + random.below(kMaxBlock / geometry.block_columns);
   geometry.validate();
   return geometry;
 }

@@ -68,10 +68,8 @@ def block_shapes(draw: st.DrawFn, rows: int, columns: int) -> Blocks:
     """The blocks that the encoder chooses, or any other that the format allows."""
     if draw(st.booleans()):
         return choose_blocks(rows, columns)
-    width = padded(columns)
-    if width <= 4096 and draw(st.booleans()):
-        return Blocks(draw(st.integers(1, MAX_BLOCK_WEIGHTS // width)), width)
-    return Blocks(1, 64 * draw(st.integers(1, min(width, 4096) // 64)))
+    width = 64 * draw(st.integers(1, min(padded(columns), 4096) // 64))
+    return Blocks(draw(st.integers(1, MAX_BLOCK_WEIGHTS // width)), width)
 
 
 @st.composite
