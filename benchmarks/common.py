@@ -39,6 +39,15 @@ def source(entropy: float, shape: tuple[int, int], distribution: str = "gauss") 
     return symbols
 
 
+def aligned(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy that begins a page, as streams do in a memory map."""
+    page = 4096
+    memory = np.empty(array.size + page, np.uint8)
+    begin = -memory.ctypes.data % page
+    memory[begin : begin + array.size] = array
+    return memory[begin : begin + array.size]
+
+
 class Coded:
     """A coded matrix of many rows, made by repeating the coded bytes of a few: distinct memory, real content."""
 
@@ -58,7 +67,7 @@ class Coded:
         stored = dense.nbytes + sparse.nbytes + (sizes.nbytes if sparse.size else 0)
         self.bits = stored * 8 / symbols.size
         streams = [np.tile(dense, repeat), np.tile(sparse, repeat)]
-        self.arrays = [padded_stream([stream]) if stream.size else NO_STREAM for stream in streams]
+        self.arrays = [aligned(padded_stream([stream])) if stream.size else NO_STREAM for stream in streams]
         self.rows, self.columns = rows * repeat, columns
         self.matrix = _core.CodedMatrix(
             self.code.program(),

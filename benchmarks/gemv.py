@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baselines import Baselines
-from common import SEED, Coded, finish, measure, source
+from common import SEED, Coded, aligned, finish, measure, source
 from entrollm import _core
 from entrollm.compress.describe import describe_code
 
@@ -42,8 +42,8 @@ def main() -> None:
     repeat = max(1, round(arguments.gib * 2**30 / (ROWS * COLUMNS)))
     rng = np.random.default_rng(SEED)
     x = rng.standard_normal((1, COLUMNS)).astype(np.float32)
-    full = np.tile(source(5.6, (ROWS, COLUMNS)).ravel(), repeat)
-    int8 = rng.integers(-100, 100, COLUMNS).astype(np.int8)
+    full = aligned(np.tile(source(5.6, (ROWS, COLUMNS)).ravel(), repeat))
+    int8 = aligned(rng.integers(0, 255, COLUMNS).astype(np.uint8)).view(np.int8)
     coded = [(goal, Coded(source(goal[1], (ROWS, COLUMNS)), repeat, arguments.prefer)) for goal in GOALS]
     baselines = Baselines()
     rows = []

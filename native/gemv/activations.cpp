@@ -18,6 +18,10 @@ Activations::Activations(const float* x, std::size_t batch, std::size_t columns,
   std::vector<float> scaled(columns);
   for (std::size_t row = 0; row < batch; ++row) {
     const float* source = x + row * columns;
+    std::int8_t* high = high_.data() + row * padded;
+    std::int8_t* low = low_.data() + row * padded;
+    std::fill(high, high + padded, std::int8_t{0});
+    std::fill(low, low + padded, std::int8_t{0});
     if (!column_scale.empty()) {
       for (std::size_t i = 0; i < columns; ++i) scaled[i] = source[i] * column_scale[i];
       source = scaled.data();
@@ -37,8 +41,6 @@ Activations::Activations(const float* x, std::size_t batch, std::size_t columns,
     scales_[row] = static_cast<double>(largest) / kLargest;
     const auto inverse = 1.0 / scales_[row];
     std::int64_t sum = 0;
-    std::int8_t* high = high_.data() + row * padded;
-    std::int8_t* low = low_.data() + row * padded;
     for (std::size_t i = 0; i < columns; ++i) {
       const auto value = static_cast<std::int32_t>(std::lrint(source[i] * inverse));
       const std::int32_t high_digit = (value + 128) >> 8;

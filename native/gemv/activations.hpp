@@ -3,12 +3,29 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <span>
 #include <vector>
 
 #include "isa/kernels.hpp"
 
 namespace entrollm {
+
+// Bytes that begin a cache line: loads of 64 bytes then never straddle two.
+class AlignedBytes {
+ public:
+  explicit AlignedBytes(std::size_t size)
+      : data_(static_cast<std::int8_t*>(::operator new(size, kAlignment))) {}
+  std::int8_t* data() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(std::int8_t* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<std::int8_t, Free> data_;
+};
 
 class Activations {
  public:
@@ -27,8 +44,8 @@ class Activations {
 
  private:
   std::size_t padded_;
-  std::vector<std::int8_t> high_;
-  std::vector<std::int8_t> low_;
+  AlignedBytes high_;
+  AlignedBytes low_;
   std::vector<double> scales_;
   std::vector<std::int64_t> sums_;  // of the rounded integers
 };

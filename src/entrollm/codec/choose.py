@@ -14,11 +14,11 @@ Prefer = Literal["size", "speed", "fixed"]
 
 # What one cycle per 64 weights is worth in bits per weight. A core that streams 4 bytes a cycle spends two cycles on
 # a bit of 64 weights; size asks for the fewest bits and lets time break ties.
-_BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.04}
-# The promise of `speed`: at most this many bits per weight above the Huffman optimum.
+_BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.12}
+# The promise of `speed`: at most this many bits per weight above the Huffman optimum, and how closely to approach it:
+# the estimate of padding is good to a hundredth of a bit.
 _SPEED_EXCESS_BITS = 0.25
-_SPEED_EXCESS_BITS_WIDE = 0.35
-_WIDE_ALPHABET = 17
+_MARGIN_BITS = 0.01
 
 
 def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> Code:
@@ -28,7 +28,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
         counts: 256 entries, how often each symbol occurs; padding is not counted.
         blocks: blocks of the tensor, each of which costs a little.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
-            Huffman optimum (0.35 for alphabets of more than 16 symbols), "fixed" for fixed-width integers, which
+            Huffman optimum, "fixed" for fixed-width integers, which
             entropy coding is compared with.
     Raises:
         ValueError: `prefer` is unknown, or the histogram is empty.
@@ -46,9 +46,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
     model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks)
     if prefer == "size":
         return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
-    excess = _SPEED_EXCESS_BITS if len(symbols) < _WIDE_ALPHABET else _SPEED_EXCESS_BITS_WIDE
-    # A little below the promise, for padding that the estimate does not see.
-    limit = huffman_bits(counts) + excess - 0.02
+    limit = huffman_bits(counts) + _SPEED_EXCESS_BITS - _MARGIN_BITS
     candidates = list(_candidates(counts, model))
     within = [c for c in candidates if stored_bits(c[1], counts, blocks) <= limit]
     if within:
@@ -118,5 +116,5 @@ def _tree_bits(node: Node, counts: Sequence[int], rest: int, model: CostModel, r
     if node.escape is not None:
         below, escaped = _tree_bits(node.escape, counts, rest, model, False)
         count += escaped
-    own = model.root(node.bits, escape, False) if root else model.sparse_list(node.bits, count, escape)
+    own = model.root(node.bits, escape, False) if root else model.sparse_list(node.bits, count)
     return own + below, count
