@@ -85,6 +85,7 @@ nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& m
   std::vector<const CodedMatrix*> coded;
   std::size_t outputs = 0;
   for (const PyMatrix* matrix : matrices) {
+    if (matrix == nullptr) throw nb::type_error("a matrix is None");
     const Geometry& geometry = matrix->matrix.geometry();
     if (x.shape(1) != geometry.columns) {
       throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +

@@ -220,3 +220,48 @@ def test_a_program_that_is_no_tree_is_refused(case: str) -> None:
 def test_low_bits_have_a_range(low_bits: int) -> None:
     with pytest.raises(ValueError, match="low_bits must be between 0 and 6"):
         _core.encode(b"\x00\x00", low_bits, np.zeros((1, 64), np.uint8), 1, 64)
+
+
+@shared
+@given(st.data())
+def test_several_products_stand_side_by_side(instruction_sets: InstructionSets, data: st.DataObject) -> None:
+    columns = data.draw(st.sampled_from([1, 64, 100, 576, 4097]))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    group = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        code = data.draw(codes())
+        rows = data.draw(st.integers(1, 20))
+        symbols = data.draw(symbol_matrices(code, (rows, columns)))
+        column_scale = generator.standard_normal(columns) if data.draw(st.booleans()) else None
+        scale = generator.standard_normal(rows)
+        group.append(store(code, symbols, data.draw(block_shapes(rows, columns)), scale, None, column_scale))
+    x = activations((data.draw(st.integers(1, 9)), columns), data.draw(st.integers(0, 2**32)))
+    expected = np.concatenate([multiply(stored, x) for stored in group], axis=1)
+    for name, y in instruction_sets.each(_multiply_group, group, x).items():
+        np.testing.assert_array_equal(y.view(np.uint32), expected.view(np.uint32), err_msg=name)
+
+
+def _multiply_group(group: list[StoredMatrix], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return _core.multiply([stored.open() for stored in group], x, _core.ThreadPool(2))
+
+
+def test_matrices_of_different_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match="x has 70 columns, the matrix has 71"):
+        _multiply_group([_simple(), _simple(3, 71)], np.zeros((1, 70), np.float32))
+
+
+def test_none_is_no_matrix() -> None:
+    with pytest.raises(TypeError, match="a matrix is None"):
+        _core.multiply([None], np.zeros((1, 70), np.float32), _core.ThreadPool(1))  # type: ignore[list-item]
+
+
+def test_no_matrices_give_no_outputs() -> None:
+    assert _multiply_group([], np.zeros((3, 70), np.float32)).shape == (3, 0)
+
+
+def test_a_damaged_matrix_of_several_is_refused() -> None:
+    good = _simple()
+    bad = store(Code(Field(1, (3,), Field(1, (1, 2)))), np.full((3, 70), 3, np.uint8))
+    bad.dense[0] = 0xFF
+    with pytest.raises(_core.CorruptBlockError, match="does not decode to its stated length"):
+        _multiply_group([good, bad], np.ones((1, 70), np.float32))
