@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace entrollm {
 
@@ -111,9 +112,20 @@ constexpr std::size_t sparse_bytes(std::size_t count, int bits) {
 }
 
 extern const Kernels kScalarKernels;
-#ifdef ENTROLLM_HAVE_AVX512
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;  // the AVX2 kernels with AVX-VNNI products
 extern const Kernels kAvx512Kernels;
-#endif
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonDotKernels;  // the NEON kernels with the ARMv8.2 dot product
+
+// Kernels that this build has, and whether this processor runs them.
+struct BuiltKernels {
+  const Kernels* kernels;
+  bool runs;
+};
+
+// Fastest first.
+std::span<const BuiltKernels> built_kernels();
 
 // The fastest kernels this processor runs, or those that ENTROLLM_ISA names; throws
 // std::invalid_argument when the named set is unknown or the processor lacks it.
