@@ -13,24 +13,30 @@ namespace entrollm {
 class Activations {
  public:
   // Rounds each row of x (batch, columns), times column_scale when given, to 16 bits of the row's
-  // largest magnitude. Rows are padded with zeros to `padded` columns.
+  // largest magnitude. Rows are padded with zeros to `padded` columns, whole vectors.
   Activations(const float* x, std::size_t batch, std::size_t columns, std::size_t padded,
               std::span<const float> column_scale);
 
   std::size_t batch() const { return scales_.size(); }
   Digits digits(std::size_t row, std::size_t column) const {
     const std::size_t at = row * padded_ + column;
-    return {high_.data() + at, low_.data() + at};
+    return {high_.data() + at, low_.data() + at, whole_.data() + at, sums(row) + column / kVector};
   }
   double scale(std::size_t row) const { return scales_[row]; }
-  std::int64_t sum(std::size_t row) const { return sums_[row]; }
+  std::int64_t sum(std::size_t row) const { return sums(row)[padded_ / kVector]; }
 
  private:
+  const std::int64_t* sums(std::size_t row) const {
+    return sums_.data() + row * (padded_ / kVector + 1);
+  }
+
   std::size_t padded_;
   std::vector<std::int8_t> high_;
   std::vector<std::int8_t> low_;
+  std::vector<std::int16_t> whole_;
   std::vector<double> scales_;
-  std::vector<std::int64_t> sums_;  // of the rounded integers
+  // Of the rounded integers before each vector, and of all: (batch, padded / kVector + 1).
+  std::vector<std::int64_t> sums_;
 };
 
 }  // namespace entrollm

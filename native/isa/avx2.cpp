@@ -17,6 +17,9 @@ __m256i load(const std::uint8_t* p) {
 __m256i load(const std::int8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+__m256i load(const std::int16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 __m128i load16(const std::uint8_t* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
@@ -341,93 +344,90 @@ std::size_t count_all_ones(const std::uint8_t* planes, std::size_t count, int bi
 }
 
 std::int64_t sum_lanes(__m256i lanes) {
-  alignas(32) std::int32_t values[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(values), lanes);
-  std::int64_t sum = 0;
-  for (const std::int32_t value : values) sum += value;
-  return sum;
+  const __m256i sums = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes)),
+                                        _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1)));
+  const __m128i pairs =
+      _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  return _mm_extract_epi64(pairs, 0) + _mm_extract_epi64(pairs, 1);
 }
 
-// VPMADDUBSW adds pairs of products in 16 saturating bits. Half-byte weights keep a pair within
-// 2 * 15 * 128, so that sums over kChunk weights stay below 8 * 3840 = 30720: exact.
-constexpr std::size_t kChunk = 8 * kHalf;
-
-struct Sums {  // 32-bit lanes; at most 4096 / 8 * 255 * 128 < 2^31 each
-  __m256i high;
-  __m256i low;
-};
-
-// Adds the products of a chunk's low half-bytes (Shift 0) or high ones (Shift 4); returns the bits
-// that are set in any weight.
-template <int Shift>
-__m256i add_chunk(const std::uint8_t* weights, const Digits& x, std::size_t begin, std::size_t end,
-                  Sums& sums) {
-  __m256i high = _mm256_setzero_si256();
-  __m256i low = _mm256_setzero_si256();
-  __m256i any = _mm256_setzero_si256();
-  for (std::size_t i = begin; i < end; i += kHalf) {
-    const __m256i bytes = load(weights + i);
-    if (Shift == 0) any = _mm256_or_si256(any, bytes);
-    const __m256i w = _mm256_and_si256(_mm256_srli_epi16(bytes, Shift), _mm256_set1_epi8(15));
-    high = _mm256_add_epi16(high, _mm256_maddubs_epi16(w, load(x.high + i)));
-    low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w, load(x.low + i)));
+// VPMADDUBSW would saturate, so that weights and activations are multiplied in 16 bits. 4096
+// weights add 256 products to each of 16 lanes: below 256 * 255 * 32768 < 2^31.
+template <std::size_t Columns>
+void products(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
+  __m256i sums[Columns][2];
+  for (std::size_t column = 0; column < Columns; ++column) {
+    sums[column][0] = sums[column][1] = _mm256_setzero_si256();
   }
-  const __m256i unit = _mm256_set1_epi16(1 << Shift);
-  sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(high, unit));
-  sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(low, unit));
-  return any;
+  for (std::size_t i = 0; i < count; i += kHalf) {
+    for (std::size_t part = 0; part < 2; ++part) {
+      const std::size_t at = i + part * kHalf / 2;
+      const __m256i w = _mm256_cvtepu8_epi16(load16(weights + at));
+      for (std::size_t column = 0; column < Columns; ++column) {
+        const __m256i pairs = _mm256_madd_epi16(w, load(x[column].whole + at));
+        sums[column][part] = _mm256_add_epi32(sums[column][part], pairs);
+      }
+    }
+  }
+  for (std::size_t column = 0; column < Columns; ++column) {
+    out[column] = sum_lanes(sums[column][0]) + sum_lanes(sums[column][1]);
+  }
 }
 
 std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
-  Sums sums = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  for (std::size_t begin = 0; begin < count; begin += kChunk) {
-    const std::size_t end = begin + kChunk < count ? begin + kChunk : count;
-    const __m256i any = add_chunk<0>(weights, x, begin, end, sums);
-    // Grids of up to 4 bits have no high half-bytes.
-    if (_mm256_testz_si256(any, _mm256_set1_epi8(static_cast<char>(0xf0))) == 0) {
-      add_chunk<4>(weights, x, begin, end, sums);
-    }
-  }
-  return 256 * sum_lanes(sums.high) + sum_lanes(sums.low);
+  std::int64_t sum;
+  products<1>(weights, &x, count, &sum);
+  return sum;
 }
 
 void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    out[column] = dot(weights, x[column], count);
-  }
+  products<kColumnTile>(weights, x, count, out);
 }
 
 #define ENTROLLM_AVX_VNNI __attribute__((target("avxvnni")))
 
+// Two sums a digit, so that a product does not wait for the one before it.
+template <std::size_t Columns>
+ENTROLLM_AVX_VNNI void vnni_products(const std::uint8_t* weights, const Digits* x,
+                                     std::size_t count, std::int64_t* out) {
+  constexpr std::size_t kParts = Columns == 1 ? 2 : 1;
+  __m256i high[Columns][kParts];
+  __m256i low[Columns][kParts];
+  for (std::size_t column = 0; column < Columns; ++column) {
+    for (std::size_t part = 0; part < kParts; ++part) {
+      high[column][part] = low[column][part] = _mm256_setzero_si256();
+    }
+  }
+  for (std::size_t i = 0; i < count; i += kParts * kHalf) {
+    for (std::size_t part = 0; part < kParts; ++part) {
+      const std::size_t at = i + part * kHalf;
+      const __m256i w = load(weights + at);
+      for (std::size_t column = 0; column < Columns; ++column) {
+        __m256i& high_sum = high[column][part];
+        __m256i& low_sum = low[column][part];
+        high_sum = _mm256_dpbusd_avx_epi32(high_sum, w, load(x[column].high + at));
+        low_sum = _mm256_dpbusd_avx_epi32(low_sum, w, load(x[column].low + at));
+      }
+    }
+  }
+  for (std::size_t column = 0; column < Columns; ++column) {
+    out[column] = 0;
+    for (std::size_t part = 0; part < kParts; ++part) {
+      out[column] += 256 * sum_lanes(high[column][part]) + sum_lanes(low[column][part]);
+    }
+  }
+}
+
 ENTROLLM_AVX_VNNI std::int64_t vnni_dot(const std::uint8_t* weights, const Digits& x,
                                         std::size_t count) {
-  __m256i high = _mm256_setzero_si256();
-  __m256i low = _mm256_setzero_si256();
-  for (std::size_t i = 0; i < count; i += kHalf) {
-    const __m256i w = load(weights + i);
-    high = _mm256_dpbusd_avx_epi32(high, w, load(x.high + i));
-    low = _mm256_dpbusd_avx_epi32(low, w, load(x.low + i));
-  }
-  return 256 * sum_lanes(high) + sum_lanes(low);
+  std::int64_t sum;
+  vnni_products<1>(weights, &x, count, &sum);
+  return sum;
 }
 
 ENTROLLM_AVX_VNNI void vnni_dot_tile(const std::uint8_t* weights, const Digits* x,
                                      std::size_t count, std::int64_t* out) {
-  __m256i high[kColumnTile];
-  __m256i low[kColumnTile];
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    high[column] = low[column] = _mm256_setzero_si256();
-  }
-  for (std::size_t i = 0; i < count; i += kHalf) {
-    const __m256i w = load(weights + i);
-    for (std::size_t column = 0; column < kColumnTile; ++column) {
-      high[column] = _mm256_dpbusd_avx_epi32(high[column], w, load(x[column].high + i));
-      low[column] = _mm256_dpbusd_avx_epi32(low[column], w, load(x[column].low + i));
-    }
-  }
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    out[column] = 256 * sum_lanes(high[column]) + sum_lanes(low[column]);
-  }
+  vnni_products<kColumnTile>(weights, x, count, out);
 }
 
 #undef ENTROLLM_AVX_VNNI

@@ -26,10 +26,13 @@ struct FieldArgs {
   const std::uint8_t* child;
 };
 
-// One activation vector as balanced base-256 digits: x = 256 * high + low, both in [-128, 127].
+// One activation vector as balanced base-256 digits: x = 256 * high + low, both in [-128, 127] and
+// x in 16 bits. Instruction sets without a byte product read x itself.
 struct Digits {
   const std::int8_t* high;
   const std::int8_t* low;
+  const std::int16_t* whole;
+  const std::int64_t* sums;  // sums[i] is the sum of x before its vector i
 };
 
 inline constexpr std::size_t kColumnTile = 4;

@@ -130,29 +130,53 @@ void test_count(Random& random) {
         [&](const Kernels& isa, std::uint8_t*) { return isa.count_all_ones(planes, count, bits); });
 }
 
-// Weights and digits at the ends of their ranges as often as not.
+// Activations at the ends of their range as often as not.
+struct Vector {
+  Digits digits;
+  std::vector<std::int64_t> sums{0};
+
+  Vector(Random& random, Case& buffers, std::size_t count) {
+    std::uint8_t* high = buffers.noise(count);
+    std::uint8_t* low = buffers.noise(count);
+    std::uint8_t* whole = buffers.noise(2 * count);
+    const std::size_t kind = random.below(5);
+    for (std::size_t i = 0; i < count; ++i) {
+      int x = static_cast<int>(random.below(65280)) - 32640;
+      if (kind == 1) x = 32639;
+      if (kind == 2) x = -32768;
+      if (kind == 3) x = x < 0 ? -32768 : 32639;
+      if (kind == 4) x = x < 0 ? -128 : 127;
+      const int high_digit = (x + 128) >> 8;
+      const auto x16 = static_cast<std::int16_t>(x);
+      high[i] = static_cast<std::uint8_t>(high_digit);
+      low[i] = static_cast<std::uint8_t>(x - 256 * high_digit);
+      std::memcpy(whole + 2 * i, &x16, sizeof x16);
+      if (i % kVector == 0) sums.push_back(sums.back());
+      sums.back() += x;
+    }
+    digits = {reinterpret_cast<const std::int8_t*>(high), reinterpret_cast<const std::int8_t*>(low),
+              reinterpret_cast<const std::int16_t*>(whole), sums.data()};
+  }
+  Vector(const Vector&) = delete;
+};
+
 void test_dot(Random& random) {
   Case buffers(random);
   const std::size_t count = random_count(random, kVector);
-  const auto extreme = [&](std::uint8_t low, std::uint8_t high) {
-    std::uint8_t* data = buffers.noise(count);
-    const std::size_t kind = random.below(4);
-    for (std::size_t i = 0; i < count; ++i) {
-      if (kind == 1) data[i] = low;
-      if (kind == 2) data[i] = high;
-      if (kind == 3) data[i] = (data[i] & 1) != 0 ? low : high;
-    }
-    return data;
-  };
-  const std::uint8_t* weights = extreme(0, random.coin() ? 15 : 255);
+  std::uint8_t* weights = buffers.noise(count);
+  const std::size_t kind = random.below(4);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (kind == 1) weights[i] = 255;
+    if (kind == 2) weights[i] = (weights[i] & 1) != 0 ? 0 : 255;
+    if (kind == 3) weights[i] &= 15;
+  }
+  std::vector<std::unique_ptr<Vector>> vectors;
   Digits x[kColumnTile];
   std::int64_t exact[kColumnTile] = {};
   for (std::size_t column = 0; column < kColumnTile; ++column) {
-    x[column].high = reinterpret_cast<const std::int8_t*>(extreme(0x80, 0x7f));
-    x[column].low = reinterpret_cast<const std::int8_t*>(extreme(0x80, 0x7f));
-    for (std::size_t i = 0; i < count; ++i) {
-      exact[column] += std::int64_t{weights[i]} * (256 * x[column].high[i] + x[column].low[i]);
-    }
+    vectors.push_back(std::make_unique<Vector>(random, buffers, count));
+    x[column] = vectors.back()->digits;
+    for (std::size_t i = 0; i < count; ++i) exact[column] += weights[i] * x[column].whole[i];
   }
   for (const Kernels* isa : kKernels) {
     std::int64_t tile[kColumnTile];
