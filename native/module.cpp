@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "codec/encode.hpp"
 #include "codec/geometry.hpp"
 #include "gemv/matrix.hpp"
+#include "gemv/product.hpp"
 #include "isa/kernels.hpp"
 #include "threads/pool.hpp"
 
@@ -78,17 +80,24 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
 
-nb::ndarray<nb::numpy, float> multiply(const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
-  const Geometry& geometry = self.matrix.geometry();
-  if (x.shape(1) != geometry.columns) {
-    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                " columns, the matrix has " + std::to_string(geometry.columns));
+nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& matrices,
+                                           Matrix<float> x, ThreadPool& pool) {
+  std::vector<const CodedMatrix*> coded;
+  std::size_t outputs = 0;
+  for (const PyMatrix* matrix : matrices) {
+    const Geometry& geometry = matrix->matrix.geometry();
+    if (x.shape(1) != geometry.columns) {
+      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                  " columns, the matrix has " + std::to_string(geometry.columns));
+    }
+    coded.push_back(&matrix->matrix);
+    outputs += geometry.rows;
   }
-  const std::size_t shape[2] = {x.shape(0), geometry.rows};
+  const std::size_t shape[2] = {x.shape(0), outputs};
   float* y = allocate<float>(shape[0] * shape[1]);
   auto result = own(y, shape);
   const nb::gil_scoped_release release;
-  self.matrix.multiply(pool, x.data(), shape[0], y);
+  multiply(pool, coded, x.data(), shape[0], y);
   return result;
 }
 
@@ -173,9 +182,14 @@ NB_MODULE(_core, m) {
   nb::class_<PyMatrix>(m, "CodedMatrix")
       .def(nb::new_(&make_matrix), "program"_a, "low_bits"_a, "geometry"_a, "dense"_a, "sparse"_a,
            "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
-      .def("multiply", &multiply, "x"_a, "pool"_a)
+      .def("multiply",
+           [](const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
+             return multiply_all({&self}, x, pool);
+           },
+           "x"_a, "pool"_a)
       .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
+  m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);

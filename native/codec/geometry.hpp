@@ -15,7 +15,7 @@ inline constexpr std::size_t kMaxBlock = 8192;
 // kMaxBlockColumns bounds one dot product: see reduce() of the AVX-512 kernels.
 inline constexpr std::size_t kMaxBlockColumns = 64 * kVector;
 
-// A block holds `block_rows` whole rows (padded to kVector), or a part of one row.
+// A block holds the same `block_columns` columns of `block_rows` rows, which are padded to kVector.
 struct Geometry {
   std::size_t rows;
   std::size_t columns;
@@ -37,7 +37,7 @@ struct Geometry {
         block_columns > kMaxBlockColumns || block_rows > kMaxBlock / block_columns) {
       throw std::invalid_argument("block sizes are out of range");
     }
-    if (block_rows > 1 ? block_columns != padded_columns() : block_columns > padded_columns()) {
+    if (block_columns > padded_columns()) {
       throw std::invalid_argument("block columns do not fit the matrix");
     }
   }

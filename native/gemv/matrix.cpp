@@ -12,11 +12,6 @@
 namespace entrollm {
 namespace {
 
-const Kernels& kernels() {
-  static const Kernels& chosen = select_kernels(std::getenv("ENTROLLM_ISA"));
-  return chosen;
-}
-
 void check_scale(std::span<const float> values, std::size_t rows, const char* name) {
   if (values.size() != 1 && values.size() != rows) {
     throw std::invalid_argument(std::string(name) + " needs one entry or one a row");
@@ -48,11 +43,16 @@ Cascade make_cascade(const Code& code) {
   return cascade;
 }
 
-[[noreturn]] void throw_corrupt(std::size_t block) {
+}  // namespace
+
+void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
 }
 
-}  // namespace
+const Kernels& kernels() {
+  static const Kernels& chosen = select_kernels(std::getenv("ENTROLLM_ISA"));
+  return chosen;
+}
 
 CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
                          std::span<const std::uint8_t> sparse,
@@ -97,115 +97,6 @@ bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch
                           : std::span<const std::uint8_t>();
   return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
                       scratch) == BlockStatus::kOk;
-}
-
-struct CodedMatrix::Work {
-  const Activations& x;
-  float* y;
-  std::vector<std::vector<std::int64_t>> sums;  // one a worker: (rows of a group, batch)
-};
-
-bool CodedMatrix::multiply_group(std::size_t group, Work& work, std::size_t worker) const {
-  const Kernels& isa = kernels();
-  const std::size_t batch = work.x.batch();
-  const std::size_t rows = geometry_.rows_in(group);
-  DecodeScratch& scratch = thread_scratch(code_, max_block());
-  auto& sums = work.sums[worker];
-  sums.assign(rows * batch, 0);
-  for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
-    if (!decode_part(group, part, scratch)) return false;
-    const std::size_t width = geometry_.columns_in(part);
-    const std::size_t begin = part * geometry_.block_columns;
-    std::size_t column = 0;
-    for (; column + kColumnTile <= batch; column += kColumnTile) {
-      Digits x[kColumnTile];
-      for (std::size_t i = 0; i < kColumnTile; ++i) x[i] = work.x.digits(column + i, begin);
-      for (std::size_t row = 0; row < rows; ++row) {
-        std::int64_t tile[kColumnTile];
-        isa.dot_tile(scratch.block() + row * width, x, width, tile);
-        for (std::size_t i = 0; i < kColumnTile; ++i) sums[row * batch + column + i] += tile[i];
-      }
-    }
-    for (; column < batch; ++column) {
-      const Digits x = work.x.digits(column, begin);
-      for (std::size_t row = 0; row < rows; ++row) {
-        sums[row * batch + column] += isa.dot(scratch.block() + row * width, x, width);
-      }
-    }
-  }
-  write_outputs(group * geometry_.block_rows, rows, sums.data(), work);
-  return true;
-}
-
-bool CodedMatrix::multiply_fused(std::size_t begin, std::size_t end, Work& work,
-                                 std::size_t worker) const {
-  const std::size_t parts = geometry_.blocks_per_group();
-  DecodeScratch& scratch = thread_scratch(code_, max_block());
-  auto& sums = work.sums[worker];
-  const std::size_t first_row = begin * geometry_.block_rows;
-  const std::size_t rows = std::min(geometry_.rows, end * geometry_.block_rows) - first_row;
-  sums.resize(rows);
-  CascadeRun run{};
-  run.code = &cascade_;
-  run.dense = dense_.data() + begin * part_offsets_[parts];
-  run.sparse = sparse_.data();
-  run.sparse_offsets = sparse_offsets_.data() + (code_.has_sparse() ? begin * parts : 0);
-  run.groups = end - begin;
-  run.parts = parts;
-  run.block_rows = geometry_.block_rows;
-  run.last_rows = geometry_.rows_in(end - 1);
-  run.block_columns = geometry_.block_columns;
-  run.last_columns = geometry_.columns_in(parts - 1);
-  run.x = work.x.digits(0, 0);
-  run.buffer = scratch.block();
-  run.lists = scratch.lists();
-  if (kernels().cascade_product(run, sums.data()) != run.groups * parts) return false;
-  write_outputs(first_row, rows, sums.data(), work);
-  return true;
-}
-
-// `sums` is (rows, batch).
-void CodedMatrix::write_outputs(std::size_t first_row, std::size_t rows, const std::int64_t* sums,
-                                Work& work) const {
-  const std::size_t batch = work.x.batch();
-  for (std::size_t row = 0; row < rows; ++row) {
-    const std::size_t i = first_row + row;
-    const double scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
-    const double offset =
-        scales_.offset.empty() ? 0.0 : scales_.offset[scales_.offset.size() == 1 ? 0 : i];
-    for (std::size_t column = 0; column < batch; ++column) {
-      const double sum = scale * static_cast<double>(sums[row * batch + column]) +
-                         offset * static_cast<double>(work.x.sum(column));
-      work.y[column * geometry_.rows + i] = static_cast<float>(sum * work.x.scale(column));
-    }
-  }
-}
-
-void CodedMatrix::multiply(ThreadPool& pool, const float* x, std::size_t batch, float* y) const {
-  const Activations activations(x, batch, geometry_.columns, geometry_.padded_columns(),
-                                scales_.column_scale);
-  Work work{activations, y, {}};
-  work.sums.resize(pool.size());
-  std::atomic<bool> corrupt{false};
-  std::atomic<std::size_t> bad_group{0};
-  const std::size_t groups = geometry_.row_groups();
-  const std::size_t tasks = std::min(groups, pool.size() == 1 ? std::size_t{1} : pool.size() * 8);
-  const bool fused = batch == 1 && cascade_.levels != 0;
-  pool.run(tasks, [&](std::size_t task, std::size_t worker) {
-    const std::size_t end = groups * (task + 1) / tasks;
-    std::size_t group = groups * task / tasks;
-    bool valid = true;
-    if (fused) {
-      valid = multiply_fused(group, end, work, worker);
-    } else {
-      while (group < end && (valid = multiply_group(group, work, worker))) ++group;
-    }
-    if (!valid) {
-      bad_group = group;
-      corrupt = true;
-    }
-  });
-  if (corrupt) throw_corrupt(bad_group * geometry_.blocks_per_group());
 }
 
 void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,

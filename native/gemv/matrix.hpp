@@ -13,9 +13,14 @@
 
 namespace entrollm {
 
+// The kernels in use: chosen once, by the processor or by ENTROLLM_ISA.
+const Kernels& kernels();
+
 struct CorruptBlock : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+[[noreturn]] void throw_corrupt(std::size_t block);
 
 // W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j]. `scale` and `offset` have one
 // entry, or one a row; `offset` and `column_scale` may be empty.
@@ -34,11 +39,7 @@ class CodedMatrix {
               Scales scales);
 
   const Geometry& geometry() const { return geometry_; }
-
-  // x is (batch, columns), y is (batch, rows), both row-major. Activations are rounded to 16 bits
-  // of each vector's largest magnitude; sums are exact integers, so that results do not depend on
-  // the batch or on the number of threads. Throws CorruptBlock.
-  void multiply(ThreadPool& pool, const float* x, std::size_t batch, float* y) const;
+  std::span<const float> column_scale() const { return scales_.column_scale; }
 
   // Symbols of rows [begin, end) into out (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
@@ -47,13 +48,9 @@ class CodedMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
-  struct Work;
+  friend class Product;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
-  bool multiply_fused(std::size_t begin, std::size_t end, Work& work, std::size_t worker) const;
-  void write_outputs(std::size_t begin, std::size_t end, const std::int64_t* sums,
-                     Work& work) const;
-  bool multiply_group(std::size_t group, Work& work, std::size_t worker) const;
   void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
   void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;

@@ -9,8 +9,8 @@ namespace {
 template <int Bits, bool Escape>
 std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
   RootDecoder<Bits, Escape, 0> root(args, nullptr);
-  for_vectors(args.count / kVector, [&]<int Step>(std::size_t vector) {
-    store(out + (vector + Step) * kVector, root.template next<Step>(vector));
+  for_vectors(args.count / kVector, [&]<int Step>(std::size_t eight) {
+    store(out + (eight * 8 + Step) * kVector, root.template next<Step>(eight));
   });
   return root.escapes;
 }
@@ -55,9 +55,9 @@ void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* lef
 template <int Bits>
 void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
   const LowReader<Bits> low(fields, count);
-  for_vectors(count / kVector, [&]<int Step>(std::size_t vector) {
-    std::uint8_t* at = out + (vector + Step) * kVector;
-    store(at, low.template merge<Step>(load(at), vector));
+  for_vectors(count / kVector, [&]<int Step>(std::size_t eight) {
+    std::uint8_t* at = out + (eight * 8 + Step) * kVector;
+    store(at, low.template merge<Step>(load(at), eight));
   });
 }
 
@@ -80,34 +80,48 @@ void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::u
 
 std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
   DotSums sums;
-  for_vectors(count / kVector, [&]<int Step>(std::size_t vector) {
-    sums.add<Step>(load(weights + (vector + Step) * kVector), x, vector);
+  for_vectors(count / kVector, [&]<int Step>(std::size_t eight) {
+    sums.add<Step>(load(weights + (eight * 8 + Step) * kVector), x, eight);
   });
   return sums.total();
 }
 
-void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
-  __m512i high[kColumnTile];
-  __m512i low[kColumnTile];
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    high[column] = low[column] = _mm512_setzero_si512();
-  }
+// Rows x kColumnTile products at once; 16 accumulators leave room for the operands.
+template <std::size_t Rows>
+void dot_tile_of(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+                 std::size_t count, std::int64_t* out) {
+  __m512i high[Rows * kColumnTile];
+  __m512i low[Rows * kColumnTile];
+  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) high[i] = low[i] = _mm512_setzero_si512();
   for (std::size_t i = 0; i < count; i += kVector) {
-    const __m512i w = load(weights + i);
+    __m512i w[Rows];
+    for (std::size_t row = 0; row < Rows; ++row) w[row] = load(weights + row * stride + i);
     for (std::size_t column = 0; column < kColumnTile; ++column) {
-      high[column] = _mm512_dpbusd_epi32(high[column], w, load(x[column].high + i));
-      low[column] = _mm512_dpbusd_epi32(low[column], w, load(x[column].low + i));
+      const __m512i x_high = load(x[column].high + i);
+      const __m512i x_low = load(x[column].low + i);
+      for (std::size_t row = 0; row < Rows; ++row) {
+        const std::size_t at = row * kColumnTile + column;
+        high[at] = _mm512_dpbusd_epi32(high[at], w[row], x_high);
+        low[at] = _mm512_dpbusd_epi32(low[at], w[row], x_low);
+      }
     }
   }
-  for (std::size_t column = 0; column < kColumnTile; ++column) {
-    out[column] = reduce_digits(high[column], low[column]);
-  }
+  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) out[i] = reduce_digits(high[i], low[i]);
+}
+
+void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
+  dot_tile_of<1>(weights, 0, x, count, out);
+}
+
+void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+                   std::size_t count, std::int64_t* out) {
+  dot_tile_of<2>(weights, stride, x, count, out);
 }
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", sparse_field_any, dense_field,
-                                split,    or_low_bits,      count_ones,
-                                dot,      dot_tile,         cascade_product};
+const Kernels kAvx512Kernels = {"avx512",      sparse_field_any, dense_field, split,
+                                or_low_bits,   count_ones,       dot,         dot_tile,
+                                dot_tile_pair, cascade_product};
 
 }  // namespace entrollm

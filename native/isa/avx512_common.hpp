@@ -18,6 +18,14 @@ inline __mmask64 load_mask(const std::uint8_t* p) {
   return word;
 }
 
+// Merges the next bytes at `p` into `v` where `mask` is set. The source goes through a register: with
+// a memory operand the expansion is slow on some processors.
+inline __m512i expand(__m512i v, __mmask64 mask, const std::uint8_t* p) {
+  __m512i source = load(p);
+  asm("" : "+v"(source));
+  return _mm512_mask_expand_epi8(v, mask, source);
+}
+
 inline std::uint64_t below(std::size_t count) {
   return count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
 }
@@ -59,21 +67,22 @@ struct DenseReader {
         twos(fours + (kFours != 0 ? dense_bytes(count, 4) : 0)),
         ones(twos + (kTwos != 0 ? dense_bytes(count, 2) : 0)) {}
 
-  // Vector `Step` (0-7) after `vector`, a multiple of eight.
+  // Vector 8 * eight + Step: fields repeat their layout every eight vectors, so offsets are
+  // constants.
   template <int Step>
-  __m512i read(std::size_t vector) const {
+  __m512i read(std::size_t eight) const {
     __m512i value = _mm512_setzero_si512();
     if constexpr (kFours != 0) {
-      const __m512i group = load(fours + (vector + Step) / 2 * kVector);
+      const __m512i group = load(fours + eight * 4 * kVector + Step / 2 * kVector);
       value = transform<move_bits(Step % 2 * 4, 4, 2 * kTwos + kOnes)>(group);
     }
     if constexpr (kTwos != 0) {
-      const __m512i group = load(twos + (vector + Step) / 4 * kVector);
+      const __m512i group = load(twos + eight * 2 * kVector + Step / 4 * kVector);
       const __m512i two = transform<move_bits(Step % 4 * 2, 2, kOnes)>(group);
       value = kFours != 0 ? _mm512_or_si512(value, two) : two;
     }
     if constexpr (kOnes != 0) {
-      const __mmask64 one = load_mask(ones + (vector + Step) * 8);
+      const __mmask64 one = load_mask(ones + eight * kVector + Step * 8);
       value = Bits == 1 ? _mm512_maskz_set1_epi8(one, 1)
                         : _mm512_mask_add_epi8(value, one, value, _mm512_set1_epi8(1));
     }
@@ -102,7 +111,7 @@ std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
       symbols = _mm512_permutexvar_epi8(field, table);
     }
     if constexpr (Escape) {
-      symbols = _mm512_mask_expand_epi8(symbols, all, load(args.child + escapes));
+      symbols = expand(symbols, all, args.child + escapes);
       escapes += popcount(all & below(args.count - i));
     }
     store(out + i, symbols);
@@ -140,30 +149,39 @@ inline std::size_t sparse_field_any(const FieldArgs& args, std::uint8_t* out) {
                                : sparse_field_with<false>(args, out);
 }
 
+// Bits at and after a byte boundary: 64 bytes of ones, then of zeros.
+struct ByteMasks {
+  std::uint8_t bytes[128];
+  constexpr ByteMasks() : bytes{} {
+    for (int i = 0; i < 64; ++i) bytes[i] = 0xff;
+  }
+};
+inline constexpr ByteMasks kByteMasks;
+
 inline std::size_t count_ones(const std::uint8_t* planes, std::size_t count, int bits) {
   const std::size_t plane_bytes = (count + 7) / 8;
-  std::size_t total = 0;
-  std::size_t i = 0;
-  if (count >= 512) {
-    __m512i counts = _mm512_setzero_si512();
-    for (; i + 512 <= count; i += 512) {
-      __m512i ones = load(planes + i / 8);
-      for (int bit = 1; bit < bits; ++bit) {
-        ones = _mm512_and_si512(ones,
-                                load(planes + static_cast<std::size_t>(bit) * plane_bytes + i / 8));
-      }
-      counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(ones));
-    }
-    total = static_cast<std::size_t>(_mm512_reduce_add_epi64(counts));
+  const auto plane = [&](int bit, std::size_t byte) {
+    return planes + static_cast<std::size_t>(bit) * plane_bytes + byte;
+  };
+  const auto all_ones = [&](std::size_t byte) {
+    __m512i ones = load(plane(0, byte));
+    for (int bit = 1; bit < bits; ++bit) ones = _mm512_and_si512(ones, load(plane(bit, byte)));
+    return ones;
+  };
+  const std::size_t whole = count / 8;
+  __m512i counts = _mm512_setzero_si512();
+  std::size_t byte = 0;
+  for (; byte + 64 <= whole; byte += 64) {
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(all_ones(byte)));
   }
-  for (; i < count; i += kVector) {
-    std::uint64_t ones = below(count - i);
-    for (int bit = 0; bit < bits; ++bit) {
-      ones &= load_mask(planes + static_cast<std::size_t>(bit) * plane_bytes + i / 8);
-    }
-    total += popcount(ones);
-  }
-  return total;
+  // The rest without a branch: short lists differ in length from block to block.
+  const __m512i rest =
+      _mm512_and_si512(all_ones(byte), load(kByteMasks.bytes + 64 - (whole - byte)));
+  counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(rest));
+  std::uint8_t last = 0xff;
+  for (int bit = 0; bit < bits; ++bit) last &= *plane(bit, whole);
+  return static_cast<std::size_t>(_mm512_reduce_add_epi64(counts)) +
+         popcount(last & ((1u << (count % 8)) - 1));
 }
 
 // The low bits of eight vectors; Low == 0 has none.
@@ -172,8 +190,8 @@ struct LowReader {
   DenseReader<Low> reader;
   LowReader(const std::uint8_t* fields, std::size_t count) : reader(fields, count) {}
   template <int Step>
-  __m512i merge(__m512i symbols, std::size_t vector) const {
-    return _mm512_or_si512(symbols, reader.template read<Step>(vector));
+  __m512i merge(__m512i symbols, std::size_t eight) const {
+    return _mm512_or_si512(symbols, reader.template read<Step>(eight));
   }
 };
 template <>
@@ -185,29 +203,28 @@ struct LowReader<0> {
   }
 };
 
-// Calls step.template operator()<Step>(vector) for vectors 0, 1, ... below `vectors`, Step being
-// the vector's place among eight.
+// Calls step.template operator()<Step>(eight) for vectors 8 * eight + Step below `vectors`.
 template <class StepBody>
 void for_vectors(std::size_t vectors, StepBody&& step) {
-  std::size_t vector = 0;
-  for (; vector + 8 <= vectors; vector += 8) {
-    step.template operator()<0>(vector);
-    step.template operator()<1>(vector);
-    step.template operator()<2>(vector);
-    step.template operator()<3>(vector);
-    step.template operator()<4>(vector);
-    step.template operator()<5>(vector);
-    step.template operator()<6>(vector);
-    step.template operator()<7>(vector);
+  std::size_t eight = 0;
+  for (; eight < vectors / 8; ++eight) {
+    step.template operator()<0>(eight);
+    step.template operator()<1>(eight);
+    step.template operator()<2>(eight);
+    step.template operator()<3>(eight);
+    step.template operator()<4>(eight);
+    step.template operator()<5>(eight);
+    step.template operator()<6>(eight);
+    step.template operator()<7>(eight);
   }
-  const std::size_t rest = vectors - vector;
-  if (rest > 0) step.template operator()<0>(vector);
-  if (rest > 1) step.template operator()<1>(vector);
-  if (rest > 2) step.template operator()<2>(vector);
-  if (rest > 3) step.template operator()<3>(vector);
-  if (rest > 4) step.template operator()<4>(vector);
-  if (rest > 5) step.template operator()<5>(vector);
-  if (rest > 6) step.template operator()<6>(vector);
+  const std::size_t rest = vectors % 8;
+  if (rest > 0) step.template operator()<0>(eight);
+  if (rest > 1) step.template operator()<1>(eight);
+  if (rest > 2) step.template operator()<2>(eight);
+  if (rest > 3) step.template operator()<3>(eight);
+  if (rest > 4) step.template operator()<4>(eight);
+  if (rest > 5) step.template operator()<5>(eight);
+  if (rest > 6) step.template operator()<6>(eight);
 }
 
 // 256 * high + low summed over lanes. 64 vectors keep each lane below 64 * 4 * 255 * 32896 < 2^31.
@@ -218,20 +235,24 @@ inline std::int64_t reduce_digits(__m512i high, __m512i low) {
   return _mm512_reduce_add_epi64(wide);
 }
 
-// Products of weights with the digits of one activation vector, spread over two pairs of
+// Products of weights with the digits of one activation vector, spread over four pairs of
 // accumulators so that they do not wait for each other.
 struct DotSums {
-  __m512i high[2];
-  __m512i low[2];
-  DotSums() { high[0] = high[1] = low[0] = low[1] = _mm512_setzero_si512(); }
-  template <int Step>
-  void add(__m512i weights, const Digits& x, std::size_t vector) {
-    const std::size_t at = (vector + Step) * kVector;
-    high[Step % 2] = _mm512_dpbusd_epi32(high[Step % 2], weights, load(x.high + at));
-    low[Step % 2] = _mm512_dpbusd_epi32(low[Step % 2], weights, load(x.low + at));
+  static constexpr int kPairs = 4;
+  __m512i high[kPairs];
+  __m512i low[kPairs];
+  DotSums() {
+    for (int i = 0; i < kPairs; ++i) high[i] = low[i] = _mm512_setzero_si512();
   }
-  std::int64_t total() const {
-    return reduce_digits(_mm512_add_epi32(high[0], high[1]), _mm512_add_epi32(low[0], low[1]));
+  template <int Step>
+  void add(__m512i weights, const Digits& x, std::size_t eight) {
+    const std::size_t at = eight * 8 * kVector + Step * kVector;
+    high[Step % kPairs] = _mm512_dpbusd_epi32(high[Step % kPairs], weights, load(x.high + at));
+    low[Step % kPairs] = _mm512_dpbusd_epi32(low[Step % kPairs], weights, load(x.low + at));
+  }
+  std::int64_t total() const { return reduce_digits(sum(high), sum(low)); }
+  static __m512i sum(const __m512i (&v)[kPairs]) {
+    return _mm512_add_epi32(_mm512_add_epi32(v[0], v[1]), _mm512_add_epi32(v[2], v[3]));
   }
 };
 
@@ -253,24 +274,24 @@ struct RootDecoder {
         child(args.child) {}
 
   template <int Step>
-  __m512i next(std::size_t vector) {
+  __m512i next(std::size_t eight) {
     __m512i symbols;
     __mmask64 mask = 0;
     if constexpr (Bits == 1 && Escape) {
-      mask = load_mask(fields.ones + (vector + Step) * 8);
+      mask = load_mask(fields.ones + eight * kVector + Step * 8);
       symbols = first;
     } else {
-      const __m512i field = fields.template read<Step>(vector);
+      const __m512i field = fields.template read<Step>(eight);
       symbols = _mm512_permutexvar_epi8(field, table);
       if constexpr (Escape) {
         mask = _mm512_cmpeq_epi8_mask(field, _mm512_set1_epi8((1 << Bits) - 1));
       }
     }
     if constexpr (Escape) {
-      symbols = _mm512_mask_expand_epi8(symbols, mask, load(child + escapes));
+      symbols = expand(symbols, mask, child + escapes);
       escapes += popcount(mask);
     }
-    return low.template merge<Step>(symbols, vector);
+    return low.template merge<Step>(symbols, eight);
   }
 };
 

@@ -67,33 +67,33 @@ std::size_t multiply_block(const FieldArgs& args, const std::uint8_t* low_fields
   constexpr std::size_t kStepBytes = static_cast<std::size_t>(Bits + Low) * 64;
   if (vectors % 8 == 0) {
     const std::uint8_t* ahead = args.fields + kPrefetchBytes;
+    std::size_t at = 0;
     for (std::size_t row = 0; row < rows; ++row) {
       DotSums dot;
-      for (std::size_t vector = 0; vector < vectors; vector += 8, ahead += kStepBytes) {
+      for (std::size_t eight = 0; eight < vectors / 8; ++eight, ++at, ahead += kStepBytes) {
         for (std::size_t line = 0; line < kStepBytes; line += 64) prefetch(ahead + line);
-        const std::size_t at = row * vectors + vector;
-        dot.add<0>(root.template next<0>(at), x, vector);
-        dot.add<1>(root.template next<1>(at), x, vector);
-        dot.add<2>(root.template next<2>(at), x, vector);
-        dot.add<3>(root.template next<3>(at), x, vector);
-        dot.add<4>(root.template next<4>(at), x, vector);
-        dot.add<5>(root.template next<5>(at), x, vector);
-        dot.add<6>(root.template next<6>(at), x, vector);
-        dot.add<7>(root.template next<7>(at), x, vector);
+        dot.add<0>(root.template next<0>(at), x, eight);
+        dot.add<1>(root.template next<1>(at), x, eight);
+        dot.add<2>(root.template next<2>(at), x, eight);
+        dot.add<3>(root.template next<3>(at), x, eight);
+        dot.add<4>(root.template next<4>(at), x, eight);
+        dot.add<5>(root.template next<5>(at), x, eight);
+        dot.add<6>(root.template next<6>(at), x, eight);
+        dot.add<7>(root.template next<7>(at), x, eight);
       }
       sums[row] += dot.total();
     }
     return root.escapes;
   }
   // Rows that end inside a group of eight vectors: decode the block first.
-  for_vectors(rows * vectors, [&]<int Step>(std::size_t vector) {
-    store(buffer + (vector + Step) * kVector, root.template next<Step>(vector));
+  for_vectors(rows * vectors, [&]<int Step>(std::size_t eight) {
+    store(buffer + (eight * 8 + Step) * kVector, root.template next<Step>(eight));
   });
   for (std::size_t row = 0; row < rows; ++row) {
     DotSums dot;
     const std::uint8_t* weights = buffer + row * vectors * kVector;
-    for_vectors(vectors, [&]<int Step>(std::size_t vector) {
-      dot.add<Step>(load(weights + (vector + Step) * kVector), x, vector);
+    for_vectors(vectors, [&]<int Step>(std::size_t eight) {
+      dot.add<Step>(load(weights + (eight * 8 + Step) * kVector), x, eight);
     });
     sums[row] += dot.total();
   }

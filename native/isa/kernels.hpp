@@ -91,6 +91,10 @@ struct Kernels {
   void (*dot_tile)(const std::uint8_t* weights, const Digits* x, std::size_t count,
                    std::int64_t* out);
 
+  // Optional: dot_tile for two rows that lie `stride` bytes apart; `out` has a row after the other.
+  void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+                        std::size_t count, std::int64_t* out);
+
   // Optional: the product of a run with one activation vector, decoded and multiplied in one pass.
   // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
   // does not decode to its stated length.

@@ -119,7 +119,7 @@ void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, s
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar",       sparse_field, dense_field, split,  or_low_bits,
-                                count_all_ones, dot,          dot_tile,    nullptr};
+const Kernels kScalarKernels = {"scalar",       sparse_field, dense_field, split,   or_low_bits,
+                                count_all_ones, dot,          dot_tile,    nullptr, nullptr};
 
 }  // namespace entrollm

@@ -83,7 +83,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A block holds `rows` whole padded rows, or, when rows is 1, up to `columns` weights of one row."""
+    """A block holds up to `columns` columns (a multiple of 64) of `rows` rows."""
 
     rows: int
     columns: int
@@ -100,7 +100,7 @@ class TensorSpec:
         code, blocks: how the symbols are stored.
         scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
         relative_error: RMS quantization error over the RMS of the original weights.
-        checksum: CRC-32 over this spec and all stored entries of the tensor; see docs/format.md.
+        checksum: CRC-32 over the name, this spec and all stored entries of the tensor; see docs/format.md.
     """
 
     rows: int

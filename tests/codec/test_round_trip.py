@@ -231,7 +231,6 @@ BAD_GEOMETRIES = {
     "wide block": ((5, 8192, 1, 8192), "block sizes are out of range"),
     "large block": ((500, 64, 129, 64), "block sizes are out of range"),
     "wider than the row": ((5, 64, 1, 128), "block columns do not fit the matrix"),
-    "rows cut": ((5, 128, 2, 64), "block columns do not fit the matrix"),
 }
 
 

@@ -37,8 +37,8 @@ class DenseWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
 
-    def linear(self, name: str) -> DenseMatrix:
-        return DenseMatrix(self.tensors[name])
+    def linear(self, *names: str) -> DenseMatrix:
+        return DenseMatrix(np.concatenate([self.tensors[name] for name in names]))
 
     def embedding(self, name: str) -> DenseMatrix:
         return DenseMatrix(self.tensors[name])

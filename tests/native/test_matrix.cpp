@@ -3,6 +3,7 @@
 
 #include "codec/encode.hpp"
 #include "gemv/matrix.hpp"
+#include "gemv/product.hpp"
 #include "support.hpp"
 
 using namespace entrollm;
@@ -54,7 +55,8 @@ struct Case {
 
 void check_products(const Case& c, const CodedMatrix& matrix, ThreadPool& pool) {
   std::vector<float> y(c.batch * c.geometry.rows);
-  matrix.multiply(pool, c.x.data(), c.batch, y.data());
+  const CodedMatrix* const matrices[] = {&matrix};
+  multiply(pool, matrices, c.x.data(), c.batch, y.data());
   for (std::size_t b = 0; b < c.batch; ++b) {
     double largest = 0;
     for (std::size_t j = 0; j < c.geometry.columns; ++j) {
@@ -109,7 +111,8 @@ bool survives(const Case& c, Random& random, ThreadPool& pool) {
   try {
     const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), sizes,
                              {c.scale, c.offset, {}});
-    matrix.multiply(pool, c.x.data(), c.batch, y.data());
+    const CodedMatrix* const matrices[] = {&matrix};
+    multiply(pool, matrices, c.x.data(), c.batch, y.data());
     matrix.decode(pool, 0, c.geometry.rows, out.data());
     return false;
   } catch (const CorruptBlock&) {

@@ -4,6 +4,7 @@
 
 #include "codec/encode.hpp"
 #include "gemv/matrix.hpp"
+#include "gemv/product.hpp"
 #include "support.hpp"
 #include "threads/pool.hpp"
 
@@ -68,7 +69,8 @@ void check_products() {
     callers.emplace_back([&] {
       std::vector<float> y(3 * geometry.rows);
       for (int loop = 0; loop < 20; ++loop) {
-        matrix.multiply(pool, x.data(), 3, y.data());
+        const CodedMatrix* const matrices[] = {&matrix};
+        multiply(pool, matrices, x.data(), 3, y.data());
         for (float value : y) require(value == 512.0f, "the product is exact");
       }
     });

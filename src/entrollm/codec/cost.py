@@ -12,7 +12,7 @@ _FIELD_CYCLES = 1.5
 _PLANE_CYCLES = 1.0
 _ESCAPE_CYCLES = 3.0
 _SPLIT_CYCLES = 5.0
-_NODE_CYCLES_PER_BLOCK = 25.0
+_NODE_CYCLES_PER_BLOCK = 60.0
 # A list of bits ends in the middle of a byte: half a byte is lost per plane.
 _PADDING_BITS = 3.5
 

@@ -68,9 +68,9 @@ def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return np.concatenate([*chunks, np.zeros(stored - size, np.uint8)])
 
 
-def checksum(spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
-    """CRC-32 over one matrix: its JSON spec up to the checksum at its end, then its arrays in the order of SUFFIXES."""
-    value = zlib.crc32(spec_text[: -len(_CHECKSUM_TAIL)].encode())
+def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 over a matrix: name, JSON spec up to the checksum at its end, arrays in the order of SUFFIXES."""
+    value = zlib.crc32((name + spec_text[: -len(_CHECKSUM_TAIL)]).encode())
     for suffix in SUFFIXES:
         if suffix in arrays:
             value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -33,25 +33,13 @@ class CodedMatrix:
         name: the tensor's name.
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
+        native: what multiplies and decodes it.
     """
 
     name: str
     spec: TensorSpec
     stored_bytes: int
-    _native: _core.CodedMatrix
-
-    def multiply(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
-        """Multiply: float32 (n, columns) -> float32 (n, rows).
-
-        Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact.
-
-        Raises:
-            CorruptStreamError: a block does not decode.
-        """
-        try:
-            return self._native.multiply(np.ascontiguousarray(x), pool)
-        except _core.CorruptBlockError as error:
-            raise self._corrupt(error) from None
+    native: _core.CodedMatrix
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
         """Decode rows [begin, end): uint8 (end - begin, columns).
@@ -60,7 +48,7 @@ class CodedMatrix:
             CorruptStreamError: a block does not decode.
         """
         try:
-            return self._native.decode(begin, end, pool)
+            return self.native.decode(begin, end, pool)
         except _core.CorruptBlockError as error:
             raise self._corrupt(error) from None
 
@@ -71,12 +59,27 @@ class CodedMatrix:
             CorruptStreamError: a block does not decode.
         """
         try:
-            return self._native.dequantize(rows, pool)
+            return self.native.dequantize(rows, pool)
         except _core.CorruptBlockError as error:
             raise self._corrupt(error) from None
 
     def _corrupt(self, error: Exception) -> CorruptStreamError:
         return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
+
+
+def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
+
+    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact.
+
+    Raises:
+        CorruptStreamError: a block does not decode.
+    """
+    try:
+        return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
+    except _core.CorruptBlockError as error:
+        names = ", ".join(matrix.name for matrix in matrices)
+        raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
 
 
 class CompressedModel:
@@ -188,7 +191,7 @@ class CompressedModel:
         """
         if name in self.specs:
             expected = self.specs[name].checksum
-            found = layout.checksum(self._files[name].metadata[name], self.stored_arrays(name))
+            found = layout.checksum(name, self._files[name].metadata[name], self.stored_arrays(name))
         else:
             expected = self._plain_checksums[name]
             found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
@@ -298,7 +301,7 @@ def _scales(
         return None
     copied = _aligned(stored)
     if not np.isfinite(copied).all():
-        raise FormatError(f"{name}: a {what} is not finite")
+        raise FormatError(f"{name}: its {what} has a value that is not finite")
     return copied
 
 

@@ -51,7 +51,7 @@ class ShardWriter:
             the spec as stored.
         """
         stored = {suffix: array for suffix, array in arrays.items() if array.size}
-        spec = dataclasses.replace(spec, checksum=layout.checksum(spec.to_json(), stored))
+        spec = dataclasses.replace(spec, checksum=layout.checksum(name, spec.to_json(), stored))
         # All suffixes are taken, stored or not: a reader must not find another tensor under one of them.
         for claimed in (name, *(name + suffix for suffix in layout.SUFFIXES)):
             self._claim(claimed)

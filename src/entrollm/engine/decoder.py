@@ -8,7 +8,7 @@ from entrollm.engine.cache import Cache, LayerCache
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.ops import attention, rms_norm, rotate, swiglu
 from entrollm.engine.rope import RopeTables
-from entrollm.engine.weights import Floats, Ids, Linear, Weights, load_embedding, load_linear, load_tensor
+from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
 _TOKENS_PER_PASS = 512
@@ -29,7 +29,7 @@ class Decoder:
         self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = load_tensor(weights, "model.norm.weight", (config.hidden_size,))
         tied = config.tied_embeddings or "lm_head.weight" not in weights
-        self._head = load_linear(weights, embedding_name if tied else "lm_head.weight", table)
+        self._head = load_linear(weights, {embedding_name if tied else "lm_head.weight": table})
         self._tables = RopeTables(config.rope)
 
     def new_cache(self) -> Cache:
@@ -125,9 +125,8 @@ class _Projection:
     """
 
     def __init__(self, weights: Weights, prefix: str, outputs: dict[str, int], in_features: int, bias: bool) -> None:
-        self._linears: list[Linear] = [
-            load_linear(weights, f"{prefix}{name}.weight", (size, in_features)) for name, size in outputs.items()
-        ]
+        shapes = {f"{prefix}{name}.weight": (size, in_features) for name, size in outputs.items()}
+        self._linear = load_linear(weights, shapes)
         self._bias: Floats | None = None
         if bias:
             parts = [load_tensor(weights, f"{prefix}{name}.bias", (size,)) for name, size in outputs.items()]
@@ -135,10 +134,7 @@ class _Projection:
 
     def __call__(self, x: Floats) -> Floats:
         """float32 (n, in_features) -> float32 (n, sum of out_features)."""
-        if len(self._linears) == 1:
-            y = self._linears[0](x)
-        else:
-            y = np.concatenate([linear(x) for linear in self._linears], axis=1)
+        y = self._linear(x)
         if self._bias is not None:
             y += self._bias
         return y

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from entrollm import _core
 from entrollm.checkpoint import Checkpoint, to_float32
-from entrollm.container.reader import CodedMatrix, CompressedModel
+from entrollm.container.reader import CodedMatrix, CompressedModel, multiply
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 
 
 class CodedLinear:
-    """A coded matrix; it is decoded block by block inside every product and never held decoded."""
+    """Coded matrices side by side; each is decoded block by block inside every product and never held decoded."""
+
+    def __init__(self, matrices: Sequence[CodedMatrix], pool: _core.ThreadPool) -> None:
+        self._matrices = matrices
+        self._pool = pool
+        self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)
+
+    def __call__(self, x: Floats, /) -> Floats:
+        """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
+        return multiply(self._matrices, x, self._pool)
+
+
+class CodedEmbedding:
+    """A coded matrix that is read by row."""
 
     def __init__(self, matrix: CodedMatrix, pool: _core.ThreadPool) -> None:
         self._matrix = matrix
         self._pool = pool
         self.shape = (matrix.spec.rows, matrix.spec.columns)
-
-    def __call__(self, x: Floats, /) -> Floats:
-        """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
-        return self._matrix.multiply(x, self._pool)
 
     def rows(self, ids: Ids, /) -> Floats:
         """Look up: int64 (n,) -> float32 (n, in_features)."""
@@ -41,36 +54,57 @@ class DenseLinear:
         return self._weight[ids]
 
 
+class _SideBySide:
+    """Linear layers of different kinds on the same input."""
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = linears
+        self.shape = (sum(linear.shape[0] for linear in linears), linears[0].shape[1])
+
+    def __call__(self, x: Floats, /) -> Floats:
+        """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
+        return np.concatenate([linear(x) for linear in self._linears], axis=1)
+
+
 class CodedWeights:
     """The tensors of a compressed folder. Matrices that were kept in their type are dense."""
 
     def __init__(self, model: CompressedModel, threads: int) -> None:
         self._model = model
         self._pool = _core.ThreadPool(threads)
-        self._matrices: dict[str, CodedLinear | DenseLinear] = {}
+        self._coded: dict[str, CodedMatrix] = {}
+        self._dense: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._model.specs or name in self._model.plain
 
-    def linear(self, name: str, /) -> Linear:
-        """The matrix `name`, to multiply with."""
-        return self._matrix(name)
+    def linear(self, *names: str) -> Linear:
+        """The matrices `names`, their outputs side by side, to multiply with."""
+        if all(name in self._model.specs for name in names):
+            return CodedLinear([self._matrix(name) for name in names], self._pool)
+        if len(names) > 1:
+            return _SideBySide([self.linear(name) for name in names])
+        return self._kept(names[0])
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
-        return self._matrix(name)
+        if name in self._model.specs:
+            return CodedEmbedding(self._matrix(name), self._pool)
+        return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
         return to_float32(self._model.array(name))
 
-    def _matrix(self, name: str) -> CodedLinear | DenseLinear:
-        if name not in self._matrices:
-            coded = name in self._model.specs
-            self._matrices[name] = (
-                CodedLinear(self._model.matrix(name), self._pool) if coded else DenseLinear(self.tensor(name))
-            )
-        return self._matrices[name]
+    def _matrix(self, name: str) -> CodedMatrix:
+        if name not in self._coded:
+            self._coded[name] = self._model.matrix(name)
+        return self._coded[name]
+
+    def _kept(self, name: str) -> DenseLinear:
+        if name not in self._dense:
+            self._dense[name] = DenseLinear(self.tensor(name))
+        return self._dense[name]
 
 
 class DenseWeights:
@@ -83,9 +117,10 @@ class DenseWeights:
     def __contains__(self, name: str, /) -> bool:
         return name in self._checkpoint.tensors
 
-    def linear(self, name: str, /) -> Linear:
-        """The matrix `name`, to multiply with."""
-        return self._matrix(name)
+    def linear(self, *names: str) -> Linear:
+        """The matrices `names`, their outputs side by side, to multiply with."""
+        matrices = [self._matrix(name) for name in names]
+        return matrices[0] if len(matrices) == 1 else _SideBySide(matrices)
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""

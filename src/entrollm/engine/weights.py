@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -41,8 +42,8 @@ class Weights(Protocol):
     def __contains__(self, name: str, /) -> bool:
         """Whether the tensor exists."""
 
-    def linear(self, name: str, /) -> Linear:
-        """The matrix `name`, to multiply with."""
+    def linear(self, *names: str) -> Linear:
+        """The matrices `names`, their outputs side by side, to multiply with; all have the same in_features."""
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
@@ -51,16 +52,16 @@ class Weights(Protocol):
         """The tensor `name` (a norm or a bias) in float32."""
 
 
-def load_linear(weights: Weights, name: str, shape: tuple[int, int]) -> Linear:
-    """Return the matrix `name`.
+def load_linear(weights: Weights, shapes: Mapping[str, tuple[int, int]]) -> Linear:
+    """Return the matrices `shapes`, by name, as one whose outputs lie side by side.
 
     Raises:
-        FormatError: the tensor is missing or its shape is not `shape`.
+        FormatError: a tensor is missing or has another shape.
     """
-    _check_present(weights, name, shape)
-    linear = weights.linear(name)
-    _check_shape(name, shape, linear.shape)
-    return linear
+    for name, shape in shapes.items():
+        _check_present(weights, name, shape)
+        _check_shape(name, shape, weights.linear(name).shape)
+    return weights.linear(*shapes)
 
 
 def load_embedding(weights: Weights, name: str, shape: tuple[int, int]) -> Embedding:

@@ -1,0 +1,212 @@
+#include "gemv/product.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "codec/decode.hpp"
+#include "gemv/activations.hpp"
+
+namespace entrollm {
+namespace {
+
+// Rows that are decoded before they are multiplied with a batch: enough to reuse activations, few
+// enough for the second-level cache.
+constexpr std::size_t kTileRows = 16;
+
+// Tasks per thread: the last ones to finish should be short.
+constexpr std::size_t kTasksPerThread = 8;
+
+constexpr std::size_t kNone = SIZE_MAX;
+
+// A thread's buffers, kept between products.
+struct Buffers {
+  std::vector<std::uint8_t> tile;  // decoded rows of one part
+  std::vector<std::int64_t> sums;  // (rows of a task or tile, batch)
+};
+
+Buffers& thread_buffers() {
+  thread_local Buffers buffers;
+  return buffers;
+}
+
+}  // namespace
+
+// One matrix times the batch; its outputs go to columns `first_output` and on of y.
+class Product {
+ public:
+  Product(const CodedMatrix& matrix, const Activations& x, float* y, std::size_t y_stride)
+      : matrix_(matrix), geometry_(matrix.geometry()), x_(x), y_(y), y_stride_(y_stride) {}
+
+  std::size_t groups() const { return geometry_.row_groups(); }
+
+  // Multiplies row groups [begin, end). Returns a block that does not decode, or kNone.
+  std::size_t run(std::size_t begin, std::size_t end) const {
+    return x_.batch() == 1 && matrix_.cascade_.levels != 0 ? run_fused(begin, end)
+                                                           : run_tiles(begin, end);
+  }
+
+ private:
+  std::size_t run_fused(std::size_t begin, std::size_t end) const {
+    const std::size_t parts = geometry_.blocks_per_group();
+    DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
+    const std::size_t first_row = begin * geometry_.block_rows;
+    const std::size_t rows = std::min(geometry_.rows, end * geometry_.block_rows) - first_row;
+    auto& sums = thread_buffers().sums;
+    sums.resize(rows);
+    CascadeRun run{};
+    run.code = &matrix_.cascade_;
+    run.dense = matrix_.dense_.data() + begin * matrix_.part_offsets_[parts];
+    run.sparse = matrix_.sparse_.data();
+    run.sparse_offsets =
+        matrix_.sparse_offsets_.data() + (matrix_.code_.has_sparse() ? begin * parts : 0);
+    run.groups = end - begin;
+    run.parts = parts;
+    run.block_rows = geometry_.block_rows;
+    run.last_rows = geometry_.rows_in(end - 1);
+    run.block_columns = geometry_.block_columns;
+    run.last_columns = geometry_.columns_in(parts - 1);
+    run.x = x_.digits(0, 0);
+    run.buffer = scratch.block();
+    run.lists = scratch.lists();
+    const std::size_t done = kernels().cascade_product(run, sums.data());
+    if (done != run.groups * parts) return begin * parts + done;
+    write(first_row, rows, sums.data());
+    return kNone;
+  }
+
+  std::size_t run_tiles(std::size_t begin, std::size_t end) const {
+    const std::size_t batch = x_.batch();
+    const std::size_t step = std::max<std::size_t>(1, kTileRows / geometry_.block_rows);
+    DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
+    Buffers& buffers = thread_buffers();
+    buffers.tile.resize(step * matrix_.max_block() + kSlack);
+    for (std::size_t group = begin; group < end; group += step) {
+      const std::size_t last = std::min(end, group + step);
+      const std::size_t first_row = group * geometry_.block_rows;
+      const std::size_t rows = std::min(geometry_.rows, last * geometry_.block_rows) - first_row;
+      buffers.sums.assign(rows * batch, 0);
+      for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+        const std::size_t width = geometry_.columns_in(part);
+        std::uint8_t* tile = buffers.tile.data();
+        for (std::size_t i = group; i < last; ++i) {
+          if (!matrix_.decode_part(i, part, scratch)) {
+            return i * geometry_.blocks_per_group() + part;
+          }
+          const std::size_t size = geometry_.rows_in(i) * width;
+          std::memcpy(tile, scratch.block(), size);
+          tile += size;
+        }
+        multiply_tile(buffers, rows, width, part * geometry_.block_columns);
+      }
+      write(first_row, rows, buffers.sums.data());
+    }
+    return kNone;
+  }
+
+  // Adds the products of the tile's rows with columns [begin, begin + width) of every vector.
+  void multiply_tile(Buffers& buffers, std::size_t rows, std::size_t width,
+                     std::size_t begin) const {
+    const Kernels& isa = kernels();
+    const std::size_t batch = x_.batch();
+    const std::uint8_t* tile = buffers.tile.data();
+    std::size_t column = 0;
+    for (; column + kColumnTile <= batch; column += kColumnTile) {
+      Digits x[kColumnTile];
+      for (std::size_t i = 0; i < kColumnTile; ++i) x[i] = x_.digits(column + i, begin);
+      std::size_t row = 0;
+      std::int64_t products[2 * kColumnTile];
+      if (isa.dot_tile_pair != nullptr) {
+        for (; row + 2 <= rows; row += 2) {
+          isa.dot_tile_pair(tile + row * width, width, x, width, products);
+          std::int64_t* sums = buffers.sums.data() + row * batch + column;
+          for (std::size_t i = 0; i < kColumnTile; ++i) sums[i] += products[i];
+          for (std::size_t i = 0; i < kColumnTile; ++i)
+            sums[batch + i] += products[kColumnTile + i];
+        }
+      }
+      for (; row < rows; ++row) {
+        isa.dot_tile(tile + row * width, x, width, products);
+        std::int64_t* sums = buffers.sums.data() + row * batch + column;
+        for (std::size_t i = 0; i < kColumnTile; ++i) sums[i] += products[i];
+      }
+    }
+    for (; column < batch; ++column) {
+      const Digits x = x_.digits(column, begin);
+      for (std::size_t row = 0; row < rows; ++row) {
+        buffers.sums[row * batch + column] += isa.dot(tile + row * width, x, width);
+      }
+    }
+  }
+
+  // Scales the sums (rows, batch) and writes them.
+  void write(std::size_t first_row, std::size_t rows, const std::int64_t* sums) const {
+    const std::size_t batch = x_.batch();
+    const Scales& scales = matrix_.scales_;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const std::size_t i = first_row + row;
+      const double scale = scales.scale[scales.scale.size() == 1 ? 0 : i];
+      const double offset =
+          scales.offset.empty() ? 0.0 : scales.offset[scales.offset.size() == 1 ? 0 : i];
+      for (std::size_t column = 0; column < batch; ++column) {
+        const double sum = scale * static_cast<double>(sums[row * batch + column]) +
+                           offset * static_cast<double>(x_.sum(column));
+        y_[column * y_stride_ + i] = static_cast<float>(sum * x_.scale(column));
+      }
+    }
+  }
+
+  const CodedMatrix& matrix_;
+  const Geometry& geometry_;
+  const Activations& x_;
+  float* y_;
+  std::size_t y_stride_;
+};
+
+void multiply(ThreadPool& pool, std::span<const CodedMatrix* const> matrices, const float* x,
+              std::size_t batch, float* y) {
+  std::size_t outputs = 0;
+  for (const CodedMatrix* matrix : matrices) outputs += matrix->geometry().rows;
+  // Matrices without column scales share one rounding of the activations.
+  std::vector<Activations> activations;
+  activations.reserve(matrices.size());
+  const Activations* shared = nullptr;
+  std::vector<Product> products;
+  std::size_t first_output = 0;
+  for (const CodedMatrix* matrix : matrices) {
+    const Geometry& geometry = matrix->geometry();
+    const bool own = !matrix->column_scale().empty();
+    if (own || shared == nullptr) {
+      activations.emplace_back(x, batch, geometry.columns, geometry.padded_columns(),
+                               matrix->column_scale());
+      if (!own) shared = &activations.back();
+    }
+    products.emplace_back(*matrix, own ? activations.back() : *shared, y + first_output, outputs);
+    first_output += geometry.rows;
+  }
+  struct Task {
+    const Product* product;
+    std::size_t begin;
+    std::size_t end;
+  };
+  const std::size_t wanted = pool.size() == 1 ? 1 : pool.size() * kTasksPerThread;
+  std::vector<Task> tasks;
+  for (const Product& product : products) {
+    const std::size_t groups = product.groups();
+    const std::size_t count = std::min(groups, (wanted - 1) / matrices.size() + 1);
+    for (std::size_t i = 0; i < count; ++i) {
+      tasks.push_back({&product, groups * i / count, groups * (i + 1) / count});
+    }
+  }
+  std::atomic<std::size_t> corrupt{kNone};
+  pool.run(tasks.size(), [&](std::size_t task, std::size_t) {
+    const Task& work = tasks[task];
+    const std::size_t block = work.product->run(work.begin, work.end);
+    if (block != kNone) corrupt = block;
+  });
+  if (corrupt != kNone) throw_corrupt(corrupt);
+}
+
+}  // namespace entrollm
