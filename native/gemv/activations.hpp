@@ -19,8 +19,8 @@ class Activations {
 
   std::size_t batch() const { return scales_.size(); }
   Digits digits(std::size_t row, std::size_t column) const {
-    const std::size_t at = row * padded_ + column;
-    return {high_.data() + at, low_.data() + at, whole_.data() + at, sums(row) + column / kVector};
+    const std::size_t at = row * padded_;
+    return Digits{high_.data() + at, low_.data() + at, whole_.data() + at, sums(row)}.from(column);
   }
   double scale(std::size_t row) const { return scales_[row]; }
   std::int64_t sum(std::size_t row) const { return sums(row)[padded_ / kVector]; }

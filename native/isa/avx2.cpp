@@ -441,8 +441,7 @@ const Kernels kAvx2Kernels = {.name = "avx2",
                               .or_low_bits = or_low_bits,
                               .count_all_ones = count_all_ones,
                               .dot = dot,
-                              .dot_tile = dot_tile,
-                              .cascade_product = nullptr};
+                              .dot_tile = dot_tile};
 
 const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .sparse_field = sparse_field,
@@ -451,7 +450,6 @@ const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .or_low_bits = or_low_bits,
                                   .count_all_ones = count_all_ones,
                                   .dot = vnni_dot,
-                                  .dot_tile = vnni_dot_tile,
-                                  .cascade_product = nullptr};
+                                  .dot_tile = vnni_dot_tile};
 
 }  // namespace entrollm

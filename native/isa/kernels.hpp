@@ -33,6 +33,11 @@ struct Digits {
   const std::int8_t* low;
   const std::int16_t* whole;
   const std::int64_t* sums;  // sums[i] is the sum of x before its vector i
+
+  // The vector from `column` on, a multiple of kVector.
+  Digits from(std::size_t column) const {
+    return {high + column, low + column, whole + column, sums + column / kVector};
+  }
 };
 
 inline constexpr std::size_t kColumnTile = 4;
@@ -93,12 +98,12 @@ struct Kernels {
 
   // Optional: dot_tile for two rows that lie `stride` bytes apart; `out` has a row after the other.
   void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
-                        std::size_t count, std::int64_t* out);
+                        std::size_t count, std::int64_t* out) = nullptr;
 
   // Optional: the product of a run with one activation vector, decoded and multiplied in one pass.
   // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
   // does not decode to its stated length.
-  std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums);
+  std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums) = nullptr;
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.

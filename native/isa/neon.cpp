@@ -473,8 +473,7 @@ const Kernels kNeonKernels = {.name = "neon",
                               .or_low_bits = or_low_bits,
                               .count_all_ones = count_all_ones,
                               .dot = dot,
-                              .dot_tile = dot_tile,
-                              .cascade_product = nullptr};
+                              .dot_tile = dot_tile};
 
 const Kernels kNeonDotKernels = {.name = "neon-dot",
                                  .sparse_field = sparse_field,
@@ -483,7 +482,6 @@ const Kernels kNeonDotKernels = {.name = "neon-dot",
                                  .or_low_bits = or_low_bits,
                                  .count_all_ones = count_all_ones,
                                  .dot = dot_by_sdot,
-                                 .dot_tile = dot_tile_by_sdot,
-                                 .cascade_product = nullptr};
+                                 .dot_tile = dot_tile_by_sdot};
 
 }  // namespace entrollm
