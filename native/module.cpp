@@ -166,6 +166,17 @@ NB_MODULE(_core, m) {
   m.def(
       "isa", [] { return select_kernels(std::getenv("ENTROLLM_ISA")).name; },
       "Name of the instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        nb::list found;
+        for (const auto& [kernels, runs] : built_kernels()) {
+          found.append(nb::make_tuple(kernels->name, runs));
+        }
+        return found;
+      },
+      "Names of the instruction sets in this build, fastest first, and whether the processor runs "
+      "each.");
   nb::class_<ThreadPool>(m, "ThreadPool")
       .def(nb::init<std::size_t>(), "threads"_a)
       .def_prop_ro("size", &ThreadPool::size);
@@ -183,11 +194,12 @@ NB_MODULE(_core, m) {
   nb::class_<PyMatrix>(m, "CodedMatrix")
       .def(nb::new_(&make_matrix), "program"_a, "low_bits"_a, "geometry"_a, "dense"_a, "sparse"_a,
            "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
-      .def("multiply",
-           [](const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
-             return multiply_all({&self}, x, pool);
-           },
-           "x"_a, "pool"_a)
+      .def(
+          "multiply",
+          [](const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
+            return multiply_all({&self}, x, pool);
+          },
+          "x"_a, "pool"_a)
       .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);

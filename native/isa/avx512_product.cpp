@@ -181,7 +181,7 @@ std::size_t cascade_product(const CascadeRun& run, std::int64_t* sums) {
         child = decode_lists(code, lists, sparse, run.lists);
       }
       const std::size_t root_bytes = dense_bytes(count, code.bits[0]);
-      const Digits x{run.x.high + part * run.block_columns, run.x.low + part * run.block_columns};
+      const Digits x = run.x.from(part * run.block_columns);
       const FieldArgs args{dense, count, code.bits[0], code.tables[0], child};
       const std::size_t escapes =
           multiply(args, dense + root_bytes, rows, columns / kVector, x, run.buffer, group_sums);

@@ -1,47 +1,69 @@
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "isa/kernels.hpp"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace entrollm {
 namespace {
 
-bool runs_here(const Kernels& kernels) {
-#ifdef ENTROLLM_HAVE_AVX512
-  if (&kernels == &kAvx512Kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") &&
-           __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("popcnt") &&
-           __builtin_cpu_supports("bmi2");
-  }
-#endif
-  return &kernels == &kScalarKernels;
+#ifdef ENTROLLM_HAVE_X86
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
-// Fastest first.
-const std::vector<const Kernels*>& built_kernels() {
-  static const std::vector<const Kernels*> kernels = {
-#ifdef ENTROLLM_HAVE_AVX512
-      &kAvx512Kernels,
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") &&
+         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2");
+}
 #endif
-      &kScalarKernels,
+
+#ifdef ENTROLLM_HAVE_NEON
+bool runs_dot_product() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  return true;  // every 64-bit Mac has it
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
+
+std::span<const BuiltKernels> built_kernels() {
+  static const BuiltKernels kernels[] = {
+#ifdef ENTROLLM_HAVE_X86
+      {&kAvx512Kernels, runs_avx512()},
+      {&kAvx2VnniKernels, runs_avx2() && __builtin_cpu_supports("avxvnni")},
+      {&kAvx2Kernels, runs_avx2()},
+#endif
+#ifdef ENTROLLM_HAVE_NEON
+      {&kNeonDotKernels, runs_dot_product()},
+      {&kNeonKernels, true},
+#endif
+      {&kScalarKernels, true},
   };
   return kernels;
 }
 
-}  // namespace
-
 const Kernels& select_kernels(const char* name) {
   const std::string wanted = name == nullptr ? "" : name;
   std::string known;
-  for (const Kernels* kernels : built_kernels()) {
-    if (wanted.empty() ? runs_here(*kernels) : wanted == kernels->name) {
-      if (!runs_here(*kernels)) {
+  for (const auto& [kernels, runs] : built_kernels()) {
+    if (wanted.empty() ? runs : wanted == kernels->name) {
+      if (!runs)
         throw std::invalid_argument("ENTROLLM_ISA=" + wanted + ": this processor lacks it");
-      }
       return *kernels;
     }
     known += std::string(known.empty() ? "" : ", ") + kernels->name;

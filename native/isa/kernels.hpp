@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace entrollm {
 
@@ -25,10 +26,18 @@ struct FieldArgs {
   const std::uint8_t* child;
 };
 
-// One activation vector as balanced base-256 digits: x = 256 * high + low, both in [-128, 127].
+// One activation vector as balanced base-256 digits: x = 256 * high + low, both in [-128, 127] and
+// x in 16 bits. Instruction sets without a byte product read x itself.
 struct Digits {
   const std::int8_t* high;
   const std::int8_t* low;
+  const std::int16_t* whole;
+  const std::int64_t* sums;  // sums[i] is the sum of x before its vector i
+
+  // The vector from `column` on, a multiple of kVector.
+  Digits from(std::size_t column) const {
+    return {high + column, low + column, whole + column, sums + column / kVector};
+  }
 };
 
 inline constexpr std::size_t kColumnTile = 4;
@@ -89,12 +98,12 @@ struct Kernels {
 
   // Optional: dot_tile for two rows that lie `stride` bytes apart; `out` has a row after the other.
   void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
-                        std::size_t count, std::int64_t* out);
+                        std::size_t count, std::int64_t* out) = nullptr;
 
   // Optional: the product of a run with one activation vector, decoded and multiplied in one pass.
   // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
   // does not decode to its stated length.
-  std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums);
+  std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums) = nullptr;
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.
@@ -115,9 +124,20 @@ constexpr std::size_t sparse_bytes(std::size_t count, int bits) {
 }
 
 extern const Kernels kScalarKernels;
-#ifdef ENTROLLM_HAVE_AVX512
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx2VnniKernels;  // the AVX2 kernels with AVX-VNNI products
 extern const Kernels kAvx512Kernels;
-#endif
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonDotKernels;  // the NEON kernels with the ARMv8.2 dot product
+
+// Kernels that this build has, and whether this processor runs them.
+struct BuiltKernels {
+  const Kernels* kernels;
+  bool runs;
+};
+
+// Fastest first.
+std::span<const BuiltKernels> built_kernels();
 
 // The fastest kernels this processor runs, or those that ENTROLLM_ISA names; throws
 // std::invalid_argument when the named set is unknown or the processor lacks it.

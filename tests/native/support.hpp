@@ -109,11 +109,11 @@ struct RandomCode {
 // Every set of kernels that this build has and this processor runs; scalar comes first.
 inline std::vector<const Kernels*> all_kernels() {
   std::vector<const Kernels*> found;
-  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
-    try {
-      found.push_back(&select_kernels(name));
-    } catch (const std::invalid_argument&) {
-      std::printf("%s: not here\n", name);
+  for (const auto& [kernels, runs] : built_kernels()) {
+    if (runs) {
+      found.insert(found.begin(), kernels);
+    } else {
+      std::printf("%s: not on this processor\n", kernels->name);
     }
   }
   require(!found.empty() && std::string(found[0]->name) == "scalar", "the scalar kernels exist");

@@ -11,21 +11,19 @@ from typing import TypeVar
 from entrollm import _core
 
 T = TypeVar("T")
-_NAMES = ("scalar", "avx2", "avx512", "neon")
 
 
 class InstructionSets:
     """Runs a function on every instruction set that this build and this processor have."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, Executor] = {}
         context = multiprocessing.get_context("spawn")
-        for name in _NAMES:
-            worker = ProcessPoolExecutor(1, mp_context=context, initializer=_choose, initargs=(name,))
-            if worker.submit(_isa).result() == name:
-                self._workers[name] = worker
-            else:
-                worker.shutdown()
+        # Slowest first, so that the first one is the portable one.
+        self._workers: dict[str, Executor] = {
+            name: ProcessPoolExecutor(1, mp_context=context, initializer=_choose, initargs=(name,))
+            for name, runs in reversed(_core.isas())
+            if runs
+        }
         self.names = tuple(self._workers)
 
     def each(self, function: Callable[..., T], *args: object) -> dict[str, T]:
@@ -41,10 +39,3 @@ class InstructionSets:
 
 def _choose(name: str) -> None:
     os.environ["ENTROLLM_ISA"] = name
-
-
-def _isa() -> str | None:
-    try:
-        return _core.isa()
-    except ValueError:
-        return None

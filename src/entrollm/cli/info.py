@@ -14,7 +14,7 @@ EXAMPLES = (("entrollm info", "version, processor, instruction set"),)
 def command(json_output: JsonOption = False) -> None:
     """Show the version, the processor, and the instruction set that the kernels use.
 
-    ENTROLLM_ISA=scalar (or avx512) forces a set.
+    The environment variable ENTROLLM_ISA forces another one of those listed: ENTROLLM_ISA=scalar entrollm run ...
     """
     from entrollm import _core
     from entrollm.specs import FORMAT_VERSION
@@ -26,10 +26,12 @@ def command(json_output: JsonOption = False) -> None:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "isa": _core.isa(),
+        "isas": dict(_core.isas()),
         "threads": default_threads(),
     }
     if json_output:
         print_json(facts)
         return
+    facts["isas"] = ", ".join(name if runs else f"{name} (not on this processor)" for name, runs in _core.isas())
     for key, value in facts.items():
         stdout.print(f"{key.replace('_', ' '):15} [bold]{value}[/bold]")
