@@ -108,6 +108,9 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
                     f"{matrix.name}: encoding its integers again gives other bytes in {suffix[1:]}, near row {begin}"
                 )
             ends[suffix] += part.size
+    for suffix in layout.STREAMS:
+        if stored.get(suffix, empty)[ends[suffix] :].any():
+            raise CorruptStreamError(f"{matrix.name}: the padding after its {suffix[1:]} stream is not zero")
 
 
 def _compare_names(model: CompressedModel, original: Checkpoint) -> None:

@@ -1,0 +1,128 @@
+"""verify accepts what compress wrote and names everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import example_weights, write_checkpoint
+from folders import change_entries, change_spec, check_all, read_entry, reseal
+
+from entrollm import _core
+from entrollm.checkpoint import Checkpoint
+from entrollm.compress import CompressOptions, compress
+from entrollm.compress.verify import VerifyResult, verify
+from entrollm.container.reader import CompressedModel
+from entrollm.errors import CorruptStreamError, FormatError
+
+OPTIONS = CompressOptions(granularity="row")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture
+def file(checkpoint: Path, tmp_path: Path) -> Path:
+    compress(checkpoint, tmp_path / "out", OPTIONS)
+    return tmp_path / "out" / "model.safetensors"
+
+
+def check(file: Path, original: Path | None = None) -> VerifyResult:
+    with CompressedModel.open(file.parent) as model:
+        return verify(model, _core.ThreadPool(2), None if original is None else Checkpoint.open(original))
+
+
+def test_what_was_written_is_accepted(checkpoint: Path, file: Path) -> None:
+    weights = example_weights()
+    matrices = [array for array in weights.values() if array.ndim == 2 and array.size]
+    result = VerifyResult(len(matrices), len(weights) - len(matrices), sum(a.size for a in matrices), False)
+    assert check(file) == result
+    assert check(file, checkpoint).compared
+
+
+def test_progress_reaches_the_whole(file: Path) -> None:
+    seen: list[tuple[float, float]] = []
+    with CompressedModel.open(file.parent) as model:
+        result = verify(model, _core.ThreadPool(1), None, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (result.weights, result.weights)
+    assert sorted(seen) == seen
+
+
+@pytest.mark.parametrize("name", ["head.weight.dense", "head.weight.scale", "layers.1.bias"])
+def test_a_flipped_bit_is_found(file: Path, name: str) -> None:
+    content = read_entry(file, name, np.uint8)
+    content[5] ^= 4
+    if name == "layers.1.bias":
+        change_entries(file, {name: ("F32", content.view(np.float32))})
+    else:
+        change_entries(
+            file, {name: ("F32" if "scale" in name else "U8", content.view("f4" if "scale" in name else "u1"))}
+        )
+    with pytest.raises(CorruptStreamError, match="have CRC-32"):
+        check(file)
+
+
+@pytest.mark.parametrize("stream", ["dense", "sparse"])
+def test_padding_is_zero(file: Path, stream: str) -> None:
+    name = "head.weight"
+    content = read_entry(file, f"{name}.{stream}", np.uint8)
+    content[-1] = 1
+    change_entries(file, {f"{name}.{stream}": ("U8", content)})
+    reseal(file, name)
+    check_all(file.parent)
+    with pytest.raises(CorruptStreamError, match=f"{name}: the padding after its {stream} stream is not zero"):
+        check(file)
+
+
+def test_symbols_that_the_code_stores_otherwise_are_refused(file: Path) -> None:
+    """A code may name a symbol twice; only the first place is how the encoder writes it."""
+    name = "layers.1.zero.weight"
+    change_spec(file, name, code={"bits": 1, "symbols": [0, 0]})
+    dense = np.zeros(128, np.uint8)
+    dense[0] = 1
+    change_entries(file, {name + ".dense": ("U8", dense)})
+    reseal(file, name)
+    with pytest.raises(CorruptStreamError, match="encoding its integers again gives other bytes in dense, near row 0"):
+        check(file)
+
+
+def test_other_integers_than_the_originals_are_refused(file: Path, checkpoint: Path) -> None:
+    name = "layers.1.zero.weight"
+    change_spec(file, name, code=1)
+    reseal(file, name)
+    check(file)
+    with pytest.raises(FormatError, match=f"{name}: quantizing the original again gives other integers, from row 0"):
+        check(file, checkpoint)
+
+
+def test_another_error_than_the_stored_one_is_refused(file: Path, checkpoint: Path) -> None:
+    name = "head.weight"
+    change_spec(file, name, error=0.5)
+    reseal(file, name)
+    check(file)
+    with pytest.raises(FormatError, match=rf"{name}: its error against the original is 0\.\d+, stored 0\.500000"):
+        check(file, checkpoint)
+
+
+def test_another_original_is_refused(file: Path, tmp_path: Path) -> None:
+    weights = example_weights()
+    del weights["head.weight"]
+    other = write_checkpoint(tmp_path / "other", weights)
+    with pytest.raises(
+        FormatError, match=r"tensor 'head\.weight' is only in .*out; .* was made from another checkpoint"
+    ):
+        check(file, other)
+    weights = example_weights() | {"more.weight": np.ones((2, 2), np.float32)}
+    with pytest.raises(FormatError, match=r"tensor 'more\.weight' is only in .*more; "):
+        check(file, write_checkpoint(tmp_path / "more", weights))
+    weights = example_weights()
+    weights["head.weight"] = weights["head.weight"].reshape(96, 200)
+    with pytest.raises(FormatError, match=r"head\.weight: the original has shape \(96, 200\), not \(200, 96\)"):
+        check(file, write_checkpoint(tmp_path / "shape", weights))
+    weights = example_weights()
+    weights["layers.1.bias"][3] += 1
+    with pytest.raises(FormatError, match=r"layers\.1\.bias: the kept tensor differs from the original"):
+        check(file, write_checkpoint(tmp_path / "bias", weights))
