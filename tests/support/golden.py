@@ -33,11 +33,11 @@ class Golden:
         alphabet = [symbol + low for symbol in high for low in range(step)]
         state, values = 1, []
         for _ in range(self.shape[0] * self.shape[1]):
-            picks = []
-            for _ in range(3):
+            index = len(alphabet)
+            for _ in range(4):
                 state = state * 6364136223846793005 + 1442695040888963407 & 2**64 - 1
-                picks.append((state >> 33) % len(alphabet))
-            values.append(alphabet[min(picks)])
+                index = index * (state >> 48)
+            values.append(alphabet[index >> 64])
         return np.array(values, np.uint8).reshape(self.shape)
 
 
