@@ -14,6 +14,6 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--the-format-has-changed"]:
         sys.exit(__doc__)
     sys.path.insert(0, str(HERE.parent / "support"))
-    from golden import write_golden
+    from golden_cases import write_golden
 
     write_golden(HERE / "v1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import GOLDEN, golden_scales, write_golden
+from golden_cases import GOLDEN, golden_scales, write_golden
 
 from entrollm import _core
 from entrollm.codec import reference

@@ -1,0 +1,45 @@
+"""The example in docs/format.md is what the code writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from folders import check_all, read_safetensors, write_config
+
+from entrollm import _core
+from entrollm.codec import reference
+from entrollm.container import layout
+from entrollm.container.reader import CompressedModel
+from entrollm.container.writer import ShardWriter
+from entrollm.specs import Blocks, Code, Field, TensorSpec
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+ROW = [13, 12, 9, 14, 16, 12, 201, 15, 5, 12]
+CODE = Code(Field(1, (12,), Field(2, (8, 16, 4), Field(8, ()))), low_bits=2)
+
+
+def test_the_streams_are_as_shown() -> None:
+    dense, sparse, sizes = reference.encode_matrix(CODE, [ROW], Blocks(1, 64))
+    assert len(dense) == 72 and sizes == [5]
+    assert not any(dense[20:])
+    for shown in (dense[:8], sparse, CODE.program()):
+        assert f"\n    {shown.hex(' ')}\n" in DOCUMENT
+    assert f"\n    {dense[8:20].hex(' ')} ... 00\n" in DOCUMENT
+    assert f"with symbols {' '.join(map(str, ROW))}, `low_bits` 2" in DOCUMENT
+
+
+def test_the_file_is_as_shown(tmp_path: Path) -> None:
+    dense, sparse, sizes = _core.encode(CODE.program(), CODE.low_bits, np.array([ROW], np.uint8), 1, 64)
+    spec = TensorSpec(1, 10, "BF16", "paper-asymmetric-8-tensor", CODE, Blocks(1, 64), 0.25, -3.0, 0.0125, 0)
+    write_config(tmp_path)
+    with ShardWriter(tmp_path / "model.safetensors") as writer:
+        arrays = {layout.DENSE: layout.padded_stream([dense]), layout.SPARSE: layout.padded_stream([sparse])}
+        writer.add_matrix("w.weight", spec, arrays | {layout.SPARSE_SIZES: sizes})
+    header, _ = read_safetensors(tmp_path / "model.safetensors")
+    assert f"\n    {header['__metadata__']['w.weight']}\n" in DOCUMENT
+    assert header["w.weight.dense"]["shape"] == [192] and header["w.weight.sparse"]["shape"] == [128]
+    check_all(tmp_path)
+    with CompressedModel.open(tmp_path) as model:
+        values = model.matrix("w.weight").dequantize(np.array([0]), _core.ThreadPool(1))
+    assert values[0, 0] == 0.25
