@@ -6,7 +6,6 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -164,7 +163,7 @@ NB_MODULE(_core, m) {
   m.attr("MAX_BLOCK") = kMaxBlock;
   m.attr("MAX_BLOCK_COLUMNS") = kMaxBlockColumns;
   m.def(
-      "isa", [] { return select_kernels(std::getenv("ENTROLLM_ISA")).name; },
+      "isa", [] { return kernels().name; },
       "Name of the instruction set in use.");
   m.def(
       "isas",

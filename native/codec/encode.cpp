@@ -64,38 +64,20 @@ int code_length(const Code& code, const CodeMaps& maps, std::uint8_t symbol) {
   }
 }
 
-// Gathers bit `bit` of eight fields into one byte, first field lowest.
-std::uint8_t gather_bits(const std::uint8_t* fields, int bit) {
-  std::uint64_t word;
-  std::memcpy(&word, fields, sizeof word);
-  word = (word >> bit) & 0x0101010101010101u;
-  return static_cast<std::uint8_t>(word * 0x0102040810204080u >> 56);
-}
-
-void write_plane(const std::uint8_t* fields, std::size_t count, int bit, std::uint8_t* out) {
-  for (std::size_t byte = 0; byte < (count + 7) / 8; ++byte)
-    out[byte] = gather_bits(fields + byte * 8, bit);
-}
-
-// `width` bits of each field from bit `shift` on, packed in groups (see Kernels::dense_field).
-void write_group(const std::uint8_t* fields, std::size_t count, int shift, int width,
-                 std::uint8_t* out) {
-  const std::size_t per_byte = 8 / static_cast<std::size_t>(width);
-  const auto mask = static_cast<std::uint8_t>((1 << width) - 1);
-  for (std::size_t vector = 0; vector < count / kVector; ++vector) {
-    std::uint8_t* group = out + vector / per_byte * kVector;
-    const auto up = static_cast<int>(vector % per_byte) * width;
-    for (std::size_t lane = 0; lane < kVector; ++lane) {
-      const auto part = static_cast<std::uint8_t>(fields[vector * kVector + lane] >> shift) & mask;
-      group[lane] = static_cast<std::uint8_t>(group[lane] | part << up);
-    }
-  }
-}
+// The symbols that pass one node, with room for vector stores past their end.
+struct List {
+  std::vector<std::uint8_t> symbols = std::vector<std::uint8_t>(kMaxBlock + kSlack);
+  std::size_t count = 0;
+};
 
 class BlockEncoder {
  public:
   BlockEncoder(const Code& code, EncodedRows& out)
-      : code_(code), out_(out), fields_(kMaxBlock + 8), lists_(code.nodes().size()) {
+      : code_(code),
+        out_(out),
+        isa_(*kernels().encode),
+        fields_(kMaxBlock + kSlack),
+        lists_(code.nodes().size()) {
     maps_.fields.resize(code.nodes().size());
     for (const Node& node : code.nodes()) {
       if (node.kind != NodeKind::kField || node.bits == 8) continue;
@@ -115,14 +97,11 @@ class BlockEncoder {
   // Zero weights would do as padding as well; the cheapest symbol costs least.
   std::uint8_t pad() const { return pad_; }
 
+  // `symbols` has kSlack readable bytes past its end.
   void encode(const std::uint8_t* symbols, std::size_t count) {
     const std::size_t sparse_begin = out_.sparse.size();
-    auto& list = lists_[0];
-    list.assign(symbols, symbols + count);
-    if (code_.low_bits() != 0) {
-      const auto keep = static_cast<std::uint8_t>(~low_mask());
-      for (auto& symbol : list) symbol &= keep;
-    }
+    std::memcpy(lists_[0].symbols.data(), symbols, count);
+    lists_[0].count = count;
     for (std::size_t i = 0; i < code_.nodes().size(); ++i) encode_node(i);
     if (code_.low_bits() != 0) write_dense(symbols, count, code_.low_bits());
     const std::size_t sparse_size = out_.sparse.size() - sparse_begin;
@@ -136,52 +115,39 @@ class BlockEncoder {
 
   void encode_node(std::size_t index) {
     const Node& node = code_.nodes()[index];
-    const auto& list = lists_[index];
-    const std::size_t count = list.size();
-    if (fields_.size() < count + 8) fields_.resize(count + 8);
-    const SymbolMap& map = maps_.fields[index];
-    std::uint8_t seen = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-      fields_[i] = map[list[i]];
-      seen |= fields_[i];
-    }
+    const List& list = lists_[index];
+    const auto keep = static_cast<std::uint8_t>(~low_mask());
+    const std::uint8_t seen = isa_.map_symbols(list.symbols.data(), list.count, keep,
+                                               maps_.fields[index].data(), fields_.data());
     // Fields have at most 6 bits, so only kAbsent sets the top one.
     if (node.bits != 8 && (seen & 0x80) != 0) {
       throw std::invalid_argument("a symbol is not in the code");
     }
-    std::memset(fields_.data() + count, 0, 8);
     if (index == 0) {
-      write_dense(fields_.data(), count, node.bits);
+      write_dense(fields_.data(), list.count, node.bits);
     } else {
-      write_sparse(count, node.bits);
+      write_sparse(list.count, node.bits);
     }
     distribute(node, list);
     if (index == 0 && node.left >= 0) {
-      const std::size_t first = lists_[static_cast<std::size_t>(node.left)].size();
+      const std::size_t first = lists_[static_cast<std::size_t>(node.left)].count;
       out_.sparse.push_back(static_cast<std::uint8_t>(first & 0xff));
       out_.sparse.push_back(static_cast<std::uint8_t>(first >> 8));
     }
   }
 
   // Hands the symbols that this node does not finish down to its child lists.
-  void distribute(const Node& node, const std::vector<std::uint8_t>& list) {
+  void distribute(const Node& node, const List& list) {
     if (node.left < 0) return;
-    const auto escape = static_cast<std::uint8_t>((1 << node.bits) - 1);
     const bool is_split = node.kind == NodeKind::kSplit;
-    select(list, static_cast<std::uint8_t>(is_split ? 0 : escape),
-           lists_[static_cast<std::size_t>(node.left)]);
+    const auto escape = static_cast<std::uint8_t>((1 << node.bits) - 1);
+    select(list, is_split ? std::uint8_t{0} : escape, lists_[static_cast<std::size_t>(node.left)]);
     if (is_split) select(list, 1, lists_[static_cast<std::size_t>(node.right)]);
   }
 
-  void select(const std::vector<std::uint8_t>& list, std::uint8_t field,
-              std::vector<std::uint8_t>& out) {
-    out.resize(list.size());
-    std::size_t kept = 0;
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      out[kept] = list[i];
-      kept += fields_[i] == field;
-    }
-    out.resize(kept);
+  void select(const List& list, std::uint8_t field, List& out) {
+    out.count =
+        isa_.select(list.symbols.data(), fields_.data(), list.count, field, out.symbols.data());
   }
 
   void write_dense(const std::uint8_t* fields, std::size_t count, int bits) {
@@ -194,14 +160,14 @@ class BlockEncoder {
       return;
     }
     if (bits & 4) {
-      write_group(fields, count, bits & 3 ? (bits & 3) / 2 + 1 : 0, 4, at);
+      isa_.pack_group(fields, count, bits & 3 ? (bits & 3) / 2 + 1 : 0, 4, at);
       at += dense_bytes(count, 4);
     }
     if (bits & 2) {
-      write_group(fields, count, bits & 1, 2, at);
+      isa_.pack_group(fields, count, bits & 1, 2, at);
       at += dense_bytes(count, 2);
     }
-    if (bits & 1) write_plane(fields, count, 0, at);
+    if (bits & 1) isa_.pack_plane(fields, count, 0, at);
   }
 
   void write_sparse(std::size_t count, int bits) {
@@ -213,15 +179,16 @@ class BlockEncoder {
       return;
     }
     for (int bit = 0; bit < bits; ++bit, at += (count + 7) / 8) {
-      write_plane(fields_.data(), count, bit, at);
+      isa_.pack_plane(fields_.data(), count, bit, at);
     }
   }
 
   const Code& code_;
   EncodedRows& out_;
   CodeMaps maps_;
+  const EncodeKernels& isa_;
   std::vector<std::uint8_t> fields_;
-  std::vector<std::vector<std::uint8_t>> lists_;
+  std::vector<List> lists_;
   std::uint8_t pad_ = 0;
 };
 

@@ -1,7 +1,6 @@
 #include "gemv/matrix.hpp"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -47,11 +46,6 @@ Cascade make_cascade(const Code& code) {
 
 void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = select_kernels(std::getenv("ENTROLLM_ISA"));
-  return chosen;
 }
 
 CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,

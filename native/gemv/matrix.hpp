@@ -13,9 +13,6 @@
 
 namespace entrollm {
 
-// The kernels in use: chosen once, by the processor or by ENTROLLM_ISA.
-const Kernels& kernels();
-
 struct CorruptBlock : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

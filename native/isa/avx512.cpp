@@ -1,6 +1,6 @@
 // AVX-512 kernels (VBMI, VBMI2, VNNI, GFNI): 64 symbols a step, escapes merged with one VPEXPANDB.
 #include "isa/avx512_common.hpp"
-#include "isa/avx512_product.hpp"
+#include "isa/avx512_parts.hpp"
 #include "isa/kernels.hpp"
 
 namespace entrollm {
@@ -120,8 +120,8 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512",      sparse_field_any, dense_field, split,
-                                or_low_bits,   count_ones,       dot,         dot_tile,
-                                dot_tile_pair, cascade_product};
+const Kernels kAvx512Kernels = {
+    "avx512", sparse_field_any, dense_field,   split,           or_low_bits,          count_ones,
+    dot,      dot_tile,         dot_tile_pair, cascade_product, &kAvx512EncodeKernels};
 
 }  // namespace entrollm

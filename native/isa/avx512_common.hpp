@@ -18,8 +18,8 @@ inline __mmask64 load_mask(const std::uint8_t* p) {
   return word;
 }
 
-// Merges the next bytes at `p` into `v` where `mask` is set. The source goes through a register: with
-// a memory operand the expansion is slow on some processors.
+// Merges the next bytes at `p` into `v` where `mask` is set. The source goes through a register:
+// with a memory operand the expansion is slow on some processors.
 inline __m512i expand(__m512i v, __mmask64 mask, const std::uint8_t* p) {
   __m512i source = load(p);
   asm("" : "+v"(source));

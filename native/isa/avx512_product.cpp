@@ -1,8 +1,7 @@
 // Decode and multiply in one pass: the root's symbols go from registers into the dot product, and
 // only the short lists below it are written to memory.
-#include "isa/avx512_product.hpp"
-
 #include "isa/avx512_common.hpp"
+#include "isa/avx512_parts.hpp"
 
 namespace entrollm {
 namespace {

@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -69,6 +70,11 @@ const Kernels& select_kernels(const char* name) {
     known += std::string(known.empty() ? "" : ", ") + kernels->name;
   }
   throw std::invalid_argument("ENTROLLM_ISA=" + wanted + " is not one of: " + known);
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = select_kernels(std::getenv("ENTROLLM_ISA"));
+  return chosen;
 }
 
 }  // namespace entrollm

@@ -69,6 +69,28 @@ struct CascadeRun {
   std::uint8_t* lists;   // room for a block and slack for every level
 };
 
+// The steps of encoding. Inputs and outputs have kSlack bytes of room past their last element, but
+// packed output is written exactly.
+struct EncodeKernels {
+  // out[i] = map[in[i] & mask], map having 256 entries. Returns all bits that any of them has set.
+  std::uint8_t (*map_symbols)(const std::uint8_t* in, std::size_t count, std::uint8_t mask,
+                              const std::uint8_t* map, std::uint8_t* out);
+
+  // Bit `bit` of each field, eight fields to a byte.
+  void (*pack_plane)(const std::uint8_t* fields, std::size_t count, int bit, std::uint8_t* out);
+
+  // `width` bits (2 or 4) of each field from bit `shift` on, in packed groups; see dense_field.
+  // count is a multiple of kVector.
+  void (*pack_group)(const std::uint8_t* fields, std::size_t count, int shift, int width,
+                     std::uint8_t* out);
+
+  // Copies the symbols whose field is `field`, in order; returns how many.
+  std::size_t (*select)(const std::uint8_t* symbols, const std::uint8_t* fields, std::size_t count,
+                        std::uint8_t field, std::uint8_t* out);
+};
+
+extern const EncodeKernels kScalarEncodeKernels;
+
 struct Kernels {
   const char* name;
 
@@ -104,6 +126,8 @@ struct Kernels {
   // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
   // does not decode to its stated length.
   std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums) = nullptr;
+
+  const EncodeKernels* encode = &kScalarEncodeKernels;
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.
@@ -142,5 +166,8 @@ std::span<const BuiltKernels> built_kernels();
 // The fastest kernels this processor runs, or those that ENTROLLM_ISA names; throws
 // std::invalid_argument when the named set is unknown or the processor lacks it.
 const Kernels& select_kernels(const char* name);
+
+// The kernels in use: selected once, with the environment variable ENTROLLM_ISA.
+const Kernels& kernels();
 
 }  // namespace entrollm

@@ -1,4 +1,5 @@
 // Portable kernels: the plain statement of what the vector versions compute.
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -117,7 +118,54 @@ void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, s
   }
 }
 
+std::uint8_t map_symbols(const std::uint8_t* in, std::size_t count, std::uint8_t mask,
+                         const std::uint8_t* map, std::uint8_t* out) {
+  std::uint8_t seen = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    out[i] = map[in[i] & mask];
+    seen |= out[i];
+  }
+  return seen;
+}
+
+void pack_plane(const std::uint8_t* fields, std::size_t count, int bit, std::uint8_t* out) {
+  for (std::size_t byte = 0; byte < (count + 7) / 8; ++byte) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, fields + byte * 8, std::min<std::size_t>(8, count - byte * 8));
+    // The multiplication gathers one bit of each of eight bytes in the top byte.
+    word = (word >> bit) & 0x0101010101010101u;
+    out[byte] = static_cast<std::uint8_t>(word * 0x0102040810204080u >> 56);
+  }
+}
+
+void pack_group(const std::uint8_t* fields, std::size_t count, int shift, int width,
+                std::uint8_t* out) {
+  const std::size_t per_byte = 8 / static_cast<std::size_t>(width);
+  const auto mask = static_cast<std::uint8_t>((1 << width) - 1);
+  for (std::size_t vector = 0; vector < count / kVector; ++vector) {
+    std::uint8_t* group = out + vector / per_byte * kVector;
+    const auto up = static_cast<int>(vector % per_byte) * width;
+    if (up == 0) std::memset(group, 0, kVector);
+    for (std::size_t lane = 0; lane < kVector; ++lane) {
+      const auto part = static_cast<std::uint8_t>(fields[vector * kVector + lane] >> shift) & mask;
+      group[lane] = static_cast<std::uint8_t>(group[lane] | part << up);
+    }
+  }
+}
+
+std::size_t select(const std::uint8_t* symbols, const std::uint8_t* fields, std::size_t count,
+                   std::uint8_t field, std::uint8_t* out) {
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    out[kept] = symbols[i];
+    kept += fields[i] == field;
+  }
+  return kept;
+}
+
 }  // namespace
+
+const EncodeKernels kScalarEncodeKernels = {map_symbols, pack_plane, pack_group, select};
 
 const Kernels kScalarKernels = {"scalar",       sparse_field, dense_field, split,   or_low_bits,
                                 count_all_ones, dot,          dot_tile,    nullptr, nullptr};

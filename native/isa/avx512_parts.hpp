@@ -1,9 +1,11 @@
-// The fused AVX-512 product of cascade codes.
+// The parts of the AVX-512 kernels that have a file of their own.
 #pragma once
 
 #include "isa/kernels.hpp"
 
 namespace entrollm {
+
+extern const EncodeKernels kAvx512EncodeKernels;
 
 std::size_t cascade_product(const CascadeRun& run, std::int64_t* sums);
 
