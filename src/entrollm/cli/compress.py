@@ -17,6 +17,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT", "4-bit grids, coded for size"),
     ("entrollm compress MODEL -o OUT --bits 8", "nearly lossless"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
+    ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
 )
@@ -35,6 +36,13 @@ class Prefer(StrEnum):
     size = "size"
     speed = "speed"
     fixed = "fixed"
+
+
+class Target(StrEnum):
+    """Where the model will run."""
+
+    x86 = "x86"
+    arm = "arm"
 
 
 def command(
@@ -62,6 +70,9 @@ def command(
             help="The fewest bits, or the fastest decoding within 0.25 bits of them; fixed: no entropy coding.",
         ),
     ] = Prefer.size,
+    target: Annotated[
+        Target, typer.Option("--target", help="The processors that will run it; decides what --prefer speed takes.")
+    ] = Target.x86,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -82,6 +93,7 @@ def command(
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,
+        target=target.value,
         threads=threads,
     )
     with progress_bar("compressing", "weights", quiet=json_output) as update:

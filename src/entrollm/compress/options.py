@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entrollm.codec.choose import Prefer
+from entrollm.codec.cost import Target
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.select import BitsOverride
 
@@ -19,6 +20,7 @@ class CompressOptions:
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
+        target: the processors whose decoding times count.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
         threads: worker threads; None for one per core.
     """
@@ -27,5 +29,6 @@ class CompressOptions:
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"
+    target: Target = "x86"
     shard_bytes: int = 1 << 30
     threads: int | None = None

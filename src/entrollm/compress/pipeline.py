@@ -154,7 +154,7 @@ class _Run:
         record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0}
         threads = self._options.threads or default_threads()
         with ShardWriter(path) as writer, ThreadPoolExecutor(threads) as executor:
-            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer)
+            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.target)
             for name in coded:
                 self._code(name, compressor, writer, record)
             for name in plain:
@@ -225,6 +225,7 @@ def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: 
         "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
         "prefer": options.prefer,
+        "target": options.target,
         "shard_bytes": options.shard_bytes,
     }
 

@@ -14,6 +14,7 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint
 from entrollm.codec.blocks import block_count, choose_blocks
 from entrollm.codec.choose import Prefer, choose_code
+from entrollm.codec.cost import Target
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.container import layout
 from entrollm.quantize.paper import Granularity, Grid, Range, make_grid, measure_range, quantize_rows
@@ -44,10 +45,13 @@ class CompressedTensor:
 class TensorCompressor:
     """Compresses the matrices of one checkpoint on a thread pool."""
 
-    def __init__(self, checkpoint: Checkpoint, executor: ThreadPoolExecutor, prefer: Prefer) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, executor: ThreadPoolExecutor, prefer: Prefer, target: Target = "x86"
+    ) -> None:
         self._checkpoint = checkpoint
         self._executor = executor
         self._prefer = prefer
+        self._target = target
 
     def compress(
         self, name: str, bits: int, granularity: Granularity, progress: Callable[[int], None]
@@ -79,7 +83,7 @@ class TensorCompressor:
         quantized = list(self._executor.map(quantize, chunks))
         counts = [int(c) for c in np.sum([histogram for histogram, _, _ in quantized], axis=0)]
         error, energy = (math.fsum(values) for values in list(zip(*quantized, strict=True))[1:])
-        code = choose_code(counts, block_count(rows, columns, blocks), self._prefer)
+        code = choose_code(counts, block_count(rows, columns, blocks), self._prefer, self._target)
         self._checkpoint.release(name)
         arrays = self._encode(symbols, code, blocks, chunks, progress)
         per_row = grid.granularity == "row"
