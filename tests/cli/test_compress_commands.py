@@ -122,3 +122,5 @@ def test_demo_says_where_to_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_info_names_the_instruction_set() -> None:
     facts = invoke_json("info")
     assert facts["isa"] == next(name for name, runs in facts["isas"].items() if runs)
+    assert facts["product"]["weights_per_s"] > 1e6
+    assert 2.9 < facts["product"]["coded_bits"] < 3.5
