@@ -22,6 +22,7 @@ from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
 from entrollm.errors import FormatError
+from entrollm.quantize.paper import PaperQuantizer
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.specs import FORMAT_VERSION
 from entrollm.threads import default_threads
@@ -183,7 +184,7 @@ class _Run:
             self._report(name)
 
         assert plan.bits is not None
-        tensor = compressor.compress(name, plan.bits, plan.granularity, progress)
+        tensor = compressor.compress(name, PaperQuantizer(plan.bits, plan.granularity), progress)
         writer.add_matrix(name, tensor.spec, tensor.arrays)
         record["quantized_weights"] += weights
         record["entropy_bits"] += tensor.entropy_bits * weights

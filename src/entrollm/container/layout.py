@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm._core import SLACK_BYTES
+from entrollm.checkpoint import DTYPES
 from entrollm.specs import FORMAT_VERSION
 
 ALIGNMENT_BYTES = 64
@@ -32,17 +33,30 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = SUFFIXES = (
     ".offset",
     ".column_scale",
 )
-SUFFIX_DTYPES: Mapping[str, str] = {
-    DENSE: "U8",
-    SPARSE: "U8",
-    SPARSE_SIZES: "U16",
-    SCALE: "F32",
-    OFFSET: "F32",
-    COLUMN_SCALE: "F32",
+# The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
+SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
+    DENSE: ("U8",),
+    SPARSE: ("U8",),
+    SPARSE_SIZES: ("U16",),
+    SCALE: ("F32", "BF16"),
+    OFFSET: ("F32",),
+    COLUMN_SCALE: ("F32", "BF16"),
 }
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # Streams that the engine reads in place; the others are small and copied at load.
 STREAMS = (DENSE, SPARSE)
+
+
+def entry_dtype(suffix: str, array: NDArray[Any]) -> str:
+    """The safetensors type that an array of a matrix is stored as.
+
+    Raises:
+        TypeError: the entry cannot have the array's type.
+    """
+    for name in SUFFIX_DTYPES[suffix]:
+        if array.dtype == DTYPES[name]:
+            return name
+    raise TypeError(f"{suffix[1:]} is stored as {' or '.join(SUFFIX_DTYPES[suffix])}, not {array.dtype}")
 
 
 @dataclass(frozen=True, slots=True)
