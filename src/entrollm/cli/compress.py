@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
     from entrollm.compress import CompressResult
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     ("entrollm compress MODEL -o OUT", "4-bit grids, coded for size"),
     ("entrollm compress MODEL -o OUT --bits 8", "nearly lossless"),
+    ("entrollm compress MODEL -o OUT --bpw 3.5", "3.5 bits per weight, everything included"),
+    ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
@@ -52,6 +55,8 @@ def command(
         list[str] | None,
         typer.Option("--keep", metavar="GLOB", help="Leave the tensors that match in their own type."),
     ] = None,
+    bpw: BpwOption = None,
+    fit: FitOption = None,
     granularity: Annotated[
         Granularity, typer.Option("--granularity", help="One grid per tensor, as in the paper, or one per row.")
     ] = Granularity.tensor,
@@ -69,16 +74,19 @@ def command(
     """Quantize a checkpoint, entropy-code it and write a model folder.
 
     Matrices (linear layers, embeddings, output head) are rounded to a uniform grid and coded; norms and biases keep
-    their type. The folder appears when it is complete; after an interruption, the same command goes on where it
-    stopped.
+    their type. With --bpw or --fit the steps of all grids follow from the size, finer where a matrix matters more;
+    otherwise the grids are the EntroLLM paper's, of --bits bits. The folder appears when it is complete; after an
+    interruption, the same command goes on where it stopped.
     """
     from entrollm.compress import CompressOptions, compress
     from entrollm.compress.pipeline import CompressProgress
     from entrollm.quantize.select import parse_bits
 
+    target = parse_target(bpw, fit, bits)
     default_bits, overrides = parse_bits(bits or [], keep or [])
     options = CompressOptions(
         bits=4 if default_bits is None else default_bits,
+        target=target,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entrollm.codec.choose import Prefer
+from entrollm.compress.target import Target
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.select import BitsOverride
 
@@ -16,6 +17,7 @@ class CompressOptions:
 
     Attributes:
         bits: width of the grid of a matrix, 2 to 8.
+        target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -24,6 +26,7 @@ class CompressOptions:
     """
 
     bits: int = 4
+    target: Target | None = None
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"

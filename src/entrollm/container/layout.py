@@ -91,6 +91,16 @@ def checksum(spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
     return value
 
 
+def matrix_bytes(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """What a matrix adds to its file: its arrays, their header entries and its spec, to within a few bytes."""
+    size = len(json.dumps(name)) + len(json.dumps(spec_text)) + 2
+    for suffix, array in arrays.items():
+        if array.size:
+            entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**9, 10**9]}
+            size += array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
+    return size
+
+
 def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:
     """The header of a safetensors file whose data starts at a multiple of ALIGNMENT_BYTES."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
