@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +14,14 @@ from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
     from entrollm.compress import CompressResult
+    from entrollm.quantize.statistics import Statistics
 
 EXAMPLES = (
     ("entrollm compress MODEL -o OUT", "4-bit grids, coded for size"),
     ("entrollm compress MODEL -o OUT --bits 8", "nearly lossless"),
     ("entrollm compress MODEL -o OUT --bpw 3.5", "3.5 bits per weight, everything included"),
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
+    ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "calibrated"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
@@ -57,6 +60,14 @@ def command(
     ] = None,
     bpw: BpwOption = None,
     fit: FitOption = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="With --bpw or --fit: a UTF-8 text like what the model will read; its activations steer the rounding.",
+        ),
+    ] = None,
     granularity: Annotated[
         Granularity, typer.Option("--granularity", help="One grid per tensor, as in the paper, or one per row.")
     ] = Granularity.tensor,
@@ -92,16 +103,27 @@ def command(
         prefer=prefer.value,
         threads=threads,
     )
-    with progress_bar("compressing", "weights", quiet=json_output) as update:
+    if calibration is not None and target is None:
+        raise ValueError("--calibration needs a size: add --bpw 3.5 or --fit 1.9GB")
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+        statistics = None if calibration is None else _calibrate(model, calibration, Path(folder), json_output)
+        with progress_bar("compressing", "weights", quiet=json_output) as update:
 
-        def show(progress: CompressProgress) -> None:
-            update(progress.weights_done, progress.weights)
+            def show(progress: CompressProgress) -> None:
+                update(progress.weights_done, progress.weights)
 
-        result = compress(model, out, options, overwrite=overwrite, on_progress=show)
+            result = compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=show)
     if json_output:
         print_json(result.to_json())
     else:
         _print_summary(result)
+
+
+def _calibrate(model: str, text: Path, folder: Path, quiet: bool) -> Statistics:
+    from entrollm.calibrate import calibrate
+
+    with progress_bar("calibrating", "layers", quiet=quiet) as update:
+        return calibrate(model, text, folder, progress=update)
 
 
 def _print_summary(result: CompressResult) -> None:

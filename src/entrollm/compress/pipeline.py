@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
 from entrollm.compress.folder import OutputFolder, write_index
-from entrollm.compress.methods import EcsqMethods, Methods, PaperMethods
+from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
 from entrollm.errors import FormatError
 from entrollm.quantize.select import TensorPlan, plan_tensors
+from entrollm.quantize.statistics import Statistics
 from entrollm.specs import FORMAT_VERSION
 from entrollm.threads import default_threads
 
@@ -81,6 +82,7 @@ def compress(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    statistics: Statistics | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
 ) -> CompressResult:
@@ -93,6 +95,7 @@ def compress(
         model: a checkpoint folder or a Hub id.
         out: the folder to make.
         options: what to make; by default the paper's 4-bit grids, coded for size.
+        statistics: what calibration measured of this model; needs options with a target.
         overwrite: replace an earlier output.
         on_progress: called from worker threads.
     Raises:
@@ -102,15 +105,17 @@ def compress(
         OSError: reading or writing failed; what is finished is kept for the next run.
     """
     options = options or CompressOptions()
+    if statistics is not None and options.target is None:
+        raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         plans, shards = plan_shards(checkpoint, options)
-        folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options), overwrite)
+        folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
-            methods = make_methods(checkpoint, plans, options, len(shards))
+            methods = make_methods(checkpoint, plans, options, len(shards), statistics)
             run = _Run(checkpoint, plans, folder, options, on_progress, methods)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
-            _finish(checkpoint, folder, records, options)
+            _finish(checkpoint, folder, records, options, statistics is not None)
             folder.publish()
         finally:
             folder.close()
@@ -202,7 +207,11 @@ class _Run:
 
 
 def make_methods(
-    checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions, shards: int
+    checkpoint: Checkpoint,
+    plans: dict[str, TensorPlan],
+    options: CompressOptions,
+    shards: int,
+    statistics: Statistics | None = None,
 ) -> Methods:
     """The quantizers that the options ask for.
 
@@ -213,7 +222,7 @@ def make_methods(
         return PaperMethods(plans)
     coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
     kept = [name for name in plans if name not in set(coded)]
-    return EcsqMethods(checkpoint, coded, kept, options.target, options.prefer, shards)
+    return SizedMethods(checkpoint, coded, kept, options.target, options.prefer, shards, statistics)
 
 
 def _weights(info: TensorInfo) -> int:
@@ -244,7 +253,9 @@ def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[
     return plans, shards
 
 
-def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions) -> dict[str, Any]:
+def _fingerprint(
+    checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions, statistics: Statistics | None
+) -> dict[str, Any]:
     """What must be equal for a run to continue an interrupted one."""
     files = {info.file for info in checkpoint.tensors.values()}
     return {
@@ -252,6 +263,7 @@ def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: 
         "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
         "prefer": options.prefer,
+        "statistics": None if statistics is None else statistics.fingerprint,
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
     }
@@ -267,7 +279,11 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
 
 
 def _finish(
-    checkpoint: Checkpoint, folder: OutputFolder, records: list[dict[str, Any]], options: CompressOptions
+    checkpoint: Checkpoint,
+    folder: OutputFolder,
+    records: list[dict[str, Any]],
+    options: CompressOptions,
+    is_calibrated: bool,
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
     for file in checkpoint.side_files():
@@ -277,7 +293,7 @@ def _finish(
     config["quantization_config"] = {
         "quant_method": layout.QUANT_METHOD,
         "version": FORMAT_VERSION,
-        **_method_fields(options),
+        **_method_fields(options, is_calibrated),
         "prefer": options.prefer,
     }
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -288,12 +304,12 @@ def _finish(
         (folder.partial / record["file"]).with_suffix(".json").unlink()
 
 
-def _method_fields(options: CompressOptions) -> dict[str, Any]:
+def _method_fields(options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
     """How the model was quantized, for people who read config.json."""
     if options.target is None:
         return {"method": "paper", "bits": options.bits, "granularity": options.granularity}
     asked = {key: value for key, value in asdict(options.target).items() if value is not None}
-    return {"method": "ecsq", **asked}
+    return {"method": "feedback" if is_calibrated else "ecsq", **asked}
 
 
 def _summarize(

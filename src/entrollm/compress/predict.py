@@ -14,7 +14,7 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint, resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
-from entrollm.compress.methods import EcsqMethods
+from entrollm.compress.methods import SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.pipeline import make_methods, plan_shards
 from entrollm.container import layout
@@ -80,7 +80,7 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
     with Checkpoint.open(resolve(model)) as checkpoint:
         plans, shards = plan_shards(checkpoint, options)
         methods = make_methods(checkpoint, plans, options, len(shards))
-        assert isinstance(methods, EcsqMethods)
+        assert isinstance(methods, SizedMethods)
         tensors = tuple(_estimate(methods, name) for name in methods.curves)
         weights = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
@@ -99,14 +99,14 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
     )
 
 
-def _estimate(methods: EcsqMethods, name: str) -> TensorEstimate:
+def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:
     step = methods.control.step(name)
     curve = methods.curves[name]
     point = curve.at(step)
     return TensorEstimate(name, curve.shape, step, point.stored_bytes * 8 / curve.weights, point.error**0.5)
 
 
-def _is_looked_up(name: str, methods: EcsqMethods) -> bool:
+def _is_looked_up(name: str, methods: SizedMethods) -> bool:
     """Whether a token reads one row only: the embedding of a model with a head of its own."""
     return "embed_tokens" in name and any("lm_head" in other for other in methods.curves)
 
@@ -115,7 +115,7 @@ def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return layout.padded_stream([coded]) if coded.size else np.zeros(_core.SLACK_BYTES, np.uint8)
 
 
-def _product_rate(methods: EcsqMethods, threads: int, options: CompressOptions) -> float:
+def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions) -> float:
     """Weights per second of products with a Gaussian matrix at the model's median step; the best of a few runs."""
     steps = sorted(methods.control.step(name) for name in methods.curves)
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
