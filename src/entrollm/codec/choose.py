@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from entrollm.codec.cost import MACHINES, CostModel, Target
+from entrollm.codec.cost import MACHINES, CostModel, Processor
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
 from entrollm.specs import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
@@ -21,7 +21,7 @@ _SPEED_EXCESS_BITS = 0.25
 _MARGIN_BITS = 0.01
 
 
-def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", target: Target = "x86") -> Code:
+def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", processor: Processor = "x86") -> Code:
     """The best code for a histogram.
 
     Args:
@@ -30,14 +30,14 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", tar
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
             Huffman optimum, "fixed" for fixed-width integers, which
             entropy coding is compared with.
-        target: the processors that will decode.
+        processor: what will decode.
     Raises:
-        ValueError: `prefer` or `target` is unknown, or the histogram is empty.
+        ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
     if prefer != "fixed" and prefer not in _BITS_PER_CYCLE:
         raise ValueError(f"prefer must be 'size', 'speed' or 'fixed', not {prefer!r}")
-    if target not in MACHINES:
-        raise ValueError(f"target must be 'x86' or 'arm', not {target!r}")
+    if processor not in MACHINES:
+        raise ValueError(f"processor must be 'x86' or 'arm', not {processor!r}")
     weights = sum(counts)
     if weights == 0:
         raise ValueError("the histogram is empty")
@@ -46,7 +46,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", tar
     symbols = [s for s, c in enumerate(counts) if c]
     if len(symbols) == 1:
         return Code(Leaf(symbols[0]))
-    model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks, MACHINES[target])
+    model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks, MACHINES[processor])
     if prefer == "size":
         return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
     limit = huffman_bits(counts) + _SPEED_EXCESS_BITS - _MARGIN_BITS

@@ -7,7 +7,7 @@ from typing import Literal
 
 from entrollm._core import VECTOR
 
-Target = Literal["x86", "arm"]
+Processor = Literal["x86", "arm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Machine:
     node: float
 
 
-MACHINES: dict[Target, Machine] = {
+MACHINES: dict[Processor, Machine] = {
     # AVX-512 VBMI2 and GFNI: fitted (RMS error 0.65) to 82 cascades over Gaussian sources, decoded and multiplied from
     # the first-level cache. Lists with and without escapes cost about the same.
     "x86": Machine(
