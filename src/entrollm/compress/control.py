@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from entrollm.compress.rate import RateCurve
@@ -18,7 +19,7 @@ _CLOSE_BITS = 2e-4
 _ITERATIONS = 60
 # How far below the target a size may be; the promise is 0.005.
 _SLACK = 0.003
-_TRIES = 10
+_TRIES = 16
 # Predictions are scaled by what they missed so far, within reason.
 _LARGEST_CORRECTION = 1.03
 
@@ -57,6 +58,7 @@ class RateControl:
         self._limit = target.limit_bytes(weights)
         self._spent = self._expected = 0.0
         self._nudge = 1.0
+        self._too_fine = self._too_coarse = 0.0  # nudges of the last matrix that gave too much and too little
         self._tries = 0
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
         self._check_feasible()
@@ -95,8 +97,15 @@ class RateControl:
             if total > self._limit:
                 raise EntroLLMError(f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}")
             return False
-        excess_bits = (total - self._aim) * 8 / self._curves[name].weights
-        self._nudge *= 2 ** min(1.0, max(-1.0, excess_bits * 1.1))
+        if total > self._limit:
+            self._too_fine = self._nudge
+        else:
+            self._too_coarse = self._nudge
+        if self._too_fine and self._too_coarse:
+            self._nudge = math.sqrt(self._too_fine * self._too_coarse)
+        else:
+            excess_bits = (total - self._aim) * 8 / self._curves[name].weights
+            self._nudge *= 2 ** min(1.0, max(-1.0, excess_bits * 1.1))
         return True
 
     def _coded_weights(self) -> int:

@@ -26,8 +26,8 @@ from entrollm.quantize.statistics import Statistics
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
 _FEWEST_ROWS = 32
-_PLAIN_ENTRY_BYTES = 110
-_SHARD_BYTES = 256
+_PLAIN_ENTRY_BYTES = 90
+_SHARD_BYTES = 160
 
 
 class Methods(Protocol):

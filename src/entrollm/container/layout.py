@@ -96,7 +96,7 @@ def matrix_bytes(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) 
     size = len(json.dumps(name)) + len(json.dumps(spec_text)) + 2
     for suffix, array in arrays.items():
         if array.size:
-            entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**9, 10**9]}
+            entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
             size += array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
     return size
 
