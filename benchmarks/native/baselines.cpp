@@ -1,5 +1,5 @@
-// Baseline products for the benchmarks: int8, int4 and bf16 weights streamed at full width, and a plain read.
-// Compiled by benchmarks/baselines.py with -march=native; C interface, own threads.
+// Baseline products for the benchmarks: int8, int4 and bf16 weights streamed at full width, and a
+// plain read. Compiled by benchmarks/baselines.py with -march=native; C interface, own threads.
 #include <immintrin.h>
 
 #include <atomic>
@@ -29,7 +29,8 @@ float row_int8(const std::uint8_t* w, const std::int8_t* x, std::size_t columns)
                                     _mm512_loadu_si512(x + i + j * 64));
     }
   }
-  sums[0] = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+  sums[0] =
+      _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
   return static_cast<float>(_mm512_reduce_add_epi32(sums[0]));
 }
 
@@ -44,11 +45,12 @@ float row_int4(const std::uint8_t* w, const std::int8_t* x, std::size_t columns)
       const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
       sums[2 * j] = _mm512_dpbusd_epi32(sums[2 * j], _mm512_and_si512(packed, low),
                                         _mm512_loadu_si512(x + i + j * 128));
-      sums[2 * j + 1] = _mm512_dpbusd_epi32(sums[2 * j + 1], high,
-                                            _mm512_loadu_si512(x + i + j * 128 + 64));
+      sums[2 * j + 1] =
+          _mm512_dpbusd_epi32(sums[2 * j + 1], high, _mm512_loadu_si512(x + i + j * 128 + 64));
     }
   }
-  sums[0] = _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
+  sums[0] =
+      _mm512_add_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_add_epi32(sums[2], sums[3]));
   return static_cast<float>(_mm512_reduce_add_epi32(sums[0]));
 }
 
@@ -91,10 +93,17 @@ extern "C" double baseline_product(int kind, const std::uint8_t* weights, std::s
     for (std::size_t row = rows * thread / parts; row < rows * (thread + 1) / parts; ++row) {
       const std::uint8_t* w = weights + row * row_bytes;
       switch (kind) {
-        case 0: y[row] = row_read(w, row_bytes); break;
-        case 1: y[row] = row_int8(w, static_cast<const std::int8_t*>(x), columns); break;
-        case 2: y[row] = row_int4(w, static_cast<const std::int8_t*>(x), columns); break;
-        default: y[row] = row_bf16(w, static_cast<const float*>(x), columns);
+        case 0:
+          y[row] = row_read(w, row_bytes);
+          break;
+        case 1:
+          y[row] = row_int8(w, static_cast<const std::int8_t*>(x), columns);
+          break;
+        case 2:
+          y[row] = row_int4(w, static_cast<const std::int8_t*>(x), columns);
+          break;
+        default:
+          y[row] = row_bf16(w, static_cast<const float*>(x), columns);
       }
     }
   };

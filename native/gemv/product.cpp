@@ -12,9 +12,10 @@
 namespace entrollm {
 namespace {
 
-// Rows that are decoded before they are multiplied with a batch: enough to reuse activations, few
-// enough for the second-level cache.
-constexpr std::size_t kTileRows = 16;
+// Rows that are decoded before they are multiplied with a batch, and the vectors of the batch that
+// share one decoding: the tile fits the first-level cache and the vectors the second.
+constexpr std::size_t kTileRows = 8;
+constexpr std::size_t kTileBatch = 128;
 
 // Tasks per thread: the last ones to finish should be short.
 constexpr std::size_t kTasksPerThread = 8;
@@ -73,12 +74,22 @@ class Product {
     run.lists = scratch.lists();
     const std::size_t done = kernels().cascade_product(run, sums.data());
     if (done != run.groups * parts) return begin * parts + done;
-    write(first_row, rows, sums.data());
+    write(first_row, rows, sums.data(), 0, 1);
     return kNone;
   }
 
   std::size_t run_tiles(std::size_t begin, std::size_t end) const {
-    const std::size_t batch = x_.batch();
+    for (std::size_t first = 0; first < x_.batch(); first += kTileBatch) {
+      const std::size_t batch = std::min(kTileBatch, x_.batch() - first);
+      const std::size_t bad = run_batch(begin, end, first, batch);
+      if (bad != kNone) return bad;
+    }
+    return kNone;
+  }
+
+  // Multiplies row groups [begin, end) with vectors [first, first + batch).
+  std::size_t run_batch(std::size_t begin, std::size_t end, std::size_t first,
+                        std::size_t batch) const {
     const std::size_t step = std::max<std::size_t>(1, kTileRows / geometry_.block_rows);
     DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
     Buffers& buffers = thread_buffers();
@@ -99,23 +110,22 @@ class Product {
           std::memcpy(tile, scratch.block(), size);
           tile += size;
         }
-        multiply_tile(buffers, rows, width, part * geometry_.block_columns);
+        multiply_tile(buffers, rows, width, part * geometry_.block_columns, first, batch);
       }
-      write(first_row, rows, buffers.sums.data());
+      write(first_row, rows, buffers.sums.data(), first, batch);
     }
     return kNone;
   }
 
-  // Adds the products of the tile's rows with columns [begin, begin + width) of every vector.
-  void multiply_tile(Buffers& buffers, std::size_t rows, std::size_t width,
-                     std::size_t begin) const {
+  // Adds the products of the tile's rows with columns [begin, begin + width) of the vectors.
+  void multiply_tile(Buffers& buffers, std::size_t rows, std::size_t width, std::size_t begin,
+                     std::size_t first, std::size_t batch) const {
     const Kernels& isa = kernels();
-    const std::size_t batch = x_.batch();
     const std::uint8_t* tile = buffers.tile.data();
     std::size_t column = 0;
     for (; column + kColumnTile <= batch; column += kColumnTile) {
       Digits x[kColumnTile];
-      for (std::size_t i = 0; i < kColumnTile; ++i) x[i] = x_.digits(column + i, begin);
+      for (std::size_t i = 0; i < kColumnTile; ++i) x[i] = x_.digits(first + column + i, begin);
       std::size_t row = 0;
       std::int64_t products[2 * kColumnTile];
       if (isa.dot_tile_pair != nullptr) {
@@ -134,16 +144,16 @@ class Product {
       }
     }
     for (; column < batch; ++column) {
-      const Digits x = x_.digits(column, begin);
+      const Digits x = x_.digits(first + column, begin);
       for (std::size_t row = 0; row < rows; ++row) {
         buffers.sums[row * batch + column] += isa.dot(tile + row * width, x, width);
       }
     }
   }
 
-  // Scales the sums (rows, batch) and writes them.
-  void write(std::size_t first_row, std::size_t rows, const std::int64_t* sums) const {
-    const std::size_t batch = x_.batch();
+  // Scales the sums (rows, batch) of vectors [first, first + batch) and writes them.
+  void write(std::size_t first_row, std::size_t rows, const std::int64_t* sums, std::size_t first,
+             std::size_t batch) const {
     const Scales& scales = matrix_.scales_;
     for (std::size_t row = 0; row < rows; ++row) {
       const std::size_t i = first_row + row;
@@ -152,8 +162,8 @@ class Product {
           scales.offset.empty() ? 0.0 : scales.offset[scales.offset.size() == 1 ? 0 : i];
       for (std::size_t column = 0; column < batch; ++column) {
         const double sum = scale * static_cast<double>(sums[row * batch + column]) +
-                           offset * static_cast<double>(x_.sum(column));
-        y_[column * y_stride_ + i] = static_cast<float>(sum * x_.scale(column));
+                           offset * static_cast<double>(x_.sum(first + column));
+        y_[(first + column) * y_stride_ + i] = static_cast<float>(sum * x_.scale(first + column));
       }
     }
   }

@@ -1,4 +1,6 @@
 // AVX-512 kernels (VBMI, VBMI2, VNNI, GFNI): 64 symbols a step, escapes merged with one VPEXPANDB.
+#include <utility>
+
 #include "isa/avx512_common.hpp"
 #include "isa/avx512_parts.hpp"
 #include "isa/kernels.hpp"
@@ -86,36 +88,34 @@ std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count
   return sums.total();
 }
 
-// Rows x kColumnTile products at once; 16 accumulators leave room for the operands.
-template <std::size_t Rows>
+// Rows x kColumnTile products at once; 16 accumulators leave room for the operands. Indices are
+// constants throughout, which keeps the accumulators in registers.
+template <std::size_t Rows, std::size_t... I>
 void dot_tile_of(const std::uint8_t* weights, std::size_t stride, const Digits* x,
-                 std::size_t count, std::int64_t* out) {
-  __m512i high[Rows * kColumnTile];
-  __m512i low[Rows * kColumnTile];
-  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) high[i] = low[i] = _mm512_setzero_si512();
+                 std::size_t count, std::int64_t* out, std::index_sequence<I...>) {
+  __m512i high[] = {(static_cast<void>(I), _mm512_setzero_si512())...};
+  __m512i low[] = {(static_cast<void>(I), _mm512_setzero_si512())...};
+  const std::int8_t* x_high[] = {x[0].high, x[1].high, x[2].high, x[3].high};
+  const std::int8_t* x_low[] = {x[0].low, x[1].low, x[2].low, x[3].low};
   for (std::size_t i = 0; i < count; i += kVector) {
-    __m512i w[Rows];
-    for (std::size_t row = 0; row < Rows; ++row) w[row] = load(weights + row * stride + i);
-    for (std::size_t column = 0; column < kColumnTile; ++column) {
-      const __m512i x_high = load(x[column].high + i);
-      const __m512i x_low = load(x[column].low + i);
-      for (std::size_t row = 0; row < Rows; ++row) {
-        const std::size_t at = row * kColumnTile + column;
-        high[at] = _mm512_dpbusd_epi32(high[at], w[row], x_high);
-        low[at] = _mm512_dpbusd_epi32(low[at], w[row], x_low);
-      }
-    }
+    const __m512i w[2] = {load(weights + i), load(weights + (Rows - 1) * stride + i)};
+    __m512i digits[] = {load(x_high[0] + i), load(x_high[1] + i), load(x_high[2] + i),
+                        load(x_high[3] + i), load(x_low[0] + i),  load(x_low[1] + i),
+                        load(x_low[2] + i),  load(x_low[3] + i)};
+    (keep_in_register(digits[I % 8]), ...);  // one load serves all rows
+    (add_products(high[I], w[I / kColumnTile], digits[I % kColumnTile]), ...);
+    (add_products(low[I], w[I / kColumnTile], digits[kColumnTile + I % kColumnTile]), ...);
   }
-  for (std::size_t i = 0; i < Rows * kColumnTile; ++i) out[i] = reduce_digits(high[i], low[i]);
+  ((out[I] = reduce_digits(high[I], low[I])), ...);
 }
 
 void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {
-  dot_tile_of<1>(weights, 0, x, count, out);
+  dot_tile_of<1>(weights, 0, x, count, out, std::make_index_sequence<kColumnTile>());
 }
 
 void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits* x,
                    std::size_t count, std::int64_t* out) {
-  dot_tile_of<2>(weights, stride, x, count, out);
+  dot_tile_of<2>(weights, stride, x, count, out, std::make_index_sequence<2 * kColumnTile>());
 }
 
 }  // namespace

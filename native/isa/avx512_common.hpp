@@ -18,12 +18,21 @@ inline __mmask64 load_mask(const std::uint8_t* p) {
   return word;
 }
 
+// Keeps the compiler from repeating a load as the memory operand of every use.
+inline void keep_in_register(__m512i& v) { asm("" : "+v"(v)); }
+
 // Merges the next bytes at `p` into `v` where `mask` is set. The source goes through a register:
 // with a memory operand the expansion is slow on some processors.
 inline __m512i expand(__m512i v, __mmask64 mask, const std::uint8_t* p) {
   __m512i source = load(p);
-  asm("" : "+v"(source));
+  keep_in_register(source);
   return _mm512_mask_expand_epi8(v, mask, source);
+}
+
+// Adds the products of unsigned weights with signed digits to `sums`. GCC 12 copies accumulators of
+// the intrinsic around in loops, which costs more than the products.
+inline void add_products(__m512i& sums, __m512i weights, __m512i digits) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "vm"(digits));
 }
 
 inline std::uint64_t below(std::size_t count) {
@@ -236,22 +245,24 @@ inline std::int64_t reduce_digits(__m512i high, __m512i low) {
 }
 
 // Products of weights with the digits of one activation vector, spread over four pairs of
-// accumulators so that they do not wait for each other.
+// accumulators so that they do not wait for each other. Indices are constants throughout, which
+// keeps the arrays in registers.
 struct DotSums {
-  static constexpr int kPairs = 4;
-  __m512i high[kPairs];
-  __m512i low[kPairs];
-  DotSums() {
-    for (int i = 0; i < kPairs; ++i) high[i] = low[i] = _mm512_setzero_si512();
-  }
+  __m512i high[4];
+  __m512i low[4];
+  DotSums()
+      : high{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+             _mm512_setzero_si512()},
+        low{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+            _mm512_setzero_si512()} {}
   template <int Step>
   void add(__m512i weights, const Digits& x, std::size_t eight) {
     const std::size_t at = eight * 8 * kVector + Step * kVector;
-    high[Step % kPairs] = _mm512_dpbusd_epi32(high[Step % kPairs], weights, load(x.high + at));
-    low[Step % kPairs] = _mm512_dpbusd_epi32(low[Step % kPairs], weights, load(x.low + at));
+    add_products(high[Step % 4], weights, load(x.high + at));
+    add_products(low[Step % 4], weights, load(x.low + at));
   }
   std::int64_t total() const { return reduce_digits(sum(high), sum(low)); }
-  static __m512i sum(const __m512i (&v)[kPairs]) {
+  static __m512i sum(const __m512i (&v)[4]) {
     return _mm512_add_epi32(_mm512_add_epi32(v[0], v[1]), _mm512_add_epi32(v[2], v[3]));
   }
 };

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from isa_workers import InstructionSets
 from matrices import block_shapes, codes, decode, dequantize, encodable, shapes, store, symbol_matrices
+from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.codec import reference
@@ -15,7 +16,7 @@ from entrollm.codec.blocks import block_count, choose_blocks, padded
 from entrollm.errors import CorruptStreamError
 from entrollm.specs import MAX_DEPTH, MAX_NODES, Blocks, Code, Field, Leaf, Node, Split
 
-quick = settings(max_examples=300, deadline=None)
+quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shared = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -31,16 +32,23 @@ def test_the_reference_decodes_what_it_encodes(data: st.DataObject) -> None:
     assert reference.decode_matrix(code, (rows, columns), blocks, dense, sparse, sizes) == symbols
 
 
+def _encode(code: Code, symbols: NDArray[np.uint8], blocks: Blocks) -> tuple[bytes, bytes, list[int]]:
+    dense, sparse, sizes = _core.encode(code.program(), code.low_bits, symbols, blocks.rows, blocks.columns)
+    return dense.tobytes(), sparse.tobytes(), sizes.tolist()
+
+
 @quick
 @given(st.data())
-def test_the_native_encoder_writes_the_reference_bytes(data: st.DataObject) -> None:
+def test_every_instruction_set_writes_the_reference_bytes(
+    instruction_sets: InstructionSets, data: st.DataObject
+) -> None:
     code = data.draw(codes())
     rows, columns = data.draw(shapes(2000))
     blocks = data.draw(block_shapes(rows, columns))
     symbols = data.draw(symbol_matrices(code, (rows, columns)))
-    dense, sparse, sizes = _core.encode(code.program(), code.low_bits, symbols, blocks.rows, blocks.columns)
     expected = reference.encode_matrix(code, symbols.tolist(), blocks)
-    assert (dense.tobytes(), sparse.tobytes(), sizes.tolist()) == expected
+    for name, encoded in instruction_sets.each(_encode, code, symbols, blocks).items():
+        assert encoded == expected, name
 
 
 @shared
