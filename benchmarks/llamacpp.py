@@ -117,18 +117,16 @@ class Peer:
             self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
-    def generate(self, prompt: list[int], count: int) -> tuple[float, list[float], list[int]]:
-        """Continue a prompt greedily: seconds for the prompt, seconds of each token after the first, the tokens."""
+    def generate(self, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
+        """Continue a prompt greedily: seconds for the prompt, seconds for all tokens after the first, the tokens."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         start = time.perf_counter()
         tokens = [self._step(prompt)]
         prefill = time.perf_counter() - start
-        seconds = []
+        start = time.perf_counter()
         for _ in range(count - 1):
-            start = time.perf_counter()
             tokens.append(self._step(tokens[-1:]))
-            seconds.append(time.perf_counter() - start)
-        return prefill, seconds, tokens
+        return prefill, time.perf_counter() - start, tokens
 
     def close(self) -> None:
         """Free the model."""
