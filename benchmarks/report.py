@@ -1,0 +1,302 @@
+"""Make docs/benchmarks.md and its plot from the JSON files of benchmarks/results.
+
+usage: python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from make_model import SHAPES
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = ROOT / "docs" / "benchmarks.png"
+GOAL_BATCH = 1.3
+GOAL_ENCODE = 0.5
+# Beyond this share of the machine in other hands, a figure is marked.
+DISTURBED = 0.1
+_PLOTTED = "1.1B"
+
+
+def main() -> None:
+    """Write the page and the plot."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    if not results:
+        raise SystemExit(f"{RESULTS} has no results; run benchmarks/all.py first")
+    sections = [_conditions(results)]
+    makers = {"gemv": _gemv, "batch": _batch, "decode": _decode, "load": _load}
+    for shape in reversed(SHAPES):
+        if f"generate-{shape}" in results:
+            sections.append(_generate(results[f"generate-{shape}"]))
+    sections += [maker(results[name]) for name, maker in makers.items() if name in results]
+    PAGE.write_text("\n\n".join(sections) + "\n")
+    _plot(results)
+    print(f"wrote {PAGE} and {PLOT}")
+
+
+def _conditions(results: dict[str, Any]) -> str:
+    environments = [result["environment"] for result in results.values()]
+    first = environments[0]
+    commits = ", ".join(sorted({environment["commit"] for environment in environments}))
+    dates = ", ".join(sorted({environment["date"] for environment in environments}))
+    return f"""# Benchmarks
+
+`pip install -r benchmarks/requirements.txt && python benchmarks/all.py` makes the files of `benchmarks/results`, and
+this page and its plot from them; no figure here is typed by hand.
+
+- Hardware: {first["processor"]}, {first["cores"]} vCPUs of a shared server, {first["memory_bytes"] / 2**30:.0f} GiB of
+  memory, kernels for {first["isa"]}; Python {first["python"]} on {first["system"]}.
+- Commit {commits}, {dates}.
+- The server has other users and other work ran at a lower priority, so absolute figures move from hour to hour. All
+  sides of a comparison take turns in the same run. **Best** is the fastest run, the closest to an undisturbed
+  machine; **median** is over all runs. A star marks figures during which other processes took more than
+  {100 * DISTURBED:.0f} % of the cores.
+- Weights are random, of a stated entropy (bits per weight of a uniform grid over Gaussian weights). "Bits" are stored
+  bits per weight with everything included. Codes are those of `--prefer speed` unless stated.
+- Every timed result is checked first: products against float64, decoded symbols against the source, generated text
+  against that of the other runs.
+
+![tokens per second and weights per second over stored bits](benchmarks.png)"""
+
+
+def _generate(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        outside = "" if row["outside"] is None else f"{100 * row['outside']:.0f} %"
+        rows.append(
+            (
+                f"**EntroLLM**, H = {row['entropy_bits']}" if row["ours"] else f"llama.cpp {row['name']}",
+                f"{row['file_bytes'] / 1e6:.0f}",
+                f"{row['file_bits']:.2f}",
+                f"{row['best_rate']:.1f}{_star(statistics.median(row['others']))}",
+                f"{row['median_rate']:.1f}",
+                f"{row['worst_rate']:.1f}",
+                f"{row['best_rate'] * row['weights'] / 1e9:.1f}",
+                _number(row["prompt_rate"], 0),
+                outside,
+            )
+        )
+    ratios = [
+        (
+            f"{row['ours_bits']:.2f}",
+            f"{row['peer']} ({row['peer_bits']:.2f})",
+            f"{row['ratio_best']:.2f}",
+            f"{row['ratio_median']:.2f}",
+            f"{row['goal']:.1f}",
+            _verdict(row["ratio_best"] >= row["goal"]),
+        )
+        for row in result["ratios"]
+    ]
+    runs = len(result["rows"][0]["rates"])
+    table = _table(
+        ("model", "MB", "bits", "tok/s, best", "median", "worst", "Gw/s", "prompt tok/s", "outside products"), rows
+    )
+    compared = _table(("ours, bits", "over (bits)", "best", "median", "goal", ""), ratios)
+    shares = [row["outside"] for row in result["rows"] if row["outside"] is not None]
+    int8 = next((row for row in result["rows"] if row["name"] == "Q8_0"), None)
+    ours = [row["prompt_rate"] for row in result["rows"] if row["ours"]]
+    prompts = (
+        f"\nA prompt of 512 tokens runs at {min(ours) / int8['prompt_rate']:.2f} to "
+        f"{max(ours) / int8['prompt_rate']:.2f} of the speed of llama.cpp Q8_0 (goal 1.0)."
+        if int8 and ours
+        else ""
+    )
+    return f"""## Generation, {result["shape"]} shape
+
+{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} runs of each; llama.cpp from
+llama-cpp-python {result["llama_cpp_python"]}, built for this processor. "Outside products" is the share of a token
+spent on everything but the coded products (goal: at most {100 * result["goal_outside"]:.0f} %; here
+{100 * min(shares):.0f} to {100 * max(shares):.0f} %). Prompts have 512 tokens.
+
+{table}
+
+Speed at equal quality: our model over the llama.cpp type of about the same KL divergence.
+
+{compared}
+{prompts}""".rstrip()
+
+
+def _gemv(result: dict[str, Any]) -> str:
+    parts = []
+    for threads in sorted({row["threads"] for row in result["rows"]}):
+        baselines = {row["name"]: row for row in result["baselines"] if row["threads"] == threads}
+        rates = ", ".join(
+            f"{name} {row['rate']:.1f}{_star(row['others'])}" for name, row in baselines.items() if name != "read"
+        )
+        rows = [
+            (
+                f"{row['entropy_bits']:.2f}",
+                row["code"],
+                f"{row['stored_bits']:.3f}",
+                f"{row['goal_bits']:.2f}",
+                f"{row['rate']:.1f}{_star(row['others'])}",
+                f"{row['weights'] / row['median_s'] / 1e9:.1f}",
+                f"{row['weights'] / row['q3_s'] / 1e9:.1f}-{row['weights'] / row['q1_s'] / 1e9:.1f}",
+                f"{100 * row['of_read']:.0f} %",
+                f"{row['x_int8']:.2f}",
+                "" if row["goal"] is None else f"{row['goal']:.1f}",
+                "" if row["goal"] is None else _verdict(row["x_int8"] >= row["goal"]),
+            )
+            for row in result["rows"]
+            if row["threads"] == threads
+        ]
+        columns = ("H", "code", "bits", "at most", "Gw/s, best", "median", "quartiles", "of read", "x int8", "goal", "")
+        parts.append(
+            f"{threads} thread{'s' if threads > 1 else ''}: a plain read runs at {baselines['read']['rate']:.1f} GB/s; "
+            f"full-width products at best, in Gweights/s: {rates}.\n\n{_table(columns, rows)}"
+        )
+    return f"""## Fused decoding and product, batch 1
+
+{result["int8_bytes"] / 2**30:.0f} GiB of int8 weights, the same number of coded ones; rows of {result["columns"]};
+activations of 16 bits as two int8 digits (the int8 and int4 baselines have one). "Of read" is the share of the
+bandwidth of a plain read.
+
+""" + "\n\n".join(parts)
+
+
+def _batch(result: dict[str, Any]) -> str:
+    batches = list(result["model_s"])
+    rows = [
+        (
+            row["matrix"],
+            row["code"],
+            *(f"{1e3 * row[f'batch_{n}']['best_s']:.2f}{_star(row[f'batch_{n}']['others'])}" for n in batches),
+            *(f"{row[f'batch_{n}']['best_s'] / row['batch_1']['best_s']:.2f}" for n in batches[1:]),
+        )
+        for row in result["rows"]
+    ]
+    model = result["model_s"]
+    rows.append(
+        (
+            "**all of a model**",
+            "",
+            *(f"{1e3 * model[n]:.1f}" for n in batches),
+            *(f"**{model[n] / model['1']:.2f}**" for n in batches[1:]),
+        )
+    )
+    columns = ("matrix", "code", *(f"batch {n}, ms" for n in batches), *(f"{n} over 1" for n in batches[1:]))
+    return f"""## Batches
+
+Products with the matrices of the 1.1B shape, {result["threads"]} threads, H = {result["entropy_bits"]}; milliseconds at
+best. Goal: batches up to 8 cost at most {GOAL_BATCH} of batch 1.
+
+{_table(columns, rows)}"""
+
+
+def _decode(result: dict[str, Any]) -> str:
+    rows = []
+    slowest = min(
+        row["weights"] / row["encode"]["best_s"] / 1e9 for row in result["rows"] if row["coder"].startswith("entrollm")
+    )
+    for row in result["rows"]:
+        rate = row["weights"] / row["decode"]["best_s"] / 1e9
+        rows.append(
+            (
+                f"{row['entropy_bits']:.2f}",
+                row["coder"],
+                row["code"],
+                f"{row['stored_bits']:.3f}",
+                f"{rate:.2f}{_star(row['decode']['others'])}",
+                f"{row['weights'] / row['decode']['median_s'] / 1e9:.2f}",
+                f"{rate * row['stored_bits'] / 8:.2f}",
+                f"{row['weights'] / row['encode']['best_s'] / 1e9:.2f}",
+                f"{1e3 * row['choose_code_s']:.0f}" if row["choose_code_s"] else "",
+            )
+        )
+    columns = ("H", "coder", "code", "bits", "decode Gw/s", "median", "GB/s read", "encode Gw/s", "choice, ms")
+    return f"""## Decoding to bytes, and encoding
+
+{result["threads"]} thread, {result["rows"][0]["weights"] / 2**20:.0f} Mi symbols. "zstd literals" is zstd kept from
+looking for matches, so that all its time is its Huffman coder's (huff0). Encoding is from symbols to streams; the
+choice of a code is made once per tensor. The slowest code encodes {slowest:.2f} Gweights/s (goal {GOAL_ENCODE}).
+
+{_table(columns, rows)}"""
+
+
+def _load(result: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{1e3 * times['best_s']:.0f}", f"{1e3 * times['median_s']:.0f}", f"{1e3 * times['q3_s']:.0f}")
+        for name, times in result["parts"].items()
+    ]
+    total = result["parts"]["total"]
+    memory = result["memory_bytes"]
+    return f"""## From the start of Python to the first token
+
+{result["shape"]} shape, {result["file_bytes"] / 1e6:.0f} MB file in the page cache, {result["threads"]} threads,
+{result["runs"]} runs; torch is not imported. Goal: {1e3 * result["goal_s"]:.0f} ms in all, found
+{1e3 * total["best_s"]:.0f} ms at best, {1e3 * total["median_s"]:.0f} ms in the median.
+
+{_table(("part", "best, ms", "median", "third quartile"), rows)}
+
+Resident after opening, before the first token: {memory["RssAnon"] / 1e6:.0f} MB of its own and
+{memory["RssFile"] / 1e6:.0f} MB of mapped files (libraries, and pages of the model that were touched)."""
+
+
+def _plot(results: dict[str, Any]) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    generated = results.get(f"generate-{_PLOTTED}")
+    if generated is not None:
+        for ours in (True, False):
+            rows = [row for row in generated["rows"] if row["ours"] == ours]
+            label = "EntroLLM" if ours else "llama.cpp"
+            style = "o-" if ours else "s"
+            points = sorted((row["file_bits"], row["best_rate"]) for row in rows)
+            left.plot(*zip(*points, strict=True), style, label=label)
+            for row in rows:
+                if not ours:
+                    place = (row["file_bits"], row["best_rate"])
+                    left.annotate(row["name"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        left.set_title(f"{_PLOTTED} shape, {generated['threads']} threads")
+    _axes(left, "file bits per weight", "tokens per second, best")
+    gemv = results.get("gemv")
+    if gemv is not None:
+        threads = max(row["threads"] for row in gemv["rows"])
+        points = sorted((row["stored_bits"], row["rate"]) for row in gemv["rows"] if row["threads"] == threads)
+        right.plot(*zip(*points, strict=True), "o-", label="EntroLLM")
+        widths = {"int4": 4, "int8": 8, "bf16": 16}
+        rates = {row["name"]: row["rate"] for row in gemv["baselines"] if row["threads"] == threads}
+        right.plot(widths.values(), [rates[name] for name in widths], "s", label="full width")
+        for name, bits in widths.items():
+            right.annotate(name, (bits, rates[name]), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        right.set_title(f"fused product, {threads} threads")
+    _axes(right, "stored bits per weight", "Gweights per second, best")
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+
+
+def _axes(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _star(others: float) -> str:
+    return "*" if others > DISTURBED else ""
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    main()
