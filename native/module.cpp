@@ -162,9 +162,7 @@ NB_MODULE(_core, m) {
   m.attr("SLACK_BYTES") = kSlack;
   m.attr("MAX_BLOCK") = kMaxBlock;
   m.attr("MAX_BLOCK_COLUMNS") = kMaxBlockColumns;
-  m.def(
-      "isa", [] { return kernels().name; },
-      "Name of the instruction set in use.");
+  m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
   m.def(
       "isas",
       [] {

@@ -91,7 +91,7 @@ def _kept_choices(ranked: Ranked) -> list[int]:
     size = len(ranked.symbols)
     if size <= 24:
         return list(range(1, size + 1))
-    return [*range(2, 24, 3), *(n for n in (28, 34, 42, 52, 64, 80, 104, 144) if n < size), size]
+    return [*(n for n in (4, 8, 12, 16, 22, 30, 44, 64, 96, 144) if n < size), size]
 
 
 def _high_histogram(counts: Sequence[int], low_bits: int) -> list[int]:

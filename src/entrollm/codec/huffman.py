@@ -21,17 +21,18 @@ def huffman_lengths(counts: Sequence[int]) -> list[int]:
     Returns:
         one length per count, in bits; [0] for a single symbol.
     """
-    heap: list[tuple[int, int, tuple[int, ...]]] = [(c, i, (i,)) for i, c in enumerate(counts)]
+    heap = [(count, leaf) for leaf, count in enumerate(counts)]
     heapq.heapify(heap)
-    lengths = [0] * len(counts)
-    while len(heap) > 1:
-        low, _, low_members = heapq.heappop(heap)
-        high, order, high_members = heapq.heappop(heap)
-        members = low_members + high_members
-        for member in members:
-            lengths[member] += 1
-        heapq.heappush(heap, (low + high, order, members))
-    return lengths
+    parents = [0] * (2 * len(counts) - 1)
+    for node in range(len(counts), len(parents)):
+        low, first = heapq.heappop(heap)
+        high, second = heapq.heappop(heap)
+        parents[first] = parents[second] = node
+        heapq.heappush(heap, (low + high, node))
+    depths = [0] * len(parents)
+    for node in range(len(parents) - 2, -1, -1):
+        depths[node] = depths[parents[node]] + 1
+    return depths[: len(counts)]
 
 
 def limited_lengths(counts: Sequence[int], limit: int) -> list[int]:
