@@ -103,7 +103,7 @@ class OtherLoad:
         return max(0.0, (_busy_s() - busy - (_own_s() - own)) / elapsed) if elapsed > 0 else 0.0
 
 
-def wait_for_idle(limit_s: float = 2.0, share: float = 0.1) -> None:
+def wait_for_idle(limit_s: float = 1.0, share: float = 0.1) -> None:
     """Wait until other processes leave the machine alone, at most `limit_s` seconds."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:

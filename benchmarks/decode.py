@@ -25,11 +25,11 @@ from entrollm.compress.describe import describe_code
 
 ENTROPIES = (1.47, 2.2, 3.0, 3.6, 4.4, 5.6)
 COLUMNS = 4096
-# zstd's levels, and level 1 with so small a window and so long a least match that nearly all is Huffman-coded.
-ZSTD: dict[str, dict[str, int]] = {
-    "zstd -1": {"level": 1},
-    "zstd -3": {"level": 3},
-    "zstd literals": {"level": 1, "window_log": 10, "hash_log": 6, "min_match": 7},
+# zstd's levels, and level 1 with so small a table and so long a least match that nearly all is Huffman-coded.
+ZSTD: dict[str, tuple[int, dict[str, int]]] = {
+    "zstd -1": (1, {}),
+    "zstd -3": (3, {}),
+    "zstd literals": (1, {"window_log": 17, "hash_log": 6, "min_match": 7}),
 }
 
 
@@ -121,7 +121,8 @@ class Zstd:
     def __init__(self, symbols: NDArray[np.uint8], name: str) -> None:
         self.name = name
         self._bytes = symbols.tobytes()
-        self._parameters = zstandard.ZstdCompressionParameters.from_level(**ZSTD[name])
+        level, settings = ZSTD[name]
+        self._parameters = zstandard.ZstdCompressionParameters.from_level(level, **settings)
         self._stream = self.encode()
         self.size_bytes = len(self._stream)
         self._buffer = np.empty(symbols.size, np.uint8)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,6 +48,9 @@ def main() -> None:
     x = rng.standard_normal((1, COLUMNS)).astype(np.float32)
     full = aligned(np.tile(source(5.6, (ROWS, COLUMNS)).ravel(), repeat))
     int8 = aligned(rng.integers(0, 255, COLUMNS).astype(np.uint8)).view(np.int8)
+    # As many bytes of bf16 numbers; other bytes would be denormal numbers, which are slow.
+    some = rng.standard_normal(ROWS * COLUMNS // 2).astype(ml_dtypes.bfloat16)
+    bf16 = aligned(np.tile(some.view(np.uint8), repeat))
     coded = [(goal, Coded(source(goal[1], (ROWS, COLUMNS)), repeat, arguments.prefer)) for goal in GOALS]
     baselines = Baselines()
     for _, matrix in coded:
@@ -54,7 +58,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     baseline_rows = []
     for threads in arguments.threads:
-        run = Run(baselines, full, int8, x, threads, arguments.repeats)
+        run = Run(baselines, full, bf16, int8, x, threads, arguments.repeats)
         times = {name: run.baseline(name) for name in BASELINES}
         measured = []
         for goal, matrix in coded:
@@ -102,6 +106,7 @@ class Run:
 
     baselines: Baselines
     full: NDArray[np.uint8]
+    bf16: NDArray[np.uint8]
     int8: NDArray[np.int8]
     x: NDArray[np.float32]
     threads: int
@@ -109,8 +114,8 @@ class Run:
 
     def baseline(self, name: str) -> dict[str, float]:
         """Time a full-width product."""
-        x = self.x if name == "bf16" else self.int8
-        return measure(lambda: self.baselines.product(name, self.full, COLUMNS, x, self.threads), self.repeats)
+        x, weights = (self.x, self.bf16) if name == "bf16" else (self.int8, self.full)
+        return measure(lambda: self.baselines.product(name, weights, COLUMNS, x, self.threads), self.repeats)
 
     def coded(self, matrix: Coded) -> dict[str, float]:
         """Time a coded product."""

@@ -1,27 +1,34 @@
 """Tokens per second of Llama-shaped models, ours and llama.cpp's in turns: single tokens, and a prompt of 512.
 
 usage: python benchmarks/generate.py [SHAPE] [--folder FOLDER] [--rounds N] [--threads N] [--json FILE]
+                                     [--build NAME=FOLDER ...]
 
 Models are made as needed in FOLDER, where later runs find them. Every round visits every model: a short prompt and
-some tokens, chosen greedily by both; the first rounds also a long prompt.
+some tokens, chosen greedily by both; the first rounds also a long prompt. Every build of llama.cpp runs in processes of
+its own; its best counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
-from common import OtherLoad, finish, wait_for_idle
+from common import finish
 from entrollm import _core
 from entrollm.compress import CompressOptions, compress
 from entrollm.container.reader import CompressedModel
@@ -29,16 +36,15 @@ from entrollm.engine import linear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
 from entrollm.threads import default_threads
-from llamacpp import TYPES, Peer, write_gguf
+from llamacpp import TYPES, write_gguf
 from make_model import SHAPES, write_model
+from visit import Visit, visit_model
 
 # Entropies of the sources whose codes come to about 5.2, 4.6, 3.75, 3.3 and 2.4 stored bits.
 ENTROPIES = (5.0, 4.4, 3.6, 3.15, 2.3)
 # (largest stored bits of ours, llama.cpp type of equal quality, goal for the ratio of speeds)
 GOALS = ((4.7, "Q4_K_M", 1.1), (5.3, "Q5_K_M", 1.4), (3.9, "Q3_K_M", 1.6), (3.35, "IQ3_S", 2.0), (3.35, "Q8_0", 2.2))
 GOAL_OUTSIDE = 0.1
-SHORT, LONG = 8, 512
-CONTEXT = 640
 
 
 def main() -> None:
@@ -52,11 +58,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--long-rounds", type=int, default=2, help="rounds with a prompt of 512 tokens")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--build", nargs="*", default=["installed="], help="NAME=FOLDER of llama.cpp's libraries")
     parser.add_argument("--prepare", action="store_true", help="only make the models")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    contenders = prepare(arguments.shape, arguments.folder, arguments.entropies, arguments.types)
+    builds = dict(text.split("=", 1) for text in arguments.build)
+    contenders = prepare(arguments.shape, arguments.folder, arguments.entropies, arguments.types, builds)
     if arguments.prepare:
         return
     for index in range(arguments.rounds):
@@ -80,7 +88,9 @@ def main() -> None:
     )
 
 
-def prepare(shape: str, folder: Path, entropies: Sequence[float], types: Sequence[str]) -> list[Contender]:
+def prepare(
+    shape: str, folder: Path, entropies: Sequence[float], types: Sequence[str], builds: Mapping[str, str]
+) -> list[Contender]:
     """Make the models that FOLDER lacks."""
     contenders = []
     weights = weight_count(SHAPES[shape])
@@ -94,14 +104,16 @@ def prepare(shape: str, folder: Path, entropies: Sequence[float], types: Sequenc
             compress(checkpoint, path, CompressOptions(bits=8, prefer="speed"))
             shutil.rmtree(checkpoint)
         size = CompressedModel.open(path).file_bytes()
-        contenders.append(Contender(f"entrollm H={entropy}", path, Ours, size, weights, entropy))
+        contenders.append(Contender(f"entrollm H={entropy}", path, visit_ours, size, weights, entropy))
     for kind in types:
         path = folder / f"{shape}-{kind}.gguf"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            write_gguf(SHAPES[shape], kind, partial)
-            partial.rename(path)
-        contenders.append(Contender(kind, path, Peer, path.stat().st_size, weights))
+            unfinished = path.with_suffix(".partial")
+            write_gguf(SHAPES[shape], kind, unfinished)
+            unfinished.rename(path)
+        for build, libraries in builds.items():
+            visit = partial(visit_peer, libraries)
+            contenders.append(Contender(kind, path, visit, path.stat().st_size, weights, build=build))
     return contenders
 
 
@@ -116,7 +128,7 @@ def weight_count(shape: dict[str, Any]) -> int:
 class Ours:
     """A compressed model in EntroLLM; products_s is what the matrix products of single tokens took."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         self._model: Model = load(path, threads)
         self.products_s = 0.0
         self._in_prompt = False
@@ -154,59 +166,64 @@ class Ours:
         return y
 
 
+def visit_ours(path: Path, threads: int, count: int, long: bool) -> Visit:
+    """Time our model once."""
+    model = Ours(path, threads)
+    try:
+        return visit_model(model, count, long, lambda seconds: 1 - model.products_s / seconds)
+    finally:
+        model.close()
+
+
+def visit_peer(libraries: str, path: Path, threads: int, count: int, long: bool) -> Visit:
+    """Time llama.cpp once, in a process with one build of its libraries."""
+    command = [sys.executable, str(Path(__file__).parent / "llamacpp.py"), str(path), str(threads), str(count)]
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": libraries} if libraries else dict(os.environ)
+    command += ["--long"] if long else []
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return Visit(**json.loads(found.stdout))
+
+
 @dataclass
 class Contender:
     """One model file and what was measured with it."""
 
     name: str
     path: Path
-    open: Callable[[Path, int, int], Ours | Peer]
+    run: Callable[[Path, int, int, bool], Visit]
     size_bytes: int
     weights: int
     entropy: float | None = None
-    rates: list[float] = field(default_factory=list)
-    others: list[float] = field(default_factory=list)
-    prompt_rates: list[float] = field(default_factory=list)
-    outside: list[float] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)
+    build: str = ""
+    visits: list[Visit] = field(default_factory=list)
 
     def visit(self, threads: int, count: int, long: bool) -> None:
         """Open the model, warm up, wait for the machine to be idle, and time it."""
-        model = self.open(self.path, threads, CONTEXT)
-        prompt = list(range(2, 2 + SHORT))
-        model.generate(prompt, 4)
-        wait_for_idle()
-        load = OtherLoad()
-        _, seconds, tokens = model.generate(prompt, count)
-        self.others.append(load.share())
-        self.rates.append((count - 1) / seconds)
-        if isinstance(model, Ours):
-            self.outside.append(1 - model.products_s / seconds)
-        if self.text and tokens != self.text:
+        found = self.run(self.path, threads, count, long)
+        if self.visits and found.tokens != self.visits[0].tokens:
             raise AssertionError(f"{self.name}: the same prompt gave another text")
-        self.text = tokens
-        if long:
-            prefill, _, _ = model.generate([2 + i % 200 for i in range(LONG)], 1)
-            self.prompt_rates.append(LONG / prefill)
-        model.close()
+        self.visits.append(found)
 
     def summary(self) -> dict[str, Any]:
         """Sizes and speeds."""
+        rates = [visit.rate for visit in self.visits]
+        prompts = [visit.prompt_rate for visit in self.visits if visit.prompt_rate is not None]
         return {
             "name": self.name,
+            "build": self.build,
             "ours": self.entropy is not None,
             "entropy_bits": self.entropy,
             "file_bytes": self.size_bytes,
             "file_bits": 8 * self.size_bytes / self.weights,
             "weights": self.weights,
-            "best_rate": max(self.rates),
-            "median_rate": statistics.median(self.rates),
-            "worst_rate": min(self.rates),
-            "others": self.others,
-            "rates": self.rates,
-            "prompt_rates": self.prompt_rates,
-            "prompt_rate": max(self.prompt_rates, default=math.nan),
-            "outside": min(self.outside, default=None),
+            "best_rate": max(rates),
+            "median_rate": statistics.median(rates),
+            "worst_rate": min(rates),
+            "rates": rates,
+            "others": [visit.others for visit in self.visits],
+            "prompt_rates": prompts,
+            "prompt_rate": max(prompts, default=None),
+            "outside": min((visit.outside for visit in self.visits if visit.outside is not None), default=None),
         }
 
 
@@ -215,7 +232,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ratios = []
     for bits, kind, goal in GOALS:
         ours = [row for row in rows if row["ours"] and row["file_bits"] <= bits]
-        peers = [row for row in rows if row["name"] == kind]
+        peers = sorted((row for row in rows if row["name"] == kind), key=lambda row: -row["best_rate"])
         if not ours or not peers:
             continue
         best, peer = max(ours, key=lambda row: row["file_bits"]), peers[0]
@@ -238,8 +255,8 @@ def report(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
     for row in rows:
         outside = "" if row["outside"] is None else f"{100 * row['outside']:.1f}%"
         print(
-            f"{row['name']:18} {row['file_bytes'] / 1e6:6.0f} {row['file_bits']:6.3f} {row['best_rate']:7.2f} "
-            f"{row['median_rate']:7.2f} {row['prompt_rate']:7.1f} {outside:>8} "
+            f"{row['name'] + ' ' + row['build']:18} {row['file_bytes'] / 1e6:6.0f} {row['file_bits']:6.3f} "
+            f"{row['best_rate']:7.2f} {row['median_rate']:7.2f} {row['prompt_rate'] or math.nan:7.1f} {outside:>8} "
             f"{100 * statistics.median(row['others']):6.0f}%"
         )
     print(f"\n{'ours':>6} {'over':8} {'bits':>6} {'best':>6} {'median':>7} {'goal':>5}")

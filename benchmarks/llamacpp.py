@@ -7,7 +7,10 @@ of them repeated: its speed does not depend on the values.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import dataclasses
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import SEED
+from visit import visit_model
 
 # File types by name, as llama.h numbers them.
 TYPES = {
@@ -32,6 +36,7 @@ TYPES = {
     "IQ3_S": 26,
     "Q2_K": 10,
 }
+CONTEXT = 640
 _POOL_ROWS = 64
 _SUPERBLOCK = 256
 _UNQUANTIZED = {gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16}
@@ -241,3 +246,20 @@ def _writer(shape: dict[str, Any], path: Path, file_type: int) -> gguf.GGUFWrite
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(file_type)
     return writer
+
+
+def main() -> None:
+    """Time one model, for generate.py; JSON on standard output."""
+    parser = argparse.ArgumentParser(description="Time one GGUF file.")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--long", action="store_true")
+    arguments = parser.parse_args()
+    model = Peer(arguments.path, arguments.threads, CONTEXT)
+    print(json.dumps(dataclasses.asdict(visit_model(model, arguments.count, arguments.long))))
+    model.close()
+
+
+if __name__ == "__main__":
+    main()

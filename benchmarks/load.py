@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    model = prepare(SHAPE, arguments.folder, (ENTROPY,), ())[0]
+    model = prepare(SHAPE, arguments.folder, (ENTROPY,), (), {})[0]
     run(model.path, arguments.threads)
     wait_for_idle()
     runs = [run(model.path, arguments.threads) for _ in range(arguments.runs)]
