@@ -154,15 +154,6 @@ def spread(values: Sequence[float], unit: str = "") -> dict[str, float]:
     }
 
 
-def measure(run: Callable[[], float], repeats: int) -> dict[str, float]:
-    """The spread of the seconds that `run` returns, after one warm-up and once the machine is idle."""
-    run()
-    wait_for_idle()
-    samples = Samples()
-    samples.run(run, repeats)
-    return samples.summary()
-
-
 def timed(run: Callable[[], object]) -> Callable[[], float]:
     """A function that runs `run` and returns its seconds."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baselines import Baselines
-from common import SEED, Coded, aligned, finish, measure, source, timed
+from common import SEED, Coded, Samples, aligned, finish, source, timed, wait_for_idle
 from entrollm import _core
 from entrollm.compress.describe import describe_code
 
@@ -32,13 +32,14 @@ GOALS = (
 # Full-width products and the bytes of one weight.
 BASELINES = {"read": 1.0, "int8": 1.0, "int4": 0.5, "bf16": 2.0}
 ROWS, COLUMNS = 2048, 4096
+_TURN = 4
 
 
 def main() -> None:
     """Run, print the table, and end with JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=1.0, help="GiB of int8 weights that every product reads")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prefer", default="speed")
     parser.add_argument("--json", type=Path)
@@ -58,14 +59,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     baseline_rows = []
     for threads in arguments.threads:
-        run = Run(baselines, full, bf16, int8, x, threads, arguments.repeats)
-        times = {name: run.baseline(name) for name in BASELINES}
-        measured = []
-        for goal, matrix in coded:
-            measured.append((goal, matrix, run.coded(matrix)))
-            # Baselines and products take turns, so that both see the same machine; the baseline's best counts.
-            times["int8"]["best_s"] = min(times["int8"]["best_s"], run.baseline("int8")["best_s"])
-            times["read"]["best_s"] = min(times["read"]["best_s"], run.baseline("read")["best_s"])
+        run = Run(baselines, full, bf16, int8, x, threads)
+        calls = [run.baseline(name) for name in BASELINES] + [run.coded(matrix) for _, matrix in coded]
+        found_all = take_turns(calls, arguments.repeats)
+        times = dict(zip(BASELINES, found_all, strict=False))
+        measured = [(*pair, found) for pair, found in zip(coded, found_all[len(BASELINES) :], strict=True)]
         rates = {name: rate(name, full.size, found["best_s"]) for name, found in times.items()}
         baseline_rows += [
             {"threads": threads, "name": name, "rate": rates[name], **found} for name, found in times.items()
@@ -100,27 +98,43 @@ def rate(name: str, size_bytes: int, seconds: float) -> float:
     return size_bytes / BASELINES[name] / seconds / 1e9
 
 
-@dataclass(frozen=True)
+def take_turns(calls: Sequence[Callable[[], float]], repeats: int) -> list[dict[str, float]]:
+    """Time all in turns of a few runs, so that all see the same machine, and summarise each."""
+    samples = [Samples() for _ in calls]
+    for _ in range(-(-repeats // _TURN)):
+        wait_for_idle()
+        for call, found in zip(calls, samples, strict=True):
+            call()
+            found.run(call, _TURN)
+    return [found.summary() for found in samples]
+
+
 class Run:
     """Timed products with one number of threads."""
 
-    baselines: Baselines
-    full: NDArray[np.uint8]
-    bf16: NDArray[np.uint8]
-    int8: NDArray[np.int8]
-    x: NDArray[np.float32]
-    threads: int
-    repeats: int
+    def __init__(
+        self,
+        baselines: Baselines,
+        full: NDArray[np.uint8],
+        bf16: NDArray[np.uint8],
+        int8: NDArray[np.int8],
+        x: NDArray[np.float32],
+        threads: int,
+    ) -> None:
+        self._baselines = baselines
+        self._inputs = dict.fromkeys(BASELINES, (full, int8)) | {"bf16": (bf16, x)}
+        self._x = x
+        self._threads = threads
+        self._pool = _core.ThreadPool(threads)
 
-    def baseline(self, name: str) -> dict[str, float]:
-        """Time a full-width product."""
-        x, weights = (self.x, self.bf16) if name == "bf16" else (self.int8, self.full)
-        return measure(lambda: self.baselines.product(name, weights, COLUMNS, x, self.threads), self.repeats)
+    def baseline(self, name: str) -> Callable[[], float]:
+        """A full-width product."""
+        weights, x = self._inputs[name]
+        return lambda: self._baselines.product(name, weights, COLUMNS, x, self._threads)
 
-    def coded(self, matrix: Coded) -> dict[str, float]:
-        """Time a coded product."""
-        pool = _core.ThreadPool(self.threads)
-        return measure(timed(lambda: matrix.matrix.multiply(self.x, pool)), self.repeats)
+    def coded(self, matrix: Coded) -> Callable[[], float]:
+        """A coded product."""
+        return timed(lambda: matrix.matrix.multiply(self._x, self._pool))
 
 
 def report(threads: int, rows: list[dict[str, Any]], rates: dict[str, float]) -> None:
