@@ -37,6 +37,7 @@ def main() -> None:
         if f"generate-{shape}" in results:
             sections.append(_generate(results[f"generate-{shape}"]))
     sections += [maker(results[name]) for name, maker in makers.items() if name in results]
+    sections.append(_bounds(results))
     PAGE.write_text("\n\n".join(sections) + "\n")
     _plot(results)
     print(f"wrote {PAGE} and {PLOT}")
@@ -255,6 +256,53 @@ def _load(result: dict[str, Any]) -> str:
 
 Resident after opening, before the first token: {memory["RssAnon"] / 1e6:.0f} MB of its own and
 {memory["RssFile"] / 1e6:.0f} MB of mapped files (libraries, and pages of the model that were touched)."""
+
+
+def _bounds(results: dict[str, Any]) -> str:
+    """Which goals are missed, and what the measurements say about the reason."""
+    lines = []
+    if "gemv" in results:
+        rows = [row for row in results["gemv"]["rows"] if row["goal"] is not None]
+        missed = [row for row in rows if row["x_int8"] < row["goal"]]
+        most = max(row["of_read"] for row in rows)
+        worst = min(rows, key=lambda row: row["x_int8"] / row["goal"])
+        lines.append(
+            f"**Products**: {len(rows) - len(missed)} of {len(rows)} goals are met. The coded products read at most "
+            f"{100 * most:.0f} % of the bandwidth of a plain read: what bounds them is instructions (unpacking, "
+            f"look-ups, expansions, two digit products), more than memory. Furthest from its goal is `{worst['code']}`."
+        )
+    for shape in reversed(SHAPES):
+        if f"generate-{shape}" in results:
+            lines.append(_generation_bounds(results[f"generate-{shape}"]))
+    if "batch" in results:
+        model = results["batch"]["model_s"]
+        small = {n: model[n] / model["1"] for n in model if 1 < int(n) <= 8}
+        over = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in small.items())
+        lines.append(
+            f"**Batches** cost {over} times a single vector (goal {GOAL_BATCH}). A single vector has kernels that "
+            "never store what they decode; batches decode a block into the first-level cache, and then every one of "
+            "their vectors pays two digit products."
+        )
+    if "load" in results:
+        parts = {name: times["median_s"] for name, times in results["load"]["parts"].items()}
+        total = parts.pop("total")
+        shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in parts.items())
+        lines.append(f"**Load**: of the median, {shares}.")
+    return "## Goals, and what bounds them\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _generation_bounds(result: dict[str, Any]) -> str:
+    ratios = result["ratios"]
+    met = [row["peer"] for row in ratios if row["ratio_best"] >= row["goal"]]
+    missed = [row["peer"] for row in ratios if row["ratio_best"] < row["goal"]]
+    shares = [row["outside"] for row in result["rows"] if row["outside"] is not None]
+    text = f"**Generation, {result['shape']}**: " + "; ".join(
+        f"{what} against {', '.join(names)}" for what, names in (("met", met), ("missed", missed)) if names
+    )
+    return (
+        f"{text}. Outside the products goes {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a token: norms, "
+        "rotations, attention and the calls from Python between them, as many in a small model as in a large one."
+    )
 
 
 def _plot(results: dict[str, Any]) -> None:
