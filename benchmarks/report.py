@@ -119,7 +119,7 @@ def _generate(result: dict[str, Any]) -> str:
 llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
 "Outside products" is the share of a token spent on everything but the coded products (goal: at
 most {100 * result["goal_outside"]:.0f} %; here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).
-Prompts have 512 tokens.
+Prompts have 512 tokens. {result.get("note", "")}
 
 {table}
 
