@@ -35,6 +35,12 @@ class CodedMatrix {
               std::span<const std::uint8_t> sparse, std::span<const std::uint16_t> sparse_sizes,
               Scales scales);
 
+  // Not copyable: the cascade points into the code's nodes, which move along but are not shared.
+  CodedMatrix(const CodedMatrix&) = delete;
+  CodedMatrix& operator=(const CodedMatrix&) = delete;
+  CodedMatrix(CodedMatrix&&) = default;
+  CodedMatrix& operator=(CodedMatrix&&) = default;
+
   const Geometry& geometry() const { return geometry_; }
   std::span<const float> column_scale() const { return scales_.column_scale; }
 

@@ -113,12 +113,13 @@ struct Before {
 
 template <int Bits, bool Escape>
 std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
-  const std::size_t plane_bytes = (args.count + 7) / 8;
+  const std::size_t count = args.count;
+  const std::size_t plane_bytes = (count + 7) / 8;
   const Table<Bits, Escape> table(args.table);
+  const std::uint8_t* plane = args.fields;
   const std::uint8_t* child = args.child;
   std::uint64_t all = 0;
-  for (std::size_t i = 0; i < args.count; i += kVector) {
-    const std::uint8_t* plane = args.fields + i / 8;
+  for (std::size_t i = 0; i < count; i += kVector, plane += kVector / 8) {
     all = load_bits(plane);
     for (int bit = 1; bit < Bits; ++bit) {
       all &= load_bits(plane + static_cast<std::size_t>(bit) * plane_bytes);
@@ -147,7 +148,7 @@ std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
   }
   if constexpr (!Escape) return 0;
   // The last vector may have counted what lies past the last field.
-  const std::size_t tail = args.count % kVector;
+  const std::size_t tail = count % kVector;
   const std::size_t excess = tail == 0 ? 0 : popcount(all & ~below(tail));
   return static_cast<std::size_t>(child - args.child) - excess;
 }
@@ -177,67 +178,102 @@ std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
   }
 }
 
-// Shifts that bring each vector of a packed group down; broadcasting them from memory needs no
-// shuffle.
-constexpr std::int32_t kFourShifts[2] = {0, 4};
-constexpr std::int32_t kTwoShifts[4] = {0, 2, 4, 6};
-
-// The dense fields of half a vector: up to three packed groups, read in step.
+// The dense fields of a block, read vector by vector; `Step` is the vector's number modulo 4, so
+// that every shift is a constant.
 template <int Bits>
-struct DenseReader {
-  const std::uint8_t* fours;
-  const std::uint8_t* twos;
-  const std::uint8_t* ones;
-
+class DenseReader {
+ public:
   DenseReader(const std::uint8_t* fields, std::size_t count)
-      : fours(fields),
-        twos(fours + ((Bits & 4) != 0 ? dense_bytes(count, 4) : 0)),
-        ones(twos + ((Bits & 2) != 0 ? dense_bytes(count, 2) : 0)) {}
+      : fours_(fields),
+        twos_(fours_ + ((Bits & 4) != 0 ? dense_bytes(count, 4) : 0)),
+        ones_(twos_ + ((Bits & 2) != 0 ? dense_bytes(count, 2) : 0)) {}
 
-  // `vector` counts vectors of 64 symbols; `half` is 0 or 1.
-  __m256i read(std::size_t vector, std::size_t half) const {
+  template <int Step>
+  __m256i read(std::size_t half) const {
     __m256i value = _mm256_setzero_si256();
     if constexpr ((Bits & 4) != 0) {
-      const __m256i group = load(fours + vector / 2 * kVector + half * kHalf);
-      const __m256i shift = _mm256_set1_epi32(kFourShifts[vector % 2]);
-      value = _mm256_and_si256(_mm256_srlv_epi32(group, shift), _mm256_set1_epi8(15));
+      value = part<4, Step % 2>(load(fours_ + half * kHalf));
       if constexpr ((Bits & 3) != 0) value = _mm256_slli_epi16(value, (Bits & 3) / 2 + 1);
     }
     if constexpr ((Bits & 2) != 0) {
-      const __m256i group = load(twos + vector / 4 * kVector + half * kHalf);
-      const __m256i shift = _mm256_set1_epi32(kTwoShifts[vector % 4]);
-      __m256i two = _mm256_and_si256(_mm256_srlv_epi32(group, shift), _mm256_set1_epi8(3));
+      __m256i two = part<2, Step>(load(twos_ + half * kHalf));
       if constexpr ((Bits & 1) != 0) two = _mm256_add_epi8(two, two);
       value = (Bits & 4) != 0 ? _mm256_or_si256(value, two) : two;
     }
     if constexpr ((Bits & 1) != 0) {
-      value = _mm256_sub_epi8(value, mask_of_bits(ones + vector * 8 + half * 4));
+      value = _mm256_sub_epi8(value, mask_of_bits(ones_ + half * 4));
     }
     return value;
   }
+
+  // Goes on to the next vector.
+  template <int Step>
+  void advance() {
+    if (Step % 2 == 1) fours_ += kVector;
+    if (Step == 3) twos_ += kVector;
+    ones_ += kVector / 8;
+  }
+
+ private:
+  // Field `Index` of `Width` bits of every byte.
+  template <int Width, int Index>
+  static __m256i part(__m256i group) {
+    return _mm256_and_si256(_mm256_srli_epi16(group, Width * Index),
+                            _mm256_set1_epi8((1 << Width) - 1));
+  }
+
+  const std::uint8_t* fours_;
+  const std::uint8_t* twos_;
+  const std::uint8_t* ones_;
 };
 
+// Calls `body.step<Step>()` for each of `count` symbols' vectors.
+template <class Body>
+[[gnu::always_inline]] inline void for_each_vector(std::size_t count, Body& body) {
+  std::size_t left = count / kVector;
+  for (; left >= 4; left -= 4) {
+    body.template step<0>();
+    body.template step<1>();
+    body.template step<2>();
+    body.template step<3>();
+  }
+  if (left > 0) body.template step<0>();
+  if (left > 1) body.template step<1>();
+  if (left > 2) body.template step<2>();
+}
+
 template <int Bits, bool Escape>
-std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
-  const DenseReader<Bits> reader(args.fields, args.count);
-  const Table<Bits, Escape> table(args.table);
-  const __m256i escape = _mm256_set1_epi8((1 << Bits) - 1);
-  const std::uint8_t* child = args.child;
-  for (std::size_t vector = 0; vector < args.count / kVector; ++vector) {
+struct DenseField {
+  DenseReader<Bits> reader;
+  Table<Bits, Escape> table;
+  const std::uint8_t* child;
+  std::uint8_t* out;
+
+  template <int Step>
+  [[gnu::always_inline]] inline void step() {
     for (std::size_t half = 0; half < 2; ++half) {
-      const __m256i field = reader.read(vector, half);
+      const __m256i field = reader.template read<Step>(half);
       __m256i symbols = table.at(field);
       if constexpr (Escape) {
-        const __m256i mask = _mm256_cmpeq_epi8(field, escape);
+        const __m256i mask = _mm256_cmpeq_epi8(field, _mm256_set1_epi8((1 << Bits) - 1));
         const auto bits = static_cast<std::uint32_t>(_mm256_movemask_epi8(mask));
         symbols = _mm256_or_si256(
             symbols, expand(mask, negative_counts(mask), child, child + popcount(bits & 0xffff)));
         child += popcount(bits);
       }
-      store(out + vector * kVector + half * kHalf, symbols);
+      store(out + half * kHalf, symbols);
     }
+    reader.template advance<Step>();
+    out += kVector;
   }
-  return Escape ? static_cast<std::size_t>(child - args.child) : 0;
+};
+
+template <int Bits, bool Escape>
+std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
+  DenseField<Bits, Escape> field{
+      {args.fields, args.count}, Table<Bits, Escape>(args.table), args.child, out};
+  for_each_vector(args.count, field);
+  return static_cast<std::size_t>(field.child - args.child);
 }
 
 std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
@@ -284,14 +320,25 @@ void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* lef
 }
 
 template <int Bits>
-void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
-  const DenseReader<Bits> reader(fields, count);
-  for (std::size_t vector = 0; vector < count / kVector; ++vector) {
+struct LowBits {
+  DenseReader<Bits> reader;
+  std::uint8_t* out;
+
+  template <int Step>
+  [[gnu::always_inline]] inline void step() {
     for (std::size_t half = 0; half < 2; ++half) {
-      std::uint8_t* at = out + vector * kVector + half * kHalf;
-      store(at, _mm256_or_si256(load(at), reader.read(vector, half)));
+      std::uint8_t* at = out + half * kHalf;
+      store(at, _mm256_or_si256(load(at), reader.template read<Step>(half)));
     }
+    reader.template advance<Step>();
+    out += kVector;
   }
+};
+
+template <int Bits>
+void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
+  LowBits<Bits> low{{fields, count}, out};
+  for_each_vector(count, low);
 }
 
 void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {

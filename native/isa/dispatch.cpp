@@ -4,6 +4,9 @@
 
 #include "isa/kernels.hpp"
 
+#ifdef ENTROLLM_HAVE_X86
+#include <cpuid.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -16,6 +19,12 @@ namespace {
 bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
+// Clang knows no name for it before version 16.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
 }
 
 bool runs_avx512() {
@@ -46,7 +55,7 @@ std::span<const BuiltKernels> built_kernels() {
   static const BuiltKernels kernels[] = {
 #ifdef ENTROLLM_HAVE_X86
       {&kAvx512Kernels, runs_avx512()},
-      {&kAvx2VnniKernels, runs_avx2() && __builtin_cpu_supports("avxvnni")},
+      {&kAvx2VnniKernels, runs_avx2() && has_avx_vnni()},
       {&kAvx2Kernels, runs_avx2()},
 #endif
 #ifdef ENTROLLM_HAVE_NEON

@@ -48,24 +48,58 @@ constexpr ExpandTable make_expand_table() {
 
 alignas(64) constexpr ExpandTable kExpand = make_expand_table();
 
-uint8x16_t expand_indices(std::uint64_t bits, int quarter) {
-  return vaddq_u8(vld1q_u8(kExpand.first[bits >> (quarter * 16) & 0xff]),
-                  vld1q_u8(kExpand.second[bits >> (quarter * 16 + 8) & 0xff]));
+// The escapes of a vector: their bits, and where the next bytes of their list go.
+class Merge {
+ public:
+  explicit Merge(uint8x8_t bits)
+      : Merge(vget_lane_u64(vreinterpret_u64_u8(bits), 0), counts_up_to(bits)) {}
+
+  std::uint64_t bits() const { return bits_; }
+  std::size_t count() const { return counts_ >> 56; }
+  // How many escapes come before a quarter.
+  std::size_t before(int quarter) const {
+    return quarter == 0 ? 0 : counts_ >> (quarter * 16 - 8) & 0xff;
+  }
+  // Replaces the symbols of a quarter whose bit is set by the next ones of `child`.
+  uint8x16_t into(uint8x16_t symbols, int quarter, const std::uint8_t* child) const {
+    return vqtbx1q_u8(symbols, vld1q_u8(child + before(quarter)), indices(quarter));
+  }
+  // The same with zero for the other symbols.
+  uint8x16_t only(int quarter, const std::uint8_t* child) const {
+    return vqtbl1q_u8(vld1q_u8(child + before(quarter)), indices(quarter));
+  }
+  // The symbols that this one leaves out.
+  Merge complement() const { return Merge(~bits_, 0x4038302820181008 - counts_); }
+
+ private:
+  Merge(std::uint64_t bits, std::uint64_t counts) : bits_(bits), counts_(counts) {}
+
+  // Kept in a register, so that one AND shifts and masks.
+  static std::uint64_t entry_mask() {
+    std::uint64_t mask = 0xff0;
+    asm("" : "+r"(mask));
+    return mask;
+  }
+
+  uint8x16_t indices(int quarter) const {
+    return vaddq_u8(vld1q_u8(kExpand.first[0] + entry(2 * quarter)),
+                    vld1q_u8(kExpand.second[0] + entry(2 * quarter + 1)));
+  }
+  std::size_t entry(int byte) const {
+    return (byte == 0 ? bits_ << 4 : bits_ >> (8 * byte - 4)) & entry_mask_;
+  }
+
+  std::uint64_t bits_;
+  std::uint64_t counts_;
+  std::uint64_t entry_mask_ = entry_mask();
+};
+
+// Stores a vector in one go: were its stores spread between loads, they could not be paired.
+void store(std::uint8_t* out, const uint8x16_t (&quarters)[4]) {
+  for (std::size_t i = 0; i < 4; ++i) vst1q_u8(out + i * kQuarter, quarters[i]);
 }
 
-// How many of the ones that `counts` describes come before a quarter of its vector.
-std::size_t before(std::uint64_t counts, int quarter) {
-  return quarter == 0 ? 0 : counts >> (quarter * 16 - 8) & 0xff;
-}
-
-// Replaces the symbols of quarter `quarter` whose bit is set by the next ones of `child`.
-uint8x16_t merge(uint8x16_t symbols, std::uint64_t bits, std::uint64_t counts, int quarter,
-                 const std::uint8_t* child) {
-  return vqtbx1q_u8(symbols, vld1q_u8(child + before(counts, quarter)),
-                    expand_indices(bits, quarter));
-}
-
-// Turns eight bytes of bits into four quarters of masks.
+// Turns the first eight bytes of bits into four quarters of masks.
 class BitSpreader {
  public:
   BitSpreader() {
@@ -74,8 +108,8 @@ class BitSpreader {
                                      vdup_n_u8(static_cast<std::uint8_t>(2 * quarter + 1)));
     }
   }
-  uint8x16_t mask(uint8x8_t bits, int quarter) const {
-    const uint8x16_t bytes = vqtbl1q_u8(vcombine_u8(bits, vdup_n_u8(0)), spread_[quarter]);
+  uint8x16_t mask(uint8x16_t bits, int quarter) const {
+    const uint8x16_t bytes = vqtbl1q_u8(bits, spread_[quarter]);
     return vtstq_u8(bytes, vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201)));
   }
 
@@ -103,48 +137,56 @@ class Table {
 
 template <int Bits, bool Escape>
 std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
-  const std::size_t plane_bytes = (args.count + 7) / 8;
+  const std::size_t count = args.count;
+  const std::size_t plane_bytes = (count + 7) / 8;
+  const std::uint8_t* plane = args.fields;
   const BitSpreader spreader;
   const Table<Bits> table(args.table);
   const uint8x16_t zero = vdupq_n_u8(args.table[0]);
   const uint8x16_t one = vdupq_n_u8(args.table[1]);
   const std::uint8_t* child = args.child;
-  std::uint64_t all = 0;
-  for (std::size_t i = 0; i < args.count; i += kVector) {
-    uint8x8_t planes[Bits];
+  std::uint64_t last = 0;
+  for (std::size_t i = 0; i < count; i += kVector, plane += 8) {
+    uint8x16_t planes[Bits];
     for (int bit = 0; bit < Bits; ++bit) {
-      planes[bit] = vld1_u8(args.fields + static_cast<std::size_t>(bit) * plane_bytes + i / 8);
+      planes[bit] = vld1q_u8(plane + static_cast<std::size_t>(bit) * plane_bytes);
     }
-    uint8x8_t every = planes[0];
-    for (int bit = 1; bit < Bits; ++bit) every = vand_u8(every, planes[bit]);
-    all = vget_lane_u64(vreinterpret_u64_u8(every), 0);
-    const std::uint64_t counts = Escape ? counts_up_to(every) : 0;
+    uint8x16_t symbols[4];
     for (int quarter = 0; quarter < 4; ++quarter) {
-      uint8x16_t symbols = zero;
-      if constexpr (Bits == 1 && !Escape) {
-        symbols = vbslq_u8(spreader.mask(every, quarter), one, zero);
-      } else if constexpr (Bits > 1) {
+      if constexpr (Bits == 1) {
+        symbols[quarter] = Escape ? zero : vbslq_u8(spreader.mask(planes[0], quarter), one, zero);
+      } else {
         uint8x16_t field = vshrq_n_u8(spreader.mask(planes[Bits - 1], quarter), 7);
         for (int bit = Bits - 2; bit >= 0; --bit) {
           field = vsliq_n_u8(spreader.mask(planes[bit], quarter), field, 1);
         }
-        symbols = table.at(field);
+        symbols[quarter] = table.at(field);
       }
-      if constexpr (Escape) symbols = merge(symbols, all, counts, quarter, child);
-      vst1q_u8(out + i + static_cast<std::size_t>(quarter) * kQuarter, symbols);
     }
-    if constexpr (Escape) child += counts >> 56;
+    if constexpr (Escape) {
+      uint8x16_t all = planes[0];
+      for (int bit = 1; bit < Bits; ++bit) all = vandq_u8(all, planes[bit]);
+      const Merge merge(vget_low_u8(all));
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        symbols[quarter] = merge.into(symbols[quarter], quarter, child);
+      }
+      child += merge.count();
+      last = merge.bits();
+    }
+    store(out + i, symbols);
   }
   if constexpr (!Escape) return 0;
   // The last vector may have counted what lies past the last field.
-  const std::size_t tail = args.count % kVector;
-  const std::uint64_t excess = tail == 0 ? 0 : all & ~below(tail);
+  const std::uint64_t excess = count % kVector == 0 ? 0 : last & ~below(count % kVector);
   return static_cast<std::size_t>(child - args.child) - (counts_up_to(vcreate_u8(excess)) >> 56);
 }
 
 std::size_t copy_bytes(const FieldArgs& args, std::uint8_t* out) {
-  for (std::size_t i = 0; i < args.count; i += kQuarter)
-    vst1q_u8(out + i, vld1q_u8(args.fields + i));
+  for (std::size_t i = 0; i < args.count; i += kVector) {
+    uint8x16_t symbols[4];
+    for (std::size_t n = 0; n < 4; ++n) symbols[n] = vld1q_u8(args.fields + i + n * kQuarter);
+    store(out + i, symbols);
+  }
   return 0;
 }
 
@@ -168,8 +210,8 @@ std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
   }
 }
 
-// The dense fields of a block, read four vectors (256 symbols) at a time so that every shift is a
-// constant.
+// The dense fields of a block, read vector by vector; `Step` is the vector's number modulo 4, so
+// that every shift is a constant and packed groups are loaded once.
 template <int Bits>
 class DenseReader {
  public:
@@ -178,26 +220,36 @@ class DenseReader {
         twos_(fours_ + ((Bits & 4) != 0 ? dense_bytes(count, 4) : 0)),
         ones_(twos_ + ((Bits & 2) != 0 ? dense_bytes(count, 2) : 0)) {}
 
-  // A quarter of the vector `Step` (0-3) after `vector`, a multiple of four.
   template <int Step>
-  uint8x16_t read(std::size_t vector, int quarter) const {
-    const std::size_t at = static_cast<std::size_t>(quarter) * kQuarter;
-    uint8x16_t value = vdupq_n_u8(0);
-    if constexpr ((Bits & 4) != 0) {
-      value = part<4, Step % 2>(vld1q_u8(fours_ + (vector + Step) / 2 * kVector + at));
-    }
-    if constexpr ((Bits & 2) != 0) {
-      const uint8x16_t two = part<2, Step>(vld1q_u8(twos_ + vector / 4 * kVector + at));
-      value = (Bits & 4) != 0 ? vsliq_n_u8(two, value, 2) : two;
-    }
+  [[gnu::always_inline]] inline void next(uint8x16_t (&fields)[4]) {
+    if constexpr ((Bits & 4) != 0 && Step % 2 == 0) load(fours_, four_);
+    if constexpr ((Bits & 2) != 0 && Step == 0) load(twos_, two_);
+    uint8x16_t ones = vdupq_n_u8(0);
     if constexpr ((Bits & 1) != 0) {
-      const uint8x16_t one = spreader_.mask(vld1_u8(ones_ + (vector + Step) * 8), quarter);
-      value = Bits == 1 ? vshrq_n_u8(one, 7) : vsliq_n_u8(one, value, 1);
+      ones = vld1q_u8(ones_);
+      ones_ += 8;
     }
-    return value;
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      uint8x16_t value = vdupq_n_u8(0);
+      if constexpr ((Bits & 4) != 0) value = part<4, Step % 2>(four_[quarter]);
+      if constexpr ((Bits & 2) != 0) {
+        const uint8x16_t two = part<2, Step>(two_[quarter]);
+        value = (Bits & 4) != 0 ? vsliq_n_u8(two, value, 2) : two;
+      }
+      if constexpr ((Bits & 1) != 0) {
+        const uint8x16_t one = spreader_.mask(ones, quarter);
+        value = Bits == 1 ? vshrq_n_u8(one, 7) : vsliq_n_u8(one, value, 1);
+      }
+      fields[quarter] = value;
+    }
   }
 
  private:
+  static void load(const std::uint8_t*& from, uint8x16_t (&group)[4]) {
+    for (std::size_t i = 0; i < 4; ++i) group[i] = vld1q_u8(from + i * kQuarter);
+    from += kVector;
+  }
+
   // Field `Index` of `Width` bits of every byte.
   template <int Width, int Index>
   static uint8x16_t part(uint8x16_t group) {
@@ -210,8 +262,25 @@ class DenseReader {
   const std::uint8_t* fours_;
   const std::uint8_t* twos_;
   const std::uint8_t* ones_;
+  uint8x16_t four_[4];
+  uint8x16_t two_[4];
   BitSpreader spreader_;
 };
+
+// Calls `body.step<Step>()` for each of `count` symbols' vectors.
+template <class Body>
+[[gnu::always_inline]] inline void for_each_vector(std::size_t count, Body& body) {
+  std::size_t left = count / kVector;
+  for (; left >= 4; left -= 4) {
+    body.template step<0>();
+    body.template step<1>();
+    body.template step<2>();
+    body.template step<3>();
+  }
+  if (left > 0) body.template step<0>();
+  if (left > 1) body.template step<1>();
+  if (left > 2) body.template step<2>();
+}
 
 // The bits of four quarters of masks.
 uint8x8_t bits_of_masks(const uint8x16_t (&masks)[4]) {
@@ -223,67 +292,39 @@ uint8x8_t bits_of_masks(const uint8x16_t (&masks)[4]) {
 }
 
 template <int Bits, bool Escape>
-class DenseField {
- public:
-  DenseField(const FieldArgs& args, std::uint8_t* out)
-      : reader_(args.fields, args.count),
-        table_(args.table),
-        begin_(args.child),
-        child_(args.child),
-        out_(out) {}
+struct DenseField {
+  DenseReader<Bits> reader;
+  Table<Bits> table;
+  const std::uint8_t* child;
+  std::uint8_t* out;
 
-  // Returns the number of escapes among the fields of `vectors` vectors.
-  std::size_t run(std::size_t vectors) {
-    std::size_t vector = 0;
-    for (; vector + 4 <= vectors; vector += 4) {
-      step<0>(vector);
-      step<1>(vector);
-      step<2>(vector);
-      step<3>(vector);
-    }
-    if (vector + 0 < vectors) step<0>(vector);
-    if (vector + 1 < vectors) step<1>(vector);
-    if (vector + 2 < vectors) step<2>(vector);
-    return static_cast<std::size_t>(child_ - begin_);
-  }
-
- private:
   template <int Step>
-  [[gnu::always_inline]] inline void step(std::size_t vector) {
-    uint8x16_t fields[4];
+  [[gnu::always_inline]] inline void step() {
+    uint8x16_t symbols[4];
+    reader.template next<Step>(symbols);
+    uint8x16_t masks[4];
     for (int quarter = 0; quarter < 4; ++quarter) {
-      fields[quarter] = reader_.template read<Step>(vector, quarter);
+      masks[quarter] = vceqq_u8(symbols[quarter], vdupq_n_u8((1 << Bits) - 1));
+      symbols[quarter] = table.at(symbols[quarter]);
     }
-    std::uint64_t bits = 0;
-    std::uint64_t counts = 0;
     if constexpr (Escape) {
-      uint8x16_t masks[4];
+      const Merge merge(bits_of_masks(masks));
       for (int quarter = 0; quarter < 4; ++quarter) {
-        masks[quarter] = vceqq_u8(fields[quarter], vdupq_n_u8((1 << Bits) - 1));
+        symbols[quarter] = merge.into(symbols[quarter], quarter, child);
       }
-      const uint8x8_t escapes = bits_of_masks(masks);
-      bits = vget_lane_u64(vreinterpret_u64_u8(escapes), 0);
-      counts = counts_up_to(escapes);
+      child += merge.count();
     }
-    std::uint8_t* at = out_ + (vector + Step) * kVector;
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      uint8x16_t symbols = table_.at(fields[quarter]);
-      if constexpr (Escape) symbols = merge(symbols, bits, counts, quarter, child_);
-      vst1q_u8(at + static_cast<std::size_t>(quarter) * kQuarter, symbols);
-    }
-    child_ += counts >> 56;
+    store(out, symbols);
+    out += kVector;
   }
-
-  DenseReader<Bits> reader_;
-  Table<Bits> table_;
-  const std::uint8_t* begin_;
-  const std::uint8_t* child_;
-  std::uint8_t* out_;
 };
 
 template <int Bits, bool Escape>
 std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
-  return DenseField<Bits, Escape>(args, out).run(args.count / kVector);
+  DenseField<Bits, Escape> field{
+      {args.fields, args.count}, Table<Bits>(args.table), args.child, out};
+  for_each_vector(args.count, field);
+  return static_cast<std::size_t>(field.child - args.child);
 }
 
 std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
@@ -308,40 +349,40 @@ std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
 
 void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* left,
            const std::uint8_t* right, std::uint8_t* out) {
-  for (std::size_t i = 0; i < count; i += kVector) {
-    const uint8x8_t ones = vld1_u8(plane + i / 8);
-    const std::uint64_t bits = vget_lane_u64(vreinterpret_u64_u8(ones), 0);
-    const std::uint64_t counts = counts_up_to(ones);
+  for (std::size_t i = 0; i < count; i += kVector, plane += 8) {
+    const Merge ones(vld1_u8(plane));
+    const Merge zeros = ones.complement();
+    uint8x16_t symbols[4];
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const std::size_t at = static_cast<std::size_t>(quarter) * kQuarter;
-      const uint8x16_t zeros = vld1q_u8(left + at - before(counts, quarter));
-      const uint8x16_t symbols = vqtbl1q_u8(zeros, expand_indices(~bits, quarter));
-      vst1q_u8(out + i + at, merge(symbols, bits, counts, quarter, right));
+      symbols[quarter] = ones.into(zeros.only(quarter, left), quarter, right);
     }
-    right += counts >> 56;
-    left += kVector - (counts >> 56);
-  }
-}
-
-template <int Bits, int Step>
-void or_low_bits_at(const DenseReader<Bits>& reader, std::size_t vector, std::uint8_t* out) {
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    std::uint8_t* at =
-        out + (vector + Step) * kVector + static_cast<std::size_t>(quarter) * kQuarter;
-    vst1q_u8(at, vorrq_u8(vld1q_u8(at), reader.template read<Step>(vector, quarter)));
+    store(out + i, symbols);
+    right += ones.count();
+    left += zeros.count();
   }
 }
 
 template <int Bits>
-void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
-  const DenseReader<Bits> reader(fields, count);
-  const std::size_t vectors = count / kVector;
-  for (std::size_t vector = 0; vector < vectors; vector += 4) {
-    or_low_bits_at<Bits, 0>(reader, vector, out);
-    if (vector + 1 < vectors) or_low_bits_at<Bits, 1>(reader, vector, out);
-    if (vector + 2 < vectors) or_low_bits_at<Bits, 2>(reader, vector, out);
-    if (vector + 3 < vectors) or_low_bits_at<Bits, 3>(reader, vector, out);
+struct LowBits {
+  DenseReader<Bits> reader;
+  std::uint8_t* out;
+
+  template <int Step>
+  [[gnu::always_inline]] inline void step() {
+    uint8x16_t symbols[4];
+    reader.template next<Step>(symbols);
+    for (std::size_t i = 0; i < 4; ++i) {
+      symbols[i] = vorrq_u8(symbols[i], vld1q_u8(out + i * kQuarter));
+    }
+    store(out, symbols);
+    out += kVector;
   }
+};
+
+template <int Bits>
+void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
+  LowBits<Bits> low{{fields, count}, out};
+  for_each_vector(count, low);
 }
 
 void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {
@@ -391,18 +432,21 @@ void products(const std::uint8_t* weights, const Digits* x, std::size_t count, s
   for (std::size_t column = 0; column < Columns; ++column) {
     for (int i = 0; i < 4; ++i) sums[column][i] = vdupq_n_s32(0);
   }
-  for (std::size_t i = 0; i < count; i += kQuarter) {
-    const uint8x16_t bytes = vld1q_u8(weights + i);
-    const int16x8_t first = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
-    const int16x8_t second = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
-    for (std::size_t column = 0; column < Columns; ++column) {
-      const int16x8_t x_first = vld1q_s16(x[column].whole + i);
-      const int16x8_t x_second = vld1q_s16(x[column].whole + i + 8);
-      int32x4_t(&sum)[4] = sums[column];
-      sum[0] = vmlal_s16(sum[0], vget_low_s16(first), vget_low_s16(x_first));
-      sum[1] = vmlal_high_s16(sum[1], first, x_first);
-      sum[2] = vmlal_s16(sum[2], vget_low_s16(second), vget_low_s16(x_second));
-      sum[3] = vmlal_high_s16(sum[3], second, x_second);
+  for (std::size_t i = 0; i < count; i += kVector) {
+    for (std::size_t quarter = 0; quarter < 4; ++quarter) {
+      const std::size_t at = i + quarter * kQuarter;
+      const uint8x16_t bytes = vld1q_u8(weights + at);
+      const int16x8_t first = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+      const int16x8_t second = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
+      for (std::size_t column = 0; column < Columns; ++column) {
+        const int16x8_t x_first = vld1q_s16(x[column].whole + at);
+        const int16x8_t x_second = vld1q_s16(x[column].whole + at + 8);
+        int32x4_t(&sum)[4] = sums[column];
+        sum[0] = vmlal_s16(sum[0], vget_low_s16(first), vget_low_s16(x_first));
+        sum[1] = vmlal_high_s16(sum[1], first, x_first);
+        sum[2] = vmlal_s16(sum[2], vget_low_s16(second), vget_low_s16(x_second));
+        sum[3] = vmlal_high_s16(sum[3], second, x_second);
+      }
     }
   }
   for (std::size_t column = 0; column < Columns; ++column) {
@@ -433,9 +477,10 @@ ENTROLLM_DOT_PRODUCT void dot_products(const std::uint8_t* weights, const Digits
   for (std::size_t column = 0; column < Columns; ++column) {
     high[column][0] = high[column][1] = low[column][0] = low[column][1] = vdupq_n_s32(0);
   }
-  for (std::size_t i = 0; i < count; i += 2 * kQuarter) {
-    for (std::size_t half = 0; half < 2; ++half) {
-      const std::size_t at = i + half * kQuarter;
+  for (std::size_t i = 0; i < count; i += kVector) {
+    for (std::size_t quarter = 0; quarter < 4; ++quarter) {
+      const std::size_t at = i + quarter * kQuarter;
+      const std::size_t half = quarter % 2;
       const int8x16_t w = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(weights + at), vdupq_n_u8(0x80)));
       for (std::size_t column = 0; column < Columns; ++column) {
         high[column][half] = vdotq_s32(high[column][half], w, vld1q_s8(x[column].high + at));

@@ -21,7 +21,9 @@ MAX_BLOCK_WEIGHTS = 8192
 # Types that a compressed matrix may have had.
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FLOAT32_MAX = 3.4028234663852886e38
-_SPEC_KEYS = frozenset({"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "error", "crc32"})
+_SPEC_KEYS = frozenset(
+    {"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "zero", "error", "crc32"}
+)
 _LEAF, _FIELD, _SPLIT = 0, 1, 2
 
 
@@ -101,6 +103,7 @@ class TensorSpec:
         scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
         relative_error: RMS quantization error over the RMS of the original weights.
         checksum: CRC-32 over the name, this spec and all stored entries of the tensor; see docs/format.md.
+        zero: the symbol that stands for 0, where offset[i] = -zero * scale[i] and no offset is stored.
     """
 
     rows: int
@@ -113,6 +116,7 @@ class TensorSpec:
     offset: float | None
     relative_error: float
     checksum: int
+    zero: int | None = None
 
     def to_json(self) -> str:
         """Compact JSON; floats round-trip exactly, and the checksum comes last because it covers what precedes it."""
@@ -130,6 +134,8 @@ class TensorSpec:
             fields["scale"] = self.scale
         if self.offset is not None:
             fields["offset"] = self.offset
+        if self.zero is not None:
+            fields["zero"] = self.zero
         fields["crc32"] = f"{self.checksum:08x}"
         return json.dumps(fields, separators=(",", ":"))
 
@@ -166,6 +172,9 @@ class TensorSpec:
         low_bits = reader.low_bits()
         if any(symbol % (1 << low_bits) for symbol in listed_symbols(tree)):
             raise FormatError(f"{name}: a symbol of the code tree overlaps the {low_bits} low bits")
+        zero, offset = reader.zero(), reader.number("offset")
+        if zero is not None and offset is not None:
+            raise FormatError(f"{name}: the stored spec has both an offset and a zero")
         return cls(
             rows=rows,
             columns=columns,
@@ -174,9 +183,10 @@ class TensorSpec:
             code=Code(tree, low_bits),
             blocks=Blocks(block_rows, block_columns),
             scale=reader.number("scale"),
-            offset=reader.number("offset"),
+            offset=offset,
             relative_error=relative_error,
             checksum=int(checksum, 16),
+            zero=zero,
         )
 
 
@@ -208,6 +218,14 @@ class _SpecReader:
         value = self._fields.get("low_bits", 0)
         if not _is_int(value, 0, MAX_LOW_BITS):
             raise FormatError(f"{self._name}: low_bits must be 0 to {MAX_LOW_BITS}, found {value!r:.80}")
+        return int(value)
+
+    def zero(self) -> int | None:
+        value = self._fields.get("zero")
+        if value is None:
+            return None
+        if not _is_int(value, 0, 255):
+            raise FormatError(f"{self._name}: zero must be 0 to 255, found {value!r:.80}")
         return int(value)
 
     def number(self, key: str) -> float | None:

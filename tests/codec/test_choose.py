@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.codec.blocks import block_count, choose_blocks
 from entrollm.codec.choose import Prefer, choose_code, stored_bits
+from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.specs import Code, Leaf
+from entrollm.specs import Code, Field, Leaf, Node
 
 # Entropy in bits to the alphabet of its grid.
 ENTROPIES = {1.4: 15, 2.2: 15, 3.0: 15, 4.4: 255, 5.6: 255}
+PROCESSORS: tuple[Processor, Processor] = ("x86", "arm")
 _WEIGHTS = 1 << 19
 
 
@@ -45,7 +47,8 @@ def sample(source: str, entropy: float, columns: int) -> NDArray[np.uint8]:
 @pytest.mark.parametrize("columns", [576, 4096])
 @pytest.mark.parametrize("entropy", ENTROPIES)
 @pytest.mark.parametrize("source", ["gaussian", "student"])
-def test_stored_bits_keep_the_promise(source: str, entropy: float, columns: int) -> None:
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_stored_bits_keep_the_promise(processor: Processor, source: str, entropy: float, columns: int) -> None:
     symbols = sample(source, entropy, columns)
     counts = _core.histogram(symbols).tolist()
     assert abs(entropy_bits(counts) - entropy) < 0.01
@@ -53,7 +56,7 @@ def test_stored_bits_keep_the_promise(source: str, entropy: float, columns: int)
     optimum = huffman_bits(counts)
     limits: dict[Prefer, float] = {"size": optimum * 1.03, "speed": optimum + (0.25 if entropy < 4 else 0.35)}
     for prefer, limit in limits.items():
-        code = choose_code(counts, blocks, prefer)
+        code = choose_code(counts, blocks, prefer, processor)
         stored = store(code, symbols)
         bits = (stored.dense.nbytes + stored.sparse.nbytes + stored.sizes.nbytes) * 8 / symbols.size
         assert optimum <= bits <= limit, prefer
@@ -83,6 +86,18 @@ def test_size_is_never_larger_than_speed() -> None:
         assert size <= speed
 
 
+def test_processors_differ_where_their_cores_do() -> None:
+    # Merging escapes is dear on ARM, so that wider fields with fewer escapes win there.
+    counts = _core.histogram(sample("gaussian", 4.4, 4096)).tolist()
+    x86, arm = (choose_code(counts, 64, "speed", processor).tree for processor in PROCESSORS)
+    assert _levels(arm) < _levels(x86)
+
+
+def _levels(node: Node | None) -> int:
+    assert node is None or isinstance(node, Field)
+    return 0 if node is None else 1 + _levels(node.escape)
+
+
 def test_one_symbol_becomes_a_leaf() -> None:
     counts = [0] * 256
     counts[17] = 5
@@ -101,6 +116,8 @@ def test_bad_arguments_are_refused() -> None:
         choose_code([0] * 256, 1)
     with pytest.raises(ValueError, match="prefer must be 'size', 'speed' or 'fixed', not 'small'"):
         choose_code([1] * 256, 1, "small")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="processor must be 'x86' or 'arm', not 'mips'"):
+        choose_code([1] * 256, 1, "size", "mips")  # type: ignore[arg-type]
 
 
 def test_the_histogram_counts() -> None:

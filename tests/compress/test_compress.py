@@ -76,6 +76,7 @@ def test_the_folder_holds_what_a_model_needs(checkpoint: Path, tmp_path: Path) -
         "bits": 8,
         "granularity": "tensor",
         "prefer": "speed",
+        "method": "paper",
     }
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     assert result.path == tmp_path / "out"

@@ -7,6 +7,7 @@ A command that can print JSON takes `json_output: JsonOption`, through which its
 
 import importlib
 import importlib.metadata
+import inspect
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from entrollm.cli.console import examples_epilog, guard, stdout
 
 _PACKAGE = "entrollm.cli"
-_COMMANDS = ("compress", "run", "chat", "inspect", "verify", "eval", "export", "demo", "info")
+_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "export", "demo", "info")
 _EXAMPLES = (
     ("entrollm demo", "try it on the shipped model"),
     ("entrollm compress MODEL -o OUT --bits 4", "MODEL: a folder or a Hub id"),
@@ -37,6 +38,11 @@ def _main(
     """Large language models whose weights stay entropy-coded from disk to the matrix product."""
 
 
+def _reflow(text: str) -> str:
+    """Join the lines of each paragraph, so that help wraps at the terminal's width and not at the source's."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 def _build_app() -> typer.Typer:
     application = typer.Typer(
         name="entrollm",
@@ -49,7 +55,8 @@ def _build_app() -> typer.Typer:
     application.callback(epilog=examples_epilog(_EXAMPLES))(_main)
     for name in _COMMANDS:
         module = importlib.import_module(f"{_PACKAGE}.{name}")
-        application.command(name, epilog=examples_epilog(module.EXAMPLES))(guard(module.command))
+        text = _reflow(inspect.getdoc(module.command) or "")
+        application.command(name, help=text, epilog=examples_epilog(module.EXAMPLES))(guard(module.command))
     return application
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from entrollm.codec.cost import CostModel
+from entrollm.codec.cost import MACHINES, CostModel, Processor
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
 from entrollm.specs import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
@@ -21,7 +21,7 @@ _SPEED_EXCESS_BITS = 0.25
 _MARGIN_BITS = 0.01
 
 
-def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> Code:
+def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", processor: Processor = "x86") -> Code:
     """The best code for a histogram.
 
     Args:
@@ -30,11 +30,14 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
             Huffman optimum, "fixed" for fixed-width integers, which
             entropy coding is compared with.
+        processor: what will decode.
     Raises:
-        ValueError: `prefer` is unknown, or the histogram is empty.
+        ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
     if prefer != "fixed" and prefer not in _BITS_PER_CYCLE:
         raise ValueError(f"prefer must be 'size', 'speed' or 'fixed', not {prefer!r}")
+    if processor not in MACHINES:
+        raise ValueError(f"processor must be 'x86' or 'arm', not {processor!r}")
     weights = sum(counts)
     if weights == 0:
         raise ValueError("the histogram is empty")
@@ -43,7 +46,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size") -> 
     symbols = [s for s, c in enumerate(counts) if c]
     if len(symbols) == 1:
         return Code(Leaf(symbols[0]))
-    model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks)
+    model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks, MACHINES[processor])
     if prefer == "size":
         return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
     limit = huffman_bits(counts) + _SPEED_EXCESS_BITS - _MARGIN_BITS
@@ -116,5 +119,5 @@ def _tree_bits(node: Node, counts: Sequence[int], rest: int, model: CostModel, r
     if node.escape is not None:
         below, escaped = _tree_bits(node.escape, counts, rest, model, False)
         count += escaped
-    own = model.root(node.bits, escape, False) if root else model.sparse_list(node.bits, count)
+    own = model.root(node.bits, escape, False) if root else model.sparse_list(node.bits, count, escape)
     return own + below, count

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from entrollm._core import VECTOR
 
-# Cycles per 64 symbols on a core with AVX-512 VBMI2 and GFNI, fitted (RMS error 0.65) to 82 cascades over Gaussian
-# sources, decoded and multiplied from the first-level cache: a packed group of the root, a bit plane of the root, the
-# root's escapes, a bit plane of a list, and what a list costs in every block.
-_GROUP_CYCLES = 1.5
-_ROOT_PLANE_CYCLES = 1.0
-_ESCAPE_CYCLES = 1.7
-_PLANE_CYCLES = 2.2
-_RAW_CYCLES = 1.0
-_SPLIT_CYCLES = 5.0
-_NODE_CYCLES_PER_BLOCK = 52.0
+Processor = Literal["x86", "arm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Cycles per 64 symbols that a processor needs to decode and multiply.
+
+    Attributes:
+        group: a packed group (8, 4 or 2 bits) of the root's fields or of the low bits.
+        root_plane: a bit plane of these.
+        root_escape: merging the root's escapes.
+        fields: a list of fields, whatever their width.
+        plane: a bit plane of a list.
+        escape: merging the escapes of a list.
+        raw: a list of raw bytes.
+        split: a split.
+        node: the fixed cost of a list, once a block.
+    """
+
+    group: float
+    root_plane: float
+    root_escape: float
+    fields: float
+    plane: float
+    escape: float
+    raw: float
+    split: float
+    node: float
+
+
+MACHINES: dict[Processor, Machine] = {
+    # AVX-512 VBMI2 and GFNI: fitted (RMS error 0.65) to 82 cascades over Gaussian sources, decoded and multiplied from
+    # the first-level cache. Lists with and without escapes cost about the same.
+    "x86": Machine(
+        group=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
+    ),
+    # NEON: instructions counted under an emulator (docs/arm.md), eight to a cycle. In the time of eight instructions a
+    # small board's memory delivers to each of its cores what it delivers to a wide core in a cycle, about four bytes.
+    "arm": Machine(
+        group=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
+    ),
+}
 # A list of bits ends in the middle of a byte: half a byte is lost per plane.
 _PADDING_BITS = 3.5
 
@@ -28,45 +61,46 @@ class CostModel:
         bits_per_cycle: what a cycle per 64 weights is worth, in bits per weight.
         weights: weights in the tensor.
         blocks: blocks in the tensor; each pays padding and a fixed time for every list.
+        machine: what decodes.
     """
 
     bits_per_cycle: float
     weights: int
     blocks: int
+    machine: Machine = MACHINES["x86"]
 
     def _cycles(self, cycles: float, count: float) -> float:
         return self.bits_per_cycle * cycles * count
 
-    def sparse_list(self, bits: int, count: float) -> float:
+    def sparse_list(self, bits: int, count: float, escape: bool) -> float:
         """Cost of a list of `count` fields below the root, in bits over the whole tensor."""
+        machine = self.machine
         planes = 0 if bits == 8 else bits
         used_blocks = min(self.blocks, count)
-        cycles = _PLANE_CYCLES * planes if planes else _RAW_CYCLES
-        fixed = _NODE_CYCLES_PER_BLOCK * VECTOR
+        cycles = machine.fields + machine.plane * planes + machine.escape * escape if planes else machine.raw
         return (
             count * bits
             + used_blocks * _PADDING_BITS * planes
             + self._cycles(cycles, count)
-            + (self._cycles(fixed, self.blocks))
+            + self._cycles(machine.node * VECTOR, self.blocks)
         )
 
     def split(self, count: float) -> float:
         """Cost of a split of `count` symbols below the root."""
-        fixed = _NODE_CYCLES_PER_BLOCK * VECTOR
         padding = min(self.blocks, count) * _PADDING_BITS
-        return count + padding + self._cycles(_SPLIT_CYCLES, count) + self._cycles(fixed, self.blocks)
+        fixed = self._cycles(self.machine.node * VECTOR, self.blocks)
+        return count + padding + self._cycles(self.machine.split, count) + fixed
 
     def root(self, bits: int, escape: bool, is_split: bool) -> float:
         """Cost of the root's dense fields, with the two 16-bit numbers that each block with lists stores."""
-        cycles = _SPLIT_CYCLES if is_split else _dense_cycles(bits) + _ESCAPE_CYCLES * escape
+        cycles = self.machine.split if is_split else self._dense(bits) + self.machine.root_escape * escape
         return self.weights * bits + 32 * self.blocks * (escape or is_split) + self._cycles(cycles, self.weights)
 
     def low(self, bits: int) -> float:
         """Cost of raw low bits."""
-        return self.weights * bits + self._cycles(_dense_cycles(bits), self.weights)
+        return self.weights * bits + self._cycles(self._dense(bits), self.weights)
 
-
-def _dense_cycles(bits: int) -> float:
-    """Cycles to read 64 dense fields: groups of 8, 4 and 2 bits by a transform, single bits by a mask."""
-    groups = (bits & 8) // 8 + (bits & 4) // 4 + (bits & 2) // 2
-    return _GROUP_CYCLES * groups + _ROOT_PLANE_CYCLES * (bits & 1)
+    def _dense(self, bits: int) -> float:
+        """Cycles to read 64 dense fields: packed groups of 8, 4 and 2 bits, and a plane of single bits."""
+        groups = (bits & 8) // 8 + (bits & 4) // 4 + (bits & 2) // 2
+        return self.machine.group * groups + self.machine.root_plane * (bits & 1)

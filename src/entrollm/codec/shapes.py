@@ -57,7 +57,7 @@ class Cascades:
                 if root:
                     cost = self._model.root(bits, escape=not last, is_split=False)
                 else:
-                    cost = self._model.sparse_list(bits, count)
+                    cost = self._model.sparse_list(bits, count, escape=not last)
                 after = 0.0 if last else self._costs[start + 2**bits - 1]
                 options.append((cost + after, -bits if last else bits))
         return options
@@ -146,7 +146,7 @@ def _group_level(levels: dict[int, list[_Item]], depth: int, model: CostModel) -
 def _field(bits: int, leaves: Sequence[_Item], inner: _Item | None, model: CostModel, root: bool) -> _Item:
     count = sum(item.count for item in leaves) + (inner.count if inner else 0)
     escape = inner is not None
-    own = model.root(bits, escape, is_split=False) if root else model.sparse_list(bits, count)
+    own = model.root(bits, escape, is_split=False) if root else model.sparse_list(bits, count, escape)
     symbols = tuple(item.symbol for item in leaves if item.symbol is not None)
     return _Item(count, own + (inner.cost if inner else 0.0), node=Field(bits, symbols, inner.node if inner else None))
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entrollm.codec.choose import Prefer
+from entrollm.codec.cost import Processor
+from entrollm.compress.target import Target
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.select import BitsOverride
 
@@ -16,16 +18,20 @@ class CompressOptions:
 
     Attributes:
         bits: width of the grid of a matrix, 2 to 8.
+        target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
+        processor: the kind whose decoding times count.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
         threads: worker threads; None for one per core.
     """
 
     bits: int = 4
+    target: Target | None = None
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"
+    processor: Processor = "x86"
     shard_bytes: int = 1 << 30
     threads: int | None = None

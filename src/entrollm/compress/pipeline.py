@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
 from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
 from entrollm.errors import FormatError
 from entrollm.quantize.select import TensorPlan, plan_tensors
+from entrollm.quantize.statistics import Statistics
 from entrollm.specs import FORMAT_VERSION
 from entrollm.threads import default_threads
 
@@ -80,6 +82,7 @@ def compress(
     out: str | Path,
     options: CompressOptions | None = None,
     *,
+    statistics: Statistics | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
 ) -> CompressResult:
@@ -92,6 +95,7 @@ def compress(
         model: a checkpoint folder or a Hub id.
         out: the folder to make.
         options: what to make; by default the paper's 4-bit grids, coded for size.
+        statistics: what calibration measured of this model; needs options with a target.
         overwrite: replace an earlier output.
         on_progress: called from worker threads.
     Raises:
@@ -101,16 +105,17 @@ def compress(
         OSError: reading or writing failed; what is finished is kept for the next run.
     """
     options = options or CompressOptions()
+    if statistics is not None and options.target is None:
+        raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-        plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
-        shards = _plan_shards(checkpoint, plans, options.shard_bytes)
-        folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options), overwrite)
+        plans, shards = plan_shards(checkpoint, options)
+        folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
-            run = _Run(checkpoint, plans, folder, options, on_progress)
+            methods = make_methods(checkpoint, plans, options, len(shards), statistics)
+            run = _Run(checkpoint, plans, folder, options, on_progress, methods)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
-            _finish(checkpoint, folder, records, options)
+            _finish(checkpoint, folder, records, options, statistics is not None)
             folder.publish()
         finally:
             folder.close()
@@ -127,7 +132,9 @@ class _Run:
         folder: OutputFolder,
         options: CompressOptions,
         on_progress: Callable[[CompressProgress], None] | None,
+        methods: Methods,
     ) -> None:
+        self._methods = methods
         self._checkpoint = checkpoint
         self._plans = plans
         self._folder = folder
@@ -146,15 +153,17 @@ class _Run:
             record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
             self._done += record["quantized_weights"]
             self.resumed_weights += record["quantized_weights"]
+            for name, stored_bytes in record["stored_bytes"].items():
+                self._methods.settle(name, stored_bytes)
             self._report(names[0])
             _log.info("%s is finished already", path.name)
             return record
         coded = [name for name in names if not self._is_plain(name)]
         plain = [name for name in names if self._is_plain(name)]
-        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0}
+        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0, "stored_bytes": {}}
         threads = self._options.threads or default_threads()
         with ShardWriter(path) as writer, ThreadPoolExecutor(threads) as executor:
-            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer)
+            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
             for name in coded:
                 self._code(name, compressor, writer, record)
             for name in plain:
@@ -174,7 +183,6 @@ class _Run:
         return self._plans[name].is_kept or _weights(self._checkpoint.tensors[name]) == 0
 
     def _code(self, name: str, compressor: TensorCompressor, writer: ShardWriter, record: dict[str, Any]) -> None:
-        plan = self._plans[name]
         weights = _weights(self._checkpoint.tensors[name])
 
         def progress(finished: int) -> None:
@@ -182,8 +190,12 @@ class _Run:
                 self._done += finished
             self._report(name)
 
-        assert plan.bits is not None
-        tensor = compressor.compress(name, plan.bits, plan.granularity, progress)
+        tensor = compressor.compress(name, self._methods.quantizer(name), progress)
+        stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
+        while not self._methods.settle(name, stored_bytes):
+            tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
+            stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
+        record["stored_bytes"][name] = stored_bytes
         writer.add_matrix(name, tensor.spec, tensor.arrays)
         record["quantized_weights"] += weights
         record["entropy_bits"] += tensor.entropy_bits * weights
@@ -194,6 +206,25 @@ class _Run:
             self._on_progress(CompressProgress(self._done, self._total, name))
 
 
+def make_methods(
+    checkpoint: Checkpoint,
+    plans: dict[str, TensorPlan],
+    options: CompressOptions,
+    shards: int,
+    statistics: Statistics | None = None,
+) -> Methods:
+    """The quantizers that the options ask for.
+
+    Raises:
+        ValueError: the target is out of reach.
+    """
+    if options.target is None:
+        return PaperMethods(plans)
+    coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
+    kept = [name for name in plans if name not in set(coded)]
+    return SizedMethods(checkpoint, coded, kept, options.target, options.prefer, shards, statistics)
+
+
 def _weights(info: TensorInfo) -> int:
     count = 1
     for length in info.shape:
@@ -201,23 +232,30 @@ def _weights(info: TensorInfo) -> int:
     return count
 
 
-def _plan_shards(checkpoint: Checkpoint, plans: dict[str, TensorPlan], shard_bytes: int) -> list[list[str]]:
-    """Consecutive tensors whose source bytes fit `shard_bytes`; a larger tensor has a shard of its own."""
+def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[str, TensorPlan], list[list[str]]]:
+    """What happens to each tensor, and which tensors share an output file.
+
+    A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
     shards: list[list[str]] = []
     size = 0
     for name in plans:
         tensor_bytes = checkpoint.tensors[name].size_bytes
-        if not shards or size + tensor_bytes > shard_bytes:
+        if not shards or size + tensor_bytes > options.shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += tensor_bytes
     if not shards:
         raise FormatError(f"{checkpoint.path} has no tensors")
-    return shards
+    return plans, shards
 
 
-def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions) -> dict[str, Any]:
+def _fingerprint(
+    checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions, statistics: Statistics | None
+) -> dict[str, Any]:
     """What must be equal for a run to continue an interrupted one."""
     files = {info.file for info in checkpoint.tensors.values()}
     return {
@@ -225,6 +263,9 @@ def _fingerprint(checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: 
         "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
         "prefer": options.prefer,
+        "processor": options.processor,
+        "statistics": None if statistics is None else statistics.fingerprint,
+        "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
     }
 
@@ -239,7 +280,11 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
 
 
 def _finish(
-    checkpoint: Checkpoint, folder: OutputFolder, records: list[dict[str, Any]], options: CompressOptions
+    checkpoint: Checkpoint,
+    folder: OutputFolder,
+    records: list[dict[str, Any]],
+    options: CompressOptions,
+    is_calibrated: bool,
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
     for file in checkpoint.side_files():
@@ -249,8 +294,7 @@ def _finish(
     config["quantization_config"] = {
         "quant_method": layout.QUANT_METHOD,
         "version": FORMAT_VERSION,
-        "bits": options.bits,
-        "granularity": options.granularity,
+        **_method_fields(options, is_calibrated),
         "prefer": options.prefer,
     }
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -259,6 +303,14 @@ def _finish(
         write_index(folder, names, sum(record["file_bytes"] for record in records))
     for record in records:
         (folder.partial / record["file"]).with_suffix(".json").unlink()
+
+
+def _method_fields(options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
+    """How the model was quantized, for people who read config.json."""
+    if options.target is None:
+        return {"method": "paper", "bits": options.bits, "granularity": options.granularity}
+    asked = {key: value for key, value in asdict(options.target).items() if value is not None}
+    return {"method": "feedback" if is_calibrated else "ecsq", **asked}
 
 
 def _summarize(

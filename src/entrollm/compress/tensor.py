@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +16,16 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint
 from entrollm.codec.blocks import block_count, choose_blocks
 from entrollm.codec.choose import Prefer, choose_code
+from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.container import layout
-from entrollm.quantize.paper import Granularity, Grid, Range, make_grid, measure_range, quantize_rows
+from entrollm.quantize.method import CodeChooser, Quantized, Quantizer
 from entrollm.specs import Blocks, Code, TensorSpec
+
+Result = TypeVar("Result")
 
 # Enough weights for a thread to be worth waking, few enough to keep temporaries small.
 _CHUNK_WEIGHTS = 1 << 18
-# 256 KB of float32 stays in L2 while the error is summed.
-_ERROR_WEIGHTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -41,86 +44,87 @@ class CompressedTensor:
     huffman_bits: float
 
 
+class CheckpointRows:
+    """A matrix of a checkpoint, in chunks of whole row groups, for quantizers to read; see `RowSource`."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, executor: ThreadPoolExecutor) -> None:
+        self.name = name
+        rows, columns = checkpoint.tensors[name].shape
+        self.shape = (rows, columns)
+        self.blocks = choose_blocks(rows, columns)
+        self.chunks = tuple(_row_chunks(rows, columns, self.blocks))
+        self._checkpoint = checkpoint
+        self._executor = executor
+        self._direct = checkpoint.tensors[name].dtype in ("BF16", "F16", "F32")
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Rows [begin, end) in their own type where quantizers take it, else in float32."""
+        if self._direct:
+            return self._checkpoint.read(self.name, begin, end)
+        return self._checkpoint.read_float32(self.name, begin, end)
+
+    def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
+        """The results of `work` on every chunk, on the pool."""
+        return list(self._executor.map(work, self.chunks))
+
+
 class TensorCompressor:
     """Compresses the matrices of one checkpoint on a thread pool."""
 
-    def __init__(self, checkpoint: Checkpoint, executor: ThreadPoolExecutor, prefer: Prefer) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, executor: ThreadPoolExecutor, prefer: Prefer, processor: Processor = "x86"
+    ) -> None:
         self._checkpoint = checkpoint
         self._executor = executor
         self._prefer = prefer
+        self._processor = processor
 
-    def compress(
-        self, name: str, bits: int, granularity: Granularity, progress: Callable[[int], None]
-    ) -> CompressedTensor:
+    def compress(self, name: str, quantizer: Quantizer, progress: Callable[[int], None]) -> CompressedTensor:
         """Compress one matrix.
 
         Args:
             name: a two-dimensional tensor with at least one weight.
-            bits: width of its grid.
-            granularity: one grid for it or one per row.
+            quantizer: how it becomes integers.
             progress: called with numbers of weights as they are finished; they sum to the tensor's weights.
         Raises:
             FormatError: a weight is not finite.
         """
-        info = self._checkpoint.tensors[name]
-        rows, columns = info.shape
-        blocks = choose_blocks(rows, columns)
-        chunks = list(_row_chunks(rows, columns, blocks))
-        grid = self._grid(name, chunks, bits, granularity)
-        symbols = np.empty((rows, columns), np.uint8)
-
-        def quantize(chunk: tuple[int, int]) -> tuple[NDArray[np.int64], float, float]:
-            begin, end = chunk
-            weights = self._read(name, begin, end)
-            symbols[begin:end] = quantize_rows(weights, grid, begin)
-            error, energy = _squares(weights, symbols[begin:end], grid, begin)
-            return _core.histogram(symbols[begin:end]), error, energy
-
-        quantized = list(self._executor.map(quantize, chunks))
-        counts = [int(c) for c in np.sum([histogram for histogram, _, _ in quantized], axis=0)]
-        error, energy = (math.fsum(values) for values in list(zip(*quantized, strict=True))[1:])
-        code = choose_code(counts, block_count(rows, columns, blocks), self._prefer)
+        source = CheckpointRows(self._checkpoint, name, self._executor)
+        rows, columns = source.shape
+        blocks = source.blocks
+        choose = self.chooser(source.shape)
+        quantized = quantizer.quantize(source, choose)
+        counts = [int(c) for c in quantized.counts]
+        code = choose(counts)
         self._checkpoint.release(name)
-        arrays = self._encode(symbols, code, blocks, chunks, progress)
-        per_row = grid.granularity == "row"
-        if per_row:
-            arrays[layout.SCALE] = grid.scale
-            if grid.offset is not None:
-                arrays[layout.OFFSET] = grid.offset
+        arrays = self._encode(quantized.symbols, code, blocks, source.chunks, progress)
+        arrays |= _scale_arrays(quantized)
         spec = TensorSpec(
             rows=rows,
             columns=columns,
             dtype=stored_dtype(self._checkpoint, name),
-            grid=f"paper-{grid.scheme}-{bits}-{grid.granularity}",
+            grid=quantized.grid,
             code=code,
             blocks=blocks,
-            scale=None if per_row else float(grid.scale[0]),
-            offset=None if per_row or grid.offset is None else float(grid.offset[0]),
-            relative_error=math.sqrt(error / energy) if energy else 0.0,
+            scale=None if layout.SCALE in arrays else float(quantized.scale[0]),
+            offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
+            relative_error=math.sqrt(quantized.error / quantized.energy) if quantized.energy else 0.0,
             checksum=0,
+            zero=quantized.zero,
         )
         return CompressedTensor(spec, arrays, entropy_bits(counts), huffman_bits(counts))
 
-    def _read(self, name: str, begin: int, end: int) -> NDArray[np.generic]:
-        """Rows in a type that the quantizer takes."""
-        if self._checkpoint.tensors[name].dtype in ("BF16", "F16", "F32"):
-            return self._checkpoint.read(name, begin, end)
-        return self._checkpoint.read_float32(name, begin, end)
-
-    def _grid(self, name: str, chunks: list[tuple[int, int]], bits: int, granularity: Granularity) -> Grid:
-        def measure(chunk: tuple[int, int]) -> Range:
-            return measure_range([self._read(name, *chunk)], name)
-
-        ranges = list(self._executor.map(measure, chunks))
-        whole = Range(np.concatenate([r.minimum for r in ranges]), np.concatenate([r.maximum for r in ranges]))
-        return make_grid(whole, bits, granularity)
+    def chooser(self, shape: tuple[int, int]) -> CodeChooser:
+        """The choice of a code for a matrix of this shape."""
+        count = block_count(*shape, choose_blocks(*shape))
+        return functools.partial(choose_code, blocks=count, prefer=self._prefer, processor=self._processor)
 
     def _encode(
         self,
         symbols: NDArray[np.uint8],
         code: Code,
         blocks: Blocks,
-        chunks: list[tuple[int, int]],
+        chunks: Sequence[tuple[int, int]],
         progress: Callable[[int], None],
     ) -> dict[str, NDArray[np.generic]]:
         program = code.program()
@@ -142,6 +146,18 @@ class TensorCompressor:
         return arrays
 
 
+def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
+    """The scales that need an entry; one scale or offset for the whole tensor goes into its spec."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    if len(quantized.scale) > 1:
+        arrays[layout.SCALE] = quantized.scale
+        if quantized.offset is not None:
+            arrays[layout.OFFSET] = quantized.offset
+    if quantized.column_scale is not None:
+        arrays[layout.COLUMN_SCALE] = quantized.column_scale
+    return arrays
+
+
 def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
     """The type that a tensor has outside the code: its own, but bf16 for fp8 with scales, which belong together."""
     return "BF16" if checkpoint.has_scales(name) else checkpoint.tensors[name].dtype
@@ -153,18 +169,3 @@ def _row_chunks(rows: int, columns: int, blocks: Blocks) -> Iterator[tuple[int, 
     step = groups * blocks.rows
     for begin in range(0, rows, step):
         yield begin, min(rows, begin + step)
-
-
-def _squares(
-    weights: NDArray[np.generic], symbols: NDArray[np.uint8], grid: Grid, first_row: int
-) -> tuple[float, float]:
-    """Summed squares of the quantization error and of the weights."""
-    error = energy = 0.0
-    step = max(1, _ERROR_WEIGHTS // weights.shape[1])
-    for begin in range(0, len(weights), step):
-        original = weights[begin : begin + step].astype(np.float32).ravel()
-        difference = grid.dequantize(symbols[begin : begin + step], first_row + begin).ravel()
-        difference -= original
-        error += float(np.dot(difference, difference))
-        energy += float(np.dot(original, original))
-    return error, energy

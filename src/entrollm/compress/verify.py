@@ -127,11 +127,11 @@ def _compare_matrix(
     if original.tensors[name].shape != (spec.rows, spec.columns):
         shape = (spec.rows, spec.columns)
         raise FormatError(f"{name}: the original has shape {original.tensors[name].shape}, not {shape}")
-    grid = _stored_grid(matrix, stored)
+    grid = _stored_grid(matrix, stored) if spec.grid.startswith(_PAPER_PREFIX) else None
     error = energy = 0.0
     for begin, symbols in symbol_chunks(matrix, pool):
         weights = original.read_float32(name, begin, begin + len(symbols))
-        if spec.grid.startswith(_PAPER_PREFIX) and not np.array_equal(quantize_rows(weights, grid, begin), symbols):
+        if grid is not None and not np.array_equal(quantize_rows(weights, grid, begin), symbols):
             raise FormatError(f"{name}: quantizing the original again gives other integers, from row {begin} on")
         rows = np.arange(begin, begin + len(symbols), dtype=np.int64)
         difference = matrix.dequantize(rows, pool) - weights
@@ -143,7 +143,7 @@ def _compare_matrix(
 
 
 def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
-    """The grid of a matrix with a scale per tensor or row; 8 bits, since its integers need no clipping."""
+    """The paper grid of a matrix; 8 bits, since its integers need no clipping."""
     spec = matrix.spec
     scale = np.array([spec.scale], np.float32) if spec.scale is not None else stored[layout.SCALE]
     offset = np.array([spec.offset], np.float32) if spec.offset is not None else stored.get(layout.OFFSET)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm._core import SLACK_BYTES
+from entrollm.checkpoint import DTYPES
 from entrollm.specs import FORMAT_VERSION
 
 ALIGNMENT_BYTES = 64
@@ -32,17 +33,30 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = SUFFIXES = (
     ".offset",
     ".column_scale",
 )
-SUFFIX_DTYPES: Mapping[str, str] = {
-    DENSE: "U8",
-    SPARSE: "U8",
-    SPARSE_SIZES: "U16",
-    SCALE: "F32",
-    OFFSET: "F32",
-    COLUMN_SCALE: "F32",
+# The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
+SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
+    DENSE: ("U8",),
+    SPARSE: ("U8",),
+    SPARSE_SIZES: ("U16",),
+    SCALE: ("F32", "BF16"),
+    OFFSET: ("F32",),
+    COLUMN_SCALE: ("F32", "BF16"),
 }
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # Streams that the engine reads in place; the others are small and copied at load.
 STREAMS = (DENSE, SPARSE)
+
+
+def entry_dtype(suffix: str, array: NDArray[Any]) -> str:
+    """The safetensors type that an array of a matrix is stored as.
+
+    Raises:
+        TypeError: the entry cannot have the array's type.
+    """
+    for name in SUFFIX_DTYPES[suffix]:
+        if array.dtype == DTYPES[name]:
+            return name
+    raise TypeError(f"{suffix[1:]} is stored as {' or '.join(SUFFIX_DTYPES[suffix])}, not {array.dtype}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,16 @@ def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> i
         if suffix in arrays:
             value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)
     return value
+
+
+def matrix_bytes(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """What a matrix adds to its file: its arrays, their header entries and its spec, to within a few bytes."""
+    size = len(json.dumps(name)) + len(json.dumps(spec_text)) + 2
+    for suffix, array in arrays.items():
+        if array.size:
+            entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
+            size += array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
+    return size
 
 
 def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:

@@ -145,7 +145,7 @@ class CompressedModel:
                 arrays.get(layout.SPARSE, _NO_STREAM),
                 _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
                 scale,
-                _scales(name, "offset", spec.offset, arrays.get(layout.OFFSET)),
+                _offsets(name, spec, scale, arrays.get(layout.OFFSET)),
                 _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
             )
         except ValueError as error:
@@ -172,10 +172,10 @@ class CompressedModel:
             entry = file.tensors.get(name + suffix)
             if entry is None:
                 continue
-            if entry.dtype != layout.SUFFIX_DTYPES[suffix] or len(entry.shape) != 1:
+            if entry.dtype not in layout.SUFFIX_DTYPES[suffix] or len(entry.shape) != 1:
                 raise FormatError(
                     f"{file.path}: {name + suffix!r} is {entry.dtype} {list(entry.shape)}, "
-                    f"expected one axis of {layout.SUFFIX_DTYPES[suffix]}"
+                    f"expected one axis of {' or '.join(layout.SUFFIX_DTYPES[suffix])}"
                 )
             if entry.size_bytes <= (_core.SLACK_BYTES if suffix in layout.STREAMS else 0):
                 raise FormatError(f"{file.path}: {name + suffix!r} is empty; empty entries are left out")
@@ -289,9 +289,18 @@ def _check_cover(file: SafetensorsFile, coded: Mapping[str, TensorSpec], plain: 
             raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")
 
 
-def _scales(
-    name: str, what: str, value: float | None, stored: NDArray[np.float32] | None
+def _offsets(
+    name: str, spec: TensorSpec, scale: NDArray[np.float32], stored: NDArray[Any] | None
 ) -> NDArray[np.float32] | None:
+    """The offsets that are stored, or those that put the spec's zero symbol at 0."""
+    if spec.zero is None:
+        return _scales(name, "offset", spec.offset, stored)
+    if stored is not None:
+        raise FormatError(f"{name}: it has a zero symbol and stored offsets too")
+    return scale * np.float32(-spec.zero)
+
+
+def _scales(name: str, what: str, value: float | None, stored: NDArray[Any] | None) -> NDArray[np.float32] | None:
     """One scale for the tensor from its spec, or stored ones; finite, in aligned memory."""
     if value is not None and stored is not None:
         raise FormatError(f"{name}: its {what} is both in the spec and stored")
@@ -299,7 +308,7 @@ def _scales(
         return np.array([value], np.float32)
     if stored is None:
         return None
-    copied = _aligned(stored)
+    copied = stored.astype(np.float32)  # a copy in aligned memory; safetensors only aligns what it happens to
     if not np.isfinite(copied).all():
         raise FormatError(f"{name}: its {what} has a value that is not finite")
     return copied

@@ -59,10 +59,10 @@ class ShardWriter:
             if suffix not in stored:
                 continue
             array = stored[suffix]
-            entry = StoredEntry(name + suffix, layout.SUFFIX_DTYPES[suffix], array.shape, array.nbytes)
+            entry = StoredEntry(name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
             if suffix in layout.STREAMS:
                 self.entries.append(entry)
-                self._spool.write(array.data)
+                self._spool.write(array.view(np.uint8).data)
             else:
                 self._small.append((entry, array))
         self._specs[name] = spec.to_json()
@@ -109,7 +109,7 @@ class ShardWriter:
     def _flush_small(self) -> None:
         for entry, array in self._small:
             self.entries.append(entry)
-            self._spool.write(array.data)
+            self._spool.write(array.view(np.uint8).data)
         self._small.clear()
 
     def __enter__(self) -> Self:

@@ -26,7 +26,7 @@ class Decoder:
         table = (config.vocab_size, config.hidden_size)
         embedding_name = "model.embed_tokens.weight"
         self._embedding = load_embedding(weights, embedding_name, table)
-        self._layers = [_Layer(config, weights, index) for index in range(config.num_layers)]
+        self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = load_tensor(weights, "model.norm.weight", (config.hidden_size,))
         tied = config.tied_embeddings or "lm_head.weight" not in weights
         self._head = load_linear(weights, {embedding_name if tied else "lm_head.weight": table})
@@ -66,7 +66,7 @@ class Decoder:
         return x
 
 
-class _Layer:
+class Layer:
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:

@@ -4,6 +4,7 @@ Weights of one sign are rounded as q = round(W / scale), from 0 up; weights of b
 q = round((W - offset) / scale), offset being their minimum. Symbols are unsigned, and W ~= q * scale + offset.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm import _core
 from entrollm.errors import FormatError
+from entrollm.quantize.method import CodeChooser, Quantized, RowSource, sum_counts
 
 Float32 = NDArray[np.float32]
 Scheme = Literal["symmetric", "asymmetric"]
@@ -22,6 +25,8 @@ MAX_BITS = 8
 
 # 256 KB of float32: a block and its result stay in the L2 cache through the five passes over them.
 _BLOCK_ELEMENTS = 1 << 16
+# 256 KB of float32 stays in L2 while the error is summed.
+_ERROR_WEIGHTS = 1 << 16
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -68,6 +73,52 @@ class Grid:
         if self.offset is not None:
             values += _rows_of(self.offset, first_row, len(symbols))
         return values
+
+
+@dataclass(frozen=True, slots=True)
+class PaperQuantizer:
+    """The paper's method: the grid spans the weights' range, and every weight goes to its nearest integer.
+
+    Attributes:
+        bits: width of the grid, MIN_BITS to MAX_BITS.
+        granularity: one grid for the tensor or one for each row.
+    """
+
+    bits: int
+    granularity: Granularity = "tensor"
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """Quantize a matrix; the code plays no part.
+
+        Raises:
+            FormatError: a weight is not finite.
+        """
+
+        def measure(chunk: tuple[int, int]) -> Range:
+            return measure_range([source.read(*chunk)], source.name)
+
+        ranges = source.map(measure)
+        whole = Range(np.concatenate([r.minimum for r in ranges]), np.concatenate([r.maximum for r in ranges]))
+        grid = make_grid(whole, self.bits, self.granularity)
+        symbols = np.empty(source.shape, np.uint8)
+
+        def quantize(chunk: tuple[int, int]) -> tuple[NDArray[np.int64], float, float]:
+            begin, end = chunk
+            weights = source.read(begin, end)
+            symbols[begin:end] = quantize_rows(weights, grid, begin)
+            error, energy = _squares(weights, symbols[begin:end], grid, begin)
+            return _core.histogram(symbols[begin:end]), error, energy
+
+        histograms, errors, energies = zip(*source.map(quantize), strict=True)
+        return Quantized(
+            symbols=symbols,
+            counts=sum_counts(histograms),
+            grid=f"paper-{grid.scheme}-{self.bits}-{grid.granularity}",
+            scale=grid.scale,
+            error=math.fsum(errors),
+            energy=math.fsum(energies),
+            offset=grid.offset,
+        )
 
 
 def measure_range(chunks: Iterable[NDArray[Any]], name: str) -> Range:
@@ -186,6 +237,19 @@ def _divide_span(span: NDArray[np.float64], top: int) -> Float32:
     scale = np.where(short, np.nextafter(scale, np.copysign(np.float32(np.inf), span.astype(np.float32))), scale)
     beyond = np.abs(scale.astype(np.float64)) * top > _FLOAT32_MAX
     return np.where(beyond, np.nextafter(scale, np.float32(0)), scale).astype(np.float32)
+
+
+def _squares(weights: NDArray[Any], symbols: NDArray[np.uint8], grid: Grid, first_row: int) -> tuple[float, float]:
+    """Summed squares of the quantization error and of the weights."""
+    error = energy = 0.0
+    step = max(1, _ERROR_WEIGHTS // weights.shape[1])
+    for begin in range(0, len(weights), step):
+        original = weights[begin : begin + step].astype(np.float32).ravel()
+        difference = grid.dequantize(symbols[begin : begin + step], first_row + begin).ravel()
+        difference -= original
+        error += float(np.dot(difference, difference))
+        energy += float(np.dot(original, original))
+    return error, energy
 
 
 def _refuse_not_finite(block: Float32, name: str, first_row: int) -> None:

@@ -1,0 +1,153 @@
+"""Which quantizer each matrix gets: a paper grid of given bits, or a step that meets an asked size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.checkpoint import Checkpoint
+from entrollm.codec.choose import Prefer
+from entrollm.compress.control import RateControl
+from entrollm.compress.rate import RateCurve
+from entrollm.compress.target import Target
+from entrollm.quantize.ecsq import EcsqQuantizer
+from entrollm.quantize.feedback import FeedbackQuantizer
+from entrollm.quantize.importance import relative_steps, row_precision
+from entrollm.quantize.method import ArraySource, CodeChooser, Quantized, Quantizer
+from entrollm.quantize.paper import PaperQuantizer
+from entrollm.quantize.select import TensorPlan
+from entrollm.quantize.statistics import Statistics
+
+# Weights of a matrix that its rate is predicted from.
+_SAMPLE_WEIGHTS = 1 << 16
+_FEWEST_ROWS = 32
+_PLAIN_ENTRY_BYTES = 90
+_SHARD_BYTES = 160
+
+
+class Methods(Protocol):
+    """The quantizers of one run, asked for in the order of coding."""
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantizer of a matrix."""
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Take note of what a matrix took in the file; False asks for it to be coded again."""
+
+
+class PaperMethods:
+    """The grids of the paper, as planned per tensor."""
+
+    def __init__(self, plans: Mapping[str, TensorPlan]) -> None:
+        self._plans = plans
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The grid that is planned for the matrix."""
+        plan = self._plans[name]
+        assert plan.bits is not None
+        return PaperQuantizer(plan.bits, plan.granularity)
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Accept any size."""
+        return True
+
+
+class SizedMethods:
+    """Entropy-coded scalar quantization at the steps that meet a target, with feedback where statistics allow.
+
+    Args:
+        checkpoint: the model.
+        names: its matrices, in the order of coding.
+        kept: its other tensors.
+        target: the size to meet.
+        prefer: how codes are chosen.
+        shards: files that the output will have.
+        statistics: what calibration measured; None for none.
+    Raises:
+        ValueError: the target is out of reach.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: list[str],
+        kept: list[str],
+        target: Target,
+        prefer: Prefer,
+        shards: int,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._statistics = statistics
+        shapes = {name: _matrix_shape(checkpoint, name) for name in names}
+        self.curves = {
+            name: RateCurve(name, shapes[name], _Sampler(checkpoint, name, statistics).quantize, prefer)
+            for name in names
+        }
+        fixed = shards * _SHARD_BYTES
+        for name in kept:
+            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
+        weights = sum(_count(info.shape) for info in checkpoint.tensors.values())
+        self.control = RateControl(self.curves, relative_steps(shapes), fixed, weights, target)
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantizer of a matrix at its step."""
+        precision = row_precision(name, self._checkpoint.tensors[name].shape[0])
+        return _quantizer(name, self.control.step(name), precision, self._statistics)
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Let the rate control take note."""
+        return self.control.settle(name, stored_bytes)
+
+
+def _quantizer(
+    name: str, step: float, precision: NDArray[np.float32] | None, statistics: Statistics | None
+) -> Quantizer:
+    factor = None if statistics is None else statistics.factor(name)
+    return EcsqQuantizer(step, precision) if factor is None else FeedbackQuantizer(step, factor)
+
+
+class _Sampler:
+    """Rows of one matrix, evenly spread, read when they are first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, statistics: Statistics | None) -> None:
+        self._checkpoint = checkpoint
+        self._statistics = statistics
+        self._name = name
+        self._rows: NDArray[Any] | None = None
+        rows, columns = _matrix_shape(checkpoint, name)
+        self._picked = np.unique(
+            np.linspace(0, rows - 1, min(rows, max(_FEWEST_ROWS, _SAMPLE_WEIGHTS // columns))).astype(int)
+        )
+        precision = row_precision(name, rows)
+        self._precision = None if precision is None else precision[self._picked]
+
+    def quantize(self, step: float, choose: CodeChooser) -> Quantized:
+        if self._rows is None:
+            parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
+            self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
+            self._checkpoint.release(self._name)
+        quantizer = _quantizer(self._name, step, self._precision, self._statistics)
+        return quantizer.quantize(ArraySource(self._name, self._rows), choose)
+
+
+def _sample_type(checkpoint: Checkpoint, name: str) -> Any:
+    """Half the memory where the weights are bf16 anyway."""
+    return ml_dtypes.bfloat16 if checkpoint.tensors[name].dtype == "BF16" else np.float32
+
+
+def _matrix_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[name].shape
+    return rows, columns
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

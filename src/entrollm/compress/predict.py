@@ -1,0 +1,149 @@
+"""Predict what compressing to a size would give, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.checkpoint import Checkpoint, resolve
+from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.choose import choose_code
+from entrollm.compress.methods import SizedMethods
+from entrollm.compress.options import CompressOptions
+from entrollm.compress.pipeline import make_methods, plan_shards
+from entrollm.container import layout
+from entrollm.quantize.ecsq import EcsqQuantizer
+from entrollm.quantize.method import ArraySource
+from entrollm.quantize.rounding import ZERO
+from entrollm.threads import default_threads
+
+_TIMED_WEIGHTS = 1 << 23
+_TIMED_COLUMNS = 4096
+_TIMED_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEstimate:
+    """One matrix: its step over its RMS, file bits per weight, and RMS error over the RMS of its weights."""
+
+    name: str
+    shape: tuple[int, int]
+    step: float
+    file_bits: float
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class SizePlan:
+    """A prediction.
+
+    Attributes:
+        tensors: the matrices.
+        weights: of the whole model.
+        file_bytes, file_bits: of all weight files, everything included, and per weight.
+        load_bytes: memory that the loaded model takes; its code bytes are file cache that the system may drop.
+        compress_bytes: bound on the memory of compressing it.
+        tokens_per_s: at one sequence, from the measured speed of a product on this machine.
+    """
+
+    tensors: tuple[TensorEstimate, ...]
+    weights: int
+    file_bytes: int
+    file_bits: float
+    load_bytes: int
+    compress_bytes: int
+    tokens_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+
+def plan(model: str | Path, options: CompressOptions) -> SizePlan:
+    """Predict size, error and speed of a model compressed to a target.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        options: with a target.
+    Raises:
+        FormatError: the checkpoint is malformed or has a weight that is not finite.
+        ValueError: there is no target, it is out of reach, or another option is wrong.
+    """
+    if options.target is None:
+        raise ValueError("a plan needs a size: bits per weight or bytes")
+    with Checkpoint.open(resolve(model)) as checkpoint:
+        plans, shards = plan_shards(checkpoint, options)
+        methods = make_methods(checkpoint, plans, options, len(shards))
+        assert isinstance(methods, SizedMethods)
+        tensors = tuple(_estimate(methods, name) for name in methods.curves)
+        weights = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+        embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
+    file_bytes = round(methods.control.predicted_bytes())
+    multiplied = sum(t.shape[0] * t.shape[1] for t in tensors) - embeddings
+    largest = max(shape[0] * shape[1] for shape in (t.shape for t in tensors))
+    threads = options.threads or default_threads()
+    return SizePlan(
+        tensors=tensors,
+        weights=weights,
+        file_bytes=file_bytes,
+        file_bits=file_bytes * 8 / max(1, weights),
+        load_bytes=file_bytes,
+        compress_bytes=2 * 4 * largest + 300_000_000,
+        tokens_per_s=_product_rate(methods, threads, options) / max(1, multiplied),
+    )
+
+
+def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:
+    step = methods.control.step(name)
+    curve = methods.curves[name]
+    point = curve.at(step)
+    return TensorEstimate(name, curve.shape, step, point.stored_bytes * 8 / curve.weights, point.error**0.5)
+
+
+def _is_looked_up(name: str, methods: SizedMethods) -> bool:
+    """Whether a token reads one row only: the embedding of a model with a head of its own."""
+    return "embed_tokens" in name and any("lm_head" in other for other in methods.curves)
+
+
+def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return layout.padded_stream([coded]) if coded.size else np.zeros(_core.SLACK_BYTES, np.uint8)
+
+
+def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions) -> float:
+    """Weights per second of products with a Gaussian matrix at the model's median step; the best of a few runs."""
+    steps = sorted(methods.control.step(name) for name in methods.curves)
+    shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
+    weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+    blocks = choose_blocks(*shape)
+    geometry = _core.Geometry(*shape, blocks.rows, blocks.columns)
+    quantized = EcsqQuantizer(steps[len(steps) // 2], price=0.0).quantize(
+        ArraySource("timed", weights), lambda counts: choose_code(counts, geometry.blocks, options.prefer)
+    )
+    code = choose_code([int(c) for c in quantized.counts], geometry.blocks, options.prefer)
+    dense, sparse, sizes = _core.encode(code.program(), code.low_bits, quantized.symbols, blocks.rows, blocks.columns)
+    scale = quantized.scale.astype(np.float32)
+    matrix = _core.CodedMatrix(
+        code.program(),
+        code.low_bits,
+        geometry,
+        _stream(dense),
+        _stream(sparse),
+        sizes if sparse.size else np.zeros(0, np.uint16),
+        scale,
+        scale * np.float32(-ZERO),
+        None,
+    )
+    pool = _core.ThreadPool(threads)
+    x = weights[:1]
+    elapsed = []
+    for _ in range(_TIMED_RUNS):
+        started = time.perf_counter()
+        matrix.multiply(x, pool)
+        elapsed.append(time.perf_counter() - started)
+    return _TIMED_WEIGHTS / min(elapsed)

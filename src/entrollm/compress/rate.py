@@ -1,0 +1,96 @@
+"""What a matrix costs at a step, predicted from a sample of its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.codec.choose import Prefer, choose_code, stored_bits
+from entrollm.container import layout
+from entrollm.quantize.method import CodeChooser, Quantized
+from entrollm.specs import Code, TensorSpec
+
+# Ratio of neighbouring steps of the table that predictions interpolate in; bits are nearly linear in log step.
+_RATIO = 1.35
+_SUFFIX_FIELDS_BYTES = 70
+
+
+@dataclass(frozen=True, slots=True)
+class RatePoint:
+    """A matrix at one step: bytes in the file, its share of the header included, and its relative squared error."""
+
+    stored_bytes: float
+    error: float
+
+
+class RateCurve:
+    """Cost and error of one matrix by step; points are measured when they are first needed.
+
+    Args:
+        name, shape: the matrix.
+        sample: quantizes a sample of its rows at a step, given the choice of a code for the whole matrix.
+        prefer: how codes are chosen.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        sample: Callable[[float, CodeChooser], Quantized],
+        prefer: Prefer,
+    ) -> None:
+        self.name = name
+        self.shape = shape
+        self._sample = sample
+        self._prefer = prefer
+        self._points: dict[int, RatePoint] = {}
+
+    @property
+    def weights(self) -> int:
+        """Weights of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    def at(self, step: float) -> RatePoint:
+        """The prediction at a step, interpolated between two measured ones."""
+        position = math.log(step) / math.log(_RATIO)
+        below = math.floor(position)
+        share = position - below
+        low, high = self._point(below), self._point(below + 1)
+        error = math.exp((1 - share) * _log(low.error) + share * _log(high.error))
+        return RatePoint((1 - share) * low.stored_bytes + share * high.stored_bytes, error)
+
+    def _point(self, index: int) -> RatePoint:
+        if index not in self._points:
+            self._points[index] = self._measure(_RATIO**index)
+        return self._points[index]
+
+    def _measure(self, step: float) -> RatePoint:
+        rows, columns = self.shape
+        blocks = choose_blocks(rows, columns)
+        count = block_count(rows, columns, blocks)
+
+        def choose(counts: Sequence[int]) -> Code:
+            # A sample's counts as if of the whole matrix: the share of fixed costs decides between codes.
+            factor = self.weights / max(1, sum(counts))
+            return choose_code([math.ceil(c * factor) for c in counts], count, self._prefer)
+
+        quantized = self._sample(step, choose)
+        factor = self.weights / quantized.symbols.size
+        counts = [math.ceil(int(c) * factor) for c in quantized.counts]
+        code = choose_code(counts, count, self._prefer)
+        spec = TensorSpec(rows, columns, "BF16", quantized.grid, code, blocks, None, None, 0.123456789, 0, 128)
+        scales = quantized.scale.itemsize * rows
+        if quantized.column_scale is not None:
+            scales += quantized.column_scale.itemsize * columns
+        entries = 4 + (quantized.column_scale is not None)
+        header = len(json.dumps(spec.to_json())) + entries * (len(self.name) + _SUFFIX_FIELDS_BYTES)
+        padding = 2 * layout.ALIGNMENT_BYTES
+        stored = stored_bits(code, counts, count) * self.weights / 8 + scales + header + padding
+        return RatePoint(stored, quantized.error / quantized.energy if quantized.energy else 0.0)
+
+
+def _log(error: float) -> float:
+    return math.log(max(error, 1e-30))

@@ -1,0 +1,182 @@
+"""Calibrated quantization with error feedback, column by column.
+
+The error of a matrix that matters is that of its outputs, tr(E H E^T) with H = E[x x^T] the second moments of its
+inputs. With H = L L^T it is the squared norm of (W - What) L, and since L is triangular, columns can be rounded one
+after another, each taking up what the later ones left (GPTQ, arXiv 2210.17323). For a given rate the best steps are
+inversely proportional to the diagonal of L and every column is rescaled by least squares (WaterSIC,
+arXiv 2603.04956). That holds for a code per column; here one code serves a whole matrix, so steps go half way, as for
+rows in ecsq.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.codec.lengths import code_lengths
+from entrollm.errors import FormatError
+from entrollm.quantize.ecsq import PRICE
+from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
+from entrollm.quantize.rounding import ZERO, Rounding
+
+_COLUMN_POWER = 0.5
+_ROW_POWER = 0.5
+# Columns whose feedback to each other is immediate; what they leave to the others is one matrix product.
+_BLOCK_COLUMNS = 64
+_SAMPLE_ROWS = 128
+_REFINEMENTS = 2
+_RIDGE = 1e-6
+# A column's gain stays near 1 unless nearly all its integers are 0.
+_GAIN_RANGE = (0.7, 1.4)
+_LARGEST_SYMBOL = 255 - ZERO
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class FeedbackQuantizer:
+    """Successive quantization with scales per row and per column. Works on a whole matrix in float32 at a time.
+
+    Attributes:
+        step: relative to the RMS of the matrix times that of its inputs; larger is coarser.
+        factor: float32, shape (columns, columns); see `Statistics.factor`.
+        price: what a bit is worth in rounding, in squared steps.
+    """
+
+    step: float
+    factor: Float32
+    price: float = PRICE
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """Quantize a matrix.
+
+        Raises:
+            FormatError: a weight is not finite.
+        """
+        weights = source.read(0, source.shape[0]).astype(np.float32)
+        if not np.isfinite(weights).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
+            raise FormatError(
+                f"tensor {source.name!r} has {weights[row, column]} at [{row}, {column}]; it must be finite"
+            )
+        row_steps, column_steps = self._steps(weights)
+        rounding = self._rounding(weights, row_steps, column_steps, choose)
+        integers, gains = self._feed_back(weights, row_steps, column_steps, rounding)
+        rows, columns = self._refine(weights, integers, row_steps, column_steps * gains)
+        symbols = (integers + np.float32(ZERO)).astype(np.uint8)
+        integers *= rows.astype(np.float32)[:, np.newaxis]
+        integers *= columns.astype(np.float32)
+        integers -= weights
+        return Quantized(
+            symbols=symbols,
+            counts=_core.histogram(symbols),
+            grid=f"feedback-{self.step:.4g}",
+            scale=rows if len(rows) > 1 else rows.astype(np.float32),
+            error=float(np.square(integers, dtype=np.float64).sum()),
+            energy=float(np.square(weights, dtype=np.float64).sum()),
+            zero=ZERO,
+            column_scale=columns,
+        )
+
+    def _steps(self, weights: Float32) -> tuple[Float32, Float32]:
+        """Steps by row, around 1, and by column; their product is the step of a weight."""
+        diagonal = np.diag(self.factor).astype(np.float64)
+        inputs = math.sqrt(float(np.square(self.factor, dtype=np.float64).sum()) / len(diagonal))
+        sizes = np.sqrt(np.square(weights, dtype=np.float64).mean(axis=1))
+        whole = math.sqrt(float(np.square(sizes).mean()))
+        if whole == 0.0:
+            return np.ones(len(weights), np.float32), np.ones(len(diagonal), np.float32)
+        typical = float(np.exp(np.log(diagonal).mean()))
+        exact = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
+        columns: Float32 = exact.astype(np.float32)
+        rows = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
+        widest = np.abs(weights / columns).max(axis=1) / _LARGEST_SYMBOL
+        return np.maximum(rows, widest).astype(np.float32), columns
+
+    def _rounding(self, weights: Float32, row_steps: Float32, column_steps: Float32, choose: CodeChooser) -> Rounding:
+        """Rounding by the code lengths that a sample of the rows would get."""
+        if self.price <= 0:
+            return Rounding()
+        picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
+        integers, _ = self._feed_back(weights[picked], row_steps[picked], column_steps, Rounding())
+        counts = [int(c) for c in _core.histogram((integers + np.float32(ZERO)).astype(np.uint8))]
+        return Rounding(code_lengths(choose(counts)), self.price)
+
+    def _feed_back(
+        self, weights: Float32, row_steps: Float32, column_steps: Float32, rounding: Rounding
+    ) -> tuple[Float32, Float32]:
+        """Round all columns, the last one first; the integers, and the gain of each column."""
+        factor = self.factor
+        left = weights @ factor
+        integers = np.empty_like(weights)
+        gains = np.ones(weights.shape[1], np.float32)
+        row_energy = np.square(row_steps)
+        for end in range(weights.shape[1], 0, -_BLOCK_COLUMNS):
+            begin = max(0, end - _BLOCK_COLUMNS)
+            chosen = np.empty((len(weights), end - begin), np.float32)
+            for i in range(end - 1, begin - 1, -1):
+                unit = column_steps[i] * factor[i, i]
+                scaled = left[:, i] / (unit * row_steps)
+                rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(ZERO)
+                energy = float(np.dot(np.square(rounded), row_energy))
+                if energy > 0:
+                    fitted = float(np.dot(rounded * row_energy, scaled)) / energy
+                    gains[i] = min(_GAIN_RANGE[1], max(_GAIN_RANGE[0], fitted))
+                integers[:, i] = rounded
+                chosen[:, i - begin] = rounded * row_steps * (column_steps[i] * gains[i])
+                left[:, begin : i + 1] -= np.outer(chosen[:, i - begin], factor[i, begin : i + 1])
+            if begin:
+                left[:, :begin] -= chosen @ factor[begin:end, :begin]
+        return integers, gains
+
+    def _refine(
+        self, weights: Float32, integers: Float32, rows: Float32, columns: Float32
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Alternate least squares for row and column scales under the output error; both in bfloat16."""
+        moments = (self.factor @ self.factor.T).astype(np.float64)
+        wanted = weights @ moments.astype(np.float32)
+        row_scale, column_scale = rows.astype(np.float64), columns.astype(np.float64)
+        for _ in range(_REFINEMENTS):
+            column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
+            row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
+        stored_columns = column_scale.astype(ml_dtypes.bfloat16)
+        row_scale = _fit_rows(integers, row_scale, stored_columns.astype(np.float64), moments, wanted)
+        return row_scale.astype(ml_dtypes.bfloat16), stored_columns
+
+
+def _fit_rows(
+    integers: Float32,
+    row_scale: NDArray[np.float64],
+    column_scale: NDArray[np.float64],
+    moments: NDArray[np.float64],
+    wanted: Float32,
+) -> NDArray[np.float64]:
+    scaled = integers * column_scale.astype(np.float32)
+    energy = np.einsum("ij,ij->i", scaled @ moments.astype(np.float32), scaled, dtype=np.float64)
+    matched = np.einsum("ij,ij->i", scaled, wanted, dtype=np.float64)
+    fitted = np.divide(matched, energy, out=row_scale.copy(), where=energy > 0)
+    return np.where(fitted > 0, fitted, row_scale)
+
+
+def _fit_columns(
+    integers: Float32,
+    row_scale: NDArray[np.float64],
+    column_scale: NDArray[np.float64],
+    moments: NDArray[np.float64],
+    wanted: Float32,
+) -> NDArray[np.float64]:
+    """Normal equations of all columns together, drawn slightly to the present scales."""
+    scaled = integers * row_scale.astype(np.float32)[:, np.newaxis]
+    normal = (scaled.T @ scaled).astype(np.float64) * moments
+    matched = np.einsum("ij,ij->j", scaled, wanted, dtype=np.float64)
+    ridge = _RIDGE * float(np.trace(normal)) / len(normal)
+    if ridge <= 0:
+        return column_scale
+    normal[np.diag_indices(len(normal))] += ridge
+    fitted: NDArray[np.float64] = np.linalg.solve(normal, matched + ridge * column_scale)
+    return np.where(fitted > 0.25 * column_scale, fitted, column_scale)

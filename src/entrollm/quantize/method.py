@@ -1,0 +1,107 @@
+"""What every quantizer has in common: rows of weights go in, integers and their scales come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.specs import Code
+
+Float32 = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+class RowSource(Protocol):
+    """A matrix that is read by rows, in chunks that threads work on side by side.
+
+    Attributes:
+        name: the tensor, for errors.
+        shape: (rows, columns), each at least 1.
+        chunks: ranges of rows that cover the matrix, in order.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def chunks(self) -> Sequence[tuple[int, int]]: ...
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Rows [begin, end) in float32, bfloat16 or float16."""
+
+    def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
+        """The results of `work` on every chunk, in order; it runs on several threads."""
+
+
+CodeChooser = Callable[[Sequence[int]], Code]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix of integers: W[i, j] ~= (symbols[i, j] * scale[i] + offset[i]) * column_scale[j].
+
+    Attributes:
+        symbols: uint8, shape (rows, columns).
+        counts: int64, shape (256,), how often each symbol occurs.
+        grid: what the scales are, for people.
+        scale: float32 or bfloat16, shape (1,) or (rows,).
+        offset: float32, the shape of scale; None for none.
+        zero: the symbol of weight 0, in place of an offset.
+        column_scale: float32 or bfloat16, shape (columns,); None for none.
+        error, energy: summed squares of the quantization error and of the weights.
+    """
+
+    symbols: NDArray[np.uint8]
+    counts: NDArray[np.int64]
+    grid: str
+    scale: NDArray[Any]
+    error: float
+    energy: float
+    offset: Float32 | None = None
+    zero: int | None = None
+    column_scale: NDArray[Any] | None = None
+
+
+class Quantizer(Protocol):
+    """A method with its options set."""
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """Quantize a matrix.
+
+        Args:
+            source: the matrix.
+            choose: the code that a histogram of symbols would be stored with, for methods that round by its lengths.
+        Raises:
+            FormatError: a weight is not finite.
+        """
+
+
+class ArraySource:
+    """A matrix in memory, as one chunk."""
+
+    def __init__(self, name: str, weights: NDArray[Any]) -> None:
+        self.name = name
+        self.shape = (weights.shape[0], weights.shape[1])
+        self.chunks = ((0, len(weights)),)
+        self._weights = weights
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Rows [begin, end)."""
+        return self._weights[begin:end]
+
+    def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
+        """The result of `work` on the one chunk."""
+        return [work(chunk) for chunk in self.chunks]
+
+
+def sum_counts(histograms: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Add up histograms of 256 entries."""
+    total: NDArray[np.int64] = np.sum(list(histograms), axis=0, dtype=np.int64)
+    return total

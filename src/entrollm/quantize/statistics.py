@@ -1,0 +1,50 @@
+"""What calibration tells a quantizer about the inputs of a matrix."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Statistics(Protocol):
+    """The second moments of a model's activations.
+
+    Attributes:
+        fingerprint: equal for equal statistics of one model.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def factor(self, name: str) -> NDArray[np.float32] | None:
+        """A lower triangle L with L L^T = E[x x^T], damped, over the inputs x of a matrix; None where unknown.
+
+        Returns:
+            float32, shape (columns, columns), with positive diagonal.
+        """
+
+
+# Second moments are estimates, and the text that a model will see differs from the calibration text: correlations are
+# trusted a little less than they look, and no direction is taken for unused.
+_SHRINKAGE = 0.05
+_DAMPING = 0.02
+
+
+def damped_factor(moments: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Cholesky factor of shrunken, damped second moments.
+
+    Args:
+        moments: float64, shape (n, n), symmetric and positive semi-definite; inputs may be dead (zero).
+    Returns:
+        float32, lower triangle; the identity where all inputs are dead.
+    """
+    diagonal = np.diag(moments)
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return np.eye(len(moments), dtype=np.float32)
+    damped = moments * (1 - _SHRINKAGE)
+    np.fill_diagonal(damped, diagonal + _DAMPING * mean)
+    factor: NDArray[np.float32] = np.linalg.cholesky(damped).astype(np.float32)
+    return factor

@@ -1,0 +1,119 @@
+"""Calibration: moments of the engine's own activations, texts that are refused, and a calibrated model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from entrollm import _core
+from entrollm.calibrate import calibrate, calibration_windows
+from entrollm.checkpoint import Checkpoint
+from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress.verify import verify
+from entrollm.container.reader import CompressedModel
+from entrollm.engine.files import read_model_files
+from entrollm.engine.linear import DenseWeights
+from entrollm.errors import FormatError
+from entrollm.quantize.statistics import damped_factor
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+SENTENCES = Path(__file__).parents[2] / "examples" / "wikitext-2-test.txt"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two narrow layers with random weights and the example's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "float32"}
+    generator = np.random.default_rng(11)
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (8192, 64), "norm": (64,)}
+    linear = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "self_attn.v_proj": (32, 64)}
+    linear |= {"self_attn.o_proj": (64, 64), "mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64)}
+    linear |= {"mlp.down_proj": (64, 96)}
+    for layer in range(2):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in linear.items()}
+        shapes |= {f"layers.{layer}.{name}": (64,) for name in ("input_layernorm", "post_attention_layernorm")}
+    tensors = {
+        f"model.{name}.weight": (generator.standard_normal(shape) * 0.1 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shutil.copy(EXAMPLE / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(SENTENCES.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
+    return path
+
+
+def test_windows_are_spread_over_the_text(text: Path) -> None:
+    tokenizer = read_model_files(EXAMPLE).tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    windows = calibration_windows(tokenizer, text, 128, 3)
+    assert windows.shape == (3, 128)
+    assert windows[0].tolist() == ids[:128]
+    last = len(ids) // 128 - 1
+    assert windows[2].tolist() == ids[last * 128 : (last + 1) * 128]
+
+
+def test_the_first_factor_is_that_of_the_normed_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
+    statistics = calibrate(model, text, tmp_path, windows=2)
+    files = read_model_files(model)
+    assert files.tokenizer is not None
+    ids = calibration_windows(files.tokenizer, text, 512, 2)
+    with Checkpoint.open(model) as checkpoint:
+        x = DenseWeights(checkpoint).embedding("model.embed_tokens.weight").rows(ids.reshape(-1)).astype(np.float64)
+        norm = checkpoint.read_float32("model.layers.0.input_layernorm.weight")
+    x = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5) * norm
+    expected = damped_factor(x.T @ x / len(x))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        factor = statistics.factor(f"model.layers.0.self_attn.{name}.weight")
+        assert factor is not None
+        np.testing.assert_allclose(factor, expected, atol=2e-4 * float(np.abs(expected).max()))
+    assert statistics.factor("model.embed_tokens.weight") is None
+    down = statistics.factor("model.layers.1.mlp.down_proj.weight")
+    assert down is not None
+    assert down.shape == (96, 96)
+
+
+def test_a_calibrated_model_meets_its_size_and_verifies(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "factors").mkdir()
+    statistics = calibrate(model, text, tmp_path / "factors", windows=4)
+    options = CompressOptions(target=Target(bits_per_weight=4.0))
+    result = compress(model, tmp_path / "out", options, statistics=statistics)
+    assert result.file_bits == pytest.approx(4.0, rel=0.005)
+    with CompressedModel.open(tmp_path / "out") as compressed, Checkpoint.open(model) as original:
+        assert verify(compressed, _core.ThreadPool(2), original).compared
+        assert compressed.specs["model.layers.0.mlp.up_proj.weight"].grid.startswith("feedback-")
+        assert compressed.specs["model.embed_tokens.weight"].grid.startswith("ecsq-")
+
+
+def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time")
+    with pytest.raises(FormatError, match="calibration needs at least 8 windows of 512"):
+        calibrate(model, short, tmp_path)
+
+
+def test_a_text_that_is_not_utf8_is_refused(model: Path, tmp_path: Path) -> None:
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FormatError, match=r"binary.txt is not UTF-8 text"):
+        calibrate(model, binary, tmp_path)
+
+
+def test_calibration_without_a_size_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "factors").mkdir()
+    statistics = calibrate(model, text, tmp_path / "factors", windows=1)
+    with pytest.raises(ValueError, match="calibration needs a size"):
+        compress(model, tmp_path / "out", statistics=statistics)

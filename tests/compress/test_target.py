@@ -1,0 +1,130 @@
+"""Asked sizes: parsing, feasibility, and files that meet them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from entrollm import _core
+from entrollm.checkpoint import Checkpoint
+from entrollm.compress import CompressOptions, Target, compress, parse_size, plan
+from entrollm.compress.verify import verify
+from entrollm.container.reader import CompressedModel
+from entrollm.quantize.importance import relative_steps, row_precision
+from entrollm.quantize.select import BitsOverride
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of Gaussian weights, of unlike sizes."""
+    folder = tmp_path_factory.mktemp("source")
+    generator = np.random.default_rng(5)
+    shapes = {"model.embed_tokens": (300, 192), "model.norm": (192,)}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + "self_attn.v_proj": (64, 192), prefix + "mlp.down_proj": (192, 512)}
+    tensors = {f"{name}.weight": generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1.9GB", 1_900_000_000), ("900 MB", 900_000_000), ("1.5GiB", 3 << 29), ("7", 7), (".5kb", 500), ("2 B", 2)],
+)
+def test_sizes_are_parsed(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1.9 TBs", "-3MB", "1,9GB"])
+def test_text_that_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no file size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either bits per weight or a file size"),
+        ({"bits_per_weight": 3.0, "file_bytes": 5}, "either bits per weight or a file size"),
+        ({"bits_per_weight": 0.0}, "above 0"),
+        ({"bits_per_weight": float("nan")}, "above 0"),
+        ({"file_bytes": 0}, "at least 1 byte"),
+    ],
+)
+def test_impossible_targets_are_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Target(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.3, 5.0, 6.5])
+def test_bits_per_weight_are_met(checkpoint: Path, tmp_path: Path, bits: float) -> None:
+    result = compress(checkpoint, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=bits)))
+    assert result.file_bits == pytest.approx(bits, rel=0.005)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == result.file_bytes
+
+
+@pytest.mark.parametrize("size", [90_000, 120_000, 200_000])
+def test_a_file_size_is_not_exceeded(checkpoint: Path, tmp_path: Path, size: int) -> None:
+    result = compress(checkpoint, tmp_path / "out", CompressOptions(target=Target(file_bytes=size)))
+    assert 0.995 * size <= result.file_bytes <= size
+
+
+def test_a_target_holds_over_several_shards_and_kept_tensors(checkpoint: Path, tmp_path: Path) -> None:
+    options = CompressOptions(
+        target=Target(bits_per_weight=6.0), overrides=(BitsOverride("*v_proj*", None),), shard_bytes=1 << 18
+    )
+    result = compress(checkpoint, tmp_path / "out", options)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert result.file_bits == pytest.approx(6.0, rel=0.005)
+    with CompressedModel.open(tmp_path / "out") as model, Checkpoint.open(checkpoint) as original:
+        assert "model.layers.1.self_attn.v_proj.weight" in model.plain
+        assert verify(model, _core.ThreadPool(2), original).compared
+
+
+@pytest.mark.parametrize("target", [Target(bits_per_weight=0.5), Target(bits_per_weight=15.0), Target(file_bytes=9)])
+def test_a_size_out_of_reach_is_refused_with_the_range(checkpoint: Path, tmp_path: Path, target: Target) -> None:
+    with pytest.raises(ValueError, match=r"it can take \d+ to \d+ bytes \(\d\.\d+ to \d+\.\d+ bits\)"):
+        compress(checkpoint, tmp_path / "out", CompressOptions(target=target))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
+    options = CompressOptions(target=Target(bits_per_weight=3.0))
+    predicted = plan(EXAMPLE, options)
+    result = compress(EXAMPLE, tmp_path / "out", options)
+    assert predicted.file_bytes == pytest.approx(result.file_bytes, rel=0.005)
+    with CompressedModel.open(tmp_path / "out") as model:
+        for tensor in predicted.tensors:
+            assert tensor.relative_error == pytest.approx(model.specs[tensor.name].relative_error, rel=0.15)
+    assert predicted.tokens_per_s > 0
+
+
+def test_a_plan_without_a_size_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="a plan needs a size"):
+        plan(checkpoint, CompressOptions())
+
+
+def test_values_get_finer_steps_than_queries_and_few_weights_finer_than_many() -> None:
+    prefix = "model.layers.3."
+    names = {"self_attn.q_proj": (512, 512), "self_attn.v_proj": (128, 512), "mlp.up_proj": (2048, 512)}
+    steps = relative_steps({f"{prefix}{name}.weight": shape for name, shape in names.items()})
+    assert steps[prefix + "self_attn.v_proj.weight"] < steps[prefix + "mlp.up_proj.weight"]
+    assert steps[prefix + "mlp.up_proj.weight"] < steps[prefix + "self_attn.q_proj.weight"]
+
+
+def test_unknown_roles_get_the_mean_step() -> None:
+    assert relative_steps({"a.weight": (8, 8), "b.weight": (64, 64)}) == {"a.weight": 1.0, "b.weight": 1.0}
+
+
+def test_rows_of_frequent_tokens_are_more_precise() -> None:
+    precision = row_precision("model.embed_tokens.weight", 4096)
+    assert precision is not None
+    assert (np.diff(precision) <= 0).all()
+    assert np.log(precision).mean() == pytest.approx(0, abs=1e-4)
+    assert row_precision("model.layers.0.mlp.up_proj.weight", 4096) is None
