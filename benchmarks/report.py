@@ -57,8 +57,8 @@ this page and its plot from them.
   memory, kernels for {first["isa"]}; Python {first["python"]} on {first["system"]}.
 - Commit {commits}, {dates}.
 - Other work shared the vCPUs at a lower priority, and other guests share the server: absolute figures move by tens of
-  percent from hour to hour, ratios by less. The sides of a comparison take turns in the same run, unless a note says
-  otherwise. **Best** is the fastest run, the closest to an undisturbed
+  percent from hour to hour, and ratios too, though less. The sides of a comparison take turns in the same run,
+  unless a note says otherwise. **Best** is the fastest run, the closest to an undisturbed
   machine; **median** is over all runs. A star marks figures during which other processes took more than
   {100 * DISTURBED:.0f} % of the cores beyond those that the benchmark left to them.
 - Weights are random, of a stated entropy (bits per weight of a uniform grid over Gaussian weights). "Bits" are stored
@@ -127,8 +127,8 @@ def _generate(result: dict[str, Any]) -> str:
     )
     return f"""## Generation, {result["shape"]} shape
 
-{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} run{"s" if runs > 1 else ""} of each; llama.cpp from
-llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
+{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} run(s) of each;
+llama.cpp from llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
 "Outside products" is the share of a token spent on everything but the coded products (goal: at
 most {100 * result["goal_outside"]:.0f} %; here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).
 Prompts have 512 tokens.{_note(result)}
