@@ -6,6 +6,7 @@ usage: python benchmarks/batch.py [--entropy BITS] [--repeats N] [--threads N] [
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,15 @@ def measure_matrix(coded: list[Coded], pool: _core.ThreadPool, repeats: int) -> 
     samples = {n: Samples() for n in BATCHES}
     verify(coded[0], inputs, pool)
 
-    def run(x: NDArray[np.float32]) -> None:
-        for layer in coded:
-            layer.matrix.multiply(x, pool)
+    def product(x: NDArray[np.float32]) -> Callable[[], float]:
+        call = timed(lambda: [layer.matrix.multiply(x, pool) for layer in coded])
+        return lambda: call() / len(coded)
 
     wait_for_idle()
     for repeat in range(repeats):
         for n in BATCHES:
             if n < 64 or repeat < 3:
-                samples[n].run(lambda x=inputs[n]: timed(lambda: run(x))() / len(coded))
+                samples[n].run(product(inputs[n]))
     return {f"batch_{n}": samples[n].summary() for n in BATCHES}
 
 

@@ -45,7 +45,8 @@ def source(entropy: float, shape: tuple[int, int], distribution: str = "gauss") 
 
 
 def _on_grid(weights: NDArray[np.float64], step: float) -> NDArray[np.uint8]:
-    return np.clip(np.rint(weights / step) + 128, 0, 255).astype(np.uint8)
+    symbols: NDArray[np.uint8] = np.clip(np.rint(weights / step) + 128, 0, 255).astype(np.uint8)
+    return symbols
 
 
 def aligned(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -76,13 +77,14 @@ class Coded:
         stored = dense.nbytes + sparse.nbytes + (sizes.nbytes if sparse.size else 0)
         self.bits = stored * 8 / symbols.size
         streams = [np.tile(dense, repeat), np.tile(sparse, repeat)]
-        self.arrays = [aligned(padded_stream([stream])) if stream.size else NO_STREAM for stream in streams]
+        self.dense, self.sparse = (aligned(padded_stream([stream])) if stream.size else NO_STREAM for stream in streams)
         self.rows, self.columns = rows * repeat, columns
         self.matrix = _core.CodedMatrix(
             self.code.program(),
             self.code.low_bits,
             _core.Geometry(self.rows, columns, blocks.rows, blocks.columns),
-            *self.arrays,
+            self.dense,
+            self.sparse,
             np.tile(sizes, repeat) if sparse.size else sizes[:0],
             np.ones(1, np.float32),
             None,

@@ -51,7 +51,11 @@ def main() -> None:
 
 def measure_source(entropy: float, symbols: NDArray[np.uint8], threads: int, repeats: int) -> list[dict[str, Any]]:
     """Time all coders on one source, taking turns."""
-    coders = [Ours(symbols, "speed", threads), Ours(symbols, "size", threads), *(Zstd(symbols, n) for n in ZSTD)]
+    coders: list[Ours | Zstd] = [
+        Ours(symbols, "speed", threads),
+        Ours(symbols, "size", threads),
+        *(Zstd(symbols, n) for n in ZSTD),
+    ]
     decode = [Samples() for _ in coders]
     encode = [Samples() for _ in coders]
     for coder in coders:
@@ -92,10 +96,11 @@ class Ours:
     def __init__(self, symbols: NDArray[np.uint8], prefer: Any, threads: int) -> None:
         self.name = f"entrollm {prefer}"
         self._symbols = symbols
-        self._blocks = choose_blocks(*symbols.shape)
+        rows, columns = symbols.shape
+        self._blocks = choose_blocks(rows, columns)
         counts = [int(c) for c in _core.histogram(symbols)]
         start = time.perf_counter()
-        choose_code(counts, block_count(*symbols.shape, self._blocks), prefer)
+        choose_code(counts, block_count(rows, columns, self._blocks), prefer)
         self.choose_s = time.perf_counter() - start
         self._coded = Coded(symbols, 1, prefer)
         self._pool = _core.ThreadPool(threads)
@@ -136,7 +141,7 @@ class Zstd:
         with zstandard.ZstdDecompressor().stream_reader(self._stream, read_size=1 << 20) as reader:
             read = 0
             while read < self._buffer.size:
-                read += reader.readinto(memoryview(self._buffer)[read:])
+                read += reader.readinto(self._buffer.data[read:])
         return self._buffer
 
 

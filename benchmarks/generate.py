@@ -25,13 +25,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import llama_cpp
 
 from common import finish
 from entrollm import _core
 from entrollm.compress import CompressOptions, compress
-from entrollm.container.reader import CompressedModel
+from entrollm.container.reader import CompressedModel, multiply
 from entrollm.engine import linear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
@@ -135,8 +136,8 @@ class Ours:
         self._model: Model = load(path, threads)
         self.products_s = 0.0
         self._in_prompt = False
-        self._multiply = linear.multiply
-        linear.multiply = self._timed_multiply
+        self._patch = mock.patch.object(linear, "multiply", self._timed_multiply)
+        self._patch.start()
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
         """Continue a prompt greedily: seconds for the prompt, seconds for all tokens after the first, the tokens."""
@@ -151,13 +152,13 @@ class Ours:
 
     def close(self) -> None:
         """Let go of the model."""
-        linear.multiply = self._multiply
+        self._patch.stop()
         del self._model
         gc.collect()
 
     def _timed_multiply(self, matrices: Any, x: Any, pool: _core.ThreadPool) -> Any:
         start = time.perf_counter()
-        y = self._multiply(matrices, x, pool)
+        y = multiply(matrices, x, pool)
         elapsed = time.perf_counter() - start
         # The prompt's products do not count: those of several vectors, and then the head's of the last one.
         if len(x) > 1:

@@ -51,21 +51,33 @@ def _conditions(results: dict[str, Any]) -> str:
     return f"""# Benchmarks
 
 `pip install -r benchmarks/requirements.txt && python benchmarks/all.py` makes the files of `benchmarks/results`, and
-this page and its plot from them; no figure here is typed by hand.
+this page and its plot from them.
 
 - Hardware: {first["processor"]}, {first["cores"]} vCPUs of a shared server, {first["memory_bytes"] / 2**30:.0f} GiB of
   memory, kernels for {first["isa"]}; Python {first["python"]} on {first["system"]}.
 - Commit {commits}, {dates}.
-- The server has other users and other work ran at a lower priority, so absolute figures move from hour to hour. All
-  sides of a comparison take turns in the same run. **Best** is the fastest run, the closest to an undisturbed
+- Other work shared the vCPUs at a lower priority, and other guests share the server: absolute figures move by tens of
+  percent from hour to hour, and ratios too, though less. The sides of a comparison take turns in the same run,
+  unless a note says otherwise. **Best** is the fastest run, the closest to an undisturbed
   machine; **median** is over all runs. A star marks figures during which other processes took more than
   {100 * DISTURBED:.0f} % of the cores beyond those that the benchmark left to them.
 - Weights are random, of a stated entropy (bits per weight of a uniform grid over Gaussian weights). "Bits" are stored
   bits per weight with everything included. Codes are those of `--prefer speed` unless stated.
+- The weights in the GGUF files are random too, blocks of a few quantized rows repeated; which tensor has which type is
+  llama.cpp's own choice. Where rows do not fill its superblocks of 256, as in the 135M shape, it falls back to larger
+  types, and "equal quality" does not hold.
+- llama.cpp's CPU library was built with GCC 12 twice: with AMX, where `_tile_loadconfig` was replaced (that compiler
+  drops stores to its operand, GCC bug 114098, and the stock build crashes on this processor), and with
+  AVX-512 (VNNI, VBMI, BF16) alone.{_missing(results)}
 - Every timed result is checked first: products against float64, decoded symbols against the source, generated text
   against that of the other runs.
 
 ![tokens per second and weights per second over stored bits](benchmarks.png)"""
+
+
+def _missing(results: dict[str, Any]) -> str:
+    absent = [shape for shape in SHAPES if f"generate-{shape}" not in results]
+    return f"\n- Not measured yet: generation with the {' and '.join(absent)} shape." if absent else ""
 
 
 def _generate(result: dict[str, Any]) -> str:
@@ -115,11 +127,11 @@ def _generate(result: dict[str, Any]) -> str:
     )
     return f"""## Generation, {result["shape"]} shape
 
-{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} runs of each; llama.cpp from
-llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
+{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} run(s) of each;
+llama.cpp from llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
 "Outside products" is the share of a token spent on everything but the coded products (goal: at
 most {100 * result["goal_outside"]:.0f} %; here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).
-Prompts have 512 tokens. {result.get("note", "")}
+Prompts have 512 tokens.{_note(result)}
 
 {table}
 
@@ -354,6 +366,11 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _star(others: float, threads: int = 0, cores: int = 0) -> str:
     """A mark where others took more than the cores left to them, and then some."""
     return "*" if others > DISTURBED + (1 - threads / cores if cores else 0.0) else ""
+
+
+def _note(result: dict[str, Any]) -> str:
+    """What a result says of itself that sets it apart, as a paragraph."""
+    return f"\n\n{result['note']}" if "note" in result else ""
 
 
 def _number(value: float | None, digits: int) -> str:
