@@ -128,7 +128,8 @@ def _generate(result: dict[str, Any]) -> str:
     return f"""## Generation, {result["shape"]} shape
 
 {result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} run(s) of each;
-llama.cpp from llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each type.
+llama.cpp from llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each
+type.
 "Outside products" is the share of a token spent on everything but the coded products (goal: at
 most {100 * result["goal_outside"]:.0f} %; here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).
 Prompts have 512 tokens.{_note(result)}
