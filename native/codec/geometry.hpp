@@ -51,6 +51,10 @@ struct Geometry {
   std::size_t rows_in(std::size_t group) const {
     return std::min(block_rows, rows - group * block_rows);
   }
+  // Rows of groups [begin, end), of which the last may be short.
+  std::size_t rows_between(std::size_t begin, std::size_t end) const {
+    return std::min(rows, end * block_rows) - begin * block_rows;
+  }
   std::size_t columns_in(std::size_t part) const {
     return std::min(block_columns, padded_columns() - part * block_columns);
   }

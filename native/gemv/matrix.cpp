@@ -128,9 +128,9 @@ void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
 }
 
 void CodedMatrix::dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const {
-  const float scale = scales_.scale[scales_.scale.size() == 1 ? 0 : i];
+  const float scale = scales_.scale_of(i);
   const bool shifted = !scales_.offset.empty();
-  const float offset = shifted ? scales_.offset[scales_.offset.size() == 1 ? 0 : i] : 0.0f;
+  const float offset = scales_.offset_of(i);
   for (std::size_t j = 0; j < geometry_.columns; ++j) {
     // Rounded after the product and after the sum: the build forbids contraction to an FMA.
     float value = static_cast<float>(symbols[j]) * scale;

@@ -25,6 +25,11 @@ struct Scales {
   std::span<const float> scale;
   std::span<const float> offset;
   std::span<const float> column_scale;
+
+  float scale_of(std::size_t row) const { return scale[scale.size() == 1 ? 0 : row]; }
+  float offset_of(std::size_t row) const {
+    return offset.empty() ? 0.0f : offset[offset.size() == 1 ? 0 : row];
+  }
 };
 
 class CodedMatrix {

@@ -35,7 +35,7 @@ Buffers& thread_buffers() {
 
 }  // namespace
 
-// One matrix times the batch; its outputs go to columns `first_output` and on of y.
+// One matrix times the batch; `y` points at the matrix's first output in rows of `y_stride`.
 class Product {
  public:
   Product(const CodedMatrix& matrix, const Activations& x, float* y, std::size_t y_stride)
@@ -54,7 +54,7 @@ class Product {
     const std::size_t parts = geometry_.blocks_per_group();
     DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
     const std::size_t first_row = begin * geometry_.block_rows;
-    const std::size_t rows = std::min(geometry_.rows, end * geometry_.block_rows) - first_row;
+    const std::size_t rows = geometry_.rows_between(begin, end);
     auto& sums = thread_buffers().sums;
     sums.resize(rows);
     CascadeRun run{};
@@ -97,7 +97,7 @@ class Product {
     for (std::size_t group = begin; group < end; group += step) {
       const std::size_t last = std::min(end, group + step);
       const std::size_t first_row = group * geometry_.block_rows;
-      const std::size_t rows = std::min(geometry_.rows, last * geometry_.block_rows) - first_row;
+      const std::size_t rows = geometry_.rows_between(group, last);
       buffers.sums.assign(rows * batch, 0);
       for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
         const std::size_t width = geometry_.columns_in(part);
@@ -157,9 +157,8 @@ class Product {
     const Scales& scales = matrix_.scales_;
     for (std::size_t row = 0; row < rows; ++row) {
       const std::size_t i = first_row + row;
-      const double scale = scales.scale[scales.scale.size() == 1 ? 0 : i];
-      const double offset =
-          scales.offset.empty() ? 0.0 : scales.offset[scales.offset.size() == 1 ? 0 : i];
+      const double scale = scales.scale_of(i);
+      const double offset = scales.offset_of(i);
       for (std::size_t column = 0; column < batch; ++column) {
         const double sum = scale * static_cast<double>(sums[row * batch + column]) +
                            offset * static_cast<double>(x_.sum(first + column));

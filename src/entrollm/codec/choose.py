@@ -28,8 +28,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", pro
         counts: 256 entries, how often each symbol occurs; padding is not counted.
         blocks: blocks of the tensor, each of which costs a little.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
-            Huffman optimum, "fixed" for fixed-width integers, which
-            entropy coding is compared with.
+            Huffman optimum, "fixed" for fixed-width integers, which entropy coding is compared with.
         processor: what will decode.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
