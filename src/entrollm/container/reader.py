@@ -67,6 +67,36 @@ class CodedMatrix:
         return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
 
 
+def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> CodedMatrix:
+    """Open a matrix over its stored entries, checking that streams, blocks and code fit together.
+
+    Args:
+        name: the tensor's name, for errors.
+        spec: what it is.
+        arrays: its stored entries by suffix; the streams are read in place, the others are copied.
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    scale = _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
+    if scale is None:
+        raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
+    try:
+        native = _core.CodedMatrix(
+            spec.code.program(),
+            spec.code.low_bits,
+            _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
+            arrays.get(layout.DENSE, _NO_STREAM),
+            arrays.get(layout.SPARSE, _NO_STREAM),
+            _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
+            scale,
+            _offsets(name, spec, scale, arrays.get(layout.OFFSET)),
+            _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
+        )
+    except ValueError as error:
+        raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
+    return CodedMatrix(name, spec, sum(array.nbytes for array in arrays.values()), native)
+
+
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
     """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
 
@@ -131,26 +161,7 @@ class CompressedModel:
             KeyError: no matrix has this name.
             FormatError: the stored entries do not match the spec.
         """
-        spec = self.specs[name]
-        arrays = self.stored_arrays(name)
-        scale = _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
-        if scale is None:
-            raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
-        try:
-            native = _core.CodedMatrix(
-                spec.code.program(),
-                spec.code.low_bits,
-                _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
-                arrays.get(layout.DENSE, _NO_STREAM),
-                arrays.get(layout.SPARSE, _NO_STREAM),
-                _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
-                scale,
-                _offsets(name, spec, scale, arrays.get(layout.OFFSET)),
-                _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
-            )
-        except ValueError as error:
-            raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
-        return CodedMatrix(name, spec, sum(array.nbytes for array in arrays.values()), native)
+        return open_matrix(name, self.specs[name], self.stored_arrays(name))
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor that was kept in its own type, as a read-only view of the file."""
