@@ -1,0 +1,123 @@
+"""The plugin of transformers: load folders of coded matrices, or code matrices while a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from entrollm.container import layout
+from entrollm.container.reader import CompressedModel
+from entrollm.errors import UnsupportedError
+from entrollm.hf.backend import to_tensor
+from entrollm.hf.config import EntroConfig
+from entrollm.hf.modules import put_weight
+from entrollm.hf.names import Place, around, find_places
+from entrollm.hf.save import save_pretrained
+from entrollm.hf.weight import CodedStack, CodedWeight
+
+
+@register_quantizer(layout.QUANT_METHOD)
+class EntroQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with an EntroConfig."""
+
+    quantization_config: EntroConfig
+
+    def __init__(self, quantization_config: EntroConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._names: dict[str, str] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        files = _check_files(checkpoint_files)
+        with CompressedModel.open(files[0].parent) as stored:
+            shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
+            for place in find_places(model, shapes).values():
+                dtype = model.get_parameter(place.path).dtype
+                weights = {name: _on_meta(stored, name, dtype) for name in place.names()}
+                install(model, place, weights)
+        for path, weight in coded_weights(model).items():
+            for suffix in weight.entries():
+                self._names[weight.name + suffix] = f"{path}{suffix}"
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Give the entries of coded matrices their names in the model."""
+        return around(weight_conversions, self._names) if self._names else weight_conversions
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The type to load a tensor in: stored entries keep theirs."""
+        if converter.source_patterns[0] in self._names:
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.save_pretrained = types.MethodType(save_pretrained, model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Refuse the saving of transformers itself, whose files would lack the specs."""
+        raise UnsupportedError("save this model with model.save_pretrained, which from_pretrained has replaced")
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the matrices can be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether torch.compile works."""
+        return True
+
+
+def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> None:
+    """Put coded matrices in the place of a parameter, and of parameters that are tied to it.
+
+    Args:
+        model: the model.
+        place: the parameter.
+        weights: its matrices by their name in the checkpoint.
+    """
+    weight: CodedWeight | CodedStack
+    if place.is_stack:
+        weight = CodedStack([[weights[name] for name in parts] for parts in place.matrices])
+    else:
+        weight = weights[place.matrices[0][0]]
+    put_weight(model, place.path, weight)
+    tied = [target for target, source in model.all_tied_weights_keys.items() if source == place.path]
+    for target in tied:
+        del model.all_tied_weights_keys[target]
+        put_weight(model, target, weight, owns=False)
+
+
+def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
+    """The coded matrices of a model by their path in it."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, CodedWeight)}
+
+
+def _check_files(checkpoint_files: Any) -> list[Path]:
+    if not checkpoint_files:
+        raise ValueError("a model with coded weights is loaded from a folder or a Hub id, not from a state_dict")
+    files = [Path(file) for file in checkpoint_files]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise UnsupportedError(f"{file}: coded weights are read from safetensors files only")
+    return files
+
+
+def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:
+    """A matrix whose entries are yet to be loaded; those in the file are checked here."""
+    stored.matrix(name)
+    entries: dict[str, Tensor] = {}
+    for suffix, array in stored.stored_arrays(name).items():
+        entries[suffix] = torch.empty(array.shape, dtype=to_tensor(array[:0]).dtype, device="meta")
+    return CodedWeight(name, stored.specs[name], entries, dtype)
