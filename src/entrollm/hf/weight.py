@@ -146,6 +146,10 @@ class CodedWeight(nn.Module):
             self._opened = None
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._opened = None
+
     def _set_entries(self, change: Callable[[Tensor], Tensor]) -> None:
         for suffix, entry in self.entries().items():
             self._buffers[suffix[1:]] = change(entry)
