@@ -20,6 +20,8 @@ from entrollm.specs import FORMAT_VERSION
 
 Method = Literal["paper", "ecsq", "feedback"]
 _DEFAULT_BITS = 4
+# Where only a size in bytes is asked for, which says nothing before the weights are counted.
+_PLANNED_BITS = 8
 _FIELDS = frozenset(
     {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}
     | {"overrides", "keep"}
@@ -84,6 +86,10 @@ class EntroConfig(QuantizationConfigMixin):
             processor=self.processor,
             threads=self.threads,
         )
+
+    def expected_bits(self) -> float:
+        """Bits per weight to plan device memory with."""
+        return self.bits or self.bpw or _PLANNED_BITS
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores: the form of docs/format.md, options that have their default left out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,7 +24,7 @@ class Place:
     """A parameter and the checkpoint's matrices that make it up.
 
     Attributes:
-        path: the parameter's name in the model.
+        path: the parameter's name in the model; of tied ones, that which the others are tied to.
         matrices: the names that lie below each other in each of its matrices; one of one for an ordinary parameter.
         is_stack: whether the parameter has three axes, the first over `matrices`.
     """
@@ -38,36 +38,54 @@ class Place:
         return [name for parts in self.matrices for name in parts]
 
 
-def find_places(model: Any, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Place]:
+def find_places(model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str]) -> dict[str, Place]:
     """Find the parameters that matrices of a checkpoint belong to; matrices that the model lacks are left out.
 
     Args:
         model: on the meta device, its parameters not yet replaced.
         shapes: the matrices by name.
+        kept: the checkpoint's other tensors.
     Returns:
-        the places by parameter.
+        the places by the parameter that transformers loads the matrices as.
     Raises:
         FormatError: a matrix has another shape than its parameter.
-        UnsupportedError: transformers rearranges a matrix in a way that coded weights cannot follow.
+        UnsupportedError: transformers rearranges a matrix in a way that coded weights cannot follow, or makes a
+            parameter of coded and kept tensors.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters = model.state_dict()
-    prefix = model.base_model_prefix
+
+    def locate(name: str) -> tuple[str, str | None]:
+        found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        return (name, None) if found not in parameters and name in parameters else (found, pattern)
+
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(shapes, key=dot_natural_key):
-        path, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if path not in parameters and name in parameters:
-            path, pattern = name, None
+        path, pattern = locate(name)
         if path in parameters:
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
+    kept_paths = set()
+    for name in kept:
+        path, _ = locate(name)
+        kept_paths.add(path)
+        if path in found:
+            raise UnsupportedError(
+                f"{path} is made of {name}, which is kept in its type, and of coded matrices; code or keep all of them"
+            )
     places = {}
     for path, names in found.items():
         place = _place(path, names, by_pattern)
         _check_shapes(place, shapes, tuple(parameters[path].shape))
         places[path] = place
+    for target, source in model.all_tied_weights_keys.items():
+        if target in places:
+            # The configuration decides, as in the engine: a stored copy of a tied matrix is not read.
+            place = places.pop(target)
+            if source not in places and source not in kept_paths:
+                places[target] = replace(place, path=source)
     return places
 
 

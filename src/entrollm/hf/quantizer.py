@@ -17,6 +17,7 @@ from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
 from entrollm.hf.backend import to_tensor
 from entrollm.hf.config import EntroConfig
+from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
 from entrollm.hf.names import Place, around, find_places
 from entrollm.hf.save import save_pretrained
@@ -32,18 +33,42 @@ class EntroQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EntroConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._names: dict[str, str] = {}
+        self._coder: LiveCoder | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        files = _check_files(checkpoint_files)
-        with CompressedModel.open(files[0].parent) as stored:
+        folder = _check_files(checkpoint_files)[0].parent
+        if self.pre_quantized:
+            self._prepare_stored(model, folder)
+        else:
+            self._coder = LiveCoder(folder, model, self.quantization_config.options())
+        # A layer's entries, or those of a tied embedding, are of no use on different devices.
+        model._no_split_modules = {*(model._no_split_modules or ()), "EntroLinear", "EntroEmbedding", "CodedWeight"}
+
+    def _prepare_stored(self, model: Any, folder: Path) -> None:
+        """Put modules for the folder's matrices into the model; transformers then loads their entries."""
+        with CompressedModel.open(folder) as stored:
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
-            for place in find_places(model, shapes).values():
+            for place in find_places(model, shapes, stored.plain).values():
                 dtype = model.get_parameter(place.path).dtype
-                weights = {name: _on_meta(stored, name, dtype) for name in place.names()}
-                install(model, place, weights)
+                install(model, place, {name: _on_meta(stored, name, dtype) for name in place.names()})
         for path, weight in coded_weights(model).items():
             for suffix in weight.entries():
                 self._names[weight.name + suffix] = f"{path}{suffix}"
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is coded while it is loaded."""
+        return self._coder is not None and param_name in self._coder.places
+
+    def get_quantize_ops(self) -> QuantizeWhileLoading:
+        """What codes a parameter while it is loaded."""
+        assert self._coder is not None
+        return QuantizeWhileLoading(self._coder, install)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element of a parameter once it is coded, for the choice of devices."""
+        if self.param_needs_quantization(model, param_name):
+            return self.quantization_config.expected_bits() / 8
+        return float(param.element_size())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Give the entries of coded matrices their names in the model."""
@@ -57,6 +82,9 @@ class EntroQuantizer(HfQuantizer):
         return kept
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._coder is not None:
+            self._coder.close()
+            self._coder = None
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
@@ -79,13 +107,15 @@ class EntroQuantizer(HfQuantizer):
         return True
 
 
-def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> None:
+def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> list[str]:
     """Put coded matrices in the place of a parameter, and of parameters that are tied to it.
 
     Args:
         model: the model.
         place: the parameter.
         weights: its matrices by their name in the checkpoint.
+    Returns:
+        the parameters that are gone.
     """
     weight: CodedWeight | CodedStack
     if place.is_stack:
@@ -97,6 +127,7 @@ def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> Non
     for target in tied:
         del model.all_tied_weights_keys[target]
         put_weight(model, target, weight, owns=False)
+    return [place.path, *tied]
 
 
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
@@ -120,4 +151,4 @@ def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWei
     entries: dict[str, Tensor] = {}
     for suffix, array in stored.stored_arrays(name).items():
         entries[suffix] = torch.empty(array.shape, dtype=to_tensor(array[:0]).dtype, device="meta")
-    return CodedWeight(name, stored.specs[name], entries, dtype)
+    return CodedWeight(name, stored.specs[name], entries, dtype, torch.device("meta"))

@@ -30,6 +30,7 @@ class CodedWeight(nn.Module):
         spec: what it is.
         entries: its stored entries by suffix of container.layout.
         dtype: the type of the parameter that it replaces.
+        device: where the entries are.
     """
 
     anchor: Tensor
@@ -37,12 +38,13 @@ class CodedWeight(nn.Module):
     _opened: Matrix | None
     _opened_from: tuple[Any, ...]
 
-    def __init__(self, name: str, spec: TensorSpec, entries: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, spec: TensorSpec, entries: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.name = name
         self.spec = spec
         self.backend: Backend = "auto"
-        device = next((entry.device for entry in entries.values()), torch.device("cpu"))
         for suffix, entry in entries.items():
             self.register_buffer(suffix[1:], entry)
         # An empty tensor that has the type and the device of the weights, and follows all moves of the model.
