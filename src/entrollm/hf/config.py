@@ -157,8 +157,9 @@ class EntroConfig(QuantizationConfigMixin):
         self.method = method
 
     def _check(self) -> None:
-        if self.bits is not None and (type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS):
-            raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, found {self.bits!r}")
+        for bits in (self.bits, *self.overrides.values()):
+            if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+                raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, found {bits!r}")
         for name, allowed in (("granularity", Granularity), ("prefer", Prefer), ("processor", Processor)):
             value = getattr(self, name)
             if value not in get_args(allowed):

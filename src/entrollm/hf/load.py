@@ -38,12 +38,14 @@ def load(
     Raises:
         FormatError: the folder is malformed or its architecture is unknown to transformers.
         UnsupportedError: another version of the format wrote it, or its device needs packages that are missing.
-        ValueError: it is no compressed model.
+        ValueError: it is no compressed model, or there is no such device.
     """
     path = resolve(model)
     with CompressedModel.open(path) as stored:
         kind = auto_class or _architecture(path, stored.config)
     if device is not None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
         options["device_map"] = {"": device}
     return kind.from_pretrained(path, dtype=dtype, **options)
 

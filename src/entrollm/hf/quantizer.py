@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -15,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
-from entrollm.hf.backend import to_tensor
+from entrollm.hf.backend import check_cuda_packages, to_tensor, uses_cuda_kernels
 from entrollm.hf.config import EntroConfig
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
@@ -33,10 +34,12 @@ class EntroQuantizer(HfQuantizer):
     def __init__(self, quantization_config: EntroConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._names: dict[str, str] = {}
+        self._files: list[Path] = []
         self._coder: LiveCoder | None = None
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        folder = _check_files(checkpoint_files)[0].parent
+        self._files = _check_files(checkpoint_files)
+        folder = self._files[0].parent
         if self.pre_quantized:
             self._prepare_stored(model, folder)
         else:
@@ -85,8 +88,21 @@ class EntroQuantizer(HfQuantizer):
         if self._coder is not None:
             self._coder.close()
             self._coder = None
+        self._open_for_kernels(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
+
+    def _open_for_kernels(self, model: Any) -> None:
+        """Give the CUDA kernels their matrices now, one by one, and leave the stored form in the files' memory maps."""
+        served = [weight for weight in coded_weights(model).values() if uses_cuda_kernels(weight.device)]
+        if not served:
+            return
+        check_cuda_packages()
+        on_host = _map_entries(self._files, self._names)
+        for weight in served:
+            suffixes = [suffix for suffix in weight.entries() if weight.name + suffix in on_host]
+            weight.replace_entries({suffix: on_host[weight.name + suffix] for suffix in suffixes})
+            weight.matrix()
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Refuse the saving of transformers itself, whose files would lack the specs."""
@@ -143,6 +159,15 @@ def _check_files(checkpoint_files: Any) -> list[Path]:
         if file.suffix != ".safetensors":
             raise UnsupportedError(f"{file}: coded weights are read from safetensors files only")
     return files
+
+
+def _map_entries(files: Iterable[Path], names: Container[str]) -> dict[str, Tensor]:
+    """Stored entries as views of their files."""
+    entries: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            entries |= {name: opened.get_tensor(name) for name in opened.keys() if name in names}  # noqa: SIM118
+    return entries
 
 
 def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:

@@ -95,6 +95,11 @@ class CodedWeight(nn.Module):
             a is b for a, b in zip(now[1:], self._opened_from[1:], strict=True)
         )
 
+    def replace_entries(self, entries: Mapping[str, Tensor]) -> None:
+        """Hold the same stored entries elsewhere, such as in a file's memory map."""
+        for suffix, entry in entries.items():
+            self._buffers[suffix[1:]] = entry
+
     def set_backend(self, backend: Backend) -> None:
         """Choose how it multiplies."""
         self.backend = backend
