@@ -51,31 +51,29 @@ class DenseFields:
     width: int
 
     def values(self) -> Tensor:
-        """The fields: int32 (blocks, count)."""
-        place = torch.arange(self.count, device=self.starts.device)
-        fields = torch.zeros((len(self.starts), self.count), dtype=torch.int32, device=self.starts.device)
-        if self.width == 0:
-            return fields
+        """The fields: uint8 (blocks, count)."""
+        blocks, device = len(self.starts), self.starts.device
         if self.width == RAW_BITS:
-            return self._bytes(place)
+            return self._bytes(0, self.count)
+        fields = torch.zeros((blocks, self.count), dtype=torch.uint8, device=device)
         at = 0
         for bits in (4, 2, 1):
             if not self.width & bits:
                 continue
-            if bits == 1:
-                byte, shift = place // 8, place % 8
-            else:
-                slots = 8 // bits
-                byte = place // (_VECTOR * slots) * _VECTOR + place % _VECTOR
-                shift = place // _VECTOR % slots * bits
-            part = self._bytes(at + byte) >> shift.to(torch.int32) & (1 << bits) - 1
+            size = _area_bytes(self.count, bits)
+            # Neighbouring fields lie in neighbouring bytes, a vector of 64 at a time; single bits in the same byte.
+            lanes = 1 if bits == 1 else _VECTOR
+            area = self._bytes(at, size).reshape(blocks, size // lanes, 1, lanes)
+            shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=device)[:, None]
+            part = (area >> shifts & (1 << bits) - 1).reshape(blocks, -1)[:, : self.count]
             fields |= part << self.width % bits
-            at += _area_bytes(self.count, bits)
+            at += size
         return fields
 
-    def _bytes(self, place: Tensor) -> Tensor:
+    def _bytes(self, at: int, size: int) -> Tensor:
         assert self.stream is not None
-        return self.stream[self.starts[:, None] + place].to(torch.int32)
+        place = torch.arange(at, at + size, device=self.starts.device)
+        return self.stream[self.starts[:, None] + place]
 
 
 @dataclass
@@ -104,7 +102,7 @@ class Stream:
         """The next list of each block, in the sparse layout.
 
         Returns:
-            int32 fields and the block of each, end to end; None where a list does not fit its block.
+            uint8 fields and the block of each, end to end; None where a list does not fit its block.
         """
         plane = (lengths + 7) // 8
         size = lengths if width == RAW_BITS else width * plane
@@ -115,17 +113,17 @@ class Stream:
         begin = (self.starts + self.used)[block]
         self.used += size
         if width == RAW_BITS:
-            return self.data[begin + place].to(torch.int32), block
-        fields = torch.zeros(len(block), dtype=torch.int32, device=lengths.device)
-        shift = (place % 8).to(torch.int32)
+            return self.data[begin + place], block
+        fields = torch.zeros(len(block), dtype=torch.uint8, device=lengths.device)
+        shift = (place % 8).to(torch.uint8)
+        begin += place // 8
         for bit in range(width):
-            byte = self.data[begin + bit * plane[block] + place // 8].to(torch.int32)
-            fields |= (byte >> shift & 1) << bit
+            fields |= (self.data[begin + bit * plane[block]] >> shift & 1) << bit
         return fields, block
 
 
 def decode_lists(tree: Node, root: DenseFields, sparse: Stream | None) -> Tensor | None:
-    """The high parts of the symbols of blocks: int32 (blocks, count).
+    """The high parts of the symbols of blocks: uint8 (blocks, count).
 
     Args:
         tree: the code.
@@ -186,8 +184,8 @@ def _merge(node: Node, fields: Tensor, lists: list[Tensor]) -> Tensor:
         return fields
     symbols = torch.zeros_like(fields)
     if isinstance(node, Field):
-        named = torch.tensor([*node.symbols, 0], dtype=torch.int32, device=fields.device)
-        symbols = named[fields.to(torch.int64)]
+        named = torch.tensor([*node.symbols, 0], dtype=torch.uint8, device=fields.device)
+        symbols = named[fields.to(torch.int32)]
     for mask, members in zip(_masks(node, fields), lists, strict=True):
-        symbols[mask] = members
+        symbols = symbols.masked_scatter(mask, members)
     return symbols

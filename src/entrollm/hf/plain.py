@@ -160,4 +160,4 @@ class PlainMatrix:
             raise CorruptStreamError(
                 f"{self._name}: the lists of a block do not fit it; the file is damaged, compress or fetch it again"
             )
-        return (symbols | low.values()).to(torch.uint8)
+        return symbols | low.values()
