@@ -126,6 +126,11 @@ def uses_cuda_kernels(device: torch.device) -> bool:
     return _is_capable(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def resting_place(device: torch.device) -> torch.device:
+    """Where stored entries lie for a device: the CUDA kernels have a layout of their own and leave them on the host."""
+    return torch.device("cpu") if uses_cuda_kernels(device) else device
+
+
 @functools.cache
 def _is_capable(index: int) -> bool:
     capability = torch.cuda.get_device_capability(index)

@@ -17,7 +17,7 @@ from entrollm.compress.options import CompressOptions
 from entrollm.compress.tensor import TensorCompressor
 from entrollm.container import layout
 from entrollm.errors import EntroLLMError
-from entrollm.hf.backend import to_tensor, uses_cuda_kernels
+from entrollm.hf.backend import resting_place, to_tensor
 from entrollm.hf.names import Place, find_places
 from entrollm.hf.weight import CodedWeight
 from entrollm.quantize.select import TensorPlan, plan_tensors
@@ -72,8 +72,7 @@ class LiveCoder:
             tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
             if self._methods.settle(name, layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)):
                 break
-        # The CUDA kernels have a layout of their own, and the stored form stays on the host.
-        place = torch.device("cpu") if uses_cuda_kernels(device) else device
+        place = resting_place(device)
         entries = {suffix: to_tensor(array).to(place) for suffix, array in tensor.arrays.items() if array.size}
         return CodedWeight(name, tensor.spec, entries, dtype, device)
 

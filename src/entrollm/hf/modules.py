@@ -17,11 +17,22 @@ class _Layer(nn.Module):
 
     def __init__(self, weight: CodedWeight, owns: bool) -> None:
         super().__init__()
+        self.full_spec = weight.spec
         if owns:
             self.weight = weight
         else:
             # Not registered: a tied matrix has one place in the model's state, its moves and its file.
             self.__dict__["weight"] = weight
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the matrix belongs to another layer."""
+        return "weight" in self.__dict__
+
+    def own_weight(self, weight: CodedWeight) -> None:
+        """End the tie: take a matrix of its own."""
+        del self.__dict__["weight"]
+        self.weight = weight
 
 
 class EntroLinear(_Layer):
@@ -65,11 +76,17 @@ class EntroEmbedding(_Layer):
     def __init__(self, weight: CodedWeight, padding_idx: int | None = None, owns: bool = True) -> None:
         super().__init__(weight, owns)
         self.num_embeddings, self.embedding_dim = weight.shape
+        self.first_row = 0
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up: integers (...) -> (..., features)."""
-        return self.weight.rows(ids)
+        """Look up: integers (...) -> (..., features); zeros for rows that another process holds."""
+        rows = self.weight.spec.rows
+        if rows == self.num_embeddings:
+            return self.weight.rows(ids)
+        is_here = (ids >= self.first_row) & (ids < self.first_row + rows)
+        found = self.weight.rows(torch.where(is_here, ids - self.first_row, 0))
+        return found * is_here[..., None].to(found.dtype)
 
     def extra_repr(self) -> str:
         """What print(model) says of it."""
@@ -117,6 +134,7 @@ def _serve_experts(layer: Any, path: str) -> None:
     """Let a layer of experts multiply expert by expert, whatever implementation the configuration names."""
     if layer.is_transposed:
         raise UnsupportedError(f"{path}: experts stored as (in_features, out_features) cannot be multiplied coded")
+    layer.served_experts = range(layer.num_experts)
     layer.forward = types.MethodType(_experts_forward, layer)
 
 
@@ -126,13 +144,14 @@ def _experts_forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top
     Args:
         layer: a layer of experts as transformers defines them.
         hidden_states: (tokens, hidden_size).
-        top_k_index, top_k_weights: (tokens, experts of each); an index beyond the experts means none.
+        top_k_index, top_k_weights: (tokens, experts of each); an index beyond the experts means none. Experts that
+            another process serves are left out.
     Returns:
         (tokens, hidden_size) in the type of hidden_states.
     """
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert in torch.unique(top_k_index).tolist():
-        if expert >= layer.num_experts:
+        if expert not in layer.served_experts:
             continue
         token, place = torch.where(top_k_index == expert)
         state = _product(layer, "gate_up_proj" if layer.has_gate else "up_proj", expert, hidden_states[token])

@@ -21,8 +21,12 @@ from entrollm.hf.config import EntroConfig
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
 from entrollm.hf.names import Place, around, find_places
+from entrollm.hf.parallel import is_parallel, load_parts, mark_local, without_entries
 from entrollm.hf.save import save_pretrained
 from entrollm.hf.weight import CodedStack, CodedWeight
+
+# Begins the names of entries that transformers is not to load; no tensor has such a name.
+_LEFT_OUT = "entrollm left out "
 
 
 @register_quantizer(layout.QUANT_METHOD)
@@ -36,10 +40,14 @@ class EntroQuantizer(HfQuantizer):
         self._names: dict[str, str] = {}
         self._files: list[Path] = []
         self._coder: LiveCoder | None = None
+        self._is_parallel = False
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self._files = _check_files(checkpoint_files)
         folder = self._files[0].parent
+        self._is_parallel = is_parallel(model)
+        if self._is_parallel and not self.pre_quantized:
+            raise UnsupportedError("tensor parallelism needs a compressed folder; make one with `entrollm compress`")
         if self.pre_quantized:
             self._prepare_stored(model, folder)
         else:
@@ -51,12 +59,23 @@ class EntroQuantizer(HfQuantizer):
         """Put modules for the folder's matrices into the model; transformers then loads their entries."""
         with CompressedModel.open(folder) as stored:
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
+            make = without_entries if self._is_parallel else _on_meta
             for place in find_places(model, shapes, stored.plain).values():
                 dtype = model.get_parameter(place.path).dtype
-                install(model, place, {name: _on_meta(stored, name, dtype) for name in place.names()})
+                install(model, place, {name: make(stored, name, dtype) for name in place.names()})
+            if self._is_parallel:
+                mark_local(model)
+                self._leave_out(model, stored)
         for path, weight in coded_weights(model).items():
             for suffix in weight.entries():
                 self._names[weight.name + suffix] = f"{path}{suffix}"
+
+    def _leave_out(self, model: Any, stored: CompressedModel) -> None:
+        """Keep transformers from loading entries, and from saying that it does not."""
+        entries = [name + suffix for name in stored.specs for suffix in stored.stored_arrays(name)]
+        self._names = {entry: f"{_LEFT_OUT}{index}" for index, entry in enumerate(entries)}
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{_LEFT_OUT}"}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is coded while it is loaded."""
@@ -88,6 +107,9 @@ class EntroQuantizer(HfQuantizer):
         if self._coder is not None:
             self._coder.close()
             self._coder = None
+        if self._is_parallel:
+            with CompressedModel.open(self._files[0].parent) as stored:
+                load_parts(model, stored)
         self._open_for_kernels(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
@@ -100,8 +122,9 @@ class EntroQuantizer(HfQuantizer):
         check_cuda_packages()
         on_host = _map_entries(self._files, self._names)
         for weight in served:
-            suffixes = [suffix for suffix in weight.entries() if weight.name + suffix in on_host]
-            weight.replace_entries({suffix: on_host[weight.name + suffix] for suffix in suffixes})
+            if not weight.is_part:
+                suffixes = [suffix for suffix in weight.entries() if weight.name + suffix in on_host]
+                weight.replace_entries({suffix: on_host[weight.name + suffix] for suffix in suffixes})
             weight.matrix()
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:

@@ -81,6 +81,8 @@ def save_pretrained(
 
 def _write(model: Any, folder: Path, shard_bytes: int) -> None:
     coded = {module.name: module for module in model.modules() if isinstance(module, CodedWeight)}
+    if any(weight.is_part for weight in coded.values()):
+        raise UnsupportedError("this process holds a part of the model only; its folder has all of it, copy that")
     plain = _plain_tensors(model)
     sizes = {name: sum(entry.nbytes for entry in weight.entries().values()) for name, weight in coded.items()}
     sizes |= {name: tensor.nbytes for name, tensor in plain.items()}

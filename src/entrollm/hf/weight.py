@@ -45,6 +45,7 @@ class CodedWeight(nn.Module):
         self.name = name
         self.spec = spec
         self.backend: Backend = "auto"
+        self.is_part = False
         for suffix, entry in entries.items():
             self.register_buffer(suffix[1:], entry)
         # An empty tensor that has the type and the device of the weights, and follows all moves of the model.
@@ -94,6 +95,14 @@ class CodedWeight(nn.Module):
         return now[0] == self._opened_from[0] and all(
             a is b for a, b in zip(now[1:], self._opened_from[1:], strict=True)
         )
+
+    def fill(self, spec: TensorSpec, entries: Mapping[str, Tensor], is_part: bool) -> None:
+        """Take the entries of a matrix, or of a part of it, and their spec."""
+        self.spec = spec
+        self.is_part = is_part
+        for suffix, entry in entries.items():
+            self.register_buffer(suffix[1:], entry)
+        self._opened = None
 
     def replace_entries(self, entries: Mapping[str, Tensor]) -> None:
         """Hold the same stored entries elsewhere, such as in a file's memory map."""
@@ -192,32 +201,43 @@ class CodedStack(nn.Module):
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """Multiply with one matrix: (n, in_features) -> (n, out_features)."""
-        return torch.cat([part(x) for part in self._parts(index)], dim=-1)
+        return torch.cat([part(x) for part in self.parts(index)], dim=-1)
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
         """One matrix, decoded: (out_features, in_features)."""
-        return torch.cat([part.dequantize() for part in self._parts(int(index))])
+        return torch.cat([part.dequantize() for part in self.parts(int(index))])
 
     def __len__(self) -> int:
         return len(self._modules)
 
     @property
+    def out_features(self) -> int:
+        """Rows of each matrix."""
+        return self.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of each matrix."""
+        return self.shape[2]
+
+    @property
     def shape(self) -> torch.Size:
         """(matrices, out_features, in_features)."""
-        parts = self._parts(0)
+        parts = self.parts(0)
         return torch.Size((len(self), sum(part.spec.rows for part in parts), parts[0].spec.columns))
 
     @property
     def device(self) -> torch.device:
         """Where it multiplies."""
-        return self._parts(0)[0].device
+        return self.parts(0)[0].device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of its matrices when they are decoded."""
-        return self._parts(0)[0].dtype
+        return self.parts(0)[0].dtype
 
-    def _parts(self, index: int) -> list[CodedWeight]:
+    def parts(self, index: int) -> list[CodedWeight]:
+        """The coded matrices that lie one below the other in one matrix."""
         parts = self._modules[str(index)]
         assert isinstance(parts, nn.ModuleList)
         return [part for part in parts if isinstance(part, CodedWeight)]
