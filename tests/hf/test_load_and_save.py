@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_saving_refuses_what_it_does_not_do(coded: Path, tmp_path: Path) -> None
     with pytest.raises(UnsupportedError, match=r"call model\.push_to_hub"):
         model.save_pretrained(tmp_path / "a", push_to_hub=True)
     with pytest.raises(UnsupportedError, match="no option 'variant'"):
-        model.save_pretrained(tmp_path / "a", variant="fp16")
+        model.save_pretrained(tmp_path / "a", variant="fp16", state_dict=None)
     with pytest.raises(UnsupportedError, match="from_pretrained has replaced"):
         type(model).save_pretrained(model, tmp_path / "b")
     (tmp_path / "file").write_text("")
@@ -152,6 +153,24 @@ def test_saving_refuses_what_it_does_not_do(coded: Path, tmp_path: Path) -> None
         model.save_pretrained(tmp_path / "file")
     model.save_pretrained(tmp_path / "c", is_main_process=False)
     assert not (tmp_path / "c").exists()
+
+
+def test_pushing_uploads_the_saved_folder(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = entrollm.hf.load(coded)
+    uploaded: dict[str, Any] = {}
+
+    def upload(folder: str, repo_id: str, **options: Any) -> None:
+        with CompressedModel.open(folder) as stored:
+            uploaded[repo_id] = dict(stored.specs)
+
+    api = SimpleNamespace(create_repo=lambda name, **options: SimpleNamespace(repo_id=f"me/{name}"))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: card)
+    monkeypatch.setattr(model, "_upload_modified_files", upload)
+    model.push_to_hub("coded")
+    with CompressedModel.open(coded) as stored:
+        assert uploaded == {"me/coded": dict(stored.specs)}
 
 
 def test_model_without_its_head_finds_its_matrices(coded: Path) -> None:

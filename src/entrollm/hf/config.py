@@ -18,13 +18,13 @@ from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 from entrollm.quantize.select import BitsOverride
 from entrollm.specs import FORMAT_VERSION
 
-Method = Literal["paper", "ecsq", "feedback"]
+Method = Literal["paper", "ecsq", "feedback", "imported"]
 _DEFAULT_BITS = 4
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
 _FIELDS = frozenset(
     {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}
-    | {"overrides", "keep"}
+    | {"overrides", "keep", "source"}
 )
 
 
@@ -66,6 +66,8 @@ class EntroConfig(QuantizationConfigMixin):
         self.bpw = bpw
         self.file_bytes = parse_size(size) if isinstance(size, str) else size
         self.method: Method = "paper" if self.bits is not None else "ecsq"
+        # Where the integers of an imported model come from; nothing can be coded by such a configuration.
+        self.source: str | None = None
         self.granularity = granularity
         self.prefer = prefer
         self.processor = processor
@@ -98,7 +100,9 @@ class EntroConfig(QuantizationConfigMixin):
             "version": FORMAT_VERSION,
             "method": self.method,
         }
-        if self.bits is not None:
+        if self.method == "imported":
+            stored["source"] = self.source
+        elif self.bits is not None:
             stored |= {"bits": self.bits, "granularity": self.granularity}
         elif self.bpw is not None:
             stored["bits_per_weight"] = self.bpw
@@ -141,7 +145,7 @@ class EntroConfig(QuantizationConfigMixin):
                 overrides=config_dict.get("overrides"),
                 keep=config_dict.get("keep", ()),
             )
-            config._adopt_method(config_dict.get("method", config.method))
+            config._adopt_method(config_dict.get("method", config.method), config_dict.get("source"))
         except (TypeError, ValueError) as error:
             raise FormatError(f"quantization_config: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
@@ -151,10 +155,12 @@ class EntroConfig(QuantizationConfigMixin):
 
     __hash__ = None  # type: ignore[assignment]  # it can be changed
 
-    def _adopt_method(self, method: Any) -> None:
+    def _adopt_method(self, method: Any, source: Any) -> None:
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {', '.join(get_args(Method))}, found {method!r}")
-        self.method = method
+        if (method == "imported") != (source is not None):
+            raise ValueError("an imported model has a source, and no other has")
+        self.method, self.source = method, source
 
     def _check(self) -> None:
         for bits in (self.bits, *self.overrides.values()):

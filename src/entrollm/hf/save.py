@@ -42,6 +42,7 @@ def save_pretrained(
     model: Any,
     save_directory: str | Path,
     is_main_process: bool = True,
+    *,
     push_to_hub: bool = False,
     max_shard_size: int | str = "50GB",
     **unsupported: Any,
@@ -56,15 +57,15 @@ def save_pretrained(
         is_main_process: False writes nothing.
         push_to_hub: not supported here; call model.push_to_hub.
         max_shard_size: of a file, unless one tensor is larger.
-        unsupported: other options of transformers, which are refused.
+        unsupported: other options of transformers, which are refused unless they are None.
     Raises:
         UnsupportedError: an option, or an offloaded tensor, cannot be saved.
         ValueError: the place is a file.
     """
     if push_to_hub:
         raise UnsupportedError("save_pretrained does not upload coded models; call model.push_to_hub(repo_id)")
-    if unsupported:
-        raise UnsupportedError(f"save_pretrained of a coded model has no option {sorted(unsupported)[0]!r}")
+    if given := sorted(name for name, value in unsupported.items() if value is not None):
+        raise UnsupportedError(f"save_pretrained of a coded model has no option {given[0]!r}")
     if not is_main_process:
         return
     folder = Path(save_directory)
