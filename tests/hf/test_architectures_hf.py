@@ -30,6 +30,16 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16},
     ),
     "mixtral": ("MixtralConfig", "AutoModelForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOssConfig",
+        "AutoModelForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 64},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "AutoModelForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 128},
+    ),
     "bert": ("BertConfig", "AutoModelForMaskedLM", {}),
     "gpt2": ("GPT2Config", "AutoModelForCausalLM", {"n_embd": 96, "n_layer": 2, "n_head": 6}),
     "gemma3": ("Gemma3TextConfig", "AutoModelForCausalLM", {"head_dim": 16, "pad_token_id": 0}),
@@ -86,7 +96,7 @@ def test_coded_model_is_like_its_export_and_is_saved_whole(
     assert torch.equal(answer(open_model(name, tmp_path / "saved")), answer(model))
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss", "gpt2", "t5"])
 def test_live_quantization_gives_the_same_model(name: str, folder: Callable[[str], Path]) -> None:
     model = open_model(name, folder(name).parent / "source", quantization_config=EntroConfig())
     assert torch.equal(answer(model), answer(open_model(name, folder(name))))

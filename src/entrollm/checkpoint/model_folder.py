@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -65,6 +65,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self._files = {name: file for file in files.values() for name in file.tensors}
+        self._members: dict[str, tuple[str, int]] = {}
         entries = {name: file.tensors[name] for file in files.values() for name in file.tensors}
         scale_names, consumed = find_scales({name: entry.dtype for name, entry in entries.items()})
         self._scale_names = scale_names
@@ -114,7 +115,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise KeyError(name)
-        array = self._files[name].array(name)
+        array = self._array(name)
         if start == 0 and stop is None:
             return array
         rows = array.shape[0] if array.ndim else 0
@@ -148,7 +149,46 @@ class Checkpoint:
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor has been used; its pages leave resident memory, views stay valid."""
-        self._files[name].release(name)
+        stored = self._members[name][0] if name in self._members else name
+        self._files[stored].release(stored)
+
+    def split(self, stacks: Mapping[str, Sequence[str]]) -> None:
+        """Show tensors of three axes as their matrices, under names of their own.
+
+        Args:
+            stacks: the names of the matrices, by that of the tensor.
+        Raises:
+            FormatError: a tensor has another number of matrices, or another tensor the name of one.
+            UnsupportedError: a tensor is not of a plain floating type.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            if name not in stacks:
+                tensors[name] = info
+                continue
+            if info.dtype in FP8_DTYPES or info.dtype not in _FLOAT_DTYPES:
+                raise UnsupportedError(
+                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded; keep it in its type (--keep)"
+                )
+            if len(stacks[name]) != info.shape[0]:
+                raise FormatError(f"{self.path}: {name!r} has {info.shape[0]} matrices, not {len(stacks[name])}")
+            size = info.size_bytes // info.shape[0]
+            for index, member in enumerate(stacks[name]):
+                if member in self.tensors:
+                    raise FormatError(
+                        f"{self.path}: matrix {index} of {name!r} has the name of another tensor, {member!r}"
+                    )
+                begin = info.begin + index * size
+                tensors[member] = TensorInfo(member, info.dtype, info.shape[1:], info.file, begin, begin + size)
+                self._members[member] = (name, index)
+        self.tensors = MappingProxyType(tensors)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        if name in self._members:
+            stack, index = self._members[name]
+            member: NDArray[Any] = self._files[stack].array(stack)[index]
+            return member
+        return self._files[name].array(name)
 
     def side_files(self) -> tuple[Path, ...]:
         """List the files that a derived model must carry: configuration, tokenizer, chat template, licences.

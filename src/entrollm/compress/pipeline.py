@@ -19,6 +19,7 @@ from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
+from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
@@ -233,12 +234,12 @@ def _weights(info: TensorInfo) -> int:
 
 
 def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[str, TensorPlan], list[list[str]]]:
-    """What happens to each tensor, and which tensors share an output file.
+    """What happens to each tensor, and which tensors share an output file; stacks of the checkpoint are split.
 
     A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+    plans = split_stacks(checkpoint, plan_tensors(shapes, options.bits, options.overrides, options.granularity))
     shards: list[list[str]] = []
     size = 0
     for name in plans:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint import DTYPES, Checkpoint
 from entrollm.compress.describe import symbol_chunks
+from entrollm.compress.stacks import find_stacks
 from entrollm.compress.tensor import stored_dtype
 from entrollm.container import layout
 from entrollm.container.reader import CodedMatrix, CompressedModel
@@ -68,6 +69,8 @@ def verify(
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
     if original is not None:
+        stacks = {name: members for name, members in find_stacks(model.specs).items() if name in original.tensors}
+        original.split(stacks)
         _compare_names(model, original)
     for name, spec in model.specs.items():
         model.check_checksum(name)

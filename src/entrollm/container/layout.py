@@ -120,6 +120,18 @@ def file_metadata(specs: Mapping[str, str], plain: Mapping[str, int]) -> dict[st
     return {FORMAT_KEY: "pt", VERSION_KEY: str(FORMAT_VERSION), PLAIN_KEY: checksums, **specs}
 
 
+def stack_member(name: str) -> tuple[str, int] | None:
+    """The tensor of three axes that a coded matrix is one matrix of, and which; None for a tensor of its own."""
+    stack, _, index = name.rpartition(".")
+    is_number = index.isascii() and index.isdigit() and str(int(index)) == index
+    return (stack, int(index)) if stack and is_number else None
+
+
+def member_name(stack: str, index: int) -> str:
+    """The name that matrix `index` of a tensor of three axes is coded under."""
+    return f"{stack}.{index}"
+
+
 def shard_name(index: int, count: int) -> str:
     """The file name of shard `index` (from 0) of `count`, as transformers names them."""
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -14,6 +14,7 @@ from transformers.core_model_loading import ConversionOps
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
+from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor
 from entrollm.container import layout
 from entrollm.errors import EntroLLMError
@@ -41,6 +42,8 @@ class LiveCoder:
         self._options = options
         shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
         plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+        plans = split_stacks(self._checkpoint, plans)
+        shapes = {name: self._checkpoint.tensors[name].shape for name in plans}
         matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}
         self.places = find_places(model, matrices, [name for name in plans if name not in matrices])
         self._methods = self._make_methods(plans)

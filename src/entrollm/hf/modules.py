@@ -96,6 +96,8 @@ class EntroEmbedding(_Layer):
 def put_weight(model: nn.Module, path: str, weight: CodedWeight | CodedStack, owns: bool = True) -> None:
     """Replace a parameter of a model with coded matrices; its layer becomes an Entro one where there is such a kind.
 
+    A layer of experts then multiplies expert by expert, whatever implementation the configuration names.
+
     Args:
         model: the model.
         path: the parameter's name, such as `model.layers.0.mlp.up_proj.weight`.
@@ -116,7 +118,7 @@ def put_weight(model: nn.Module, path: str, weight: CodedWeight | CodedStack, ow
     else:
         layer.__dict__[attribute] = weight
     if isinstance(weight, CodedStack) and hasattr(layer, "has_gate"):
-        _serve_experts(layer, path)
+        _serve_experts(layer)
 
 
 def _replacement(layer: nn.Module, weight: CodedWeight, owns: bool) -> EntroLinear | EntroEmbedding:
@@ -130,10 +132,7 @@ def _replacement(layer: nn.Module, weight: CodedWeight, owns: bool) -> EntroLine
     return EntroLinear(weight, layer.bias, owns)
 
 
-def _serve_experts(layer: Any, path: str) -> None:
-    """Let a layer of experts multiply expert by expert, whatever implementation the configuration names."""
-    if layer.is_transposed:
-        raise UnsupportedError(f"{path}: experts stored as (in_features, out_features) cannot be multiplied coded")
+def _serve_experts(layer: Any) -> None:
     layer.served_experts = range(layer.num_experts)
     layer.forward = types.MethodType(_experts_forward, layer)
 
@@ -165,6 +164,10 @@ def _experts_forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _product(layer: Any, name: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(layer, name)
-    is_coded = isinstance(weight, CodedStack)
-    product = weight.multiply(expert, x) if is_coded else nn.functional.linear(x, weight[expert])
+    if layer.is_transposed:
+        # Stored as (in_features, out_features): there is no coded product in this direction.
+        product: Tensor = x @ weight[expert]
+    else:
+        is_coded = isinstance(weight, CodedStack)
+        product = weight.multiply(expert, x) if is_coded else nn.functional.linear(x, weight[expert])
     return product + getattr(layer, name + "_bias")[expert] if layer.has_bias else product

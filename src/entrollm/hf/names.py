@@ -16,6 +16,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from entrollm.compress.stacks import find_stacks
+from entrollm.container import layout
 from entrollm.errors import FormatError, UnsupportedError
 
 
@@ -64,7 +66,8 @@ def find_places(model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterabl
 
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(shapes, key=dot_natural_key):
-        path, pattern = locate(name)
+        member = layout.stack_member(name)
+        path, pattern = locate(name if member is None else member[0])
         if path in parameters:
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
     kept_paths = set()
@@ -91,6 +94,9 @@ def find_places(model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterabl
 
 def _place(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> Place:
     if None in names:
+        if len(names) == 1 and all(layout.stack_member(name) for name in names[None]):
+            (members,) = find_stacks(names[None]).values()
+            return Place(path, tuple((member,) for member in members), is_stack=True)
         if len(names) > 1 or len(names[None]) > 1:
             raise FormatError(f"{path}: several matrices of the folder belong to it: {', '.join(_flat(names))}")
         return Place(path, ((names[None][0],),), is_stack=False)

@@ -145,9 +145,7 @@ class CodedWeight(nn.Module):
                 return product if bias is None else product + bias
             if func is functional.embedding and not any(args[3:4]):
                 return args[1].rows(args[0])
-        decoded = [arg.dequantize() if isinstance(arg, CodedWeight) else arg for arg in args]
-        named = {key: arg.dequantize() if isinstance(arg, CodedWeight) else arg for key, arg in kwargs.items()}
-        return func(*decoded, **named)
+        return _with_decoded(func, args, kwargs)
 
     def extra_repr(self) -> str:
         """What print(model) says of it."""
@@ -183,6 +181,13 @@ class CodedWeight(nn.Module):
         self._begin()
 
 
+def _with_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a torch function with coded weights decoded."""
+    decoded = [arg.dequantize() if isinstance(arg, CodedWeight | CodedStack) else arg for arg in args]
+    named = {key: arg.dequantize() if isinstance(arg, CodedWeight | CodedStack) else arg for key, arg in kwargs.items()}
+    return func(*decoded, **named)
+
+
 def _moved(entry: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     moved = fn(entry)
     return moved if moved.dtype == entry.dtype else entry.to(moved.device)
@@ -199,6 +204,17 @@ class CodedStack(nn.Module):
         for index, parts in enumerate(matrices):
             self.add_module(str(index), nn.ModuleList(parts))
 
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Serve torch functions that are given a stack in the place of a tensor: decoded, all of it."""
+        return _with_decoded(func, args, kwargs or {})
+
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """Multiply with one matrix: (n, in_features) -> (n, out_features)."""
         return torch.cat([part(x) for part in self.parts(index)], dim=-1)
@@ -206,6 +222,10 @@ class CodedStack(nn.Module):
     def __getitem__(self, index: int | Tensor) -> Tensor:
         """One matrix, decoded: (out_features, in_features)."""
         return torch.cat([part.dequantize() for part in self.parts(int(index))])
+
+    def dequantize(self) -> Tensor:
+        """All matrices: (matrices, out_features, in_features)."""
+        return torch.stack([self[index] for index in range(len(self))])
 
     def __len__(self) -> int:
         return len(self._modules)
