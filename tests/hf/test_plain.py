@@ -13,7 +13,7 @@ from matrices import StoredMatrix, block_shapes, codes, decode, dequantize, mult
 
 from entrollm.codec.reference import decode_matrix
 from entrollm.container import layout
-from entrollm.errors import CorruptStreamError
+from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.hf.backend import to_tensor
 from entrollm.hf.plain import PlainMatrix
 from entrollm.specs import Blocks, Code, Field, Leaf, Split, TensorSpec
@@ -106,6 +106,13 @@ def test_constant_matrix_has_no_entries() -> None:
     matrix = plain(code, store(code, np.full((7, 3), 9, np.uint8)), scale=0.5)
     assert torch.equal(matrix.dequantize(torch.float32), torch.full((7, 3), 4.5))
     assert matrix.rows(torch.tensor([], dtype=torch.int64)).shape == (0, 3)
+
+
+def test_entry_of_another_kind_is_refused() -> None:
+    spec, arrays = example_tensors()[SPLIT_ROW]
+    entries = {suffix: to_tensor(array) for suffix, array in (arrays | {".other": np.ones(1)}).items()}
+    with pytest.raises(UnsupportedError, match="w: its entry other is not decoded by plain torch operations"):
+        PlainMatrix("w", spec, entries, CPU)
 
 
 def test_row_outside_of_the_matrix_is_refused() -> None:

@@ -134,7 +134,9 @@ def _replacement(layer: nn.Module, weight: CodedWeight, owns: bool) -> EntroLine
 
 def _serve_experts(layer: Any) -> None:
     layer.served_experts = range(layer.num_experts)
-    layer.forward = types.MethodType(_experts_forward, layer)
+    # Which experts run depends on the data: compiled, every choice would be compiled anew.
+    forward: Any = torch.compiler.disable(_experts_forward)  # type: ignore[no-untyped-call]
+    layer.forward = types.MethodType(forward, layer)
 
 
 def _experts_forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

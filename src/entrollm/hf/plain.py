@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from entrollm.codec.blocks import padded
 from entrollm.container import layout
-from entrollm.errors import CorruptStreamError
+from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.hf.fields import DenseFields, Node, Stream, children, decode_lists, dense_bytes, width_of
 from entrollm.specs import TensorSpec
 
 # Weights that are decoded at once: index tensors take a few hundred bytes for each 16 weights.
 _CHUNK_WEIGHTS = 1 << 20
+_KNOWN = frozenset({layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES, layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE})
 
 
 class PlainMatrix:
@@ -26,9 +27,13 @@ class PlainMatrix:
         spec: what it is; the entries are known to match it.
         entries: its stored entries by suffix, on the device.
         device: where it decodes.
+    Raises:
+        UnsupportedError: an entry has no meaning here.
     """
 
     def __init__(self, name: str, spec: TensorSpec, entries: Mapping[str, Tensor], device: torch.device) -> None:
+        if unknown := sorted(set(entries) - _KNOWN):
+            raise UnsupportedError(f"{name}: its entry {unknown[0][1:]} is not decoded by plain torch operations")
         self.shape = (spec.rows, spec.columns)
         self._name = name
         self._spec = spec

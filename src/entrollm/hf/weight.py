@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from entrollm.container import layout
 from entrollm.hf import ops
-from entrollm.hf.backend import Backend, Matrix, open_on, uses_cuda_kernels
+from entrollm.hf.backend import Backend, Matrix, open_on, resting_place
 from entrollm.specs import TensorSpec
 
 # Attributes that belong to one object and are made anew in copies of it.
@@ -83,9 +83,9 @@ class CodedWeight(nn.Module):
         """
         if self._opened is None or not self._is_current():
             self._opened = open_on(self.name, self.spec, self.entries(), self.device, self.backend)
-            if self.backend == "auto" and uses_cuda_kernels(self.device):
-                # The kernels have a layout of their own: the stored form goes back to host memory.
-                self._set_entries(lambda entry: entry.cpu())
+            if self.backend == "auto":
+                place = resting_place(self.device)
+                self._set_entries(lambda entry: entry.to(place))
             self._opened_from = (self.device, *self.entries().values())
         return self._opened
 
@@ -156,7 +156,8 @@ class CodedWeight(nn.Module):
         before = self.device
         self._buffers["anchor"] = fn(self.anchor)
         if self.device != before:
-            self._set_entries(lambda entry: _moved(entry, fn))
+            place = resting_place(self.device)
+            self._set_entries(lambda entry: torch.empty_like(entry, device=place) if entry.is_meta else entry.to(place))
             self._opened = None
         return self
 
@@ -186,11 +187,6 @@ def _with_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     decoded = [arg.dequantize() if isinstance(arg, CodedWeight | CodedStack) else arg for arg in args]
     named = {key: arg.dequantize() if isinstance(arg, CodedWeight | CodedStack) else arg for key, arg in kwargs.items()}
     return func(*decoded, **named)
-
-
-def _moved(entry: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    moved = fn(entry)
-    return moved if moved.dtype == entry.dtype else entry.to(moved.device)
 
 
 class CodedStack(nn.Module):
