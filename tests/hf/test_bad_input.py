@@ -189,6 +189,18 @@ def test_missing_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.check_cuda_packages()
 
 
+def test_missing_cuda_packages_are_found_before_loading(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("entrollm.hf.quantizer.uses_cuda_kernels", lambda device: device.type == "cuda")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    for places in ("auto", {"": 0}, {"model": "cuda:1", "lm_head": "disk"}):
+        with pytest.raises(UnsupportedError, match="the package cuda-core, which is missing"):
+            AutoModelForCausalLM.from_pretrained(coded, device_map=places)
+    model = entrollm.hf.load(coded, device="cpu", backend="plain")
+    assert model.model.layers[0].mlp.up_proj.weight.backend == "plain"
+    assert backend.default_backend.get() == "auto"
+
+
 def test_old_gpu_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     backend._is_capable.cache_clear()

@@ -59,6 +59,7 @@ def test_tied_head_shares_the_embedding(coded: Path) -> None:
     clone = copy.deepcopy(model)
     assert clone.lm_head.weight is clone.model.embed_tokens.weight
     assert clone.lm_head.weight is not model.lm_head.weight
+    assert clone.save_pretrained.__self__ is clone
 
 
 def test_state_has_the_stored_entries_under_their_names(coded: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Literal, Protocol
 
 import ml_dtypes
@@ -24,6 +25,9 @@ from entrollm.specs import TensorSpec
 Backend = Literal["auto", "plain"]
 """`auto`: native kernels on the CPU, CUDA kernels on NVIDIA GPUs, plain torch operations elsewhere; `plain`: these
 everywhere."""
+
+default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
+"""What coded matrices are loaded with."""
 
 # The CUDA kernels use asynchronous copies, which came with compute capability 8.0.
 _OLDEST_CAPABILITY = (8, 0)
@@ -165,7 +169,7 @@ def check_cuda_packages() -> None:
     if not found:
         raise UnsupportedError(
             "models on NVIDIA GPUs need the package cuda-core, which is missing; run: pip install 'entrollm[cuda]' "
-            '(or call entrollm.hf.set_backend(model, "plain") for slow plain torch operations)'
+            '(or load the model with entrollm.hf.load(..., backend="plain"), for slow plain torch operations)'
         )
 
 

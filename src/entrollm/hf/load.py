@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ from torch import nn
 from entrollm.checkpoint import resolve
 from entrollm.container.reader import CompressedModel
 from entrollm.errors import FormatError
-from entrollm.hf.backend import Backend
+from entrollm.hf.backend import Backend, default_backend
 from entrollm.hf.weight import CodedWeight
 
 
@@ -22,6 +22,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     auto_class: Any = None,
+    backend: Backend = "auto",
     **options: Any,
 ) -> Any:
     """Load a compressed model.
@@ -32,6 +33,7 @@ def load(
         dtype: of activations and of the tensors that are not coded.
         auto_class: the class to load it with, such as transformers.AutoModel; by default the architecture that
             config.json names.
+        backend: how to multiply, as in `set_backend`.
         options: further ones of from_pretrained.
     Returns:
         the model, in evaluation mode.
@@ -40,6 +42,7 @@ def load(
         UnsupportedError: another version of the format wrote it, or its device needs packages that are missing.
         ValueError: it is no compressed model, or there is no such device.
     """
+    _check_backend(backend)
     path = resolve(model)
     with CompressedModel.open(path) as stored:
         kind = auto_class or _architecture(path, stored.config)
@@ -47,7 +50,11 @@ def load(
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
         options["device_map"] = {"": device}
-    return kind.from_pretrained(path, dtype=dtype, **options)
+    token = default_backend.set(backend)
+    try:
+        return kind.from_pretrained(path, dtype=dtype, **options)
+    finally:
+        default_backend.reset(token)
 
 
 def set_backend(model: nn.Module, backend: Backend) -> None:
@@ -59,11 +66,15 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
     Raises:
         ValueError: there is no such way.
     """
-    if backend not in ("auto", "plain"):
-        raise ValueError(f'backend must be "auto" or "plain", found {backend!r}')
+    _check_backend(backend)
     for module in model.modules():
         if isinstance(module, CodedWeight):
             module.set_backend(backend)
+
+
+def _check_backend(backend: Backend) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, found {backend!r}")
 
 
 def _architecture(path: Path, config: dict[str, Any]) -> Any:

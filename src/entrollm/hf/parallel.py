@@ -63,11 +63,21 @@ def load_parts(model: Any, stored: CompressedModel) -> None:
     plan = model._resolve_parallel_plans(model.config.distributed_config)[0]
     mesh = model._mesh_manager.get_mesh("tp")
     cutter = _Cutter(stored, mesh.get_local_rank(), mesh.size())
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, EntroLinear | EntroEmbedding):
-            _load_layer(layer, plan.get(path), cutter)
-        elif not isinstance(layer, CodedStack | nn.ModuleList):
+    layers = [
+        (path, layer) for path, layer in model.named_modules() if not isinstance(layer, CodedStack | nn.ModuleList)
+    ]
+    for path, layer in layers:
+        if not isinstance(layer, EntroLinear | EntroEmbedding):
             _load_children(layer, path, plan, cutter)
+        elif not layer.is_tied:
+            _load_layer(layer, plan.get(path), cutter)
+    for path, layer in layers:
+        # The owner of a tied matrix may hold another part: plans split heads by rows, and embeddings perhaps not.
+        if isinstance(layer, EntroLinear | EntroEmbedding) and layer.is_tied:
+            shared, style = layer.weight, plan.get(path)
+            if cutter.axis(style) != cutter.axes[shared]:
+                layer.own_weight(CodedWeight(shared.name, layer.full_spec, {}, shared.dtype, shared.device))
+                _load_layer(layer, style, cutter)
 
 
 def _load_children(layer: Any, path: str, plan: dict[str, str], cutter: _Cutter) -> None:
@@ -77,10 +87,13 @@ def _load_children(layer: Any, path: str, plan: dict[str, str], cutter: _Cutter)
     if stacks and plan.get(path) == _EXPERTS:
         served = layer.served_experts = range(*cutter.part(path, layer.num_experts))
     for name, stack in stacks.items():
-        for index in range(len(stack)) if served is None else served:
+        for index in range(len(stack)):
             for weight in stack.parts(index):
-                _check_whole(weight.name, None if served else plan.get(f"{path}.{name}"))
-                cutter.fill(weight, None)
+                weight.is_part = served is not None
+                if served is None:
+                    _check_whole(weight.name, plan.get(f"{path}.{name}"))
+                if served is None or index in served:
+                    cutter.fill(weight, None)
     for name, child in layer.named_children():
         if isinstance(child, CodedWeight):
             _check_whole(child.name, plan.get(f"{path}.{name}", plan.get(path)))
@@ -88,11 +101,6 @@ def _load_children(layer: Any, path: str, plan: dict[str, str], cutter: _Cutter)
 
 
 def _load_layer(layer: EntroLinear | EntroEmbedding, style: str | None, cutter: _Cutter) -> None:
-    if layer.is_tied:
-        # The owner may hold another part: the head of a tied model is split by rows, its embedding usually not.
-        if style in _WHOLE:
-            return
-        layer.own_weight(CodedWeight(layer.weight.name, layer.full_spec, {}, layer.weight.dtype, layer.weight.device))
     if isinstance(layer, EntroEmbedding) and style in _ROWS:
         layer.first_row = cutter.part(layer.weight.name, layer.num_embeddings)[0]
     cutter.fill(layer.weight, style)
@@ -113,6 +121,7 @@ class _Cutter:
         self._rank = rank
         self._size = size
         self._pool = _core.ThreadPool(default_threads())
+        self.axes: dict[CodedWeight, int | None] = {}
 
     def part(self, name: str, length: int) -> Range:
         """This process's range of an axis, as torch splits it."""
@@ -122,25 +131,27 @@ class _Cutter:
             raise ValueError(f"{name}: {length} cannot be split over {self._size} processes; use fewer")
         return begin, end
 
+    def axis(self, style: str | None) -> int | None:
+        """The axis that a style splits."""
+        return 0 if style in _ROWS else 1 if style in _COLUMNS else None
+
     def fill(self, weight: CodedWeight, style: str | None) -> None:
         """Give a coded weight the entries of its part."""
         spec = self._stored.specs[weight.name]
-        rows, columns = (0, spec.rows), (0, spec.columns)
-        if style in _ROWS:
-            rows = self.part(weight.name, spec.rows)
-        elif style in _COLUMNS:
-            columns = self.part(weight.name, spec.columns)
+        arrays = self._stored.stored_arrays(weight.name)
+        axis = self.axes[weight] = self.axis(style)
+        if axis is not None:
+            rows = self.part(weight.name, spec.rows) if axis == 0 else (0, spec.rows)
+            columns = self.part(weight.name, spec.columns) if axis == 1 else (0, spec.columns)
+            spec, arrays = self._cut(weight.name, spec, arrays, rows, columns)
+            weight.is_part = True
         elif style not in _WHOLE:
             raise UnsupportedError(
                 f"{weight.name}: the plan splits it in the style {style!r}, which coded matrices cannot follow; "
                 "pass a tp_plan that replicates it"
             )
-        arrays = self._stored.stored_arrays(weight.name)
-        if style not in _WHOLE:
-            spec, arrays = self._cut(weight.name, spec, arrays, rows, columns)
         place = resting_place(weight.device)
-        entries = {suffix: to_tensor(array).to(place) for suffix, array in arrays.items() if array.size}
-        weight.fill(spec, entries, is_part=style not in _WHOLE)
+        weight.fill(spec, {suffix: to_tensor(array).to(place) for suffix, array in arrays.items() if array.size})
         self._stored.release(weight.name)
 
     def _cut(

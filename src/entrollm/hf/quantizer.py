@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
-from entrollm.hf.backend import check_cuda_packages, to_tensor, uses_cuda_kernels
+from entrollm.hf.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
 from entrollm.hf.config import EntroConfig
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
@@ -41,6 +41,18 @@ class EntroQuantizer(HfQuantizer):
         self._files: list[Path] = []
         self._coder: LiveCoder | None = None
         self._is_parallel = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Check that the devices can be served, before anything is loaded.
+
+        Raises:
+            UnsupportedError: a package is missing.
+        """
+        if device_map is None or default_backend.get() != "auto":
+            return
+        devices = device_map.values() if isinstance(device_map, dict) else ["cuda"]
+        if torch.cuda.is_available() and any(uses_cuda_kernels(_device(device)) for device in devices):
+            check_cuda_packages()
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self._files = _check_files(checkpoint_files)
@@ -116,10 +128,10 @@ class EntroQuantizer(HfQuantizer):
 
     def _open_for_kernels(self, model: Any) -> None:
         """Give the CUDA kernels their matrices now, one by one, and leave the stored form in the files' memory maps."""
-        served = [weight for weight in coded_weights(model).values() if uses_cuda_kernels(weight.device)]
+        weights = coded_weights(model).values()
+        served = [weight for weight in weights if weight.backend == "auto" and uses_cuda_kernels(weight.device)]
         if not served:
             return
-        check_cuda_packages()
         on_host = _map_entries(self._files, self._names)
         for weight in served:
             if not weight.is_part:
@@ -172,6 +184,13 @@ def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> lis
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
     """The coded matrices of a model by their path in it."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CodedWeight)}
+
+
+def _device(place: Any) -> torch.device:
+    """A place of a device map; tensors on disk are loaded to the CPU."""
+    if isinstance(place, int):
+        return torch.device("cuda", place)
+    return torch.device("cpu" if place == "disk" else place)
 
 
 def _check_files(checkpoint_files: Any) -> list[Path]:

@@ -156,8 +156,8 @@ def _chunks(tensor: Tensor) -> Iterable[Any]:
 def _publish(source: Path, folder: Path) -> None:
     """Move files to their place, the configuration last, and remove weights of an earlier model."""
     names = sorted((file.name for file in source.iterdir()), key=lambda name: (name == "config.json", name))
+    for name in names:
+        (source / name).replace(folder / name)
     for file in folder.glob("model*.safetensors*"):
         if file.name not in names:
             file.unlink()
-    for name in names:
-        (source / name).replace(folder / name)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from entrollm.container import layout
 from entrollm.hf import ops
-from entrollm.hf.backend import Backend, Matrix, open_on, resting_place
+from entrollm.hf.backend import Backend, Matrix, default_backend, open_on, resting_place
 from entrollm.specs import TensorSpec
 
 # Attributes that belong to one object and are made anew in copies of it.
@@ -44,7 +44,8 @@ class CodedWeight(nn.Module):
         super().__init__()
         self.name = name
         self.spec = spec
-        self.backend: Backend = "auto"
+        self.backend: Backend = default_backend.get()
+        # Whether another process has other rows or columns of the matrix, or all of it.
         self.is_part = False
         for suffix, entry in entries.items():
             self.register_buffer(suffix[1:], entry)
@@ -96,10 +97,9 @@ class CodedWeight(nn.Module):
             a is b for a, b in zip(now[1:], self._opened_from[1:], strict=True)
         )
 
-    def fill(self, spec: TensorSpec, entries: Mapping[str, Tensor], is_part: bool) -> None:
+    def fill(self, spec: TensorSpec, entries: Mapping[str, Tensor]) -> None:
         """Take the entries of a matrix, or of a part of it, and their spec."""
         self.spec = spec
-        self.is_part = is_part
         for suffix, entry in entries.items():
             self.register_buffer(suffix[1:], entry)
         self._opened = None
