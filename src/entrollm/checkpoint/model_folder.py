@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format
 from entrollm.checkpoint.safetensors_file import Entry, SafetensorsFile, open_safetensors, parse_json_object
 from entrollm.checkpoint.scales import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales, to_float32
 from entrollm.errors import FormatError, UnsupportedError
@@ -43,23 +44,24 @@ _LICENCE_PATTERN = re.compile(r"(licen[cs]e|notice|copying|use_policy)([-_. ].*)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint; `begin` and `end` are byte offsets in `file`, `dtype` is safetensors' name."""
+    """One tensor of a checkpoint; `dtype` is safetensors' name, for a packed matrix of what it dequantizes to.
+
+    `size_bytes` is what it takes in the checkpoint; the parts of a packed matrix may be in more files than `file`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    begin: int
-    end: int
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that the tensor takes in the checkpoint."""
-        return self.end - self.begin
+    size_bytes: int
 
 
 class Checkpoint:
-    """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`."""
+    """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
+
+    Where it is quantized already, `quantization` names the format and `packed` holds the matrices that are; they are
+    in `tensors` under the names that their weights have in a checkpoint that is not.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
         self.path = path
@@ -74,13 +76,11 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {
-                name: _describe(name, entry, self._files[name].path)
-                for name, entry in entries.items()
-                if name not in consumed
-            }
-        )
+        self.entries: Mapping[str, Entry] = MappingProxyType(entries)
+        self.quantization = find_format(config.get("quantization_config") or {})
+        self.packed = self._find_packed()
+        self._unpacked: tuple[str, StoredMatrix] | None = None
+        self.tensors = self._describe(consumed)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -106,22 +106,18 @@ class Checkpoint:
         """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
 
         Args:
-            name: a name of `tensors`.
+            name: a name of `tensors`, not of a packed matrix.
             start, stop: rows of the first axis; by default all. A scalar has no rows and is read whole.
         Raises:
             KeyError: the checkpoint has no such tensor.
             ValueError: the rows are outside the tensor.
         """
-        if name not in self.tensors:
+        if name not in self.tensors or name in self.packed:
             raise KeyError(name)
-        array = self._files[name].array(name)
+        array = self.array(name)
         if start == 0 and stop is None:
             return array
-        rows = array.shape[0] if array.ndim else 0
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
-        return array[start:stop]
+        return array[_row_range(name, array.shape[0] if array.ndim else 0, start, stop)]
 
     def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Return rows [start, stop) as a new float32 array, fp8 scales applied.
@@ -131,6 +127,10 @@ class Checkpoint:
             FormatError: an fp8 weight's scales do not fit its shape.
             UnsupportedError: the tensor is not of a floating type.
         """
+        if name in self.packed:
+            stored = self.read_packed(name)
+            picked = _row_range(name, len(stored.symbols), start, stop)
+            return stored.groups.apply(stored.symbols[picked].astype(np.float32), picked)
         rows = self.read(name, start, stop)
         dtype = self.tensors[name].dtype
         if dtype not in _FLOAT_DTYPES:
@@ -142,13 +142,36 @@ class Checkpoint:
             scales.apply(values.reshape(values.shape[0], columns), start)
         return values
 
+    def read_packed(self, name: str) -> StoredMatrix:
+        """Unpack a matrix of `packed`; the last one is kept, since it is often read a few rows at a time.
+
+        Raises:
+            KeyError: the checkpoint has no such packed matrix.
+            FormatError: its parts are malformed; the message names the tensor.
+        """
+        if self._unpacked is None or self._unpacked[0] != name:
+            self._unpacked = None  # before the next one takes memory
+            self._unpacked = (name, self.packed[name].read())
+        return self._unpacked[1]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of an entry of the files, be it a tensor or a part of one.
+
+        Raises:
+            KeyError: the files have no such entry.
+        """
+        return self._files[name].array(name)
+
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
         return name in self._scale_names
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor has been used; its pages leave resident memory, views stay valid."""
-        self._files[name].release(name)
+        if self._unpacked is not None and self._unpacked[0] == name:
+            self._unpacked = None
+        for part in self.packed[name].parts if name in self.packed else (name,):
+            self._files[part].release(part)
 
     def side_files(self) -> tuple[Path, ...]:
         """List the files that a derived model must carry: configuration, tokenizer, chat template, licences.
@@ -177,6 +200,35 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    def _find_packed(self) -> Mapping[str, PackedMatrix]:
+        if self.quantization is None:
+            return MappingProxyType({})
+        found = FORMATS[self.quantization].matrices(self.config["quantization_config"], self)
+        packed: dict[str, PackedMatrix] = {}
+        for matrix in found:
+            if matrix.name in packed or (matrix.name in self.entries and matrix.name not in matrix.parts):
+                raise FormatError(f"{self.path}: {matrix.name!r} is stored twice, packed and plain")
+            packed[matrix.name] = matrix
+        if not packed:
+            raise FormatError(f"{self.path}: config.json tells of {self.quantization} weights, but there are none")
+        return MappingProxyType(packed)
+
+    def _describe(self, consumed: frozenset[str]) -> Mapping[str, TensorInfo]:
+        """All tensors; a packed matrix comes where its first part does."""
+        position = {name: number for number, name in enumerate(self.entries)}
+        first = {min(matrix.parts, key=position.__getitem__): matrix for matrix in self.packed.values()}
+        consumed |= {part for matrix in self.packed.values() for part in matrix.parts}
+        tensors = {}
+        for name, entry in self.entries.items():
+            file = self._files[name].path
+            if name in first:
+                matrix = first[name]
+                size_bytes = sum(self.entries[part].size_bytes for part in matrix.parts)
+                tensors[matrix.name] = TensorInfo(matrix.name, matrix.dtype, matrix.shape, file, size_bytes)
+            elif name not in consumed:
+                tensors[name] = TensorInfo(name, entry.dtype, entry.shape, file, entry.size_bytes)
+        return MappingProxyType(tensors)
+
     def _find_scales(self, name: str) -> BlockScales | None:
         scale_name = self._scale_names.get(name)
         if scale_name is None:
@@ -189,12 +241,15 @@ class Checkpoint:
         return self._scales[name]
 
 
-def _describe(name: str, entry: Entry, file: Path) -> TensorInfo:
-    return TensorInfo(name, entry.dtype, entry.shape, file, entry.begin, entry.end)
+def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
+    return slice(start, stop)
 
 
 def _check_quantization(config_path: Path, quantization: object) -> None:
-    """Refuse checkpoints whose weights are not plain numbers or fp8."""
+    """Refuse checkpoints that are quantized in a way that is not read."""
     if quantization is None:
         return
     if not isinstance(quantization, dict):
@@ -204,11 +259,15 @@ def _check_quantization(config_path: Path, quantization: object) -> None:
         raise UnsupportedError(
             f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
         )
-    if method in _FP8_METHODS or (method == "compressed-tensors" and _stores_fp8(quantization)):
+    if (
+        find_format(quantization)
+        or method in _FP8_METHODS
+        or (method == "compressed-tensors" and _stores_fp8(quantization))
+    ):
         return
     raise UnsupportedError(
         f"{config_path}: the weights are quantized by {method!r}, which is not read; "
-        "use the original checkpoint, or one in bf16, f16, f32 or fp8"
+        f"use the original checkpoint, or one in bf16, f16, f32, fp8, {', '.join(FORMATS)}"
     )
 
 

@@ -17,7 +17,7 @@ class CompressOptions:
     """Options of `compress`; all but `threads` decide the result.
 
     Attributes:
-        bits: width of the grid of a matrix, 2 to 8.
+        bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
         target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
@@ -27,7 +27,7 @@ class CompressOptions:
         threads: worker threads; None for one per core.
     """
 
-    bits: int = 4
+    bits: int | None = None
     target: Target | None = None
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()

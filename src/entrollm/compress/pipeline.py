@@ -19,6 +19,7 @@ from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
+from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
@@ -30,6 +31,7 @@ from entrollm.threads import default_threads
 
 _log = logging.getLogger(__name__)
 _COPY_ROWS_BYTES = 1 << 24
+_DEFAULT_BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class CompressResult:
         entropy_bits, huffman_bits: per coded weight, weighted over tensors.
         coded_bits: stored bits per coded weight: streams, sizes, scales and the header.
         elapsed_s: wall time of this run; resumed_weights were finished by an earlier one.
+        packed: what became of matrices that were quantized already; None where there were none.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class CompressResult:
     coded_bits: float
     elapsed_s: float
     resumed_weights: int
+    packed: PackedSummary | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, the path as text."""
@@ -153,14 +157,14 @@ class _Run:
             record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
             self._done += record["quantized_weights"]
             self.resumed_weights += record["quantized_weights"]
-            for name, stored_bytes in record["stored_bytes"].items():
-                self._methods.settle(name, stored_bytes)
+            for name, matrix in record["matrices"].items():
+                self._methods.settle(name, matrix["stored_bytes"])
             self._report(names[0])
             _log.info("%s is finished already", path.name)
             return record
         coded = [name for name in names if not self._is_plain(name)]
         plain = [name for name in names if self._is_plain(name)]
-        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0, "stored_bytes": {}}
+        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0, "matrices": {}}
         threads = self._options.threads or default_threads()
         with ShardWriter(path) as writer, ThreadPoolExecutor(threads) as executor:
             compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
@@ -195,7 +199,7 @@ class _Run:
         while not self._methods.settle(name, stored_bytes):
             tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
             stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
-        record["stored_bytes"][name] = stored_bytes
+        record["matrices"][name] = {"stored_bytes": stored_bytes, "entropy_bits": tensor.entropy_bits}
         writer.add_matrix(name, tensor.spec, tensor.arrays)
         record["quantized_weights"] += weights
         record["entropy_bits"] += tensor.entropy_bits * weights
@@ -218,6 +222,8 @@ def make_methods(
     Raises:
         ValueError: the target is out of reach.
     """
+    if checkpoint.packed:
+        return PackedMethods(checkpoint, PaperMethods(plans))
     if options.target is None:
         return PaperMethods(plans)
     coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
@@ -237,8 +243,11 @@ def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[
 
     A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+    if checkpoint.packed:
+        plans = plan_packed(checkpoint, options)
+    else:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        plans = plan_tensors(shapes, options.bits or _DEFAULT_BITS, options.overrides, options.granularity)
     shards: list[list[str]] = []
     size = 0
     for name in plans:
@@ -261,7 +270,7 @@ def _fingerprint(
     return {
         "format_version": FORMAT_VERSION,
         "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
-        "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
+        "tensors": {name: [plan.bits, plan.granularity, plan.is_packed] for name, plan in plans.items()},
         "prefer": options.prefer,
         "processor": options.processor,
         "statistics": None if statistics is None else statistics.fingerprint,
@@ -294,7 +303,7 @@ def _finish(
     config["quantization_config"] = {
         "quant_method": layout.QUANT_METHOD,
         "version": FORMAT_VERSION,
-        **_method_fields(options, is_calibrated),
+        **_method_fields(checkpoint, options, is_calibrated),
         "prefer": options.prefer,
     }
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -305,10 +314,12 @@ def _finish(
         (folder.partial / record["file"]).with_suffix(".json").unlink()
 
 
-def _method_fields(options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
+def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
     """How the model was quantized, for people who read config.json."""
+    if checkpoint.packed:
+        return {"method": "imported", "source": checkpoint.quantization}
     if options.target is None:
-        return {"method": "paper", "bits": options.bits, "granularity": options.granularity}
+        return {"method": "paper", "bits": options.bits or _DEFAULT_BITS, "granularity": options.granularity}
     asked = {key: value for key, value in asdict(options.target).items() if value is not None}
     return {"method": "feedback" if is_calibrated else "ecsq", **asked}
 
@@ -333,4 +344,7 @@ def _summarize(
         coded_bits=(file_bytes - kept) * 8 / per_weight,
         elapsed_s=elapsed_s,
         resumed_weights=resumed,
+        packed=summarize_packed(
+            checkpoint, {name: matrix for record in records for name, matrix in record["matrices"].items()}
+        ),
     )

@@ -1,0 +1,18 @@
+"""Read checkpoints that are quantized already: their integers and scales, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from entrollm.checkpoint.quantized import awq, gptq
+from entrollm.checkpoint.quantized.packed import Format, PackedMatrix, RawTensors, StoredMatrix
+
+__all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format"]
+
+FORMATS: Mapping[str, Format] = {"GPTQ": gptq, "AWQ": awq}
+
+
+def find_format(quantization: Mapping[str, Any]) -> str | None:
+    """The name in FORMATS of the format that a quantization_config tells of; None for an unknown one."""
+    return next((name for name, module in FORMATS.items() if module.recognise(quantization)), None)

@@ -1,0 +1,114 @@
+"""Take over the integers of a checkpoint that is quantized already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from entrollm import _core
+from entrollm.checkpoint import Checkpoint
+from entrollm.compress.methods import Methods
+from entrollm.compress.options import CompressOptions
+from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, RowSource, sum_counts
+from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
+
+GRID_PREFIX = "imported-"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSummary:
+    """What became of the matrices that were quantized already; bits are per weight of theirs.
+
+    Attributes:
+        format: how they were quantized, such as GPTQ.
+        weights: how many weights they have.
+        source_bits: what they took in the checkpoint, scales included.
+        stored_bits: what they take now, scales and headers included.
+        entropy_bits: of their integers.
+    """
+
+    format: str
+    weights: int
+    source_bits: float
+    stored_bits: float
+    entropy_bits: float
+
+
+class PackedQuantizer:
+    """Takes the integers and scales of packed matrices as they are."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """The stored integers of a packed matrix.
+
+        Raises:
+            FormatError: its parts are malformed.
+        """
+        stored = self._checkpoint.read_packed(source.name)
+        counts = sum_counts(source.map(lambda rows: _core.histogram(stored.symbols[rows[0] : rows[1]])))
+        grid = f"{GRID_PREFIX}{self._checkpoint.quantization}"
+        scale = np.ones(1, np.float32)
+        return Quantized(stored.symbols, counts, grid, scale, error=0.0, energy=0.0, groups=stored.groups)
+
+
+class PackedMethods:
+    """Packed matrices keep their integers; `others` has the quantizers of the rest."""
+
+    def __init__(self, checkpoint: Checkpoint, others: Methods) -> None:
+        self._checkpoint = checkpoint
+        self._others = others
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantizer of a matrix."""
+        return PackedQuantizer(self._checkpoint) if name in self._checkpoint.packed else self._others.quantizer(name)
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Accept any size."""
+        return True
+
+
+def plan_packed(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, TensorPlan]:
+    """Plan a checkpoint that is quantized already: packed matrices are taken over, others kept unless named.
+
+    Raises:
+        ValueError: the options would quantize a second time.
+    """
+    where = f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and its integers are kept"
+    if options.target is not None or options.bits is not None:
+        raise ValueError(
+            f"{where}: leave out --bits, --bpw and --fit, or compress the checkpoint that it was made from; "
+            "--bits GLOB=N quantizes the tensors that it left alone"
+        )
+    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in checkpoint.packed}
+    for override in options.overrides:
+        if not plain:
+            raise ValueError(f"{where}; it has no others that {override.pattern!r} could match")
+    overrides = [BitsOverride("*", None), *options.overrides] if plain else []
+    plans = plan_tensors(plain, 4, overrides, options.granularity)
+    taken = TensorPlan(None, is_packed=True)
+    return {name: plans.get(name, taken) for name in checkpoint.tensors}
+
+
+def summarize_packed(checkpoint: Checkpoint, matrices: Mapping[str, Mapping[str, Any]]) -> PackedSummary | None:
+    """Add up what became of the packed matrices; None where there are none.
+
+    Args:
+        checkpoint: the source.
+        matrices: by name, the stored_bytes and entropy_bits of every coded matrix.
+    """
+    if checkpoint.quantization is None or not checkpoint.packed:
+        return None
+    weights = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in checkpoint.packed.items()}
+    total = sum(weights.values())
+    return PackedSummary(
+        format=checkpoint.quantization,
+        weights=total,
+        source_bits=sum(checkpoint.tensors[name].size_bytes for name in weights) * 8 / total,
+        stored_bits=sum(matrices[name]["stored_bytes"] for name in weights) * 8 / total,
+        entropy_bits=sum(matrices[name]["entropy_bits"] * count for name, count in weights.items()) / total,
+    )
