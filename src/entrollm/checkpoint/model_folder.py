@@ -162,6 +162,10 @@ class Checkpoint:
         """
         return self._files[name].array(name)
 
+    def file_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(file.size_bytes for file in {id(file): file for file in self._files.values()}.values())
+
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
         return name in self._scale_names
