@@ -1,6 +1,6 @@
 """Read Hugging Face checkpoints: one tensor or a range of rows at a time, never the whole model."""
 
-from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo
+from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo, is_gguf, side_files
 from entrollm.checkpoint.resolve import resolve
 from entrollm.checkpoint.safetensors_file import DTYPES, Entry, SafetensorsFile, open_safetensors
 from entrollm.checkpoint.scales import to_float32
@@ -11,7 +11,9 @@ __all__ = [
     "Entry",
     "SafetensorsFile",
     "TensorInfo",
+    "is_gguf",
     "open_safetensors",
     "resolve",
+    "side_files",
     "to_float32",
 ]

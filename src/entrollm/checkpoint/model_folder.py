@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format
 from entrollm.checkpoint.safetensors_file import Entry, SafetensorsFile, open_safetensors, parse_json_object
 from entrollm.checkpoint.scales import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales, to_float32
@@ -56,6 +57,23 @@ class TensorInfo:
     size_bytes: int
 
 
+class WeightFile(Protocol):
+    """What holds tensors: a safetensors file, or a GGUF file in the guise of one."""
+
+    path: Path
+    size_bytes: int
+    tensors: Mapping[str, Entry]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of a tensor."""
+
+    def release(self, name: str) -> None:
+        """Let a tensor's pages go."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
 class Checkpoint:
     """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
 
@@ -63,9 +81,10 @@ class Checkpoint:
     in `tensors` under the names that their weights have in a checkpoint that is not.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
         self.path = path
         self.config = config
+        self.files = tuple(file.path for file in files.values())
         self._files = {name: file for file in files.values() for name in file.tensors}
         entries = {name: file.tensors[name] for file in files.values() for name in file.tensors}
         scale_names, consumed = find_scales({name: entry.dtype for name, entry in entries.items()})
@@ -84,14 +103,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a folder with config.json and model.safetensors, or shards and their index.
+        """Open a folder with config.json and model.safetensors, or shards and their index; or a GGUF file.
 
         Raises:
             FormatError: the folder, a shard or the index is malformed; the message names the file.
             UnsupportedError: the weights are PyTorch pickles or quantized by a method that is not read here.
-            ValueError: the path is not a folder.
+            ValueError: the path is neither.
         """
         path = Path(path)
+        if is_gguf(path):
+            config, tensors = open_gguf_model(path)
+            return cls(path, config, {path.name: tensors})
         if not path.is_dir():
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
@@ -164,7 +186,7 @@ class Checkpoint:
 
     def file_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
-        return sum(file.size_bytes for file in {id(file): file for file in self._files.values()}.values())
+        return sum(path.stat().st_size for path in self.files)
 
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
@@ -183,13 +205,7 @@ class Checkpoint:
         Raises:
             FormatError: one of them is a link that leads out of the checkpoint.
         """
-        found = []
-        for file in sorted(self.path.iterdir()):
-            if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
-                _check_link(self.path, file)
-                if file.is_file():
-                    found.append(file)
-        return tuple(found)
+        return side_files(self.path)
 
     def close(self) -> None:
         """Let go of every file; views that were read stay valid."""
@@ -245,6 +261,26 @@ class Checkpoint:
         return self._scales[name]
 
 
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """The small files of a model folder that a derived model must carry; none of a GGUF file.
+
+    Raises:
+        FormatError: one of them is a link that leads out of the folder.
+    """
+    found = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
+            _check_link(folder, file)
+            if file.is_file():
+                found.append(file)
+    return tuple(found)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, which holds a whole model."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
 def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
     stop = rows if stop is None else stop
     if not 0 <= start <= stop <= rows:
@@ -263,8 +299,9 @@ def _check_quantization(config_path: Path, quantization: object) -> None:
         raise UnsupportedError(
             f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
         )
+    # "GGUF" is what the blocks of a GGUF file go by; no folder has them.
     if (
-        find_format(quantization)
+        find_format(quantization) not in (None, "GGUF")
         or method in _FP8_METHODS
         or (method == "compressed-tensors" and _stores_fp8(quantization))
     ):
@@ -305,6 +342,9 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
             f"{path} holds PyTorch pickles ({pickles[0]}), which can run code when they are read; convert them to "
             "safetensors: load with transformers and call save_pretrained"
         )
+    packed = [name for name in present if name.endswith(".gguf")]
+    if packed:
+        raise ValueError(f"{path} holds GGUF files; name the one that is meant: {path / packed[0]}")
     raise FormatError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and its shards")
 
 

@@ -28,6 +28,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
     ("entrollm compress MODEL-GPTQ -o OUT", "keep the integers of a quantized checkpoint"),
+    ("entrollm compress MODEL.gguf -o OUT --tokenizer FOLDER", "and those of a GGUF file"),
 )
 
 # A source of which this share or more is left was nearly incompressible.
@@ -57,7 +58,9 @@ class Processor(StrEnum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a Hub id or a .gguf file.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)],
     bits: Annotated[
         list[str] | None,
@@ -94,6 +97,10 @@ def command(
     processor: Annotated[
         Processor, typer.Option("--target", help="The processors that will run it; decides what --prefer speed takes.")
     ] = Processor.x86,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from there; a GGUF file needs this."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -119,6 +126,7 @@ def command(
         overrides=overrides,
         prefer=prefer.value,
         processor=processor.value,
+        tokenizer=tokenizer,
         threads=threads,
     )
     if calibration is not None and target is None:

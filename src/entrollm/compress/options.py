@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
@@ -24,6 +25,7 @@ class CompressOptions:
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind whose decoding times count.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
+        tokenizer: a folder whose tokenizer files go with the model in place of its own; a GGUF file needs one.
         threads: worker threads; None for one per core.
     """
 
@@ -34,4 +36,5 @@ class CompressOptions:
     prefer: Prefer = "size"
     processor: Processor = "x86"
     shard_bytes: int = 1 << 30
+    tokenizer: Path | None = None
     threads: int | None = None

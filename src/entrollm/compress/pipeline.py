@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
+from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, is_gguf, resolve, side_files
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
@@ -114,6 +114,7 @@ def compress(
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         plans, shards = plan_shards(checkpoint, options)
+        _side_files(checkpoint, options)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
             methods = make_methods(checkpoint, plans, options, len(shards), statistics)
@@ -266,10 +267,9 @@ def _fingerprint(
     checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions, statistics: Statistics | None
 ) -> dict[str, Any]:
     """What must be equal for a run to continue an interrupted one."""
-    files = {info.file for info in checkpoint.tensors.values()}
     return {
         "format_version": FORMAT_VERSION,
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files},
         "tensors": {name: [plan.bits, plan.granularity, plan.is_packed] for name, plan in plans.items()},
         "prefer": options.prefer,
         "processor": options.processor,
@@ -288,6 +288,24 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
         yield checkpoint.read(*part) if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
 
 
+def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> tuple[Path, ...]:
+    """The small files that the output carries.
+
+    Raises:
+        ValueError: a GGUF file comes without a tokenizer, or the folder that was named for it has none.
+    """
+    if options.tokenizer is None:
+        if is_gguf(checkpoint.path):
+            raise ValueError(
+                f"{checkpoint.path}: the tokenizer of a GGUF file is not converted; add --tokenizer FOLDER, a folder "
+                "with the tokenizer.json of the model that it was made from"
+            )
+        return checkpoint.side_files()
+    if not (options.tokenizer / "tokenizer.json").is_file():
+        raise ValueError(f"{options.tokenizer} is no folder with a tokenizer.json")
+    return side_files(options.tokenizer)
+
+
 def _finish(
     checkpoint: Checkpoint,
     folder: OutputFolder,
@@ -296,7 +314,7 @@ def _finish(
     is_calibrated: bool,
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
-    for file in checkpoint.side_files():
+    for file in _side_files(checkpoint, options):
         if file.name != "config.json":
             shutil.copyfile(file, folder.partial / file.name)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
@@ -336,7 +354,7 @@ def _summarize(
         path=out,
         weights=weights,
         quantized_weights=coded,
-        source_bytes=sum(f.stat().st_size for f in {info.file for info in checkpoint.tensors.values()}),
+        source_bytes=checkpoint.file_bytes(),
         file_bytes=file_bytes,
         file_bits=file_bytes * 8 / max(1, weights),
         entropy_bits=sum(record["entropy_bits"] for record in records) / per_weight,

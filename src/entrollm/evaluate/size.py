@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrollm.checkpoint import Checkpoint, resolve
+from entrollm.checkpoint import Checkpoint, is_gguf, resolve
 from entrollm.container.reader import CompressedModel, is_compressed, read_config
 
 
@@ -31,14 +31,14 @@ class ModelSize:
 
 
 def model_size(model: str | Path) -> ModelSize:
-    """Measure a model folder, compressed or not.
+    """Measure a model folder, compressed or not, or a GGUF file.
 
     Raises:
         FormatError: the folder is malformed.
         ValueError: it is neither a folder nor a Hub id.
     """
     path = resolve(model)
-    config = read_config(path)
+    config = {} if is_gguf(path) else read_config(path)
     if not is_compressed(config):
         with Checkpoint.open(path) as checkpoint:
             weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())

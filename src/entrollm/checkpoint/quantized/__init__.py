@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from entrollm.checkpoint.quantized import awq, gptq
+from entrollm.checkpoint.quantized import awq, gguf, gptq
 from entrollm.checkpoint.quantized.packed import Format, PackedMatrix, RawTensors, StoredMatrix
 
 __all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format"]
 
-FORMATS: Mapping[str, Format] = {"GPTQ": gptq, "AWQ": awq}
+FORMATS: Mapping[str, Format] = {"GPTQ": gptq, "AWQ": awq, "GGUF": gguf}
 
 
 def find_format(quantization: Mapping[str, Any]) -> str | None:
