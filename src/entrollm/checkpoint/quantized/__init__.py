@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from entrollm.checkpoint.quantized import awq, gguf, gptq
+from entrollm.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, gguf, gptq
 from entrollm.checkpoint.quantized.packed import Format, PackedMatrix, RawTensors, StoredMatrix
 
 __all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format"]
 
-FORMATS: Mapping[str, Format] = {"GPTQ": gptq, "AWQ": awq, "GGUF": gguf}
+FORMATS: Mapping[str, Format] = {
+    "GPTQ": gptq,
+    "AWQ": awq,
+    "compressed-tensors": compressed_tensors,
+    "bitsandbytes": bitsandbytes,
+    "GGUF": gguf,
+}
 
 
 def find_format(quantization: Mapping[str, Any]) -> str | None:
