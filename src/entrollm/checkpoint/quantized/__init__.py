@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from entrollm.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, gguf, gptq
+from entrollm.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq
 from entrollm.checkpoint.quantized.packed import Format, PackedMatrix, RawTensors, StoredMatrix
 
 __all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format"]
@@ -15,6 +15,7 @@ FORMATS: Mapping[str, Format] = {
     "AWQ": awq,
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": bitsandbytes,
+    "HQQ": hqq,
     "GGUF": gguf,
 }
 
