@@ -15,7 +15,8 @@ from entrollm.specs import Groups
 Float32 = NDArray[np.float32]
 
 _ROUNDED: Mapping[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_BYTE_VALUES = {
+# The number that each byte stands for.
+BYTE_VALUES = {
     "F8_E4M3": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
     "F8_E5M2": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float32),
 }
@@ -51,7 +52,7 @@ class GroupScales:
         form, columns = self.form, symbols.shape[1]
         values = symbols
         if form.values is not None:
-            values = _BYTE_VALUES[form.values][symbols.astype(np.uint8)]
+            values = BYTE_VALUES[form.values][symbols.astype(np.uint8)]
         if self.zero is not None:
             values = self._rounded(np.subtract(values, np.float32(self.zero), out=values))
         elif "group_zero" in self.arrays:

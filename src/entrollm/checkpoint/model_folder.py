@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint folder: its config, its tensors one at a time, and the files beside them."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.checkpoint.gguf_model import open_gguf_model
-from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format
+from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
 from entrollm.checkpoint.safetensors_file import Entry, SafetensorsFile, open_safetensors, parse_json_object
 from entrollm.checkpoint.scales import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales, to_float32
 from entrollm.errors import FormatError, UnsupportedError
@@ -78,7 +79,8 @@ class Checkpoint:
     """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
 
     Where it is quantized already, `quantization` names the format and `packed` holds the matrices that are; they are
-    in `tensors` under the names that their weights have in a checkpoint that is not.
+    in `tensors` under the names that their weights have in a checkpoint that is not. `fp8` holds matrices of fp8 with
+    scales, whose bytes can be taken over in the same way, though they are also read as ordinary numbers.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
@@ -98,6 +100,9 @@ class Checkpoint:
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
         self.packed = self._find_packed()
+        self.fp8 = self._find_fp8()
+        if self.fp8 and self.quantization is None:
+            self.quantization = "fp8"
         self._unpacked: tuple[str, StoredMatrix] | None = None
         self.tensors = self._describe(consumed)
 
@@ -158,14 +163,13 @@ class Checkpoint:
         if dtype not in _FLOAT_DTYPES:
             raise UnsupportedError(f"tensor {name!r} is {dtype}; expected one of {', '.join(sorted(_FLOAT_DTYPES))}")
         values = to_float32(rows)
-        scales = self._find_scales(name)
-        if scales is not None:
+        if name in self._scale_names:
             columns = math.prod(values.shape[1:])
-            scales.apply(values.reshape(values.shape[0], columns), start)
+            self._block_scales(name).apply(values.reshape(values.shape[0], columns), start)
         return values
 
     def read_packed(self, name: str) -> StoredMatrix:
-        """Unpack a matrix of `packed`; the last one is kept, since it is often read a few rows at a time.
+        """Unpack a matrix of `packed` or `fp8`; the last one is kept, since it is often read a few rows at a time.
 
         Raises:
             KeyError: the checkpoint has no such packed matrix.
@@ -173,7 +177,7 @@ class Checkpoint:
         """
         if self._unpacked is None or self._unpacked[0] != name:
             self._unpacked = None  # before the next one takes memory
-            self._unpacked = (name, self.packed[name].read())
+            self._unpacked = (name, (self.packed.get(name) or self.fp8[name]).read())
         return self._unpacked[1]
 
     def array(self, name: str) -> NDArray[Any]:
@@ -233,6 +237,15 @@ class Checkpoint:
             raise FormatError(f"{self.path}: config.json tells of {self.quantization} weights, but there are none")
         return MappingProxyType(packed)
 
+    def _find_fp8(self) -> Mapping[str, PackedMatrix]:
+        found = {}
+        for name, scale_name in self._scale_names.items():
+            shape = self.entries[name].shape
+            if len(shape) == 2 and 0 not in shape:
+                scales = functools.partial(self._block_scales, name)
+                found[name] = fp8_matrix(name, scale_name, self, scales)
+        return MappingProxyType(found)
+
     def _describe(self, consumed: frozenset[str]) -> Mapping[str, TensorInfo]:
         """All tensors; a packed matrix comes where its first part does."""
         position = {name: number for number, name in enumerate(self.entries)}
@@ -249,13 +262,11 @@ class Checkpoint:
                 tensors[name] = TensorInfo(name, entry.dtype, entry.shape, file, entry.size_bytes)
         return MappingProxyType(tensors)
 
-    def _find_scales(self, name: str) -> BlockScales | None:
-        scale_name = self._scale_names.get(name)
-        if scale_name is None:
-            return None
+    def _block_scales(self, name: str) -> BlockScales:
+        """The scales of an fp8 weight that has some."""
         if name not in self._scales:
             quantization = self.config.get("quantization_config") or {}
-            scale = self._files[scale_name].array(scale_name)
+            scale = self.array(self._scale_names[name])
             block_shape = quantization.get("weight_block_size")
             self._scales[name] = read_scales(name, self.tensors[name].shape, scale, block_shape)
         return self._scales[name]

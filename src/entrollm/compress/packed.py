@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint import Checkpoint, PackedMatrix
 from entrollm.compress.methods import Methods
 from entrollm.compress.options import CompressOptions
 from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, RowSource, sum_counts
@@ -59,21 +59,31 @@ class PackedQuantizer:
 class PackedMethods:
     """Packed matrices keep their integers; `others` has the quantizers of the rest."""
 
-    def __init__(self, checkpoint: Checkpoint, others: Methods) -> None:
+    def __init__(self, checkpoint: Checkpoint, taken: Mapping[str, PackedMatrix], others: Methods) -> None:
         self._checkpoint = checkpoint
+        self._taken = taken
         self._others = others
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of a matrix."""
-        return PackedQuantizer(self._checkpoint) if name in self._checkpoint.packed else self._others.quantizer(name)
+        return PackedQuantizer(self._checkpoint) if name in self._taken else self._others.quantizer(name)
 
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Accept any size."""
         return True
 
 
-def plan_packed(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, TensorPlan]:
-    """Plan a checkpoint that is quantized already: packed matrices are taken over, others kept unless named.
+def taken_over(checkpoint: Checkpoint, options: CompressOptions) -> Mapping[str, PackedMatrix]:
+    """The matrices whose integers, or fp8 bytes, are taken over; those of fp8 only where no other size is asked for."""
+    if checkpoint.packed or options.bits is not None or options.target is not None:
+        return checkpoint.packed
+    return checkpoint.fp8
+
+
+def plan_packed(
+    checkpoint: Checkpoint, taken: Mapping[str, PackedMatrix], options: CompressOptions
+) -> dict[str, TensorPlan]:
+    """Plan a checkpoint that is quantized already: `taken` matrices are taken over, others kept unless named.
 
     Raises:
         ValueError: the options would quantize a second time.
@@ -84,31 +94,34 @@ def plan_packed(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, T
             f"{where}: leave out --bits, --bpw and --fit, or compress the checkpoint that it was made from; "
             "--bits GLOB=N quantizes the tensors that it left alone"
         )
-    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in checkpoint.packed}
+    plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in taken}
     for override in options.overrides:
         if not plain:
             raise ValueError(f"{where}; it has no others that {override.pattern!r} could match")
     overrides = [BitsOverride("*", None), *options.overrides] if plain else []
     plans = plan_tensors(plain, 4, overrides, options.granularity)
-    taken = TensorPlan(None, is_packed=True)
-    return {name: plans.get(name, taken) for name in checkpoint.tensors}
+    return {name: plans.get(name, TensorPlan(None, is_packed=True)) for name in checkpoint.tensors}
 
 
-def summarize_packed(checkpoint: Checkpoint, matrices: Mapping[str, Mapping[str, Any]]) -> PackedSummary | None:
-    """Add up what became of the packed matrices; None where there are none.
+def summarize_packed(
+    checkpoint: Checkpoint, taken: Mapping[str, PackedMatrix], matrices: Mapping[str, Mapping[str, Any]]
+) -> PackedSummary | None:
+    """Add up what became of the matrices that were taken over; None where there are none.
 
     Args:
         checkpoint: the source.
+        taken: from `taken_over`.
         matrices: by name, the stored_bytes and entropy_bits of every coded matrix.
     """
-    if checkpoint.quantization is None or not checkpoint.packed:
+    if checkpoint.quantization is None or not taken:
         return None
-    weights = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in checkpoint.packed.items()}
+    weights = {name: matrix.shape[0] * matrix.shape[1] for name, matrix in taken.items()}
     total = sum(weights.values())
+    source_bytes = sum(checkpoint.entries[part].size_bytes for matrix in taken.values() for part in matrix.parts)
     return PackedSummary(
         format=checkpoint.quantization,
         weights=total,
-        source_bits=sum(checkpoint.tensors[name].size_bytes for name in weights) * 8 / total,
+        source_bits=source_bytes * 8 / total,
         stored_bits=sum(matrices[name]["stored_bytes"] for name in weights) * 8 / total,
         entropy_bits=sum(matrices[name]["entropy_bits"] * count for name, count in weights.items()) / total,
     )

@@ -19,7 +19,7 @@ from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, is_gguf, resolve
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
-from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed
+from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
@@ -124,7 +124,7 @@ def compress(
             folder.publish()
         finally:
             folder.close()
-        return _summarize(checkpoint, Path(out), records, time.monotonic() - started, run.resumed_weights)
+        return _summarize(checkpoint, options, Path(out), records, time.monotonic() - started, run.resumed_weights)
 
 
 class _Run:
@@ -223,8 +223,8 @@ def make_methods(
     Raises:
         ValueError: the target is out of reach.
     """
-    if checkpoint.packed:
-        return PackedMethods(checkpoint, PaperMethods(plans))
+    if taken := taken_over(checkpoint, options):
+        return PackedMethods(checkpoint, taken, PaperMethods(plans))
     if options.target is None:
         return PaperMethods(plans)
     coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
@@ -244,8 +244,8 @@ def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[
 
     A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
-    if checkpoint.packed:
-        plans = plan_packed(checkpoint, options)
+    if taken := taken_over(checkpoint, options):
+        plans = plan_packed(checkpoint, taken, options)
     else:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         plans = plan_tensors(shapes, options.bits or _DEFAULT_BITS, options.overrides, options.granularity)
@@ -334,7 +334,7 @@ def _finish(
 
 def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
     """How the model was quantized, for people who read config.json."""
-    if checkpoint.packed:
+    if taken_over(checkpoint, options):
         return {"method": "imported", "source": checkpoint.quantization}
     if options.target is None:
         return {"method": "paper", "bits": options.bits or _DEFAULT_BITS, "granularity": options.granularity}
@@ -343,13 +343,19 @@ def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrat
 
 
 def _summarize(
-    checkpoint: Checkpoint, out: Path, records: list[dict[str, Any]], elapsed_s: float, resumed: int
+    checkpoint: Checkpoint,
+    options: CompressOptions,
+    out: Path,
+    records: list[dict[str, Any]],
+    elapsed_s: float,
+    resumed: int,
 ) -> CompressResult:
     coded = sum(record["quantized_weights"] for record in records)
     file_bytes = sum(record["file_bytes"] for record in records)
     kept = sum(record["kept_bytes"] for record in records)
     weights = sum(_weights(info) for info in checkpoint.tensors.values())
     per_weight = max(1, coded)
+    taken = taken_over(checkpoint, options)
     return CompressResult(
         path=out,
         weights=weights,
@@ -363,6 +369,6 @@ def _summarize(
         elapsed_s=elapsed_s,
         resumed_weights=resumed,
         packed=summarize_packed(
-            checkpoint, {name: matrix for record in records for name, matrix in record["matrices"].items()}
+            checkpoint, taken, {name: matrix for record in records for name, matrix in record["matrices"].items()}
         ),
     )

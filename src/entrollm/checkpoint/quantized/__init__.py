@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from entrollm.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq
+from entrollm.checkpoint.quantized.fp8 import fp8_matrix
 from entrollm.checkpoint.quantized.packed import Format, PackedMatrix, RawTensors, StoredMatrix
 
-__all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format"]
+__all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format", "fp8_matrix"]
 
 FORMATS: Mapping[str, Format] = {
     "GPTQ": gptq,

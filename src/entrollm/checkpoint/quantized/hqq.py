@@ -38,27 +38,9 @@ _PACKINGS = {
 _COMPUTE_TYPES = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
 # Everything that a layer saves besides its bias.
 _PARTS = frozenset(
-    [
-        "W_q",
-        "scale",
-        "zero",
-        "shape",
-        "nbits",
-        "group_size",
-        "axis",
-        "packing",
-        "unpack_view_dtype",
-        "view_as_float",
-        "quant_scale",
-        "quant_zero",
-        "compute_dtype",
-        "offload_meta",
-        "encoded_state_dict",
-        "stores_quant_config",
-        "channel_wise",
-        "optimize",
-        "round_zero",
-    ]
+    {"W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float"}
+    | {"quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"}
+    | {"channel_wise", "optimize", "round_zero"}
 )
 
 
