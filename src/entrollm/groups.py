@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,17 +50,16 @@ class GroupScales:
         Returns:
             float32, shape (n, columns), in the original order of columns.
         """
-        form, columns = self.form, symbols.shape[1]
-        values = symbols
+        form, values = self.form, symbols
         if form.values is not None:
             values = BYTE_VALUES[form.values][symbols.astype(np.uint8)]
         if self.zero is not None:
             values = self._rounded(np.subtract(values, np.float32(self.zero), out=values))
         elif "group_zero" in self.arrays:
             values = self._each(np.subtract, values, self.arrays["group_zero"][rows].astype(np.float32))
-        values = self._each(np.multiply, values, self._nested("scale", rows, columns))
+        values = self._each(np.multiply, values, self._nested("scale", rows))
         if "group_minimum" in self.arrays:
-            values = self._each(np.subtract, values, self._nested("minimum", rows, columns))
+            values = self._each(np.subtract, values, self._nested("minimum", rows))
         if form.factor is not None:
             values = self._rounded(np.multiply(values, np.float32(form.factor), out=values))
         order = self.arrays.get("column_order")
@@ -69,7 +69,24 @@ class GroupScales:
         original[:, order] = values
         return original
 
-    def _nested(self, part: str, rows: slice | NDArray[np.int64], columns: int) -> Float32:
+    @functools.cached_property
+    def terms(self) -> tuple[Float32, Float32 | None] | None:
+        """W = symbol * scale + shift without rounding: float32 (rows * groups,) of each; None where that is not W."""
+        if self.form.values is not None:
+            return None
+        factor = np.float32(1 if self.form.factor is None else self.form.factor)
+        every = slice(None)
+        scale = self._nested("scale", every)
+        zero = self.arrays["group_zero"].astype(np.float32) if "group_zero" in self.arrays else self.zero
+        shift = None
+        if zero is not None:
+            shift = scale * -(zero if isinstance(zero, np.ndarray) else np.float32(zero))
+        if "group_minimum" in self.arrays:
+            minimum = self._nested("minimum", every)
+            shift = -minimum if shift is None else shift - minimum
+        return (scale * factor).reshape(-1), None if shift is None else (shift * factor).reshape(-1)
+
+    def _nested(self, part: str, rows: slice | NDArray[np.int64]) -> Float32:
         """The scales or minimums of some rows, float32 (n, groups)."""
         own: Float32 = self.arrays["group_" + part][rows].astype(np.float32)
         if "super_" + part not in self.arrays or self.form.super_size is None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from quantized_sources import (
+    TOLERANCE,
     Arrays,
     as_float32,
     change_tensors,
@@ -54,7 +55,7 @@ def test_weights_are_exactly_the_sources(tmp_path: Path) -> None:
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
     found = load(tmp_path / "out").logits(ids)
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize(

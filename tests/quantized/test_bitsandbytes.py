@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantized_sources import Arrays, change_tensors, imported_weights, write_dense, write_source
+from quantized_sources import TOLERANCE, Arrays, change_tensors, imported_weights, write_dense, write_source
 
 from entrollm import compress, load
 from entrollm.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def test_weights_are_exactly_the_sources(tmp_path: Path) -> None:
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
     found = load(tmp_path / "out").logits(ids)
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from quantized_sources import (
+    TOLERANCE,
     Arrays,
     Packer,
     as_float32,
@@ -100,7 +101,7 @@ def test_the_engine_runs_imported_models(tmp_path: Path) -> None:
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
     found = load(tmp_path / "out").logits(ids)
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 def _case(case: str) -> tuple[dict[str, Any], Packer]:

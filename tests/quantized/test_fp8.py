@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantized_sources import Arrays, Packer, as_float32, imported_weights, write_dense, write_source
+from quantized_sources import TOLERANCE, Arrays, Packer, as_float32, imported_weights, write_dense, write_source
 
 from entrollm import CompressOptions, _core, compress, load
 from entrollm.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def test_weights_are_exactly_the_sources(config: dict[str, Any], pack: Packer, t
 
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
-    np.testing.assert_allclose(load(tmp_path / "out").logits(ids), wanted, atol=1e-4 * float(np.abs(wanted).max()))
+    np.testing.assert_allclose(load(tmp_path / "out").logits(ids), wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 def test_a_size_quantizes_them_like_other_floats(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_sources import BLOCKS, GgufSource, llama_values, write_gguf
-from quantized_sources import CONFIG, imported_weights, write_dense
+from quantized_sources import CONFIG, TOLERANCE, imported_weights, write_dense
 from typer.testing import CliRunner
 
 from entrollm import CompressOptions, _core, compress, load
@@ -57,7 +57,7 @@ def test_the_model_is_whole(tmp_path: Path, tokenizer: Path) -> None:
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
     for path in ("model.gguf", "out"):
         found = load(tmp_path / path).logits(ids)
-        np.testing.assert_allclose(found, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 def test_a_tokenizer_is_asked_for(tmp_path: Path) -> None:

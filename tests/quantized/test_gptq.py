@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from quantized_sources import (
     LINEARS,
+    TOLERANCE,
     Arrays,
     Packer,
     as_float32,
@@ -95,7 +96,7 @@ def test_the_engine_runs_imported_models(tmp_path: Path) -> None:
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
     for folder in ("source", "out"):
         found = load(tmp_path / folder).logits(ids)
-        np.testing.assert_allclose(found, wanted, atol=1e-4 * float(np.abs(wanted).max()))
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
 def test_verify_and_export_agree_with_the_source(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ Arrays = dict[str, NDArray[Any]]
 # Packs one linear layer: (generator, rows, columns) to its tensors by their last name, and its float32 weights.
 Packer = Callable[[np.random.Generator, int, int], tuple[Arrays, NDArray[np.float32]]]
 
+# The engine rounds activations to 16 bits and does not round products of half-precision scales as the source does.
+TOLERANCE = 1e-3
 HIDDEN, INTERMEDIATE, VOCABULARY = 128, 256, 320
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

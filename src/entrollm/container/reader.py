@@ -56,7 +56,7 @@ class CodedMatrix:
         try:
             return self.native.decode(begin, end, pool)
         except _core.CorruptBlockError as error:
-            raise self._corrupt(error) from None
+            raise self.corrupt(error) from None
 
     def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
@@ -67,18 +67,20 @@ class CodedMatrix:
         try:
             values = self.native.dequantize(rows, pool)
         except _core.CorruptBlockError as error:
-            raise self._corrupt(error) from None
+            raise self.corrupt(error) from None
         return values if self.groups is None else self.groups.apply(values, rows)
 
-    def _corrupt(self, error: Exception) -> CorruptStreamError:
+    def corrupt(self, error: Exception) -> CorruptStreamError:
+        """The error for a block that does not decode."""
         return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
 
 
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
     """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
 
-    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact. Matrices with group scales
-    are instead decoded some rows at a time and multiplied in float32.
+    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact, with group scales those of
+    each group. There, products are of the weights before they are rounded to half precision. Matrices of fp8 bytes are
+    instead decoded some rows at a time and multiplied in float32.
 
     Raises:
         CorruptStreamError: a block does not decode.
@@ -93,8 +95,16 @@ def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _cor
 
 
 def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
-    if matrix.groups is None:
+    groups = matrix.groups
+    if groups is None:
         return multiply([matrix], x, pool)
+    if groups.terms is not None:
+        order = groups.arrays.get("column_order")
+        stored = np.ascontiguousarray(x if order is None else x[:, order])
+        try:
+            return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
+        except _core.CorruptBlockError as error:
+            raise matrix.corrupt(error) from None
     rows, columns = matrix.spec.rows, matrix.spec.columns
     y = np.empty((len(x), rows), np.float32)
     step = max(1, _TILE_WEIGHTS // columns)
