@@ -155,7 +155,7 @@ def _calibrate(model: str, text: Path, folder: Path, quiet: bool) -> Statistics:
 def _remark(packed: PackedSummary) -> str:
     if packed.stored_bits < _LITTLE * packed.source_bits:
         return ""
-    return ": grids that are scaled group by group use all their integers, so little can be removed"
+    return ": its grids use nearly all of their integers, so little can be removed"
 
 
 def _print_summary(result: CompressResult) -> None:
