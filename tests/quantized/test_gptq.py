@@ -154,6 +154,13 @@ def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
         compress(tmp_path / "source", tmp_path / "out", CompressOptions(bits=4))
 
 
+def test_a_pattern_for_packed_matrices_is_refused(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", config(4, 128), packer(4, 128))
+    options = CompressOptions(overrides=[BitsOverride("*_proj*", 8)])
+    with pytest.raises(ValueError, match=r"the pattern '\*_proj\*' matches none of the 5 other tensors"):
+        compress(tmp_path / "source", tmp_path / "out", options)
+
+
 def int32(*shape: int) -> NDArray[np.int32]:
     return np.zeros(shape, np.int32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from entrollm.compress.options import CompressOptions
 from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, RowSource, sum_counts
 from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
 
-GRID_PREFIX = "imported-"
+_GRID_PREFIX = "imported-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class PackedQuantizer:
         """
         stored = self._checkpoint.read_packed(source.name)
         counts = sum_counts(source.map(lambda rows: _core.histogram(stored.symbols[rows[0] : rows[1]])))
-        grid = f"{GRID_PREFIX}{self._checkpoint.quantization}"
+        grid = f"{_GRID_PREFIX}{self._checkpoint.quantization}"
         scale = np.ones(1, np.float32)
         return Quantized(stored.symbols, counts, grid, scale, error=0.0, energy=0.0, groups=stored.groups)
 
@@ -96,8 +97,10 @@ def plan_packed(
         )
     plain = {name: info.shape for name, info in checkpoint.tensors.items() if name not in taken}
     for override in options.overrides:
-        if not plain:
-            raise ValueError(f"{where}; it has no others that {override.pattern!r} could match")
+        if not any(fnmatchcase(name, override.pattern) for name in plain):
+            raise ValueError(
+                f"{where}; the pattern {override.pattern!r} matches none of the {len(plain)} other tensors"
+            )
     overrides = [BitsOverride("*", None), *options.overrides] if plain else []
     plans = plan_tensors(plain, 4, overrides, options.granularity)
     return {name: plans.get(name, TensorPlan(None, is_packed=True)) for name in checkpoint.tensors}

@@ -165,7 +165,7 @@ class CompressedModel:
         """
         spec = self.specs[name]
         arrays = self.stored_arrays(name)
-        groups = read_groups(name, spec, arrays)
+        groups = _read_groups(name, spec, arrays)
         scale = _ONE if groups else _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
         if scale is None:
             raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
@@ -322,7 +322,7 @@ def _check_cover(file: SafetensorsFile, coded: Mapping[str, TensorSpec], plain: 
             raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")
 
 
-def read_groups(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> GroupScales | None:
+def _read_groups(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> GroupScales | None:
     """The group scales of a matrix, inflated and checked; None where its spec has none.
 
     Args:
