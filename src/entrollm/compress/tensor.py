@@ -99,6 +99,8 @@ class TensorCompressor:
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
+        groups = quantized.groups
+        in_spec = groups is None and layout.SCALE not in arrays
         spec = TensorSpec(
             rows=rows,
             columns=columns,
@@ -106,11 +108,12 @@ class TensorCompressor:
             grid=quantized.grid,
             code=code,
             blocks=blocks,
-            scale=None if layout.SCALE in arrays else float(quantized.scale[0]),
+            scale=float(quantized.scale[0]) if in_spec else None,
             offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
             relative_error=math.sqrt(quantized.error / quantized.energy) if quantized.energy else 0.0,
             checksum=0,
-            zero=quantized.zero,
+            zero=quantized.zero if groups is None else groups.zero,
+            groups=None if groups is None else groups.form,
         )
         return CompressedTensor(spec, arrays, entropy_bits(counts), huffman_bits(counts))
 
@@ -160,6 +163,8 @@ def encode_symbols(
 
 def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
     """The scales that need an entry; one scale or offset for the whole tensor goes into its spec."""
+    if quantized.groups is not None:
+        return {f".{name}": layout.pack_array(array) for name, array in quantized.groups.arrays.items()}
     arrays: dict[str, NDArray[np.generic]] = {}
     if len(quantized.scale) > 1:
         arrays[layout.SCALE] = quantized.scale

@@ -9,15 +9,16 @@ from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one tensor; `bits` is None for a tensor that keeps its type."""
+    """What happens to one tensor; `bits` is None for one that keeps its type, or its integers if it has some."""
 
     bits: int | None
     granularity: Granularity = "tensor"
+    is_packed: bool = False
 
     @property
     def is_kept(self) -> bool:
         """Whether the tensor keeps its type."""
-        return self.bits is None
+        return self.bits is None and not self.is_packed
 
 
 @dataclass(frozen=True, slots=True)
