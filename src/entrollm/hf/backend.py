@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from entrollm import _core
 from entrollm.container.reader import CodedMatrix, multiply, open_matrix
@@ -31,6 +32,8 @@ default_backend: ContextVar[Backend] = ContextVar("default_backend", default="au
 
 # The CUDA kernels use asynchronous copies, which came with compute capability 8.0.
 _OLDEST_CAPABILITY = (8, 0)
+# Weights that are decoded on the host at a time for another device.
+_HOST_WEIGHTS = 1 << 22
 
 
 class Matrix(Protocol):
@@ -78,6 +81,41 @@ class NativeMatrix:
         return self.rows(torch.arange(self.shape[0])).to(dtype)
 
 
+class HostMatrix:
+    """A coded matrix whose scales only the host knows how to apply: it is decoded there, some rows at a time.
+
+    Args:
+        matrix: the matrix, on the CPU.
+        device: where it multiplies.
+    """
+
+    def __init__(self, matrix: CodedMatrix, device: torch.device) -> None:
+        self.shape = (matrix.spec.rows, matrix.spec.columns)
+        self._matrix = NativeMatrix(matrix)
+        self._device = device
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
+        step = max(1, _HOST_WEIGHTS // self.shape[1])
+        chunks = torch.split(torch.arange(self.shape[0]), step)
+        return torch.cat([functional.linear(x, self._decode(chunk, x.dtype)) for chunk in chunks], dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up: integers (n,) -> float32 (n, in_features).
+
+        Raises:
+            IndexError: an id is outside of the matrix.
+        """
+        return self._decode(ids.cpu(), torch.float32)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All weights: (out_features, in_features)."""
+        return self._decode(torch.arange(self.shape[0]), dtype)
+
+    def _decode(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._matrix.rows(ids).to(device=self._device, dtype=dtype)
+
+
 def open_on(
     name: str, spec: TensorSpec, entries: Mapping[str, Tensor], device: torch.device, backend: Backend
 ) -> Matrix:
@@ -95,6 +133,8 @@ def open_on(
     """
     if backend == "auto" and device.type == "cpu":
         return NativeMatrix(open_native(name, spec, entries))
+    if spec.groups is not None:
+        return HostMatrix(open_native(name, spec, entries), device)
     if backend == "auto" and uses_cuda_kernels(device):
         return _open_cuda(open_native(name, spec, entries), device)
     return PlainMatrix(name, spec, {suffix: entry.to(device) for suffix, entry in entries.items()}, device)

@@ -19,7 +19,7 @@ from entrollm.quantize.select import BitsOverride
 from entrollm.specs import FORMAT_VERSION
 
 Method = Literal["paper", "ecsq", "feedback", "imported"]
-_DEFAULT_BITS = 4
+DEFAULT_BITS = 4
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
 _FIELDS = frozenset(
@@ -62,7 +62,7 @@ class EntroConfig(QuantizationConfigMixin):
         if sum(option is not None for option in (bits, bpw, size)) > 1:
             raise ValueError("give one of bits, bpw and size: the last two set the grids themselves")
         self.quant_method: Any = layout.QUANT_METHOD
-        self.bits = _DEFAULT_BITS if bits is None and bpw is None and size is None else bits
+        self.bits = DEFAULT_BITS if bits is None and bpw is None and size is None else bits
         self.bpw = bpw
         self.file_bytes = parse_size(size) if isinstance(size, str) else size
         self.method: Method = "paper" if self.bits is not None else "ecsq"
@@ -80,7 +80,7 @@ class EntroConfig(QuantizationConfigMixin):
         """The same as options of compression."""
         overrides = [BitsOverride(pattern, bits) for pattern, bits in self.overrides.items()]
         return CompressOptions(
-            bits=self.bits or _DEFAULT_BITS,
+            bits=self.bits or DEFAULT_BITS,
             target=None if self.bits is not None else Target(self.bpw, self.file_bytes),
             granularity=self.granularity,
             overrides=[*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)],

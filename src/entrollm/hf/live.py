@@ -19,6 +19,7 @@ from entrollm.compress.tensor import TensorCompressor
 from entrollm.container import layout
 from entrollm.errors import EntroLLMError
 from entrollm.hf.backend import resting_place, to_tensor
+from entrollm.hf.config import DEFAULT_BITS
 from entrollm.hf.names import Place, find_places
 from entrollm.hf.weight import CodedWeight
 from entrollm.quantize.select import TensorPlan, plan_tensors
@@ -41,7 +42,7 @@ class LiveCoder:
         self._checkpoint = Checkpoint.open(folder)
         self._options = options
         shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
-        plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+        plans = plan_tensors(shapes, options.bits or DEFAULT_BITS, options.overrides, options.granularity)
         plans = split_stacks(self._checkpoint, plans)
         shapes = {name: self._checkpoint.tensors[name].shape for name in plans}
         matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}

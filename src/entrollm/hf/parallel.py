@@ -140,6 +140,10 @@ class _Cutter:
         spec = self._stored.specs[weight.name]
         arrays = self._stored.stored_arrays(weight.name)
         axis = self.axes[weight] = self.axis(style)
+        if axis is not None and spec.groups is not None:
+            raise UnsupportedError(
+                f"{weight.name}: matrices with group scales are not split over processes; use device_map instead"
+            )
         if axis is not None:
             rows = self.part(weight.name, spec.rows) if axis == 0 else (0, spec.rows)
             columns = self.part(weight.name, spec.columns) if axis == 1 else (0, spec.columns)
