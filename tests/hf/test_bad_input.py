@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import entrollm.hf
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
-from entrollm.hf import EntroConfig, backend
+from entrollm.hf import EntroConfig, backend, check
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 
@@ -181,6 +182,26 @@ def test_wrong_device(coded: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device is .cuda:1., but torch .* finds no GPU here"):
             entrollm.hf.load(coded, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [
+        ({"torch": "2.13.0+cpu", "accelerate": "1.1.0"}, r"needs transformers 5\.23 or newer, which is missing"),
+        ({"torch": "2.13.0", "transformers": "5.9.0"}, r"needs transformers 5\.23 or newer, found 5\.9\.0"),
+        ({"torch": "2.5.1"}, r"needs torch 2\.6 or newer, found 2\.5\.1; run: pip install 'entrollm\[hf\]'"),
+    ],
+)
+def test_missing_packages(versions: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    check.check_packages()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=message):
+        check.check_packages()
 
 
 def test_missing_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:

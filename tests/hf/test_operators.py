@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import difference, ids, logits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import entrollm.hf
@@ -67,6 +68,18 @@ def test_compiled_model_is_one_graph(model: Any) -> None:
     with torch.no_grad():
         found = compiled(ids(), use_cache=False).logits
     assert torch.equal(found, logits(model, ids()))
+
+
+def test_gradients_and_traces_go_through_operators(layer: EntroLinear) -> None:
+    x = torch.randn(2, 96)
+    traced = make_fx(lambda x: layer(x) * 2)(x)
+    assert torch.ops.entrollm.linear.default in [node.target for node in traced.graph.nodes]
+    other = torch.randn(2, 96)
+    assert torch.equal(traced(other), layer(other) * 2)
+    assert not ops.is_observed(x)
+    assert ops.is_observed(x.requires_grad_())
+    with torch.no_grad():
+        assert not ops.is_observed(x)
 
 
 def test_whole_model_traces_with_fake_tensors(model: Any) -> None:

@@ -44,6 +44,8 @@ def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
         if member is not None:
             found.setdefault(member[0], {})[member[1]] = name
     for stack, members in found.items():
-        if missing := sorted(set(range(max(members) + 1)) - set(members)):
-            raise FormatError(f"{layout.member_name(stack, missing[0])} is missing, though {stack} has later matrices")
+        first_missing = next(index for index in range(len(members) + 1) if index not in members)
+        if first_missing < len(members):
+            missing = layout.member_name(stack, first_missing)
+            raise FormatError(f"{missing} is missing, though {stack} has later matrices")
     return {stack: [members[index] for index in sorted(members)] for stack, members in found.items()}

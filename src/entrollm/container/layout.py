@@ -49,6 +49,7 @@ SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
 }
 # A deflated byte stands for at most this many.
 _MAX_INFLATION = 1032
+_INDEX_DIGITS = 9
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # Streams that the engine reads in place; the others are small and copied at load.
 STREAMS = (DENSE, SPARSE)
@@ -160,7 +161,7 @@ def file_metadata(specs: Mapping[str, str], plain: Mapping[str, int]) -> dict[st
 def stack_member(name: str) -> tuple[str, int] | None:
     """The tensor of three axes that a coded matrix is one matrix of, and which; None for a tensor of its own."""
     stack, _, index = name.rpartition(".")
-    is_number = index.isascii() and index.isdigit() and str(int(index)) == index
+    is_number = len(index) <= _INDEX_DIGITS and index.isascii() and index.isdigit() and str(int(index)) == index
     return (stack, int(index)) if stack and is_number else None
 
 

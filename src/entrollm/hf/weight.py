@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,15 +88,12 @@ class CodedWeight(nn.Module):
             if self.backend == "auto":
                 place = resting_place(self.device)
                 self._set_entries(lambda entry: entry.to(place))
-            self._opened_from = (self.device, *self.entries().values())
+            self._opened_from = (*self._buffers.values(),)
         return self._opened
 
     def _is_current(self) -> bool:
-        """Whether the opened matrix was made from these entries on this device."""
-        now = (self.device, *self.entries().values())
-        return now[0] == self._opened_from[0] and all(
-            a is b for a, b in zip(now[1:], self._opened_from[1:], strict=True)
-        )
+        """Whether the opened matrix was made from these very tensors."""
+        return all(map(operator.is_, self._buffers.values(), self._opened_from))
 
     def fill(self, spec: TensorSpec, entries: Mapping[str, Tensor]) -> None:
         """Take the entries of a matrix, or of a part of it, and their spec."""
@@ -116,12 +114,17 @@ class CodedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
-        product: Tensor = ops.linear(x.reshape(-1, x.shape[-1]), self._number, self.spec.rows)
+        vectors = x.reshape(-1, x.shape[-1])
+        is_observed = ops.is_observed(vectors)
+        product = ops.linear(vectors, self._number, self.spec.rows) if is_observed else ops.multiply(vectors, self)
         return product.reshape(*x.shape[:-1], self.spec.rows)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Look up: integers (...) -> (..., in_features)."""
-        found: Tensor = ops.rows(ids.reshape(-1), self._number, self.spec.columns, self.dtype)
+        flat = ids.reshape(-1)
+        is_observed = ops.is_observed(flat)
+        args = (self._number, self.spec.columns, self.dtype)
+        found = ops.rows(flat, *args) if is_observed else ops.look_up(flat, self, self.dtype)
         return found.reshape(*ids.shape, self.spec.columns)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
