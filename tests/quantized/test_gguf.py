@@ -60,14 +60,19 @@ def test_the_model_is_whole(tmp_path: Path, tokenizer: Path) -> None:
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
-def test_a_tokenizer_is_asked_for(tmp_path: Path) -> None:
+def test_a_tokenizer_is_converted_or_asked_for(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     arguments = ["compress", str(tmp_path / "model.gguf"), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1 and "add --tokenizer FOLDER" in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "splits text as 'strange' is not converted; add --tokenizer FOLDER" in said
     result = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path)])
     assert result.exit_code == 1 and "is no folder with a tokenizer.json" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    write_gguf(tmp_path / "known.gguf", "Q8_0", {"tokenizer.ggml.pre": "gpt-2"})
+    compress(tmp_path / "known.gguf", tmp_path / "out")
+    tokenizer = load(tmp_path / "out").tokenizer
+    assert tokenizer is not None and tokenizer.get_vocab_size() == 320
 
 
 def test_the_numbers_are_printed(tmp_path: Path, tokenizer: Path) -> None:
