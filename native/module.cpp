@@ -105,13 +105,15 @@ nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& m
 nb::ndarray<nb::numpy, float> multiply_groups(const PyMatrix& self, Matrix<float> x,
                                               std::size_t size, Vector<float> scale,
                                               std::optional<Vector<float>> shift,
+                                              std::optional<Vector<float>> values,
                                               ThreadPool& pool) {
   const Geometry& geometry = self.matrix.geometry();
   if (x.shape(1) != geometry.columns) {
     throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
                                 " columns, the matrix has " + std::to_string(geometry.columns));
   }
-  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>()};
+  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>(),
+                         values ? view(*values) : std::span<const float>()};
   const std::size_t shape[2] = {x.shape(0), geometry.rows};
   float* y = allocate<float>(shape[0] * shape[1]);
   auto result = own(y, shape);
@@ -217,7 +219,7 @@ NB_MODULE(_core, m) {
           },
           "x"_a, "pool"_a)
       .def("multiply_groups", &multiply_groups, "x"_a, "size"_a, "scale"_a, "shift"_a.none(),
-           "pool"_a)
+           "values"_a.none(), "pool"_a)
       .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);

@@ -43,6 +43,7 @@ class CodedMatrix:
         size: int,
         scale: NDArray[np.float32],
         shift: NDArray[np.float32] | None,
+        values: NDArray[np.float32] | None,
         pool: ThreadPool,
     ) -> NDArray[np.float32]: ...
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...

@@ -70,21 +70,25 @@ class GroupScales:
         return original
 
     @functools.cached_property
-    def terms(self) -> tuple[Float32, Float32 | None] | None:
-        """W = symbol * scale + shift without rounding: float32 (rows * groups,) of each; None where that is not W."""
-        if self.form.values is not None:
-            return None
+    def terms(self) -> tuple[Float32, Float32 | None, Float32 | None]:
+        """W = value * scale + shift without rounding to half precision.
+
+        Returns:
+            scale and shift, float32 (rows * groups,), the shift None where it is 0; and the values of the 256 symbols,
+            None where they are the symbols.
+        """
+        values = None if self.form.values is None else BYTE_VALUES[self.form.values]
         factor = np.float32(1 if self.form.factor is None else self.form.factor)
-        every = slice(None)
-        scale = self._nested("scale", every)
-        zero = self.arrays["group_zero"].astype(np.float32) if "group_zero" in self.arrays else self.zero
+        scale = self._nested("scale", slice(None))
         shift = None
-        if zero is not None:
-            shift = scale * -(zero if isinstance(zero, np.ndarray) else np.float32(zero))
+        if "group_zero" in self.arrays:
+            shift = scale * -self.arrays["group_zero"].astype(np.float32)
+        elif self.zero is not None:
+            shift = scale * np.float32(-self.zero)
         if "group_minimum" in self.arrays:
-            minimum = self._nested("minimum", every)
+            minimum = self._nested("minimum", slice(None))
             shift = -minimum if shift is None else shift - minimum
-        return (scale * factor).reshape(-1), None if shift is None else (shift * factor).reshape(-1)
+        return (scale * factor).reshape(-1), None if shift is None else (shift * factor).reshape(-1), values
 
     def _nested(self, part: str, rows: slice | NDArray[np.int64]) -> Float32:
         """The scales or minimums of some rows, float32 (n, groups)."""

@@ -29,24 +29,25 @@ def test_the_product_is_as_exact_as_16_bit_activations_allow(
     shape = (rows, -(-columns // size))
     scale = generator.standard_normal(shape).astype(np.float32)
     shift = generator.standard_normal(shape).astype(np.float32) * 50 if data.draw(st.booleans()) else None
+    values = generator.standard_normal(256).astype(np.float32) if data.draw(st.booleans()) else None
     x = generator.standard_normal((batch, columns)).astype(np.float32)
 
     group = np.arange(columns) // size
-    weights = symbols.astype(np.float64) * scale[:, group]
+    weights = (symbols if values is None else values[symbols]).astype(np.float64) * scale[:, group]
     if shift is not None:
         weights += shift[:, group]
     expected = x.astype(np.float64) @ weights.T
     step = np.abs(x).max(axis=1, keepdims=True) / 65000 + np.abs(x) * 2.0**-23
     bound = step @ np.abs(weights).T + np.abs(expected) * 2.0**-23 + 1e-30
     flat = None if shift is None else shift.reshape(-1)
-    results = instruction_sets.each(multiply_groups, stored, x, size, scale.reshape(-1), flat)
+    results = instruction_sets.each(multiply_groups, stored, x, size, scale.reshape(-1), flat, values)
     for name, y in results.items():
         assert (np.abs(y - expected) <= bound).all(), name
         np.testing.assert_array_equal(y.view(np.uint32), results["scalar"].view(np.uint32), err_msg=name)
     for threads in (2, 5):
-        again = multiply_groups(stored, x, size, scale.reshape(-1), flat, threads)
+        again = multiply_groups(stored, x, size, scale.reshape(-1), flat, values, threads)
         np.testing.assert_array_equal(again.view(np.uint32), results["scalar"].view(np.uint32))
-    one = multiply_groups(stored, x[-1:], size, scale.reshape(-1), flat)
+    one = multiply_groups(stored, x[-1:], size, scale.reshape(-1), flat, values)
     np.testing.assert_array_equal(one[0].view(np.uint32), results["scalar"][-1].view(np.uint32))
 
 
@@ -61,6 +62,8 @@ def test_terms_that_do_not_fit_are_refused() -> None:
     for scale, shift in ((ones(7), None), (ones(8), ones(9))):
         with pytest.raises(ValueError, match="there must be a scale for each row and group"):
             multiply_groups(stored, ones(1, 100), 32, scale, shift)
+    with pytest.raises(ValueError, match="there must be a value for each symbol"):
+        multiply_groups(stored, ones(1, 100), 32, ones(8), None, ones(255))
     with pytest.raises(ValueError, match="x has 99 columns, the matrix has 100"):
         multiply_groups(stored, ones(1, 99), 32, ones(8), None)
 

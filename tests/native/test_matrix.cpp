@@ -81,8 +81,10 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
   std::vector<float> scale(geometry.rows * groups), shift(random.coin() ? scale.size() : 0);
   for (auto& value : scale) value = static_cast<float>(random.byte()) / 64 - 1;
   for (auto& value : shift) value = static_cast<float>(random.byte()) / 64 - 3;
+  std::vector<float> values(random.coin() ? 256 : 0);
+  for (auto& value : values) value = static_cast<float>(random.byte()) / 16 - 9;
   std::vector<float> y(c.batch * geometry.rows);
-  multiply_grouped(pool, matrix, {size, scale, shift}, c.x.data(), c.batch, y.data());
+  multiply_grouped(pool, matrix, {size, scale, shift, values}, c.x.data(), c.batch, y.data());
   for (std::size_t b = 0; b < c.batch; ++b) {
     const float* x = c.x.data() + b * geometry.columns;
     double largest = 0;
@@ -94,8 +96,9 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
       double bound = 1e-30;
       for (std::size_t j = 0; j < geometry.columns; ++j) {
         const std::size_t group = i * groups + j / size;
-        const double weight = double{c.symbols[i * geometry.columns + j]} * scale[group] +
-                              (shift.empty() ? 0.0 : double{shift[group]});
+        const std::uint8_t symbol = c.symbols[i * geometry.columns + j];
+        const double value = values.empty() ? double{symbol} : double{values[symbol]};
+        const double weight = value * scale[group] + (shift.empty() ? 0.0 : double{shift[group]});
         sum += weight * x[j];
         bound += std::fabs(weight) * largest / 65000;
       }
@@ -105,7 +108,7 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
   }
   scale.pop_back();
   try {
-    multiply_grouped(pool, matrix, {size, scale, {}}, c.x.data(), c.batch, y.data());
+    multiply_grouped(pool, matrix, {size, scale, {}, {}}, c.x.data(), c.batch, y.data());
     require(false, "too few scales are refused");
   } catch (const std::invalid_argument&) {
   }

@@ -74,7 +74,7 @@ def test_malformed_layers_are_refused(part: str, value: Any, message: str, tmp_p
         Checkpoint.open(tmp_path / "source")
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"version": "GEMV"}, "layout 'gemv'"), ({"bits": 3}, "bits 3")])
+@pytest.mark.parametrize(("changes", "message"), [({"version": "GEMV"}, "layout 'GEMV'"), ({"bits": 3}, "bits 3")])
 def test_other_variants_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_source(tmp_path / "source", CONFIG | changes, pack)
     with pytest.raises(UnsupportedError, match=message):

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_sources import BLOCKS, GgufSource, llama_values, write_gguf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from quantized_sources import CONFIG, TOLERANCE, imported_weights, write_dense
 from typer.testing import CliRunner
 
 from entrollm import CompressOptions, _core, compress, load
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint import Checkpoint, convert_tokenizer
 from entrollm.cli.main import app
 from entrollm.compress.verify import verify
 from entrollm.container.reader import CompressedModel
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 
 
 @pytest.fixture
@@ -60,14 +62,19 @@ def test_the_model_is_whole(tmp_path: Path, tokenizer: Path) -> None:
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE * float(np.abs(wanted).max()))
 
 
-def test_a_tokenizer_is_asked_for(tmp_path: Path) -> None:
+def test_a_tokenizer_is_converted_or_asked_for(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     arguments = ["compress", str(tmp_path / "model.gguf"), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1 and "add --tokenizer FOLDER" in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "splits text as 'strange' is not converted; add --tokenizer FOLDER" in said
     result = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path)])
     assert result.exit_code == 1 and "is no folder with a tokenizer.json" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    write_gguf(tmp_path / "known.gguf", "Q8_0", {"tokenizer.ggml.pre": "gpt-2"})
+    compress(tmp_path / "known.gguf", tmp_path / "out")
+    tokenizer = load(tmp_path / "out").tokenizer
+    assert tokenizer is not None and tokenizer.get_vocab_size() == 320
 
 
 def test_the_numbers_are_printed(tmp_path: Path, tokenizer: Path) -> None:
@@ -201,3 +208,32 @@ def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         pytest.raises(FormatError, match=r"lm_head\.weight: its group_scale has a value that is not finite"),
     ):
         checkpoint.read_float32("lm_head.weight")
+
+
+def small_source() -> bytes:
+    """A file of a few small tensors, all of whose metadata matters."""
+    made = source({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "tokenizer.ggml.tokens": ["a"]})
+    made.values["llama.rope.scaling.original_context_length"] = 32
+    half = np.ones(16, np.float16).tobytes()
+    made.tensors[0] = ("token_embd.weight", (4, 4), 1, half)
+    made.tensors.append(("blk.0.attn_q.weight", (8, 32), 8, bytes(8 * 34)))
+    made.tensors.append(("blk.0.ffn_down.weight", (2, 256), 12, bytes(2 * 144)))
+    return made.to_bytes()
+
+
+SMALL = small_source()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(4, len(SMALL) - 1), octets=st.binary(min_size=1, max_size=9))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_damage_gives_an_error_or_other_numbers(at: int, octets: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes((SMALL[:at] + octets + SMALL[at + len(octets) :])[: len(SMALL)])
+    try:
+        with Checkpoint.open(path) as checkpoint:
+            for name in checkpoint.tensors:
+                checkpoint.read_float32(name)
+        convert_tokenizer(path)
+    except EntroLLMError as error:
+        assert str(path) in str(error) or "weight" in str(error)

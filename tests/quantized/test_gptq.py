@@ -89,6 +89,13 @@ def test_groups_may_be_implied_or_out_of_order(index: bool, tmp_path: Path) -> N
         np.testing.assert_array_equal(weights, expected[name])
 
 
+def test_the_keys_of_newer_configs_are_known(tmp_path: Path) -> None:
+    pack = packer(4, 32, layout="gptq_v2")
+    expected = write_source(tmp_path / "source", {"method": "gptq", "bits": 4, "format": "gptq_v2"}, pack)
+    with Checkpoint.open(tmp_path / "source") as source:
+        np.testing.assert_array_equal(source.read_float32(LAYER + "weight"), expected[LAYER + "weight"])
+
+
 def test_the_engine_runs_imported_models(tmp_path: Path) -> None:
     expected = write_source(tmp_path / "source", config(4, 32), packer(4, 32, act_order=True))
     compress(tmp_path / "source", tmp_path / "out")
@@ -192,7 +199,9 @@ def test_malformed_layers_are_refused(part: str, value: Any, message: str, tmp_p
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"checkpoint_format": "marlin"}, UnsupportedError, "GPTQ weights in the layout 'marlin'"),
+        ({"checkpoint_format": "marlin"}, UnsupportedError, "quantized weights in the layout 'marlin'"),
+        ({"checkpoint_format": 3}, UnsupportedError, "quantized weights in the layout 3"),
+        ({"is_marlin_format": True}, UnsupportedError, "GPTQ weights in Marlin's layout"),
         ({"bits": 5}, UnsupportedError, "bits 5; read are"),
         ({"bits": "4"}, FormatError, "bits '4', expected an integer"),
     ],

@@ -153,6 +153,9 @@ def encode_value(value: Any) -> bytes:
         return struct.pack("<II", 4, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
+    if value and isinstance(value[0], (int, float)):
+        kind, code = (5, "i") if isinstance(value[0], int) else (6, "f")
+        return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
     items = b"".join(text(item) for item in value)
     return struct.pack("<IIQ", 9, 8, len(value)) + items
 
@@ -170,7 +173,9 @@ def llama_values() -> dict[str, Any]:
         "llama.context_length": 128,
         "llama.rope.freq_base": 10000.0,
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [f"t{i}" for i in range(VOCABULARY)],
+        "tokenizer.ggml.pre": "strange",
+        "tokenizer.ggml.merges": ["t1 1"],
+        "tokenizer.ggml.tokens": [*(f"t{i}" for i in range(VOCABULARY - 1)), "1"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.add_bos_token": True,
     }
@@ -185,10 +190,10 @@ def file_name(name: str) -> str:
     return f"{NAMES[stem]}.{kind}"
 
 
-def write_gguf(path: Path, kind: str) -> dict[str, NDArray[np.float32]]:
+def write_gguf(path: Path, kind: str, values: Mapping[str, Any] | None = None) -> dict[str, NDArray[np.float32]]:
     """Write the small Llama with linear layers of a type (Q8_0 where rows are too short); returns their weights."""
     generator = np.random.default_rng(5)
-    source = GgufSource(llama_values())
+    source = GgufSource(llama_values() | dict(values or {}))
     for name, array in plain_tensors(generator).items():
         array = array.astype(np.float32 if array.ndim == 1 else np.float16)
         source.tensors.append((file_name(name), array.shape, 0 if array.ndim == 1 else 1, array.tobytes()))

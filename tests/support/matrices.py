@@ -154,10 +154,11 @@ def multiply_groups(
     size: int,
     scale: NDArray[np.float32],
     shift: NDArray[np.float32] | None,
+    values: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
     """The product with every row of x, of the weights that groups of columns scale."""
-    return stored.open().multiply_groups(x, size, scale, shift, _core.ThreadPool(threads))
+    return stored.open().multiply_groups(x, size, scale, shift, values, _core.ThreadPool(threads))
 
 
 def dequantize(stored: StoredMatrix, rows: NDArray[np.int64], threads: int = 1) -> NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """Read Hugging Face checkpoints: one tensor or a range of rows at a time, never the whole model."""
 
+from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo, is_gguf, side_files
 from entrollm.checkpoint.quantized import PackedMatrix
 from entrollm.checkpoint.resolve import resolve
@@ -13,6 +14,7 @@ __all__ = [
     "PackedMatrix",
     "SafetensorsFile",
     "TensorInfo",
+    "convert_tokenizer",
     "is_gguf",
     "open_safetensors",
     "resolve",

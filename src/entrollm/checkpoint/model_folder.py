@@ -22,7 +22,7 @@ _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_PATTERN = re.compile(r"model-\d+-of-\d+\.safetensors")
-_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
+_FP8_METHODS = ("fp8", "fbgemm_fp8")
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
 
 _SIDE_FILES = frozenset(

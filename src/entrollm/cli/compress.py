@@ -28,7 +28,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
     ("entrollm compress MODEL-GPTQ -o OUT", "keep the integers of a quantized checkpoint"),
-    ("entrollm compress MODEL.gguf -o OUT --tokenizer FOLDER", "and those of a GGUF file"),
+    ("entrollm compress MODEL.gguf -o OUT", "and those of a GGUF file"),
 )
 
 # A source of which this share or more is left was nearly incompressible.
@@ -99,7 +99,7 @@ def command(
     ] = Processor.x86,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from there; a GGUF file needs this."),
+        typer.Option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from there, as some GGUF files need."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,

@@ -25,7 +25,7 @@ class CompressOptions:
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind whose decoding times count.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
-        tokenizer: a folder whose tokenizer files go with the model in place of its own; a GGUF file needs one.
+        tokenizer: a folder whose tokenizer files go with the model in place of its own.
         threads: worker threads; None for one per core.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, is_gguf, resolve, side_files
+from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, convert_tokenizer, is_gguf, resolve, side_files
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
@@ -24,7 +23,7 @@ from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
-from entrollm.errors import FormatError
+from entrollm.errors import FormatError, UnsupportedError
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.quantize.statistics import Statistics
 from entrollm.specs import FORMAT_VERSION
@@ -115,13 +114,13 @@ def compress(
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         plans, shards = plan_shards(checkpoint, options)
-        _side_files(checkpoint, options)
+        small_files = _side_files(checkpoint, options)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
             methods = make_methods(checkpoint, plans, options, len(shards), statistics)
             run = _Run(checkpoint, plans, folder, options, on_progress, methods)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
-            _finish(checkpoint, folder, records, options, statistics is not None)
+            _finish(checkpoint, folder, records, options, statistics is not None, small_files)
             folder.publish()
         finally:
             folder.close()
@@ -290,22 +289,24 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
         yield checkpoint.read(*part) if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
 
 
-def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> tuple[Path, ...]:
-    """The small files that the output carries.
+def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, bytes]:
+    """The small files that the output carries, by name.
 
     Raises:
-        ValueError: a GGUF file comes without a tokenizer, or the folder that was named for it has none.
+        UnsupportedError: the tokenizer of a GGUF file is not converted, and no folder is named for it.
+        ValueError: the folder that is named for it has none.
     """
-    if options.tokenizer is None:
-        if is_gguf(checkpoint.path):
-            raise ValueError(
-                f"{checkpoint.path}: the tokenizer of a GGUF file is not converted; add --tokenizer FOLDER, a folder "
-                "with the tokenizer.json of the model that it was made from"
-            )
-        return checkpoint.side_files()
-    if not (options.tokenizer / "tokenizer.json").is_file():
+    if options.tokenizer is None and is_gguf(checkpoint.path):
+        try:
+            return {name: text.encode() for name, text in convert_tokenizer(checkpoint.path).items()}
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{error}; add --tokenizer FOLDER, a folder with the tokenizer.json of the model that it was made from"
+            ) from None
+    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{options.tokenizer} is no folder with a tokenizer.json")
-    return side_files(options.tokenizer)
+    files = checkpoint.side_files() if options.tokenizer is None else side_files(options.tokenizer)
+    return {file.name: file.read_bytes() for file in files if file.name != "config.json"}
 
 
 def _finish(
@@ -314,11 +315,11 @@ def _finish(
     records: list[dict[str, Any]],
     options: CompressOptions,
     is_calibrated: bool,
+    small_files: dict[str, bytes],
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
-    for file in _side_files(checkpoint, options):
-        if file.name != "config.json":
-            shutil.copyfile(file, folder.partial / file.name)
+    for name, content in small_files.items():
+        (folder.partial / name).write_bytes(content)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = {
         "quant_method": layout.QUANT_METHOD,

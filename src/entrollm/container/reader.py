@@ -25,8 +25,6 @@ _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
 _NO_SIZES = np.zeros(0, np.uint16)
 _ONE = np.ones(1, np.float32)
 _CRC32 = re.compile("[0-9a-f]{8}")
-# Weights that a product with group scales holds dequantized at a time.
-_TILE_WEIGHTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,8 @@ def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _cor
     """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
 
     Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact, with group scales those of
-    each group. There, products are of the weights before they are rounded to half precision. Matrices of fp8 bytes are
-    instead decoded some rows at a time and multiplied in float32.
+    each group. There, products are of the weights before they are rounded to half precision, and sums of fp8 values are
+    in double precision.
 
     Raises:
         CorruptStreamError: a block does not decode.
@@ -129,20 +127,12 @@ def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.T
     groups = matrix.groups
     if groups is None:
         return multiply([matrix], x, pool)
-    if groups.terms is not None:
-        order = groups.arrays.get("column_order")
-        stored = np.ascontiguousarray(x if order is None else x[:, order])
-        try:
-            return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
-        except _core.CorruptBlockError as error:
-            raise matrix.corrupt(error) from None
-    rows, columns = matrix.spec.rows, matrix.spec.columns
-    y = np.empty((len(x), rows), np.float32)
-    step = max(1, _TILE_WEIGHTS // columns)
-    for begin in range(0, rows, step):
-        tile = np.arange(begin, min(rows, begin + step), dtype=np.int64)
-        y[:, tile] = x @ matrix.dequantize(tile, pool).T
-    return y
+    order = groups.arrays.get("column_order")
+    stored = np.ascontiguousarray(x if order is None else x[:, order])
+    try:
+        return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
+    except _core.CorruptBlockError as error:
+        raise matrix.corrupt(error) from None
 
 
 class CompressedModel:

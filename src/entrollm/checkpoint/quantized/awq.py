@@ -22,10 +22,12 @@ from entrollm.checkpoint.quantized.packed import (
     floats,
     group_scales,
     integer_option,
+    is_method,
+    layout_option,
     matrix_shape,
     unpack_bits,
 )
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError
 
 _FIELDS = 8
 # The output that each field of a word belongs to, and the field of each output.
@@ -35,14 +37,12 @@ _FIELD_OF_OUTPUT = np.argsort(_ORDER)
 
 def recognise(quantization: Mapping[str, Any]) -> bool:
     """Whether a quantization_config is of this format."""
-    return quantization.get("quant_method") == "awq"
+    return is_method(quantization, "awq")
 
 
 def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
     """The packed matrices of a checkpoint; see `Format`."""
-    layout = str(quantization.get("version", quantization.get("format", "gemm"))).lower()
-    if layout != "gemm":
-        raise UnsupportedError(f"config.json: AWQ weights in the layout {layout!r:.80}; read is gemm")
+    layout_option(quantization, ("version", "checkpoint_format", "format"), ("gemm",))
     integer_option(quantization, "bits", (4,))
     for name in tensors.entries:
         layer = name.removesuffix("qweight")

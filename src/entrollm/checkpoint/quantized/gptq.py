@@ -24,6 +24,8 @@ from entrollm.checkpoint.quantized.packed import (
     floats,
     group_scales,
     integer_option,
+    is_method,
+    layout_option,
     matrix_shape,
     sort_groups,
     unpack_bits,
@@ -38,14 +40,14 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 def recognise(quantization: Mapping[str, Any]) -> bool:
     """Whether a quantization_config is of this format."""
-    return quantization.get("quant_method") == "gptq"
+    return is_method(quantization, "gptq")
 
 
 def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
     """The packed matrices of a checkpoint; see `Format`."""
-    layout = quantization.get("checkpoint_format", "gptq")
-    if layout not in _LAYOUTS or quantization.get("is_marlin_format", False):
-        raise UnsupportedError(f"config.json: GPTQ weights in the layout {layout!r}; read are {', '.join(_LAYOUTS)}")
+    layout = layout_option(quantization, ("checkpoint_format", "format"), _LAYOUTS)
+    if quantization.get("is_marlin_format", False):
+        raise UnsupportedError(f"config.json: GPTQ weights in Marlin's layout; read are {_LAYOUTS}")
     bits = integer_option(quantization, "bits", _BITS)
     for name in tensors.entries:
         layer = name.removesuffix("qweight")

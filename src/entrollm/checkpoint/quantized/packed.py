@@ -107,6 +107,23 @@ def integer_option(quantization: Mapping[str, Any], key: str, allowed: tuple[int
     return value
 
 
+def is_method(quantization: Mapping[str, Any], method: str) -> bool:
+    """Whether a quantization_config names a method, under its usual key or gptqmodel's."""
+    return bool(quantization.get("quant_method", quantization.get("method")) == method)
+
+
+def layout_option(quantization: Mapping[str, Any], keys: tuple[str, ...], allowed: tuple[str, ...]) -> str:
+    """The layout that the first of some keys names, in lower case; by default the first one that is allowed.
+
+    Raises:
+        UnsupportedError: it is none of those allowed.
+    """
+    layout = next((quantization[key] for key in keys if key in quantization), allowed[0])
+    if not isinstance(layout, str) or layout.lower() not in allowed:
+        raise UnsupportedError(f"config.json: quantized weights in the layout {layout!r:.80}; read are {allowed}")
+    return layout.lower()
+
+
 def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
     """Split rows of 32-bit words into fields, lowest bits first; a field may straddle two words.
 
