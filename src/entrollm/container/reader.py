@@ -36,6 +36,9 @@ class CodedMatrix:
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
         native: what multiplies and decodes it; where there are groups, of the integers alone.
+        scale: float32, shape (1,) or (rows,); of no use where there are groups.
+        offset: float32, the shape of scale; None for none.
+        column_scale: float32, shape (columns,); None for none.
         groups: its group scales; None for none.
     """
 
@@ -43,6 +46,9 @@ class CodedMatrix:
     spec: TensorSpec
     stored_bytes: int
     native: _core.CodedMatrix
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32] | None
+    column_scale: NDArray[np.float32] | None
     groups: GroupScales | None = None
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
@@ -87,6 +93,8 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
     scale = _ONE if groups else _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
     if scale is None:
         raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
+    offset = None if groups else _offsets(name, spec, scale, arrays.get(layout.OFFSET))
+    column_scale = _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE))
     try:
         native = _core.CodedMatrix(
             spec.code.program(),
@@ -96,12 +104,13 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
             arrays.get(layout.SPARSE, _NO_STREAM),
             _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
             scale,
-            None if groups else _offsets(name, spec, scale, arrays.get(layout.OFFSET)),
-            _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
+            offset,
+            column_scale,
         )
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
-    return CodedMatrix(name, spec, sum(array.nbytes for array in arrays.values()), native, groups)
+    stored_bytes = sum(array.nbytes for array in arrays.values())
+    return CodedMatrix(name, spec, stored_bytes, native, scale, offset, column_scale, groups)
 
 
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
