@@ -30,8 +30,8 @@ everywhere."""
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """What coded matrices are loaded with."""
 
-# The CUDA kernels use asynchronous copies, which came with compute capability 8.0.
-_OLDEST_CAPABILITY = (8, 0)
+# The CUDA kernels use bulk copies with barriers, which came with compute capability 9.0.
+_OLDEST_CAPABILITY = (9, 0)
 # Weights that are decoded on the host at a time for another device.
 _HOST_WEIGHTS = 1 << 22
 
@@ -190,10 +190,9 @@ def _is_capable(index: int) -> bool:
 
 def _open_cuda(matrix: CodedMatrix, device: torch.device) -> Matrix:
     check_cuda_packages()
-    from entrollm.hf.cuda import CudaMatrix  # type: ignore[import-not-found,unused-ignore]
+    from entrollm.hf.cuda import CudaMatrix
 
-    opened: Matrix = CudaMatrix([matrix], device)
-    return opened
+    return CudaMatrix([matrix], device)
 
 
 def check_cuda_packages() -> None:
