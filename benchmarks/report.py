@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from make_model import SHAPES
+from report_cuda import gpu_section
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,7 +29,8 @@ _PLOTTED = "1.1B"
 
 def main() -> None:
     """Write the page and the plot."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {name: result for name, result in found.items() if "environment" in result}
     if not results:
         raise SystemExit(f"{RESULTS} has no results; run benchmarks/all.py first")
     sections = [_conditions(results)]
@@ -37,7 +39,7 @@ def main() -> None:
         if f"generate-{shape}" in results:
             sections.append(_generate(results[f"generate-{shape}"]))
     sections += [maker(results[name]) for name, maker in makers.items() if name in results]
-    sections.append(_bounds(results))
+    sections += [_bounds(results), gpu_section()]
     PAGE.write_text("\n\n".join(sections) + "\n")
     _plot(results)
     print(f"wrote {PAGE} and {PLOT}")
