@@ -22,6 +22,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bpw 3.5", "3.5 bits per weight, everything included"),
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "calibrated"),
+    ("entrollm compress MODEL -o OUT --bpw 3 --calibration self", "calibrated on what the model writes"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
@@ -69,11 +70,22 @@ def command(
     bpw: BpwOption = None,
     fit: FitOption = None,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--calibration",
-            metavar="FILE",
-            help="With --bpw or --fit: a UTF-8 text like what the model will read; its activations steer the rounding.",
+            metavar="FILE|self",
+            help="With --bpw or --fit: a UTF-8 text like what the model will read, whose activations steer the "
+            "rounding; self for none but what the model writes itself.",
+        ),
+    ] = None,
+    sampled: Annotated[
+        int | None,
+        typer.Option(
+            "--sampled",
+            min=0,
+            metavar="N",
+            help="With --calibration: windows that the model writes itself, beside the text; by default 64. They "
+            "take the whole model in memory, in float32; 0 takes one layer.",
         ),
     ] = None,
     granularity: Annotated[
@@ -117,8 +129,10 @@ def command(
     )
     if calibration is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5 or --fit 1.9GB")
+    if sampled is not None and calibration is None:
+        raise ValueError("--sampled goes with --calibration FILE or --calibration self")
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
-        statistics = None if calibration is None else _calibrate(model, calibration, Path(folder), json_output)
+        statistics = None if calibration is None else _calibrate(model, calibration, sampled, Path(folder), json_output)
         with progress_bar("compressing", "weights", quiet=json_output) as update:
 
             def show(progress: CompressProgress) -> None:
@@ -131,11 +145,17 @@ def command(
         _print_summary(result)
 
 
-def _calibrate(model: str, text: Path, folder: Path, quiet: bool) -> Statistics:
-    from entrollm.calibrate import calibrate
+def _calibrate(model: str, text: str, sampled: int | None, folder: Path, quiet: bool) -> Statistics:
+    from entrollm.calibrate import DEFAULT_WINDOWS, calibrate
 
-    with progress_bar("calibrating", "layers", quiet=quiet) as update:
-        return calibrate(model, text, folder, progress=update)
+    with progress_bar("calibrating", "windows and layers", quiet=quiet) as update:
+        return calibrate(
+            model,
+            None if text == "self" else text,
+            folder,
+            sampled=DEFAULT_WINDOWS if sampled is None else sampled,
+            progress=lambda action, done, total: update(done, total),
+        )
 
 
 def _print_summary(result: CompressResult) -> None:

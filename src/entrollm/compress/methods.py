@@ -21,7 +21,7 @@ from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.method import ArraySource, CodeChooser, Quantized, Quantizer
 from entrollm.quantize.paper import PaperQuantizer
 from entrollm.quantize.select import TensorPlan
-from entrollm.quantize.statistics import Statistics
+from entrollm.quantize.statistics import Sensitivity, Statistics
 
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
@@ -93,11 +93,12 @@ class SizedMethods:
         for name in kept:
             fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(_count(info.shape) for info in checkpoint.tensors.values())
-        self.control = RateControl(self.curves, relative_steps(shapes), fixed, weights, target)
+        steps = relative_steps(shapes, _sensitivities(names, statistics))
+        self.control = RateControl(self.curves, steps, fixed, weights, target)
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of a matrix at its step."""
-        precision = row_precision(name, self._checkpoint.tensors[name].shape[0])
+        precision = row_precision(name, self._checkpoint.tensors[name].shape[0], _sensitivity(name, self._statistics))
         return _quantizer(name, self.control.step(name), precision, self._statistics)
 
     def settle(self, name: str, stored_bytes: int) -> bool:
@@ -109,7 +110,18 @@ def _quantizer(
     name: str, step: float, precision: NDArray[np.float32] | None, statistics: Statistics | None
 ) -> Quantizer:
     factor = None if statistics is None else statistics.factor(name)
-    return EcsqQuantizer(step, precision) if factor is None else FeedbackQuantizer(step, factor)
+    if factor is None:
+        return EcsqQuantizer(step, precision)
+    return FeedbackQuantizer(step, factor, precision)
+
+
+def _sensitivity(name: str, statistics: Statistics | None) -> Sensitivity | None:
+    return None if statistics is None else statistics.sensitivity(name)
+
+
+def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:
+    found = {name: _sensitivity(name, statistics) for name in names}
+    return {name: sensitivity for name, sensitivity in found.items() if sensitivity is not None}
 
 
 class _Sampler:
@@ -124,7 +136,7 @@ class _Sampler:
         self._picked = np.unique(
             np.linspace(0, rows - 1, min(rows, max(_FEWEST_ROWS, _SAMPLE_WEIGHTS // columns))).astype(int)
         )
-        precision = row_precision(name, rows)
+        precision = row_precision(name, rows, _sensitivity(name, statistics))
         self._precision = None if precision is None else precision[self._picked]
 
     def quantize(self, step: float, choose: CodeChooser) -> Quantized:

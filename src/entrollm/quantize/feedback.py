@@ -45,11 +45,13 @@ class FeedbackQuantizer:
     Attributes:
         step: relative to the RMS of the matrix times that of its inputs; larger is coarser.
         factor: float32, shape (columns, columns); see `Statistics.factor`.
+        row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
     """
 
     step: float
     factor: Float32
+    row_precision: Float32 | None = None
     price: float = PRICE
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
@@ -95,6 +97,8 @@ class FeedbackQuantizer:
         exact = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
         columns: Float32 = exact.astype(np.float32)
         rows = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
+        if self.row_precision is not None:
+            rows = rows / self.row_precision
         widest = np.abs(weights / columns).max(axis=1) / _LARGEST_SYMBOL
         return np.maximum(rows, widest).astype(np.float32), columns
 
