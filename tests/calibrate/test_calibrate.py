@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from entrollm import _core
-from entrollm.calibrate import calibrate, calibration_windows
+from entrollm.calibrate import CalibrationText, calibrate, calibration_windows
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.compress.verify import verify
@@ -68,7 +68,7 @@ def test_windows_are_spread_over_the_text(text: Path) -> None:
 
 
 def test_a_factor_holds_the_moments_of_the_normed_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
-    statistics = calibrate(model, text, tmp_path, windows=2, sampled=0)
+    statistics = calibrate(model, CalibrationText(text, 2, sampled=0), tmp_path)
     files = read_model_files(model)
     assert files.tokenizer is not None
     ids = calibration_windows(files.tokenizer, text, 512, 2)
@@ -105,7 +105,7 @@ class Noisy(DenseWeights):
 def test_the_share_of_a_matrix_predicts_the_divergence_that_noise_causes(
     name: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    statistics = calibrate(model, text, tmp_path, windows=12, sampled=0)
+    statistics = calibrate(model, CalibrationText(text, 12, sampled=0), tmp_path)
     sensitivity = statistics.sensitivity(f"model.{name}.weight")
     assert sensitivity is not None
     files = read_model_files(model)
@@ -120,7 +120,7 @@ def test_the_share_of_a_matrix_predicts_the_divergence_that_noise_causes(
 
 def test_a_calibrated_model_meets_its_size_and_verifies(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "factors").mkdir()
-    statistics = calibrate(model, text, tmp_path / "factors", windows=4, sampled=0)
+    statistics = calibrate(model, CalibrationText(text, 4, sampled=0), tmp_path / "factors")
     options = CompressOptions(target=Target(bits_per_weight=4.0))
     result = compress(model, tmp_path / "out", options, statistics=statistics)
     assert result.file_bits == pytest.approx(4.0, rel=0.005)
@@ -134,18 +134,18 @@ def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time")
     with pytest.raises(FormatError, match="calibration needs at least 8 windows of 512"):
-        calibrate(model, short, tmp_path)
+        calibrate(model, CalibrationText(short), tmp_path)
 
 
 def test_a_text_that_is_not_utf8_is_refused(model: Path, tmp_path: Path) -> None:
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match=r"binary.txt is not UTF-8 text"):
-        calibrate(model, binary, tmp_path)
+        calibrate(model, CalibrationText(binary), tmp_path)
 
 
 def test_calibration_without_a_size_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "factors").mkdir()
-    statistics = calibrate(model, text, tmp_path / "factors", windows=1, sampled=0)
+    statistics = calibrate(model, CalibrationText(text, 1, sampled=0), tmp_path / "factors")
     with pytest.raises(ValueError, match="calibration needs a size"):
         compress(model, tmp_path / "out", statistics=statistics)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from entrollm.calibrate import calibrate, sample_windows
+from entrollm.calibrate import CalibrationText, sample_windows
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.fields import Fields
@@ -66,6 +66,6 @@ def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
         sample_windows(checkpoint, config_of(tmp_path), (1, 2))
 
 
-def test_nothing_to_calibrate_on_is_refused(tmp_path: Path) -> None:
+def test_nothing_to_calibrate_on_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a text or at least 8 sampled windows, found 3"):
-        calibrate(EXAMPLE, None, tmp_path, sampled=3)
+        CalibrationText(None, sampled=3)

@@ -2,7 +2,7 @@
 
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.pipeline import CompressResult, compress
-from entrollm.compress.predict import SizePlan, plan
+from entrollm.compress.predict import SizePlan, plan, size_range
 from entrollm.compress.target import Target, parse_size
 
-__all__ = ["CompressOptions", "CompressResult", "SizePlan", "Target", "compress", "parse_size", "plan"]
+__all__ = ["CompressOptions", "CompressResult", "SizePlan", "Target", "compress", "parse_size", "plan", "size_range"]

@@ -3,6 +3,7 @@
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.perplexity import Perplexity
 from entrollm.evaluate.run import Evaluation, LanguageModel, evaluate
+from entrollm.evaluate.search import SearchResult, Trial, compress_within
 from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "LanguageModel",
     "Perplexity",
     "Protocol",
+    "SearchResult",
+    "Trial",
     "Windows",
+    "compress_within",
     "cut_windows",
     "evaluate",
     "read_text",
