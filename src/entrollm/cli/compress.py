@@ -42,6 +42,13 @@ class Granularity(StrEnum):
     row = "row"
 
 
+class Method(StrEnum):
+    """What calibrated matrices are quantized by."""
+
+    feedback = "feedback"
+    gptq = "gptq"
+
+
 class Prefer(StrEnum):
     """What decides between codes."""
 
@@ -93,6 +100,10 @@ def command(
             "take the whole model in memory, in float32; 0 takes one layer.",
         ),
     ] = None,
+    method: Annotated[
+        Method,
+        typer.Option("--method", help="What a calibrated matrix is quantized by; gptq is there to compare with."),
+    ] = Method.feedback,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -134,6 +145,7 @@ def command(
     options = CompressOptions(
         bits=4 if default_bits is None else default_bits,
         target=target,
+        method=method.value,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,
