@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from entrollm import _core
-from entrollm.calibrate import CalibrationText, calibrate, calibration_windows
+from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out
+from entrollm.calibrate.store import StoredStatistics
+from entrollm.calibrate.text import held_out_windows
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.compress.verify import verify
@@ -17,7 +19,7 @@ from entrollm.container.reader import CompressedModel
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear, DenseWeights
 from entrollm.engine.model import Model
-from entrollm.errors import FormatError
+from entrollm.errors import EntroLLMError, FormatError
 from entrollm.evaluate.divergence import token_divergences
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
@@ -91,6 +93,11 @@ def test_a_factor_holds_the_moments_of_the_normed_embeddings(model: Path, text: 
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["factor"] * 15
 
 
+@pytest.fixture(scope="module")
+def statistics(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredStatistics:
+    return calibrate(model, CalibrationText(text, 12, sampled=0), tmp_path_factory.mktemp("statistics"))
+
+
 class Noisy(DenseWeights):
     """A model with white noise on one matrix."""
 
@@ -103,14 +110,13 @@ class Noisy(DenseWeights):
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.up_proj", "layers.1.mlp.down_proj", "embed_tokens"])
 def test_the_share_of_a_matrix_predicts_the_divergence_that_noise_causes(
-    name: str, model: Path, text: Path, tmp_path: Path
+    name: str, model: Path, text: Path, statistics: StoredStatistics
 ) -> None:
-    statistics = calibrate(model, CalibrationText(text, 12, sampled=0), tmp_path)
     sensitivity = statistics.sensitivity(f"model.{name}.weight")
     assert sensitivity is not None
     files = read_model_files(model)
     assert files.tokenizer is not None
-    windows = calibration_windows(files.tokenizer, text, 512, 4)
+    windows = calibration_windows(files.tokenizer, text, 512, 3)
     with Checkpoint.open(model) as checkpoint:
         original = Model(files, DenseWeights(checkpoint))
         noisy = Model(files, Noisy(checkpoint, f"model.{name}.weight", 0.05))
@@ -149,3 +155,65 @@ def test_calibration_without_a_size_is_refused(model: Path, text: Path, tmp_path
     statistics = calibrate(model, CalibrationText(text, 1, sampled=0), tmp_path / "factors")
     with pytest.raises(ValueError, match="calibration needs a size"):
         compress(model, tmp_path / "out", statistics=statistics)
+
+
+def broken_copy(model: Path, folder: Path, name: str, value: float) -> Path:
+    """The model with one number of one tensor replaced."""
+    shutil.copytree(model, folder)
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].reshape(-1)[3] = value
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_named(model: Path, text: Path, tmp_path: Path, value: float) -> None:
+    broken = broken_copy(model, tmp_path / "broken", "model.layers.1.post_attention_layernorm.weight", value)
+    with (
+        np.errstate(invalid="ignore", over="ignore"),
+        pytest.raises(EntroLLMError, match=r"layers.1.mlp.gate_proj.weight: its inputs on the calibration text are"),
+    ):
+        calibrate(broken, CalibrationText(text, 2, sampled=0), tmp_path)
+
+
+def test_gradients_that_are_not_finite_are_named(model: Path, text: Path, tmp_path: Path) -> None:
+    broken = broken_copy(model, tmp_path / "broken", "model.norm.weight", np.nan)
+    with (
+        np.errstate(invalid="ignore"),
+        pytest.raises(
+            EntroLLMError, match=r"layers.1.\S+.weight: its gradients on the calibration text are not finite"
+        ),
+    ):
+        calibrate(broken, CalibrationText(text, 2, sampled=0), tmp_path)
+
+
+def test_dead_inputs_have_a_defined_result(model: Path, text: Path, tmp_path: Path) -> None:
+    dead = tmp_path / "dead"
+    shutil.copytree(model, dead)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 0
+    tensors["model.layers.1.input_layernorm.weight"][7] = 0
+    save_file(tensors, dead / "model.safetensors")
+    (tmp_path / "factors").mkdir()
+    statistics = calibrate(dead, CalibrationText(text, 4, sampled=0), tmp_path / "factors")
+    inert = statistics.sensitivity("model.layers.0.mlp.down_proj.weight")
+    assert inert is not None
+    result = compress(
+        dead, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=4.0)), statistics=statistics
+    )
+    assert result.file_bits == pytest.approx(4.0, rel=0.005)
+    with CompressedModel.open(tmp_path / "out") as compressed:
+        assert verify(compressed, _core.ThreadPool(2)).matrices
+
+
+def test_windows_held_out_are_not_calibrated_on(model: Path, text: Path) -> None:
+    tokenizer = read_model_files(EXAMPLE).tokenizer
+    assert tokenizer is not None
+    seen = calibration_windows(tokenizer, text, 128, 1000, held_out=5)
+    kept = held_out_windows(tokenizer, text, 128, 5)
+    everything = calibration_windows(tokenizer, text, 128, 1000)
+    np.testing.assert_array_equal(np.concatenate([seen, kept]), everything)
+    with pytest.raises(FormatError, match=r"calibration needs at least \d+ windows of 128"):
+        held_out_windows(tokenizer, text, 128, len(everything))
+    written = held_out(model, CalibrationText(None, held_out=1))
+    assert written.shape == (1, 512)
