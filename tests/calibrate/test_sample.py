@@ -66,6 +66,15 @@ def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
         sample_windows(checkpoint, config_of(tmp_path), (1, 2))
 
 
+def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    with (
+        Checkpoint.open(EXAMPLE) as checkpoint,
+        pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* --sampled 0"),
+    ):
+        sample_windows(checkpoint, config_of(EXAMPLE), (1, 2))
+
+
 def test_nothing_to_calibrate_on_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a text or at least 8 sampled windows, found 3"):
         CalibrationText(None, sampled=3)

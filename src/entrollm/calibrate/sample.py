@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -42,9 +44,10 @@ def sample_windows(
     Returns:
         int64, of that shape.
     Raises:
-        EntroLLMError: the model's logits are not finite.
+        EntroLLMError: the model's logits are not finite, or it does not fit this machine's memory.
         FormatError: a tensor is missing or has the wrong shape.
     """
+    _check_memory(checkpoint)
     writer = _Writer(config, DenseWeights(checkpoint))
     generator = np.random.default_rng(seed)
     windows, tokens = shape
@@ -63,6 +66,16 @@ def sample_windows(
             if progress is not None:
                 progress(begin * tokens + (position + 1) * len(part), windows * tokens)
     return written
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    needed = sum(4 * math.prod(info.shape) for info in checkpoint.tensors.values()) + _CACHE_BYTES
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise EntroLLMError(
+            f"text that {checkpoint.path} writes itself needs {needed / 1e9:.1f} GB of memory, and this machine has "
+            f"{memory / 1e9:.1f} GB; calibrate on a text alone, with --sampled 0"
+        )
 
 
 class _Writer:
