@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from entrollm.compress import CompressOptions, size_range
 from entrollm.engine.load import load
-from entrollm.evaluate import Windows, compress_within, evaluate
+from entrollm.evaluate import DivergenceLimit, Windows, compress_within, evaluate
 from entrollm.evaluate.search import smallest_size
 
 CONFIG = {
@@ -56,11 +56,11 @@ def test_the_divergence_is_kept_and_measured_on_what_is_written(
     model: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = compress_within(model, out, CompressOptions(), 0.01, windows)
+    result = compress_within(model, out, CompressOptions(), DivergenceLimit(0.3, windows))
     evaluations, _ = evaluate([load(out)], Windows(windows, 1, 1), load(model))
     assert evaluations[0].divergence is not None
     assert evaluations[0].divergence.mean == pytest.approx(result.divergence.mean)
-    assert 0.008 < result.divergence.mean <= 0.01
+    assert 0.25 < result.divergence.mean <= 0.3
     assert result.predictions == 3 * 63
     assert result.to_json()["kl"]["mean"] == result.divergence.mean
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -68,23 +68,21 @@ def test_the_divergence_is_kept_and_measured_on_what_is_written(
 
 def test_an_impossible_divergence_is_refused(model: Path, windows: NDArray[np.int64], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no size keeps the KL divergence at or below 1e-09: at \d+\.\d\d bits"):
-        compress_within(model, tmp_path / "out", CompressOptions(), 1e-9, windows)
+        compress_within(model, tmp_path / "out", CompressOptions(), DivergenceLimit(1e-9, windows))
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("max_kl", [0.0, -1.0, math.nan, math.inf])
-def test_a_divergence_that_is_no_limit_is_refused(
-    max_kl: float, model: Path, windows: NDArray[np.int64], tmp_path: Path
-) -> None:
+def test_a_divergence_that_is_no_limit_is_refused(max_kl: float, windows: NDArray[np.int64]) -> None:
     with pytest.raises(ValueError, match="the KL divergence must be above 0"):
-        compress_within(model, tmp_path / "out", CompressOptions(), max_kl, windows)
+        DivergenceLimit(max_kl, windows)
 
 
 def test_an_existing_output_is_refused_before_the_search(
     model: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="pass --overwrite to replace it"):
-        compress_within(model, tmp_path, CompressOptions(), 0.1, windows)
+        compress_within(model, tmp_path, CompressOptions(), DivergenceLimit(0.1, windows))
 
 
 def test_the_stated_sizes_are_met(model: Path) -> None:

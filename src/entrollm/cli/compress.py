@@ -156,7 +156,7 @@ def command(
     if max_kl is not None:
         if target is not None or bits or text is None:
             raise ValueError("--max-kl goes with --calibration, and without --bits, --bpw and --fit")
-        _compress_within(model, out, options, max_kl, text, overwrite, json_output)
+        _compress_within(model, out, options, (max_kl, text), overwrite, json_output)
         return
     if text is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
@@ -184,20 +184,21 @@ def _compress(
 
 
 def _compress_within(
-    model: str, out: Path, options: CompressOptions, max_kl: float, text: CalibrationText, overwrite: bool, quiet: bool
+    model: str, out: Path, options: CompressOptions, limit: tuple[float, CalibrationText], overwrite: bool, quiet: bool
 ) -> None:
     from entrollm.calibrate import held_out
-    from entrollm.evaluate import Trial, compress_within
+    from entrollm.evaluate import DivergenceLimit, Trial, compress_within
 
     def show(trial: Trial) -> None:
         if not quiet:
             stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
 
-    windows = held_out(model, text)
+    max_kl, text = limit
+    divergence = DivergenceLimit(max_kl, held_out(model, text))
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
         statistics = _calibrate(model, text, Path(folder), quiet)
         result = compress_within(
-            model, out, options, max_kl, windows, statistics=statistics, overwrite=overwrite, on_trial=show
+            model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
         )
     if quiet:
         print_json(result.to_json())

@@ -3,12 +3,13 @@
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.perplexity import Perplexity
 from entrollm.evaluate.run import Evaluation, LanguageModel, evaluate
-from entrollm.evaluate.search import SearchResult, Trial, compress_within
+from entrollm.evaluate.search import DivergenceLimit, SearchResult, Trial, compress_within
 from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text
 
 __all__ = [
     "DEFAULT_WINDOW",
     "Divergence",
+    "DivergenceLimit",
     "Evaluation",
     "LanguageModel",
     "Perplexity",

@@ -29,6 +29,23 @@ _CLOSE_BITS = 0.02
 _TRIALS = 10
 
 
+@dataclass(frozen=True, eq=False)
+class DivergenceLimit:
+    """How far a model may be from its original.
+
+    Attributes:
+        max_kl: mean KL divergence, in nats per prediction, above 0.
+        windows: token ids, shape (windows, tokens), that it is measured on; not those of a calibration.
+    """
+
+    max_kl: float
+    windows: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_kl < math.inf:
+            raise ValueError(f"the KL divergence must be above 0, found {self.max_kl}")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One size: file bits per weight, and the divergence of a model of that size from the original."""
@@ -64,32 +81,28 @@ def compress_within(
     model: str | Path,
     out: Path,
     options: CompressOptions,
-    max_kl: float,
-    windows: NDArray[np.int64],
+    limit: DivergenceLimit,
     *,
     statistics: Statistics | None = None,
     overwrite: bool = False,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> SearchResult:
-    """Write the smallest model whose mean KL divergence from the original is at most `max_kl`.
+    """Write the smallest model within a divergence from the original.
 
     Args:
         model: a checkpoint folder or a Hub id.
         out: the folder to make.
         options: as for `compress`; their target is not used.
-        max_kl: nats per prediction, above 0.
-        windows: token ids, shape (windows, tokens), that the divergence is measured on; not those of the calibration.
+        limit: the divergence.
         statistics: from calibration.
         overwrite: replace an earlier output.
         on_trial: called after each size that was tried.
     Raises:
         ValueError: no size keeps the divergence, or an argument is wrong.
     """
-    if not 0 < max_kl < math.inf:
-        raise ValueError(f"the KL divergence must be above 0, found {max_kl}")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; name another folder, or pass --overwrite to replace it")
-    measured = Windows(windows, windows.size, 1)
+    measured = Windows(limit.windows, limit.windows.size, 1)
     reference = load(model, threads=options.threads)
     trials: list[Trial] = []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +120,10 @@ def compress_within(
                 on_trial(trials[-1])
             return divergence.mean
 
-        bits = smallest_size(attempt, size_range(model, options, statistics), max_kl)
+        bits = smallest_size(attempt, size_range(model, options, statistics), limit.max_kl)
     compressed = compress(model, out, _at(options, bits), statistics=statistics, overwrite=overwrite)
     kept = min(trials, key=lambda trial: abs(trial.file_bits - compressed.file_bits))
-    return SearchResult(compressed, kept.divergence, tuple(trials), windows.size - len(windows))
+    return SearchResult(compressed, kept.divergence, tuple(trials), limit.windows.size - len(limit.windows))
 
 
 def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float], max_kl: float) -> float:
