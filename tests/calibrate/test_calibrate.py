@@ -12,6 +12,7 @@ from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import held_out_windows
+from entrollm.calibrate.walk import Squares
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.compress.verify import verify
@@ -217,3 +218,15 @@ def test_windows_held_out_are_not_calibrated_on(model: Path, text: Path) -> None
         held_out_windows(tokenizer, text, 128, len(everything))
     written = held_out(model, CalibrationText(None, held_out=1))
     assert written.shape == (1, 512)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_squares_of_gradients_are_those_of_the_product_whatever_the_shape(rows: int) -> None:
+    generator = np.random.default_rng(8)
+    x = generator.standard_normal((20, 30)).astype(np.float32)
+    gradient = generator.standard_normal((20, rows)).astype(np.float32)
+    squares = Squares(30)
+    squares.add_product(x, gradient)
+    whole = gradient.astype(np.float64).T @ x
+    np.testing.assert_allclose(squares.columns, whole.T @ whole, rtol=1e-3, atol=1e-2)
+    assert squares.total == pytest.approx(float(np.square(whole).sum()), rel=1e-4)

@@ -42,7 +42,7 @@ def our_gradients(folder: Path, ids: NDArray[np.int64], labels: NDArray[np.int64
         tables = RopeTables(config.rope).rows(0, len(ids), config.rope.is_long(len(ids)))
         for index in reversed(range(config.num_layers)):
             layer = LayerGradient(config, read, index)
-            gradient = layer(hidden[index], tables, gradient, lambda name, value: found.update({name: value.copy()}))
+            gradient = layer(hidden[index], tables, gradient, lambda name, x, dy: found.update({name: dy.T @ x}))
     found["hidden"] = gradient
     return found
 

@@ -13,7 +13,7 @@ from entrollm.engine.ops import rms_norm, rotate, swiglu
 from entrollm.engine.weights import Floats
 
 Read = Callable[[str], Floats]
-Record = Callable[[str, Floats], None]
+Record = Callable[[str, Floats, Floats], None]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ class _Part:
         return y
 
     def backward(self, x: Floats, gradient: Floats, record: Record) -> Floats:
-        """Record the gradient of each matrix and return that of the input."""
-        whole = gradient.T @ x
+        """Record what the gradient of each matrix is made of, and return that of the input."""
         begin = 0
         for name, rows in zip(self.names, self.rows, strict=True):
-            record(name, whole[begin : begin + rows])
+            record(name, x, gradient[:, begin : begin + rows])
             begin += rows
         passed: Floats = gradient @ self.weight
         return passed
@@ -81,7 +80,8 @@ class LayerGradient:
             x: float32 (n, hidden_size), what the layer read.
             tables: cosines and sines of the n positions.
             gradient: float32 (n, hidden_size), of what it gave.
-            record: called with the name of each matrix and its gradient, which it must not keep.
+            record: called with the name of each matrix, its inputs x, float32 (n, in_features), and the gradient dy
+                of its outputs, float32 (n, out_features); the gradient of the matrix is dy^T x.
         Returns:
             float32 (n, hidden_size), the gradient of x.
         """

@@ -32,7 +32,6 @@ from entrollm.quantize.statistics import Sensitivity, damped_factor
 _TOKENS_PER_PRODUCT = 4096
 # Windows that gradients are taken of; squares of gradients converge sooner than correlations of inputs.
 _GRADIENT_WINDOWS = 64
-_HEAD_ROWS = 8192
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # A token that the windows never suggest counts as this share of the mean one.
 _RARE_TOKEN = 0.1
@@ -111,10 +110,10 @@ class _Backward:
         gradients, head, likely = self._head(hidden)
         for index in reversed(range(config.num_layers)):
             layer = LayerGradient(config, self._checkpoint.read_float32, index)
-            squares: dict[str, _Squares] = {}
+            squares: dict[str, Squares] = {}
 
-            def record(name: str, gradient: Floats, squares: dict[str, _Squares] = squares) -> None:
-                squares.setdefault(name, _Squares(gradient.shape[1])).add(gradient)
+            def record(name: str, x: Floats, gradient: Floats, squares: dict[str, Squares] = squares) -> None:
+                squares.setdefault(name, Squares(x.shape[1])).add_product(x, gradient)
 
             inputs = self._spool.take(f"hidden-{index}")
             gradients = [layer(x, tables, gradient, record) for x, gradient in zip(inputs, gradients, strict=True)]
@@ -124,7 +123,7 @@ class _Backward:
                 progress(2 * config.num_layers - index, 2 * config.num_layers)
         self._embedding(gradients, head, likely)
 
-    def _head(self, hidden: list[Floats]) -> tuple[list[Floats], _Squares, Float64]:
+    def _head(self, hidden: list[Floats]) -> tuple[list[Floats], Squares, Float64]:
         """Gradients of what the last layer gave, squares of the head's, and the mean probability of each token."""
         config = self._config
         weights = DenseWeights(self._checkpoint)
@@ -132,7 +131,7 @@ class _Backward:
         weight = load_tensor(weights, _EMBEDDING if self._is_tied else _HEAD, shape)
         norm = load_tensor(weights, _NORM, (config.hidden_size,))
         generator = np.random.default_rng(0)
-        squares = _Squares(config.hidden_size)
+        squares = Squares(config.hidden_size)
         moments = np.zeros((config.hidden_size, config.hidden_size))
         likely = np.zeros(config.vocab_size)
         gradients = []
@@ -141,8 +140,7 @@ class _Backward:
             probabilities, labels = draw_labels(normed @ weight.T, generator)
             likely += probabilities.sum(axis=0)
             probabilities[np.arange(len(labels)), labels] -= 1
-            for begin in range(0, config.vocab_size, _HEAD_ROWS):
-                squares.add(probabilities[:, begin : begin + _HEAD_ROWS].T @ normed)
+            squares.add_product(normed, probabilities)
             moments += normed.T @ normed
             gradients.append(rms_norm_gradient(x, norm, config.norm_eps, probabilities @ weight))
         likely /= self._windows.size
@@ -150,8 +148,8 @@ class _Backward:
             self._keep(_HEAD, squares, moments / self._windows.size, likely)
         return gradients, squares, likely
 
-    def _embedding(self, gradients: list[Floats], head: _Squares, likely: Float64) -> None:
-        squares = head if self._is_tied else _Squares(self._config.hidden_size)
+    def _embedding(self, gradients: list[Floats], head: Squares, likely: Float64) -> None:
+        squares = head if self._is_tied else Squares(self._config.hidden_size)
         for ids, gradient in zip(self._windows, gradients, strict=True):
             unique, places = np.unique(ids, return_inverse=True)
             rows = np.zeros((len(unique), gradient.shape[1]), np.float32)
@@ -159,7 +157,7 @@ class _Backward:
             squares.add(rows)
         self._keep(_EMBEDDING, squares, squares.columns, likely)
 
-    def _keep(self, name: str, squares: _Squares, moments: NDArray[np.floating], likely: Float64 | None = None) -> None:
+    def _keep(self, name: str, squares: Squares, moments: NDArray[np.floating], likely: Float64 | None = None) -> None:
         """Store the statistics of a matrix; `likely` weighs the rows of an embedding or head."""
         total = squares.total / self._windows.size
         if not np.isfinite(total):
@@ -180,8 +178,8 @@ def _mean_moments(first: Float64, second: Float64) -> Float64:
     return sum((m / t for m, t in zip((first, second), traces, strict=True) if t > 0), np.zeros_like(first))
 
 
-class _Squares:
-    """Sums over the gradients G of one matrix.
+class Squares:
+    """Sums over the gradients G of one matrix, one for each window.
 
     Attributes:
         columns: float64, G^T G.
@@ -198,6 +196,15 @@ class _Squares:
     def add(self, gradient: Floats) -> None:
         """Add one window's gradient, or rows of it."""
         self.columns += gradient.T @ gradient
+
+    def add_product(self, x: Floats, gradient: Floats) -> None:
+        """Add one window's gradient, made of a matrix's inputs (n, columns) and its outputs' gradients (n, rows)."""
+        n, rows = gradient.shape
+        columns = x.shape[1]
+        if n * n * (rows + columns) + n * columns**2 < n * rows * columns + rows * columns**2:
+            self.columns += x.T @ ((gradient @ gradient.T) @ x)
+        else:
+            self.add(gradient.T @ x)
 
 
 class _Recorder:
