@@ -81,7 +81,8 @@ def test_a_divergence_that_is_no_limit_is_refused(max_kl: float, windows: NDArra
 def test_an_existing_output_is_refused_before_the_search(
     model: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="pass --overwrite to replace it"):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no compressed model"):
         compress_within(model, tmp_path, CompressOptions(), DivergenceLimit(0.1, windows))
 
 

@@ -137,7 +137,7 @@ def command(
     otherwise the grids are the EntroLLM paper's, of --bits bits. The folder appears when it is complete; after an
     interruption, the same command goes on where it stopped.
     """
-    from entrollm.compress import CompressOptions
+    from entrollm.compress import CompressOptions, check_output
     from entrollm.quantize.select import parse_bits
 
     target = parse_target(bpw, fit, bits)
@@ -153,6 +153,7 @@ def command(
         threads=threads,
     )
     text = _calibration_text(calibration, sampled, max_kl)
+    check_output(out, overwrite)
     if max_kl is not None:
         if target is not None or bits or text is None:
             raise ValueError("--max-kl goes with --calibration, and without --bits, --bpw and --fit")

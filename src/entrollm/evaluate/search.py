@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.compress import CompressOptions, CompressResult, Target, compress, size_range
+from entrollm.compress import CompressOptions, CompressResult, Target, check_output, compress, size_range
 from entrollm.engine.load import load
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.run import evaluate
@@ -100,8 +100,7 @@ def compress_within(
     Raises:
         ValueError: no size keeps the divergence, or an argument is wrong.
     """
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; name another folder, or pass --overwrite to replace it")
+    check_output(out, overwrite)
     measured = Windows(limit.windows, limit.windows.size, 1)
     reference = load(model, threads=options.threads)
     trials: list[Trial] = []
