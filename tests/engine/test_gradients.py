@@ -1,5 +1,6 @@
 """Gradients by hand equal those of transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from architectures import ARCHITECTURES, load_reference, random_ids
 from numpy.typing import NDArray
 
+from entrollm.calibrate import measure, sample_windows
 from entrollm.calibrate.backward import LayerGradient, draw_labels, rms_norm_gradient
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.fields import Fields
@@ -68,3 +70,25 @@ def test_labels_are_drawn_from_the_predictions() -> None:
     probabilities, labels = draw_labels(logits, np.random.default_rng(3))
     np.testing.assert_allclose(probabilities[0], [0.7, 0.2, 0.1], rtol=1e-5)
     np.testing.assert_allclose(np.bincount(labels) / len(labels), [0.7, 0.2, 0.1], atol=0.015)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "qwen3-window"])
+def test_every_matrix_is_measured_whatever_the_architecture(name: str, tmp_path: Path) -> None:
+    folder = ARCHITECTURES[name](tmp_path)
+    config = read_config(Fields(read_model_files(folder).config, "config.json"))
+    (tmp_path / "statistics").mkdir()
+    with Checkpoint.open(folder) as checkpoint:
+        config = replace(config, bos_token_id=None)
+        windows = sample_windows(checkpoint, config, (8, 48))
+        statistics = measure(checkpoint, config, windows, tmp_path / "statistics")
+        for key, info in checkpoint.tensors.items():
+            factor, sensitivity = statistics.factor(key), statistics.sensitivity(key)
+            if len(info.shape) != 2:
+                assert factor is None
+                assert sensitivity is None
+                continue
+            assert factor is not None
+            assert sensitivity is not None
+            assert factor.shape == (info.shape[1], info.shape[1])
+            assert sensitivity.share > 0
+            assert (sensitivity.row_weights is not None) == (key in ("model.embed_tokens.weight", "lm_head.weight"))
