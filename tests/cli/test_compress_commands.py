@@ -124,3 +124,20 @@ def test_info_names_the_instruction_set() -> None:
     assert facts["isa"] == next(name for name, runs in facts["isas"].items() if runs)
     assert facts["product"]["weights_per_s"] > 1e6
     assert 2.9 < facts["product"]["coded_bits"] < 3.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-kl", 0.1), "--max-kl goes with --calibration"),
+        (("--max-kl", 0.1, "--bpw", 3, "--calibration", "self"), "--max-kl goes with --calibration"),
+        (("--calibration", "self"), "--calibration needs a size"),
+        (("--bpw", 3, "--sampled", 9), "--sampled goes with --calibration"),
+        (("--bpw", 3, "--sampled", 0, "--calibration", "self"), "needs a text or at least 8 sampled windows"),
+    ],
+)
+def test_calibration_options_that_do_not_go_together_are_refused(
+    arguments: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    result = invoke("compress", MODEL, "-o", tmp_path / "out", *arguments, code=1)
+    assert message in " ".join(result.output.split())

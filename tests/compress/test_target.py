@@ -14,6 +14,7 @@ from entrollm.compress.verify import verify
 from entrollm.container.reader import CompressedModel
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
+from entrollm.quantize.statistics import Sensitivity
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
@@ -128,3 +129,21 @@ def test_rows_of_frequent_tokens_are_more_precise() -> None:
     assert (np.diff(precision) <= 0).all()
     assert np.log(precision).mean() == pytest.approx(0, abs=1e-4)
     assert row_precision("model.layers.0.mlp.up_proj.weight", 4096) is None
+
+
+def test_measured_shares_replace_those_of_roles() -> None:
+    shapes = {f"model.layers.1.self_attn.{name}.weight": (64, 64) for name in ("q_proj", "k_proj", "v_proj")}
+    names = list(shapes)
+    shares = {names[0]: Sensitivity(4.0), names[1]: Sensitivity(1.0), names[2]: Sensitivity(0.0)}
+    steps = relative_steps(shapes, shares)
+    assert steps[names[1]] / steps[names[0]] == pytest.approx(4**0.4)
+    # A matrix without measured effect is no special one.
+    assert steps[names[2]] == pytest.approx(1.0)
+
+
+def test_rows_follow_measured_weights() -> None:
+    weights = np.array([16.0, 1.0, 1.0, 1.0], np.float32)
+    precision = row_precision("any.weight", 4, Sensitivity(1.0, weights))
+    assert precision is not None
+    np.testing.assert_allclose(precision / precision[1], [2, 1, 1, 1], rtol=1e-5)
+    assert row_precision("model.embed_tokens.weight", 4096, Sensitivity(1.0)) is None

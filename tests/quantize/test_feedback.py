@@ -11,6 +11,7 @@ from entrollm.codec.choose import choose_code, stored_bits
 from entrollm.errors import FormatError
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
+from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized, Quantizer
 from entrollm.quantize.statistics import damped_factor
 
@@ -114,3 +115,33 @@ def test_weights_that_are_not_finite_are_refused(moments: NDArray[np.float64]) -
     weights[2, 3] = np.inf
     with pytest.raises(FormatError, match=r"tensor 'w' has inf at \[2, 3\]; it must be finite"):
         run(FeedbackQuantizer(0.5, damped_factor(moments)), weights)
+
+
+def test_gptq_lies_between_rounding_alone_and_feedback(
+    weights: NDArray[np.float32], moments: NDArray[np.float64]
+) -> None:
+    factor = damped_factor(moments)
+    errors = []
+    for quantizer in (EcsqQuantizer(0.5), GptqQuantizer(0.5, factor), FeedbackQuantizer(0.5, factor)):
+        quantized, values = run(quantizer, weights)
+        errors.append(output_error(values, weights, moments) * 4 ** bits(quantized))
+    assert 1.2 * errors[2] < errors[1] < 0.8 * errors[0]
+
+
+def test_gptq_keeps_rows_of_zeros_and_has_no_column_scales(
+    weights: NDArray[np.float32], moments: NDArray[np.float64]
+) -> None:
+    weights = weights.copy()
+    weights[5] = 0
+    precision = np.linspace(0.5, 2, len(weights), dtype=np.float32)
+    quantized, values = run(GptqQuantizer(0.5, damped_factor(moments), precision), weights)
+    assert not values[5].any()
+    assert quantized.column_scale is None
+    ratio = quantized.scale[-1] / quantized.scale[0] * np.sqrt(np.linalg.norm(weights[0]) / np.linalg.norm(weights[-1]))
+    assert ratio == pytest.approx(0.25, rel=0.02)
+    assert not run(GptqQuantizer(0.5, damped_factor(moments)), np.zeros((4, COLUMNS), np.float32))[1].any()
+
+
+def test_gptq_refuses_weights_that_are_not_finite(moments: NDArray[np.float64]) -> None:
+    with pytest.raises(FormatError, match=r"tensor 'w' has nan at \[0, 0\]; it must be finite"):
+        run(GptqQuantizer(0.5, damped_factor(moments)), np.full((4, COLUMNS), np.nan, np.float32))

@@ -1,7 +1,16 @@
 """Measure what a model's matrices see of a text, for calibrated quantization."""
 
-from entrollm.calibrate.run import calibrate
+from entrollm.calibrate.run import DEFAULT_WINDOWS, CalibrationText, calibrate, held_out
+from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.text import calibration_windows
 from entrollm.calibrate.walk import measure
 
-__all__ = ["calibrate", "calibration_windows", "measure"]
+__all__ = [
+    "DEFAULT_WINDOWS",
+    "CalibrationText",
+    "calibrate",
+    "calibration_windows",
+    "held_out",
+    "measure",
+    "sample_windows",
+]

@@ -13,9 +13,13 @@ from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress
 from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
-    from entrollm.compress import CompressResult
+    from entrollm.calibrate import CalibrationText
+    from entrollm.compress import CompressOptions, CompressResult
     from entrollm.compress.packed import PackedSummary
     from entrollm.quantize.statistics import Statistics
+
+# Windows that --max-kl measures on.
+_HELD_OUT_WINDOWS = 16
 
 EXAMPLES = (
     ("entrollm compress MODEL -o OUT", "4-bit grids, coded for size"),
@@ -23,6 +27,8 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bpw 3.5", "3.5 bits per weight, everything included"),
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "calibrated"),
+    ("entrollm compress MODEL -o OUT --bpw 3 --calibration self", "calibrated on what the model writes"),
+    ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
@@ -40,6 +46,13 @@ class Granularity(StrEnum):
 
     tensor = "tensor"
     row = "row"
+
+
+class Method(StrEnum):
+    """What calibrated matrices are quantized by."""
+
+    feedback = "feedback"
+    gptq = "gptq"
 
 
 class Prefer(StrEnum):
@@ -77,11 +90,35 @@ def command(
     bpw: BpwOption = None,
     fit: FitOption = None,
     calibration: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--calibration",
-            metavar="FILE",
-            help="With --bpw or --fit: a UTF-8 text like what the model will read; its activations steer the rounding.",
+            metavar="FILE|self",
+            help="With --bpw, --fit or --max-kl: a UTF-8 text like what the model will read; it steers the "
+            "rounding; self for none but what the model writes itself.",
+        ),
+    ] = None,
+    sampled: Annotated[
+        int | None,
+        typer.Option(
+            "--sampled",
+            min=0,
+            metavar="N",
+            help="With --calibration: windows that the model writes itself, beside the text; by default 64. They "
+            "take the whole model in memory, in float32; 0 takes one layer.",
+        ),
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option("--method", help="What a calibrated matrix is quantized by; gptq is there to compare with."),
+    ] = Method.feedback,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl",
+            metavar="X",
+            help="With --calibration: the smallest files whose mean KL divergence from the original is at most X nats, "
+            "measured on windows of the text that calibration does not see.",
         ),
     ] = None,
     granularity: Annotated[
@@ -113,8 +150,7 @@ def command(
     integers, without loss. The folder appears when it is complete; after an
     interruption, the same command goes on where it stopped.
     """
-    from entrollm.compress import CompressOptions, compress
-    from entrollm.compress.pipeline import CompressProgress
+    from entrollm.compress import CompressOptions, check_output
     from entrollm.quantize.select import parse_bits
 
     target = parse_target(bpw, fit, bits)
@@ -122,6 +158,7 @@ def command(
     options = CompressOptions(
         bits=default_bits,
         target=target,
+        method=method.value,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,
@@ -129,27 +166,85 @@ def command(
         tokenizer=tokenizer,
         threads=threads,
     )
-    if calibration is not None and target is None:
-        raise ValueError("--calibration needs a size: add --bpw 3.5 or --fit 1.9GB")
+    text = _calibration_text(calibration, sampled, max_kl)
+    check_output(out, overwrite)
+    if max_kl is not None:
+        if target is not None or bits or text is None:
+            raise ValueError("--max-kl goes with --calibration, and without --bits, --bpw and --fit")
+        _compress_within(model, out, options, (max_kl, text), overwrite, json_output)
+        return
+    if text is not None and target is None:
+        raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
-        statistics = None if calibration is None else _calibrate(model, calibration, Path(folder), json_output)
-        with progress_bar("compressing", "weights", quiet=json_output) as update:
-
-            def show(progress: CompressProgress) -> None:
-                update(progress.weights_done, progress.weights)
-
-            result = compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=show)
+        statistics = None if text is None else _calibrate(model, text, Path(folder), json_output)
+        result = _compress(model, out, options, statistics, overwrite, json_output)
     if json_output:
         print_json(result.to_json())
     else:
         _print_summary(result)
 
 
-def _calibrate(model: str, text: Path, folder: Path, quiet: bool) -> Statistics:
+def _compress(
+    model: str, out: Path, options: CompressOptions, statistics: Statistics | None, overwrite: bool, quiet: bool
+) -> CompressResult:
+    from entrollm.compress import compress
+    from entrollm.compress.pipeline import CompressProgress
+
+    with progress_bar("compressing", "weights", quiet=quiet) as update:
+
+        def show(progress: CompressProgress) -> None:
+            update(progress.weights_done, progress.weights)
+
+        return compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=show)
+
+
+def _compress_within(
+    model: str, out: Path, options: CompressOptions, limit: tuple[float, CalibrationText], overwrite: bool, quiet: bool
+) -> None:
+    from entrollm.calibrate import held_out
+    from entrollm.evaluate import DivergenceLimit, Trial, compress_within
+
+    def show(trial: Trial) -> None:
+        if not quiet:
+            stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
+
+    max_kl, text = limit
+    divergence = DivergenceLimit(max_kl, held_out(model, text))
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+        statistics = _calibrate(model, text, Path(folder), quiet)
+        result = compress_within(
+            model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
+        )
+    if quiet:
+        print_json(result.to_json())
+        return
+    _print_summary(result.compressed)
+    kl = result.divergence
+    stdout.print(
+        f"KL divergence from the original: mean [bold]{kl.mean:.4g}[/bold] of {max_kl:g} nats, 99th percentile "
+        f"{kl.percentile_99:.3g}, on {result.predictions:,} predictions that calibration did not see"
+    )
+
+
+def _calibration_text(calibration: str | None, sampled: int | None, max_kl: float | None) -> CalibrationText | None:
+    from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText
+
+    if calibration is None:
+        if sampled is not None:
+            raise ValueError("--sampled goes with --calibration FILE or --calibration self")
+        return None
+    return CalibrationText(
+        None if calibration == "self" else calibration,
+        sampled=DEFAULT_WINDOWS if sampled is None else sampled,
+        held_out=0 if max_kl is None else _HELD_OUT_WINDOWS,
+    )
+
+
+def _calibrate(model: str, text: CalibrationText, folder: Path, quiet: bool) -> Statistics:
     from entrollm.calibrate import calibrate
 
-    with progress_bar("calibrating", "layers", quiet=quiet) as update:
-        return calibrate(model, text, folder, progress=update)
+    with progress_bar("calibrating", "windows and layers", quiet=quiet) as update:
+        return calibrate(model, text, folder, progress=lambda action, done, total: update(done, total))
 
 
 def _remark(packed: PackedSummary) -> str:

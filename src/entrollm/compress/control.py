@@ -132,12 +132,15 @@ class RateControl:
             coarseness = moved
         return coarseness
 
+    def size_range(self) -> tuple[float, float]:
+        """The smallest and the largest size of all files, in bytes, before any matrix is settled."""
+        return self._fixed + self._predict(MAX_COARSENESS), self._fixed + self._predict(MIN_COARSENESS)
+
     def _check_feasible(self) -> None:
         predicted = self.predicted_bytes()
         if abs(predicted - self._aim) <= 0.005 * self._aim:
             return
-        smallest = self._fixed + self._predict(MAX_COARSENESS)
-        largest = self._fixed + self._predict(MIN_COARSENESS)
+        smallest, largest = self.size_range()
         bits = 8 / self._weights
         raise ValueError(
             f"this model cannot take {self._aim:.0f} bytes ({self._aim * bits:.3f} bits per weight); "

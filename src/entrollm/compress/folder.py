@@ -61,17 +61,7 @@ class OutputFolder:
             raise ValueError(
                 f"{self._replaced} holds an earlier output that a stopped run was replacing; remove it or rename it"
             )
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; name a folder that does not exist yet")
-        if not any(self.path.iterdir()):
-            return
-        ours = (self.path / "config.json").is_file() and is_compressed(read_config(self.path))
-        if not ours:
-            raise ValueError(f"{self.path} exists and is no compressed model; name a folder that does not exist yet")
-        if not self._overwrite:
-            raise ValueError(f"{self.path} exists; name another folder, or pass --overwrite to replace it")
+        check_output(self.path, self._overwrite)
 
     def _adopt(self, plan: dict[str, Any]) -> None:
         """Make the partial folder this run's: continue one with the same plan, clear one with another."""
@@ -100,6 +90,25 @@ class OutputFolder:
         """Whether a folder in the place of the partial one holds nothing or a plan, perhaps a half-written one."""
         names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
         return _PLAN in names or names <= {_PLAN + ".tmp"}
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Check that a model folder may be made at `path`, before work that takes long.
+
+    Raises:
+        ValueError: something is there, and it is no compressed model or may not be replaced.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder that does not exist yet")
+    if not any(path.iterdir()):
+        return
+    ours = (path / "config.json").is_file() and is_compressed(read_config(path))
+    if not ours:
+        raise ValueError(f"{path} exists and is no compressed model; name a folder that does not exist yet")
+    if not overwrite:
+        raise ValueError(f"{path} exists; name another folder, or pass --overwrite to replace it")
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:

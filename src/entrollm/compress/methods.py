@@ -11,17 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.checkpoint import Checkpoint
-from entrollm.codec.choose import Prefer
 from entrollm.compress.control import RateControl
+from entrollm.compress.options import CompressOptions
 from entrollm.compress.rate import RateCurve
-from entrollm.compress.target import Target
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
+from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.method import ArraySource, CodeChooser, Quantized, Quantizer
 from entrollm.quantize.paper import PaperQuantizer
 from entrollm.quantize.select import TensorPlan
-from entrollm.quantize.statistics import Statistics
+from entrollm.quantize.statistics import Sensitivity, Statistics
 
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
@@ -64,8 +64,7 @@ class SizedMethods:
         checkpoint: the model.
         names: its matrices, in the order of coding.
         kept: its other tensors.
-        target: the size to meet.
-        prefer: how codes are chosen.
+        options: with a target.
         shards: files that the output will have.
         statistics: what calibration measured; None for none.
     Raises:
@@ -77,54 +76,69 @@ class SizedMethods:
         checkpoint: Checkpoint,
         names: list[str],
         kept: list[str],
-        target: Target,
-        prefer: Prefer,
+        options: CompressOptions,
         shards: int,
         statistics: Statistics | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
+        self._method = options.method
+        assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
-            name: RateCurve(name, shapes[name], _Sampler(checkpoint, name, statistics).quantize, prefer)
+            name: RateCurve(name, shapes[name], _Sampler(checkpoint, name, self).quantize, options.prefer)
             for name in names
         }
         fixed = shards * _SHARD_BYTES
         for name in kept:
             fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(_count(info.shape) for info in checkpoint.tensors.values())
-        self.control = RateControl(self.curves, relative_steps(shapes), fixed, weights, target)
+        steps = relative_steps(shapes, _sensitivities(names, statistics))
+        self.control = RateControl(self.curves, steps, fixed, weights, options.target)
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of a matrix at its step."""
-        precision = row_precision(name, self._checkpoint.tensors[name].shape[0])
-        return _quantizer(name, self.control.step(name), precision, self._statistics)
+        return self.at_step(name, self.control.step(name), self.row_precision(name))
 
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Let the rate control take note."""
         return self.control.settle(name, stored_bytes)
 
+    def row_precision(self, name: str) -> NDArray[np.float32] | None:
+        """What the rows of a matrix divide their steps by."""
+        sensitivity = None if self._statistics is None else self._statistics.sensitivity(name)
+        return row_precision(name, self._checkpoint.tensors[name].shape[0], sensitivity)
 
-def _quantizer(
-    name: str, step: float, precision: NDArray[np.float32] | None, statistics: Statistics | None
-) -> Quantizer:
-    factor = None if statistics is None else statistics.factor(name)
-    return EcsqQuantizer(step, precision) if factor is None else FeedbackQuantizer(step, factor)
+    def at_step(self, name: str, step: float, precision: NDArray[np.float32] | None) -> Quantizer:
+        """The quantizer of a matrix, or of some of its rows with their precision, at a step."""
+        factor = None if self._statistics is None else self._statistics.factor(name)
+        if factor is None:
+            return EcsqQuantizer(step, precision)
+        if self._method == "gptq":
+            return GptqQuantizer(step, factor, precision)
+        return FeedbackQuantizer(step, factor, precision)
+
+
+def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:
+    if statistics is None:
+        return {}
+    found = {name: statistics.sensitivity(name) for name in names}
+    return {name: sensitivity for name, sensitivity in found.items() if sensitivity is not None}
 
 
 class _Sampler:
     """Rows of one matrix, evenly spread, read when they are first needed."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, statistics: Statistics | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, methods: SizedMethods) -> None:
         self._checkpoint = checkpoint
-        self._statistics = statistics
+        self._methods = methods
         self._name = name
         self._rows: NDArray[Any] | None = None
         rows, columns = _matrix_shape(checkpoint, name)
         self._picked = np.unique(
             np.linspace(0, rows - 1, min(rows, max(_FEWEST_ROWS, _SAMPLE_WEIGHTS // columns))).astype(int)
         )
-        precision = row_precision(name, rows)
+        precision = methods.row_precision(name)
         self._precision = None if precision is None else precision[self._picked]
 
     def quantize(self, step: float, choose: CodeChooser) -> Quantized:
@@ -132,7 +146,7 @@ class _Sampler:
             parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
             self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
             self._checkpoint.release(self._name)
-        quantizer = _quantizer(self._name, step, self._precision, self._statistics)
+        quantizer = self._methods.at_step(self._name, step, self._precision)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)
 
 

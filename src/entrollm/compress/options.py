@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
 from entrollm.compress.target import Target
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.select import BitsOverride
+
+Method = Literal["feedback", "gptq"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class CompressOptions:
     Attributes:
         bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
         target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
+        method: what a calibrated matrix is quantized by: "feedback", or "gptq" to compare with.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -31,6 +35,7 @@ class CompressOptions:
 
     bits: int | None = None
     target: Target | None = None
+    method: Method = "feedback"
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"

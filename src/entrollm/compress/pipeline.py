@@ -229,7 +229,7 @@ def make_methods(
         return PaperMethods(plans)
     coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
     kept = [name for name in plans if name not in set(coded)]
-    return SizedMethods(checkpoint, coded, kept, options.target, options.prefer, shards, statistics)
+    return SizedMethods(checkpoint, coded, kept, options, shards, statistics)
 
 
 def _weights(info: TensorInfo) -> int:
@@ -274,6 +274,7 @@ def _fingerprint(
         "tensors": {name: [plan.bits, plan.granularity, plan.is_packed] for name, plan in plans.items()},
         "prefer": options.prefer,
         "processor": options.processor,
+        "method": options.method,
         "statistics": None if statistics is None else statistics.fingerprint,
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
@@ -342,7 +343,7 @@ def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrat
     if options.target is None:
         return {"method": "paper", "bits": options.bits or _DEFAULT_BITS, "granularity": options.granularity}
     asked = {key: value for key, value in asdict(options.target).items() if value is not None}
-    return {"method": "feedback" if is_calibrated else "ecsq", **asked}
+    return {"method": options.method if is_calibrated else "ecsq", **asked}
 
 
 def _summarize(

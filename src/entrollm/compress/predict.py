@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ from entrollm.codec.choose import choose_code
 from entrollm.compress.methods import SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.pipeline import make_methods, plan_shards
+from entrollm.compress.target import Target
 from entrollm.container import layout
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
+from entrollm.quantize.statistics import Statistics
 from entrollm.threads import default_threads
 
 _TIMED_WEIGHTS = 1 << 23
 _TIMED_COLUMNS = 4096
 _TIMED_RUNS = 5
+# A size that every model can take whose weights are mostly quantized.
+_PROBE_BITS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,30 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
         compress_bytes=2 * 4 * largest + 300_000_000,
         tokens_per_s=_product_rate(methods, threads, options) / max(1, multiplied),
     )
+
+
+def size_range(
+    model: str | Path, options: CompressOptions, statistics: Statistics | None = None
+) -> tuple[float, float]:
+    """The smallest and the largest bits per weight that `compress` meets, everything included.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        options: their target is not used.
+        statistics: what calibration measured.
+    Raises:
+        FormatError: the checkpoint is malformed or has a weight that is not finite.
+        ValueError: an option is wrong.
+    """
+    options = replace(options, target=Target(bits_per_weight=_PROBE_BITS))
+    with Checkpoint.open(resolve(model)) as checkpoint:
+        plans, shards = plan_shards(checkpoint, options)
+        methods = make_methods(checkpoint, plans, options, len(shards), statistics)
+        assert isinstance(methods, SizedMethods)
+        weights = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+        smallest, largest = methods.control.size_range()
+    # Sizes are predictions, good to half a per cent.
+    return smallest * 1.005 * 8 / weights, largest * 0.995 * 8 / weights
 
 
 def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from entrollm.engine.config import ModelConfig
+from entrollm.engine.ops import attention
 from entrollm.engine.weights import Floats
 
 _INITIAL_POSITIONS = 256
 # Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
 _SKEW = 16
+
+
+class Attention(Protocol):
+    """What a layer asks for attention over the tokens so far."""
+
+    def attend(self, queries: Floats, keys: Floats, values: Floats) -> Floats:
+        """Add n tokens and mix values for each.
+
+        Args:
+            queries: float32 (n, heads, head_dim).
+            keys, values: float32 (n, kv_heads, head_dim).
+        Returns:
+            float32 (n, heads * head_dim).
+        """
 
 
 class LayerCache:
@@ -53,6 +69,11 @@ class LayerCache:
         self._values[:, stop : stop + n] = values.transpose(1, 0, 2)
         self._held += n
         return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
+
+    def attend(self, queries: Floats, keys: Floats, values: Floats) -> Floats:
+        """Add n positions of one sequence and let each look back from its own; see Attention."""
+        keys, values = self.append(keys, values)
+        return attention(queries, keys, values, self._window)
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""

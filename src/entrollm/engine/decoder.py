@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm.engine.cache import Cache, LayerCache
+from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.config import ModelConfig
-from entrollm.engine.ops import attention, rms_norm, rotate, swiglu
+from entrollm.engine.ops import rms_norm, rotate, swiglu
 from entrollm.engine.rope import RopeTables
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
 
@@ -74,7 +74,6 @@ class Layer:
         hidden, inner = config.hidden_size, config.intermediate_size
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self._config = config
-        self._window = config.windows[index]
         self._attention_norm = load_tensor(weights, f"{prefix}input_layernorm.weight", (hidden,))
         self._mlp_norm = load_tensor(weights, f"{prefix}post_attention_layernorm.weight", (hidden,))
         kv_dim = kv_heads * head_dim
@@ -94,14 +93,14 @@ class Layer:
             k_norm = load_tensor(weights, f"{prefix}self_attn.k_norm.weight", (head_dim,))
             self._qk_norm = np.stack([q_norm] * heads + [k_norm] * kv_heads)
 
-    def __call__(self, x: Floats, cosines: Floats, sines: Floats, cache: LayerCache) -> Floats:
+    def __call__(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
         """float32 (n, hidden_size) -> float32 (n, hidden_size)."""
         eps = self._config.norm_eps
         x = x + self._attend(rms_norm(x, self._attention_norm, eps), cosines, sines, cache)
         x += self._down(swiglu(self._gate_up(rms_norm(x, self._mlp_norm, eps))))
         return x
 
-    def _attend(self, x: Floats, cosines: Floats, sines: Floats, cache: LayerCache) -> Floats:
+    def _attend(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
         config = self._config
         heads, rotated_heads = config.num_heads, config.num_heads + config.num_kv_heads
         qkv = self._qkv(x).reshape(len(x), -1, config.head_dim)
@@ -109,8 +108,7 @@ class Layer:
         if self._qk_norm is not None:
             qk = rms_norm(qk, self._qk_norm, config.norm_eps)
         qk = rotate(qk, cosines, sines)
-        keys, values = cache.append(qk[:, heads:], qkv[:, rotated_heads:])
-        return self._output(attention(qk[:, :heads], keys, values, self._window))
+        return self._output(cache.attend(qk[:, :heads], qk[:, heads:], qkv[:, rotated_heads:]))
 
 
 class _Projection:

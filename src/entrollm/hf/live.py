@@ -85,7 +85,7 @@ class LiveCoder:
             return PaperMethods(plans)
         coded = [name for place in self.places.values() for name in place.names()]
         kept = [name for name in plans if name not in set(coded)]
-        return SizedMethods(self._checkpoint, coded, kept, self._options.target, self._options.prefer, shards=1)
+        return SizedMethods(self._checkpoint, coded, kept, self._options, shards=1)
 
 
 class QuantizeWhileLoading(ConversionOps):

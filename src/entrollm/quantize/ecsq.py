@@ -30,7 +30,6 @@ rounded towards 0 hurt a model more than their squared error says."""
 _ROW_POWER = 0.5
 # Weights that the code lengths are estimated from.
 _SAMPLE_WEIGHTS = 1 << 18
-_SAMPLE_ROUNDS = 2
 _LARGEST_SYMBOL = 255 - ZERO
 _BFLOAT16_MAX = 3.3895313892515355e38
 _TINY = float(np.finfo(np.float32).tiny)
@@ -115,10 +114,10 @@ class EcsqQuantizer:
         rows, columns = source.shape
         stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
         sample = np.concatenate([source.read(i, i + 1).astype(np.float32) / steps[i] for i in range(0, rows, stride)])
-        for _ in range(_SAMPLE_ROUNDS):
-            counts = [int(c) for c in _core.histogram(rounding.symbols(sample))]
-            rounding = Rounding(code_lengths(choose(counts)), self.price)
-        return rounding
+        # An ideal code stands in for the real one at first, whose choice takes longer than rounding a sample.
+        rounding = Rounding(_ideal_lengths(_core.histogram(rounding.symbols(sample))), self.price)
+        counts = [int(c) for c in _core.histogram(rounding.symbols(sample))]
+        return Rounding(code_lengths(choose(counts)), self.price)
 
 
 def fit_rows(weights: Float32, integers: Float32, steps: Float32) -> NDArray[Any]:
@@ -133,6 +132,12 @@ def fit_rows(weights: Float32, integers: Float32, steps: Float32) -> NDArray[Any
     fitted = np.divide(matched, energy, out=steps.astype(np.float64), where=energy > 0)
     # A fit is within half a step of the step; rows of denormals may lose it to underflow.
     return _to_bfloat16(np.where(fitted > 0, fitted, steps))
+
+
+def _ideal_lengths(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """-log2 of the frequencies, at least 1; symbols that do not occur count as half an occurrence."""
+    lengths: NDArray[np.float64] = np.log2(counts.sum()) - np.log2(np.maximum(counts, 0.5))
+    return np.maximum(lengths, 1.0)
 
 
 def _to_bfloat16(values: NDArray[np.float64]) -> NDArray[Any]:

@@ -45,11 +45,13 @@ class FeedbackQuantizer:
     Attributes:
         step: relative to the RMS of the matrix times that of its inputs; larger is coarser.
         factor: float32, shape (columns, columns); see `Statistics.factor`.
+        row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
     """
 
     step: float
     factor: Float32
+    row_precision: Float32 | None = None
     price: float = PRICE
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
@@ -58,15 +60,10 @@ class FeedbackQuantizer:
         Raises:
             FormatError: a weight is not finite.
         """
-        weights = source.read(0, source.shape[0]).astype(np.float32)
-        if not np.isfinite(weights).all():
-            row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
-            raise FormatError(
-                f"tensor {source.name!r} has {weights[row, column]} at [{row}, {column}]; it must be finite"
-            )
+        weights = read_finite(source)
         row_steps, column_steps = self._steps(weights)
         rounding = self._rounding(weights, row_steps, column_steps, choose)
-        integers, gains = self._feed_back(weights, row_steps, column_steps, rounding)
+        integers, gains = feed_back(weights, self.factor, (row_steps, column_steps), rounding, fit_gains=True)
         rows, columns = self._refine(weights, integers, row_steps, column_steps * gains)
         symbols = (integers + np.float32(ZERO)).astype(np.uint8)
         integers *= rows.astype(np.float32)[:, np.newaxis]
@@ -95,6 +92,8 @@ class FeedbackQuantizer:
         exact = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
         columns: Float32 = exact.astype(np.float32)
         rows = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
+        if self.row_precision is not None:
+            rows = rows / self.row_precision
         widest = np.abs(weights / columns).max(axis=1) / _LARGEST_SYMBOL
         return np.maximum(rows, widest).astype(np.float32), columns
 
@@ -103,36 +102,9 @@ class FeedbackQuantizer:
         if self.price <= 0:
             return Rounding()
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
-        integers, _ = self._feed_back(weights[picked], row_steps[picked], column_steps, Rounding())
+        integers, _ = feed_back(weights[picked], self.factor, (row_steps[picked], column_steps), Rounding())
         counts = [int(c) for c in _core.histogram((integers + np.float32(ZERO)).astype(np.uint8))]
         return Rounding(code_lengths(choose(counts)), self.price)
-
-    def _feed_back(
-        self, weights: Float32, row_steps: Float32, column_steps: Float32, rounding: Rounding
-    ) -> tuple[Float32, Float32]:
-        """Round all columns, the last one first; the integers, and the gain of each column."""
-        factor = self.factor
-        left = weights @ factor
-        integers = np.empty_like(weights)
-        gains = np.ones(weights.shape[1], np.float32)
-        row_energy = np.square(row_steps)
-        for end in range(weights.shape[1], 0, -_BLOCK_COLUMNS):
-            begin = max(0, end - _BLOCK_COLUMNS)
-            chosen = np.empty((len(weights), end - begin), np.float32)
-            for i in range(end - 1, begin - 1, -1):
-                unit = column_steps[i] * factor[i, i]
-                scaled = left[:, i] / (unit * row_steps)
-                rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(ZERO)
-                energy = float(np.dot(np.square(rounded), row_energy))
-                if energy > 0:
-                    fitted = float(np.dot(rounded * row_energy, scaled)) / energy
-                    gains[i] = min(_GAIN_RANGE[1], max(_GAIN_RANGE[0], fitted))
-                integers[:, i] = rounded
-                chosen[:, i - begin] = rounded * row_steps * (column_steps[i] * gains[i])
-                left[:, begin : i + 1] -= np.outer(chosen[:, i - begin], factor[i, begin : i + 1])
-            if begin:
-                left[:, :begin] -= chosen @ factor[begin:end, :begin]
-        return integers, gains
 
     def _refine(
         self, weights: Float32, integers: Float32, rows: Float32, columns: Float32
@@ -147,6 +119,61 @@ class FeedbackQuantizer:
         stored_columns = column_scale.astype(ml_dtypes.bfloat16)
         row_scale = _fit_rows(integers, row_scale, stored_columns.astype(np.float64), moments, wanted)
         return row_scale.astype(ml_dtypes.bfloat16), stored_columns
+
+
+def read_finite(source: RowSource) -> Float32:
+    """A whole matrix in float32.
+
+    Raises:
+        FormatError: a weight is not finite.
+    """
+    weights = source.read(0, source.shape[0]).astype(np.float32)
+    if not np.isfinite(weights).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
+        raise FormatError(f"tensor {source.name!r} has {weights[row, column]} at [{row}, {column}]; it must be finite")
+    return weights
+
+
+def feed_back(
+    weights: Float32,
+    factor: Float32,
+    steps: tuple[Float32, Float32],
+    rounding: Rounding,
+    *,
+    fit_gains: bool = False,
+) -> tuple[Float32, Float32]:
+    """Round all columns, the last one first, each taking up the errors of those before.
+
+    Args:
+        weights: float32, shape (rows, columns).
+        factor: float32, shape (columns, columns), lower triangle.
+        steps: by row and by column; their product is the step of a weight.
+        rounding: how a number becomes an integer.
+        fit_gains: correct the step of each column by least squares once it is rounded.
+    Returns:
+        The integers in float32, and the gain of each column.
+    """
+    row_steps, column_steps = steps
+    left = weights @ factor
+    integers = np.empty_like(weights)
+    gains = np.ones(weights.shape[1], np.float32)
+    row_energy = np.square(row_steps)
+    for end in range(weights.shape[1], 0, -_BLOCK_COLUMNS):
+        begin = max(0, end - _BLOCK_COLUMNS)
+        chosen = np.empty((len(weights), end - begin), np.float32)
+        for i in range(end - 1, begin - 1, -1):
+            scaled = left[:, i] / (column_steps[i] * factor[i, i] * row_steps)
+            rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(ZERO)
+            energy = float(np.dot(np.square(rounded), row_energy))
+            if fit_gains and energy > 0:
+                fitted = float(np.dot(rounded * row_energy, scaled)) / energy
+                gains[i] = min(_GAIN_RANGE[1], max(_GAIN_RANGE[0], fitted))
+            integers[:, i] = rounded
+            chosen[:, i - begin] = rounded * row_steps * (column_steps[i] * gains[i])
+            left[:, begin : i + 1] -= np.outer(chosen[:, i - begin], factor[i, begin : i + 1])
+        if begin:
+            left[:, :begin] -= chosen @ factor[begin:end, :begin]
+    return integers, gains
 
 
 def _fit_rows(

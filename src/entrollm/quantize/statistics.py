@@ -1,15 +1,29 @@
-"""What calibration tells a quantizer about the inputs of a matrix."""
+"""What calibration tells a quantizer about a matrix."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors of a matrix do to a model's predictions.
+
+    Attributes:
+        share: KL divergence in nats of a white error of the matrix's own size: KL = share * relative error^2.
+        row_weights: float32, shape (rows,), how much of it is due to each row, relative to the mean; None for alike.
+    """
+
+    share: float
+    row_weights: NDArray[np.float32] | None = None
+
+
 class Statistics(Protocol):
-    """The second moments of a model's activations.
+    """What is known of a model's matrices.
 
     Attributes:
         fingerprint: equal for equal statistics of one model.
@@ -19,11 +33,14 @@ class Statistics(Protocol):
     def fingerprint(self) -> str: ...
 
     def factor(self, name: str) -> NDArray[np.float32] | None:
-        """A lower triangle L with L L^T = E[x x^T], damped, over the inputs x of a matrix; None where unknown.
+        """A lower triangle L with L L^T = the damped second moments that weigh errors by column; None where unknown.
 
         Returns:
             float32, shape (columns, columns), with positive diagonal.
         """
+
+    def sensitivity(self, name: str) -> Sensitivity | None:
+        """How much errors of a matrix matter; None where unknown."""
 
 
 # Second moments are estimates, and the text that a model will see differs from the calibration text: correlations are

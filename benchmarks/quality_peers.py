@@ -1,0 +1,229 @@
+"""What quality is compared with: group-wise grids (plain, HQQ, GPTQ) in simple form, and llama.cpp's own types.
+
+Every peer gives the weights that it would multiply with, in float32, and the bits that they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from entrollm.engine.config import ModelConfig
+from entrollm.quantize.statistics import Statistics
+from llamacpp import TYPES, quantize
+
+Floats = NDArray[np.float32]
+Tensors = dict[str, Floats]
+
+GROUP = 128
+# A scale and an offset of 16 bits for each group.
+_GROUP_BITS = 32
+# HQQ's defaults (lp_norm, beta, kappa, iterations).
+_HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model quantized by another method.
+
+    Attributes:
+        name, family: of the row and of its curve.
+        tensors: what it multiplies with.
+        file_bits: per weight of the whole model.
+        note: what must be known to read the figure.
+    """
+
+    name: str
+    family: str
+    tensors: Tensors
+    file_bits: float
+    note: str = ""
+
+
+def group_peers(tensors: Tensors, statistics: Statistics | None, widths: tuple[int, ...]) -> Iterator[Peer]:
+    """All matrices on grids of `widths` bits per group of 128 inputs; vectors stay in 16 bits."""
+    methods: dict[str, Callable[[str, Floats, int], Floats]] = {
+        "RTN": lambda name, weight, width: _round_groups(weight, width),
+        "HQQ": lambda name, weight, width: _hqq(weight, width),
+    }
+    if statistics is not None:
+        methods["GPTQ"] = lambda name, weight, width: _gptq(weight, statistics.factor(name), width)
+    weights = sum(tensor.size for tensor in tensors.values())
+    for family, method in methods.items():
+        for width in widths:
+            made = {name: method(name, t, width) if t.ndim == 2 else t for name, t in tensors.items()}
+            bits = sum(
+                t.size * width + -(-t.shape[1] // GROUP) * t.shape[0] * _GROUP_BITS if t.ndim == 2 else t.size * 16
+                for t in tensors.values()
+            )
+            yield Peer(f"{family} {width} bits g{GROUP}", f"{family} g{GROUP}", made, bits / weights)
+
+
+def _grid(weight: Floats, width: int) -> tuple[Floats, Floats]:
+    """Scale and zero point of each row's range, 0 included."""
+    low = np.minimum(weight.min(axis=1, keepdims=True), 0)
+    high = np.maximum(weight.max(axis=1, keepdims=True), 0)
+    scale = np.maximum((high - low) / (2**width - 1), np.finfo(np.float32).tiny)
+    return scale, np.rint(-low / scale)
+
+
+def _on_grid(weight: Floats, scale: Floats, zero: Floats, width: int) -> Floats:
+    levels: Floats = np.clip(np.rint(weight / scale + zero), 0, 2**width - 1)
+    return levels
+
+
+def _groups(columns: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + GROUP, columns)) for begin in range(0, columns, GROUP)]
+
+
+def _round_groups(weight: Floats, width: int) -> Floats:
+    out = np.empty_like(weight)
+    for begin, end in _groups(weight.shape[1]):
+        scale, zero = _grid(weight[:, begin:end], width)
+        out[:, begin:end] = (_on_grid(weight[:, begin:end], scale, zero, width) - zero) * scale
+    return out
+
+
+def _hqq(weight: Floats, width: int) -> Floats:
+    """Half-quadratic quantization (mobiusml.github.io/hqq_blog): zero points for an lp norm of the error, p < 1."""
+    out = np.empty_like(weight)
+    for begin, end in _groups(weight.shape[1]):
+        part = weight[:, begin:end]
+        scale, zero = _grid(part, width)
+        beta = _HQQ_BETA
+        for _ in range(_HQQ_ROUNDS):
+            levels = _on_grid(part, scale, zero, width)
+            error = part - (levels - zero) * scale
+            size = np.abs(error)
+            shrunk = np.sign(error) * np.maximum(0, size - np.maximum(size, 1e-8) ** (_HQQ_NORM - 1) / beta)
+            zero = np.mean(levels - (part - shrunk) / scale, axis=1, keepdims=True)
+            beta *= _HQQ_GROWTH
+        out[:, begin:end] = (_on_grid(part, scale, zero, width) - zero) * scale
+    return out
+
+
+def _gptq(weight: Floats, factor: Floats | None, width: int) -> Floats:
+    """GPTQ (arXiv 2210.17323): columns from the last to the first, each group's grid from what is left of it."""
+    if factor is None:
+        return _round_groups(weight, width)
+    left = weight @ factor
+    out = np.empty_like(weight)
+    for begin, end in reversed(_groups(weight.shape[1])):
+        updated = np.linalg.solve(factor[:end, :end].T.astype(np.float64), left[:, :end].T.astype(np.float64)).T
+        scale, zero = _grid(updated[:, begin:end].astype(np.float32), width)
+        for i in range(end - 1, begin - 1, -1):
+            level = _on_grid(left[:, i : i + 1] / factor[i, i], scale, zero, width)
+            out[:, i] = ((level - zero) * scale)[:, 0]
+            left[:, : i + 1] -= np.outer(out[:, i], factor[i, : i + 1])
+    return out
+
+
+def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path) -> Iterator[Peer]:
+    """llama.cpp's quantizer on the model, without an importance matrix; sizes are those of the GGUF files."""
+    source = folder / "f32.gguf"
+    _write_gguf(tensors, config, source)
+    weights = sum(tensor.size for tensor in tensors.values())
+    for kind in TYPES:
+        target = folder / f"{kind}.gguf"
+        quantize(source, target, kind)
+        made, types = _read_gguf(target, config)
+        yield Peer(kind, "llama.cpp", made, target.stat().st_size * 8 / weights, _mix(types))
+        target.unlink()
+
+
+def _mix(types: dict[str, int]) -> str:
+    """How much of the weights has which type."""
+    total = sum(types.values())
+    shares = sorted(types.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in shares if count > 0.005 * total)
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem, _, suffix = name.rpartition(".")
+    if stem in fixed:
+        return f"{fixed[stem]}.{suffix}"
+    _, _, index, rest = stem.split(".", 3)
+    return f"blk.{index}.{_GGUF_NAMES[rest]}.{suffix}"
+
+
+def _interleave(weight: Floats, heads: int) -> Floats:
+    """Rows of queries or keys in GGUF's order: the two halves of every head alternate."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _restore(weight: Floats, heads: int) -> Floats:
+    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _heads(name: str, config: ModelConfig) -> int:
+    """Heads whose rows GGUF orders differently; 0 for none."""
+    if name.endswith(("q_proj.weight", "attn_q.weight")):
+        return config.num_heads
+    return config.num_kv_heads if name.endswith(("k_proj.weight", "attn_k.weight")) else 0
+
+
+def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path) -> None:
+    if config.model_type != "llama":
+        raise ValueError(f"GGUF files are written for llama models, found {config.model_type}")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_file_type(0)
+    for name, tensor in tensors.items():
+        heads = _heads(name, config)
+        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(_interleave(tensor, heads) if heads else tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _read_gguf(path: Path, config: ModelConfig) -> tuple[Tensors, dict[str, int]]:
+    """The weights under their names in the checkpoint, and how many of them have each type."""
+    back = {value: key for key, value in _GGUF_NAMES.items()}
+    fixed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    found: Tensors = {}
+    types: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        stem = tensor.name.removesuffix(".weight")
+        if stem in fixed:
+            name = f"{fixed[stem]}.weight"
+        else:
+            _, index, rest = stem.split(".", 2)
+            name = f"model.layers.{index}.{back[rest]}.weight"
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        heads = _heads(name, config)
+        found[name] = _restore(values, heads) if heads else values
+        kind = tensor.tensor_type.name
+        types[kind] = types.get(kind, 0) + values.size
+    return found, types

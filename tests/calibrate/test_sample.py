@@ -1,0 +1,80 @@
+"""Text that a model writes itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from entrollm.calibrate import CalibrationText, sample_windows
+from entrollm.checkpoint import Checkpoint
+from entrollm.engine.config import ModelConfig
+from entrollm.engine.fields import Fields
+from entrollm.engine.linear import DenseWeights
+from entrollm.engine.models import read_config
+from entrollm.engine.walk import LayerWalk
+from entrollm.errors import EntroLLMError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+
+
+def config_of(folder: Path) -> ModelConfig:
+    return read_config(Fields(json.loads((folder / "config.json").read_text()), "config.json"))
+
+
+def test_a_trained_model_writes_what_it_finds_likely() -> None:
+    with Checkpoint.open(EXAMPLE) as checkpoint:
+        config = config_of(EXAMPLE)
+        windows = sample_windows(checkpoint, config, (6, 40))
+        assert windows.shape == (6, 40)
+        assert len(np.unique(windows, axis=0)) == 6
+        walk = LayerWalk(config, DenseWeights(checkpoint), windows)
+        for index in range(config.num_layers):
+            walk.step(index, DenseWeights(checkpoint))
+        norm = checkpoint.read_float32("model.norm.weight")
+        head = checkpoint.read_float32("model.embed_tokens.weight")
+    losses = []
+    for x, ids in zip(walk.hidden, windows, strict=True):
+        logits = (x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5) * norm) @ head.T
+        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        losses.append(-logits[np.arange(39), ids[1:]].mean())
+    # Random tokens would cost ln 8192 = 9 nats or more.
+    assert np.mean(losses) < 4.5
+
+
+def test_equal_seeds_write_equal_text() -> None:
+    with Checkpoint.open(EXAMPLE) as checkpoint:
+        config = config_of(EXAMPLE)
+        first, again, other = (sample_windows(checkpoint, config, (2, 8), seed) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
+    tensors = {}
+    for file in EXAMPLE.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(EXAMPLE / "config.json", tmp_path)
+    with (
+        Checkpoint.open(tmp_path) as checkpoint,
+        pytest.raises(EntroLLMError, match=r"logits are not finite; its weights may be damaged"),
+    ):
+        sample_windows(checkpoint, config_of(tmp_path), (1, 2))
+
+
+def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    with (
+        Checkpoint.open(EXAMPLE) as checkpoint,
+        pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* --sampled 0"),
+    ):
+        sample_windows(checkpoint, config_of(EXAMPLE), (1, 2))
+
+
+def test_nothing_to_calibrate_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a text or at least 8 sampled windows, found 3"):
+        CalibrationText(None, sampled=3)
