@@ -74,7 +74,7 @@ def test_layers_on_two_gpus(folders: dict[int, Path], two_gpus: None) -> None:
 
 
 def test_two_processes_share_the_matrices(folders: dict[int, Path], two_gpus: None, tmp_path: Path) -> None:
-    worker = Path(__file__).parent / "parallel_worker.py"
+    worker = Path(__file__).parent / "gpu_worker.py"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
