@@ -17,6 +17,7 @@
 #include "gemv/matrix.hpp"
 #include "gemv/product.hpp"
 #include "isa/kernels.hpp"
+#include "module_arrays.hpp"
 #include "threads/pool.hpp"
 
 namespace nb = nanobind;
@@ -26,25 +27,8 @@ namespace entrollm {
 namespace {
 
 template <class T>
-using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-template <class T>
 std::span<const T> view(const Vector<T>& array) {
   return {array.data(), array.size()};
-}
-
-// A new array that owns `size` elements; contents are for the caller to fill.
-template <class T>
-T* allocate(std::size_t size) {
-  return new T[size == 0 ? 1 : size];
-}
-
-template <class T, std::size_t N>
-nb::ndarray<nb::numpy, T> own(T* data, const std::size_t (&shape)[N]) {
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return nb::ndarray<nb::numpy, T>(data, N, shape, owner);
 }
 
 template <class T>
@@ -203,4 +187,5 @@ NB_MODULE(_core, m) {
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
+  bind_ops(m);
 }

@@ -120,8 +120,17 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    "avx512", sparse_field_any, dense_field,   split,           or_low_bits,          count_ones,
-    dot,      dot_tile,         dot_tile_pair, cascade_product, &kAvx512EncodeKernels};
+const Kernels kAvx512Kernels = {"avx512",
+                                sparse_field_any,
+                                dense_field,
+                                split,
+                                or_low_bits,
+                                count_ones,
+                                dot,
+                                dot_tile,
+                                dot_tile_pair,
+                                cascade_product,
+                                &kAvx512EncodeKernels,
+                                &kAvx512FloatKernels};
 
 }  // namespace entrollm

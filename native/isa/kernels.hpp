@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <span>
 
+#include "isa/float_kernels.hpp"
+
 namespace entrollm {
 
 // Weights are processed in vectors of this many symbols; block sizes are multiples of it.
@@ -128,6 +130,7 @@ struct Kernels {
   std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums) = nullptr;
 
   const EncodeKernels* encode = &kScalarEncodeKernels;
+  const FloatKernels* floats = &kPortableFloatKernels;
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.

@@ -89,6 +89,7 @@ class _Recorder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._weights = DenseWeights(checkpoint)
+        self.pool = self._weights.pool
         self._recorded: dict[tuple[str, ...], _Recorded] = {}
 
     def __contains__(self, name: str, /) -> bool:

@@ -1,4 +1,4 @@
-"""The arithmetic between the matrix products, in float32."""
+"""The arithmetic between the matrix products in plain NumPy, which the native one is compared with."""
 
 from __future__ import annotations
 
