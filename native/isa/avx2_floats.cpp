@@ -2,6 +2,7 @@
 
 namespace entrollm {
 
-const FloatKernels kAvx2FloatKernels = {rms_norm, rotate, swiglu, attend};
+const FloatKernels kAvx2FloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
+                                        rotate,       swiglu,       attend};
 
 }  // namespace entrollm

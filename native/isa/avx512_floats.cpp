@@ -2,6 +2,7 @@
 
 namespace entrollm {
 
-const FloatKernels kAvx512FloatKernels = {rms_norm, rotate, swiglu, attend};
+const FloatKernels kAvx512FloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
+                                          rotate,       swiglu,       attend};
 
 }  // namespace entrollm

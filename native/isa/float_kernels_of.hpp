@@ -1,7 +1,8 @@
-// The float kernels, for the instruction set that the including file is compiled for.
+// The float kernels, for the instruction set that the including file is compiled for. Nothing here
+// may call a function of the standard library that the linker could share with other files.
 #pragma once
 
-#include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "isa/float_kernels.hpp"
@@ -9,6 +10,51 @@
 
 namespace entrollm {
 namespace {
+
+std::int32_t largest_bits(const float* x, std::size_t count) {
+  std::int32_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int32_t bits = std::bit_cast<std::int32_t>(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+void split_digits(const float* x, std::size_t count, float lift, float inverse, std::int16_t* whole,
+                  std::int8_t* high, std::int8_t* low) {
+  // Adding and subtracting this rounds a float below 2^22 to an integer, ties to even.
+  constexpr float kRounder = 12582912.0f;
+  for (std::size_t i = 0; i < count; ++i) {
+    whole[i] = static_cast<std::int16_t>((x[i] * lift * inverse + kRounder) - kRounder);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    const int high_digit = (whole[i] + 128) >> 8;
+    high[i] = static_cast<std::int8_t>(high_digit);
+    low[i] = static_cast<std::int8_t>(whole[i] - high_digit * 256);
+  }
+}
+
+void scale_sums(const SumScaling& s) {
+  constexpr std::size_t kColumns = 8;
+  constexpr std::size_t kRows = 64;
+  float block[kRows][kColumns];  // so that results are written column by column
+  for (std::size_t first = 0; first < s.rows; first += kRows) {
+    const std::size_t rows = kRows < s.rows - first ? kRows : s.rows - first;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const double scale = s.scales[(first + row) * s.scale_step];
+      const double offset = s.offsets[(first + row) * s.offset_step];
+      const std::int64_t* sums = s.sums + (first + row) * kColumns;
+      for (std::size_t i = 0; i < kColumns; ++i) {
+        const double sum = scale * static_cast<double>(sums[i]) + offset * s.x_sums[i];
+        block[row][i] = static_cast<float>(sum * s.x_scales[i]);
+      }
+    }
+    for (std::size_t column = 0; column < s.columns; ++column) {
+      float* out = s.out + column * s.stride + first;
+      for (std::size_t row = 0; row < rows; ++row) out[row] = block[row][column];
+    }
+  }
+}
 
 void rms_norm(const float* x, const float* weight, std::size_t count, float eps, float* out) {
   const std::size_t whole = count / kLanes * kLanes;
@@ -113,8 +159,8 @@ void score(const AttentionTile& tile, std::size_t base, std::size_t count, std::
 // Replaces scores by exp(score - largest), those outside [begin, end) by 0; returns their sum.
 float soften(float* scores, std::size_t begin, std::size_t end, std::size_t room) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
-  std::fill(scores, scores + begin, kHidden);
-  std::fill(scores + end, scores + room, kHidden);
+  for (std::size_t i = 0; i < begin; ++i) scores[i] = kHidden;
+  for (std::size_t i = end; i < room; ++i) scores[i] = kHidden;
   Lanes largest = load_lanes(scores);
   for (std::size_t i = kLanes; i < room; i += kLanes) {
     largest = larger(largest, load_lanes(scores + i));
@@ -131,8 +177,13 @@ float soften(float* scores, std::size_t begin, std::size_t end, std::size_t room
 
 template <std::size_t Rows>
 void attend_rows(const AttentionTile& tile) {
-  const std::size_t base = *std::min_element(tile.firsts, tile.firsts + Rows);
-  const std::size_t count = *std::max_element(tile.lasts, tile.lasts + Rows) - base;
+  std::size_t base = tile.firsts[0];
+  std::size_t end = tile.lasts[0];
+  for (std::size_t row = 1; row < Rows; ++row) {
+    base = tile.firsts[row] < base ? tile.firsts[row] : base;
+    end = tile.lasts[row] > end ? tile.lasts[row] : end;
+  }
+  const std::size_t count = end - base;
   const std::size_t room = (count + kLanes - 1) / kLanes * kLanes;
   score<Rows>(tile, base, count, room);
   Lanes totals[Rows];

@@ -2,6 +2,7 @@
 
 namespace entrollm {
 
-const FloatKernels kPortableFloatKernels = {rms_norm, rotate, swiglu, attend};
+const FloatKernels kPortableFloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
+                                            rotate,       swiglu,       attend};
 
 }  // namespace entrollm
