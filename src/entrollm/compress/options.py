@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from entrollm.codec.choose import Prefer
-from entrollm.codec.cost import Processor
-from entrollm.compress.target import Target
-from entrollm.quantize.paper import Granularity
-from entrollm.quantize.select import BitsOverride
+if TYPE_CHECKING:
+    from entrollm.codec.choose import Prefer
+    from entrollm.codec.cost import Processor
+    from entrollm.compress.target import Target
+    from entrollm.quantize.paper import Granularity
+    from entrollm.quantize.select import BitsOverride
 
 
 @dataclass(frozen=True, slots=True)
