@@ -159,7 +159,12 @@ NB_MODULE(_core, m) {
       "Names of the instruction sets in this build, fastest first, and whether the processor runs "
       "each.");
   nb::class_<ThreadPool>(m, "ThreadPool")
-      .def(nb::init<std::size_t>(), "threads"_a)
+      .def(
+          "__init__",
+          [](ThreadPool* self, std::size_t threads, std::uint32_t spin_us) {
+            new (self) ThreadPool(threads, std::chrono::microseconds(spin_us));
+          },
+          "threads"_a, "spin_us"_a = static_cast<std::uint32_t>(ThreadPool::kSpin.count()))
       .def_prop_ro("size", &ThreadPool::size);
   nb::class_<Geometry>(m, "Geometry")
       .def(

@@ -10,7 +10,7 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint, to_float32
 from entrollm.container.reader import CodedMatrix, CompressedModel, multiply
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
-from entrollm.threads import default_threads
+from entrollm.threads import default_threads, spin_us
 
 
 class CodedLinear:
@@ -72,7 +72,7 @@ class CodedWeights:
 
     def __init__(self, model: CompressedModel, threads: int) -> None:
         self._model = model
-        self.pool = _core.ThreadPool(threads)
+        self.pool = _core.ThreadPool(threads, spin_us())
         self._coded: dict[str, CodedMatrix] = {}
         self._dense: dict[str, DenseLinear] = {}
 
@@ -112,7 +112,7 @@ class DenseWeights:
     """The tensors of an ordinary checkpoint, in float32; the reference that compressed models are compared with."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self.pool = _core.ThreadPool(threads or default_threads())
+        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
         self._checkpoint = checkpoint
         self._matrices: dict[str, DenseLinear] = {}
 
