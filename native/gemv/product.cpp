@@ -17,9 +17,8 @@ namespace {
 constexpr std::size_t kTileRows = 8;
 constexpr std::size_t kTileBatch = 128;
 
-// The same where there are products of panels: rows for few vectors, whose panels fit the
-// first-level cache, and for many, which should not be read too often. Also the vectors of one
-// pass.
+// Where there are products of panels and many vectors: panels of so many rows stay in the
+// second-level cache while the vectors pass, and so do the sums of so many vectors at a time.
 constexpr std::size_t kManyRows = 8 * kPanelRows;
 constexpr std::size_t kPanelBatch = 64;
 
@@ -45,7 +44,7 @@ Buffers& thread_buffers() {
   return buffers;
 }
 
-// Whether products with `batch` vectors decode to panels.
+// Whether products with `batch` vectors decode to panels: two vectors are faster without.
 bool uses_panels(std::size_t batch) { return batch > 2 && kernels().panel_product != nullptr; }
 
 }  // namespace
