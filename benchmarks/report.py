@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from make_model import SHAPES
+from report_cuda import gpu_section
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,7 +32,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
+    results = {name: result for name, result in found.items() if "environment" in result}
     if not results:
         raise SystemExit(f"{arguments.results} has no results; run benchmarks/all.py first")
     sections = [_conditions(results)]
@@ -40,7 +42,7 @@ def main() -> None:
         if f"generate-{shape}" in results:
             sections.append(_generate(results[f"generate-{shape}"]))
     sections += [maker(results[name]) for name, maker in makers.items() if name in results]
-    sections.append(_bounds(results))
+    sections += [_bounds(results), gpu_section()]
     page, plot = arguments.out / "benchmarks.md", arguments.out / "benchmarks.png"
     page.write_text("\n\n".join(sections) + "\n")
     _plot(results, plot)

@@ -14,6 +14,7 @@
 #include "codec/decode.hpp"
 #include "codec/encode.hpp"
 #include "codec/geometry.hpp"
+#include "gemv/grouped.hpp"
 #include "gemv/matrix.hpp"
 #include "gemv/product.hpp"
 #include "isa/kernels.hpp"
@@ -82,6 +83,26 @@ nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& m
   auto result = own(y, shape);
   const nb::gil_scoped_release release;
   multiply(pool, coded, x.data(), shape[0], y);
+  return result;
+}
+
+nb::ndarray<nb::numpy, float> multiply_groups(const PyMatrix& self, Matrix<float> x,
+                                              std::size_t size, Vector<float> scale,
+                                              std::optional<Vector<float>> shift,
+                                              std::optional<Vector<float>> values,
+                                              ThreadPool& pool) {
+  const Geometry& geometry = self.matrix.geometry();
+  if (x.shape(1) != geometry.columns) {
+    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                " columns, the matrix has " + std::to_string(geometry.columns));
+  }
+  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>(),
+                         values ? view(*values) : std::span<const float>()};
+  const std::size_t shape[2] = {x.shape(0), geometry.rows};
+  float* y = allocate<float>(shape[0] * shape[1]);
+  auto result = own(y, shape);
+  const nb::gil_scoped_release release;
+  multiply_grouped(pool, self.matrix, terms, x.data(), shape[0], y);
   return result;
 }
 
@@ -186,6 +207,8 @@ NB_MODULE(_core, m) {
             return multiply_all({&self}, x, pool);
           },
           "x"_a, "pool"_a)
+      .def("multiply_groups", &multiply_groups, "x"_a, "size"_a, "scale"_a, "shift"_a.none(),
+           "values"_a.none(), "pool"_a)
       .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);

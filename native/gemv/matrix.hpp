@@ -57,6 +57,7 @@ class CodedMatrix {
 
  private:
   friend class Product;
+  friend class GroupedProduct;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
   void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;

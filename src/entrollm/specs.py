@@ -22,8 +22,19 @@ MAX_BLOCK_WEIGHTS = 8192
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FLOAT32_MAX = 3.4028234663852886e38
 _SPEC_KEYS = frozenset(
-    {"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "zero", "error", "crc32"}
+    {"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "zero", "groups", "error", "crc32"}
 )
+# The arrays that a matrix with group scales may have, and the types of each.
+_FLOAT_TYPES = ("F16", "BF16", "F32")
+GROUP_ARRAY_TYPES: Mapping[str, tuple[str, ...]] = {
+    "group_scale": (*_FLOAT_TYPES, "U8", "I8"),
+    "group_zero": ("U8", *_FLOAT_TYPES),
+    "group_minimum": (*_FLOAT_TYPES, "U8", "I8"),
+    "super_scale": _FLOAT_TYPES,
+    "super_minimum": _FLOAT_TYPES,
+    "column_order": ("U32",),
+}
+_GROUP_KEYS = frozenset({"size", "super_size", "types", "arithmetic", "values", "factor"})
 _LEAF, _FIELD, _SPLIT = 0, 1, 2
 
 
@@ -92,6 +103,42 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """The form of a matrix whose scales belong to groups of columns, as imported ones do; see docs/format.md.
+
+    Attributes:
+        size: columns of a group; the last one of a row may be cut short.
+        types: the safetensors type of each stored array, by a name of GROUP_ARRAY_TYPES; there is a group_scale.
+        super_size: columns that share a super_scale and a super_minimum; None where there are none.
+        arithmetic: F32, or the type to which every operation is rounded.
+        values: F8_E4M3 or F8_E5M2 where symbols are the bytes of that type; None where they are integers.
+        factor: a float32 that multiplies all weights, last.
+    """
+
+    size: int
+    types: Mapping[str, str]
+    super_size: int | None = None
+    arithmetic: str = "F32"
+    values: str | None = None
+    factor: float | None = None
+
+    def lengths(self, rows: int, columns: int) -> dict[str, int]:
+        """How many elements each stored array of a matrix has."""
+        per_row = {"group": -(-columns // self.size), "super": -(-columns // (self.super_size or columns))}
+        return {
+            name: columns if name == "column_order" else rows * per_row[name.partition("_")[0]] for name in self.types
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        fields = {"size": self.size, "types": dict(self.types)}
+        optional = {"super_size": self.super_size, "values": self.values, "factor": self.factor}
+        if self.arithmetic != "F32":
+            fields["arithmetic"] = self.arithmetic
+        return fields | {key: value for key, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One compressed matrix: W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j].
 
@@ -104,6 +151,7 @@ class TensorSpec:
         relative_error: RMS quantization error over the RMS of the original weights.
         checksum: CRC-32 over the name, this spec and all stored entries of the tensor; see docs/format.md.
         zero: the symbol that stands for 0, where offset[i] = -zero * scale[i] and no offset is stored.
+        groups: the form of group scales, which stand in place of scale, offset and column_scale; None for none.
     """
 
     rows: int
@@ -117,6 +165,7 @@ class TensorSpec:
     relative_error: float
     checksum: int
     zero: int | None = None
+    groups: Groups | None = None
 
     def to_json(self) -> str:
         """Compact JSON; floats round-trip exactly, and the checksum comes last because it covers what precedes it."""
@@ -136,6 +185,8 @@ class TensorSpec:
             fields["offset"] = self.offset
         if self.zero is not None:
             fields["zero"] = self.zero
+        if self.groups is not None:
+            fields["groups"] = self.groups.to_json()
         fields["crc32"] = f"{self.checksum:08x}"
         return json.dumps(fields, separators=(",", ":"))
 
@@ -175,6 +226,11 @@ class TensorSpec:
         zero, offset = reader.zero(), reader.number("offset")
         if zero is not None and offset is not None:
             raise FormatError(f"{name}: the stored spec has both an offset and a zero")
+        groups, scale = reader.groups(), reader.number("scale")
+        if groups is not None and not (scale is None and offset is None):
+            raise FormatError(f"{name}: the stored spec has groups and also a scale or an offset")
+        if groups is not None and zero is not None and "group_zero" in groups.types:
+            raise FormatError(f"{name}: the stored spec has both a zero and group zeros")
         return cls(
             rows=rows,
             columns=columns,
@@ -182,11 +238,12 @@ class TensorSpec:
             grid=reader.text("grid"),
             code=Code(tree, low_bits),
             blocks=Blocks(block_rows, block_columns),
-            scale=reader.number("scale"),
+            scale=scale,
             offset=offset,
             relative_error=relative_error,
             checksum=int(checksum, 16),
             zero=zero,
+            groups=groups,
         )
 
 
@@ -227,6 +284,30 @@ class _SpecReader:
         if not _is_int(value, 0, 255):
             raise FormatError(f"{self._name}: zero must be 0 to 255, found {value!r:.80}")
         return int(value)
+
+    def groups(self) -> Groups | None:
+        value = self._fields.get("groups")
+        if value is None:
+            return None
+        if not isinstance(value, dict) or value.keys() - _GROUP_KEYS or not value.keys() >= {"size", "types"}:
+            raise FormatError(f"{self._name}: groups must have size, types and no unknown keys, found {value!r:.80}")
+        size, super_size, types = value["size"], value.get("super_size"), value["types"]
+        if not _is_int(size, 1, MAX_AXIS) or not (super_size is None or _is_int(super_size, 1, MAX_AXIS)):
+            raise FormatError(f"{self._name}: the size of a group must be 1 to {MAX_AXIS}, found {value!r:.80}")
+        if not isinstance(types, dict) or not all(types[k] in GROUP_ARRAY_TYPES.get(k, ()) for k in types):
+            raise FormatError(f"{self._name}: unknown arrays or types of group scales: {types!r:.80}")
+        arithmetic, values = value.get("arithmetic", "F32"), value.get("values")
+        if arithmetic not in _FLOAT_TYPES or values not in (None, "F8_E4M3", "F8_E5M2"):
+            raise FormatError(f"{self._name}: unknown arithmetic {arithmetic!r:.20} or values {values!r:.20} of groups")
+        for part in ("scale", "minimum"):
+            # An integer has a meaning only as a multiple of a super scale, and a super scale needs its integers.
+            nested = f"super_{part}" in types
+            if nested != (types.get(f"group_{part}") in ("U8", "I8")) or (nested and super_size is None):
+                raise FormatError(f"{self._name}: group_{part} and super_{part} do not go together: {value!r:.80}")
+        if "group_scale" not in types:
+            raise FormatError(f"{self._name}: groups have no group_scale")
+        factor = _SpecReader(self._name, value).number("factor")
+        return Groups(size, dict(types), super_size, arithmetic, values, factor)
 
     def number(self, key: str) -> float | None:
         value = self._fields.get(key)

@@ -62,7 +62,7 @@ def test_a_missing_path_object_never_asks_the_hub(monkeypatch: pytest.MonkeyPatc
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a file; give the folder"):
+    with pytest.raises(ValueError, match=r"is a file; give a \.gguf file or the folder"):
         resolve(tmp_path / "model.safetensors")
 
 

@@ -42,7 +42,19 @@ def test_help_lists_the_commands_and_teaches_with_examples() -> None:
 
 def test_every_command_has_help_with_examples() -> None:
     names = {command.name for command in app.registered_commands}
-    assert names == {"compress", "plan", "run", "chat", "inspect", "verify", "eval", "export", "demo", "info"}
+    assert names == {
+        "compress",
+        "plan",
+        "run",
+        "chat",
+        "inspect",
+        "verify",
+        "eval",
+        "compare",
+        "export",
+        "demo",
+        "info",
+    }
     for command in app.registered_commands:
         result = CliRunner().invoke(app, [command.name or "", "--help"])
         assert result.exit_code == 0, command.name

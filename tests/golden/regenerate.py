@@ -1,4 +1,4 @@
-"""Write the golden files again; their checksums in test_golden.py then have to change by hand.
+"""Write the golden files again; their checksums in test_golden*.py then have to change by hand.
 
 python tests/golden/regenerate.py --the-format-has-changed
 """
@@ -15,5 +15,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     sys.path.insert(0, str(HERE.parent / "support"))
     from golden_cases import write_golden
+    from golden_groups import write_golden_groups
 
     write_golden(HERE / "v1")
+    write_golden_groups(HERE / "v1-groups")

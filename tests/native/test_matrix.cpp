@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "codec/encode.hpp"
+#include "gemv/grouped.hpp"
 #include "gemv/matrix.hpp"
 #include "gemv/product.hpp"
 #include "support.hpp"
@@ -71,6 +72,47 @@ void check_products(const Case& c, const CodedMatrix& matrix, ThreadPool& pool) 
       bound += std::fabs(sum) * 1e-6;
       require(std::fabs(y[b * c.geometry.rows + i] - sum) <= bound, "the product is close");
     }
+  }
+}
+
+// Group scales at the edges of exact-size arrays.
+void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
+  const Geometry& geometry = c.geometry;
+  const std::size_t size = 1 + random.below(random.coin() ? 200 : 2 * geometry.columns);
+  const std::size_t groups = (geometry.columns - 1) / size + 1;
+  std::vector<float> scale(geometry.rows * groups), shift(random.coin() ? scale.size() : 0);
+  for (auto& value : scale) value = static_cast<float>(random.byte()) / 64 - 1;
+  for (auto& value : shift) value = static_cast<float>(random.byte()) / 64 - 3;
+  std::vector<float> values(random.coin() ? 256 : 0);
+  for (auto& value : values) value = static_cast<float>(random.byte()) / 16 - 9;
+  std::vector<float> y(c.batch * geometry.rows);
+  multiply_grouped(pool, matrix, {size, scale, shift, values}, c.x.data(), c.batch, y.data());
+  for (std::size_t b = 0; b < c.batch; ++b) {
+    const float* x = c.x.data() + b * geometry.columns;
+    double largest = 0;
+    for (std::size_t j = 0; j < geometry.columns; ++j) {
+      largest = std::max(largest, std::fabs(double{x[j]}));
+    }
+    for (std::size_t i = 0; i < geometry.rows; ++i) {
+      double sum = 0;
+      double bound = 1e-30;
+      for (std::size_t j = 0; j < geometry.columns; ++j) {
+        const std::size_t group = i * groups + j / size;
+        const std::uint8_t symbol = c.symbols[i * geometry.columns + j];
+        const double value = values.empty() ? double{symbol} : double{values[symbol]};
+        const double weight = value * scale[group] + (shift.empty() ? 0.0 : double{shift[group]});
+        sum += weight * x[j];
+        bound += std::fabs(weight) * largest / 65000;
+      }
+      bound += std::fabs(sum) * 1e-6;
+      require(std::fabs(y[b * geometry.rows + i] - sum) <= bound, "the grouped product is close");
+    }
+  }
+  scale.pop_back();
+  try {
+    multiply_grouped(pool, matrix, {size, scale, {}, {}}, c.x.data(), c.batch, y.data());
+    require(false, "too few scales are refused");
+  } catch (const std::invalid_argument&) {
   }
 }
 
@@ -146,6 +188,7 @@ int main() {
     ThreadPool& pool = random.coin() ? one : three;
     check_products(c, matrix, pool);
     check_rows(c, matrix, pool, random);
+    check_groups(c, matrix, pool, random);
     for (int n = 0; n < 3; ++n) refused += survives(c, random, pool);
     require(refuses(c, dense.size() + 64, sparse.size(), c.rows.sparse_sizes.size()), "dense size");
     require(refuses(c, dense.size(), sparse.size() + 64, c.rows.sparse_sizes.size()),

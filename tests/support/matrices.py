@@ -148,6 +148,19 @@ def multiply(stored: StoredMatrix, x: NDArray[np.float32], threads: int = 1) -> 
     return stored.open().multiply(x, _core.ThreadPool(threads))
 
 
+def multiply_groups(
+    stored: StoredMatrix,
+    x: NDArray[np.float32],
+    size: int,
+    scale: NDArray[np.float32],
+    shift: NDArray[np.float32] | None,
+    values: NDArray[np.float32] | None = None,
+    threads: int = 1,
+) -> NDArray[np.float32]:
+    """The product with every row of x, of the weights that groups of columns scale."""
+    return stored.open().multiply_groups(x, size, scale, shift, values, _core.ThreadPool(threads))
+
+
 def dequantize(stored: StoredMatrix, rows: NDArray[np.int64], threads: int = 1) -> NDArray[np.float32]:
     """Some rows in float32."""
     return stored.open().dequantize(rows, _core.ThreadPool(threads))

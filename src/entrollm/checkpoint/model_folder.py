@@ -1,16 +1,19 @@
 """A Hugging Face checkpoint folder: its config, its tensors one at a time, and the files beside them."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.gguf_model import open_gguf_model
+from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
 from entrollm.checkpoint.safetensors_file import Entry, SafetensorsFile, open_safetensors, parse_json_object
 from entrollm.checkpoint.scales import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales, to_float32
 from entrollm.errors import FormatError, UnsupportedError
@@ -19,7 +22,7 @@ _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_PATTERN = re.compile(r"model-\d+-of-\d+\.safetensors")
-_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8"})
+_FP8_METHODS = ("fp8", "fbgemm_fp8")
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
 
 _SIDE_FILES = frozenset(
@@ -43,28 +46,49 @@ _LICENCE_PATTERN = re.compile(r"(licen[cs]e|notice|copying|use_policy)([-_. ].*)
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint; `begin` and `end` are byte offsets in `file`, `dtype` is safetensors' name."""
+    """One tensor of a checkpoint; `dtype` is safetensors' name, for a packed matrix of what it dequantizes to.
+
+    `size_bytes` is what it takes in the checkpoint; the parts of a packed matrix may be in more files than `file`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    begin: int
-    end: int
+    size_bytes: int
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that the tensor takes in the checkpoint."""
-        return self.end - self.begin
+
+class WeightFile(Protocol):
+    """What holds tensors: a safetensors file, or a GGUF file in the guise of one."""
+
+    path: Path
+    size_bytes: int
+    tensors: Mapping[str, Entry]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of a tensor."""
+
+    def release(self, name: str) -> None:
+        """Let a tensor's pages go."""
+
+    def close(self) -> None:
+        """Let go of the file."""
 
 
 class Checkpoint:
-    """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`."""
+    """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+    Where it is quantized already, `quantization` names the format and `packed` holds the matrices that are; they are
+    in `tensors` under the names that their weights have in a checkpoint that is not. `fp8` holds matrices of fp8 with
+    scales, whose bytes can be taken over in the same way, though they are also read as ordinary numbers.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
         self.path = path
         self.config = config
+        self.files = tuple(file.path for file in files.values())
         self._files = {name: file for file in files.values() for name in file.tensors}
+        self._members: dict[str, tuple[str, int]] = {}
         entries = {name: file.tensors[name] for file in files.values() for name in file.tensors}
         scale_names, consumed = find_scales({name: entry.dtype for name, entry in entries.items()})
         self._scale_names = scale_names
@@ -74,24 +98,28 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {
-                name: _describe(name, entry, self._files[name].path)
-                for name, entry in entries.items()
-                if name not in consumed
-            }
-        )
+        self.entries: Mapping[str, Entry] = MappingProxyType(entries)
+        self.quantization = find_format(config.get("quantization_config") or {})
+        self.packed = self._find_packed()
+        self.fp8 = self._find_fp8()
+        if self.fp8 and self.quantization is None:
+            self.quantization = "fp8"
+        self._unpacked: tuple[str, StoredMatrix] | None = None
+        self.tensors = self._describe(consumed)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a folder with config.json and model.safetensors, or shards and their index.
+        """Open a folder with config.json and model.safetensors, or shards and their index; or a GGUF file.
 
         Raises:
             FormatError: the folder, a shard or the index is malformed; the message names the file.
             UnsupportedError: the weights are PyTorch pickles or quantized by a method that is not read here.
-            ValueError: the path is not a folder.
+            ValueError: the path is neither.
         """
         path = Path(path)
+        if is_gguf(path):
+            config, tensors = open_gguf_model(path)
+            return cls(path, config, {path.name: tensors})
         if not path.is_dir():
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
@@ -106,22 +134,18 @@ class Checkpoint:
         """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
 
         Args:
-            name: a name of `tensors`.
+            name: a name of `tensors`, not of a packed matrix.
             start, stop: rows of the first axis; by default all. A scalar has no rows and is read whole.
         Raises:
             KeyError: the checkpoint has no such tensor.
             ValueError: the rows are outside the tensor.
         """
-        if name not in self.tensors:
+        if name not in self.tensors or name in self.packed:
             raise KeyError(name)
-        array = self._files[name].array(name)
+        array = self.array(name)
         if start == 0 and stop is None:
             return array
-        rows = array.shape[0] if array.ndim else 0
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
-        return array[start:stop]
+        return array[_row_range(name, array.shape[0] if array.ndim else 0, start, stop)]
 
     def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Return rows [start, stop) as a new float32 array, fp8 scales applied.
@@ -131,16 +155,47 @@ class Checkpoint:
             FormatError: an fp8 weight's scales do not fit its shape.
             UnsupportedError: the tensor is not of a floating type.
         """
+        if name in self.packed:
+            stored = self.read_packed(name)
+            picked = _row_range(name, len(stored.symbols), start, stop)
+            return stored.groups.apply(stored.symbols[picked].astype(np.float32), picked)
         rows = self.read(name, start, stop)
         dtype = self.tensors[name].dtype
         if dtype not in _FLOAT_DTYPES:
             raise UnsupportedError(f"tensor {name!r} is {dtype}; expected one of {', '.join(sorted(_FLOAT_DTYPES))}")
         values = to_float32(rows)
-        scales = self._find_scales(name)
-        if scales is not None:
+        if name in self._scale_names:
             columns = math.prod(values.shape[1:])
-            scales.apply(values.reshape(values.shape[0], columns), start)
+            self._block_scales(name).apply(values.reshape(values.shape[0], columns), start)
         return values
+
+    def read_packed(self, name: str) -> StoredMatrix:
+        """Unpack a matrix of `packed` or `fp8`; the last one is kept, since it is often read a few rows at a time.
+
+        Raises:
+            KeyError: the checkpoint has no such packed matrix.
+            FormatError: its parts are malformed; the message names the tensor.
+        """
+        if self._unpacked is None or self._unpacked[0] != name:
+            self._unpacked = None  # before the next one takes memory
+            self._unpacked = (name, (self.packed.get(name) or self.fp8[name]).read())
+        return self._unpacked[1]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of an entry of the files, be it a tensor or a part of one.
+
+        Raises:
+            KeyError: the files have no such entry.
+        """
+        if name in self._members:
+            stack, index = self._members[name]
+            member: NDArray[Any] = self._files[stack].array(stack)[index]
+            return member
+        return self._files[name].array(name)
+
+    def file_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(path.stat().st_size for path in self.files)
 
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
@@ -148,7 +203,41 @@ class Checkpoint:
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor has been used; its pages leave resident memory, views stay valid."""
-        self._files[name].release(name)
+        if self._unpacked is not None and self._unpacked[0] == name:
+            self._unpacked = None
+        stored = self._members[name][0] if name in self._members else name
+        for part in self.packed[stored].parts if stored in self.packed else (stored,):
+            self._files[part].release(part)
+
+    def split(self, stacks: Mapping[str, Sequence[str]]) -> None:
+        """Show tensors of three axes as their matrices, under names of their own.
+
+        Args:
+            stacks: the names of the matrices, by that of the tensor.
+        Raises:
+            FormatError: a tensor has another number of matrices, or another tensor the name of one.
+            UnsupportedError: a tensor is not of a plain floating type.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            if name not in stacks:
+                tensors[name] = info
+                continue
+            if info.dtype in FP8_DTYPES or info.dtype not in _FLOAT_DTYPES:
+                raise UnsupportedError(
+                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded; keep it in its type (--keep)"
+                )
+            if len(stacks[name]) != info.shape[0]:
+                raise FormatError(f"{self.path}: {name!r} has {info.shape[0]} matrices, not {len(stacks[name])}")
+            size = info.size_bytes // info.shape[0]
+            for index, member in enumerate(stacks[name]):
+                if member in self.tensors:
+                    raise FormatError(
+                        f"{self.path}: matrix {index} of {name!r} has the name of another tensor, {member!r}"
+                    )
+                tensors[member] = TensorInfo(member, info.dtype, info.shape[1:], info.file, size)
+                self._members[member] = (name, index)
+        self.tensors = MappingProxyType(tensors)
 
     def side_files(self) -> tuple[Path, ...]:
         """List the files that a derived model must carry: configuration, tokenizer, chat template, licences.
@@ -156,13 +245,7 @@ class Checkpoint:
         Raises:
             FormatError: one of them is a link that leads out of the checkpoint.
         """
-        found = []
-        for file in sorted(self.path.iterdir()):
-            if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
-                _check_link(self.path, file)
-                if file.is_file():
-                    found.append(file)
-        return tuple(found)
+        return side_files(self.path)
 
     def close(self) -> None:
         """Let go of every file; views that were read stay valid."""
@@ -177,24 +260,83 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _find_scales(self, name: str) -> BlockScales | None:
-        scale_name = self._scale_names.get(name)
-        if scale_name is None:
-            return None
+    def _find_packed(self) -> Mapping[str, PackedMatrix]:
+        if self.quantization is None:
+            return MappingProxyType({})
+        found = FORMATS[self.quantization].matrices(self.config["quantization_config"], self)
+        packed: dict[str, PackedMatrix] = {}
+        for matrix in found:
+            if matrix.name in packed or (matrix.name in self.entries and matrix.name not in matrix.parts):
+                raise FormatError(f"{self.path}: {matrix.name!r} is stored twice, packed and plain")
+            packed[matrix.name] = matrix
+        if not packed:
+            raise FormatError(f"{self.path}: config.json tells of {self.quantization} weights, but there are none")
+        return MappingProxyType(packed)
+
+    def _find_fp8(self) -> Mapping[str, PackedMatrix]:
+        found = {}
+        for name, scale_name in self._scale_names.items():
+            shape = self.entries[name].shape
+            if len(shape) == 2 and 0 not in shape:
+                scales = functools.partial(self._block_scales, name)
+                found[name] = fp8_matrix(name, scale_name, self, scales)
+        return MappingProxyType(found)
+
+    def _describe(self, consumed: frozenset[str]) -> Mapping[str, TensorInfo]:
+        """All tensors; a packed matrix comes where its first part does."""
+        position = {name: number for number, name in enumerate(self.entries)}
+        first = {min(matrix.parts, key=position.__getitem__): matrix for matrix in self.packed.values()}
+        consumed |= {part for matrix in self.packed.values() for part in matrix.parts}
+        tensors = {}
+        for name, entry in self.entries.items():
+            file = self._files[name].path
+            if name in first:
+                matrix = first[name]
+                size_bytes = sum(self.entries[part].size_bytes for part in matrix.parts)
+                tensors[matrix.name] = TensorInfo(matrix.name, matrix.dtype, matrix.shape, file, size_bytes)
+            elif name not in consumed:
+                tensors[name] = TensorInfo(name, entry.dtype, entry.shape, file, entry.size_bytes)
+        return MappingProxyType(tensors)
+
+    def _block_scales(self, name: str) -> BlockScales:
+        """The scales of an fp8 weight that has some."""
         if name not in self._scales:
             quantization = self.config.get("quantization_config") or {}
-            scale = self._files[scale_name].array(scale_name)
+            scale = self.array(self._scale_names[name])
             block_shape = quantization.get("weight_block_size")
             self._scales[name] = read_scales(name, self.tensors[name].shape, scale, block_shape)
         return self._scales[name]
 
 
-def _describe(name: str, entry: Entry, file: Path) -> TensorInfo:
-    return TensorInfo(name, entry.dtype, entry.shape, file, entry.begin, entry.end)
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """The small files of a model folder that a derived model must carry; none of a GGUF file.
+
+    Raises:
+        FormatError: one of them is a link that leads out of the folder.
+    """
+    found = []
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
+            _check_link(folder, file)
+            if file.is_file():
+                found.append(file)
+    return tuple(found)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, which holds a whole model."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
+    stop = rows if stop is None else stop
+    if not 0 <= start <= stop <= rows:
+        raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
+    return slice(start, stop)
 
 
 def _check_quantization(config_path: Path, quantization: object) -> None:
-    """Refuse checkpoints whose weights are not plain numbers or fp8."""
+    """Refuse checkpoints that are quantized in a way that is not read."""
     if quantization is None:
         return
     if not isinstance(quantization, dict):
@@ -204,11 +346,16 @@ def _check_quantization(config_path: Path, quantization: object) -> None:
         raise UnsupportedError(
             f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
         )
-    if method in _FP8_METHODS or (method == "compressed-tensors" and _stores_fp8(quantization)):
+    # "GGUF" is what the blocks of a GGUF file go by; no folder has them.
+    if (
+        find_format(quantization) not in (None, "GGUF")
+        or method in _FP8_METHODS
+        or (method == "compressed-tensors" and _stores_fp8(quantization))
+    ):
         return
     raise UnsupportedError(
         f"{config_path}: the weights are quantized by {method!r}, which is not read; "
-        "use the original checkpoint, or one in bf16, f16, f32 or fp8"
+        f"use the original checkpoint, or one in bf16, f16, f32, fp8, {', '.join(FORMATS)}"
     )
 
 
@@ -242,6 +389,9 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
             f"{path} holds PyTorch pickles ({pickles[0]}), which can run code when they are read; convert them to "
             "safetensors: load with transformers and call save_pretrained"
         )
+    packed = [name for name in present if name.endswith(".gguf")]
+    if packed:
+        raise ValueError(f"{path} holds GGUF files; name the one that is meant: {path / packed[0]}")
     raise FormatError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and its shards")
 
 

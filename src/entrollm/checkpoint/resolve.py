@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from entrollm.checkpoint.model_folder import is_gguf
+
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _ALLOW_PATTERNS = (
     "*.safetensors",
@@ -25,10 +27,10 @@ _IGNORE_PATTERNS = ("consolidated*.safetensors", "*/*")
 
 
 def resolve(model: str | Path) -> Path:
-    """Return the folder of a model, fetching it from the Hub where it is not a folder here.
+    """Return the folder of a model, fetching it from the Hub where it is not a folder here, or its GGUF file.
 
     Args:
-        model: a folder, or a Hub id: 'owner/name', or 'owner/name@revision'.
+        model: a folder, a .gguf file, or a Hub id: 'owner/name', or 'owner/name@revision'.
     Raises:
         ValueError: it is neither; the message says what was tried.
         ConnectionError: it is not in the local cache and the Hub cannot be reached.
@@ -36,10 +38,12 @@ def resolve(model: str | Path) -> Path:
     if not str(model):
         raise ValueError("the model's name is empty; give a folder or a Hub id")
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     if path.exists():
-        raise ValueError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+        raise ValueError(
+            f"{model} is a file; give a .gguf file or the folder that holds config.json and the safetensors files"
+        )
     hub_id = _HUB_ID.fullmatch(str(model))
     if isinstance(model, Path) or hub_id is None or str(model).startswith("."):
         raise ValueError(f"{model}: no such folder, and it cannot be a Hub id ('owner/name')")

@@ -14,6 +14,7 @@ from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
     from entrollm.compress import CompressResult
+    from entrollm.compress.packed import PackedSummary
     from entrollm.quantize.statistics import Statistics
 
 EXAMPLES = (
@@ -26,7 +27,12 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
+    ("entrollm compress MODEL-GPTQ -o OUT", "keep the integers of a quantized checkpoint"),
+    ("entrollm compress MODEL.gguf -o OUT", "and those of a GGUF file"),
 )
+
+# A source of which this share or more is left was nearly incompressible.
+_LITTLE = 0.9
 
 
 class Granularity(StrEnum):
@@ -52,7 +58,9 @@ class Processor(StrEnum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint folder, a Hub id or a .gguf file.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The folder to make.", show_default=False)],
     bits: Annotated[
         list[str] | None,
@@ -89,6 +97,10 @@ def command(
     processor: Annotated[
         Processor, typer.Option("--target", help="The processors that will run it; decides what --prefer speed takes.")
     ] = Processor.x86,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from there, as some GGUF files need."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -97,7 +109,8 @@ def command(
 
     Matrices (linear layers, embeddings, output head) are rounded to a uniform grid and coded; norms and biases keep
     their type. With --bpw or --fit the steps of all grids follow from the size, finer where a matrix matters more;
-    otherwise the grids are the EntroLLM paper's, of --bits bits. The folder appears when it is complete; after an
+    otherwise the grids are the EntroLLM paper's, of --bits bits. A checkpoint that is quantized already keeps its
+    integers, without loss. The folder appears when it is complete; after an
     interruption, the same command goes on where it stopped.
     """
     from entrollm.compress import CompressOptions, compress
@@ -107,12 +120,13 @@ def command(
     target = parse_target(bpw, fit, bits)
     default_bits, overrides = parse_bits(bits or [], keep or [])
     options = CompressOptions(
-        bits=4 if default_bits is None else default_bits,
+        bits=default_bits,
         target=target,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,
         processor=processor.value,
+        tokenizer=tokenizer,
         threads=threads,
     )
     if calibration is not None and target is None:
@@ -138,6 +152,12 @@ def _calibrate(model: str, text: Path, folder: Path, quiet: bool) -> Statistics:
         return calibrate(model, text, folder, progress=update)
 
 
+def _remark(packed: PackedSummary) -> str:
+    if packed.stored_bits < _LITTLE * packed.source_bits:
+        return ""
+    return ": its grids use nearly all of their integers, so little can be removed"
+
+
 def _print_summary(result: CompressResult) -> None:
     from entrollm.report import format_bytes, format_count, format_rate
 
@@ -151,6 +171,13 @@ def _print_summary(result: CompressResult) -> None:
         f"coded weights: entropy {result.entropy_bits:.3f}, Huffman optimum {result.huffman_bits:.3f}, "
         f"in the file {result.coded_bits:.3f} bits"
     )
+    if result.packed is not None:
+        packed = result.packed
+        stdout.print(
+            f"{packed.format}: {format_count(packed.weights)} weights keep their integers; source "
+            f"{packed.source_bits:.3f} bits/weight, stored {packed.stored_bits:.3f}; the integers' entropy is "
+            f"{packed.entropy_bits:.3f}{_remark(packed)}"
+        )
     resumed = f" ({format_count(result.resumed_weights)} were finished before)" if result.resumed_weights else ""
     stdout.print(
         f"{result.elapsed_s:.1f} s, {format_rate(done, result.elapsed_s, 'weights')}, "

@@ -15,7 +15,7 @@ import typer
 from entrollm.cli.console import examples_epilog, guard, stdout
 
 _PACKAGE = "entrollm.cli"
-_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "export", "demo", "info")
+_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "compare", "export", "demo", "info")
 _EXAMPLES = (
     ("entrollm demo", "try it on the shipped model"),
     ("entrollm compress MODEL -o OUT --bits 4", "MODEL: a folder or a Hub id"),

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint import DTYPES
 from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.stacks import find_stacks
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel
 from entrollm.container.writer import ShardWriter
+from entrollm.errors import FormatError
 
 ExportType = Literal["original", "bf16", "f16", "f32"]
 
@@ -63,10 +65,9 @@ def export(
     """
     if dtype != "original" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be original, {', '.join(_DTYPES)}; found {dtype!r}")
-    types = {name: _DTYPES.get(dtype, spec.dtype) for name, spec in model.specs.items()}
-    types |= {name: model.dtype(name) for name in model.plain}
-    shapes = {name: (spec.rows, spec.columns) for name, spec in model.specs.items()}
-    shapes |= {name: model.array(name).shape for name in model.plain}
+    members = _members(model)
+    types = {name: _type(model, parts[0], dtype) for name, parts in members.items()}
+    shapes = {name: _shape(model, name, parts) for name, parts in members.items()}
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
     total, done = sum(sizes.values()), 0
@@ -74,11 +75,12 @@ def export(
     names: dict[str, str] = {}
     file_bytes = 0
     try:
-        for index, members in enumerate(shards):
+        for index, shard in enumerate(shards):
             path = folder.partial / layout.shard_name(index, len(shards))
             with ShardWriter(path, ordinary=True) as writer:
-                for name in members:
-                    writer.add_plain(name, types[name], shapes[name], _chunks(model, name, types[name], pool))
+                for name in shard:
+                    chunks = (chunk for part in members[name] for chunk in _chunks(model, part, types[name], pool))
+                    writer.add_plain(name, types[name], shapes[name], chunks)
                     names[name] = path.name
                     done += sizes[name]
                     if on_progress is not None:
@@ -91,6 +93,29 @@ def export(
     finally:
         folder.close()
     return ExportResult(Path(out), total, file_bytes)
+
+
+def _members(model: CompressedModel) -> dict[str, list[str]]:
+    """The tensors of the checkpoint, and what each consists of: itself, or the matrices of a stack."""
+    stacks = find_stacks(model.specs)
+    stack_of = {member: stack for stack, members in stacks.items() for member in members}
+    names = (stack_of.get(name, name) for name in (*model.specs, *model.plain))
+    return {name: stacks.get(name, [name]) for name in names}
+
+
+def _type(model: CompressedModel, name: str, dtype: ExportType) -> str:
+    if name not in model.specs:
+        return model.dtype(name)
+    return _DTYPES.get(dtype, model.specs[name].dtype)
+
+
+def _shape(model: CompressedModel, name: str, members: list[str]) -> tuple[int, ...]:
+    if members[0] not in model.specs:
+        return model.array(name).shape
+    found = {(model.specs[member].rows, model.specs[member].columns) for member in members}
+    if len(found) > 1:
+        raise FormatError(f"{name}: its matrices have different shapes, {sorted(found)}")
+    return (*((len(members),) if members != [name] else ()), *found.pop())
 
 
 def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from entrollm.codec.choose import Prefer
     from entrollm.codec.cost import Processor
     from entrollm.compress.target import Target
@@ -19,21 +21,23 @@ class CompressOptions:
     """Options of `compress`; all but `threads` decide the result.
 
     Attributes:
-        bits: width of the grid of a matrix, 2 to 8.
+        bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
         target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind whose decoding times count.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
+        tokenizer: a folder whose tokenizer files go with the model in place of its own.
         threads: worker threads; None for one per core.
     """
 
-    bits: int = 4
+    bits: int | None = None
     target: Target | None = None
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"
     processor: Processor = "x86"
     shard_bytes: int = 1 << 30
+    tokenizer: Path | None = None
     threads: int | None = None

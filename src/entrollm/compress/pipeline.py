@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, resolve
+from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, convert_tokenizer, is_gguf, resolve, side_files
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
+from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
+from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.writer import ShardWriter
-from entrollm.errors import FormatError
+from entrollm.errors import FormatError, UnsupportedError
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.quantize.statistics import Statistics
 from entrollm.specs import FORMAT_VERSION
@@ -30,6 +31,7 @@ from entrollm.threads import default_threads
 
 _log = logging.getLogger(__name__)
 _COPY_ROWS_BYTES = 1 << 24
+_DEFAULT_BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class CompressResult:
         entropy_bits, huffman_bits: per coded weight, weighted over tensors.
         coded_bits: stored bits per coded weight: streams, sizes, scales and the header.
         elapsed_s: wall time of this run; resumed_weights were finished by an earlier one.
+        packed: what became of matrices that were quantized already; None where there were none.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class CompressResult:
     coded_bits: float
     elapsed_s: float
     resumed_weights: int
+    packed: PackedSummary | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, the path as text."""
@@ -93,16 +97,17 @@ def compress(
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         plans, shards = plan_shards(checkpoint, options)
+        small_files = _side_files(checkpoint, options)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
             methods = make_methods(checkpoint, plans, options, len(shards), statistics)
             run = _Run(checkpoint, plans, folder, options, on_progress, methods)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
-            _finish(checkpoint, folder, records, options, statistics is not None)
+            _finish(checkpoint, folder, records, options, statistics is not None, small_files)
             folder.publish()
         finally:
             folder.close()
-        return _summarize(checkpoint, Path(out), records, time.monotonic() - started, run.resumed_weights)
+        return _summarize(checkpoint, options, Path(out), records, time.monotonic() - started, run.resumed_weights)
 
 
 class _Run:
@@ -136,14 +141,14 @@ class _Run:
             record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
             self._done += record["quantized_weights"]
             self.resumed_weights += record["quantized_weights"]
-            for name, stored_bytes in record["stored_bytes"].items():
-                self._methods.settle(name, stored_bytes)
+            for name, matrix in record["matrices"].items():
+                self._methods.settle(name, matrix["stored_bytes"])
             self._report(names[0])
             _log.info("%s is finished already", path.name)
             return record
         coded = [name for name in names if not self._is_plain(name)]
         plain = [name for name in names if self._is_plain(name)]
-        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0, "stored_bytes": {}}
+        record = {"quantized_weights": 0, "entropy_bits": 0.0, "huffman_bits": 0.0, "kept_bytes": 0, "matrices": {}}
         threads = self._options.threads or default_threads()
         with ShardWriter(path) as writer, ThreadPoolExecutor(threads) as executor:
             compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
@@ -178,7 +183,7 @@ class _Run:
         while not self._methods.settle(name, stored_bytes):
             tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
             stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
-        record["stored_bytes"][name] = stored_bytes
+        record["matrices"][name] = {"stored_bytes": stored_bytes, "entropy_bits": tensor.entropy_bits}
         writer.add_matrix(name, tensor.spec, tensor.arrays)
         record["quantized_weights"] += weights
         record["entropy_bits"] += tensor.entropy_bits * weights
@@ -201,6 +206,8 @@ def make_methods(
     Raises:
         ValueError: the target is out of reach.
     """
+    if taken := taken_over(checkpoint, options):
+        return PackedMethods(checkpoint, taken, PaperMethods(plans))
     if options.target is None:
         return PaperMethods(plans)
     coded = [name for name, plan in plans.items() if not plan.is_kept and _weights(checkpoint.tensors[name])]
@@ -216,12 +223,16 @@ def _weights(info: TensorInfo) -> int:
 
 
 def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[str, TensorPlan], list[list[str]]]:
-    """What happens to each tensor, and which tensors share an output file.
+    """What happens to each tensor, and which tensors share an output file; stacks of the checkpoint are split.
 
     A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    plans = plan_tensors(shapes, options.bits, options.overrides, options.granularity)
+    if taken := taken_over(checkpoint, options):
+        plans = plan_packed(checkpoint, taken, options)
+    else:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        plans = plan_tensors(shapes, options.bits or _DEFAULT_BITS, options.overrides, options.granularity)
+    plans = split_stacks(checkpoint, plans)
     shards: list[list[str]] = []
     size = 0
     for name in plans:
@@ -240,11 +251,10 @@ def _fingerprint(
     checkpoint: Checkpoint, plans: dict[str, TensorPlan], options: CompressOptions, statistics: Statistics | None
 ) -> dict[str, Any]:
     """What must be equal for a run to continue an interrupted one."""
-    files = {info.file for info in checkpoint.tensors.values()}
     return {
         "format_version": FORMAT_VERSION,
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
-        "tensors": {name: [plan.bits, plan.granularity] for name, plan in plans.items()},
+        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files},
+        "tensors": {name: [plan.bits, plan.granularity, plan.is_packed] for name, plan in plans.items()},
         "prefer": options.prefer,
         "processor": options.processor,
         "statistics": None if statistics is None else statistics.fingerprint,
@@ -262,22 +272,42 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
         yield checkpoint.read(*part) if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
 
 
+def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, bytes]:
+    """The small files that the output carries, by name.
+
+    Raises:
+        UnsupportedError: the tokenizer of a GGUF file is not converted, and no folder is named for it.
+        ValueError: the folder that is named for it has none.
+    """
+    if options.tokenizer is None and is_gguf(checkpoint.path):
+        try:
+            return {name: text.encode() for name, text in convert_tokenizer(checkpoint.path).items()}
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"{error}; add --tokenizer FOLDER, a folder with the tokenizer.json of the model that it was made from"
+            ) from None
+    if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
+        raise ValueError(f"{options.tokenizer} is no folder with a tokenizer.json")
+    files = checkpoint.side_files() if options.tokenizer is None else side_files(options.tokenizer)
+    return {file.name: file.read_bytes() for file in files if file.name != "config.json"}
+
+
 def _finish(
     checkpoint: Checkpoint,
     folder: OutputFolder,
     records: list[dict[str, Any]],
     options: CompressOptions,
     is_calibrated: bool,
+    small_files: dict[str, bytes],
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
-    for file in checkpoint.side_files():
-        if file.name != "config.json":
-            shutil.copyfile(file, folder.partial / file.name)
+    for name, content in small_files.items():
+        (folder.partial / name).write_bytes(content)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = {
         "quant_method": layout.QUANT_METHOD,
         "version": FORMAT_VERSION,
-        **_method_fields(options, is_calibrated),
+        **_method_fields(checkpoint, options, is_calibrated),
         "prefer": options.prefer,
     }
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -288,27 +318,35 @@ def _finish(
         (folder.partial / record["file"]).with_suffix(".json").unlink()
 
 
-def _method_fields(options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
+def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
     """How the model was quantized, for people who read config.json."""
+    if taken_over(checkpoint, options):
+        return {"method": "imported", "source": checkpoint.quantization}
     if options.target is None:
-        return {"method": "paper", "bits": options.bits, "granularity": options.granularity}
+        return {"method": "paper", "bits": options.bits or _DEFAULT_BITS, "granularity": options.granularity}
     asked = {key: value for key, value in asdict(options.target).items() if value is not None}
     return {"method": "feedback" if is_calibrated else "ecsq", **asked}
 
 
 def _summarize(
-    checkpoint: Checkpoint, out: Path, records: list[dict[str, Any]], elapsed_s: float, resumed: int
+    checkpoint: Checkpoint,
+    options: CompressOptions,
+    out: Path,
+    records: list[dict[str, Any]],
+    elapsed_s: float,
+    resumed: int,
 ) -> CompressResult:
     coded = sum(record["quantized_weights"] for record in records)
     file_bytes = sum(record["file_bytes"] for record in records)
     kept = sum(record["kept_bytes"] for record in records)
     weights = sum(_weights(info) for info in checkpoint.tensors.values())
     per_weight = max(1, coded)
+    taken = taken_over(checkpoint, options)
     return CompressResult(
         path=out,
         weights=weights,
         quantized_weights=coded,
-        source_bytes=sum(f.stat().st_size for f in {info.file for info in checkpoint.tensors.values()}),
+        source_bytes=checkpoint.file_bytes(),
         file_bytes=file_bytes,
         file_bits=file_bytes * 8 / max(1, weights),
         entropy_bits=sum(record["entropy_bits"] for record in records) / per_weight,
@@ -316,4 +354,7 @@ def _summarize(
         coded_bits=(file_bytes - kept) * 8 / per_weight,
         elapsed_s=elapsed_s,
         resumed_weights=resumed,
+        packed=summarize_packed(
+            checkpoint, taken, {name: matrix for record in records for name, matrix in record["matrices"].items()}
+        ),
     )

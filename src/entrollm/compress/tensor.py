@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,7 +52,7 @@ class CheckpointRows:
         rows, columns = checkpoint.tensors[name].shape
         self.shape = (rows, columns)
         self.blocks = choose_blocks(rows, columns)
-        self.chunks = tuple(_row_chunks(rows, columns, self.blocks))
+        self.chunks = row_chunks(rows, columns, self.blocks)
         self._checkpoint = checkpoint
         self._executor = executor
         self._direct = checkpoint.tensors[name].dtype in ("BF16", "F16", "F32")
@@ -97,8 +97,10 @@ class TensorCompressor:
         counts = [int(c) for c in quantized.counts]
         code = choose(counts)
         self._checkpoint.release(name)
-        arrays = self._encode(quantized.symbols, code, blocks, source.chunks, progress)
+        arrays = encode_symbols(quantized.symbols, code, blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
+        groups = quantized.groups
+        in_spec = groups is None and layout.SCALE not in arrays
         spec = TensorSpec(
             rows=rows,
             columns=columns,
@@ -106,11 +108,12 @@ class TensorCompressor:
             grid=quantized.grid,
             code=code,
             blocks=blocks,
-            scale=None if layout.SCALE in arrays else float(quantized.scale[0]),
+            scale=float(quantized.scale[0]) if in_spec else None,
             offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
             relative_error=math.sqrt(quantized.error / quantized.energy) if quantized.energy else 0.0,
             checksum=0,
-            zero=quantized.zero,
+            zero=quantized.zero if groups is None else groups.zero,
+            groups=None if groups is None else groups.form,
         )
         return CompressedTensor(spec, arrays, entropy_bits(counts), huffman_bits(counts))
 
@@ -119,35 +122,49 @@ class TensorCompressor:
         count = block_count(*shape, choose_blocks(*shape))
         return functools.partial(choose_code, blocks=count, prefer=self._prefer, processor=self._processor)
 
-    def _encode(
-        self,
-        symbols: NDArray[np.uint8],
-        code: Code,
-        blocks: Blocks,
-        chunks: Sequence[tuple[int, int]],
-        progress: Callable[[int], None],
-    ) -> dict[str, NDArray[np.generic]]:
-        program = code.program()
 
-        def encode(chunk: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]:
-            rows = symbols[chunk[0] : chunk[1]]
-            encoded = _core.encode(program, code.low_bits, rows, blocks.rows, blocks.columns)
-            progress(rows.size)
-            return encoded
+def encode_symbols(
+    symbols: NDArray[np.uint8],
+    code: Code,
+    blocks: Blocks,
+    chunks: Sequence[tuple[int, int]],
+    executor: ThreadPoolExecutor,
+    progress: Callable[[int], None],
+) -> dict[str, NDArray[Any]]:
+    """Encode a matrix of integers.
 
-        encoded = list(self._executor.map(encode, chunks))
-        sparse = layout.padded_stream([sparse for _, sparse, _ in encoded])
-        arrays: dict[str, NDArray[np.generic]] = {
-            layout.DENSE: layout.padded_stream([dense for dense, _, _ in encoded]),
-            layout.SPARSE: sparse,
-        }
-        if sparse.size:
-            arrays[layout.SPARSE_SIZES] = np.concatenate([sizes for _, _, sizes in encoded])
-        return arrays
+    Args:
+        symbols: uint8, shape (rows, columns), all in the code.
+        code, blocks: how they are stored.
+        chunks: ranges of rows, each of whole row groups, that threads encode side by side.
+        executor: the threads.
+        progress: called with numbers of weights as they are finished.
+    Returns:
+        the streams as they are stored, by suffix; the sparse one may be empty.
+    """
+    program = code.program()
+
+    def encode(chunk: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]:
+        rows = symbols[chunk[0] : chunk[1]]
+        encoded = _core.encode(program, code.low_bits, rows, blocks.rows, blocks.columns)
+        progress(rows.size)
+        return encoded
+
+    encoded = list(executor.map(encode, chunks))
+    sparse = layout.padded_stream([sparse for _, sparse, _ in encoded])
+    arrays: dict[str, NDArray[Any]] = {
+        layout.DENSE: layout.padded_stream([dense for dense, _, _ in encoded]),
+        layout.SPARSE: sparse,
+    }
+    if sparse.size:
+        arrays[layout.SPARSE_SIZES] = np.concatenate([sizes for _, _, sizes in encoded])
+    return arrays
 
 
 def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
     """The scales that need an entry; one scale or offset for the whole tensor goes into its spec."""
+    if quantized.groups is not None:
+        return {f".{name}": layout.pack_array(array) for name, array in quantized.groups.arrays.items()}
     arrays: dict[str, NDArray[np.generic]] = {}
     if len(quantized.scale) > 1:
         arrays[layout.SCALE] = quantized.scale
@@ -163,9 +180,8 @@ def stored_dtype(checkpoint: Checkpoint, name: str) -> str:
     return "BF16" if checkpoint.has_scales(name) else checkpoint.tensors[name].dtype
 
 
-def _row_chunks(rows: int, columns: int, blocks: Blocks) -> Iterator[tuple[int, int]]:
-    """Ranges of whole row groups with about _CHUNK_WEIGHTS weights."""
+def row_chunks(rows: int, columns: int, blocks: Blocks) -> tuple[tuple[int, int], ...]:
+    """Ranges of whole row groups with enough weights for a thread each."""
     groups = max(1, _CHUNK_WEIGHTS // (blocks.rows * columns))
     step = groups * blocks.rows
-    for begin in range(0, rows, step):
-        yield begin, min(rows, begin + step)
+    return tuple((begin, min(rows, begin + step)) for begin in range(0, rows, step))

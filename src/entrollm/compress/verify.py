@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint import DTYPES, Checkpoint
 from entrollm.compress.describe import symbol_chunks
+from entrollm.compress.stacks import find_stacks
 from entrollm.compress.tensor import stored_dtype
 from entrollm.container import layout
 from entrollm.container.reader import CodedMatrix, CompressedModel
@@ -54,7 +55,8 @@ def verify(
 
     A kept tensor passes when its bytes have their checksum; a matrix when, besides, every block decodes to its stated
     length and encoding the integers again gives the stored bytes. With the original, the integers of a paper grid must
-    be those that quantizing it again gives, the error of any grid must be the stored one, and kept tensors be equal.
+    be those that quantizing it again gives, imported weights must be the original's bit for bit, the error of any grid
+    must be the stored one, and kept tensors be equal.
 
     Args:
         model: the folder.
@@ -68,6 +70,8 @@ def verify(
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
     if original is not None:
+        stacks = {name: members for name, members in find_stacks(model.specs).items() if name in original.tensors}
+        original.split(stacks)
         _compare_names(model, original)
     for name, spec in model.specs.items():
         model.check_checksum(name)
@@ -127,6 +131,7 @@ def _compare_matrix(
     if original.tensors[name].shape != (spec.rows, spec.columns):
         shape = (spec.rows, spec.columns)
         raise FormatError(f"{name}: the original has shape {original.tensors[name].shape}, not {shape}")
+    is_exact = spec.groups is not None
     grid = _stored_grid(matrix, stored) if spec.grid.startswith(_PAPER_PREFIX) else None
     error = energy = 0.0
     for begin, symbols in symbol_chunks(matrix, pool):
@@ -134,12 +139,15 @@ def _compare_matrix(
         if grid is not None and not np.array_equal(quantize_rows(weights, grid, begin), symbols):
             raise FormatError(f"{name}: quantizing the original again gives other integers, from row {begin} on")
         rows = np.arange(begin, begin + len(symbols), dtype=np.int64)
-        difference = matrix.dequantize(rows, pool) - weights
+        found = matrix.dequantize(rows, pool)
+        if is_exact and found.tobytes() != weights.tobytes():
+            raise FormatError(f"{name}: its weights are not exactly those of the original, from row {begin} on")
+        difference = found - weights
         error += float(np.sum(np.square(difference, dtype=np.float64)))
         energy += float(np.sum(np.square(weights, dtype=np.float64)))
-    found = math.sqrt(error / energy) if energy else 0.0
-    if not math.isclose(found, spec.relative_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-6):
-        raise FormatError(f"{name}: its error against the original is {found:.6f}, stored {spec.relative_error:.6f}")
+    relative = math.sqrt(error / energy) if energy else 0.0
+    if not math.isclose(relative, spec.relative_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-6):
+        raise FormatError(f"{name}: its error against the original is {relative:.6f}, stored {spec.relative_error:.6f}")
 
 
 def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:

@@ -18,10 +18,12 @@ from entrollm.checkpoint.model_folder import open_weight_files
 from entrollm.checkpoint.safetensors_file import SafetensorsFile, parse_json_object
 from entrollm.container import layout
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
+from entrollm.groups import GroupScales
 from entrollm.specs import FORMAT_VERSION, TensorSpec
 
 _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
 _NO_SIZES = np.zeros(0, np.uint16)
+_ONE = np.ones(1, np.float32)
 _CRC32 = re.compile("[0-9a-f]{8}")
 
 
@@ -33,13 +35,21 @@ class CodedMatrix:
         name: the tensor's name.
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
-        native: what multiplies and decodes it.
+        native: what multiplies and decodes it; where there are groups, of the integers alone.
+        scale: float32, shape (1,) or (rows,); of no use where there are groups.
+        offset: float32, the shape of scale; None for none.
+        column_scale: float32, shape (columns,); None for none.
+        groups: its group scales; None for none.
     """
 
     name: str
     spec: TensorSpec
     stored_bytes: int
     native: _core.CodedMatrix
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32] | None
+    column_scale: NDArray[np.float32] | None
+    groups: GroupScales | None = None
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
         """Decode rows [begin, end): uint8 (end - begin, columns).
@@ -50,7 +60,7 @@ class CodedMatrix:
         try:
             return self.native.decode(begin, end, pool)
         except _core.CorruptBlockError as error:
-            raise self._corrupt(error) from None
+            raise self.corrupt(error) from None
 
     def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
@@ -59,27 +69,79 @@ class CodedMatrix:
             CorruptStreamError: a block does not decode.
         """
         try:
-            return self.native.dequantize(rows, pool)
+            values = self.native.dequantize(rows, pool)
         except _core.CorruptBlockError as error:
-            raise self._corrupt(error) from None
+            raise self.corrupt(error) from None
+        return values if self.groups is None else self.groups.apply(values, rows)
 
-    def _corrupt(self, error: Exception) -> CorruptStreamError:
+    def corrupt(self, error: Exception) -> CorruptStreamError:
+        """The error for a block that does not decode."""
         return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
+
+
+def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> CodedMatrix:
+    """Open a matrix over its stored entries, checking that streams, blocks and code fit together.
+
+    Args:
+        name: the tensor's name, for errors.
+        spec: what it is.
+        arrays: its stored entries by suffix; the streams are read in place, the others are copied.
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    groups = _read_groups(name, spec, arrays)
+    scale = _ONE if groups else _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
+    if scale is None:
+        raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
+    offset = None if groups else _offsets(name, spec, scale, arrays.get(layout.OFFSET))
+    column_scale = _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE))
+    try:
+        native = _core.CodedMatrix(
+            spec.code.program(),
+            spec.code.low_bits,
+            _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
+            arrays.get(layout.DENSE, _NO_STREAM),
+            arrays.get(layout.SPARSE, _NO_STREAM),
+            _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
+            scale,
+            offset,
+            column_scale,
+        )
+    except ValueError as error:
+        raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
+    stored_bytes = sum(array.nbytes for array in arrays.values())
+    return CodedMatrix(name, spec, stored_bytes, native, scale, offset, column_scale, groups)
 
 
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
     """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
 
-    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact.
+    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact, with group scales those of
+    each group. There, products are of the weights before they are rounded to half precision, and sums of fp8 values are
+    in double precision.
 
     Raises:
         CorruptStreamError: a block does not decode.
     """
+    if any(matrix.groups is not None for matrix in matrices):
+        return np.concatenate([_multiply_grouped(matrix, x, pool) for matrix in matrices], axis=1)
     try:
         return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
     except _core.CorruptBlockError as error:
         names = ", ".join(matrix.name for matrix in matrices)
         raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
+
+
+def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    groups = matrix.groups
+    if groups is None:
+        return multiply([matrix], x, pool)
+    order = groups.arrays.get("column_order")
+    stored = np.ascontiguousarray(x if order is None else x[:, order])
+    try:
+        return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
+    except _core.CorruptBlockError as error:
+        raise matrix.corrupt(error) from None
 
 
 class CompressedModel:
@@ -131,26 +193,7 @@ class CompressedModel:
             KeyError: no matrix has this name.
             FormatError: the stored entries do not match the spec.
         """
-        spec = self.specs[name]
-        arrays = self.stored_arrays(name)
-        scale = _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
-        if scale is None:
-            raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
-        try:
-            native = _core.CodedMatrix(
-                spec.code.program(),
-                spec.code.low_bits,
-                _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
-                arrays.get(layout.DENSE, _NO_STREAM),
-                arrays.get(layout.SPARSE, _NO_STREAM),
-                _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
-                scale,
-                _offsets(name, spec, scale, arrays.get(layout.OFFSET)),
-                _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE)),
-            )
-        except ValueError as error:
-            raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
-        return CodedMatrix(name, spec, sum(array.nbytes for array in arrays.values()), native)
+        return open_matrix(name, self.specs[name], self.stored_arrays(name))
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor that was kept in its own type, as a read-only view of the file."""
@@ -287,6 +330,39 @@ def _check_cover(file: SafetensorsFile, coded: Mapping[str, TensorSpec], plain: 
             raise FormatError(f"{file.path}: {name!r} is stored both coded and plain")
         if name not in plain and name not in owned:
             raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")
+
+
+def _read_groups(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> GroupScales | None:
+    """The group scales of a matrix, inflated and checked; None where its spec has none.
+
+    Args:
+        name: the matrix, for errors.
+        spec: its spec.
+        arrays: its stored entries by suffix.
+    Raises:
+        FormatError: the entries are not those that the spec tells of, or hold what no weight can be made of.
+    """
+    form = spec.groups
+    expected = () if form is None else tuple("." + kind for kind in form.types)
+    stray = [s for s in arrays if s in layout.GROUP_SUFFIXES and s not in expected]
+    if form is not None:
+        stray += [s for s in (layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE) if s in arrays]
+    missing = [suffix for suffix in expected if suffix not in arrays]
+    if stray or missing:
+        what = f"it lacks {missing[0][1:]}" if missing else f"it has {stray[0][1:]}"
+        raise FormatError(f"{name}: {what}, which its spec {'tells of' if missing else 'does not tell of'}")
+    if form is None:
+        return None
+    found = {}
+    for kind, count in form.lengths(spec.rows, spec.columns).items():
+        values = layout.unpack_array(f"{name}.{kind}", arrays["." + kind], form.types[kind], count)
+        if values.dtype.kind not in "ui" and not np.isfinite(values.astype(np.float32)).all():
+            raise FormatError(f"{name}: its {kind} has a value that is not finite")
+        found[kind] = values if kind == "column_order" else values.reshape(spec.rows, -1)
+    order = found.get("column_order")
+    if order is not None and not np.array_equal(np.sort(order), np.arange(spec.columns, dtype=np.uint32)):
+        raise FormatError(f"{name}: its column_order does not name every column once")
+    return GroupScales(form, found, spec.zero)
 
 
 def _offsets(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entrollm.checkpoint import Checkpoint, resolve
+from entrollm.checkpoint import Checkpoint, is_gguf, resolve
 from entrollm.container.reader import CompressedModel, is_compressed, read_config
-from entrollm.engine.files import read_model_files
+from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.linear import CodedWeights, DenseWeights
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Weights
@@ -17,8 +17,8 @@ def load(model: str | Path, threads: int | None = None) -> Model:
     """Load a model.
 
     Args:
-        model: a folder, or a Hub id. A compressed folder runs from its coded bytes; an ordinary checkpoint is
-            expanded to float32, which takes four bytes per weight.
+        model: a folder, a Hub id, or a GGUF file (whose tokenizer is not read). A compressed folder runs from its
+            coded bytes; an ordinary checkpoint is expanded to float32, which takes four bytes per weight.
         threads: worker threads of the coded products; by default one for each core.
     Raises:
         FormatError: the folder is malformed.
@@ -28,6 +28,9 @@ def load(model: str | Path, threads: int | None = None) -> Model:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, found {threads}")
     path = resolve(model)
+    if is_gguf(path):
+        checkpoint = Checkpoint.open(path)
+        return Model(ModelFiles(checkpoint.config), DenseWeights(checkpoint))
     weights: Weights
     if is_compressed(read_config(path)):
         weights = CodedWeights(CompressedModel.open(path), threads or default_threads())

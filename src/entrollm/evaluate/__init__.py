@@ -3,6 +3,7 @@
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.perplexity import Perplexity
 from entrollm.evaluate.run import Evaluation, LanguageModel, evaluate
+from entrollm.evaluate.size import ModelSize, model_size
 from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text
 
 __all__ = [
@@ -10,10 +11,12 @@ __all__ = [
     "Divergence",
     "Evaluation",
     "LanguageModel",
+    "ModelSize",
     "Perplexity",
     "Protocol",
     "Windows",
     "cut_windows",
     "evaluate",
+    "model_size",
     "read_text",
 ]

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.groups import GroupScales
 from entrollm.specs import Code
 
 Float32 = NDArray[np.float32]
@@ -56,6 +57,7 @@ class Quantized:
         zero: the symbol of weight 0, in place of an offset.
         column_scale: float32 or bfloat16, shape (columns,); None for none.
         error, energy: summed squares of the quantization error and of the weights.
+        groups: in place of all other scales, those of groups of columns; None for none.
     """
 
     symbols: NDArray[np.uint8]
@@ -67,6 +69,7 @@ class Quantized:
     offset: Float32 | None = None
     zero: int | None = None
     column_scale: NDArray[Any] | None = None
+    groups: GroupScales | None = None
 
 
 class Quantizer(Protocol):

@@ -9,15 +9,16 @@ from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one tensor; `bits` is None for a tensor that keeps its type."""
+    """What happens to one tensor; `bits` is None for one that keeps its type, or its integers if it has some."""
 
     bits: int | None
     granularity: Granularity = "tensor"
+    is_packed: bool = False
 
     @property
     def is_kept(self) -> bool:
         """Whether the tensor keeps its type."""
-        return self.bits is None
+        return self.bits is None and not self.is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def plan_tensors(
     overrides: Sequence[BitsOverride] = (),
     granularity: Granularity = "tensor",
 ) -> dict[str, TensorPlan]:
-    """Plan every tensor: matrices (linear layers, embeddings, output head) are quantized, all others kept.
+    """Plan every tensor: matrices (linear layers, embeddings, output head, experts) are quantized, all others kept.
 
     Args:
         shapes: every tensor's name and shape, in the order of the checkpoint.
@@ -87,8 +88,13 @@ def plan_tensors(
 
 
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a weight matrix: of a linear layer, an embedding or the output head."""
-    return len(shape) == 2 and name.endswith("weight")
+    """Whether a tensor is a weight matrix, of a linear layer, an embedding or the output head, or a stack of them."""
+    return (len(shape) == 2 and name.endswith("weight")) or is_stack(name, shape)
+
+
+def is_stack(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is the fused matrices of experts: three axes, the first over the experts."""
+    return len(shape) == 3 and "experts" in name.split(".") and 0 not in shape
 
 
 def _parse_number(option: str, number: str) -> int:

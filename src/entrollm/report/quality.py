@@ -18,7 +18,8 @@ class QualityRow:
         entropy_bits: of the symbols, per weight.
         perplexity, perplexity_error: per token, and its standard error.
         bits_per_byte: of the text.
-        kl_nats, kl_percentile_99, kl_maximum: KL divergence from the original, per token.
+        kl_nats, kl_error, kl_percentile_99, kl_maximum: KL divergence from the original, per token; kl_error is the
+            standard error of kl_nats.
         top1_agreement: share of predictions whose likeliest token is the original's.
     """
 
@@ -30,6 +31,7 @@ class QualityRow:
     perplexity_error: float | None = None
     bits_per_byte: float | None = None
     kl_nats: float | None = None
+    kl_error: float | None = None
     kl_percentile_99: float | None = None
     kl_maximum: float | None = None
     top1_agreement: float | None = None
@@ -46,6 +48,7 @@ def quality_table(title: str, rows: Sequence[QualityRow]) -> Table:
         (Column("±"), [format_number(row.perplexity_error, 3) for row in rows]),
         (Column("bits/byte"), [format_number(row.bits_per_byte, 4) for row in rows]),
         (Column("KL (nats)"), [format_number(row.kl_nats, 5) for row in rows]),
+        (Column("± KL"), [format_number(row.kl_error, 5) for row in rows]),
         (Column("KL 99 %"), [format_number(row.kl_percentile_99, 4) for row in rows]),
         (Column("KL max"), [format_number(row.kl_maximum, 3) for row in rows]),
         (Column("same top-1 (%)"), [format_number(_percent(row.top1_agreement), 2) for row in rows]),

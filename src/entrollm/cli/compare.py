@@ -1,0 +1,89 @@
+"""`entrollm compare`: compressed models against their original, as one table and one rate-distortion plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entrollm.cli.console import ThreadsOption, json_safe, message, print_json
+from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
+from entrollm.errors import FormatError
+
+EXAMPLES = (
+    ("entrollm compare MODEL A B C --text wiki.txt", "one table"),
+    ("entrollm compare MODEL A B C --text wiki.txt --plot curve.png", "and a plot"),
+    ("entrollm compare MODEL A B --text wiki.txt --json results.json", "everything, to draw again"),
+    ("entrollm compare MODEL A --text wiki.txt --add results.json --plot curve.png", "with earlier points"),
+)
+
+
+def command(
+    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="The model to be close to.", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(metavar="OUT...", help="Models to compare, compressed or not.", show_default=False)
+    ],
+    text: TextOption,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all figures there; - for stdout, in place of the table."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Draw KL over file bits there (.png, .svg, .pdf); needs matplotlib."
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--add", metavar="FILE", help="JSON of an earlier run, or of peers, to draw as well."),
+    ] = None,
+    window: WindowOption = None,
+    max_windows: MaxWindowsOption = None,
+    bos: BosOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare models with their original: file size, KL divergence, top-1 agreement, perplexity.
+
+    The text is read as `entrollm eval` reads it; the original's predictions of
+    a window are made once for all models. An --add file holds an object with
+    "models", a list of objects with "model", "file_bits", "kl": {"mean": ...}
+    and optionally "method", which names the curve; --json writes such a file.
+    """
+    from entrollm.report import check_plotting, draw_rate_distortion, read_points
+
+    earlier = [point for path in add or [] for point in read_points(_read_json(path), path.stem)]
+    if plot is not None:
+        check_plotting(plot)
+    to_stdout = str(json_file) == "-"
+    measured = measure(models, original, TextOptions(text, window, max_windows, bos), threads, to_stdout)
+    result = json_safe(measured.to_json())
+    if to_stdout:
+        print_json(result)
+    else:
+        measured.print_table()
+        if json_file is not None:
+            _write(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    if plot is not None:
+        points = [*read_points(result, "measured"), *earlier]
+        hidden = draw_rate_distortion(plot, points, f"{Path(original).name} on {text.name}")
+        if hidden:
+            message(f"{plot} has no place for a KL of 0: {', '.join(hidden)}")
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,155 @@
+"""What `eval` and `compare` share: load models, run them over a text, and show what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from entrollm.cli.console import Stopwatch, format_rate, progress_bar, stdout
+
+if TYPE_CHECKING:
+    from entrollm.engine.model import Model
+    from entrollm.evaluate import Evaluation, ModelSize, Protocol, Windows
+    from entrollm.report import QualityRow
+
+TextOption = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.", show_default=False)]
+WindowOption = Annotated[
+    int | None,
+    typer.Option("--window", min=2, metavar="N", help="Tokens read at once; by default 512, or the context if less."),
+]
+MaxWindowsOption = Annotated[
+    int | None, typer.Option("--max-windows", min=1, metavar="N", help="Use only the first N windows.")
+]
+BosOption = Annotated[bool, typer.Option("--bos", help="Begin every window with the model's start token.")]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text and how it is cut, as the command line gives it."""
+
+    text: Path
+    window: int | None
+    max_windows: int | None
+    bos: bool
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One model's name, size and figures."""
+
+    name: str
+    size: ModelSize
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, bits included."""
+        size = {"file_bytes": self.size.file_bytes, "weights": self.size.weights, "file_bits": self.size.file_bits}
+        return {"model": self.name, "method": self.size.method, **size, **self.evaluation.to_json()}
+
+    def to_row(self) -> QualityRow:
+        """Its row of the table."""
+        from entrollm.report import QualityRow
+
+        perplexity, divergence = self.evaluation.perplexity, self.evaluation.divergence
+        error = perplexity.standard_error
+        return QualityRow(
+            label=self.name,
+            size_bytes=self.size.file_bytes,
+            bits_per_weight=self.size.file_bits,
+            perplexity=perplexity.perplexity,
+            perplexity_error=None if error is None else perplexity.perplexity * error,
+            bits_per_byte=perplexity.bits_per_byte,
+            kl_nats=None if divergence is None else divergence.mean,
+            kl_error=None if divergence is None else divergence.standard_error,
+            kl_percentile_99=None if divergence is None else divergence.percentile_99,
+            kl_maximum=None if divergence is None else divergence.maximum,
+            top1_agreement=None if divergence is None else divergence.top1_agreement,
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run over a text; `reference` is None where there was none."""
+
+    text: Path
+    windows: Windows
+    reference: MeasuredModel | None
+    models: tuple[MeasuredModel, ...]
+    elapsed_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, one object for each model."""
+        return {
+            "text": str(self.text),
+            "window": self.windows.ids.shape[1],
+            "windows": len(self.windows.ids),
+            "elapsed_s": self.elapsed_s,
+            "reference": None if self.reference is None else self.reference.to_json(),
+            "models": [model.to_json() for model in self.models],
+        }
+
+    def print_table(self) -> None:
+        """Print one row for each model, the reference first."""
+        from entrollm.report import quality_table
+
+        every = self.models if self.reference is None else (self.reference, *self.models)
+        count, window = self.windows.ids.shape
+        title = f"{self.text.name}: {count} windows of {window} tokens, {count * (window - 1):,} predictions"
+        stdout.print(quality_table(title, [model.to_row() for model in every]).to_rich())
+        rate = format_rate(self.windows.ids.size * len(every), self.elapsed_s, "tokens")
+        stdout.print(f"{self.elapsed_s:.1f} s, {rate} over {len(every)} model(s)")
+
+
+def measure(
+    models: Sequence[str], against: str | None, options: TextOptions, threads: int | None, quiet: bool
+) -> Measured:
+    """Run models, and the reference once, over a text.
+
+    Args:
+        models: folders or Hub ids.
+        against: the reference; None for none.
+        options: the text.
+        threads: of coded products.
+        quiet: show no progress.
+    Raises:
+        EntroLLMError, ValueError: a model or the text is unfit.
+        OSError: the text cannot be read.
+    """
+    from entrollm.engine.load import load
+    from entrollm.evaluate import cut_windows, evaluate, model_size, read_text
+
+    content = read_text(options.text)
+    loaded = [load(model, threads=threads) for model in models]
+    reference = None if against is None else load(against, threads=threads)
+    every = loaded if reference is None else [*loaded, reference]
+    tokenizer = next((model.tokenizer for model in every if model.tokenizer is not None), None)
+    if tokenizer is None:
+        raise ValueError(f"{models[0]} has no tokenizer.json, which reading a text needs")
+    windows = cut_windows(tokenizer, content, _protocol(every, options))
+    watch = Stopwatch()
+    with progress_bar("evaluating", "tokens", quiet=quiet) as progress:
+        evaluations, reference_evaluation = evaluate(loaded, windows, reference, progress)
+    measured = [
+        MeasuredModel(name, model_size(name), evaluation) for name, evaluation in zip(models, evaluations, strict=True)
+    ]
+    original = None
+    if against is not None and reference_evaluation is not None:
+        original = MeasuredModel(against, model_size(against), reference_evaluation)
+    return Measured(options.text, windows, original, tuple(measured), watch.elapsed_s)
+
+
+def _protocol(models: Sequence[Model], options: TextOptions) -> Protocol:
+    """Choose the window that every model can read."""
+    from entrollm.evaluate import DEFAULT_WINDOW, Protocol
+
+    context = min(model.config.context_length for model in models)
+    if options.window is not None and options.window > context:
+        raise ValueError(f"--window {options.window} is longer than the context of {context} tokens")
+    bos_id = models[0].config.bos_token_id if options.bos else None
+    if options.bos and bos_id is None:
+        raise ValueError("--bos: the model's config.json names no bos_token_id")
+    return Protocol(options.window or min(DEFAULT_WINDOW, context), options.max_windows, bos_id)

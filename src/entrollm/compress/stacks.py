@@ -1,0 +1,51 @@
+"""Fused experts: tensors of three axes, which are coded matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from entrollm.checkpoint import Checkpoint
+from entrollm.container import layout
+from entrollm.errors import FormatError
+from entrollm.quantize.select import TensorPlan
+
+
+def split_stacks(checkpoint: Checkpoint, plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """Show the stacks of a checkpoint that are to be coded as their matrices, each with the plan of its stack.
+
+    Args:
+        checkpoint: the model; it is changed.
+        plans: of all its tensors.
+    Returns:
+        the plans of what the checkpoint then has.
+    Raises:
+        UnsupportedError: a stack has a type that is not read by matrix.
+    """
+    names = {}
+    for name, plan in plans.items():
+        shape = checkpoint.tensors[name].shape
+        if not plan.is_kept and len(shape) == 3:
+            names[name] = [layout.member_name(name, index) for index in range(shape[0])]
+    checkpoint.split(names)
+    return {member: plan for name, plan in plans.items() for member in names.get(name, [name])}
+
+
+def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
+    """The stacks that coded matrices belong to, with their members in order.
+
+    Args:
+        names: of all coded matrices of a folder.
+    Raises:
+        FormatError: a member of a stack is missing.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        member = layout.stack_member(name)
+        if member is not None:
+            found.setdefault(member[0], {})[member[1]] = name
+    for stack, members in found.items():
+        first_missing = next(index for index in range(len(members) + 1) if index not in members)
+        if first_missing < len(members):
+            missing = layout.member_name(stack, first_missing)
+            raise FormatError(f"{missing} is missing, though {stack} has later matrices")
+    return {stack: [members[index] for index in sorted(members)] for stack, members in found.items()}

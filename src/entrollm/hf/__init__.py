@@ -1,0 +1,19 @@
+"""EntroLLM for transformers: importing this package registers the quantization method "entrollm"."""
+
+from entrollm.hf import check as _check  # noqa: F401 (first: it says what is missing)
+from entrollm.hf.config import EntroConfig
+from entrollm.hf.load import load, set_backend
+from entrollm.hf.modules import EntroEmbedding, EntroLinear
+from entrollm.hf.quantizer import EntroQuantizer
+from entrollm.hf.weight import CodedStack, CodedWeight
+
+__all__ = [
+    "CodedStack",
+    "CodedWeight",
+    "EntroConfig",
+    "EntroEmbedding",
+    "EntroLinear",
+    "EntroQuantizer",
+    "load",
+    "set_backend",
+]

@@ -1,0 +1,176 @@
+"""The quantization_config of transformers: what `entrollm compress` takes as options, and what its folders store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from entrollm.codec.choose import Prefer
+from entrollm.codec.cost import Processor
+from entrollm.compress.options import CompressOptions
+from entrollm.compress.target import Target, parse_size
+from entrollm.container import layout
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
+from entrollm.quantize.select import BitsOverride
+from entrollm.specs import FORMAT_VERSION
+
+Method = Literal["paper", "ecsq", "feedback", "imported"]
+DEFAULT_BITS = 4
+# Where only a size in bytes is asked for, which says nothing before the weights are counted.
+_PLANNED_BITS = 8
+_FIELDS = frozenset(
+    {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}
+    | {"overrides", "keep", "source"}
+)
+
+
+@register_quantization_config(layout.QUANT_METHOD)
+class EntroConfig(QuantizationConfigMixin):
+    """How a model is quantized and coded while it is loaded, or how a stored one was made.
+
+    Args:
+        bits: width of the paper's grids, 2 to 8; 4 when no size is given either.
+        bpw: bits per weight of the whole model instead, everything included.
+        size: a size of the weights instead, in bytes or as "1.9GB".
+        granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
+        prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
+        processor: the kind whose decoding times count with "speed": "x86" or "arm".
+        overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
+        keep: globs of tensors that keep their type; they win over `overrides`.
+        threads: that quantize; by default one for each core.
+    Raises:
+        ValueError: an option is out of range, or options exclude each other.
+    """
+
+    def __init__(
+        self,
+        bits: int | None = None,
+        bpw: float | None = None,
+        size: str | int | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        prefer: Prefer = "size",
+        processor: Processor = "x86",
+        overrides: Mapping[str, int | None] | None = None,
+        keep: Sequence[str] = (),
+        threads: int | None = None,
+    ) -> None:
+        if sum(option is not None for option in (bits, bpw, size)) > 1:
+            raise ValueError("give one of bits, bpw and size: the last two set the grids themselves")
+        self.quant_method: Any = layout.QUANT_METHOD
+        self.bits = DEFAULT_BITS if bits is None and bpw is None and size is None else bits
+        self.bpw = bpw
+        self.file_bytes = parse_size(size) if isinstance(size, str) else size
+        self.method: Method = "paper" if self.bits is not None else "ecsq"
+        # Where the integers of an imported model come from; nothing can be coded by such a configuration.
+        self.source: str | None = None
+        self.granularity = granularity
+        self.prefer = prefer
+        self.processor = processor
+        self.overrides = dict(overrides or {})
+        self.keep = [keep] if isinstance(keep, str) else list(keep)
+        self.threads = threads
+        self._check()
+
+    def options(self) -> CompressOptions:
+        """The same as options of compression."""
+        overrides = [BitsOverride(pattern, bits) for pattern, bits in self.overrides.items()]
+        return CompressOptions(
+            bits=self.bits or DEFAULT_BITS,
+            target=None if self.bits is not None else Target(self.bpw, self.file_bytes),
+            granularity=self.granularity,
+            overrides=[*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)],
+            prefer=self.prefer,
+            processor=self.processor,
+            threads=self.threads,
+        )
+
+    def expected_bits(self) -> float:
+        """Bits per weight to plan device memory with."""
+        return self.bits or self.bpw or _PLANNED_BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json stores: the form of docs/format.md, options that have their default left out."""
+        stored: dict[str, Any] = {
+            "quant_method": self.quant_method,
+            "version": FORMAT_VERSION,
+            "method": self.method,
+        }
+        if self.method == "imported":
+            stored["source"] = self.source
+        elif self.bits is not None:
+            stored |= {"bits": self.bits, "granularity": self.granularity}
+        elif self.bpw is not None:
+            stored["bits_per_weight"] = self.bpw
+        else:
+            stored["file_bytes"] = self.file_bytes
+        stored["prefer"] = self.prefer
+        if self.processor != "x86":
+            stored["processor"] = self.processor
+        if self.overrides:
+            stored["overrides"] = dict(self.overrides)
+        if self.keep:
+            stored["keep"] = list(self.keep)
+        return stored
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Parse what config.json stores.
+
+        Raises:
+            FormatError: a field is unknown or has a value that it cannot have.
+            UnsupportedError: the folder has another version of the format.
+        """
+        if unknown := sorted(config_dict.keys() - _FIELDS):
+            raise FormatError(
+                f"quantization_config has the unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}"
+            )
+        version = config_dict.get("version", FORMAT_VERSION)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise UnsupportedError(
+                f"quantization_config: format version {version!r}; this EntroLLM reads version {FORMAT_VERSION}"
+            )
+        try:
+            config = cls(
+                bits=config_dict.get("bits"),
+                bpw=config_dict.get("bits_per_weight"),
+                size=config_dict.get("file_bytes"),
+                granularity=config_dict.get("granularity", "tensor"),
+                prefer=config_dict.get("prefer", "size"),
+                processor=config_dict.get("processor", "x86"),
+                overrides=config_dict.get("overrides"),
+                keep=config_dict.get("keep", ()),
+            )
+            config._adopt_method(config_dict.get("method", config.method), config_dict.get("source"))
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"quantization_config: {error}") from None
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EntroConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # it can be changed
+
+    def _adopt_method(self, method: Any, source: Any) -> None:
+        if method not in get_args(Method):
+            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, found {method!r}")
+        if (method == "imported") != (source is not None):
+            raise ValueError("an imported model has a source, and no other has")
+        self.method, self.source = method, source
+
+    def _check(self) -> None:
+        for bits in (self.bits, *self.overrides.values()):
+            if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+                raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, found {bits!r}")
+        for name, allowed in (("granularity", Granularity), ("prefer", Prefer), ("processor", Processor)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, found {value!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, found {self.threads}")
+        if self.bits is None:
+            Target(self.bpw, self.file_bytes)

@@ -1,0 +1,180 @@
+// What the kernels share: the layout of a matrix on the GPU (docs/cuda.md) and a few instructions.
+//
+// A tile is 16 rows. A group is 72 columns of a tile: three matrix-unit steps of 24 columns. In a
+// step, lane 4 g + q holds rows g and g + 8 and the columns 12 h + 3 q + {0, 1, 2} of half h =
+// 0, 1. A chunk is a range of a tile's groups and lies in one piece: each of the two streams (rows
+// g and rows g + 8) as rows of 32 words, one per lane, then the starts of segments, what belongs to
+// the tile's rows, raw words, and patches.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int kLanes = 32;
+constexpr int kTileRows = 16;
+constexpr int kStreams = 2;
+constexpr int kTripleColumns = 3;
+constexpr int kStepColumns = 24;
+constexpr int kGroupColumns = 72;
+constexpr int kGroupTriples = 6;  // of one stream
+constexpr int kUnitColumns = 64;  // two steps of raw bits; units begin at multiples of this
+constexpr int kTableEntries = 256;
+constexpr int kTableBytes = kTableEntries * kLanes * 4;
+constexpr int kWordRowBytes = kLanes * 4;
+constexpr int kMaxSegments = 8;
+// A window has its next code at this bit, so that masking it gives a table address.
+constexpr int kWindowBit = 7;
+constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
+// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
+// bytes.
+constexpr int kStepBytes = 64;
+constexpr int kMaxMatrices = 4;
+
+// One matrix. Pointers are to device memory; a chunk is {offset / 16, size / 16, offset of what
+// follows the streams, patches + 65536 * rows of words of the first stream}.
+struct Matrix {
+  const u8* data;
+  const uint4* chunks;
+  const u32* table;
+  const float* column_scale;
+  const u16* bounds;  // where the segments of a tile begin, in groups, and where the last ends
+  int rows;
+  int tiles;
+  int groups;
+  int tile_chunks;
+  int segments;
+  int raw_bits;
+  int base;     // of a symbol whose raw bits and high part are 0
+  int y_begin;  // where its outputs begin in a vector of outputs
+  int cta_begin;
+  int cta_count;
+};
+
+// A row of a tile.
+struct Row {
+  int index;  // in the matrix
+  float scale;
+  float offset;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+  u32 value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+  return value;
+}
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+}
+
+__device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size, u64* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(size)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(size), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
+  const u32 address = shared_address(barrier);
+  u32 done;
+  do {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, "
+        "p;\n}\n"
+        : "=r"(done)
+        : "r"(address), "r"(phase)
+        : "memory");
+  } while (!done);
+}
+
+// Copies the table for every lane, so that no two lanes of a warp read the same bank.
+__device__ __forceinline__ void spread_table(u8* shared, const u32* table) {
+  constexpr int kStores = kTableEntries * kLanes / 4;
+  constexpr int kTurns = (kStores + THREADS - 1) / THREADS;
+  u32 entries[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    entries[turn] = __ldg(
+        &table[min(static_cast<int>(threadIdx.x) + turn * THREADS, kStores - 1) / (kLanes / 4)]);
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = threadIdx.x + turn * THREADS;
+    const u32 entry = entries[turn];
+    if (i < kStores) reinterpret_cast<uint4*>(shared)[i] = make_uint4(entry, entry, entry, entry);
+  }
+}
+
+// Where the table lies: at a multiple of its size, so that a masked window needs no addition.
+// Kernels use what is in front of it too.
+__device__ __forceinline__ u8* table_place(u8* memory) {
+  return memory + (-shared_address(memory) & (kTableBytes - 1));
+}
+
+// The bits of one stream of one lane.
+class Stream {
+ public:
+  __device__ __forceinline__ Stream(const u8* table, const u8* words, u32 start)
+      : position_((shared_address(words) >> 2) + start),
+        lane_(threadIdx.x % kLanes * 4),
+        // Taken through a shuffle, or the compiler would put it together from two registers at
+        // every use.
+        copy_(__shfl_sync(~0u, shared_address(table) | threadIdx.x % kLanes * 4,
+                          threadIdx.x % kLanes)) {}
+
+  // The entries of the next three codes: the code's length, then three symbols. Codes have at most
+  // 8 bits, so that three fit the 25 bits of a window.
+  __device__ __forceinline__ void entries(u32* out) {
+    const u32 address = ((position_ << 2) & ~(kWordRowBytes - 1u)) | lane_;
+    u32 window =
+        __funnelshift_r(load_shared(address), load_shared(address + kWordRowBytes), position_);
+    out[0] = entry(window);
+    window = __funnelshift_r(window, 0, out[0]);
+    out[1] = entry(window);
+    window = __funnelshift_r(window, 0, out[1]);
+    out[2] = entry(window);
+    // Three lengths stay within a byte.
+    position_ = __dp4a(out[0] + out[1] + out[2], 1u, position_);
+  }
+
+ private:
+  __device__ __forceinline__ u32 entry(u32 window) const {
+    return load_shared((window & kWindowMask) | copy_);
+  }
+
+  u32 position_;  // in bits from address 0 of shared memory, in rows of 32 words
+  u32 lane_;      // the lane's place in a row, in bytes
+  u32 copy_;      // the lane's copy of the table, which has no address bits in common with a masked
+                  // window
+};
+
+// Where segment `segment` of a chunk begins in a lane's stream, in bits from the chunk's start.
+__device__ __forceinline__ u32 segment_start(const u8* tail, int segment, int stream, int lane) {
+  const u16* bases = reinterpret_cast<const u16*>(tail);
+  const u8* deltas = tail + 16 + (segment * kStreams + stream) * kLanes;
+  return bases[segment] + 2u * deltas[lane];
+}
+
+// What a tile's first chunk says of the tile's rows, behind the starts of its segments.
+__device__ __forceinline__ const Row* tile_rows(const u8* tail, int segments) {
+  return reinterpret_cast<const Row*>(tail + 16 + segments * kStreams * kLanes);
+}
+
+// The units that have raw bits of columns [begin, end).
+__device__ __forceinline__ int first_unit(int begin) { return begin / kUnitColumns; }
+__device__ __forceinline__ int end_unit(int end) { return (end + kUnitColumns - 1) / kUnitColumns; }
+
+// The raw words of a chunk, and behind them its patches.
+__device__ __forceinline__ const u32* chunk_words(const u8* tail, int segments, bool first) {
+  return reinterpret_cast<const u32*>(tile_rows(tail, segments) + (first ? kTileRows : 0));
+}

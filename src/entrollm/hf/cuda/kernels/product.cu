@@ -1,0 +1,563 @@
+// y = W x for a few vectors: each chunk is copied to shared memory, decoded to registers, and
+// multiplied by the matrix unit; no decoded weight is written anywhere. BATCH and THREADS are
+// defined when this is compiled.
+#include "ring.cuh"
+
+namespace {
+
+constexpr int kBatch = BATCH;
+// Columns of the matrix unit's result: two digits of a vector each, eight per instruction.
+constexpr int kPanels = (2 * kBatch + 7) / 8;
+// Segments that a warp decodes side by side, to have enough loads in flight.
+constexpr int kTogether = 2;
+// Tiles that can be in work at once; slots never hold chunks of more.
+constexpr int kOpenTiles = kBatch > 4 ? 8 : 16;
+constexpr int kMaxSlots = kBatch > 4 ? 6 : 12;
+// The largest magnitude whose two balanced digits both fit int8.
+constexpr float kLargest = 32639.0f;
+constexpr float kFinite = 3.402823466e38f;
+
+struct Launch {
+  Matrix matrices[kMaxMatrices];
+  const void* x;
+  void* y;
+  int count;
+  int columns;  // a multiple of 4; x has zeros where the matrix has no column
+  int type;     // of x and y: 0 float32, 1 bfloat16, 2 float16
+  int y_stride;
+  int slots;
+  int slot_bytes;
+  int triple_bytes;  // activations in the order of triples
+  int raw_bytes;     // activations in the order of raw units, or 0
+  int in_front;      // 1: activations lie in front of the table and slots behind it
+  int front_slots;   // slots in front of the table, if activations are not
+};
+
+// Static shared memory.
+struct State {
+  Row rows[kOpenTiles][kTileRows];
+  int sums[kOpenTiles][kTileRows][kBatch][2];
+  u32 tile_done[kOpenTiles];
+  Ring<kMaxSlots> ring;
+  float x_scale[kBatch];
+  int x_sum[kBatch];  // of the rounded vectors
+  float largest[THREADS / kLanes];
+};
+
+struct Dynamic {
+  u8* table;
+  u8* triples;
+  u8* raws;
+  u8* front;  // slots in front of the table, and behind it
+  u8* back;
+
+  __device__ __forceinline__ u8* slot(const Launch& launch, int i) const {
+    return i < launch.front_slots ? front + i * launch.slot_bytes
+                                  : back + (i - launch.front_slots) * launch.slot_bytes;
+  }
+};
+
+// Four activations as they are stored.
+template <int kType>
+struct Stored {
+  using Bits = uint2;
+
+  __device__ static __forceinline__ float4 values(uint2 bits) {
+    return make_float4(value(bits.x), value(bits.x >> 16), value(bits.y), value(bits.y >> 16));
+  }
+
+  __device__ static __forceinline__ float value(u32 bits) {
+    if constexpr (kType == 1) return __uint_as_float(bits << 16);
+    float value;
+    asm("{\n .reg .b16 h;\n mov.b16 h, %1;\n cvt.f32.f16 %0, h;\n}"
+        : "=f"(value)
+        : "h"(static_cast<u16>(bits)));
+    return value;
+  }
+};
+
+template <>
+struct Stored<0> {
+  using Bits = float4;
+  __device__ static __forceinline__ float4 values(float4 bits) { return bits; }
+};
+
+__device__ __forceinline__ void store_float(void* y, long long i, float value, int type) {
+  if (type == 0) {
+    static_cast<float*>(y)[i] = value;
+    return;
+  }
+  u16 bits;
+  if (type == 1) {
+    asm("{\n .reg .b16 h;\n cvt.rn.bf16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
+  } else {
+    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
+  }
+  static_cast<u16*>(y)[i] = bits;
+}
+
+struct Accumulator {
+  int sums[kPanels][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[panel][i] = 0;
+    }
+  }
+
+  // Adds 16 rows x 32 bytes of weights times every vector's digits at `activations`, shared memory.
+  __device__ __forceinline__ void multiply(u32 a0, u32 a1, u32 a2, u32 a3, u32 activations) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      u32 b0, b1;
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(b0), "=r"(b1)
+                   : "r"(activations + panel * 4 * kStepBytes));
+      asm volatile(
+          "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+          "{%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+r"(sums[panel][0]), "+r"(sums[panel][1]), "+r"(sums[panel][2]), "+r"(sums[panel][3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+  }
+
+  __device__ __forceinline__ void add(const Accumulator& other, int shift) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[panel][i] += other.sums[panel][i] >> shift;
+    }
+  }
+};
+
+// Where a lane reads the digits of its column of the matrix unit's right side; lanes beyond the
+// batch read vector 0, whose result nobody uses.
+__device__ __forceinline__ u32 activation_offset(int lane) {
+  const int vector = (lane >> 3) < kBatch ? lane >> 3 : 0;
+  return vector * kStepBytes + ((lane >> 2) & 1) * 32 + (lane & 3) * 8;
+}
+
+// Decodes and multiplies groups of kCount segments side by side, each into sums of its own: the
+// matrix unit need not wait for itself.
+template <int kCount>
+__device__ __forceinline__ void multiply_groups(Stream (&streams)[kTogether][kStreams],
+                                                u32 (&activations)[kTogether], int first,
+                                                int groups, Accumulator (&sums)[kTogether]) {
+  constexpr int kStep = kStepBytes * kBatch;
+#pragma unroll 1
+  for (int i = 0; i < groups; ++i) {
+    u32 entries[kCount][kStreams][kGroupTriples];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+        for (int s = 0; s < kStreams; ++s) streams[first + k][s].entries(entries[k][s] + half * 3);
+      }
+      // The first half holds one step and a part of the second.
+#pragma unroll
+      for (int step = half; step <= 2 * half; ++step) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          const u32(&e)[kStreams][kGroupTriples] = entries[k];
+          sums[first + k].multiply(e[0][2 * step], e[1][2 * step], e[0][2 * step + 1],
+                                   e[1][2 * step + 1], activations[first + k] + step * kStep);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) activations[first + k] += 3 * kStep;
+  }
+}
+
+// Bits [0, kBits) of every symbol's raw part lie at the top of a byte after a shift: value * 2^(8 -
+// kBits).
+template <int kBits>
+__device__ __forceinline__ void multiply_raw(const u32* words, int begin, int end, u32 activations,
+                                             int lane, int scale_bits, Accumulator& total) {
+  constexpr u32 kMask = ((0xff00u >> kBits) & 0xffu) * 0x01010101u;
+  constexpr int kPerWord = 8 / kBits;
+  Accumulator sums[2];
+  sums[0].clear();
+  sums[1].clear();
+  words += begin * kBits * kLanes + lane;
+  activations += begin * 2 * kStepBytes * kBatch;
+#pragma unroll 2
+  for (int unit = begin; unit < end; ++unit) {
+    u32 a[8];
+#pragma unroll
+    for (int i = 0; i < kBits; ++i) {
+      const u32 word = words[i * kLanes];
+#pragma unroll
+      for (int m = 0; m < kPerWord; ++m) a[i * kPerWord + m] = (word << (kBits * m)) & kMask;
+    }
+    sums[0].multiply(a[0], a[1], a[2], a[3], activations);
+    sums[1].multiply(a[4], a[5], a[6], a[7], activations + kStepBytes * kBatch);
+    words += kBits * kLanes;
+    activations += 2 * kStepBytes * kBatch;
+  }
+  sums[0].add(sums[1], 0);
+  total.add(sums[0], 8 - kBits - scale_bits);
+}
+
+// A patch: row, difference + 256, place among the triples' activations.
+__device__ __forceinline__ void add_patch(u32 patch, const u8* triples, int (*out)[kBatch][2]) {
+  const int row = patch & 15;
+  const int difference = static_cast<int>(patch >> 4 & 511) - 256;
+  const u32 place = patch >> 13;
+  const u8* digits = triples + (place >> 5) * kStepBytes * kBatch + (place & 31);
+#pragma unroll
+  for (int vector = 0; vector < kBatch; ++vector) {
+#pragma unroll
+    for (int digit = 0; digit < 2; ++digit) {
+      atomicAdd(&out[row][vector][digit],
+                difference * static_cast<signed char>(digits[vector * kStepBytes + digit * 32]));
+    }
+  }
+}
+
+// Decodes and multiplies kTogether segments of a chunk that lies in its slot.
+__device__ __forceinline__ void multiply_segments(const Launch& launch, const Matrix& matrix,
+                                                  const Dynamic& dynamic, State& state,
+                                                  const Divisors& by, const Place& at) {
+  const int lane = threadIdx.x % kLanes;
+  const u8* data = dynamic.slot(launch, at.slot);
+  const u16* bounds = state.ring.bounds + at.in_tile * matrix.segments;
+  const int groups[kTogether] = {bounds[at.segment + 1] - bounds[at.segment],
+                                 bounds[at.segment + 2] - bounds[at.segment + 1]};
+  const uint4 stored = state.ring.wait(at);
+  const u8* tail = data + stored.z;
+  const u8* second = data + (stored.w >> 16) * kWordRowBytes;
+  Stream streams[kTogether][kStreams] = {
+      {{dynamic.table, data, segment_start(tail, at.segment, 0, lane)},
+       {dynamic.table, second, segment_start(tail, at.segment, 1, lane)}},
+      {{dynamic.table, data, segment_start(tail, at.segment + 1, 0, lane)},
+       {dynamic.table, second, segment_start(tail, at.segment + 1, 1, lane)}}};
+  const u32 offset = activation_offset(lane);
+  u32 activations[kTogether];
+#pragma unroll
+  for (int k = 0; k < kTogether; ++k) {
+    activations[k] =
+        shared_address(dynamic.triples) + bounds[at.segment + k] * 3 * kStepBytes * kBatch + offset;
+  }
+  Accumulator parts[kTogether];
+  parts[0].clear();
+  parts[1].clear();
+  const int together = min(groups[0], groups[1]);
+  multiply_groups<2>(streams, activations, 0, together, parts);
+  multiply_groups<1>(streams, activations, 0, groups[0] - together, parts);
+  multiply_groups<1>(streams, activations, 1, groups[1] - together, parts);
+  Accumulator& sums = parts[0];
+  sums.add(parts[1], 0);
+
+  const u32* words = chunk_words(tail, matrix.segments, at.in_tile == 0);
+  const int bits = matrix.raw_bits;
+  if (bits != 0) {
+    const int left = first_unit(bounds[0] * kGroupColumns);
+    const int units = end_unit(min(bounds[matrix.segments] * kGroupColumns, launch.columns)) - left;
+    const int begin = by.shares.divide(units * (at.segment / kTogether));
+    const int end = by.shares.divide(units * (at.segment / kTogether + 1));
+    const u32 raws = shared_address(dynamic.raws) + left * 2 * kStepBytes * kBatch + offset;
+    if (bits & 4) {
+      multiply_raw<4>(words, begin, end, raws, lane, bits & 3, sums);
+      words += units * 4 * kLanes;
+    }
+    if (bits & 2) {
+      multiply_raw<2>(words, begin, end, raws, lane, bits & 1, sums);
+      words += units * 2 * kLanes;
+    }
+    if (bits & 1) {
+      multiply_raw<1>(words, begin, end, raws, lane, 0, sums);
+      words += units * kLanes;
+    }
+  }
+  if (at.in_tile == 0 && at.segment == 0 && lane < kTileRows) {
+    state.rows[at.tile % kOpenTiles][lane] = tile_rows(tail, matrix.segments)[lane];
+  }
+  auto* out = state.sums[at.tile % kOpenTiles];
+  const int patches = stored.w & 0xffff;
+  for (int i = at.segment / kTogether * kLanes + lane; i < patches;
+       i += matrix.segments / kTogether * kLanes) {
+    add_patch(words[i], dynamic.triples, out);
+  }
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const int vector = panel * 4 + (lane & 3);
+    if (vector < kBatch) {
+      const int row = lane >> 2;
+      atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
+      atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
+      atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
+      atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
+    }
+  }
+}
+
+// Scales the finished sums of a tile, writes them, and clears them for the tile that takes their
+// place.
+__device__ __forceinline__ void finish_tile(const Launch& launch, const Matrix& matrix,
+                                            State& state, int open, int tile) {
+  const int lane = threadIdx.x % kLanes;
+  for (int i = lane; i < kTileRows * kBatch; i += kLanes) {
+    const int vector = i % kBatch;
+    int* sums = state.sums[open][i / kBatch][vector];
+    const double x_sum = state.x_sum[vector];
+    const double sum = 256.0 * sums[0] + sums[1] + matrix.base * x_sum;
+    sums[0] = sums[1] = 0;
+    if (tile * kTileRows + i / kBatch >= matrix.rows) continue;
+    const Row row = state.rows[open][i / kBatch];
+    const double value = (sum * row.scale + x_sum * row.offset) * state.x_scale[vector];
+    store_float(launch.y,
+                static_cast<long long>(vector) * launch.y_stride + matrix.y_begin + row.index,
+                static_cast<float>(value), launch.type);
+  }
+}
+
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+  for (int shift = 16; shift > 0; shift /= 2)
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, shift));
+  if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
+  __syncthreads();
+  value = scratch[threadIdx.x % (THREADS / kLanes)];
+  for (int shift = 16; shift > 0; shift /= 2)
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, shift));
+  return value;
+}
+
+// A digit of each of four 16-bit numbers, two to a word, in the bytes that `order` picks: low bytes
+// as they are, high bytes after rounding, so that 256 high + low is the number with low in [-128,
+// 128).
+__device__ __forceinline__ u32 low_digits(u32 first, u32 second, u32 order) {
+  return __byte_perm(first, second, order);
+}
+
+__device__ __forceinline__ u32 high_digits(u32 first, u32 second, u32 order) {
+  return __byte_perm(__vadd2(first, 0x00800080u), __vadd2(second, 0x00800080u), order);
+}
+
+// Stores word `i` of a vector, high and low digits; words go by quarter, half, and step.
+__device__ __forceinline__ void store_digits(u8* to, int i, int vector, u32 high, u32 low) {
+  u32* at = reinterpret_cast<u32*>(to + (i / 8 * kBatch + vector) * kStepBytes + i % 4 * 8 +
+                                   i / 4 % 2 * 4);
+  at[0] = high;
+  at[8] = low;
+}
+
+// The activations of one thread, scaled, four at a time; those of the first turns stay in
+// registers.
+template <int kType>
+class Activations {
+ public:
+  __device__ __forceinline__ Activations(const Launch& launch, const float* column_scale,
+                                         int vector)
+      : x_(static_cast<const typename Stored<kType>::Bits*>(launch.x) +
+           vector * (launch.columns / 4)),
+        column_scale_(reinterpret_cast<const float4*>(column_scale)),
+        count_(launch.columns / 4) {
+    read(threadIdx.x, kept_);
+  }
+
+  template <class Use>
+  __device__ __forceinline__ void for_each(Use use) const {
+    give(threadIdx.x, kept_, use);
+    for (int begin = threadIdx.x + kTurns * THREADS; begin < count_; begin += kTurns * THREADS) {
+      float4 values[kTurns];
+      read(begin, values);
+      give(begin, values, use);
+    }
+  }
+
+ private:
+  static constexpr int kTurns = 2;
+
+  // All loads before the first use.
+  __device__ __forceinline__ void read(int begin, float4 (&values)[kTurns]) const {
+    typename Stored<kType>::Bits bits[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn)
+      bits[turn] = x_[min(begin + turn * THREADS, count_ - 1)];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      values[turn] = Stored<kType>::values(bits[turn]);
+      if (column_scale_ != nullptr) {
+        const float4 scale = __ldg(&column_scale_[min(begin + turn * THREADS, count_ - 1)]);
+        values[turn].x *= scale.x;
+        values[turn].y *= scale.y;
+        values[turn].z *= scale.z;
+        values[turn].w *= scale.w;
+      }
+    }
+  }
+
+  template <class Use>
+  __device__ __forceinline__ void give(int begin, const float4 (&values)[kTurns], Use use) const {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (begin + turn * THREADS < count_) use(begin + turn * THREADS, values[turn]);
+    }
+  }
+
+  const typename Stored<kType>::Bits* x_;
+  const float4* column_scale_;
+  int count_;
+  float4 kept_[kTurns];
+};
+
+// Rounds a vector to 16 bits of its largest magnitude, and stores its digits in the order of raw
+// units. NaN and infinity make its scale NaN.
+template <int kType>
+__device__ __forceinline__ void round_activations(const Launch& launch, const float* column_scale,
+                                                  const Dynamic& dynamic, State& state, int vector,
+                                                  uint2* whole) {
+  const Activations<kType> x(launch, column_scale, vector);
+  float largest = 0;
+  const auto magnitude = [](float value) {
+    return fabsf(value) <= kFinite ? fabsf(value) : __int_as_float(0x7f800000);
+  };
+  x.for_each([&](int, float4 four) {
+    largest = fmaxf(largest, fmaxf(fmaxf(magnitude(four.x), magnitude(four.y)),
+                                   fmaxf(magnitude(four.z), magnitude(four.w))));
+  });
+  largest = block_max(largest, state.largest);
+  const bool usable = largest > 0 && largest <= kFinite;
+  // An exact power of two keeps the inverse of a tiny magnitude finite.
+  const float lift = largest < 0x1p-60f ? 0x1p100f : 1.0f;
+  const float inverse = usable ? kLargest / (largest * lift) : 0.0f;
+  int sum = 0;
+  const auto round = [&](float value) {
+    const int rounded = usable ? __float2int_rn(value * lift * inverse) : 0;
+    sum += rounded;
+    return static_cast<u32>(rounded);
+  };
+  x.for_each([&](int i, float4 four) {
+    const u32 a = round(four.x), b = round(four.y), c = round(four.z), d = round(four.w);
+    const uint2 words = make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410));
+    whole[i] = words;
+    if (launch.raw_bytes != 0) {
+      store_digits(dynamic.raws, i, vector, high_digits(words.x, words.y, 0x7531u),
+                   low_digits(words.x, words.y, 0x6420u));
+    }
+  });
+  sum = __reduce_add_sync(~0u, sum);
+  if (threadIdx.x % kLanes == 0) atomicAdd(&state.x_sum[vector], sum);
+  if (threadIdx.x == 0) {
+    state.x_scale[vector] = largest <= kFinite ? largest / kLargest : __int_as_float(0x7fc00000);
+  }
+}
+
+// Turns a vector into digits, in the orders of triples and of raw units. `whole` is room for the
+// rounded vector and eight bytes more.
+__device__ __forceinline__ void prepare_activations(const Launch& launch, const Matrix& matrix,
+                                                    const Dynamic& dynamic, State& state,
+                                                    int vector, uint2* whole) {
+  if (launch.type == 0) {
+    round_activations<0>(launch, matrix.column_scale, dynamic, state, vector, whole);
+  } else if (launch.type == 1) {
+    round_activations<1>(launch, matrix.column_scale, dynamic, state, vector, whole);
+  } else {
+    round_activations<2>(launch, matrix.column_scale, dynamic, state, vector, whole);
+  }
+  if (threadIdx.x == 0) whole[launch.columns / 4] = make_uint2(0, 0);
+  // The last unit may be half full.
+  for (int i = launch.columns / 4 + threadIdx.x; i < launch.raw_bytes / (8 * kBatch);
+       i += THREADS) {
+    store_digits(dynamic.raws, i, vector, 0, 0);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < matrix.groups * 3 * 8; i += THREADS) {
+    // A word's first byte stays 0: entries have the length of their code there.
+    const u16* from = reinterpret_cast<const u16*>(whole) + min(i * kTripleColumns, launch.columns);
+    const u32 first = from[0] | static_cast<u32>(from[1]) << 16;
+    const u32 third = from[2];
+    store_digits(dynamic.triples, i, vector, high_digits(first, third, 0x5317u),
+                 low_digits(first, third, 0x4207u));
+  }
+  __syncthreads();
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    multiply(const __grid_constant__ Launch launch) {
+  extern __shared__ __align__(128) u8 memory[];
+  __shared__ State state;
+  u8* table = table_place(memory);
+  u8* behind = table + kTableBytes;
+  u8* activations = launch.in_front ? memory : behind;
+  const int whole_at = launch.triple_bytes + launch.raw_bytes;
+  const int activation_bytes =
+      launch.in_front ? 0 : (whole_at + launch.columns * 2 + 8 + 127) & ~127;
+  const Dynamic dynamic{table, activations, activations + launch.triple_bytes, memory,
+                        behind + activation_bytes};
+  int index = 0;
+  while (index + 1 < launch.count &&
+         static_cast<int>(blockIdx.x) >= launch.matrices[index + 1].cta_begin)
+    ++index;
+  const Matrix& matrix = launch.matrices[index];
+  const int block = blockIdx.x - matrix.cta_begin;
+  const int tiles = block < matrix.tiles ? (matrix.tiles - 1 - block) / matrix.cta_count + 1 : 0;
+  const int chunks = tiles * matrix.tile_chunks;
+  // The entry in the table of chunks, or anything for a chunk that is not there.
+  const Divisors by{Divisor(matrix.segments / kTogether), Divisor(launch.slots),
+                    Divisor(matrix.tile_chunks)};
+  const auto stored_chunk = [&](int chunk) {
+    const int tile = by.chunks.divide(chunk);
+    const int stored = (block + tile * matrix.cta_count - tile) * matrix.tile_chunks + chunk;
+    return __ldg(&matrix.chunks[chunk < chunks ? stored : 0]);
+  };
+
+  // Nothing here depends on the kernel before: weights stream in while it still runs.
+  if (threadIdx.x < launch.slots) state.ring.open(threadIdx.x);
+  __syncthreads();
+  if (threadIdx.x < min(launch.slots, chunks)) {
+    state.ring.fetch(threadIdx.x, dynamic.slot(launch, threadIdx.x), matrix,
+                     stored_chunk(threadIdx.x));
+  }
+  const int bound_count = matrix.tile_chunks * matrix.segments + 1;
+  if (threadIdx.x < bound_count)
+    state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
+  spread_table(table, matrix.table);
+  for (int i = threadIdx.x; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
+    (&state.sums[0][0][0][0])[i] = 0;
+  if (threadIdx.x < kOpenTiles) state.tile_done[threadIdx.x] = 0;
+  if (threadIdx.x < kBatch) state.x_sum[threadIdx.x] = 0;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  __syncthreads();
+  for (int vector = 0; vector < kBatch; ++vector) {
+    prepare_activations(launch, matrix, dynamic, state, vector,
+                        reinterpret_cast<uint2*>(activations + whole_at));
+  }
+
+  const int lane = threadIdx.x % kLanes;
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const int shares = by.shares.value;
+  for (int share = threadIdx.x / kLanes; share < chunks * shares; share += THREADS / kLanes) {
+    const Place at(share, kTogether, by);
+    // The chunk that takes the slot next.
+    const int ahead = at.chunk + launch.slots;
+    const uint4 next = stored_chunk(ahead);
+    multiply_segments(launch, matrix, dynamic, state, by, at);
+    __syncwarp();
+    const int open = at.tile % kOpenTiles;
+    u32 last = 0;
+    if (lane == 0) {
+      __threadfence_block();
+      last =
+          atomicAdd(&state.tile_done[open], 1) + 1 == static_cast<u32>(matrix.tile_chunks * shares);
+      __threadfence_block();
+    }
+    if (__shfl_sync(~0u, last, 0)) {
+      finish_tile(launch, matrix, state, open, block + at.tile * matrix.cta_count);
+      if (lane == 0) state.tile_done[open] = 0;
+      __syncwarp();
+    }
+    // The tile is out of the way before its last slot is filled again.
+    if (lane == 0 && state.ring.release(at, shares) && ahead < chunks) {
+      state.ring.fetch(at.slot, dynamic.slot(launch, at.slot), matrix, next);
+    }
+    __syncwarp();
+  }
+}

@@ -1,0 +1,86 @@
+// A ring of slots in shared memory: chunks are copied there ahead of the warps that decode them,
+// and the warp that uses a chunk last asks for the one that takes its slot.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int kMaxBounds = 257;
+
+// Divides small numbers by one that stays the same.
+struct Divisor {
+  int value;
+  float inverse;
+
+  __device__ __forceinline__ Divisor(int divisor) : value(divisor), inverse(1.0f / divisor) {}
+  __device__ __forceinline__ int divide(int x) const {
+    return __float2int_rd((x + 0.5f) * inverse);
+  }
+};
+
+struct Divisors {
+  Divisor shares;  // of segments, in a chunk
+  Divisor slots;
+  Divisor chunks;  // in a tile
+};
+
+// Some segments that a warp takes at a time, among those that a block works on.
+struct Place {
+  int chunk;
+  int segment;
+  int slot;
+  u32 round;    // chunks that were in the slot before
+  int in_tile;  // the chunk's place in its tile
+  int tile;     // counted from the block's first
+
+  __device__ __forceinline__ Place(int share, int together, const Divisors& by) {
+    chunk = by.shares.divide(share);
+    segment = (share - chunk * by.shares.value) * together;
+    round = by.slots.divide(chunk);
+    slot = chunk - round * by.slots.value;
+    tile = by.chunks.divide(chunk);
+    in_tile = chunk - tile * by.chunks.value;
+  }
+};
+
+template <int kSlots>
+struct Ring {
+  uint4 chunks[kSlots];
+  u64 barriers[kSlots];
+  u32 rounds[kSlots];          // chunks that were asked for
+  u32 done[kSlots];            // shares of the chunk in the slot that are decoded
+  u16 bounds[kMaxBounds + 3];  // of the matrix
+
+  // One thread per slot calls this; the block meets at a barrier before the first chunk is asked
+  // for.
+  __device__ __forceinline__ void open(int slot) {
+    barrier_init(&barriers[slot], 1);
+    rounds[slot] = done[slot] = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+
+  __device__ __forceinline__ void fetch(int slot, u8* data, const Matrix& matrix, uint4 stored) {
+    chunks[slot] = stored;
+    copy_chunk(data, matrix.data + static_cast<u64>(stored.x) * 16, stored.y * 16, &barriers[slot]);
+    __threadfence_block();
+    ++*static_cast<volatile u32*>(&rounds[slot]);
+  }
+
+  // Waits for a chunk; returns its entry in the table of chunks.
+  __device__ __forceinline__ uint4 wait(const Place& at) {
+    // A barrier tells odd rounds from even ones only, so the chunk must have been asked for before
+    // the wait.
+    while (*static_cast<volatile u32*>(&rounds[at.slot]) <= at.round) __nanosleep(32);
+    barrier_wait(&barriers[at.slot], at.round & 1);
+    return chunks[at.slot];
+  }
+
+  // One lane calls this when its warp is through with a share; true for the chunk's last.
+  __device__ __forceinline__ bool release(const Place& at, int shares) {
+    __threadfence_block();
+    if (atomicAdd(&done[at.slot], 1) + 1 != static_cast<u32>(shares)) return false;
+    done[at.slot] = 0;
+    __threadfence_block();
+    return true;
+  }
+};

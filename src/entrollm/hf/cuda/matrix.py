@@ -1,0 +1,394 @@
+"""Coded matrices in GPU memory: multiply with them, look rows up, decode them whole."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entrollm import _core
+from entrollm.container.reader import CodedMatrix
+from entrollm.errors import UnsupportedError
+from entrollm.hf.cuda import compile as kernels
+from entrollm.hf.cuda.launch import (
+    MAX_MATRICES,
+    TYPES,
+    DecodeStruct,
+    Function,
+    MatrixStruct,
+    ProductStruct,
+    shared_bytes,
+)
+from entrollm.hf.cuda.transcode import (
+    GROUP_COLUMNS,
+    STEP_COLUMNS,
+    TILE_ROWS,
+    UNIT_COLUMNS,
+    Packed,
+    Shape,
+    choose_shape,
+    pack,
+    row_words,
+)
+from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
+from entrollm.threads import default_threads
+
+PRODUCT_THREADS = 768
+DECODE_THREADS = 768
+MAX_BATCH = 8
+
+# The table lies at the second multiple of its size; the system and the kernels' variables take the first bytes of what
+# is in front of it.
+_TABLE_BYTES = 32 << 10
+_RESERVED_BYTES = 1 << 10
+_STATE_BYTES = 2 << 10  # without what is kept of open tiles
+# Slots for chunks; with fewer, warps wait for memory.
+_FEWEST_SLOTS = 3
+_DECODE_SLOTS = 8
+_DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * 76 * TILE_ROWS) + (2 << 10)
+_STEP_BYTES = 64
+# Words are read this far behind a chunk's streams.
+_SLOT_SLACK = 256
+_ROWS_AT_ONCE = 1 << 12
+
+
+@dataclass(frozen=True)
+class DeviceMatrix:
+    """One matrix on a GPU; rows lie in the order of their coded length, which makes a tile's lanes equally long.
+
+    Attributes:
+        bounds: int16, where segments begin, in groups, and where the last ends.
+        places: int32, shape (rows,), the place of each row.
+        column_scale: float32, a multiple of four, or None.
+    """
+
+    name: str
+    shape: Shape
+    code: TripleCode
+    packed: Packed
+    table: Tensor
+    bounds: Tensor
+    places: Tensor
+    column_scale: Tensor | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Everything that stays in GPU memory."""
+        tensors = [self.packed.data, self.packed.chunks, self.table, self.bounds, self.places]
+        tensors += [] if self.column_scale is None else [self.column_scale]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def struct(self, y_begin: int = 0, cta_begin: int = 0, cta_count: int = 0) -> MatrixStruct:
+        """What kernels take."""
+        column_scale = None if self.column_scale is None else self.column_scale.data_ptr()
+        return MatrixStruct(
+            self.packed.data.data_ptr(),
+            self.packed.chunks.data_ptr(),
+            self.table.data_ptr(),
+            column_scale,
+            self.bounds.data_ptr(),
+            self.shape.rows,
+            self.shape.tiles,
+            self.shape.groups,
+            self.shape.chunks,
+            self.shape.segments,
+            self.code.raw_bits,
+            self.code.base,
+            y_begin,
+            cta_begin,
+            cta_count,
+        )
+
+
+def transcode(
+    name: str, symbols: Tensor, scale: Tensor, offset: Tensor | None = None, column_scale: Tensor | None = None
+) -> DeviceMatrix:
+    """Put a matrix into the GPU's layout.
+
+    Args:
+        symbols: uint8, shape (rows, columns), on the device.
+        scale, offset: float32, shape (1,) or (rows,); no offset for 0.
+        column_scale: float32, shape (columns,).
+    """
+    device = symbols.device
+    rows, columns = symbols.shape
+    code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
+    order = _order(symbols, code)
+    shape = choose_shape(name, rows, columns, code.bits)
+    scale = scale.to(device).expand(rows)
+    offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
+    words = row_words(order, scale[order], offset[order])
+    packed = pack(name, shape, code, words, lambda begin, end: symbols[order[begin:end]])
+    places = torch.empty_like(order)
+    places[order] = torch.arange(rows, device=device)
+    return DeviceMatrix(
+        name,
+        shape,
+        code,
+        packed,
+        torch.tensor(code.table().view(np.int32), device=device),
+        torch.tensor(shape.group_bounds(), dtype=torch.int16, device=device),
+        places.to(torch.int32),
+        None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
+    )
+
+
+def _order(symbols: Tensor, code: TripleCode) -> Tensor:
+    """Rows by the bits that their symbols take on average, longest first."""
+    highs = torch.arange(256, device=symbols.device) - code.base >> code.raw_bits
+    alone = torch.tensor(code.lengths.reshape(8, 8, 8).mean((1, 2)), dtype=torch.float32, device=symbols.device)
+    lengths = alone[highs.clamp(0, 7)]
+    bits = [lengths[symbols[i : i + _ROWS_AT_ONCE].int()].sum(1) for i in range(0, len(symbols), _ROWS_AT_ONCE)]
+    return torch.argsort(torch.cat(bits), descending=True, stable=True)
+
+
+class CudaMatrix:
+    """Matrices side by side on one GPU, which never holds them decoded.
+
+    Args:
+        matrices: coded matrices with the same number of columns.
+        device: the GPU.
+    Raises:
+        UnsupportedError: the device is no GPU, is too old, or the kernels cannot be compiled.
+    """
+
+    def __init__(self, matrices: Sequence[CodedMatrix], device: torch.device) -> None:
+        _check_device(device)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        threads = _core.ThreadPool(default_threads())
+        self._setup([_load(matrix, threads, device) for matrix in matrices], device)
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[DeviceMatrix], device: torch.device) -> CudaMatrix:
+        """Matrices that are in the layout already."""
+        matrix = cls.__new__(cls)
+        matrix._setup(parts, device)
+        return matrix
+
+    def _setup(self, parts: Sequence[DeviceMatrix], device: torch.device) -> None:
+        if not 1 <= len(parts) <= MAX_MATRICES:
+            raise ValueError(f"a product takes 1 to {MAX_MATRICES} matrices, not {len(parts)}")
+        if len({part.shape.columns for part in parts}) != 1:
+            raise ValueError(f"matrices of one product must have the same columns: {[p.shape.columns for p in parts]}")
+        self.parts = tuple(parts)
+        self.device = device
+        self.shape = (sum(part.shape.rows for part in parts), parts[0].shape.columns)
+        self._products: dict[int, Product] = {}  # by batch
+
+    @property
+    def size_bytes(self) -> int:
+        """GPU memory in use."""
+        return sum(part.size_bytes for part in self.parts)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features), in x's type; float32, bfloat16 or float16.
+
+        Up to a few vectors are multiplied while decoding; for more, or where rows are so long that activations do not
+        fit the shared memory, the matrix is decoded to x's type first.
+        """
+        step = self._largest_batch
+        if x.shape[0] > MAX_BATCH or step == 0:
+            return x @ self.dequantize(x.dtype).T
+        y = x.new_empty(x.shape[0], self.shape[0])
+        for begin in range(0, x.shape[0], step):
+            part = torch.nn.functional.pad(x[begin : begin + step], (0, _padded(x.shape[1]) - x.shape[1])).contiguous()
+            if part.data_ptr() % 16:
+                part = part.clone()
+            self.product(len(part))(part, y[begin : begin + step])
+        return y
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode everything: (out_features, in_features)."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.device)
+        self.dequantize_into(out)
+        return out
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Decode everything to contiguous memory."""
+        begin = 0
+        for part in self.parts:
+            _decode(part, out[begin : begin + part.shape.rows], None, self.device)
+            begin += part.shape.rows
+
+    def plan(self, batch: int) -> Plan:
+        """Where the product with `batch` vectors keeps what in shared memory."""
+        return _plan(self.parts, batch, self.device)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Decode some rows of the only matrix: integers (n,) -> float32 (n, in_features).
+
+        Rows that are not there are NaN; asking the GPU before every look-up would cost more than the look-up.
+        """
+        inside = (ids >= 0) & (ids < self.shape[0])
+        ids = ids.clamp(0, self.shape[0] - 1).to(torch.int64)
+        out = torch.empty(len(ids), self.shape[1], dtype=torch.float32, device=self.device)
+        if len(ids):
+            _decode(self.parts[0], out, ids.contiguous(), self.device)
+        return out.masked_fill_(~inside[:, None], torch.nan)
+
+    @functools.cached_property
+    def _largest_batch(self) -> int:
+        """Vectors that one launch takes; 0 for none."""
+        for batch in range(MAX_BATCH, 0, -1):
+            if self.plan(batch).slots >= _FEWEST_SLOTS:
+                return batch
+        return 0
+
+    def product(self, batch: int) -> Product:
+        """The fused product with `batch` vectors, ready to launch."""
+        if batch not in self._products:
+            self._products[batch] = Product(self.parts, batch, self.device)
+        return self._products[batch]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a product keeps what in shared memory, in bytes from its start."""
+
+    triple_bytes: int
+    raw_bytes: int
+    slot_bytes: int
+    in_front: bool
+    front_slots: int
+    slots: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: int) -> Plan:
+    triple_bytes = -(-columns // GROUP_COLUMNS) * (GROUP_COLUMNS // STEP_COLUMNS) * _STEP_BYTES * batch
+    raw_bytes = -(-columns // UNIT_COLUMNS) * 2 * _STEP_BYTES * batch if raw else 0
+    open_tiles, most_slots = (16, 12) if batch <= 4 else (8, 6)
+    static_bytes = open_tiles * TILE_ROWS * (12 + batch * 8) + _STATE_BYTES
+    activation_bytes = -(-(triple_bytes + raw_bytes + columns * 2 + 8) // 128) * 128
+    slot_bytes = _slot_bytes(chunk_bytes)
+    front = _TABLE_BYTES - _RESERVED_BYTES - static_bytes
+    in_front = activation_bytes <= front
+    front_slots = 0 if in_front else min(most_slots, front // slot_bytes)
+    behind = _table_end() + (0 if in_front else activation_bytes)
+    room = available - static_bytes - behind
+    slots = 0 if room < 0 else front_slots + min(most_slots - front_slots, room // slot_bytes)
+    used = behind + (slots - front_slots) * slot_bytes
+    return Plan(triple_bytes, raw_bytes, slot_bytes, in_front, front_slots, slots, used)
+
+
+def _padded(columns: int) -> int:
+    """Columns of vectors that kernels read four at a time."""
+    return -(-columns // 4) * 4
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    return shared_bytes(device)
+
+
+def _table_end() -> int:
+    """Where the table ends at most, counted from the first byte that a kernel chooses the use of."""
+    return 2 * _TABLE_BYTES - _RESERVED_BYTES
+
+
+def _plan(parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> Plan:
+    return _plan_of(
+        batch,
+        _padded(parts[0].shape.columns),
+        any(part.code.raw_bits for part in parts),
+        max(part.packed.chunk_bytes for part in parts),
+        _room(device),
+    )
+
+
+class Product:
+    """The fused product of some matrices with a fixed number of vectors."""
+
+    def __init__(self, parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> None:
+        plan = _plan(parts, batch, device)
+        properties = torch.cuda.get_device_properties(device)
+        self._grid = properties.multi_processor_count
+        macros = (("BATCH", batch), ("THREADS", PRODUCT_THREADS))
+        self._function = _function("product.cu", "multiply", device, macros, plan.shared_bytes)
+        structs = []
+        y_begin = cta_begin = 0
+        for part, ctas in zip(parts, _share(parts, self._grid), strict=True):
+            structs.append(part.struct(y_begin, cta_begin, ctas))
+            y_begin += part.shape.rows
+            cta_begin += ctas
+        self._struct = ProductStruct(
+            matrices=tuple(structs),
+            count=len(parts),
+            columns=_padded(parts[0].shape.columns),
+            y_stride=y_begin,
+            slots=plan.slots,
+            slot_bytes=plan.slot_bytes,
+            triple_bytes=plan.triple_bytes,
+            raw_bytes=plan.raw_bytes,
+            in_front=plan.in_front,
+            front_slots=plan.front_slots,
+        )
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
+        """Multiply `x` into `y`; both contiguous and of one type, rows of `x` padded to multiples of four."""
+        self._struct.x = x.data_ptr()
+        self._struct.y = y.data_ptr()
+        self._struct.type = TYPES[x.dtype]
+        self._function.launch([self._struct], self._grid, PRODUCT_THREADS, overlap=True)
+
+
+def _share(parts: Sequence[DeviceMatrix], ctas: int) -> list[int]:
+    """Multiprocessors of each matrix, by its bytes; at least one."""
+    sizes = np.array([part.packed.data.numel() for part in parts], np.float64)
+    edges = np.rint(sizes.cumsum() / sizes.sum() * (ctas - len(parts))).astype(int)
+    return [int(count) + 1 for count in np.diff(edges, prepend=0)]
+
+
+def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.device) -> None:
+    """Decode a matrix, or the rows `ids`, to contiguous memory."""
+    properties = torch.cuda.get_device_properties(device)
+    slot_bytes = _slot_bytes(part.packed.chunk_bytes)
+    room = _room(device) - _DECODE_STATIC_BYTES - _table_end()
+    slots = min(_DECODE_SLOTS, room // slot_bytes)
+    if slots < 1:
+        raise UnsupportedError(f"{part.name}: a chunk of {slot_bytes} bytes does not fit this GPU's shared memory")
+    items = part.shape.tiles if ids is None else len(ids)
+    struct = DecodeStruct(
+        matrix=part.struct(),
+        rows=None if ids is None else ids.data_ptr(),
+        places=part.places.data_ptr(),
+        out=out.data_ptr(),
+        items=items,
+        columns=part.shape.columns,
+        type=TYPES[out.dtype],
+        slots=slots,
+        slot_bytes=slot_bytes,
+    )
+    used = _table_end() + slots * slot_bytes
+    function = _function("decode.cu", "decode", device, (("THREADS", DECODE_THREADS),), used)
+    function.launch([struct], min(items, properties.multi_processor_count), DECODE_THREADS, overlap=False)
+
+
+def _slot_bytes(chunk_bytes: int) -> int:
+    return -(-(chunk_bytes + _SLOT_SLACK) // 128) * 128
+
+
+@functools.cache
+def _function(source: str, name: str, device: torch.device, macros: tuple[tuple[str, int], ...], used: int) -> Function:
+    with torch.cuda.device(device):
+        capability = torch.cuda.get_device_capability(device)
+        return Function(kernels.kernel(source, name, capability, macros), device, used)
+
+
+def _load(matrix: CodedMatrix, threads: _core.ThreadPool, device: torch.device) -> DeviceMatrix:
+    """Decode a matrix on the CPU and pack its symbols on the GPU."""
+    symbols = torch.from_numpy(matrix.symbols(0, matrix.spec.rows, threads)).to(device)
+    offset = None if matrix.offset is None else torch.from_numpy(matrix.offset)
+    column_scale = None if matrix.column_scale is None else torch.from_numpy(matrix.column_scale)
+    return transcode(matrix.name, symbols, torch.from_numpy(matrix.scale), offset, column_scale)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda" or torch.version.hip:
+        raise UnsupportedError(f"the fused kernels run on NVIDIA GPUs, not on {device}")

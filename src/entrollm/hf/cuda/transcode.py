@@ -1,0 +1,348 @@
+"""Turn symbols into the layout that the kernels decode; docs/cuda.md describes it.
+
+Everything here is plain torch operations, so it runs, and is tested, on any device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entrollm.errors import UnsupportedError
+from entrollm.hf.cuda.triples import HIGH_BITS, HIGH_PARTS, TripleCode
+
+TILE_ROWS = 16
+GROUP_COLUMNS = 72
+STEP_COLUMNS = 24
+UNIT_COLUMNS = 64
+LANES = 32
+STREAMS = 2
+MAX_SEGMENTS = 8
+# What a tile's first chunk says of its rows.
+_ROWS_BYTES = TILE_ROWS * 12
+# Segments of a chunk that a warp decodes together.
+TOGETHER = 2
+WINDOW_BIT = 7
+RAW_SETS = (4, 2, 1)
+
+_TRIPLES = 6  # of one stream in a group
+_DELTA_BITS = 2
+_LARGEST_DELTA = 255
+_MAX_COLUMNS = 1 << 16
+_MAX_BOUNDS = 256
+# What two segments that are decoded together take: with more, too few fit the shared memory at a time; with less, the
+# 128 bytes of their starts weigh too much. The lower bound is for matrices with little to do.
+_PAIR_BYTES = 6 << 10
+_SMALLEST_PAIR_BYTES = 4 << 10
+# Pairs of segments of a matrix, for a GPU with some 130 multiprocessors.
+_BUSY_PAIRS = 132 * 16
+_CHUNK_BYTES = 18 << 10
+# Weights whose temporary tensors are in memory at a time.
+_BATCH_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a matrix is cut.
+
+    Attributes:
+        rows, columns: of the matrix.
+        chunks: ranges of columns of a tile.
+        segments: ranges of columns of a chunk.
+    """
+
+    rows: int
+    columns: int
+    chunks: int
+    segments: int
+
+    @property
+    def tiles(self) -> int:
+        """Sixteen rows each; the last may have fewer."""
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def groups(self) -> int:
+        """72 columns each."""
+        return -(-self.columns // GROUP_COLUMNS)
+
+    def group_bounds(self) -> list[int]:
+        """Where every segment of every chunk begins, in groups, and where the last ends."""
+        bounds = [0]
+        for begin, end in self.chunk_groups():
+            bounds += [begin + (end - begin) * (i + 1) // self.segments for i in range(self.segments)]
+        return bounds
+
+    def chunk_groups(self) -> list[tuple[int, int]]:
+        """The range of groups of each chunk."""
+        edges = [self.groups * i // self.chunks for i in range(self.chunks + 1)]
+        return list(itertools.pairwise(edges))
+
+    def chunk_columns(self) -> list[tuple[int, int]]:
+        """The range of columns of each chunk."""
+        return [(begin * GROUP_COLUMNS, min(self.columns, end * GROUP_COLUMNS)) for begin, end in self.chunk_groups()]
+
+
+def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
+    """Cut a matrix so that segments keep warps busy and chunks fit the shared memory.
+
+    Raises:
+        UnsupportedError: rows are longer than exact sums allow.
+    """
+    if columns >= _MAX_COLUMNS:
+        raise UnsupportedError(f"{name}: the GPU kernels take at most {_MAX_COLUMNS - 1} columns, this has {columns}")
+    groups = -(-columns // GROUP_COLUMNS)
+    tile_bytes = TILE_ROWS * columns * bits / 8
+    busy = _BUSY_PAIRS / -(-rows // TILE_ROWS)
+    pairs = max(1, round(max(tile_bytes / _PAIR_BYTES, min(busy, tile_bytes / _SMALLEST_PAIR_BYTES))))
+    pairs = min(pairs, groups // TOGETHER or 1)
+    per_chunk = max(1, min(MAX_SEGMENTS // TOGETHER, int(_CHUNK_BYTES * pairs / tile_bytes)))
+    chunks = -(-pairs // per_chunk)
+    if chunks * MAX_SEGMENTS > _MAX_BOUNDS:
+        raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
+    return Shape(rows, columns, chunks, -(-pairs // chunks) * TOGETHER)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as the kernels read it; all tensors are on one device.
+
+    Attributes:
+        data: uint8, the chunks, each a multiple of 16 bytes.
+        chunks: int32, shape (tiles, chunks, 4): offset / 16, size / 16, where the streams end in bytes, and
+            patches + 65536 * rows of words of the first stream.
+        chunk_bytes: of the largest chunk.
+    """
+
+    data: Tensor
+    chunks: Tensor
+    chunk_bytes: int
+
+
+SymbolReader = Callable[[int, int], Tensor]
+
+
+def pack(name: str, shape: Shape, code: TripleCode, rows: Tensor, read: SymbolReader) -> Packed:
+    """Pack the rows of a matrix, in the order in which they are read.
+
+    Args:
+        rows: int32, shape (rows, 3), on the device: what a chunk says of each of its rows, from `row_words`.
+        read: symbols of places [begin, end): uint8, shape (end - begin, columns), on the device.
+    Raises:
+        UnsupportedError: a chunk does not fit the layout's fields.
+    """
+    packer = _Packer(name, shape, code, rows)
+    parts = [packer.measure(symbols) for _, symbols in _batches(shape, code, read)]
+    starts = torch.cat([part.starts for part in parts])
+    sizes = torch.cat([part.sizes for part in parts])  # (tiles, chunks, 3): rows of two streams, patches
+    chunks, total = packer.chunk_table(sizes)
+    data = torch.zeros(total, dtype=torch.uint8, device=rows.device)
+    for tile, symbols in _batches(shape, code, read):
+        end = tile + len(symbols)
+        packer.write(tile, symbols, starts[tile:end], sizes[tile:end], chunks[tile:end], data.view(torch.int32))
+    return Packed(data, chunks.to(torch.int32), int(chunks[..., 1].max()) * 16)
+
+
+def row_words(index: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Join the rows' places in the matrix, scales and offsets: int32, shape (rows, 3)."""
+    return torch.stack([index.to(torch.int32), scale.view(torch.int32), offset.view(torch.int32)], -1)
+
+
+def _batches(shape: Shape, code: TripleCode, read: SymbolReader) -> Iterator[tuple[int, Tensor]]:
+    """Tiles of padded symbols: (first tile, int32 (tiles, 16, groups * 72)), in which padding costs few bits."""
+    padding = code.base + (code.likeliest << code.raw_bits)
+    step = max(1, _BATCH_WEIGHTS // (TILE_ROWS * shape.columns))
+    width = shape.groups * GROUP_COLUMNS
+    for tile in range(0, shape.tiles, step):
+        last = min(shape.tiles, tile + step)
+        symbols = read(tile * TILE_ROWS, min(shape.rows, last * TILE_ROWS)).to(torch.int32)
+        padded = symbols.new_full(((last - tile) * TILE_ROWS, width), padding)
+        padded[: len(symbols), : shape.columns] = symbols
+        yield tile, padded.reshape(last - tile, TILE_ROWS, width)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    starts: Tensor  # (tiles, chunks, segments, 2, 32), bits from the start of the stream
+    sizes: Tensor
+
+
+class _Packer:
+    def __init__(self, name: str, shape: Shape, code: TripleCode, rows: Tensor) -> None:
+        device = rows.device
+        self._rows = torch.nn.functional.pad(rows, (0, 0, 0, shape.tiles * TILE_ROWS - len(rows))).long() & 0xFFFFFFFF
+        self._name = name
+        self._shape = shape
+        self._code = code
+        self._device = device
+        self._lengths = torch.tensor(code.lengths.astype("int64"), device=device)
+        self._codewords = torch.tensor(code.codewords.astype("int64"), device=device)
+        self._stored = torch.tensor(code.stored, device=device)
+        bounds = torch.tensor(shape.group_bounds(), device=device)
+        self._bounds = bounds * _TRIPLES
+        self._column_chunk = torch.bucketize(
+            torch.arange(shape.groups * GROUP_COLUMNS, device=device),
+            bounds[shape.segments :: shape.segments] * GROUP_COLUMNS,
+            right=True,
+        )
+
+    def measure(self, symbols: Tensor) -> _Measured:
+        """Find where every segment begins and how much room the chunks need."""
+        shape = self._shape
+        tiles = len(symbols)
+        ends = self._lengths[self._triples(symbols)].cumsum(-1)
+        ends = torch.nn.functional.pad(ends, (1, 0))
+        bits = ends[..., self._bounds].diff(dim=-1)  # (tiles, 2, 32, chunks * segments)
+        bits = bits.reshape(tiles, STREAMS, LANES, shape.chunks, shape.segments).permute(0, 3, 4, 1, 2)
+        starts = torch.zeros_like(bits)
+        end = bits[:, :, 0]
+        for segment in range(1, shape.segments):
+            base = self._base(end)
+            starts[:, :, segment] = base + -(-(end - base).clamp(min=0) // _DELTA_BITS) * _DELTA_BITS
+            end = starts[:, :, segment] + bits[:, :, segment]
+        if int(end.max()) >= 1 << 16:
+            raise UnsupportedError(f"{self._name}: a chunk takes more than 65535 bits of one lane")
+        rows = (end.amax(-1) + WINDOW_BIT + 31) // 32
+        patches = torch.zeros(tiles, shape.chunks, 1, dtype=torch.int64, device=self._device)
+        tile, _, column, _ = self._patches(symbols)
+        patches.view(-1).index_add_(0, tile * shape.chunks + self._column_chunk[column], torch.ones_like(tile))
+        return _Measured(starts, torch.cat([rows, patches], -1))
+
+    def chunk_table(self, sizes: Tensor) -> tuple[Tensor, int]:
+        """The table of chunks, int64, and the bytes of all."""
+        if int(sizes.max()) >= 1 << 16:
+            raise UnsupportedError(f"{self._name}: a chunk has more than 65535 patches or rows of words")
+        tail = (sizes[..., 0] + sizes[..., 1]) * LANES * 4
+        raw = torch.tensor([self._raw_words(begin, end) * 4 for begin, end in self._shape.chunk_columns()])
+        size = tail + self._starts_bytes() + raw.to(self._device) + sizes[..., 2] * 4
+        size[:, 0] += _ROWS_BYTES
+        size = -(-size // 16)
+        offsets = size.reshape(-1).cumsum(0).reshape(size.shape) - size
+        table = torch.stack([offsets, size, tail, sizes[..., 2] + (sizes[..., 0] << 16)], -1)
+        return table, int(size.sum()) * 16
+
+    def write(self, tile: int, symbols: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
+        """Write the chunks of some tiles, from the one at `tile`, into the words of the whole."""
+        self._write_streams(symbols, starts, sizes, chunks, words)
+        self._write_starts(starts, chunks, words)
+        raw_begin = chunks[..., 0] * 4 + chunks[..., 2] // 4 + self._starts_bytes() // 4
+        rows = self._rows[tile * TILE_ROWS : (tile + len(symbols)) * TILE_ROWS].reshape(len(symbols), -1)
+        place = raw_begin[:, :1] + torch.arange(rows.shape[1], device=self._device)
+        _scatter(words, place.reshape(-1), rows.reshape(-1))
+        raw_begin[:, 0] += rows.shape[1]
+        for chunk, (begin, end) in enumerate(self._shape.chunk_columns()):
+            self._write_raw(symbols[:, :, begin:end], begin % UNIT_COLUMNS, raw_begin[:, chunk], words)
+            raw_begin[:, chunk] += self._raw_words(begin, end)
+        self._write_patches(symbols, raw_begin, words)
+
+    def _starts_bytes(self) -> int:
+        return 2 * MAX_SEGMENTS + self._shape.segments * STREAMS * LANES
+
+    def _raw_words(self, begin: int, end: int) -> int:
+        return (-(-end // UNIT_COLUMNS) - begin // UNIT_COLUMNS) * self._code.raw_bits * LANES
+
+    def _base(self, end: Tensor) -> Tensor:
+        """What the starts of a segment are counted from; lanes that end early wait for it."""
+        lanes = end.flatten(-2)
+        base = torch.maximum(lanes.amin(-1), lanes.amax(-1) - _LARGEST_DELTA * _DELTA_BITS)
+        return base[..., None, None]
+
+    def _highs(self, symbols: Tensor) -> Tensor:
+        return (symbols - self._code.base) >> self._code.raw_bits
+
+    def _triples(self, symbols: Tensor) -> Tensor:
+        """Triples in the order in which lanes decode them: int64 (tiles, 2, 32, groups * 6)."""
+        highs = self._highs(symbols).clamp(0, HIGH_PARTS - 1)
+        highs = highs.reshape(len(symbols), STREAMS, 8, -1, 4, 3)  # stream, lane's row, step and half, quarter
+        triples = (highs[..., 0] << 2 * HIGH_BITS) + (highs[..., 1] << HIGH_BITS) + highs[..., 2]
+        return triples.permute(0, 1, 2, 4, 3).reshape(len(symbols), STREAMS, LANES, -1).long()
+
+    def _patches(self, symbols: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Symbols that do not decode to themselves: tile, row, column, difference, in the order of tiles."""
+        stored = self._stored[self._triples(symbols)].reshape(len(symbols), STREAMS, 8, 4, -1).permute(0, 1, 2, 4, 3)
+        shifts = torch.tensor([2 * HIGH_BITS, HIGH_BITS, 0], device=self._device)
+        decoded = (stored[..., None] >> shifts & (HIGH_PARTS - 1)).reshape(symbols.shape)
+        difference = (self._highs(symbols) - decoded) << self._code.raw_bits
+        tile, row, column = difference.nonzero(as_tuple=True)
+        return tile, row, column, difference[tile, row, column].long()
+
+    def _write_streams(self, symbols: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
+        shape = self._shape
+        triples = self._triples(symbols)
+        lengths = self._lengths[triples]
+        begins = lengths.cumsum(-1) - lengths
+        segments = self._bounds.diff()
+        first = begins[..., self._bounds[:-1].clamp(max=begins.shape[-1] - 1)]
+        placed = starts.permute(0, 3, 4, 1, 2).flatten(-2)  # (tiles, 2, 32, chunks * segments)
+        position = begins + torch.repeat_interleave(placed - first, segments, -1) + WINDOW_BIT
+        origin = chunks[..., 0] * 4
+        origin = torch.stack([origin, origin + sizes[..., 0] * LANES], 1)  # (tiles, 2, chunks)
+        per_chunk = segments.reshape(shape.chunks, -1).sum(1)
+        origin = torch.repeat_interleave(origin, per_chunk, -1)[:, :, None]
+        lane = torch.arange(LANES, device=self._device)[:, None]
+        place = (origin + (position >> 5) * LANES + lane).reshape(-1)
+        bits = (self._codewords[triples] << (position & 31)).reshape(-1)
+        _scatter(words, place, bits & 0xFFFFFFFF)
+        spills = bits >> 32 != 0
+        _scatter(words, place[spills] + LANES, bits[spills] >> 32)
+
+    def _write_starts(self, starts: Tensor, chunks: Tensor, words: Tensor) -> None:
+        shape = self._shape
+        bases = starts.flatten(-2).amin(-1)
+        deltas = (starts - bases[..., None, None]) // _DELTA_BITS
+        padded = torch.nn.functional.pad(bases, (0, MAX_SEGMENTS - shape.segments))
+        content = torch.cat([_words(padded, 16), _words(deltas.flatten(2), 8)], -1)
+        begin = chunks[..., 0] * 4 + chunks[..., 2] // 4
+        place = begin[..., None] + torch.arange(content.shape[-1], device=self._device)
+        _scatter(words, place.reshape(-1), content.reshape(-1))
+
+    def _write_raw(self, symbols: Tensor, left: int, begin: Tensor, words: Tensor) -> None:
+        """Write the raw bits of a chunk's columns, the first of which is column `left` of its unit."""
+        raw_bits = self._code.raw_bits
+        units = -(-(left + symbols.shape[-1]) // UNIT_COLUMNS)
+        raw = (symbols - self._code.base).long() & ((1 << raw_bits) - 1)
+        raw = torch.nn.functional.pad(raw, (left, units * UNIT_COLUMNS - left - raw.shape[-1]))
+        # tile, half of the rows, lane's row, unit, step, half, quarter, byte -> tile, lane, unit, register, byte
+        raw = raw.reshape(len(raw), 2, 8, units, 2, 2, 4, 4).permute(0, 2, 6, 3, 4, 5, 1, 7)
+        raw = raw.reshape(len(raw), LANES, units, 8, 4)
+        for bits in RAW_SETS:
+            if not raw_bits & bits:
+                continue
+            values = (raw >> (raw_bits & (bits - 1))) & ((1 << bits) - 1)
+            values = values.reshape(len(raw), LANES, units, bits, 8 // bits, 4)
+            turn = torch.arange(1, 8 // bits + 1, device=self._device)[:, None]
+            shifts = 8 * torch.arange(4, device=self._device) + 8 - bits * turn
+            content = (values << shifts).sum((-1, -2)).permute(0, 2, 3, 1).reshape(len(raw), -1)
+            place = begin[:, None] + torch.arange(content.shape[-1], device=self._device)
+            _scatter(words, place.reshape(-1), content.reshape(-1))
+            begin = begin + content.shape[-1]
+
+    def _write_patches(self, symbols: Tensor, begin: Tensor, words: Tensor) -> None:
+        tile, row, column, difference = self._patches(symbols)
+        if len(difference) and not -256 <= int(difference.min()) <= int(difference.max()) < 256:
+            raise UnsupportedError(f"{self._name}: its symbols are too far apart for the GPU layout")
+        chunk = tile * self._shape.chunks + self._column_chunk[column]
+        order = torch.argsort(chunk, stable=True)
+        tile, row, column, difference, chunk = (x[order] for x in (tile, row, column, difference, chunk))
+        counts = torch.bincount(chunk, minlength=begin.numel())
+        inside = torch.arange(len(chunk), device=self._device) - (counts.cumsum(0) - counts)[chunk]
+        step, rest = column // STEP_COLUMNS, column % STEP_COLUMNS
+        digit = step * 32 + rest % 12 // 3 * 8 + rest // 12 * 4 + rest % 3 + 1
+        _scatter(words, begin.reshape(-1)[chunk] + inside, row + (difference + 256 << 4) + (digit << 13))
+
+
+def _words(values: Tensor, width: int) -> Tensor:
+    """Join values of `width` bits along the last axis into words, the first lowest."""
+    per_word = 32 // width
+    grouped = values.reshape(*values.shape[:-1], -1, per_word)
+    return (grouped << width * torch.arange(per_word, device=values.device)).sum(-1)
+
+
+def _scatter(words: Tensor, place: Tensor, bits: Tensor) -> None:
+    """Add 32-bit values to words; no two have a bit in common."""
+    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+    words.index_add_(0, place, signed)

@@ -1,0 +1,166 @@
+"""The code that the GPU decodes: symbols as raw low bits and a high part, and three high parts to a codeword."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.codec.huffman import limited_lengths
+
+MAX_LENGTH = 8
+HIGH_BITS = 3
+HIGH_PARTS = 1 << HIGH_BITS
+TRIPLE = 3
+PATCH_BITS = 32
+
+_MAX_RAW_BITS = 7
+# Sizes of the table that are tried; a triple that is not in it costs a patch.
+_TABLE_SIZES = (1, 8, 27, 48, 64, 100, 128, 160, 224, 256)
+# Splits are priced exactly when their entropy is this near the least, in bits; one for each number of raw bits.
+_NEAR_BITS = 0.3
+# Counts are scaled to this total before code lengths are made.
+_TOTAL = 1 << 30
+
+
+@dataclass(frozen=True)
+class TripleCode:
+    """How a symbol is split, and the prefix code of three high parts.
+
+    A symbol s is (high << raw_bits) + raw + base with raw in [0, 2^raw_bits) and high in [0, 8); three high parts,
+    the first in the highest bits, make a triple in [0, 512). Triples that the table does not hold are stored as
+    one that it does hold, and patched.
+
+    Attributes:
+        raw_bits: 0 to 7.
+        base: the smallest symbol that needs no patch, which may be negative.
+        codewords: uint8, shape (512,), the first bit lowest.
+        lengths: uint8, shape (512,), 1 to 8; of the triple that is stored.
+        stored: int64, shape (512,), the triple that is stored in a triple's place.
+        likeliest: a high part whose triple of three is in the table.
+        bits: expected bits per weight, patches included, starts of segments not.
+    """
+
+    raw_bits: int
+    base: int
+    codewords: NDArray[np.uint8]
+    lengths: NDArray[np.uint8]
+    stored: NDArray[np.int64]
+    likeliest: int
+    bits: float
+
+    def table(self) -> NDArray[np.uint32]:
+        """What the next 8 bits decode to: the codeword's length, then three bytes high << raw_bits; shape (256,)."""
+        table = np.zeros(1 << MAX_LENGTH, np.uint32)
+        for triple in np.unique(self.stored):
+            length = int(self.lengths[triple])
+            highs = [int(triple) >> HIGH_BITS * (TRIPLE - 1 - i) & (HIGH_PARTS - 1) for i in range(TRIPLE)]
+            entry = length + sum(high << self.raw_bits + 8 * (i + 1) for i, high in enumerate(highs))
+            table[int(self.codewords[triple]) :: 1 << length] = entry
+        return table
+
+
+def choose_triple_code(counts: Sequence[int]) -> TripleCode:
+    """Find the split and the code with the fewest bits, for symbols that do not depend on their neighbours.
+
+    Args:
+        counts: how often each of 256 symbols occurs; at least one positive.
+    """
+    shares = np.asarray(counts, np.float64)
+    shares /= shares.sum()
+    splits = [_split(shares, raw_bits) for raw_bits in range(_MAX_RAW_BITS + 1)]
+    limit = min(split.bound for split in splits) + _NEAR_BITS
+    return min((_price(split) for split in splits if split.bound <= limit), key=lambda code: code.bits)
+
+
+@dataclass(frozen=True)
+class _Split:
+    raw_bits: int
+    base: int
+    highs: NDArray[np.float64]  # shares of the 8 high parts, which may add up to less than 1
+    bound: float
+
+
+def _split(shares: NDArray[np.float64], raw_bits: int) -> _Split:
+    """The best way to split symbols after a number of raw bits; the high part must fit a byte with them."""
+    cell = 1 << raw_bits
+    width = min(HIGH_PARTS, 256 // cell)
+    splits = []
+    for phase in range(cell):
+        padded = np.concatenate([np.zeros(phase), shares, np.zeros(-(len(shares) + phase) % cell)])
+        cells = np.concatenate([padded.reshape(-1, cell).sum(1), np.zeros(HIGH_PARTS)])
+        windows = np.lib.stride_tricks.sliding_window_view(cells, width)
+        first = int(np.argmax(windows.sum(1)))
+        highs = np.pad(windows[first], (0, HIGH_PARTS - width))
+        kept = float(highs.sum())
+        present = highs[highs > 0] / kept
+        entropy = float(-(present * np.log2(present)).sum())
+        bound = raw_bits + max(entropy, 1 / TRIPLE) + (1 - kept) * PATCH_BITS
+        splits.append(_Split(raw_bits, first * cell - phase, highs, bound))
+    return min(splits, key=lambda split: split.bound)
+
+
+def _price(split: _Split) -> TripleCode:
+    """The best table for a split."""
+    highs = split.highs / split.highs.sum()
+    triples = np.einsum("i,j,k->ijk", highs, highs, highs).reshape(-1)
+    order = np.argsort(-triples, kind="stable")
+    best: TripleCode | None = None
+    present = int((triples > 0).sum())
+    for size in sorted({min(size, present) for size in _TABLE_SIZES}):
+        held = order[:size]
+        stored = _replacements(triples, held)
+        code = _code(split, held, _lengths(triples[held]), stored)
+        patched = float((triples * _differences(stored)).sum()) / TRIPLE + 1 - float(split.highs.sum())
+        bits = split.raw_bits + float((triples * code.lengths).sum()) / TRIPLE + patched * PATCH_BITS
+        if best is None or bits < best.bits:
+            best = replace(code, bits=bits)
+    assert best is not None
+    return best
+
+
+def _lengths(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    if len(shares) == 1:
+        return np.ones(1, np.int64)
+    counts = np.maximum(1, np.rint(shares / shares.sum() * _TOTAL)).astype(np.int64)
+    return np.asarray(limited_lengths(counts.tolist(), MAX_LENGTH), np.int64)
+
+
+def _parts(triples: NDArray[np.int64]) -> NDArray[np.int64]:
+    shifts = HIGH_BITS * np.arange(TRIPLE - 1, -1, -1)
+    parts: NDArray[np.int64] = triples[..., None] >> shifts & (HIGH_PARTS - 1)
+    return parts
+
+
+def _differences(stored: NDArray[np.int64]) -> NDArray[np.int64]:
+    """High parts in which each triple differs from the one stored for it."""
+    count: NDArray[np.int64] = (_parts(np.arange(len(stored))) != _parts(stored)).sum(1)
+    return count
+
+
+def _replacements(triples: NDArray[np.float64], held: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each triple, the one in the table that differs from it in the fewest high parts, the likeliest first."""
+    differing = (_parts(np.arange(len(triples)))[:, None] != _parts(held)[None]).sum(2)
+    nearest: NDArray[np.int64] = held[np.argmin(differing, axis=1)]
+    return nearest
+
+
+def _code(split: _Split, held: NDArray[np.int64], lengths: NDArray[np.int64], stored: NDArray[np.int64]) -> TripleCode:
+    """The canonical code of these lengths, first bit lowest; its price is not known yet."""
+    codewords = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
+    sizes = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
+    next_word = 0
+    previous = 0
+    for i in np.argsort(lengths, kind="stable"):
+        length = int(lengths[i])
+        next_word <<= length - previous
+        codewords[held[i]] = int(f"{next_word:0{length}b}"[::-1], 2)
+        sizes[held[i]] = length
+        next_word += 1
+        previous = length
+    return TripleCode(
+        split.raw_bits, split.base, codewords[stored], sizes[stored], stored, int(np.argmax(split.highs)), math.inf
+    )

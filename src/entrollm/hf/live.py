@@ -1,0 +1,127 @@
+"""Code the matrices of an ordinary checkpoint while transformers loads it, one parameter at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+
+from entrollm.checkpoint import Checkpoint
+from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
+from entrollm.compress.options import CompressOptions
+from entrollm.compress.stacks import split_stacks
+from entrollm.compress.tensor import TensorCompressor
+from entrollm.container import layout
+from entrollm.errors import EntroLLMError
+from entrollm.hf.backend import resting_place, to_tensor
+from entrollm.hf.config import DEFAULT_BITS
+from entrollm.hf.names import Place, find_places
+from entrollm.hf.weight import CodedWeight
+from entrollm.quantize.select import TensorPlan, plan_tensors
+from entrollm.threads import default_threads
+
+
+class LiveCoder:
+    """Codes matrices from the files of a checkpoint with the integers that `entrollm compress` would give them.
+
+    Args:
+        folder: the checkpoint.
+        model: the model that is loaded, on the meta device.
+        options: of compression.
+    Raises:
+        FormatError, UnsupportedError: the checkpoint cannot be coded.
+        ValueError: an option does not suit it, such as a size out of reach.
+    """
+
+    def __init__(self, folder: Path, model: Any, options: CompressOptions) -> None:
+        self._checkpoint = Checkpoint.open(folder)
+        self._options = options
+        shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
+        plans = plan_tensors(shapes, options.bits or DEFAULT_BITS, options.overrides, options.granularity)
+        plans = split_stacks(self._checkpoint, plans)
+        shapes = {name: self._checkpoint.tensors[name].shape for name in plans}
+        matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}
+        self.places = find_places(model, matrices, [name for name in plans if name not in matrices])
+        self._methods = self._make_methods(plans)
+        self.failed: EntroLLMError | None = None
+
+    def code(self, place: Place, dtype: torch.dtype, device: torch.device) -> dict[str, CodedWeight]:
+        """Code the matrices of a parameter.
+
+        Args:
+            place: one of `places`.
+            dtype: of the parameter.
+            device: where the stored entries go.
+        Returns:
+            the matrices by name.
+        Raises:
+            FormatError: a weight is not finite.
+        """
+        threads = self._options.threads or default_threads()
+        with ThreadPoolExecutor(threads) as executor:
+            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
+            return {name: self._code(compressor, name, dtype, device) for name in place.names()}
+
+    def close(self) -> None:
+        """Let go of the checkpoint."""
+        self._checkpoint.close()
+
+    def _code(self, compressor: TensorCompressor, name: str, dtype: torch.dtype, device: torch.device) -> CodedWeight:
+        while True:
+            tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
+            if self._methods.settle(name, layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)):
+                break
+        place = resting_place(device)
+        entries = {suffix: to_tensor(array).to(place) for suffix, array in tensor.arrays.items() if array.size}
+        return CodedWeight(name, tensor.spec, entries, dtype, device)
+
+    def _make_methods(self, plans: dict[str, TensorPlan]) -> Methods:
+        if self._options.target is None:
+            return PaperMethods(plans)
+        coded = [name for place in self.places.values() for name in place.names()]
+        kept = [name for name in plans if name not in set(coded)]
+        return SizedMethods(self._checkpoint, coded, kept, self._options.target, self._options.prefer, shards=1)
+
+
+class QuantizeWhileLoading(ConversionOps):
+    """What transformers runs on a parameter that is to be coded, in place of storing it in the model.
+
+    Args:
+        coder: codes it.
+        install: puts the coded matrices into the model.
+    """
+
+    def __init__(self, coder: LiveCoder, install: Callable[[Any, Place, Mapping[str, CodedWeight]], list[str]]) -> None:
+        self._coder = coder
+        self._install = install
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
+        """Code the parameter `full_layer_name`; nothing is left to be stored."""
+        if self._coder.failed is not None:
+            # Transformers goes on after errors and reports all of them at the end; the first is enough.
+            raise self._coder.failed
+        found = next(iter(input_dict.values()))
+        tensor = found[0] if isinstance(found, list) else found
+        model, missing = kwargs["model"], kwargs.get("missing_keys")
+        place = self._coder.places[kwargs["full_layer_name"]]
+        dtype = model.get_parameter(place.path).dtype
+        try:
+            weights = self._coder.code(place, dtype, tensor.device)
+        except EntroLLMError as error:
+            self._coder.failed = error
+            raise
+        done = self._install(model, place, weights)
+        if missing is not None:
+            missing.difference_update(done)
+        return {}
+
+
+def _is_coded(plan: TensorPlan, shape: tuple[int, ...]) -> bool:
+    return not plan.is_kept and math.prod(shape) > 0

@@ -1,0 +1,89 @@
+"""Load a compressed folder as a model of transformers, with errors in place of warnings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from torch import nn
+
+from entrollm.checkpoint import resolve
+from entrollm.container.reader import CompressedModel
+from entrollm.errors import FormatError
+from entrollm.hf.backend import Backend, default_backend
+from entrollm.hf.weight import CodedWeight
+
+
+def load(
+    model: str | Path,
+    device: str | int | torch.device | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    auto_class: Any = None,
+    backend: Backend = "auto",
+    **options: Any,
+) -> Any:
+    """Load a compressed model.
+
+    Args:
+        model: a folder that `entrollm compress` or save_pretrained wrote, or a Hub id of one.
+        device: where all of it goes; None for the CPU. For several devices pass device_map="auto" instead.
+        dtype: of activations and of the tensors that are not coded.
+        auto_class: the class to load it with, such as transformers.AutoModel; by default the architecture that
+            config.json names.
+        backend: how to multiply, as in `set_backend`.
+        options: further ones of from_pretrained.
+    Returns:
+        the model, in evaluation mode.
+    Raises:
+        FormatError: the folder is malformed or its architecture is unknown to transformers.
+        UnsupportedError: another version of the format wrote it, or its device needs packages that are missing.
+        ValueError: it is no compressed model, or there is no such device.
+    """
+    _check_backend(backend)
+    path = resolve(model)
+    with CompressedModel.open(path) as stored:
+        kind = auto_class or _architecture(path, stored.config)
+    if device is not None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
+        options["device_map"] = {"": device}
+    token = default_backend.set(backend)
+    try:
+        return kind.from_pretrained(path, dtype=dtype, **options)
+    finally:
+        default_backend.reset(token)
+
+
+def set_backend(model: nn.Module, backend: Backend) -> None:
+    """Choose how a model multiplies with its coded matrices.
+
+    Args:
+        model: the model.
+        backend: "auto" for the fastest way on each device, "plain" for plain torch operations everywhere.
+    Raises:
+        ValueError: there is no such way.
+    """
+    _check_backend(backend)
+    for module in model.modules():
+        if isinstance(module, CodedWeight):
+            module.set_backend(backend)
+
+
+def _check_backend(backend: Backend) -> None:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, found {backend!r}")
+
+
+def _architecture(path: Path, config: dict[str, Any]) -> Any:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not hasattr(found, "from_pretrained"):
+        raise FormatError(
+            f"{path / 'config.json'}: transformers {transformers.__version__} has no architecture {name!r}; "
+            "pass auto_class=, or update transformers"
+        )
+    return found

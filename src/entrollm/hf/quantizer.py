@@ -1,0 +1,221 @@
+"""The plugin of transformers: load folders of coded matrices, or code matrices while a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from entrollm.container import layout
+from entrollm.container.reader import CompressedModel
+from entrollm.errors import UnsupportedError
+from entrollm.hf.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
+from entrollm.hf.config import EntroConfig
+from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
+from entrollm.hf.modules import put_weight
+from entrollm.hf.names import Place, around, find_places
+from entrollm.hf.parallel import is_parallel, load_parts, mark_local, without_entries
+from entrollm.hf.save import save_pretrained
+from entrollm.hf.weight import CodedStack, CodedWeight
+
+# Begins the names of entries that transformers is not to load; no tensor has such a name.
+_LEFT_OUT = "entrollm left out "
+
+
+@register_quantizer(layout.QUANT_METHOD)
+class EntroQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with an EntroConfig."""
+
+    quantization_config: EntroConfig
+
+    def __init__(self, quantization_config: EntroConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._names: dict[str, str] = {}
+        self._files: list[Path] = []
+        self._coder: LiveCoder | None = None
+        self._is_parallel = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Check that the devices can be served, before anything is loaded.
+
+        Raises:
+            UnsupportedError: a package is missing.
+        """
+        if device_map is None or default_backend.get() != "auto":
+            return
+        devices = device_map.values() if isinstance(device_map, dict) else ["cuda"]
+        if torch.cuda.is_available() and any(uses_cuda_kernels(_device(device)) for device in devices):
+            check_cuda_packages()
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        self._files = _check_files(checkpoint_files)
+        folder = self._files[0].parent
+        self._is_parallel = is_parallel(model)
+        if self._is_parallel and not self.pre_quantized:
+            raise UnsupportedError("tensor parallelism needs a compressed folder; make one with `entrollm compress`")
+        if self.pre_quantized:
+            self._prepare_stored(model, folder)
+        else:
+            self._coder = LiveCoder(folder, model, self.quantization_config.options())
+        # A layer's entries, or those of a tied embedding, are of no use on different devices.
+        model._no_split_modules = {*(model._no_split_modules or ()), "EntroLinear", "EntroEmbedding", "CodedWeight"}
+
+    def _prepare_stored(self, model: Any, folder: Path) -> None:
+        """Put modules for the folder's matrices into the model; transformers then loads their entries."""
+        with CompressedModel.open(folder) as stored:
+            shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
+            make = without_entries if self._is_parallel else _on_meta
+            for place in find_places(model, shapes, stored.plain).values():
+                dtype = model.get_parameter(place.path).dtype
+                install(model, place, {name: make(stored, name, dtype) for name in place.names()})
+            if self._is_parallel:
+                mark_local(model)
+                self._leave_out(model, stored)
+        for path, weight in coded_weights(model).items():
+            for suffix in weight.entries():
+                self._names[weight.name + suffix] = f"{path}{suffix}"
+
+    def _leave_out(self, model: Any, stored: CompressedModel) -> None:
+        """Keep transformers from loading entries, and from saying that it does not."""
+        entries = [name + suffix for name in stored.specs for suffix in stored.stored_arrays(name)]
+        self._names = {entry: f"{_LEFT_OUT}{index}" for index, entry in enumerate(entries)}
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{_LEFT_OUT}"}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is coded while it is loaded."""
+        return self._coder is not None and param_name in self._coder.places
+
+    def get_quantize_ops(self) -> QuantizeWhileLoading:
+        """What codes a parameter while it is loaded."""
+        assert self._coder is not None
+        return QuantizeWhileLoading(self._coder, install)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element of a parameter once it is coded, for the choice of devices."""
+        if self.param_needs_quantization(model, param_name):
+            return self.quantization_config.expected_bits() / 8
+        return float(param.element_size())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Give the entries of coded matrices their names in the model."""
+        return around(weight_conversions, self._names) if self._names else weight_conversions
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The type to load a tensor in: stored entries keep theirs."""
+        if converter.source_patterns[0] in self._names:
+            return None
+        kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return kept
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._coder is not None:
+            self._coder.close()
+            self._coder = None
+        if self._is_parallel:
+            with CompressedModel.open(self._files[0].parent) as stored:
+                load_parts(model, stored)
+        self._open_for_kernels(model)
+        model.save_pretrained = types.MethodType(save_pretrained, model)
+        return model
+
+    def _open_for_kernels(self, model: Any) -> None:
+        """Give the CUDA kernels their matrices now, one by one, and leave the stored form in the files' memory maps."""
+        weights = coded_weights(model).values()
+        served = [weight for weight in weights if weight.backend == "auto" and uses_cuda_kernels(weight.device)]
+        if not served:
+            return
+        on_host = _map_entries(self._files, self._names)
+        for weight in served:
+            if not weight.is_part:
+                suffixes = [suffix for suffix in weight.entries() if weight.name + suffix in on_host]
+                weight.replace_entries({suffix: on_host[weight.name + suffix] for suffix in suffixes})
+            weight.matrix()
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Refuse the saving of transformers itself, whose files would lack the specs."""
+        raise UnsupportedError("save this model with model.save_pretrained, which from_pretrained has replaced")
+
+    def is_serializable(self) -> bool:
+        """Whether save_pretrained works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the matrices can be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether torch.compile works."""
+        return True
+
+
+def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> list[str]:
+    """Put coded matrices in the place of a parameter, and of parameters that are tied to it.
+
+    Args:
+        model: the model.
+        place: the parameter.
+        weights: its matrices by their name in the checkpoint.
+    Returns:
+        the parameters that are gone.
+    """
+    weight: CodedWeight | CodedStack
+    if place.is_stack:
+        weight = CodedStack([[weights[name] for name in parts] for parts in place.matrices])
+    else:
+        weight = weights[place.matrices[0][0]]
+    put_weight(model, place.path, weight)
+    tied = [target for target, source in model.all_tied_weights_keys.items() if source == place.path]
+    for target in tied:
+        del model.all_tied_weights_keys[target]
+        put_weight(model, target, weight, owns=False)
+    return [place.path, *tied]
+
+
+def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
+    """The coded matrices of a model by their path in it."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, CodedWeight)}
+
+
+def _device(place: Any) -> torch.device:
+    """A place of a device map; tensors on disk are loaded to the CPU."""
+    if isinstance(place, int):
+        return torch.device("cuda", place)
+    return torch.device("cpu" if place == "disk" else place)
+
+
+def _check_files(checkpoint_files: Any) -> list[Path]:
+    if not checkpoint_files:
+        raise ValueError("a model with coded weights is loaded from a folder or a Hub id, not from a state_dict")
+    files = [Path(file) for file in checkpoint_files]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise UnsupportedError(f"{file}: coded weights are read from safetensors files only")
+    return files
+
+
+def _map_entries(files: Iterable[Path], names: Container[str]) -> dict[str, Tensor]:
+    """Stored entries as views of their files."""
+    entries: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            entries |= {name: opened.get_tensor(name) for name in opened.keys() if name in names}  # noqa: SIM118
+    return entries
+
+
+def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:
+    """A matrix whose entries are yet to be loaded; those in the file are checked here."""
+    stored.matrix(name)
+    entries: dict[str, Tensor] = {}
+    for suffix, array in stored.stored_arrays(name).items():
+        entries[suffix] = torch.empty(array.shape, dtype=to_tensor(array[:0]).dtype, device="meta")
+    return CodedWeight(name, stored.specs[name], entries, dtype, torch.device("meta"))

@@ -1,0 +1,92 @@
+"""transformers on GPUs against the engine on the CPU."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import entrollm
+import entrollm.hf
+from entrollm import CompressOptions, compress
+from entrollm.hf.weight import CodedWeight
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def folders(gpu: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("example")
+    for bits in (4, 8):
+        compress(EXAMPLE, folder / str(bits), CompressOptions(bits=bits))
+    return {bits: folder / str(bits) for bits in (4, 8)}
+
+
+def expected_tokens(folder: Path) -> tuple[list[int], list[int]]:
+    engine = entrollm.load(folder)
+    prompt = engine.encode("The history of the city")
+    return prompt, list(engine.generate(prompt, max_tokens=TOKENS, temperature=0.0).token_ids)
+
+
+def greedy(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    tokens = torch.tensor([prompt], device=model.device)
+    found = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=TOKENS, do_sample=False, **options
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_greedy_tokens_are_those_of_the_engine(bits: int, folders: dict[int, Path], gpu: torch.device) -> None:
+    prompt, expected = expected_tokens(folders[bits])
+    model = entrollm.hf.load(folders[bits], dtype=torch.float32, device=gpu)
+    assert greedy(model, prompt) == expected
+    assert greedy(model, prompt, cache_implementation="static", disable_compile=True) == expected
+
+
+def test_memory_is_that_of_the_coded_weights(folders: dict[int, Path], gpu: torch.device) -> None:
+    """Within 5 % and 2 MB, which allocations of small tensors round up to, of what the matrices and norms take."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(gpu)
+    model = entrollm.hf.load(folders[4], dtype=torch.bfloat16, device=gpu)
+    model(torch.ones(1, 4, dtype=torch.long, device=gpu))
+    coded = sum(module.matrix().size_bytes for module in model.modules() if isinstance(module, CodedWeight))
+    used = torch.cuda.memory_allocated(gpu) - before
+    stored = sum(path.stat().st_size for path in folders[4].glob("*.safetensors"))
+    print(f"GPU {used} bytes, layout {coded}, file {stored}")
+    assert coded < 1.5 * stored  # tiles of 384 columns are short for the layout
+    assert used < 1.05 * coded + (2 << 20)
+
+
+def test_layers_on_two_gpus(folders: dict[int, Path], two_gpus: None) -> None:
+    prompt, expected = expected_tokens(folders[8])
+    count = len(entrollm.hf.load(folders[8]).model.layers)
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 0}
+    places |= {f"model.layers.{i}": int(i >= count // 2) for i in range(count)}
+    model = entrollm.hf.load(folders[8], dtype=torch.float32, device_map=places)
+    assert greedy(model, prompt) == expected
+
+
+def test_two_processes_share_the_matrices(folders: dict[int, Path], two_gpus: None, tmp_path: Path) -> None:
+    worker = Path(__file__).parent / "parallel_worker.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    subprocess.run([*command, str(worker), str(folders[8]), str(tmp_path)], check=True, timeout=240)
+    model = entrollm.hf.load(folders[8], dtype=torch.float32, device="cuda:0")
+    tokens = torch.arange(2, 22, device="cuda:0")[None]
+    with torch.no_grad():
+        expected = model(tokens).logits.cpu()
+    continued = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=16, do_sample=False)
+    answers = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    assert {answer["device"] for answer in answers} == {"cuda:0", "cuda:1"}
+    for answer in answers:
+        assert (answer["logits"] - expected).abs().max() < 2e-3 * expected.abs().max()
+        assert torch.equal(answer["tokens"], continued.cpu())
