@@ -1,6 +1,6 @@
 """From the start of Python to the first token of a model in the page cache, and the memory that it takes.
 
-usage: python benchmarks/load.py [--folder FOLDER] [--runs N] [--threads N] [--json FILE]
+usage: python benchmarks/load.py [--shape SHAPE] [--folder FOLDER] [--runs N] [--threads N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from common import finish, spread, wait_for_idle
 from entrollm.threads import default_threads
 from generate import prepare
+from make_model import SHAPES
 
 GOAL_S = 0.3
-SHAPE, ENTROPY = "1.1B", 3.15
+ENTROPY = 3.15
 # Runs in a process of its own; prints the clock after every part, and what is resident.
 _CHILD = """
 import time
@@ -44,13 +45,14 @@ print(json.dumps({"marks": marks, "memory": memory, "torch": "torch" in sys.modu
 def main() -> None:
     """Run, print the table, and end with JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1.1B")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/entrollm-benchmarks"))
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    model = prepare(SHAPE, arguments.folder, (ENTROPY,), (), {})[0]
+    model = prepare(arguments.shape, arguments.folder, (ENTROPY,), (), {})[0]
     run(model.path, arguments.threads)
     wait_for_idle()
     runs = [run(model.path, arguments.threads) for _ in range(arguments.runs)]
@@ -60,7 +62,8 @@ def main() -> None:
         raise AssertionError("the same prompt gave different tokens")
     names = [*runs[0]["parts"], "total"]
     parts = {name: spread([found["parts"].get(name, found["total"]) for found in runs], "_s") for name in names}
-    print(f"{'part':14} {'best':>8} {'median':>8}  (ms, {SHAPE}, {arguments.threads} thread(s), page cache warm)")
+    print(f"{arguments.shape}, {arguments.threads} thread(s), page cache warm; ms")
+    print(f"{'part':14} {'best':>8} {'median':>8}")
     for name, times in parts.items():
         print(f"{name:14} {1e3 * times['best_s']:8.1f} {1e3 * times['median_s']:8.1f}")
     print(f"goal: {1e3 * GOAL_S:.0f} ms in all")
@@ -69,7 +72,7 @@ def main() -> None:
     finish(
         {
             "benchmark": "load",
-            "shape": SHAPE,
+            "shape": arguments.shape,
             "threads": arguments.threads,
             "file_bytes": model.size_bytes,
             "runs": arguments.runs,

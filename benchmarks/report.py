@@ -1,10 +1,11 @@
 """Make docs/benchmarks.md and its plot from the JSON files of benchmarks/results.
 
-usage: python benchmarks/report.py
+usage: python benchmarks/report.py [--results FOLDER] [--out FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,8 +19,6 @@ from report_cuda import gpu_section
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-PLOT = ROOT / "docs" / "benchmarks.png"
 GOAL_BATCH = 1.3
 GOAL_ENCODE = 0.5
 # Beyond this share of the machine in other hands, a figure is marked.
@@ -29,10 +28,14 @@ _PLOTTED = "1.1B"
 
 def main() -> None:
     """Write the page and the plot."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    arguments = parser.parse_args()
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
     results = {name: result for name, result in found.items() if "environment" in result}
     if not results:
-        raise SystemExit(f"{RESULTS} has no results; run benchmarks/all.py first")
+        raise SystemExit(f"{arguments.results} has no results; run benchmarks/all.py first")
     sections = [_conditions(results)]
     makers = {"gemv": _gemv, "batch": _batch, "decode": _decode, "load": _load}
     for shape in reversed(SHAPES):
@@ -40,9 +43,10 @@ def main() -> None:
             sections.append(_generate(results[f"generate-{shape}"]))
     sections += [maker(results[name]) for name, maker in makers.items() if name in results]
     sections += [_bounds(results), gpu_section()]
-    PAGE.write_text("\n\n".join(sections) + "\n")
-    _plot(results)
-    print(f"wrote {PAGE} and {PLOT}")
+    page, plot = arguments.out / "benchmarks.md", arguments.out / "benchmarks.png"
+    page.write_text("\n\n".join(sections) + "\n")
+    _plot(results, plot)
+    print(f"wrote {page} and {plot}")
 
 
 def _conditions(results: dict[str, Any]) -> str:
@@ -297,9 +301,9 @@ def _bounds(results: dict[str, Any]) -> str:
         small = {n: model[n] / model["1"] for n in model if 1 < int(n) <= 8}
         over = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in small.items())
         lines.append(
-            f"**Batches** cost {over} times a single vector (goal {GOAL_BATCH}). A single vector has kernels that "
-            "never store what they decode; batches decode a block into the first-level cache, and then every one of "
-            "their vectors pays two digit products."
+            f"**Batches** cost {over} times a single vector (goal {GOAL_BATCH}). One, two and "
+            "four vectors have kernels that never store what they decode, and every vector pays two digit products; "
+            "with AMX, three vectors and more are multiplied by the matrix unit while the next rows are decoded."
         )
     if "load" in results:
         parts = {name: times["median_s"] for name, times in results["load"]["parts"].items()}
@@ -323,7 +327,7 @@ def _generation_bounds(result: dict[str, Any]) -> str:
     )
 
 
-def _plot(results: dict[str, Any]) -> None:
+def _plot(results: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     generated = results.get(f"generate-{_PLOTTED}")
     if generated is not None:
@@ -352,7 +356,7 @@ def _plot(results: dict[str, Any]) -> None:
         right.set_title(f"fused product, {threads} threads")
     _axes(right, "stored bits per weight", "Gweights per second, best")
     figure.tight_layout()
-    figure.savefig(PLOT, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def _axes(axes: Any, x: str, y: str) -> None:

@@ -18,6 +18,7 @@
 #include "gemv/matrix.hpp"
 #include "gemv/product.hpp"
 #include "isa/kernels.hpp"
+#include "module_arrays.hpp"
 #include "threads/pool.hpp"
 
 namespace nb = nanobind;
@@ -27,25 +28,8 @@ namespace entrollm {
 namespace {
 
 template <class T>
-using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-template <class T>
 std::span<const T> view(const Vector<T>& array) {
   return {array.data(), array.size()};
-}
-
-// A new array that owns `size` elements; contents are for the caller to fill.
-template <class T>
-T* allocate(std::size_t size) {
-  return new T[size == 0 ? 1 : size];
-}
-
-template <class T, std::size_t N>
-nb::ndarray<nb::numpy, T> own(T* data, const std::size_t (&shape)[N]) {
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return nb::ndarray<nb::numpy, T>(data, N, shape, owner);
 }
 
 template <class T>
@@ -196,7 +180,12 @@ NB_MODULE(_core, m) {
       "Names of the instruction sets in this build, fastest first, and whether the processor runs "
       "each.");
   nb::class_<ThreadPool>(m, "ThreadPool")
-      .def(nb::init<std::size_t>(), "threads"_a)
+      .def(
+          "__init__",
+          [](ThreadPool* self, std::size_t threads, std::uint32_t spin_us) {
+            new (self) ThreadPool(threads, std::chrono::microseconds(spin_us));
+          },
+          "threads"_a, "spin_us"_a = static_cast<std::uint32_t>(ThreadPool::kSpin.count()))
       .def_prop_ro("size", &ThreadPool::size);
   nb::class_<Geometry>(m, "Geometry")
       .def(
@@ -226,4 +215,5 @@ NB_MODULE(_core, m) {
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
+  bind_ops(m);
 }

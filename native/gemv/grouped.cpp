@@ -189,7 +189,9 @@ void multiply_grouped(ThreadPool& pool, const CodedMatrix& matrix, const GroupTe
   if (!terms.values.empty() && terms.values.size() != 256) {
     throw std::invalid_argument("there must be a value for each symbol");
   }
-  const Activations activations(x, batch, geometry.columns, geometry.padded_columns(), {});
+  const Activations activations(
+      pool, ActivationRows{x, batch, geometry.columns, geometry.padded_columns(), {}},
+      Activations::Layout::kRows);
   const GroupedProduct product(matrix, terms, activations, y);
   const std::size_t row_groups = geometry.row_groups();
   const std::size_t count =

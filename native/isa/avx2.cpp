@@ -488,7 +488,8 @@ const Kernels kAvx2Kernels = {.name = "avx2",
                               .or_low_bits = or_low_bits,
                               .count_all_ones = count_all_ones,
                               .dot = dot,
-                              .dot_tile = dot_tile};
+                              .dot_tile = dot_tile,
+                              .floats = &kAvx2FloatKernels};
 
 const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .sparse_field = sparse_field,
@@ -497,6 +498,7 @@ const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .or_low_bits = or_low_bits,
                                   .count_all_ones = count_all_ones,
                                   .dot = vnni_dot,
-                                  .dot_tile = vnni_dot_tile};
+                                  .dot_tile = vnni_dot_tile,
+                                  .floats = &kAvx2FloatKernels};
 
 }  // namespace entrollm

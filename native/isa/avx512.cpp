@@ -120,8 +120,17 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    "avx512", sparse_field_any, dense_field,   split,           or_low_bits,          count_ones,
-    dot,      dot_tile,         dot_tile_pair, cascade_product, &kAvx512EncodeKernels};
+const Kernels kAvx512Kernels = {.name = "avx512",
+                                .sparse_field = sparse_field_any,
+                                .dense_field = dense_field,
+                                .split = split,
+                                .or_low_bits = or_low_bits,
+                                .count_all_ones = count_ones,
+                                .dot = dot,
+                                .dot_tile = dot_tile,
+                                .dot_tile_pair = dot_tile_pair,
+                                .cascade_product = cascade_product,
+                                .encode = &kAvx512EncodeKernels,
+                                .floats = &kAvx512FloatKernels};
 
 }  // namespace entrollm

@@ -7,6 +7,9 @@
 #ifdef ENTROLLM_HAVE_X86
 #include <cpuid.h>
 #endif
+#ifdef ENTROLLM_HAVE_AMX
+#include "isa/amx_support.hpp"
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -53,6 +56,9 @@ bool runs_dot_product() {
 
 std::span<const BuiltKernels> built_kernels() {
   static const BuiltKernels kernels[] = {
+#ifdef ENTROLLM_HAVE_AMX
+      {&kAmxKernels, runs_avx512() && runs_amx()},
+#endif
 #ifdef ENTROLLM_HAVE_X86
       {&kAvx512Kernels, runs_avx512()},
       {&kAvx2VnniKernels, runs_avx2() && has_avx_vnni()},

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <span>
 
+#include "isa/float_kernels.hpp"
+
 namespace entrollm {
 
 // Weights are processed in vectors of this many symbols; block sizes are multiples of it.
@@ -42,6 +44,43 @@ struct Digits {
 
 inline constexpr std::size_t kColumnTile = 4;
 
+// Decoded rows in panels of sixteen: vector by vector, the sixteen rows' parts one behind the
+// other.
+inline constexpr std::size_t kPanelRows = 16;
+inline constexpr std::size_t kPanelStep = kPanelRows * kVector;  // bytes from a vector to the next
+constexpr std::size_t panel_offset(std::size_t row, std::size_t vector, std::size_t row_vectors) {
+  return (row / kPanelRows * row_vectors + vector) * kPanelStep + row % kPanelRows * kVector;
+}
+
+// Bytes of the panels of `rows` rows.
+constexpr std::size_t panel_bytes(std::size_t rows, std::size_t row_vectors) {
+  return (rows + kPanelRows - 1) / kPanelRows * row_vectors * kPanelStep;
+}
+
+// Activation vectors in groups of eight: for every 64 columns sixteen runs of 64 bytes, one for
+// each four columns, with the four high digits of each activation vector and then the low ones.
+inline constexpr std::size_t kGroup = 8;
+
+// Panels times groups. Rows up to a multiple of kPanelRows are read, and their products dropped.
+struct PanelProduct {
+  const std::uint8_t* panels;
+  std::size_t rows;
+  std::size_t vectors;  // of a row
+  const std::int8_t* packed;
+  std::size_t groups;
+  std::int64_t* sums;  // (groups, rows, kGroup), added to
+};
+
+// The product of a run with one or two groups.
+inline constexpr std::size_t kMostFedGroups = 2;
+struct GroupProduct {
+  const std::int8_t* packed;
+  std::size_t groups;
+  std::size_t unit;      // row groups that are decoded together
+  std::uint8_t* panels;  // room for two units
+  std::int64_t* sums;    // (groups, rows of the run, kGroup), added to
+};
+
 // A code that is a chain of fields, each escaping to the next, in the form that fused products run.
 inline constexpr int kMaxLevels = 16;
 struct Cascade {
@@ -50,6 +89,9 @@ struct Cascade {
   int bits[kMaxLevels];
   const std::uint8_t* tables[kMaxLevels];  // 64 entries each
 };
+
+// The activation vectors that a fused product takes at once.
+inline constexpr std::size_t kMostColumns = 4;
 
 // Consecutive row groups of a matrix with a cascade code, and the activations to multiply by.
 struct CascadeRun {
@@ -64,7 +106,10 @@ struct CascadeRun {
   std::size_t last_rows;      // rows of the last group
   std::size_t block_columns;  // columns of every part but the last
   std::size_t last_columns;
-  Digits x;
+  // The activation vectors of cascade_product: (vectors of a row, columns, high and low, kVector),
+  // with 1, 2 or 4 columns.
+  const std::int8_t* digits;
+  std::size_t columns;
   std::uint8_t* buffer;  // room for a block, and slack
   std::uint8_t* lists;   // room for a block and slack for every level
 };
@@ -122,12 +167,20 @@ struct Kernels {
   void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
                         std::size_t count, std::int64_t* out) = nullptr;
 
-  // Optional: the product of a run with one activation vector, decoded and multiplied in one pass.
+  // Optional: the product of a run, decoded and multiplied in one pass; sums are (rows, columns).
   // Needs bits[0] <= 6 and low_bits <= 4. Returns the number of blocks, or the first block that
   // does not decode to its stated length.
   std::size_t (*cascade_product)(const CascadeRun& run, std::int64_t* sums) = nullptr;
 
+  // Optional, and then all: decodes a run into panels, and multiplies panels; and decodes a run and
+  // multiplies it with one or two groups in one pass. The first and last return what
+  // cascade_product does.
+  std::size_t (*cascade_panels)(const CascadeRun& run, std::uint8_t* panels) = nullptr;
+  void (*panel_product)(const PanelProduct& product) = nullptr;
+  std::size_t (*cascade_groups)(const CascadeRun& run, const GroupProduct& product) = nullptr;
+
   const EncodeKernels* encode = &kScalarEncodeKernels;
+  const FloatKernels* floats = &kPortableFloatKernels;
 };
 
 // Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.
@@ -151,6 +204,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2VnniKernels;  // the AVX2 kernels with AVX-VNNI products
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;  // the AVX-512 kernels with products of panels
 extern const Kernels kNeonKernels;
 extern const Kernels kNeonDotKernels;  // the NEON kernels with the ARMv8.2 dot product
 

@@ -1,13 +1,9 @@
 #include "threads/pool.hpp"
 
-#include <chrono>
-
 namespace entrollm {
 namespace {
 
-// Products of one token follow each other within microseconds; a worker that slept in between
-// would cost more to wake than the product takes.
-constexpr auto kSpin = std::chrono::microseconds(200);
+// Waiting threads keep their core for so many looks; then others that want it go first.
 constexpr int kPatience = 2000;
 
 void relax() {
@@ -18,9 +14,17 @@ void relax() {
 #endif
 }
 
+void wait_a_little(int looks) {
+  if (looks < kPatience) {
+    relax();
+  } else {
+    std::this_thread::yield();
+  }
+}
+
 }  // namespace
 
-ThreadPool::ThreadPool(std::size_t threads) {
+ThreadPool::ThreadPool(std::size_t threads, std::chrono::microseconds spin) : spin_(spin) {
   try {
     for (std::size_t worker = 1; worker < threads; ++worker) {
       workers_.emplace_back([this, worker] { work(worker); });
@@ -61,13 +65,7 @@ void ThreadPool::run(std::size_t tasks, const std::function<void(std::size_t, st
   wake_.notify_all();
   drain(0);
   // The last tasks end within microseconds, unless other programs hold their cores: let those run.
-  for (int spins = 0; busy_.load() != 0; ++spins) {
-    if (spins < kPatience) {
-      relax();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  for (int looks = 0; busy_.load() != 0; ++looks) wait_a_little(looks);
 }
 
 void ThreadPool::drain(std::size_t worker) {
@@ -77,8 +75,13 @@ void ThreadPool::drain(std::size_t worker) {
 void ThreadPool::work(std::size_t worker) {
   std::uint64_t seen = 0;
   while (true) {
-    const auto deadline = std::chrono::steady_clock::now() + kSpin;
-    while (generation_.load() == seen && std::chrono::steady_clock::now() < deadline) relax();
+    // Products of one token follow each other within microseconds; a worker that slept in between
+    // would cost more to wake than the product takes.
+    const auto deadline = std::chrono::steady_clock::now() + spin_;
+    for (int looks = 0; generation_.load() == seen && std::chrono::steady_clock::now() < deadline;
+         ++looks) {
+      wait_a_little(looks);
+    }
     if (generation_.load() == seen) {
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return generation_.load() != seen; });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +15,11 @@ namespace entrollm {
 
 class ThreadPool {
  public:
+  // How long workers look for the next loop before they sleep.
+  static constexpr std::chrono::microseconds kSpin{200};
+
   // `threads` counts the calling thread, which works too.
-  explicit ThreadPool(std::size_t threads);
+  explicit ThreadPool(std::size_t threads, std::chrono::microseconds spin = kSpin);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -31,6 +35,7 @@ class ThreadPool {
   void stop();
   void drain(std::size_t worker);
 
+  const std::chrono::microseconds spin_;
   std::vector<std::thread> workers_;
   std::mutex turn_;
   std::mutex mutex_;

@@ -14,7 +14,9 @@ def isa() -> str: ...
 def isas() -> list[tuple[str, bool]]: ...
 
 class ThreadPool:
-    def __init__(self, threads: int) -> None: ...
+    """Threads that share loops; between two of them they stay awake for `spin_us` microseconds."""
+
+    def __init__(self, threads: int, spin_us: int = 200) -> None: ...
     @property
     def size(self) -> int: ...
 
@@ -53,4 +55,44 @@ def multiply(matrices: list[CodedMatrix], x: NDArray[np.float32], pool: ThreadPo
 def encode(
     program: bytes, low_bits: int, symbols: NDArray[np.uint8], block_rows: int, block_columns: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]: ...
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, pool: ThreadPool) -> NDArray[np.float32]:
+    """Divide by the root of the mean square over the last axis, then multiply by `weight`.
+
+    Args:
+        x: (..., features), contiguous, of up to three axes.
+        weight: (..., features); its rows are taken in turn for those of x.
+        eps: added to the mean square.
+    Returns:
+        A new array like x.
+    """
+
+def rotate(x: NDArray[np.float32], cosines: NDArray[np.float32], sines: NDArray[np.float32], pool: ThreadPool) -> None:
+    """Rotate feature i with feature i + rotary_dim / 2 of every head, in place; features from rotary_dim on stay.
+
+    Args:
+        x: (n, heads, head_dim).
+        cosines, sines: (n, 1, rotary_dim / 2).
+    """
+
+def swiglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
+    """gate * sigmoid(gate) * up of (n, 2 * features), gate first -> a new (n, features)."""
+
+def attention(
+    queries: NDArray[np.float32],
+    keys: NDArray[np.float32],
+    values: NDArray[np.float32],
+    window: int | None,
+    pool: ThreadPool,
+) -> NDArray[np.float32]:
+    """Causal attention with grouped heads.
+
+    Args:
+        queries: (n, heads, head_dim); the last n positions of the `length`.
+        keys: (kv_heads, head_dim, length); length >= n and heads a multiple of kv_heads.
+        values: (kv_heads, length, head_dim).
+        window: how many positions back, itself included, a query sees; None for all.
+    Returns:
+        A new (n, heads * head_dim).
+    """
+
 def histogram(symbols: NDArray[np.uint8]) -> NDArray[np.int64]: ...

@@ -57,7 +57,7 @@ def exact(stored: StoredMatrix, symbols: NDArray[np.uint8], x: NDArray[np.float3
 
 
 @shared
-@given(stored_matrices(), st.integers(1, 9), st.integers(0, 2**32))
+@given(stored_matrices(), st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 70, 133])), st.integers(0, 2**32))
 def test_the_product_is_as_exact_as_16_bit_activations_allow(
     instruction_sets: InstructionSets, case: tuple[StoredMatrix, NDArray[np.uint8]], batch: int, seed: int
 ) -> None:
@@ -77,12 +77,12 @@ def test_the_product_is_as_exact_as_16_bit_activations_allow(
 @given(stored_matrices(), st.integers(0, 2**32))
 def test_threads_and_batch_do_not_change_a_bit(case: tuple[StoredMatrix, NDArray[np.uint8]], seed: int) -> None:
     stored, _ = case
-    x = activations((9, stored.shape[1]), seed)
+    x = activations((70, stored.shape[1]), seed)
     matrix = stored.open()
     expected = np.concatenate([matrix.multiply(row[None], _core.ThreadPool(1)) for row in x])
     for threads in (1, 2, 5):
         pool = _core.ThreadPool(threads)
-        for batch in range(1, 10):
+        for batch in (*range(1, 10), 15, 16, 17, 70):
             y = matrix.multiply(x[:batch], pool)
             np.testing.assert_array_equal(y.view(np.uint32), expected[:batch].view(np.uint32))
 
@@ -114,9 +114,20 @@ def test_the_largest_sums_do_not_overflow(instruction_sets: InstructionSets) -> 
     symbols = np.full((2, 4096), 255, np.uint8)
     stored = store(Code(Field(8, ())), symbols)
     for sign in (1, -1):
-        x = np.full((5, 4096), sign * 3.0, np.float32)
+        for batch in (2, 5, 40):
+            x = np.full((batch, 4096), sign * 3.0, np.float32)
+            for name, y in instruction_sets.each(multiply, stored, x).items():
+                np.testing.assert_array_equal(y, np.float32(sign * 3.0 * 255 * 4096), err_msg=name)
+
+
+def test_very_wide_sums_do_not_overflow(instruction_sets: InstructionSets) -> None:
+    """More columns than 32-bit sums of whole rows take."""
+    columns = 65536 + 4096
+    stored = store(Code(Field(1, (255,), Field(1, (255, 255)))), np.full((18, columns), 255, np.uint8))
+    for batch in (1, 2, 9, 20):
+        x = np.full((batch, columns), -3.0, np.float32)
         for name, y in instruction_sets.each(multiply, stored, x).items():
-            np.testing.assert_array_equal(y, np.float32(sign * 3.0 * 255 * 4096), err_msg=name)
+            np.testing.assert_array_equal(y, np.float32(-3.0 * 255 * columns), err_msg=name)
 
 
 def test_the_smallest_float_survives(instruction_sets: InstructionSets) -> None:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from entrollm import _core
 from entrollm.engine.files import read_model_files
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Floats, Ids
@@ -33,6 +34,7 @@ class DenseWeights:
 
     def __init__(self, tensors: dict[str, Floats]) -> None:
         self.tensors = tensors
+        self.pool = _core.ThreadPool(1)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -10,13 +10,13 @@ from architectures import ARCHITECTURES, load_reference, random_ids
 from numpy.typing import NDArray
 
 from entrollm.calibrate import measure, sample_windows
+from entrollm.calibrate.arithmetic import rms_norm
 from entrollm.calibrate.backward import LayerGradient, draw_labels, rms_norm_gradient
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.fields import Fields
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseWeights
 from entrollm.engine.models import read_config
-from entrollm.engine.ops import rms_norm
 from entrollm.engine.rope import RopeTables
 from entrollm.engine.walk import LayerWalk
 

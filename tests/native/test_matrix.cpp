@@ -39,7 +39,9 @@ struct Case {
   std::size_t batch;
 
   Case(Random& random, const RandomCode& source)
-      : code(source.code()), geometry(random_geometry(random)), batch(1 + random.below(6)) {
+      : code(source.code()),
+        geometry(random_geometry(random)),
+        batch(1 + random.below(random.coin() ? 6 : 40)) {
     symbols.resize(geometry.rows * geometry.columns);
     const std::size_t skew = random.below(10);
     for (auto& symbol : symbols) symbol = source.symbol(random, skew);

@@ -88,6 +88,8 @@ int main() {
     check_turns(pool);
   }
   for (int i = 0; i < 50; ++i) ThreadPool unused(4);
+  ThreadPool sleepy(3, std::chrono::microseconds(0));
+  for (int i = 0; i < 50; ++i) check_loop(sleepy, 5);
   check_sleepers();
   check_products();
   std::puts("pool: every task ran once");

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.calibrate.arithmetic import rms_norm, rotate, swiglu
 from entrollm.engine.config import ModelConfig
-from entrollm.engine.ops import rms_norm, rotate, swiglu
 from entrollm.engine.weights import Floats
 
 Read = Callable[[str], Floats]

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm import _core
+from entrollm.calibrate.arithmetic import rms_norm
 from entrollm.calibrate.backward import draw_labels
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.decoder import Layer
 from entrollm.engine.linear import DenseWeights
-from entrollm.engine.ops import rms_norm
 from entrollm.engine.rope import RopeTables
 from entrollm.engine.weights import Floats, load_embedding, load_linear, load_tensor
 from entrollm.errors import EntroLLMError
@@ -108,7 +109,7 @@ class _Writer:
         cosines, sines = self._rope.rows(position, 1, is_long)
         x = self._embedding.rows(ids)
         for layer, cache in zip(self._layers, caches, strict=True):
-            x = layer(x, cosines, sines, cache)
+            x = layer(x, np.repeat(cosines, len(ids), 0), np.repeat(sines, len(ids), 0), cache)
         return self._head(rms_norm(x, self._norm, self._config.norm_eps))
 
 
@@ -126,7 +127,7 @@ class _SequencesCache:
     def capacity(self) -> int:
         return self._values.shape[2]
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
         """Add one token to each of n sequences; each query sees its own sequence."""
         sequences, heads, head_dim = queries.shape
         self._keys[..., self._held] = keys

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.calibrate.arithmetic import rms_norm
 from entrollm.calibrate.backward import LayerGradient, draw_labels, rms_norm_gradient
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.linear import DenseWeights
-from entrollm.engine.ops import rms_norm
 from entrollm.engine.rope import RopeTables
 from entrollm.engine.walk import LayerWalk
 from entrollm.engine.weights import Embedding, Floats, Linear, load_tensor
@@ -212,6 +212,7 @@ class _Recorder:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._weights = DenseWeights(checkpoint)
+        self.pool = self._weights.pool
         self._recorded: dict[tuple[str, ...], _Recorded] = {}
 
     def __contains__(self, name: str, /) -> bool:

@@ -1,10 +1,24 @@
-"""Compress checkpoints to coded model folders, check them, and decode them back."""
+"""Compress checkpoints to coded model folders, check them, and decode them back.
 
-from entrollm.compress.folder import check_output
+What runs a model imports this package too, by way of `entrollm`: the parts that compress are imported when they are
+first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from entrollm.compress.options import CompressOptions
-from entrollm.compress.pipeline import CompressResult, compress
-from entrollm.compress.predict import SizePlan, plan, size_range
 from entrollm.compress.target import Target, parse_size
+
+if TYPE_CHECKING:
+    from entrollm.compress.folder import check_output
+    from entrollm.compress.pipeline import CompressProgress, CompressResult
+    from entrollm.compress.predict import SizePlan, plan, size_range
+    from entrollm.quantize.statistics import Statistics
 
 __all__ = [
     "CompressOptions",
@@ -17,3 +31,49 @@ __all__ = [
     "plan",
     "size_range",
 ]
+
+_HOMES = {
+    "CompressResult": "pipeline",
+    "SizePlan": "predict",
+    "check_output": "folder",
+    "plan": "predict",
+    "size_range": "predict",
+}
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    statistics: Statistics | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[CompressProgress], None] | None = None,
+) -> CompressResult:
+    """Quantize a checkpoint, entropy-code it and write a model folder.
+
+    Memory stays below twice the largest tensor in float32. The folder appears only when it is complete; a run that
+    was interrupted is resumed by calling this again with the same arguments.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        out: the folder to make.
+        options: what to make; by default the paper's 4-bit grids, coded for size.
+        statistics: what calibration measured of this model; needs options with a target.
+        overwrite: replace an earlier output.
+        on_progress: called from worker threads.
+    Raises:
+        FormatError: the checkpoint is malformed or has a weight that is not finite.
+        UnsupportedError: the checkpoint uses something that is not implemented.
+        ValueError: an option or a path is wrong.
+        OSError: reading or writing failed; what is finished is kept for the next run.
+    """
+    from entrollm.compress import pipeline
+
+    return pipeline.compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=on_progress)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from entrollm.codec.choose import Prefer
-from entrollm.codec.cost import Processor
-from entrollm.compress.target import Target
-from entrollm.quantize.paper import Granularity
-from entrollm.quantize.select import BitsOverride
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from entrollm.codec.choose import Prefer
+    from entrollm.codec.cost import Processor
+    from entrollm.compress.target import Target
+    from entrollm.quantize.paper import Granularity
+    from entrollm.quantize.select import BitsOverride
 
 Method = Literal["feedback", "gptq"]
 

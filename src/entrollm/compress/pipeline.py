@@ -90,24 +90,7 @@ def compress(
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
 ) -> CompressResult:
-    """Quantize a checkpoint, entropy-code it and write a model folder.
-
-    Memory stays below twice the largest tensor in float32. The folder appears only when it is complete; a run that
-    was interrupted is resumed by calling this again with the same arguments.
-
-    Args:
-        model: a checkpoint folder or a Hub id.
-        out: the folder to make.
-        options: what to make; by default the paper's 4-bit grids, coded for size.
-        statistics: what calibration measured of this model; needs options with a target.
-        overwrite: replace an earlier output.
-        on_progress: called from worker threads.
-    Raises:
-        FormatError: the checkpoint is malformed or has a weight that is not finite.
-        UnsupportedError: the checkpoint uses something that is not implemented.
-        ValueError: an option or a path is wrong.
-        OSError: reading or writing failed; what is finished is kept for the next run.
-    """
+    """What `entrollm.compress.compress` documents."""
     options = options or CompressOptions()
     if statistics is not None and options.target is None:
         raise ValueError("calibration needs a size to compress to: bits per weight or bytes")

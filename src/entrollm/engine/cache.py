@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from entrollm import _core
 from entrollm.engine.config import ModelConfig
-from entrollm.engine.ops import attention
 from entrollm.engine.weights import Floats
 
 _INITIAL_POSITIONS = 256
@@ -19,12 +19,13 @@ _SKEW = 16
 class Attention(Protocol):
     """What a layer asks for attention over the tokens so far."""
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
         """Add n tokens and mix values for each.
 
         Args:
             queries: float32 (n, heads, head_dim).
             keys, values: float32 (n, kv_heads, head_dim).
+            pool: threads to work on.
         Returns:
             float32 (n, heads * head_dim).
         """
@@ -70,10 +71,10 @@ class LayerCache:
         self._held += n
         return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""
         keys, values = self.append(keys, values)
-        return attention(queries, keys, values, self._window)
+        return _core.attention(queries, keys, values, self._window, pool)
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""

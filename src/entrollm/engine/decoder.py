@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from entrollm import _core
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.config import ModelConfig
-from entrollm.engine.ops import rms_norm, rotate, swiglu
 from entrollm.engine.rope import RopeTables
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
 
@@ -31,6 +31,7 @@ class Decoder:
         tied = config.tied_embeddings or "lm_head.weight" not in weights
         self._head = load_linear(weights, {embedding_name if tied else "lm_head.weight": table})
         self._tables = RopeTables(config.rope)
+        self._pool = weights.pool
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
@@ -55,7 +56,7 @@ class Decoder:
         cache.is_long = is_long
         hidden = [self._run_layers(ids[i : i + _TOKENS_PER_PASS], cache) for i in range(0, len(ids), _TOKENS_PER_PASS)]
         last = (hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]
-        return self._head(rms_norm(last, self._norm, self.config.norm_eps))
+        return self._head(_core.rms_norm(last, self._norm, self.config.norm_eps, self._pool))
 
     def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
         cosines, sines = self._tables.rows(cache.length, len(ids), cache.is_long)
@@ -74,6 +75,7 @@ class Layer:
         hidden, inner = config.hidden_size, config.intermediate_size
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self._config = config
+        self._pool = weights.pool
         self._attention_norm = load_tensor(weights, f"{prefix}input_layernorm.weight", (hidden,))
         self._mlp_norm = load_tensor(weights, f"{prefix}post_attention_layernorm.weight", (hidden,))
         kv_dim = kv_heads * head_dim
@@ -95,10 +97,12 @@ class Layer:
 
     def __call__(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
         """float32 (n, hidden_size) -> float32 (n, hidden_size)."""
-        eps = self._config.norm_eps
-        x = x + self._attend(rms_norm(x, self._attention_norm, eps), cosines, sines, cache)
-        x += self._down(swiglu(self._gate_up(rms_norm(x, self._mlp_norm, eps))))
+        x = x + self._attend(self._norm(x, self._attention_norm), cosines, sines, cache)
+        x += self._down(_core.swiglu(self._gate_up(self._norm(x, self._mlp_norm)), self._pool))
         return x
+
+    def _norm(self, x: Floats, weight: Floats) -> Floats:
+        return _core.rms_norm(x, weight, self._config.norm_eps, self._pool)
 
     def _attend(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
         config = self._config
@@ -106,9 +110,9 @@ class Layer:
         qkv = self._qkv(x).reshape(len(x), -1, config.head_dim)
         qk = qkv[:, :rotated_heads]
         if self._qk_norm is not None:
-            qk = rms_norm(qk, self._qk_norm, config.norm_eps)
-        qk = rotate(qk, cosines, sines)
-        return self._output(cache.attend(qk[:, :heads], qk[:, heads:], qkv[:, rotated_heads:]))
+            qk = self._norm(np.ascontiguousarray(qk), self._qk_norm)
+        _core.rotate(qk, cosines, sines, self._pool)
+        return self._output(cache.attend(qk[:, :heads], qk[:, heads:], qkv[:, rotated_heads:], self._pool))
 
 
 class _Projection:

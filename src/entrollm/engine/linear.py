@@ -10,6 +10,7 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint, to_float32
 from entrollm.container.reader import CodedMatrix, CompressedModel, multiply
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.threads import default_threads, spin_us
 
 
 class CodedLinear:
@@ -71,7 +72,7 @@ class CodedWeights:
 
     def __init__(self, model: CompressedModel, threads: int) -> None:
         self._model = model
-        self._pool = _core.ThreadPool(threads)
+        self.pool = _core.ThreadPool(threads, spin_us())
         self._coded: dict[str, CodedMatrix] = {}
         self._dense: dict[str, DenseLinear] = {}
 
@@ -81,7 +82,7 @@ class CodedWeights:
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
         if all(name in self._model.specs for name in names):
-            return CodedLinear([self._matrix(name) for name in names], self._pool)
+            return CodedLinear([self._matrix(name) for name in names], self.pool)
         if len(names) > 1:
             return _SideBySide([self.linear(name) for name in names])
         return self._kept(names[0])
@@ -89,7 +90,7 @@ class CodedWeights:
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
         if name in self._model.specs:
-            return CodedEmbedding(self._matrix(name), self._pool)
+            return CodedEmbedding(self._matrix(name), self.pool)
         return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
@@ -110,7 +111,8 @@ class CodedWeights:
 class DenseWeights:
     """The tensors of an ordinary checkpoint, in float32; the reference that compressed models are compared with."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
+        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
         self._checkpoint = checkpoint
         self._matrices: dict[str, DenseLinear] = {}
 

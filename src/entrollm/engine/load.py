@@ -35,5 +35,5 @@ def load(model: str | Path, threads: int | None = None) -> Model:
     if is_compressed(read_config(path)):
         weights = CodedWeights(CompressedModel.open(path), threads or default_threads())
     else:
-        weights = DenseWeights(Checkpoint.open(path))
+        weights = DenseWeights(Checkpoint.open(path), threads)
     return Model(read_model_files(path), weights)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from entrollm.engine.cache import Cache
-from entrollm.engine.chat import ChatTemplate, Message
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
@@ -20,6 +19,9 @@ from entrollm.engine.models import read_config
 from entrollm.engine.options import GenerateKeywords, resolve_options
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from entrollm.engine.chat import ChatTemplate, Message
 
 Prompt = str | Sequence[int]
 
@@ -42,6 +44,9 @@ class Model:
         self._generation_config = Fields(files.generation_config, "generation_config.json")
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
+            # Here, since it brings in jinja, which models without a template can do without.
+            from entrollm.engine.chat import ChatTemplate
+
             self._template = ChatTemplate(files.chat_template, "chat template", files.special_tokens)
 
     @property

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm import _core
 from entrollm.errors import FormatError
 
 Floats = NDArray[np.float32]
@@ -38,6 +39,10 @@ class Embedding(Protocol):
 
 class Weights(Protocol):
     """The tensors of one model, by their full name in the checkpoint."""
+
+    @property
+    def pool(self) -> _core.ThreadPool:
+        """The threads that multiply with them, and do the arithmetic in between."""
 
     def __contains__(self, name: str, /) -> bool:
         """Whether the tensor exists."""

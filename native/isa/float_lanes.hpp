@@ -1,0 +1,123 @@
+// Sixteen floats as whatever vectors the including file is compiled for. Internal linkage: code for
+// one instruction set must not be shared by the linker with code for another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace entrollm {
+namespace {
+
+inline constexpr std::size_t kLanes = 16;
+
+#if defined(__AVX512F__)
+inline constexpr std::size_t kNative = 16;
+#elif defined(__AVX__)
+inline constexpr std::size_t kNative = 8;
+#else
+inline constexpr std::size_t kNative = 4;
+#endif
+
+using NativeFloats = float __attribute__((vector_size(kNative * sizeof(float))));
+using NativeInts = std::int32_t __attribute__((vector_size(kNative * sizeof(float))));
+
+struct Lanes {
+  static constexpr std::size_t kParts = kLanes / kNative;
+  NativeFloats part[kParts];
+};
+
+// Applies `f` to each part of the arguments.
+template <class F, class... Args>
+inline Lanes each_part(F f, const Args&... args) {
+  Lanes result;
+  for (std::size_t i = 0; i < Lanes::kParts; ++i) result.part[i] = f(args.part[i]...);
+  return result;
+}
+
+inline Lanes load_lanes(const float* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_lanes(float* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
+
+// The first `count` of the lanes, at most kLanes; the others are `rest`.
+inline Lanes load_some(const float* p, std::size_t count, float rest) {
+  float some[kLanes];
+  for (float& value : some) value = rest;
+  std::memcpy(some, p, count * sizeof(float));
+  return load_lanes(some);
+}
+
+inline void store_some(float* p, const Lanes& v, std::size_t count) {
+  float some[kLanes];
+  store_lanes(some, v);
+  std::memcpy(p, some, count * sizeof(float));
+}
+
+inline Lanes splat(float value) {
+  Lanes v;
+  for (auto& part : v.part) part = NativeFloats{} + value;
+  return v;
+}
+
+inline Lanes operator+(const Lanes& a, const Lanes& b) {
+  return each_part([](auto x, auto y) { return x + y; }, a, b);
+}
+inline Lanes operator-(const Lanes& a, const Lanes& b) {
+  return each_part([](auto x, auto y) { return x - y; }, a, b);
+}
+inline Lanes operator*(const Lanes& a, const Lanes& b) {
+  return each_part([](auto x, auto y) { return x * y; }, a, b);
+}
+inline Lanes operator/(const Lanes& a, const Lanes& b) {
+  return each_part([](auto x, auto y) { return x / y; }, a, b);
+}
+
+// The larger of each pair; `b` where one is NaN.
+inline Lanes larger(const Lanes& a, const Lanes& b) {
+  return each_part([](auto x, auto y) -> NativeFloats { return x > y ? x : y; }, a, b);
+}
+
+template <class Combine>
+inline float fold(const Lanes& v, Combine combine) {
+  float lanes[kLanes];
+  store_lanes(lanes, v);
+  for (std::size_t width = kLanes / 2; width > 0; width /= 2) {
+    for (std::size_t i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
+  }
+  return lanes[0];
+}
+
+inline float sum_of(const Lanes& v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+
+// exp to about two units in the last place: 0 below -87, where results would be denormal, and
+// infinity above 88. NaN stays NaN.
+inline NativeFloats exp_part(NativeFloats x) {
+  constexpr float kRounder = 12582912.0f;  // adding it rounds to an integer, in the lowest bits
+  const NativeFloats shifted = x * 1.44269504f + kRounder;
+  const NativeFloats n = shifted - kRounder;
+  const NativeFloats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  NativeFloats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const NativeInts exponent = ((NativeInts)shifted << 23) + (127 << 23);
+  const NativeFloats result = p * (NativeFloats)exponent;
+  const NativeFloats low = x < -87.0f ? NativeFloats{} : result;
+  return x > 88.0f ? NativeFloats{} + std::numeric_limits<float>::infinity() : low;
+}
+
+inline Lanes exp_of(const Lanes& x) {
+  return each_part([](auto part) { return exp_part(part); }, x);
+}
+
+}  // namespace
+}  // namespace entrollm

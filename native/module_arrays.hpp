@@ -1,0 +1,34 @@
+// NumPy arrays in and out of the module's functions.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstddef>
+
+namespace entrollm {
+
+template <class T>
+using Vector =
+    nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+template <class T>
+using Matrix =
+    nanobind::ndarray<const T, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
+
+// Room for `size` elements of a new array, for the caller to fill.
+template <class T>
+T* allocate(std::size_t size) {
+  return new T[size == 0 ? 1 : size];
+}
+
+// A new array that owns what allocate() returned.
+template <class T, std::size_t N>
+nanobind::ndarray<nanobind::numpy, T> own(T* data, const std::size_t (&shape)[N]) {
+  nanobind::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nanobind::ndarray<nanobind::numpy, T>(data, N, shape, owner);
+}
+
+// Adds the functions of native/ops to the module.
+void bind_ops(nanobind::module_& m);
+
+}  // namespace entrollm
