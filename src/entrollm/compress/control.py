@@ -94,9 +94,13 @@ class RateControl:
             return False
         self._tries += 1
         if self._tries > _TRIES:
-            if total > self._limit:
+            if total <= self._limit:
+                return False
+            if self._nudge == self._too_coarse or not self._too_coarse:
                 raise EntroLLMError(f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}")
-            return False
+            # A tiny matrix may have no step that comes near: the finest that stays below has to do.
+            self._nudge = self._too_coarse
+            return True
         if total > self._limit:
             self._too_fine = self._nudge
         else:
