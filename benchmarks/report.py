@@ -32,8 +32,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
-    results = {name: result for name, result in found.items() if "environment" in result}
+    # quality.py makes its own page.
+    paths = [path for path in sorted(arguments.results.glob("*.json")) if path.stem != "quality"]
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
     if not results:
         raise SystemExit(f"{arguments.results} has no results; run benchmarks/all.py first")
     sections = [_conditions(results)]

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint.model_folder import open_weight_files
 from entrollm.checkpoint.safetensors_file import SafetensorsFile, parse_json_object
+from entrollm.checkpoint.weight_files import open_weight_files
 from entrollm.container import layout
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.groups import GroupScales

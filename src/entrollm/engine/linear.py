@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint, to_float32
+from entrollm.checkpoint import to_float32
 from entrollm.container.reader import CodedMatrix, CompressedModel, multiply
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.threads import default_threads, spin_us
+
+if TYPE_CHECKING:
+    from entrollm.checkpoint import Checkpoint
 
 
 class CodedLinear:

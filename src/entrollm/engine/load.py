@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entrollm.checkpoint import Checkpoint, is_gguf, resolve
+from entrollm.checkpoint import is_gguf, resolve
 from entrollm.container.reader import CompressedModel, is_compressed, read_config
 from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.linear import CodedWeights, DenseWeights
@@ -28,12 +28,12 @@ def load(model: str | Path, threads: int | None = None) -> Model:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, found {threads}")
     path = resolve(model)
-    if is_gguf(path):
-        checkpoint = Checkpoint.open(path)
-        return Model(ModelFiles(checkpoint.config), DenseWeights(checkpoint))
     weights: Weights
-    if is_compressed(read_config(path)):
+    if not is_gguf(path) and is_compressed(read_config(path)):
         weights = CodedWeights(CompressedModel.open(path), threads or default_threads())
-    else:
-        weights = DenseWeights(Checkpoint.open(path), threads)
-    return Model(read_model_files(path), weights)
+        return Model(read_model_files(path), weights)
+    from entrollm.checkpoint import Checkpoint  # what runs compressed models starts without
+
+    checkpoint = Checkpoint.open(path)
+    weights = DenseWeights(checkpoint, threads)
+    return Model(ModelFiles(checkpoint.config) if is_gguf(path) else read_model_files(path), weights)
