@@ -11,6 +11,7 @@ from matrices import StoredMatrix, block_shapes, codes, decode, multiply, shapes
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.codec.choose import choose_code
 from entrollm.specs import Blocks, Code, Field
 
 shared = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,6 +86,27 @@ def test_threads_and_batch_do_not_change_a_bit(case: tuple[StoredMatrix, NDArray
         for batch in (*range(1, 10), 15, 16, 17, 70):
             y = matrix.multiply(x[:batch], pool)
             np.testing.assert_array_equal(y.view(np.uint32), expected[:batch].view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    "rows, columns", [(256_000, 24), (128_256, 64), (32_000, 384), (700, 576), (300, 3072), (50, 8192), (33, 14336)]
+)
+def test_shapes_of_models_on_1_to_64_threads(rows: int, columns: int) -> None:
+    """Vocabularies and widths of published models, with the code that such a histogram would get."""
+    generator = np.random.default_rng(rows)
+    symbols = np.clip(np.rint(generator.normal(128, 1.3, (rows, columns))), 0, 255).astype(np.uint8)
+    code = choose_code(np.bincount(symbols.reshape(-1), minlength=256).tolist(), rows, "speed")
+    stored = store(code, symbols, scale=[0.01], offset=[-1.28])
+    x = generator.standard_normal((1, columns)).astype(np.float32)
+    expected, bound = exact(stored, symbols, x)
+    first = multiply(stored, x)
+    assert (np.abs(first - expected) <= bound).all()
+    picked = generator.integers(0, rows, 40)
+    for threads in (2, 7, 64):
+        pool = _core.ThreadPool(threads)
+        matrix = stored.open()
+        np.testing.assert_array_equal(matrix.multiply(x, pool), first)
+        np.testing.assert_allclose(matrix.dequantize(picked, pool), symbols[picked] * 0.01 - 1.28, atol=1e-5)
 
 
 def _simple(rows: int = 3, columns: int = 70) -> StoredMatrix:
