@@ -99,8 +99,10 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
       for (std::size_t j = 0; j < geometry.columns; ++j) {
         const std::size_t group = i * groups + j / size;
         const std::uint8_t symbol = c.symbols[i * geometry.columns + j];
-        const double value = values.empty() ? double{symbol} : double{values[symbol]};
-        const double weight = value * scale[group] + (shift.empty() ? 0.0 : double{shift[group]});
+        const double value =
+            values.empty() ? static_cast<double>(symbol) : static_cast<double>(values[symbol]);
+        const double weight =
+            value * scale[group] + (shift.empty() ? 0.0 : static_cast<double>(shift[group]));
         sum += weight * x[j];
         bound += std::fabs(weight) * largest / 65000;
       }
