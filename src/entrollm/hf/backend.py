@@ -20,6 +20,7 @@ from torch.nn import functional
 from entrollm import _core
 from entrollm.container.reader import CodedMatrix, multiply, open_matrix
 from entrollm.errors import UnsupportedError
+from entrollm.hf.cuda.compile import MIN_CAPABILITY
 from entrollm.hf.plain import PlainMatrix
 from entrollm.specs import TensorSpec
 
@@ -30,8 +31,6 @@ everywhere."""
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """What coded matrices are loaded with."""
 
-# The CUDA kernels use bulk copies with barriers, which came with compute capability 9.0.
-_OLDEST_CAPABILITY = (9, 0)
 # Weights that are decoded on the host at a time for another device.
 _HOST_WEIGHTS = 1 << 22
 
@@ -178,11 +177,11 @@ def resting_place(device: torch.device) -> torch.device:
 @functools.cache
 def _is_capable(index: int) -> bool:
     capability = torch.cuda.get_device_capability(index)
-    if capability >= _OLDEST_CAPABILITY:
+    if capability >= MIN_CAPABILITY:
         return True
     warnings.warn(
         f"cuda:{index} has compute capability {capability[0]}.{capability[1]}, and the kernels of EntroLLM need "
-        f"{_OLDEST_CAPABILITY[0]}.{_OLDEST_CAPABILITY[1]}; its layers are decoded with plain torch operations, slowly",
+        f"{MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; its layers are decoded with plain torch operations, slowly",
         stacklevel=2,
     )
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class DecodeStruct(ctypes.Structure):
     )
 
 
+@functools.cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block may use on a device."""
     from cuda.bindings import driver

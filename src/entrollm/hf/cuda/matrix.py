@@ -45,6 +45,8 @@ MAX_BATCH = 8
 # is in front of it.
 _TABLE_BYTES = 32 << 10
 _RESERVED_BYTES = 1 << 10
+# Where it ends at most, counted from the first byte that a kernel chooses the use of.
+_TABLE_END = 2 * _TABLE_BYTES - _RESERVED_BYTES
 _STATE_BYTES = 2 << 10  # without what is kept of open tiles
 # Slots for chunks; with fewer, warps wait for memory.
 _FEWEST_SLOTS = 3
@@ -265,12 +267,12 @@ def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: i
     raw_bytes = -(-columns // UNIT_COLUMNS) * 2 * _STEP_BYTES * batch if raw else 0
     open_tiles, most_slots = (16, 12) if batch <= 4 else (8, 6)
     static_bytes = open_tiles * TILE_ROWS * (12 + batch * 8) + _STATE_BYTES
-    activation_bytes = -(-(triple_bytes + raw_bytes + columns * 2 + 8) // 128) * 128
+    activation_bytes = _whole_lines(triple_bytes + raw_bytes + columns * 2 + 8)
     slot_bytes = _slot_bytes(chunk_bytes)
     front = _TABLE_BYTES - _RESERVED_BYTES - static_bytes
     in_front = activation_bytes <= front
     front_slots = 0 if in_front else min(most_slots, front // slot_bytes)
-    behind = _table_end() + (0 if in_front else activation_bytes)
+    behind = _TABLE_END + (0 if in_front else activation_bytes)
     room = available - static_bytes - behind
     slots = 0 if room < 0 else front_slots + min(most_slots - front_slots, room // slot_bytes)
     used = behind + (slots - front_slots) * slot_bytes
@@ -282,23 +284,13 @@ def _padded(columns: int) -> int:
     return -(-columns // 4) * 4
 
 
-@functools.cache
-def _room(device: torch.device) -> int:
-    return shared_bytes(device)
-
-
-def _table_end() -> int:
-    """Where the table ends at most, counted from the first byte that a kernel chooses the use of."""
-    return 2 * _TABLE_BYTES - _RESERVED_BYTES
-
-
 def _plan(parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> Plan:
     return _plan_of(
         batch,
         _padded(parts[0].shape.columns),
         any(part.code.raw_bits for part in parts),
         max(part.packed.chunk_bytes for part in parts),
-        _room(device),
+        shared_bytes(device),
     )
 
 
@@ -349,7 +341,7 @@ def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.d
     """Decode a matrix, or the rows `ids`, to contiguous memory."""
     properties = torch.cuda.get_device_properties(device)
     slot_bytes = _slot_bytes(part.packed.chunk_bytes)
-    room = _room(device) - _DECODE_STATIC_BYTES - _table_end()
+    room = shared_bytes(device) - _DECODE_STATIC_BYTES - _TABLE_END
     slots = min(_DECODE_SLOTS, room // slot_bytes)
     if slots < 1:
         raise UnsupportedError(f"{part.name}: a chunk of {slot_bytes} bytes does not fit this GPU's shared memory")
@@ -365,13 +357,18 @@ def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.d
         slots=slots,
         slot_bytes=slot_bytes,
     )
-    used = _table_end() + slots * slot_bytes
+    used = _TABLE_END + slots * slot_bytes
     function = _function("decode.cu", "decode", device, (("THREADS", DECODE_THREADS),), used)
     function.launch([struct], min(items, properties.multi_processor_count), DECODE_THREADS, overlap=False)
 
 
 def _slot_bytes(chunk_bytes: int) -> int:
-    return -(-(chunk_bytes + _SLOT_SLACK) // 128) * 128
+    return _whole_lines(chunk_bytes + _SLOT_SLACK)
+
+
+def _whole_lines(size_bytes: int) -> int:
+    """Round up to what a warp reads at once, which slots begin at multiples of."""
+    return -(-size_bytes // 128) * 128
 
 
 @functools.cache

@@ -194,7 +194,8 @@ class _Packer:
         """Find where every segment begins and how much room the chunks need."""
         shape = self._shape
         tiles = len(symbols)
-        ends = self._lengths[self._triples(symbols)].cumsum(-1)
+        triples = self._triples(symbols)
+        ends = self._lengths[triples].cumsum(-1)
         ends = torch.nn.functional.pad(ends, (1, 0))
         bits = ends[..., self._bounds].diff(dim=-1)  # (tiles, 2, 32, chunks * segments)
         bits = bits.reshape(tiles, STREAMS, LANES, shape.chunks, shape.segments).permute(0, 3, 4, 1, 2)
@@ -208,7 +209,7 @@ class _Packer:
             raise UnsupportedError(f"{self._name}: a chunk takes more than 65535 bits of one lane")
         rows = (end.amax(-1) + WINDOW_BIT + 31) // 32
         patches = torch.zeros(tiles, shape.chunks, 1, dtype=torch.int64, device=self._device)
-        tile, _, column, _ = self._patches(symbols)
+        tile, _, column, _ = self._patches(symbols, triples)
         patches.view(-1).index_add_(0, tile * shape.chunks + self._column_chunk[column], torch.ones_like(tile))
         return _Measured(starts, torch.cat([rows, patches], -1))
 
@@ -227,7 +228,8 @@ class _Packer:
 
     def write(self, tile: int, symbols: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
         """Write the chunks of some tiles, from the one at `tile`, into the words of the whole."""
-        self._write_streams(symbols, starts, sizes, chunks, words)
+        triples = self._triples(symbols)
+        self._write_streams(triples, starts, sizes, chunks, words)
         self._write_starts(starts, chunks, words)
         raw_begin = chunks[..., 0] * 4 + chunks[..., 2] // 4 + self._starts_bytes() // 4
         rows = self._rows[tile * TILE_ROWS : (tile + len(symbols)) * TILE_ROWS].reshape(len(symbols), -1)
@@ -237,7 +239,7 @@ class _Packer:
         for chunk, (begin, end) in enumerate(self._shape.chunk_columns()):
             self._write_raw(symbols[:, :, begin:end], begin % UNIT_COLUMNS, raw_begin[:, chunk], words)
             raw_begin[:, chunk] += self._raw_words(begin, end)
-        self._write_patches(symbols, raw_begin, words)
+        self._write_patches(symbols, triples, raw_begin, words)
 
     def _starts_bytes(self) -> int:
         return 2 * MAX_SEGMENTS + self._shape.segments * STREAMS * LANES
@@ -261,18 +263,17 @@ class _Packer:
         triples = (highs[..., 0] << 2 * HIGH_BITS) + (highs[..., 1] << HIGH_BITS) + highs[..., 2]
         return triples.permute(0, 1, 2, 4, 3).reshape(len(symbols), STREAMS, LANES, -1).long()
 
-    def _patches(self, symbols: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _patches(self, symbols: Tensor, triples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Symbols that do not decode to themselves: tile, row, column, difference, in the order of tiles."""
-        stored = self._stored[self._triples(symbols)].reshape(len(symbols), STREAMS, 8, 4, -1).permute(0, 1, 2, 4, 3)
+        stored = self._stored[triples].reshape(len(symbols), STREAMS, 8, 4, -1).permute(0, 1, 2, 4, 3)
         shifts = torch.tensor([2 * HIGH_BITS, HIGH_BITS, 0], device=self._device)
         decoded = (stored[..., None] >> shifts & (HIGH_PARTS - 1)).reshape(symbols.shape)
         difference = (self._highs(symbols) - decoded) << self._code.raw_bits
         tile, row, column = difference.nonzero(as_tuple=True)
         return tile, row, column, difference[tile, row, column].long()
 
-    def _write_streams(self, symbols: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
+    def _write_streams(self, triples: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
         shape = self._shape
-        triples = self._triples(symbols)
         lengths = self._lengths[triples]
         begins = lengths.cumsum(-1) - lengths
         segments = self._bounds.diff()
@@ -321,8 +322,8 @@ class _Packer:
             _scatter(words, place.reshape(-1), content.reshape(-1))
             begin = begin + content.shape[-1]
 
-    def _write_patches(self, symbols: Tensor, begin: Tensor, words: Tensor) -> None:
-        tile, row, column, difference = self._patches(symbols)
+    def _write_patches(self, symbols: Tensor, triples: Tensor, begin: Tensor, words: Tensor) -> None:
+        tile, row, column, difference = self._patches(symbols, triples)
         if len(difference) and not -256 <= int(difference.min()) <= int(difference.max()) < 256:
             raise UnsupportedError(f"{self._name}: its symbols are too far apart for the GPU layout")
         chunk = tile * self._shape.chunks + self._column_chunk[column]

@@ -23,7 +23,6 @@ constexpr int kUnitColumns = 64;  // two steps of raw bits; units begin at multi
 constexpr int kTableEntries = 256;
 constexpr int kTableBytes = kTableEntries * kLanes * 4;
 constexpr int kWordRowBytes = kLanes * 4;
-constexpr int kMaxSegments = 8;
 // A window has its next code at this bit, so that masking it gives a table address.
 constexpr int kWindowBit = 7;
 constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
@@ -113,6 +112,21 @@ __device__ __forceinline__ void spread_table(u8* shared, const u32* table) {
     const u32 entry = entries[turn];
     if (i < kStores) reinterpret_cast<uint4*>(shared)[i] = make_uint4(entry, entry, entry, entry);
   }
+}
+
+// Stores a value in the type of the output: 0 float32, 1 bfloat16, 2 float16.
+__device__ __forceinline__ void store_value(void* out, long long at, float value, int type) {
+  if (type == 0) {
+    static_cast<float*>(out)[at] = value;
+    return;
+  }
+  u16 bits;
+  if (type == 1) {
+    asm("{\n .reg .b16 h;\n cvt.rn.bf16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
+  } else {
+    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
+  }
+  static_cast<u16*>(out)[at] = bits;
 }
 
 // Where the table lies: at a multiple of its size, so that a masked window needs no addition.

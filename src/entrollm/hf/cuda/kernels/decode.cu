@@ -33,24 +33,6 @@ __device__ __forceinline__ float byte_to_float(u32 word, int i) {
   return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i)) - 8388608.0f;
 }
 
-// Stores one value in the type of the output.
-template <int kType>
-__device__ __forceinline__ void store_one(void* out, long long at, float value) {
-  if constexpr (kType == 0) {
-    static_cast<float*>(out)[at] = value;
-  } else {
-    u16 bits;
-    if constexpr (kType == 1) {
-      asm("{\n .reg .b16 h;\n cvt.rn.bf16.f32 h, %1;\n mov.b16 %0, h;\n}"
-          : "=h"(bits)
-          : "f"(value));
-    } else {
-      asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
-    }
-    static_cast<u16*>(out)[at] = bits;
-  }
-}
-
 // Stores four neighbours, the first at a multiple of four.
 template <int kType>
 __device__ __forceinline__ void store_four(void* out, long long at, const float (&values)[4]) {
@@ -169,7 +151,7 @@ __device__ __forceinline__ void write_group(const Launch& launch, const Raw& raw
         store_four<kType>(launch.out, begins[s] + column, values);
       } else {
         for (int t = 0; t < min(4, launch.columns - column); ++t) {
-          store_one<kType>(launch.out, begins[s] + column + t, values[t]);
+          store_value(launch.out, begins[s] + column + t, values[t], kType);
         }
       }
     }

@@ -82,20 +82,6 @@ struct Stored<0> {
   __device__ static __forceinline__ float4 values(float4 bits) { return bits; }
 };
 
-__device__ __forceinline__ void store_float(void* y, long long i, float value, int type) {
-  if (type == 0) {
-    static_cast<float*>(y)[i] = value;
-    return;
-  }
-  u16 bits;
-  if (type == 1) {
-    asm("{\n .reg .b16 h;\n cvt.rn.bf16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
-  } else {
-    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
-  }
-  static_cast<u16*>(y)[i] = bits;
-}
-
 struct Accumulator {
   int sums[kPanels][4];
 
@@ -310,7 +296,7 @@ __device__ __forceinline__ void finish_tile(const Launch& launch, const Matrix& 
     if (tile * kTileRows + i / kBatch >= matrix.rows) continue;
     const Row row = state.rows[open][i / kBatch];
     const double value = (sum * row.scale + x_sum * row.offset) * state.x_scale[vector];
-    store_float(launch.y,
+    store_value(launch.y,
                 static_cast<long long>(vector) * launch.y_stride + matrix.y_begin + row.index,
                 static_cast<float>(value), launch.type);
   }
