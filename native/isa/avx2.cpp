@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "isa/kernels.hpp"
+#include "isa/vector_steps.hpp"
 
 namespace entrollm {
 namespace {
@@ -226,21 +227,6 @@ class DenseReader {
   const std::uint8_t* twos_;
   const std::uint8_t* ones_;
 };
-
-// Calls `body.step<Step>()` for each of `count` symbols' vectors.
-template <class Body>
-[[gnu::always_inline]] inline void for_each_vector(std::size_t count, Body& body) {
-  std::size_t left = count / kVector;
-  for (; left >= 4; left -= 4) {
-    body.template step<0>();
-    body.template step<1>();
-    body.template step<2>();
-    body.template step<3>();
-  }
-  if (left > 0) body.template step<0>();
-  if (left > 1) body.template step<1>();
-  if (left > 2) body.template step<2>();
-}
 
 template <int Bits, bool Escape>
 struct DenseField {

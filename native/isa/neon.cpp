@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "isa/kernels.hpp"
+#include "isa/vector_steps.hpp"
 
 namespace entrollm {
 namespace {
@@ -266,21 +267,6 @@ class DenseReader {
   uint8x16_t two_[4];
   BitSpreader spreader_;
 };
-
-// Calls `body.step<Step>()` for each of `count` symbols' vectors.
-template <class Body>
-[[gnu::always_inline]] inline void for_each_vector(std::size_t count, Body& body) {
-  std::size_t left = count / kVector;
-  for (; left >= 4; left -= 4) {
-    body.template step<0>();
-    body.template step<1>();
-    body.template step<2>();
-    body.template step<3>();
-  }
-  if (left > 0) body.template step<0>();
-  if (left > 1) body.template step<1>();
-  if (left > 2) body.template step<2>();
-}
 
 // The bits of four quarters of masks.
 uint8x8_t bits_of_masks(const uint8x16_t (&masks)[4]) {
