@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from entrollm.errors import FormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What is written."""
+READ_VERSIONS = (1, 2)
 MAX_FIELD_BITS = 6
 RAW_BITS = 8
 MAX_LOW_BITS = 6
@@ -22,8 +24,14 @@ MAX_BLOCK_WEIGHTS = 8192
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _FLOAT32_MAX = 3.4028234663852886e38
 _SPEC_KEYS = frozenset(
-    {"shape", "dtype", "grid", "block", "code", "low_bits", "scale", "offset", "zero", "groups", "error", "crc32"}
+    {"shape", "dtype", "grid", "block", "code", "low_bits", "error", "scale", "offset", "zero", "scales", "parts"}
+    | {"groups", "crc32"}
 )
+# Arrays of scales that are stored with a matrix, the types of their elements, and how many codes an octave may have.
+SCALE_ARRAYS = ("scale", "offset", "column_scale")
+_SCALE_TYPES = ("F32", "BF16")
+OCTAVE_CODES = (1, 2, 4, 8, 16, 32, 64)
+_MAX_PART_BYTES = 2**44
 # The arrays that a matrix with group scales may have, and the types of each.
 _FLOAT_TYPES = ("F16", "BF16", "F32")
 GROUP_ARRAY_TYPES: Mapping[str, tuple[str, ...]] = {
@@ -150,8 +158,12 @@ class TensorSpec:
         scale, offset: the tensor's scale and offset; None when they are stored per row (offset may also be absent).
         relative_error: RMS quantization error over the RMS of the original weights.
         checksum: CRC-32 over the name, this spec and all stored entries of the tensor; see docs/format.md.
-        zero: the symbol that stands for 0, where offset[i] = -zero * scale[i] and no offset is stored.
+        zero: what stands for 0, where offset[i] = -zero * scale[i] and no offset is stored; between symbols, perhaps.
         groups: the form of group scales, which stand in place of scale, offset and column_scale; None for none.
+        scales: by a name of SCALE_ARRAYS, the type of the stored array, or for bytes, how many of them make an octave:
+            `scales.decode_scales` says what they mean.
+        parts: bytes of the dense and sparse streams and of what follows them in the one entry that holds them; None
+            where each has an entry of its own.
     """
 
     rows: int
@@ -164,8 +176,10 @@ class TensorSpec:
     offset: float | None
     relative_error: float
     checksum: int
-    zero: int | None = None
+    zero: float | None = None
     groups: Groups | None = None
+    scales: Mapping[str, str | int] = field(default_factory=dict)
+    parts: tuple[int, int, int] | None = None
 
     def to_json(self) -> str:
         """Compact JSON; floats round-trip exactly, and the checksum comes last because it covers what precedes it."""
@@ -184,9 +198,13 @@ class TensorSpec:
         if self.offset is not None:
             fields["offset"] = self.offset
         if self.zero is not None:
-            fields["zero"] = self.zero
+            fields["zero"] = int(self.zero) if self.zero == int(self.zero) else self.zero
         if self.groups is not None:
             fields["groups"] = self.groups.to_json()
+        if self.scales:
+            fields["scales"] = dict(self.scales)
+        if self.parts is not None:
+            fields["parts"] = list(self.parts)
         fields["crc32"] = f"{self.checksum:08x}"
         return json.dumps(fields, separators=(",", ":"))
 
@@ -229,8 +247,11 @@ class TensorSpec:
         groups, scale = reader.groups(), reader.number("scale")
         if groups is not None and not (scale is None and offset is None):
             raise FormatError(f"{name}: the stored spec has groups and also a scale or an offset")
-        if groups is not None and zero is not None and "group_zero" in groups.types:
-            raise FormatError(f"{name}: the stored spec has both a zero and group zeros")
+        if groups is not None and zero is not None and ("group_zero" in groups.types or zero != int(zero)):
+            raise FormatError(f"{name}: the stored spec has groups and a zero that does not go with them: {zero!r}")
+        scales = reader.scales()
+        if groups is not None and scales:
+            raise FormatError(f"{name}: the stored spec has both groups and scales")
         return cls(
             rows=rows,
             columns=columns,
@@ -244,6 +265,8 @@ class TensorSpec:
             checksum=int(checksum, 16),
             zero=zero,
             groups=groups,
+            scales=scales,
+            parts=reader.parts(),
         )
 
 
@@ -277,13 +300,31 @@ class _SpecReader:
             raise FormatError(f"{self._name}: low_bits must be 0 to {MAX_LOW_BITS}, found {value!r:.80}")
         return int(value)
 
-    def zero(self) -> int | None:
+    def zero(self) -> float | None:
         value = self._fields.get("zero")
         if value is None:
             return None
-        if not _is_int(value, 0, 255):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 255:
             raise FormatError(f"{self._name}: zero must be 0 to 255, found {value!r:.80}")
-        return int(value)
+        return value
+
+    def scales(self) -> dict[str, str | int]:
+        value = self._fields.get("scales", {})
+        if not isinstance(value, dict) or not value.keys() <= set(SCALE_ARRAYS):
+            raise FormatError(f"{self._name}: scales must be of {', '.join(SCALE_ARRAYS)}, found {value!r:.80}")
+        for kind, form in value.items():
+            is_type = isinstance(form, str) and form in (_SCALE_TYPES if kind != "offset" else ("F32",))
+            if not is_type and (kind == "offset" or isinstance(form, bool) or form not in OCTAVE_CODES):
+                raise FormatError(f"{self._name}: {kind} is stored in an unknown form {form!r:.80}")
+        return value
+
+    def parts(self) -> tuple[int, int, int] | None:
+        value = self._fields.get("parts")
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 3 or not all(_is_int(v, 0, _MAX_PART_BYTES) for v in value):
+            raise FormatError(f"{self._name}: parts must be three sizes in bytes, found {value!r:.80}")
+        return value[0], value[1], value[2]
 
     def groups(self) -> Groups | None:
         value = self._fields.get("groups")

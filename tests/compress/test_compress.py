@@ -72,7 +72,7 @@ def test_the_folder_holds_what_a_model_needs(checkpoint: Path, tmp_path: Path) -
     assert config["hidden_size"] == 96
     assert config["quantization_config"] == {
         "quant_method": "entrollm",
-        "version": 1,
+        "version": 2,
         "bits": 8,
         "granularity": "tensor",
         "prefer": "speed",

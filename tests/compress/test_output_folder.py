@@ -242,5 +242,5 @@ def test_a_full_disk_leaves_no_output(checkpoint: Path, tiny_disk: Path) -> None
 def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path / "out")
     plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())
-    assert plan["format_version"] == 1 and plan["shard_bytes"] == 60_000
+    assert plan["format_version"] == 2 and plan["shard_bytes"] == 60_000
     assert set(plan["files"]) == {str((checkpoint / shard).resolve()) for shard in SHARDS}

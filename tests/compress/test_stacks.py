@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from folders import change_header
+from folders import Header, change_header, change_table
 
 from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint import Checkpoint
@@ -113,10 +113,12 @@ def test_fp8_stack_is_refused(tmp_path: Path) -> None:
 def test_missing_member_is_refused(source: Path, tmp_path: Path) -> None:
     compress(source, tmp_path / "coded", CompressOptions(bits=4))
 
-    def drop(header: dict[str, dict[str, str]]) -> None:
+    def drop(header: Header) -> None:
         # Only its name changes, which leaves a gap in the numbers.
-        text = header["__metadata__"].pop(f"{STACK}.1")
-        header["__metadata__"][f"{STACK}.999999999"] = text
+        def rename(table: dict[str, dict[str, str]]) -> None:
+            table["coded"][f"{STACK}.999999999"] = table["coded"].pop(f"{STACK}.1")
+
+        change_table(header, rename)
         for suffix in layout.SUFFIXES:
             if f"{STACK}.1{suffix}" in header:
                 header[f"{STACK}.999999999{suffix}"] = header.pop(f"{STACK}.1{suffix}")

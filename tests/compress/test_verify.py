@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import example_weights, write_checkpoint
-from folders import change_entries, change_spec, check_all, read_entry, reseal
+from folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
 
 from entrollm import _core
 from entrollm.checkpoint import Checkpoint
@@ -51,40 +51,65 @@ def test_progress_reaches_the_whole(file: Path) -> None:
     assert sorted(seen) == seen
 
 
-@pytest.mark.parametrize("name", ["head.weight.dense", "head.weight.scale", "layers.1.bias"])
+@pytest.mark.parametrize("name", ["head.weight.coded", "layers.1.bias"])
 def test_a_flipped_bit_is_found(file: Path, name: str) -> None:
     content = read_entry(file, name, np.uint8)
     content[5] ^= 4
     if name == "layers.1.bias":
         change_entries(file, {name: ("F32", content.view(np.float32))})
     else:
-        change_entries(
-            file, {name: ("F32" if "scale" in name else "U8", content.view("f4" if "scale" in name else "u1"))}
-        )
+        change_entries(file, {name: ("U8", content)})
     with pytest.raises(CorruptStreamError, match="have CRC-32"):
         check(file)
 
 
-@pytest.mark.parametrize("stream", ["dense", "sparse"])
-def test_padding_is_zero(file: Path, stream: str) -> None:
+def test_padding_is_zero(file: Path) -> None:
     name = "head.weight"
-    content = read_entry(file, f"{name}.{stream}", np.uint8)
+    content = read_entry(file, f"{name}.coded", np.uint8)
     content[-1] = 1
-    change_entries(file, {f"{name}.{stream}": ("U8", content)})
+    change_entries(file, {f"{name}.coded": ("U8", content)})
     reseal(file, name)
     check_all(file.parent)
-    with pytest.raises(CorruptStreamError, match=f"{name}: the padding after its {stream} stream is not zero"):
+    with pytest.raises(CorruptStreamError, match=f"{name}: the padding at the end of its entry is not zero"):
+        check(file)
+
+
+def store_zeros_in_bits(file: Path, place: int) -> str:
+    """Give the matrix of zeros a code with a dense stream of 40 bytes, all zero but the one at `place`."""
+    name = "layers.1.zero.weight"
+    with CompressedModel.open(file.parent) as model:
+        side = (model.specs[name].parts or (0, 0, 0))[2]
+    change_spec(file, name, code={"bits": 1, "symbols": [0, 0]}, parts=[64, 0, side])
+    dense = np.zeros(64, np.uint8)
+    dense[place] = 1
+    change_entries(
+        file, {name + ".coded": ("U8", np.concatenate([dense, read_entry(file, name + ".coded", np.uint8)]))}
+    )
+    reseal(file, name)
+    return name
+
+
+def test_padding_of_the_dense_stream_is_zero(file: Path) -> None:
+    name = store_zeros_in_bits(file, 63)
+    with pytest.raises(CorruptStreamError, match=f"{name}: the padding after its dense stream is not zero"):
+        check(file)
+
+
+@pytest.mark.parametrize("suffix", ["dense", "sparse"])
+def test_padding_of_version_1_is_zero(tmp_path: Path, suffix: str) -> None:
+    file = write_example(tmp_path / "one") / "model.safetensors"
+    check(file)
+    content = read_entry(file, f"{MULTI_ROW}.{suffix}", np.uint8)
+    content[-1] = 1
+    change_entries(file, {f"{MULTI_ROW}.{suffix}": ("U8", content)})
+    reseal(file, MULTI_ROW)
+    with pytest.raises(CorruptStreamError, match=f"the padding after its {suffix} stream is not zero"):
         check(file)
 
 
 def test_symbols_that_the_code_stores_otherwise_are_refused(file: Path) -> None:
     """A code may name a symbol twice; only the first place is how the encoder writes it."""
-    name = "layers.1.zero.weight"
-    change_spec(file, name, code={"bits": 1, "symbols": [0, 0]})
-    dense = np.zeros(128, np.uint8)
-    dense[0] = 1
-    change_entries(file, {name + ".dense": ("U8", dense)})
-    reseal(file, name)
+    store_zeros_in_bits(file, 0)
     with pytest.raises(CorruptStreamError, match="encoding its integers again gives other bytes in dense, near row 0"):
         check(file)
 

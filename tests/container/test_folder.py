@@ -167,7 +167,7 @@ def test_any_matrix_round_trips_through_a_file(tmp_path_factory: pytest.TempPath
         assert model.array("scalar") == 2.5
         for each in (name, "empty", "scalar"):
             model.check_checksum(each)
-        found = model.stored_arrays(name)
+        found = model.unpacked_arrays(name)
         streams = [found[s].tobytes() if s in found else b"" for s in layout.STREAMS]
         sizes = found[layout.SPARSE_SIZES].tolist() if layout.SPARSE_SIZES in found else []
     assert reference.decode_matrix(code, (rows, columns), blocks, *streams, sizes) == symbols.tolist()

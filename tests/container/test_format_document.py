@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,9 @@ def test_the_file_is_as_shown(tmp_path: Path) -> None:
         arrays = {layout.DENSE: layout.padded_stream([dense]), layout.SPARSE: layout.padded_stream([sparse])}
         writer.add_matrix("w.weight", spec, arrays | {layout.SPARSE_SIZES: sizes})
     header, _ = read_safetensors(tmp_path / "model.safetensors")
-    assert f"\n    {header['__metadata__']['w.weight']}\n" in DOCUMENT
-    assert header["w.weight.dense"]["shape"] == [192] and header["w.weight.sparse"]["shape"] == [128]
+    table = json.loads(zlib.decompress(base64.b64decode(header["__metadata__"]["entrollm.tensors"])))
+    assert f"\n    {table['coded']['w.weight']}\n" in DOCUMENT and table["plain"] == {}
+    assert header["w.weight.coded"]["shape"] == [320]
     check_all(tmp_path)
     with CompressedModel.open(tmp_path) as model:
         values = model.matrix("w.weight").dequantize(np.array([0]), _core.ThreadPool(1))

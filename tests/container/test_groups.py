@@ -83,7 +83,13 @@ def test_the_json_form_is_exact(size: int, order: bool, zero: int | None, **opti
         (GROUPS | {"factor": 1e39}, {}, "factor must be a finite float32"),
         (GROUPS, {"scale": 1.0}, "has groups and also a scale"),
         (GROUPS, {"offset": 1.0}, "has groups and also a scale or an offset"),
-        (GROUPS | {"types": {"group_scale": "F16", "group_zero": "U8"}}, {"zero": 1}, "both a zero and group zeros"),
+        (
+            GROUPS | {"types": {"group_scale": "F16", "group_zero": "U8"}},
+            {"zero": 1},
+            "groups and a zero that does not go with them: 1",
+        ),
+        (GROUPS, {"zero": 1.5}, "groups and a zero that does not go with them: 1.5"),
+        (GROUPS, {"scales": {"scale": "F32"}}, "both groups and scales"),
     ],
 )
 def test_other_forms_are_refused(groups: Any, more: dict[str, Any], message: str) -> None:

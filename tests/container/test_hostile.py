@@ -273,9 +273,9 @@ def test_absurd_sizes_take_no_memory(folder: Path, file: Path, name: str) -> Non
 BAD_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], type[Exception], str]] = {
     "no version": (lambda m: m.pop("entrollm.version"), FormatError, "its header has no 'entrollm.version'"),
     "newer version": (
-        lambda m: m.update({"entrollm.version": "2"}),
+        lambda m: m.update({"entrollm.version": "3"}),
         UnsupportedError,
-        "format version '2'; this EntroLLM reads 1",
+        "format version '3'; this EntroLLM reads 1 and 2",
     ),
     "no list": (lambda m: m.pop("entrollm.plain"), FormatError, "its header has no 'entrollm.plain'"),
     "bad list": (lambda m: m.update({"entrollm.plain": "["}), FormatError, "entrollm.plain is not valid JSON"),
@@ -363,10 +363,10 @@ def test_entries_in_another_shard_than_their_spec_are_refused(tmp_path: Path) ->
     refuse(path, FormatError, f"the entry '{moved}' belongs to no tensor")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 3, "1", 1.0, True, None])
 def test_another_version_is_refused(folder: Path, version: object) -> None:
     write_config(folder, version=version)
-    refuse(folder, UnsupportedError, r"config.json: format version .*; this EntroLLM reads version 1")
+    refuse(folder, UnsupportedError, r"config.json: format version .*; this EntroLLM reads 1 and 2")
 
 
 def test_a_folder_that_is_not_compressed_is_refused(folder: Path) -> None:

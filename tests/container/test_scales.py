@@ -38,7 +38,7 @@ def write(folder: Path, spec: TensorSpec, extra: dict[str, NDArray[Any]]) -> Com
     dense, _, _ = _core.encode(spec.code.program(), 0, SYMBOLS, spec.blocks.rows, spec.blocks.columns)
     with ShardWriter(folder / "model.safetensors") as writer:
         writer.add_matrix("w", spec, {layout.DENSE: layout.padded_stream([dense]), **extra})
-    version = '{"quantization_config": {"quant_method": "entrollm", "version": 1}}'
+    version = '{"quantization_config": {"quant_method": "entrollm", "version": 2}}'
     (folder / "config.json").write_text(version)
     return CompressedModel.open(folder)
 
@@ -71,7 +71,7 @@ def test_scales_of_another_type_are_refused(tmp_path: Path) -> None:
         write(tmp_path, SPEC, {layout.SCALE: np.ones(2)})
 
 
-@pytest.mark.parametrize("zero", ["256", "-1", "1.5", "true", '"2"'])
+@pytest.mark.parametrize("zero", ["256", "255.5", "-0.5", "true", '"2"'])
 def test_a_zero_that_is_no_symbol_is_refused(zero: str) -> None:
     text = SPEC.to_json().replace('"zero":2', f'"zero":{zero}')
     with pytest.raises(FormatError, match="zero must be 0 to 255"):

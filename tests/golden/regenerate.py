@@ -17,5 +17,6 @@ if __name__ == "__main__":
     from golden_cases import write_golden
     from golden_groups import write_golden_groups
 
-    write_golden(HERE / "v1")
+    for version in (1, 2):
+        write_golden(HERE / f"v{version}", version)
     write_golden_groups(HERE / "v1-groups")

@@ -40,7 +40,7 @@ def load(request: pytest.FixtureRequest) -> Callable[[Path], Any]:
     return found
 
 
-def shard_of(folder: Path, name: str = MATRIX + layout.DENSE) -> Path:
+def shard_of(folder: Path, name: str = MATRIX + layout.CODED) -> Path:
     index = json.loads((folder / layout.INDEX_NAME).read_text())
     return folder / index["weight_map"][name]
 
@@ -65,9 +65,9 @@ def test_missing_shard(copy: Path) -> None:
 
 
 def test_missing_entry(copy: Path, load: Callable[[Path], Any]) -> None:
-    change_entries(shard_of(copy), {MATRIX + layout.SPARSE: None})
+    change_entries(shard_of(copy), {MATRIX + layout.CODED: None})
     index = json.loads((copy / layout.INDEX_NAME).read_text())
-    del index["weight_map"][MATRIX + layout.SPARSE]
+    del index["weight_map"][MATRIX + layout.CODED]
     (copy / layout.INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(FormatError, match=MATRIX):
         load(copy)
@@ -79,7 +79,7 @@ def test_wrong_spec(copy: Path, load: Callable[[Path], Any]) -> None:
         load(copy)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_other_version_in_the_configuration(copy: Path, load: Callable[[Path], Any], version: Any) -> None:
     change_config(copy, version=version)
     with pytest.raises(UnsupportedError, match="format version"):
@@ -87,8 +87,8 @@ def test_other_version_in_the_configuration(copy: Path, load: Callable[[Path], A
 
 
 def test_other_version_in_a_shard(copy: Path, load: Callable[[Path], Any]) -> None:
-    change_header(shard_of(copy), lambda header: header["__metadata__"].update({layout.VERSION_KEY: "2"}))
-    with pytest.raises(UnsupportedError, match="format version '2'"):
+    change_header(shard_of(copy), lambda header: header["__metadata__"].update({layout.VERSION_KEY: "3"}))
+    with pytest.raises(UnsupportedError, match="format version '3'"):
         load(copy)
 
 
@@ -118,9 +118,11 @@ def test_field_with_a_wrong_value(coded: Path, field: str, value: Any, message: 
 
 def test_damaged_block_is_named_when_it_is_used(copy: Path) -> None:
     shard = shard_of(copy)
-    sparse = read_entry(shard, MATRIX + layout.SPARSE, np.uint8)
-    sparse[:2] = 255
-    change_entries(shard, {MATRIX + layout.SPARSE: ("U8", sparse)})
+    with CompressedModel.open(copy) as stored:
+        begin = (stored.specs[MATRIX].parts or (0, 0, 0))[0]
+    coded = read_entry(shard, MATRIX + layout.CODED, np.uint8)
+    coded[begin : begin + 2] = 255
+    change_entries(shard, {MATRIX + layout.CODED: ("U8", coded)})
     for way in ("auto", "plain"):
         model = entrollm.hf.load(copy)
         entrollm.hf.set_backend(model, way)
@@ -155,7 +157,7 @@ def test_configuration_round_trip(coded: Path) -> None:
     assert len({config.to_json_string() for config in configs}) == len(configs)
     feedback = {
         "quant_method": "entrollm",
-        "version": 1,
+        "version": 2,
         "method": "feedback",
         "bits_per_weight": 3.0,
         "prefer": "size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import entrollm.hf
 from entrollm import CompressOptions, compress
+from entrollm.container import layout
+from entrollm.container.packing import pack, unpack
 from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
 from entrollm.hf import EntroConfig, EntroEmbedding, EntroLinear
@@ -53,7 +56,7 @@ def test_integers_are_those_of_the_command(checkpoint: Path, config: EntroConfig
 
 def test_integers_do_not_depend_on_the_type_of_the_model(checkpoint: Path, tmp_path: Path) -> None:
     states = [load(checkpoint, EntroConfig(), dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16)]
-    coded = [name for name in states[0] if name.endswith((".dense", ".sparse"))]
+    coded = [name for name in states[0] if name.endswith(".coded")]
     assert coded
     assert all(torch.equal(states[0][name], states[1][name]) for name in coded)
 
@@ -165,6 +168,12 @@ def test_rows_have_scales_that_follow_loaded_states(checkpoint: Path) -> None:
     layer = model.model.layers[0].mlp.up_proj
     x = torch.ones(1, 96)
     before = layer(x)
-    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    layer.load_state_dict(state | {name: 2 * state[name] for name in ("weight.scale", "weight.offset")})
-    assert np.allclose(layer(x).numpy(), 2 * before.numpy())
+    spec = layer.weight.spec
+    assert spec.parts is not None
+    arrays = unpack("up_proj", spec, {layout.CODED: layer.weight.coded.numpy()})
+    arrays = {suffix: -array if array.dtype == np.float32 else array for suffix, array in arrays.items()}
+    arrays[layout.SPARSE] = arrays[layout.SPARSE][: layout.padded_size(spec.parts[1])]
+    negated, entries = pack(replace(spec, parts=None), arrays)
+    assert negated.parts == spec.parts
+    layer.load_state_dict({"weight.coded": torch.from_numpy(entries[layout.CODED])})
+    assert np.array_equal(layer(x).numpy(), -before.numpy())

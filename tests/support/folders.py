@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ import ml_dtypes
 import numpy as np
 from matrices import store
 from numpy.typing import NDArray
+from version1 import Version1Writer
 
 from entrollm import _core
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel, multiply
-from entrollm.container.writer import ShardWriter
 from entrollm.specs import Blocks, Code, Field, Leaf, Split, TensorSpec
 
 Header = dict[str, Any]
@@ -92,7 +94,7 @@ def write_shard(path: Path, matrices: tuple[str, ...], plain: tuple[str, ...]) -
     """One file with some of the example's tensors; returns the names of its entries."""
     tensors, kept = example_tensors(), example_plain()
     dtypes = {NORM: "BF16", BIAS: "F32"}
-    with ShardWriter(path) as writer:
+    with Version1Writer(path) as writer:
         for name in matrices:
             writer.add_matrix(name, *tensors[name])
         for name in plain:
@@ -145,13 +147,33 @@ def change_header(path: Path, change: Callable[[Header], None]) -> None:
 def change_spec(path: Path, name: str, **changes: Any) -> None:
     """Rewrite a file with a changed spec; None removes a field."""
 
-    def change(header: Header) -> None:
-        spec = json.loads(header["__metadata__"][name]) | changes
+    def change(texts: dict[str, str]) -> None:
+        spec = json.loads(texts[name]) | changes
         crc32 = spec.pop("crc32")
         spec = {key: value for key, value in spec.items() if value is not None} | {"crc32": crc32}
-        header["__metadata__"][name] = json.dumps(spec, separators=(",", ":"))
+        texts[name] = json.dumps(spec, separators=(",", ":"))
 
-    change_header(path, change)
+    change_specs(path, change)
+
+
+def change_specs(path: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    """Rewrite a file with changed texts of specs, whatever its version."""
+
+    def rewrite(header: Header) -> None:
+        if "entrollm.tensors" in header["__metadata__"]:
+            change_table(header, lambda table: change(table["coded"]))
+        else:
+            change(header["__metadata__"])
+
+    change_header(path, rewrite)
+
+
+def change_table(header: Header, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the table of a header."""
+    metadata = header["__metadata__"]
+    table = json.loads(zlib.decompress(base64.b64decode(metadata["entrollm.tensors"])))
+    change(table)
+    metadata["entrollm.tensors"] = base64.b64encode(zlib.compress(json.dumps(table).encode())).decode()
 
 
 def change_entries(path: Path, changes: Mapping[str, tuple[str, NDArray[Any]] | None]) -> None:
@@ -212,6 +234,8 @@ def reseal(file: Path, name: str) -> None:
         if name + suffix in header:
             begin, end = header[name + suffix]["data_offsets"]
             arrays[suffix] = np.frombuffer(data[begin:end], np.uint8)
-    text = header["__metadata__"][name]
-    header["__metadata__"][name] = f'{text[:-10]}{layout.checksum(name, text, arrays):08x}"}}'
-    write_safetensors(file, header, data)
+
+    def change(texts: dict[str, str]) -> None:
+        texts[name] = f'{texts[name][:-10]}{layout.checksum(name, texts[name], arrays):08x}"}}'
+
+    change_specs(file, change)

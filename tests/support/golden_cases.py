@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from version1 import Version1Writer
 
 from entrollm import _core
 from entrollm.codec.reference import code_bits
@@ -52,6 +53,7 @@ _PIVOT = Split(
 )
 _WIDE = Field(6, tuple(range(63)), Field(5, tuple(range(63, 94)), Field(4, tuple(range(94, 110)))))
 
+SCALES = {"scale": 16, "column_scale": 64}
 GOLDEN: dict[str, Golden] = {
     "leaf": Golden(Code(Leaf(9)), (3, 5), Blocks(3, 64)),
     "leaf.low3": Golden(Code(Leaf(64), low_bits=3), (2, 70), Blocks(2, 128)),
@@ -87,12 +89,12 @@ def golden_spec(golden: Golden, per_row: bool) -> TensorSpec:
     )
 
 
-def write_golden(path: Path) -> None:
-    """Write the folder of format version 1."""
+def write_golden(path: Path, version: int = 1) -> None:
+    """Write the folder of a format version."""
     path.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "entrollm", "version": 1}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "entrollm", "version": version}}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    with ShardWriter(path / "model.safetensors") as writer:
+    with (Version1Writer if version == 1 else ShardWriter)(path / "model.safetensors") as writer:
         for name, golden in GOLDEN.items():
             symbols, code = golden.symbols(), golden.code
             dense, sparse, sizes = _core.encode(
@@ -106,9 +108,20 @@ def write_golden(path: Path) -> None:
             per_row = name == "rows.parts"
             if per_row:
                 arrays |= golden_scales()
-            writer.add_matrix(name + ".weight", golden_spec(golden, per_row), arrays)
+            spec = golden_spec(golden, per_row)
+            if version > 1 and name == "rows":
+                spec, arrays = replace(spec, offset=None, zero=7.25, scales=SCALES), arrays | golden_codes()
+            writer.add_matrix(name + ".weight", spec, arrays)
         writer.add_plain("norm.weight", "F32", (4,), [np.array([1, 0.5, -2, 0], np.float32)])
         writer.add_plain("scalar", "F16", (), [np.array(3, np.float16)])
+
+
+def golden_codes() -> dict[str, NDArray[Any]]:
+    """The scales, as codes, of the matrix that has them so since version 2."""
+    return {
+        layout.SCALE: np.array([128, 127, 129, 144, 0, 255, 133], np.uint8),
+        layout.COLUMN_SCALE: np.arange(60, 190, dtype=np.uint8),
+    }
 
 
 def golden_scales() -> dict[str, NDArray[Any]]:

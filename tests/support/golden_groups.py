@@ -9,10 +9,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from version1 import Version1Writer
 
 from entrollm import _core
 from entrollm.container import layout
-from entrollm.container.writer import ShardWriter
 from entrollm.specs import Blocks, Code, Field, Groups, TensorSpec
 
 ROWS, COLUMNS = 3, 10
@@ -76,7 +76,7 @@ def write_golden_groups(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "llama", "quantization_config": {"quant_method": "entrollm", "version": 1}}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    with ShardWriter(path / "model.safetensors") as writer:
+    with Version1Writer(path / "model.safetensors") as writer:
         for name, (form, zero, arrays) in CASES.items():
             dense, sparse, sizes = _core.encode(CODE.program(), 0, SYMBOLS, ROWS, 64)
             groups = Groups(types={kind: _TYPES[str(array.dtype)] for kind, array in arrays.items()}, **form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from entrollm import _core
 from entrollm.codec.blocks import choose_blocks, padded
 from entrollm.codec.reference import code_bits
 from entrollm.container.layout import padded_stream
+from entrollm.scales import LogScales
 from entrollm.specs import MAX_BLOCK_WEIGHTS, Blocks, Code, Field, Leaf, Node, Split
 
 WIDE = (384, 576, 960, 2048, 4096, 4097, 5000, 14336)
@@ -164,3 +166,9 @@ def multiply_groups(
 def dequantize(stored: StoredMatrix, rows: NDArray[np.int64], threads: int = 1) -> NDArray[np.float32]:
     """Some rows in float32."""
     return stored.open().dequantize(rows, _core.ThreadPool(threads))
+
+
+def scale_values(scales: NDArray[Any] | LogScales) -> NDArray[np.float64]:
+    """What the scales of a quantized matrix are."""
+    values = scales.values() if isinstance(scales, LogScales) else scales
+    return values.astype(np.float64)

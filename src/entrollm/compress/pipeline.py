@@ -179,10 +179,10 @@ class _Run:
             self._report(name)
 
         tensor = compressor.compress(name, self._methods.quantizer(name), progress)
-        stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
+        stored_bytes = writer.matrix_bytes(name, tensor.spec, tensor.arrays)
         while not self._methods.settle(name, stored_bytes):
             tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
-            stored_bytes = layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)
+            stored_bytes = writer.matrix_bytes(name, tensor.spec, tensor.arrays)
         record["matrices"][name] = {"stored_bytes": stored_bytes, "entropy_bits": tensor.entropy_bits}
         writer.add_matrix(name, tensor.spec, tensor.arrays)
         record["quantized_weights"] += weights

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from entrollm.codec.blocks import block_count, choose_blocks
+import numpy as np
+
+from entrollm.codec.blocks import block_count, choose_blocks, padded
 from entrollm.codec.choose import Prefer, choose_code, stored_bits
+from entrollm.codec.huffman import entropy_bits
 from entrollm.container import layout
-from entrollm.quantize.method import CodeChooser, Quantized
+from entrollm.container.packing import ROOM_BYTES
+from entrollm.quantize.method import CodeChooser, Quantized, Scales
+from entrollm.scales import LogScales
 from entrollm.specs import Code, TensorSpec
 
 # Ratio of neighbouring steps of the table that predictions interpolate in; bits are nearly linear in log step.
 _RATIO = 1.35
-_SUFFIX_FIELDS_BYTES = 70
+# An entry's fields in the header, and what deflating leaves of a spec that is like those before.
+_ENTRY_BYTES = 75
+_SPEC_SHARE = 0.15
+_DEFLATE_BYTES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +89,22 @@ class RateCurve:
         counts = [math.ceil(int(c) * factor) for c in quantized.counts]
         code = choose_code(counts, count, self._prefer)
         spec = TensorSpec(rows, columns, "BF16", quantized.grid, code, blocks, None, None, 0.123456789, 0, 128)
-        scales = quantized.scale.itemsize * rows
+        scales = _scale_bytes(quantized.scale, rows)
         if quantized.column_scale is not None:
-            scales += quantized.column_scale.itemsize * columns
-        entries = 4 + (quantized.column_scale is not None)
-        header = len(json.dumps(spec.to_json())) + entries * (len(self.name) + _SUFFIX_FIELDS_BYTES)
-        padding = 2 * layout.ALIGNMENT_BYTES
-        stored = stored_bits(code, counts, count) * self.weights / 8 + scales + header + padding
+            scales += _scale_bytes(quantized.column_scale, columns)
+        header = _SPEC_SHARE * len(spec.to_json()) + len(self.name) + _ENTRY_BYTES
+        side = max(scales, ROOM_BYTES) + layout.ALIGNMENT_BYTES / 2
+        # Columns of padding hold the symbol that is cheapest.
+        counts[int(np.argmax(counts))] += rows * (padded(columns) - columns)
+        stored = stored_bits(code, counts, count) * sum(counts) / 8 + side + header
         return RatePoint(stored, quantized.error / quantized.energy if quantized.energy else 0.0)
+
+
+def _scale_bytes(scales: Scales, count: int) -> float:
+    """What the scales of all rows or columns take, given those of some."""
+    if isinstance(scales, LogScales):
+        return entropy_bits(np.bincount(scales.codes).tolist()) / 8 * count + _DEFLATE_BYTES
+    return scales.itemsize * count
 
 
 def _log(error: float) -> float:

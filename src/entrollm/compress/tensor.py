@@ -19,13 +19,16 @@ from entrollm.codec.choose import Prefer, choose_code
 from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.container import layout
-from entrollm.quantize.method import CodeChooser, Quantized, Quantizer
+from entrollm.container.packing import pack
+from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, Scales
+from entrollm.scales import LogScales
 from entrollm.specs import Blocks, Code, TensorSpec
 
 Result = TypeVar("Result")
 
 # Enough weights for a thread to be worth waking, few enough to keep temporaries small.
 _CHUNK_WEIGHTS = 1 << 18
+_ERROR_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class CompressedTensor:
 
     Attributes:
         spec: its spec, checksum not yet filled in.
-        arrays: stored arrays by suffix.
+        arrays: stored arrays by suffix, packed.
         entropy_bits, huffman_bits: per weight, of the symbols' histogram.
     """
 
@@ -100,7 +103,6 @@ class TensorCompressor:
         arrays = encode_symbols(quantized.symbols, code, blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
         groups = quantized.groups
-        in_spec = groups is None and layout.SCALE not in arrays
         spec = TensorSpec(
             rows=rows,
             columns=columns,
@@ -108,13 +110,15 @@ class TensorCompressor:
             grid=quantized.grid,
             code=code,
             blocks=blocks,
-            scale=float(quantized.scale[0]) if in_spec else None,
+            scale=None if groups is not None else _scale_of_all(quantized.scale),
             offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
-            relative_error=math.sqrt(quantized.error / quantized.energy) if quantized.energy else 0.0,
+            relative_error=_round(math.sqrt(quantized.error / quantized.energy)) if quantized.energy else 0.0,
             checksum=0,
             zero=quantized.zero if groups is None else groups.zero,
             groups=None if groups is None else groups.form,
+            scales=_codes_per_octave(quantized),
         )
+        spec, arrays = pack(spec, arrays)
         return CompressedTensor(spec, arrays, entropy_bits(counts), huffman_bits(counts))
 
     def chooser(self, shape: tuple[int, int]) -> CodeChooser:
@@ -167,12 +171,33 @@ def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
         return {f".{name}": layout.pack_array(array) for name, array in quantized.groups.arrays.items()}
     arrays: dict[str, NDArray[np.generic]] = {}
     if len(quantized.scale) > 1:
-        arrays[layout.SCALE] = quantized.scale
+        arrays[layout.SCALE] = _stored(quantized.scale)
         if quantized.offset is not None:
             arrays[layout.OFFSET] = quantized.offset
     if quantized.column_scale is not None:
-        arrays[layout.COLUMN_SCALE] = quantized.column_scale
+        arrays[layout.COLUMN_SCALE] = _stored(quantized.column_scale)
     return arrays
+
+
+def _stored(scales: Scales) -> NDArray[Any]:
+    return scales.codes if isinstance(scales, LogScales) else scales
+
+
+def _codes_per_octave(quantized: Quantized) -> dict[str, str | int]:
+    named = {"scale": quantized.scale, "column_scale": quantized.column_scale}
+    return {kind: scales.per_octave for kind, scales in named.items() if isinstance(scales, LogScales)}
+
+
+def _scale_of_all(scale: Scales) -> float | None:
+    """The one scale of a matrix, or what the codes of its rows multiply; None where rows have numbers of their own."""
+    if isinstance(scale, LogScales):
+        return scale.base
+    return float(scale[0]) if len(scale) == 1 else None
+
+
+def _round(error: float) -> float:
+    """An error of a few digits, which take little room in a header."""
+    return float(f"{error:.{_ERROR_DIGITS}g}")
 
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,9 +76,11 @@ def verify(
     for name, spec in model.specs.items():
         model.check_checksum(name)
         matrix = model.matrix(name)
-        _check_coding(matrix, model.stored_arrays(name), pool)
+        stored = model.unpacked_arrays(name)
+        _check_coding(matrix, stored, pool)
+        _check_end(matrix, model.stored_arrays(name))
         if original is not None:
-            _compare_matrix(matrix, model.stored_arrays(name), original, pool)
+            _compare_matrix(matrix, stored, original, pool)
             original.release(name)
         model.release(name)
         done += spec.rows * spec.columns
@@ -112,9 +114,25 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
                     f"{matrix.name}: encoding its integers again gives other bytes in {suffix[1:]}, near row {begin}"
                 )
             ends[suffix] += part.size
+    _check_padding(matrix, stored, ends)
+
+
+def _check_padding(matrix: CodedMatrix, stored: Mapping[str, NDArray[Any]], ends: Mapping[str, int]) -> None:
+    parts = matrix.spec.parts
     for suffix in layout.STREAMS:
-        if stored.get(suffix, empty)[ends[suffix] :].any():
+        stream = stored.get(suffix, np.zeros(0, np.uint8))
+        # In one entry with it, the sparse stream follows the dense one.
+        end = parts[0] if parts is not None and suffix == layout.DENSE else stream.size
+        if parts is not None and suffix == layout.SPARSE:
+            end = parts[1]
+        if stream[ends[suffix] : end].any():
             raise CorruptStreamError(f"{matrix.name}: the padding after its {suffix[1:]} stream is not zero")
+
+
+def _check_end(matrix: CodedMatrix, entries: Mapping[str, NDArray[Any]]) -> None:
+    parts = matrix.spec.parts
+    if parts is not None and entries[layout.CODED][sum(parts) :].any():
+        raise CorruptStreamError(f"{matrix.name}: the padding at the end of its entry is not zero")
 
 
 def _compare_names(model: CompressedModel, original: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 from entrollm._core import SLACK_BYTES
 from entrollm.checkpoint import DTYPES
 from entrollm.errors import CorruptStreamError
-from entrollm.specs import FORMAT_VERSION, GROUP_ARRAY_TYPES
+from entrollm.specs import GROUP_ARRAY_TYPES
 
 ALIGNMENT_BYTES = 64
 QUANT_METHOD = "entrollm"
 INDEX_NAME = "model.safetensors.index.json"
-# Keys of __metadata__ that are not tensor names.
+# Keys of __metadata__ that are not tensor names; PLAIN_KEY is of version 1, TENSORS_KEY of later ones.
 VERSION_KEY = "entrollm.version"
 PLAIN_KEY = "entrollm.plain"
+TENSORS_KEY = "entrollm.tensors"
 FORMAT_KEY = "format"
 RESERVED_KEYS = frozenset({VERSION_KEY, PLAIN_KEY, FORMAT_KEY})
 
-# A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum.
+# A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum. One entry holds what
+# version 1 has in six.
+CODED = ".coded"
 DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
     ".dense",
     ".sparse",
@@ -36,9 +39,10 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
 )
 # What group scales consist of; these entries are deflated, see `pack_array`.
 GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
-SUFFIXES = (*_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
+SUFFIXES = (CODED, *_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
 # The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
 SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
+    CODED: ("U8",),
     DENSE: ("U8",),
     SPARSE: ("U8",),
     SPARSE_SIZES: ("U16",),
@@ -86,38 +90,58 @@ def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     size = sum(chunk.size for chunk in chunks)
     if size == 0:
         return np.zeros(0, np.uint8)
-    stored = -(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return np.concatenate([*chunks, np.zeros(stored - size, np.uint8)])
+    return np.concatenate([*chunks, np.zeros(padded_size(size) - size, np.uint8)])
+
+
+def padded_size(size: int) -> int:
+    """Bytes that a stream of `size` bytes is stored in."""
+    return -(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if size else 0
+
+
+def deflate(arrays: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
+    """Deflate arrays into one stream, of each the first bytes of all elements first: those of scales are alike."""
+    octets = (np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).T.tobytes() for array in arrays)
+    return np.frombuffer(zlib.compress(b"".join(octets), 9), np.uint8)
 
 
 def pack_array(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """Deflate an array, the first bytes of all elements first: those of scales are alike, the others hardly."""
-    octets = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
-    return np.frombuffer(zlib.compress(np.ascontiguousarray(octets.T).tobytes(), 9), np.uint8)
+    """Deflate one array."""
+    return deflate([array])
 
 
-def unpack_array(name: str, stored: NDArray[np.uint8], dtype: str, count: int) -> NDArray[Any]:
-    """Undo `pack_array`.
+def inflate(name: str, stored: NDArray[np.uint8], forms: Sequence[tuple[str, int]]) -> list[NDArray[Any]]:
+    """Undo `deflate`.
 
     Args:
         name: the entry, for errors.
         stored: its bytes.
-        dtype, count: type and number of the elements that it must hold.
+        forms: type and number of the elements of each array.
     Raises:
-        CorruptStreamError: the entry is not exactly one deflated array of this size.
+        CorruptStreamError: the entry is not exactly one deflated stream of these arrays.
     """
-    itemsize = DTYPES[dtype].itemsize
-    if count * itemsize > stored.size * _MAX_INFLATION:
-        raise CorruptStreamError(f"{name}: {stored.size} bytes cannot hold {count} numbers of type {dtype}")
-    inflate = zlib.decompressobj()
+    what = " and ".join(f"{count} numbers of type {dtype}" for dtype, count in forms)
+    size = sum(count * DTYPES[dtype].itemsize for dtype, count in forms)
+    if size > stored.size * _MAX_INFLATION:
+        raise CorruptStreamError(f"{name}: {stored.size} bytes cannot hold {what}")
+    decompressor = zlib.decompressobj()
     try:
-        octets = inflate.decompress(stored.tobytes(), count * itemsize + 1)
+        octets = decompressor.decompress(stored.tobytes(), size + 1)
     except zlib.error as error:
         raise CorruptStreamError(f"{name}: {error}; the file is damaged, compress or fetch it again") from None
-    if len(octets) != count * itemsize or not inflate.eof or inflate.unused_data:
-        raise CorruptStreamError(f"{name}: it does not hold exactly {count} numbers of type {dtype}")
-    columns = np.frombuffer(octets, np.uint8).reshape(itemsize, count)
-    return np.ascontiguousarray(columns.T).view(DTYPES[dtype]).reshape(count)
+    if len(octets) != size or not decompressor.eof or decompressor.unused_data:
+        raise CorruptStreamError(f"{name}: it does not hold exactly {what}")
+    arrays, at = [], 0
+    for dtype, count in forms:
+        itemsize = DTYPES[dtype].itemsize
+        planes = np.frombuffer(octets, np.uint8, count * itemsize, at).reshape(itemsize, count)
+        arrays.append(np.ascontiguousarray(planes.T).view(DTYPES[dtype]).reshape(count))
+        at += count * itemsize
+    return arrays
+
+
+def unpack_array(name: str, stored: NDArray[np.uint8], dtype: str, count: int) -> NDArray[Any]:
+    """Undo `pack_array`, with the errors of `inflate`."""
+    return inflate(name, stored, [(dtype, count)])[0]
 
 
 def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
@@ -129,14 +153,10 @@ def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> i
     return value
 
 
-def matrix_bytes(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
-    """What a matrix adds to its file: its arrays, their header entries and its spec, to within a few bytes."""
-    size = len(json.dumps(name)) + len(json.dumps(spec_text)) + 2
-    for suffix, array in arrays.items():
-        if array.size:
-            entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
-            size += array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
-    return size
+def entry_bytes(name: str, suffix: str, array: NDArray[Any]) -> int:
+    """What an entry of a matrix adds to its file, its place in the header included, to within a few bytes."""
+    entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
+    return array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
 
 
 def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:
@@ -150,12 +170,6 @@ def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) ->
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
-
-
-def file_metadata(specs: Mapping[str, str], plain: Mapping[str, int]) -> dict[str, str]:
-    """The __metadata__ of a shard: the specs of its matrices, and the CRC-32 of every other tensor."""
-    checksums = json.dumps({name: f"{value:08x}" for name, value in plain.items()}, separators=(",", ":"))
-    return {FORMAT_KEY: "pt", VERSION_KEY: str(FORMAT_VERSION), PLAIN_KEY: checksums, **specs}
 
 
 def stack_member(name: str) -> tuple[str, int] | None:

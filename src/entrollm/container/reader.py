@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,16 @@ from entrollm import _core
 from entrollm.checkpoint.safetensors_file import SafetensorsFile, parse_json_object
 from entrollm.checkpoint.weight_files import open_weight_files
 from entrollm.container import layout
+from entrollm.container.header import parse_specs, read_tensors, versions_read
+from entrollm.container.packing import unpack
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.groups import GroupScales
-from entrollm.specs import FORMAT_VERSION, TensorSpec
+from entrollm.scales import decode_scales
+from entrollm.specs import READ_VERSIONS, TensorSpec
 
 _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
 _NO_SIZES = np.zeros(0, np.uint16)
 _ONE = np.ones(1, np.float32)
-_CRC32 = re.compile("[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
     Raises:
         FormatError: the entries do not match the spec.
     """
+    stored_bytes = sum(array.nbytes for array in arrays.values())
+    arrays = unpack(name, spec, arrays)
     groups = _read_groups(name, spec, arrays)
-    scale = _ONE if groups else _scales(name, "scale", spec.scale, arrays.get(layout.SCALE))
+    scale = _ONE if groups else _scales(name, "scale", spec, arrays)
     if scale is None:
         raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
-    offset = None if groups else _offsets(name, spec, scale, arrays.get(layout.OFFSET))
-    column_scale = _scales(name, "column_scale", None, arrays.get(layout.COLUMN_SCALE))
+    offset = None if groups else _offsets(name, spec, scale, arrays)
+    column_scale = _scales(name, "column_scale", spec, arrays)
     try:
         native = _core.CodedMatrix(
             spec.code.program(),
@@ -109,7 +112,6 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
         )
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
-    stored_bytes = sum(array.nbytes for array in arrays.values())
     return CodedMatrix(name, spec, stored_bytes, native, scale, offset, column_scale, groups)
 
 
@@ -151,14 +153,14 @@ class CompressedModel:
         self.path = path
         self.config = config
         self._files: dict[str, SafetensorsFile] = {}
+        self._spec_texts: dict[str, str] = {}
         specs: dict[str, TensorSpec] = {}
         plain: dict[str, int] = {}
         for file in files.values():
-            _check_version(file)
-            coded, kept = _read_specs(file), _read_plain(file)
-            _check_cover(file, coded, kept)
-            specs.update(coded)
+            coded, kept = read_tensors(file)
+            specs.update(parse_specs(file, coded))
             plain.update(kept)
+            self._spec_texts.update(coded)
             for name in [*coded, *file.tensors]:
                 if self._files.setdefault(name, file) is not file:
                     raise FormatError(f"{path}: tensor {name!r} is in two shards")
@@ -180,9 +182,9 @@ class CompressedModel:
         if not is_compressed(config):
             raise ValueError(f"{path} is not a compressed model; `entrollm compress {path} -o OUT` makes one")
         version = config["quantization_config"].get("version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in READ_VERSIONS:
             raise UnsupportedError(
-                f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads version {FORMAT_VERSION}"
+                f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads {versions_read()}"
             )
         return cls(path, config, open_weight_files(path))
 
@@ -194,6 +196,14 @@ class CompressedModel:
             FormatError: the stored entries do not match the spec.
         """
         return open_matrix(name, self.specs[name], self.stored_arrays(name))
+
+    def unpacked_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """What a matrix consists of, by suffix, whether it is stored in one entry or in several.
+
+        Raises:
+            FormatError: the stored entries do not match the spec.
+        """
+        return unpack(name, self.specs[name], self.stored_arrays(name))
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor that was kept in its own type, as a read-only view of the file."""
@@ -234,7 +244,7 @@ class CompressedModel:
         """
         if name in self.specs:
             expected = self.specs[name].checksum
-            found = layout.checksum(name, self._files[name].metadata[name], self.stored_arrays(name))
+            found = layout.checksum(name, self._spec_texts[name], self.stored_arrays(name))
         else:
             expected = self._plain_checksums[name]
             found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
@@ -290,48 +300,6 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD
 
 
-def _check_version(file: SafetensorsFile) -> None:
-    version = file.metadata.get(layout.VERSION_KEY)
-    if version is None:
-        raise FormatError(f"{file.path}: its header has no {layout.VERSION_KEY!r}; it is not a compressed shard")
-    if version != str(FORMAT_VERSION):
-        raise UnsupportedError(f"{file.path}: format version {version!r}; this EntroLLM reads {FORMAT_VERSION}")
-
-
-def _read_specs(file: SafetensorsFile) -> dict[str, TensorSpec]:
-    """The specs of a file's coded matrices."""
-    return {
-        name: TensorSpec.from_json(text, f"{file.path}: {name}")
-        for name, text in file.metadata.items()
-        if name not in layout.RESERVED_KEYS
-    }
-
-
-def _read_plain(file: SafetensorsFile) -> dict[str, int]:
-    """The CRC-32 of a file's other tensors."""
-    text = file.metadata.get(layout.PLAIN_KEY)
-    if text is None:
-        raise FormatError(f"{file.path}: its header has no {layout.PLAIN_KEY!r}")
-    plain = parse_json_object(file.path, text.encode(), layout.PLAIN_KEY)
-    for name, value in plain.items():
-        if not isinstance(value, str) or _CRC32.fullmatch(value) is None:
-            raise FormatError(f"{file.path}: the CRC-32 of {name!r} must be 8 hex digits, found {value!r:.80}")
-    return {name: int(value, 16) for name, value in plain.items()}
-
-
-def _check_cover(file: SafetensorsFile, coded: Mapping[str, TensorSpec], plain: Mapping[str, int]) -> None:
-    """Check that every entry is a plain tensor or belongs to one coded matrix."""
-    for name in plain:
-        if name not in file.tensors:
-            raise FormatError(f"{file.path}: tensor {name!r} is listed but not stored")
-    owned = {name + suffix for name in coded for suffix in layout.SUFFIXES}
-    for name in file.tensors:
-        if name in coded or (name in plain and name in owned):
-            raise FormatError(f"{file.path}: {name!r} is stored both coded and plain")
-        if name not in plain and name not in owned:
-            raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")
-
-
 def _read_groups(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> GroupScales | None:
     """The group scales of a matrix, inflated and checked; None where its spec has none.
 
@@ -362,32 +330,39 @@ def _read_groups(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]
     order = found.get("column_order")
     if order is not None and not np.array_equal(np.sort(order), np.arange(spec.columns, dtype=np.uint32)):
         raise FormatError(f"{name}: its column_order does not name every column once")
-    return GroupScales(form, found, spec.zero)
+    return GroupScales(form, found, None if spec.zero is None else int(spec.zero))
 
 
 def _offsets(
-    name: str, spec: TensorSpec, scale: NDArray[np.float32], stored: NDArray[Any] | None
+    name: str, spec: TensorSpec, scale: NDArray[np.float32], arrays: Mapping[str, NDArray[Any]]
 ) -> NDArray[np.float32] | None:
-    """The offsets that are stored, or those that put the spec's zero symbol at 0."""
+    """The offsets that are stored, or those that put the spec's zero at 0."""
     if spec.zero is None:
-        return _scales(name, "offset", spec.offset, stored)
-    if stored is not None:
+        return _scales(name, "offset", spec, arrays)
+    if layout.OFFSET in arrays:
         raise FormatError(f"{name}: it has a zero symbol and stored offsets too")
     return scale * np.float32(-spec.zero)
 
 
-def _scales(name: str, what: str, value: float | None, stored: NDArray[Any] | None) -> NDArray[np.float32] | None:
+def _scales(name: str, what: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
     """One scale for the tensor from its spec, or stored ones; finite, in aligned memory."""
-    if value is not None and stored is not None:
+    value = {"scale": spec.scale, "offset": spec.offset}.get(what)
+    stored = arrays.get(f".{what}")
+    form = spec.scales.get(what)
+    if stored is not None and isinstance(form, int):
+        base = 1.0 if what == "column_scale" else value
+        if base is None:
+            raise FormatError(f"{name}: its {what} is stored as codes, and the spec has no {what} that they multiply")
+        found = decode_scales(stored, form, base)
+    elif stored is None:
+        return None if value is None else np.array([value], np.float32)
+    elif value is not None:
         raise FormatError(f"{name}: its {what} is both in the spec and stored")
-    if value is not None:
-        return np.array([value], np.float32)
-    if stored is None:
-        return None
-    copied = stored.astype(np.float32)  # a copy in aligned memory; safetensors only aligns what it happens to
-    if not np.isfinite(copied).all():
+    else:
+        found = stored.astype(np.float32)  # a copy in aligned memory; safetensors only aligns what it happens to
+    if not np.isfinite(found).all():
         raise FormatError(f"{name}: its {what} has a value that is not finite")
-    return copied
+    return found
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:

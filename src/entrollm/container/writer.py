@@ -16,10 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.container import layout
+from entrollm.container.header import TensorTable
 from entrollm.container.layout import StoredEntry
+from entrollm.container.packing import pack
 from entrollm.specs import TensorSpec
 
 _COPY_BYTES = 1 << 22
+
+
+def matrix_bytes(table: TensorTable, name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """What a packed matrix would add to a file whose table so far is given, to within a few bytes."""
+    size = sum(layout.entry_bytes(name, suffix, array) for suffix, array in arrays.items())
+    return size + table.spec_bytes(name, spec.to_json())
 
 
 class ShardWriter:
@@ -33,8 +41,7 @@ class ShardWriter:
         self.path = path
         self._ordinary = ordinary
         self.entries: list[StoredEntry] = []
-        self._specs: dict[str, str] = {}
-        self._plain: dict[str, int] = {}
+        self._table = TensorTable()
         self._small: list[tuple[StoredEntry, NDArray[Any]]] = []
         self._names: set[str] = set()
         # Unnamed where the system can: an interrupted run leaves nothing behind.
@@ -46,11 +53,11 @@ class ShardWriter:
         Args:
             name: the tensor's name in the original checkpoint.
             spec: its spec; the checksum is filled in here.
-            arrays: by suffix of layout.SUFFIXES, streams already padded; empty arrays are left out.
+            arrays: by suffix of layout.SUFFIXES, packed or with streams already padded; empty arrays are left out.
         Returns:
             the spec as stored.
         """
-        stored = {suffix: array for suffix, array in arrays.items() if array.size}
+        spec, stored = (spec, dict(arrays)) if layout.CODED in arrays else pack(spec, arrays)
         spec = dataclasses.replace(spec, checksum=layout.checksum(name, spec.to_json(), stored))
         # All suffixes are taken, stored or not: a reader must not find another tensor under one of them.
         for claimed in (name, *(name + suffix for suffix in layout.SUFFIXES)):
@@ -65,8 +72,12 @@ class ShardWriter:
                 self._spool.write(array.view(np.uint8).data)
             else:
                 self._small.append((entry, array))
-        self._specs[name] = spec.to_json()
+        self._table.add_spec(name, spec.to_json())
         return spec
+
+    def matrix_bytes(self, name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> int:
+        """What a packed matrix would add to the file, its part of the header included, to within a few bytes."""
+        return matrix_bytes(self._table, name, spec, arrays)
 
     def add_plain(self, name: str, dtype: str, shape: tuple[int, ...], chunks: Iterable[NDArray[Any]]) -> int:
         """Add a tensor in its own type, given as consecutive chunks; no coded matrix may follow. Returns its bytes."""
@@ -78,7 +89,7 @@ class ShardWriter:
             self._spool.write(data.data)
             size_bytes += data.nbytes
             checksum = zlib.crc32(data.data, checksum)
-        self._plain[name] = checksum
+        self._table.add_plain(name, checksum)
         self.entries.append(StoredEntry(name, dtype, shape, size_bytes))
         return size_bytes
 
@@ -99,7 +110,7 @@ class ShardWriter:
             self._spool.close()
 
     def _metadata(self) -> dict[str, str]:
-        return {layout.FORMAT_KEY: "pt"} if self._ordinary else layout.file_metadata(self._specs, self._plain)
+        return {layout.FORMAT_KEY: "pt"} if self._ordinary else self._table.metadata()
 
     def _claim(self, name: str) -> None:
         if name in self._names:

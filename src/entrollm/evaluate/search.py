@@ -104,6 +104,7 @@ def compress_within(
     measured = Windows(limit.windows, limit.windows.size, 1)
     reference = load(model, threads=options.threads)
     trials: list[Trial] = []
+    tried: dict[float, Divergence] = {}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.trial-", dir=out.parent) as folder:
 
@@ -115,14 +116,14 @@ def compress_within(
             divergence = evaluations[0].divergence
             assert divergence is not None
             trials.append(Trial(result.file_bits, divergence))
+            tried[bits] = divergence
             if on_trial is not None:
                 on_trial(trials[-1])
             return divergence.mean
 
         bits = smallest_size(attempt, size_range(model, options, statistics), limit.max_kl)
     compressed = compress(model, out, _at(options, bits), statistics=statistics, overwrite=overwrite)
-    kept = min(trials, key=lambda trial: abs(trial.file_bits - compressed.file_bits))
-    return SearchResult(compressed, kept.divergence, tuple(trials), limit.windows.size - len(limit.windows))
+    return SearchResult(compressed, tried[bits], tuple(trials), limit.windows.size - len(limit.windows))
 
 
 def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float], max_kl: float) -> float:

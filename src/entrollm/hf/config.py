@@ -13,10 +13,11 @@ from entrollm.codec.cost import Processor
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.target import Target, parse_size
 from entrollm.container import layout
+from entrollm.container.header import versions_read
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 from entrollm.quantize.select import BitsOverride
-from entrollm.specs import FORMAT_VERSION
+from entrollm.specs import FORMAT_VERSION, READ_VERSIONS
 
 Method = Literal["paper", "ecsq", "feedback", "imported"]
 DEFAULT_BITS = 4
@@ -130,9 +131,9 @@ class EntroConfig(QuantizationConfigMixin):
                 f"quantization_config has the unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}"
             )
         version = config_dict.get("version", FORMAT_VERSION)
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in READ_VERSIONS:
             raise UnsupportedError(
-                f"quantization_config: format version {version!r}; this EntroLLM reads version {FORMAT_VERSION}"
+                f"quantization_config: format version {version!r}; this EntroLLM reads {versions_read()}"
             )
         try:
             config = cls(

@@ -16,7 +16,8 @@ from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor
-from entrollm.container import layout
+from entrollm.container.header import TensorTable
+from entrollm.container.writer import matrix_bytes
 from entrollm.errors import EntroLLMError
 from entrollm.hf.backend import resting_place, to_tensor
 from entrollm.hf.config import DEFAULT_BITS
@@ -48,6 +49,7 @@ class LiveCoder:
         matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}
         self.places = find_places(model, matrices, [name for name in plans if name not in matrices])
         self._methods = self._make_methods(plans)
+        self._table = TensorTable()  # of the file that they would make
         self.failed: EntroLLMError | None = None
 
     def code(self, place: Place, dtype: torch.dtype, device: torch.device) -> dict[str, CodedWeight]:
@@ -74,8 +76,10 @@ class LiveCoder:
     def _code(self, compressor: TensorCompressor, name: str, dtype: torch.dtype, device: torch.device) -> CodedWeight:
         while True:
             tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
-            if self._methods.settle(name, layout.matrix_bytes(name, tensor.spec.to_json(), tensor.arrays)):
+            stored_bytes = matrix_bytes(self._table, name, tensor.spec, tensor.arrays)
+            if self._methods.settle(name, stored_bytes):
                 break
+        self._table.add_spec(name, tensor.spec.to_json())
         place = resting_place(device)
         entries = {suffix: to_tensor(array).to(place) for suffix, array in tensor.arrays.items() if array.size}
         return CodedWeight(name, tensor.spec, entries, dtype, device)

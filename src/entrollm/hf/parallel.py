@@ -147,7 +147,7 @@ class _Cutter:
         if axis is not None:
             rows = self.part(weight.name, spec.rows) if axis == 0 else (0, spec.rows)
             columns = self.part(weight.name, spec.columns) if axis == 1 else (0, spec.columns)
-            spec, arrays = self._cut(weight.name, spec, arrays, rows, columns)
+            spec, arrays = self._cut(weight.name, spec, rows, columns)
             weight.is_part = True
         elif style not in _WHOLE:
             raise UnsupportedError(
@@ -159,8 +159,9 @@ class _Cutter:
         self._stored.release(weight.name)
 
     def _cut(
-        self, name: str, spec: TensorSpec, arrays: dict[str, NDArray[Any]], rows: Range, columns: Range
+        self, name: str, spec: TensorSpec, rows: Range, columns: Range
     ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
+        arrays = self._stored.unpacked_arrays(name)
         symbols = self._stored.matrix(name).symbols(*rows, self._pool)[:, slice(*columns)]
         shape = (rows[1] - rows[0], columns[1] - columns[0])
         blocks = choose_blocks(*shape)
@@ -176,7 +177,7 @@ class _Cutter:
         for suffix, axis in ((layout.SCALE, rows), (layout.OFFSET, rows), (layout.COLUMN_SCALE, columns)):
             if suffix in arrays:
                 coded[suffix] = arrays[suffix] if arrays[suffix].size == 1 else arrays[suffix][slice(*axis)]
-        return replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0), coded
+        return replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None), coded
 
 
 def mark_local(model: nn.Module) -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from entrollm.codec.blocks import padded
 from entrollm.container import layout
+from entrollm.container.packing import unpack_with
 from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.hf.fields import DenseFields, Node, Stream, children, decode_lists, dense_bytes, width_of
+from entrollm.scales import decode_scales
 from entrollm.specs import TensorSpec
 
 # Weights that are decoded at once: index tensors take a few hundred bytes for each 16 weights.
 _CHUNK_WEIGHTS = 1 << 20
-_KNOWN = frozenset({layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES, layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE})
+_KNOWN = frozenset(
+    {layout.CODED, layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES}
+    | {layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE}
+)
 
 
 class PlainMatrix:
@@ -37,11 +46,12 @@ class PlainMatrix:
         self.shape = (spec.rows, spec.columns)
         self._name = name
         self._spec = spec
-        self._entries = entries
+        slices, small = unpack_with(name, spec, entries, lambda side: side.cpu().numpy())
+        self._entries: dict[str, Tensor] = {**slices, **{suffix: _to_device(a, device) for suffix, a in small.items()}}
         self._device = device
         self._padded = padded(spec.columns)
         self._tree: Node = spec.code.tree
-        sizes = entries.get(layout.SPARSE_SIZES)
+        sizes = self._entries.get(layout.SPARSE_SIZES)
         # Plain 16-bit integers are signed on some devices.
         self._sizes = None if sizes is None else sizes.view(torch.int16).to(torch.int64) & 0xFFFF
         self._starts = None if self._sizes is None else torch.cumsum(self._sizes, 0) - self._sizes
@@ -121,9 +131,13 @@ class PlainMatrix:
         return weights if self._column_scale is None else weights * self._column_scale
 
     def _scales(self, suffix: str, value: float | None) -> Tensor | None:
+        stored = self._entries.get(suffix)
+        form = self._spec.scales.get(suffix[1:])
+        if stored is not None and isinstance(form, int):
+            base = 1.0 if value is None else value
+            return torch.from_numpy(decode_scales(stored.cpu().numpy(), form, base)).to(self._device)
         if value is not None:
             return torch.tensor([value], dtype=torch.float32, device=self._device)
-        stored = self._entries.get(suffix)
         return None if stored is None else stored.to(torch.float32)
 
     def _decode_groups(self, groups: Tensor, rows: int) -> Tensor:
@@ -166,3 +180,10 @@ class PlainMatrix:
                 f"{self._name}: the lists of a block do not fit it; the file is damaged, compress or fetch it again"
             )
         return symbols | low.values()
+
+
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A small array as a tensor; 16-bit integers as signed ones, which all devices have."""
+    if array.dtype == ml_dtypes.bfloat16:
+        array = array.astype(np.float32)
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device)

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.groups import GroupScales
+from entrollm.scales import LogScales
 from entrollm.specs import Code
 
 Float32 = NDArray[np.float32]
 Result = TypeVar("Result")
+Scales = NDArray[Any] | LogScales
 
 
 class RowSource(Protocol):
@@ -52,10 +54,10 @@ class Quantized:
         symbols: uint8, shape (rows, columns).
         counts: int64, shape (256,), how often each symbol occurs.
         grid: what the scales are, for people.
-        scale: float32 or bfloat16, shape (1,) or (rows,).
+        scale: float32, bfloat16 or codes, shape (1,) or (rows,); codes are of all rows of several.
         offset: float32, the shape of scale; None for none.
-        zero: the symbol of weight 0, in place of an offset.
-        column_scale: float32 or bfloat16, shape (columns,); None for none.
+        zero: where weight 0 is on the grid, between symbols perhaps, in place of an offset.
+        column_scale: float32, bfloat16 or codes, shape (columns,), of base 1; None for none.
         error, energy: summed squares of the quantization error and of the weights.
         groups: in place of all other scales, those of groups of columns; None for none.
     """
@@ -63,12 +65,12 @@ class Quantized:
     symbols: NDArray[np.uint8]
     counts: NDArray[np.int64]
     grid: str
-    scale: NDArray[Any]
+    scale: Scales
     error: float
     energy: float
     offset: Float32 | None = None
-    zero: int | None = None
-    column_scale: NDArray[Any] | None = None
+    zero: float | None = None
+    column_scale: Scales | None = None
     groups: GroupScales | None = None
 
 

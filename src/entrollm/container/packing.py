@@ -1,0 +1,124 @@
+"""A matrix in one entry: its streams, then its small arrays, deflated; see docs/format.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm._core import SLACK_BYTES
+from entrollm.codec.blocks import block_count
+from entrollm.container import layout
+from entrollm.errors import FormatError
+from entrollm.specs import SCALE_ARRAYS, TensorSpec
+
+# Whole vectors are read past the end of either stream, up to the next multiple of ALIGNMENT_BYTES.
+ROOM_BYTES = 2 * SLACK_BYTES
+_PACKED = (layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES, *(f".{name}" for name in SCALE_ARRAYS))
+
+
+def pack(spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
+    """Join what a matrix consists of into one entry; arrays of groups stay beside it.
+
+    Args:
+        spec: its spec.
+        arrays: by suffix, streams padded; empty ones do not count.
+    Returns:
+        the spec that tells of the parts, and the stored arrays by suffix.
+    """
+    arrays = {suffix: array for suffix, array in arrays.items() if array.size}
+    beside = {suffix: array for suffix, array in arrays.items() if suffix not in _PACKED}
+    dense = arrays.get(layout.DENSE, np.zeros(SLACK_BYTES, np.uint8))[:-SLACK_BYTES]
+    sizes = arrays.get(layout.SPARSE_SIZES)
+    sparse = np.zeros(0, np.uint8) if sizes is None else arrays[layout.SPARSE][: int(sizes.sum(dtype=np.int64))]
+    if layout.SCALE in arrays and arrays[layout.SCALE].size == 1 < spec.rows:
+        spec = dataclasses.replace(spec, scale=float(arrays.pop(layout.SCALE)[0]))
+    if layout.OFFSET in arrays and arrays[layout.OFFSET].size == 1 < spec.rows:
+        spec = dataclasses.replace(spec, offset=float(arrays.pop(layout.OFFSET)[0]))
+    small = [(suffix, arrays[suffix]) for suffix in _PACKED[2:] if suffix in arrays]
+    side = layout.deflate([array for _, array in small]) if small else np.zeros(0, np.uint8)
+    scales: dict[str, str | int] = {}
+    for suffix, array in small:
+        if suffix != layout.SPARSE_SIZES:
+            name = suffix[1:]
+            scales[name] = spec.scales[name] if array.dtype == np.uint8 else layout.entry_dtype(suffix, array)
+    if not (dense.size or sparse.size or side.size):
+        return spec, beside
+    used = dense.size + sparse.size + max(side.size, ROOM_BYTES)
+    coded = np.zeros(-(-used // layout.ALIGNMENT_BYTES) * layout.ALIGNMENT_BYTES, np.uint8)
+    at = 0
+    for part in (dense, sparse, side):
+        coded[at : at + part.size] = part
+        at += part.size
+    parts = (dense.size, sparse.size, side.size)
+    return dataclasses.replace(spec, scales=scales, parts=parts), {layout.CODED: coded, **beside}
+
+
+def unpack(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The arrays that `pack` joined, and those beside them; the streams are views.
+
+    Args:
+        name: the matrix, for errors.
+        spec: its spec.
+        arrays: its stored entries by suffix.
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    split = unpack_with(name, spec, arrays, lambda side: side)
+    return {**split[0], **split[1]}
+
+
+def unpack_with(
+    name: str, spec: TensorSpec, entries: Mapping[str, Any], to_host: Callable[[Any], NDArray[Any]]
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """`unpack` for arrays of any library: slices of the entries, and the small arrays, which are on the host.
+
+    Args:
+        name: the matrix, for errors.
+        spec: its spec.
+        entries: one-dimensional, by suffix.
+        to_host: turns a slice into an array in memory.
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    if (spec.parts is None) != (layout.CODED not in entries):
+        raise FormatError(f"{name}: its spec and its entries do not agree on whether it is one entry")
+    if spec.parts is None:
+        return dict(entries), {}
+    if stray := [suffix for suffix in entries if suffix in _PACKED]:
+        raise FormatError(f"{name}: {stray[0][1:]} is stored beside the entry that holds it")
+    coded = entries[layout.CODED]
+    dense, sparse, side = spec.parts
+    size = len(coded)
+    expected = -(-(dense + sparse + max(side, ROOM_BYTES)) // layout.ALIGNMENT_BYTES) * layout.ALIGNMENT_BYTES
+    if size != expected:
+        raise FormatError(f"{name}: the entry {layout.CODED[1:]} has {size} bytes, its parts make {expected}")
+    split = {suffix: entry for suffix, entry in entries.items() if suffix != layout.CODED}
+    if dense:
+        split[layout.DENSE] = coded[: dense + SLACK_BYTES]
+    if sparse:
+        split[layout.SPARSE] = coded[dense : dense + layout.padded_size(sparse)]
+    begin = dense + sparse
+    small = _unpack_side(name, spec, to_host(coded[begin : begin + side]))
+    return split, small
+
+
+def _unpack_side(name: str, spec: TensorSpec, side: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    wanted: list[tuple[str, str, int]] = []
+    if spec.parts is not None and spec.parts[1]:
+        blocks = block_count(spec.rows, spec.columns, spec.blocks)
+        wanted.append((layout.SPARSE_SIZES, "U16", blocks))
+    for kind in SCALE_ARRAYS:
+        if kind in spec.scales:
+            form = spec.scales[kind]
+            count = spec.columns if kind == "column_scale" else spec.rows
+            wanted.append((f".{kind}", form if isinstance(form, str) else "U8", count))
+    if not wanted:
+        if side.size:
+            raise FormatError(f"{name}: {side.size} bytes follow its streams, which its spec does not tell of")
+        return {}
+    arrays = layout.inflate(f"{name}{layout.CODED}", side, [(dtype, count) for _, dtype, count in wanted])
+    return {suffix: array for (suffix, _, _), array in zip(wanted, arrays, strict=True)}

@@ -1,0 +1,73 @@
+"""Scales on a logarithmic grid: one byte each, a fraction of an octave apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.specs import OCTAVE_CODES
+
+MIDDLE = 128
+"""The code of the base."""
+# Decimal digits of a base: its value is free, and short ones take little room in a header.
+_BASE_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class LogScales:
+    """Positive scales base * 2^((code - 128) / per_octave).
+
+    Attributes:
+        codes: uint8, shape (n,).
+        per_octave: codes in an octave, one of OCTAVE_CODES.
+        base: finite in float32.
+    """
+
+    codes: NDArray[np.uint8]
+    per_octave: int
+    base: float = 1.0
+
+    def values(self) -> NDArray[np.float32]:
+        """The scales: float32, shape (n,)."""
+        return decode_scales(self.codes, self.per_octave, self.base)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+def decode_scales(codes: NDArray[np.uint8], per_octave: int, base: float) -> NDArray[np.float32]:
+    """What codes stand for: base * 2^((code - 128) / per_octave), both factors and their product in float32."""
+    place = codes.astype(np.int32) - MIDDLE
+    # These 64 powers are far from the middle between two floats: every exp2 rounds to the same ones.
+    fractions = np.exp2(np.arange(per_octave) / per_octave).astype(np.float32)
+    powers = np.ldexp(fractions[place % per_octave], place // per_octave)
+    with np.errstate(over="ignore", under="ignore"):
+        scaled: NDArray[np.float32] = powers.astype(np.float32) * np.float32(base)
+    return scaled
+
+
+def snap(values: NDArray[np.floating], finest: int, base: float | None = None) -> LogScales:
+    """The nearest scales on a grid, whose base is in the middle of the values unless it is given.
+
+    Args:
+        values: positive and finite, shape (n,).
+        finest: codes in an octave, one of OCTAVE_CODES; fewer where the values span more octaves than a byte can.
+        base: what code 128 stands for.
+    """
+    logs = np.log2(values.astype(np.float64))
+    if base is None:
+        base = short_base(2.0 ** (0.5 * float(logs.min() + logs.max())))
+    logs -= math.log2(base)
+    for per_octave in (n for n in reversed(OCTAVE_CODES) if n <= finest):
+        places = np.rint(logs * per_octave) + MIDDLE
+        if places.min() >= 0 and places.max() <= 255:
+            break
+    return LogScales(np.clip(places, 0, 255).astype(np.uint8), per_octave, base)
+
+
+def short_base(value: float) -> float:
+    """A number of few digits close to a positive one."""
+    return float(f"{value:.{_BASE_DIGITS}g}")
