@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import scale_values
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code
@@ -26,7 +27,7 @@ def quantize(weights: NDArray[np.float32], step: float, **options: float) -> Qua
 def dequantize(quantized: Quantized) -> NDArray[np.float64]:
     assert quantized.zero is not None
     integers = quantized.symbols.astype(np.float64) - quantized.zero
-    return integers * quantized.scale.astype(np.float64)[:, np.newaxis]
+    return integers * scale_values(quantized.scale)[:, np.newaxis]
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> NDArray[np.float32]:
@@ -127,5 +128,6 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 def test_precise_rows_get_finer_steps() -> None:
     weights = gaussian(2, 4096)
     quantized = EcsqQuantizer(0.5, np.array([1.0, 4.0], np.float32)).quantize(ArraySource("w", weights), choose)
-    ratio = float(quantized.scale[0]) / float(quantized.scale[1])
+    scales = scale_values(quantized.scale)
+    ratio = scales[0] / scales[1]
     assert ratio == pytest.approx(4, rel=0.05)

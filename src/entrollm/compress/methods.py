@@ -26,8 +26,9 @@ from entrollm.quantize.statistics import Sensitivity, Statistics
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
 _FEWEST_ROWS = 32
-_PLAIN_ENTRY_BYTES = 90
+# What the header of a file takes without tensors, and for a kept tensor besides its name.
 _SHARD_BYTES = 160
+_PLAIN_ENTRY_BYTES = 86
 
 
 class Methods(Protocol):
@@ -83,6 +84,8 @@ class SizedMethods:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._method = options.method
+        # Such grids are no faster to decode, and other codes waste bits for other reasons.
+        self._fits_code = options.prefer == "size"
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
@@ -91,7 +94,7 @@ class SizedMethods:
         }
         fixed = shards * _SHARD_BYTES
         for name in kept:
-            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
+            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + len(json.dumps(name))
         weights = sum(_count(info.shape) for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(names, statistics))
         self.control = RateControl(self.curves, steps, fixed, weights, options.target)
@@ -113,10 +116,10 @@ class SizedMethods:
         """The quantizer of a matrix, or of some of its rows with their precision, at a step."""
         factor = None if self._statistics is None else self._statistics.factor(name)
         if factor is None:
-            return EcsqQuantizer(step, precision)
+            return EcsqQuantizer(step, precision, fits_code=self._fits_code)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision)
-        return FeedbackQuantizer(step, factor, precision)
+        return FeedbackQuantizer(step, factor, precision, fits_code=self._fits_code)
 
 
 def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:

@@ -7,18 +7,17 @@ step is free: it follows from the rate that is wanted, not from a number of bits
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
+from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, sum_counts
-from entrollm.quantize.rounding import ZERO, Rounding
+from entrollm.quantize.rounding import Rounding
+from entrollm.scales import LogScales, short_base, snap
 
 PRICE = 0.07
 """Squared steps per bit in rounding: less than the slope of the rate-distortion curve, since weights that are all
@@ -30,8 +29,13 @@ rounded towards 0 hurt a model more than their squared error says."""
 _ROW_POWER = 0.5
 # Weights that the code lengths are estimated from.
 _SAMPLE_WEIGHTS = 1 << 18
-_LARGEST_SYMBOL = 255 - ZERO
-_BFLOAT16_MAX = 3.3895313892515355e38
+# Leaves room for a grid that is moved.
+_LARGEST_SYMBOL = 118
+# Integers are rounded by the stored steps, so that coarse ones do no harm; finer ones would not earn their bits. Where
+# the largest weight decides on the step, at high rates, it must not grow.
+_OCTAVE_CODES = 16
+_FINE_OCTAVE_CODES = 16
+_FINE_STEP = 0.1
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -43,11 +47,13 @@ class EcsqQuantizer:
         step: the grid's step over the RMS of the matrix; larger is coarser.
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
+        fits_code: whether the grid may move to where it suits a prefix code.
     """
 
     step: float
     row_precision: Float32 | None = None
     price: float = PRICE
+    fits_code: bool = True
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix; a weight beyond 127 steps makes its whole row coarser, so that it is not clipped.
@@ -55,35 +61,40 @@ class EcsqQuantizer:
         Raises:
             FormatError: a weight is not finite.
         """
-        steps = self._row_steps(source)
-        rounding = self._rounding(source, steps, choose)
+        steps, keeps_zero = self._row_steps(source)
+        choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
+        grid, rounding = self._rounding(source, steps.values(), choose, choices)
+        base = short_base(steps.base * grid.stretch)
+        row_steps = replace(steps, base=base).values()
         symbols = np.empty(source.shape, np.uint8)
-        scale = np.empty(source.shape[0], ml_dtypes.bfloat16)
+        codes = np.empty(len(steps), np.uint8)
 
         def quantize(chunk: tuple[int, int]) -> tuple[NDArray[np.int64], float, float]:
             rows = slice(*chunk)
             weights = source.read(*chunk).astype(np.float32)
-            symbols[rows] = rounding.symbols(weights / steps[rows, np.newaxis])
-            integers = symbols[rows].astype(np.float32)
-            integers -= np.float32(ZERO)
-            scale[rows] = fit_rows(weights, integers, steps[rows])
-            integers *= scale[rows].astype(np.float32)[:, np.newaxis]
-            integers -= weights
-            return _core.histogram(symbols[rows]), _energy(integers), _energy(weights)
+            symbols[rows] = rounding.symbols(weights / row_steps[rows, np.newaxis])
+            found = symbols[rows].astype(np.float32)
+            found -= np.float32(grid.zero)
+            scale = snap(fit_rows(weights, found, row_steps[rows]), steps.per_octave, base)
+            codes[rows] = scale.codes
+            found *= scale.values()[:, np.newaxis]
+            found -= weights
+            return _core.histogram(symbols[rows]), _energy(found), _energy(weights)
 
         histograms, errors, energies = zip(*source.map(quantize), strict=True)
+        scale = LogScales(codes, steps.per_octave, base)
         return Quantized(
             symbols=symbols,
             counts=sum_counts(histograms),
             grid=f"ecsq-{self.step:.4g}",
-            scale=scale if len(scale) > 1 else scale.astype(np.float32),
+            scale=scale if len(scale) > 1 else scale.values(),
             error=math.fsum(errors),
             energy=math.fsum(energies),
-            zero=ZERO,
+            zero=grid.zero,
         )
 
-    def _row_steps(self, source: RowSource) -> Float32:
-        """The step of each row, exact in bfloat16; positive also where all weights are 0."""
+    def _row_steps(self, source: RowSource) -> tuple[LogScales, bool]:
+        """The step of each row, positive also where all weights are 0, and whether there is such a row."""
 
         def measure(chunk: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             weights = source.read(*chunk).astype(np.float32)
@@ -99,49 +110,39 @@ class EcsqQuantizer:
         maxima, sizes = (np.concatenate(parts) for parts in zip(*source.map(measure), strict=True))
         whole = math.sqrt(float(np.mean(np.square(sizes / max(float(sizes.max()), _TINY))))) * float(sizes.max())
         if whole == 0.0:
-            return np.ones(len(sizes), np.float32)
+            return snap(np.ones(len(sizes)), _OCTAVE_CODES), True
         steps = self.step * whole * (sizes / whole) ** _ROW_POWER
         if self.row_precision is not None:
             steps /= self.row_precision
-        steps = np.maximum(steps, maxima / _LARGEST_SYMBOL)
-        return _to_bfloat16(np.where(sizes > 0, steps, self.step * whole)).astype(np.float32)
+        finest = _OCTAVE_CODES if self.step > _FINE_STEP else _FINE_OCTAVE_CODES
+        steps = np.maximum(steps, maxima / _LARGEST_SYMBOL * 2 ** (0.5 / finest))
+        steps = np.maximum(np.where(sizes > 0, steps, self.step * whole), _TINY)
+        return snap(steps, finest), bool(sizes.min() == 0)
 
-    def _rounding(self, source: RowSource, steps: Float32, choose: CodeChooser) -> Rounding:
-        """Rounding by the lengths of the code that a sample of the rows would get, once rounded by them."""
-        rounding = Rounding()
+    def _rounding(
+        self, source: RowSource, steps: Float32, choose: CodeChooser, choices: Choices
+    ) -> tuple[Grid, Rounding]:
+        """A grid, and rounding by the lengths of the code that a sample of the rows would get on it."""
         if self.price <= 0:
-            return rounding
+            return PLAIN_GRID, Rounding()
         rows, columns = source.shape
         stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
         sample = np.concatenate([source.read(i, i + 1).astype(np.float32) / steps[i] for i in range(0, rows, stride)])
-        # An ideal code stands in for the real one at first, whose choice takes longer than rounding a sample.
-        rounding = Rounding(_ideal_lengths(_core.histogram(rounding.symbols(sample))), self.price)
-        counts = [int(c) for c in _core.histogram(rounding.symbols(sample))]
-        return Rounding(code_lengths(choose(counts)), self.price)
+        return fit_rounding(sample, self.price, choose, choices)
 
 
-def fit_rows(weights: Float32, integers: Float32, steps: Float32) -> NDArray[Any]:
-    """The scale of each row with the least squared error, in bfloat16; `steps` for rows of zeros.
+def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.float64]:
+    """The scale of each row with the least squared error; `steps` for rows of zeros.
 
     Args:
-        weights, integers: float32, shape (rows, columns).
+        weights, found: float32, shape (rows, columns); what they are, and what symbols stand for in steps.
         steps: float32, shape (rows,).
     """
-    matched = np.einsum("ij,ij->i", weights, integers, dtype=np.float64)
-    energy = np.einsum("ij,ij->i", integers, integers, dtype=np.float64)
+    matched = np.einsum("ij,ij->i", weights, found, dtype=np.float64)
+    energy = np.einsum("ij,ij->i", found, found, dtype=np.float64)
     fitted = np.divide(matched, energy, out=steps.astype(np.float64), where=energy > 0)
     # A fit is within half a step of the step; rows of denormals may lose it to underflow.
-    return _to_bfloat16(np.where(fitted > 0, fitted, steps))
-
-
-def _ideal_lengths(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """-log2 of the frequencies, at least 1; symbols that do not occur count as half an occurrence."""
-    lengths: NDArray[np.float64] = np.log2(counts.sum()) - np.log2(np.maximum(counts, 0.5))
-    return np.maximum(lengths, 1.0)
-
-
-def _to_bfloat16(values: NDArray[np.float64]) -> NDArray[Any]:
-    return np.clip(values, _TINY, _BFLOAT16_MAX).astype(ml_dtypes.bfloat16)
+    return np.where(fitted > _TINY, fitted, steps)
 
 
 def _energy(values: Float32) -> float:

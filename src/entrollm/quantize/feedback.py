@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
 from entrollm.quantize.ecsq import PRICE
+from entrollm.quantize.grid import SampledRounding, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
-from entrollm.quantize.rounding import ZERO, Rounding
+from entrollm.quantize.rounding import Rounding
+from entrollm.scales import LogScales, snap
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
@@ -34,7 +33,9 @@ _REFINEMENTS = 2
 _RIDGE = 1e-6
 # A column's gain stays near 1 unless nearly all its integers are 0.
 _GAIN_RANGE = (0.7, 1.4)
-_LARGEST_SYMBOL = 255 - ZERO
+# Leaves room for a grid that is moved.
+_LARGEST_SYMBOL = 118
+_OCTAVE_CODES = 32
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -47,12 +48,14 @@ class FeedbackQuantizer:
         factor: float32, shape (columns, columns); see `Statistics.factor`.
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
+        fits_code: whether the grid may move to where it suits a prefix code.
     """
 
     step: float
     factor: Float32
     row_precision: Float32 | None = None
     price: float = PRICE
+    fits_code: bool = True
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix.
@@ -62,21 +65,22 @@ class FeedbackQuantizer:
         """
         weights = read_finite(source)
         row_steps, column_steps = self._steps(weights)
-        rounding = self._rounding(weights, row_steps, column_steps, choose)
+        stretch, rounding = self._rounding(weights, row_steps, column_steps, choose)
+        column_steps *= np.float32(stretch)
         integers, gains = feed_back(weights, self.factor, (row_steps, column_steps), rounding, fit_gains=True)
         rows, columns = self._refine(weights, integers, row_steps, column_steps * gains)
-        symbols = (integers + np.float32(ZERO)).astype(np.uint8)
-        integers *= rows.astype(np.float32)[:, np.newaxis]
-        integers *= columns.astype(np.float32)
+        symbols = np.rint(integers + np.float32(rounding.zero)).astype(np.uint8)
+        integers *= rows.values()[:, np.newaxis]
+        integers *= columns.values()
         integers -= weights
         return Quantized(
             symbols=symbols,
             counts=_core.histogram(symbols),
             grid=f"feedback-{self.step:.4g}",
-            scale=rows if len(rows) > 1 else rows.astype(np.float32),
+            scale=rows if len(rows) > 1 else rows.values(),
             error=float(np.square(integers, dtype=np.float64).sum()),
             energy=float(np.square(weights, dtype=np.float64).sum()),
-            zero=ZERO,
+            zero=rounding.zero,
             column_scale=columns,
         )
 
@@ -97,28 +101,34 @@ class FeedbackQuantizer:
         widest = np.abs(weights / columns).max(axis=1) / _LARGEST_SYMBOL
         return np.maximum(rows, widest).astype(np.float32), columns
 
-    def _rounding(self, weights: Float32, row_steps: Float32, column_steps: Float32, choose: CodeChooser) -> Rounding:
-        """Rounding by the code lengths that a sample of the rows would get."""
+    def _rounding(
+        self, weights: Float32, row_steps: Float32, column_steps: Float32, choose: CodeChooser
+    ) -> tuple[float, Rounding]:
+        """What steps are multiplied by, and rounding by the code lengths that a sample of the rows would get."""
         if self.price <= 0:
-            return Rounding()
+            return 1.0, Rounding()
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
-        integers, _ = feed_back(weights[picked], self.factor, (row_steps[picked], column_steps), Rounding())
-        counts = [int(c) for c in _core.histogram((integers + np.float32(ZERO)).astype(np.uint8))]
-        return Rounding(code_lengths(choose(counts)), self.price)
+        sample = SampledRounding()
+        feed_back(weights[picked], self.factor, (row_steps[picked], column_steps), sample)
+        choices = grid_choices(fits_code=self.fits_code, keeps_zero=not weights.any(axis=1).all())
+        grid, rounding = fit_rounding(sample.rows(), self.price, choose, choices)
+        return grid.stretch, rounding
 
     def _refine(
         self, weights: Float32, integers: Float32, rows: Float32, columns: Float32
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Alternate least squares for row and column scales under the output error; both in bfloat16."""
+    ) -> tuple[LogScales, LogScales]:
+        """Alternate least squares for row and column scales under the output error; then both as codes."""
         moments = (self.factor @ self.factor.T).astype(np.float64)
         wanted = weights @ moments.astype(np.float32)
         row_scale, column_scale = rows.astype(np.float64), columns.astype(np.float64)
         for _ in range(_REFINEMENTS):
             column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
             row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
-        stored_columns = column_scale.astype(ml_dtypes.bfloat16)
-        row_scale = _fit_rows(integers, row_scale, stored_columns.astype(np.float64), moments, wanted)
-        return row_scale.astype(ml_dtypes.bfloat16), stored_columns
+        # Codes of columns are around 1; those of rows make up for it.
+        typical = float(np.exp(np.log(column_scale).mean()))
+        columns_stored = snap(column_scale / typical, _OCTAVE_CODES, 1.0)
+        fitted = columns_stored.values().astype(np.float64)
+        return snap(_fit_rows(integers, row_scale * typical, fitted, moments, wanted), _OCTAVE_CODES), columns_stored
 
 
 def read_finite(source: RowSource) -> Float32:
@@ -163,7 +173,7 @@ def feed_back(
         chosen = np.empty((len(weights), end - begin), np.float32)
         for i in range(end - 1, begin - 1, -1):
             scaled = left[:, i] / (column_steps[i] * factor[i, i] * row_steps)
-            rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(ZERO)
+            rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(rounding.zero)
             energy = float(np.dot(np.square(rounded), row_energy))
             if fit_gains and energy > 0:
                 fitted = float(np.dot(rounded * row_energy, scaled)) / energy

@@ -24,15 +24,15 @@ class Rounding:
         lengths: bits of each of the 256 symbols; None rounds to the nearest.
         price: what a bit is worth, in squared steps. At high rates the slope of the rate-distortion curve is
             ln(2) / 6 = 0.1155 squared steps per bit.
+        shift: what symbols stand for beyond their integers; the grid holds 0 only where it is 0.
     """
 
-    def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0) -> None:
+    def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0, shift: float = 0.0) -> None:
+        self.zero = ZERO - shift
+        self._shift = np.float32(shift)
         self._thresholds: Float32 | None = None
         if lengths is not None and price > 0:
-            below = np.arange(255, dtype=np.float64) - ZERO
-            between = below + 0.5 + price * np.diff(lengths) / 2
-            # Only the two neighbours compete.
-            self._thresholds = np.clip(between, below, below + 1).astype(np.float32)
+            self._thresholds = thresholds(lengths, price).astype(np.float32)
 
     def symbols(self, scaled: Float32) -> NDArray[np.uint8]:
         """Round: float32, any shape -> uint8 of that shape; what lies beyond the grid goes to its ends."""
@@ -43,6 +43,8 @@ class Rounding:
         return out.reshape(scaled.shape)
 
     def _block(self, scaled: Float32) -> NDArray[np.uint8]:
+        if self._shift:
+            scaled = scaled - self._shift
         if self._thresholds is None:
             nearest = np.rint(scaled)
             nearest += np.float32(ZERO)
@@ -52,3 +54,12 @@ class Rounding:
         symbols = (below + np.float32(ZERO)).astype(np.uint8)
         symbols += scaled > self._thresholds[symbols]
         return symbols
+
+
+def thresholds(lengths: NDArray[np.float64], price: float) -> NDArray[np.float64]:
+    """Where the cheaper of two neighbouring symbols changes, in steps from ZERO: float64, shape (255,)."""
+    below = np.arange(255, dtype=np.float64) - ZERO
+    between = below + 0.5 + price * np.diff(lengths) / 2
+    # Only the two neighbours compete.
+    clipped: NDArray[np.float64] = np.clip(between, below, below + 1)
+    return clipped
