@@ -68,6 +68,20 @@ def snap(values: NDArray[np.floating], finest: int, base: float | None = None) -
     return LogScales(np.clip(places, 0, 255).astype(np.uint8), per_octave, base)
 
 
+def octave_codes(weights: int, step: float) -> int:
+    """The codes in an octave at which a scale costs least, in its own bits and in the error that it leaves.
+
+    Of n codes, one more bit is paid for once in `weights` weights, and the scale is off by up to half a code, whose
+    square weighs against that of the rounding, step^2 / 12.
+
+    Args:
+        weights: how many the scale belongs to.
+        step: of the grid, over the RMS of the weights.
+    """
+    best = math.log(2) * math.sqrt(weights) / max(step, 1e-6)
+    return min(OCTAVE_CODES, key=lambda n: abs(math.log2(n / best)))
+
+
 def short_base(value: float) -> float:
     """A number of few digits close to a positive one."""
     return float(f"{value:.{_BASE_DIGITS}g}")

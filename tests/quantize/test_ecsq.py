@@ -109,7 +109,7 @@ def test_outliers_are_not_clipped() -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5e-38, 3e38])
 def test_constant_matrices_have_a_defined_result(value: float) -> None:
     quantized = quantize(np.full((4, 64), value, np.float32), 0.5)
-    np.testing.assert_allclose(dequantize(quantized), value, rtol=0.02)
+    np.testing.assert_allclose(dequantize(quantized), value, rtol=2 ** (1 / 16) - 1)  # half a code of a short row
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

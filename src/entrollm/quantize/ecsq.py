@@ -7,7 +7,7 @@ step is free: it follows from the rate that is wanted, not from a number of bits
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from entrollm.errors import FormatError
 from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, sum_counts
 from entrollm.quantize.rounding import Rounding
-from entrollm.scales import LogScales, short_base, snap
+from entrollm.scales import LogScales, octave_codes, short_base, snap
 
 PRICE = 0.07
 """Squared steps per bit in rounding: less than the slope of the rate-distortion curve, since weights that are all
@@ -31,11 +31,6 @@ _ROW_POWER = 0.5
 _SAMPLE_WEIGHTS = 1 << 18
 # Leaves room for a grid that is moved.
 _LARGEST_SYMBOL = 118
-# Integers are rounded by the stored steps, so that coarse ones do no harm; finer ones would not earn their bits. Where
-# the largest weight decides on the step, at high rates, it must not grow.
-_OCTAVE_CODES = 16
-_FINE_OCTAVE_CODES = 16
-_FINE_STEP = 0.1
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -65,7 +60,7 @@ class EcsqQuantizer:
         choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
         grid, rounding = self._rounding(source, steps.values(), choose, choices)
         base = short_base(steps.base * grid.stretch)
-        row_steps = replace(steps, base=base).values()
+        row_steps = LogScales(steps.codes, steps.per_octave, base).values()
         symbols = np.empty(source.shape, np.uint8)
         codes = np.empty(len(steps), np.uint8)
 
@@ -110,11 +105,11 @@ class EcsqQuantizer:
         maxima, sizes = (np.concatenate(parts) for parts in zip(*source.map(measure), strict=True))
         whole = math.sqrt(float(np.mean(np.square(sizes / max(float(sizes.max()), _TINY))))) * float(sizes.max())
         if whole == 0.0:
-            return snap(np.ones(len(sizes)), _OCTAVE_CODES), True
+            return snap(np.ones(len(sizes)), 1), True
         steps = self.step * whole * (sizes / whole) ** _ROW_POWER
         if self.row_precision is not None:
             steps /= self.row_precision
-        finest = _OCTAVE_CODES if self.step > _FINE_STEP else _FINE_OCTAVE_CODES
+        finest = octave_codes(source.shape[1], self.step)
         steps = np.maximum(steps, maxima / _LARGEST_SYMBOL * 2 ** (0.5 / finest))
         steps = np.maximum(np.where(sizes > 0, steps, self.step * whole), _TINY)
         return snap(steps, finest), bool(sizes.min() == 0)

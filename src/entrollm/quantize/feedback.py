@@ -22,7 +22,7 @@ from entrollm.quantize.ecsq import PRICE
 from entrollm.quantize.grid import SampledRounding, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
 from entrollm.quantize.rounding import Rounding
-from entrollm.scales import LogScales, snap
+from entrollm.scales import LogScales, octave_codes, short_base, snap
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
@@ -34,8 +34,7 @@ _RIDGE = 1e-6
 # A column's gain stays near 1 unless nearly all its integers are 0.
 _GAIN_RANGE = (0.7, 1.4)
 # Leaves room for a grid that is moved.
-_LARGEST_SYMBOL = 118
-_OCTAVE_CODES = 32
+_LARGEST_SYMBOL = 112
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -66,9 +65,10 @@ class FeedbackQuantizer:
         weights = read_finite(source)
         row_steps, column_steps = self._steps(weights)
         stretch, rounding = self._rounding(weights, row_steps, column_steps, choose)
-        column_steps *= np.float32(stretch)
-        integers, gains = feed_back(weights, self.factor, (row_steps, column_steps), rounding, fit_gains=True)
-        rows, columns = self._refine(weights, integers, row_steps, column_steps * gains)
+        grids = self._grids(row_steps, column_steps * np.float32(stretch))
+        steps = grids[0].values(), grids[1].values()
+        integers, gains = feed_back(weights, self.factor, steps, rounding, fit_gains=True)
+        rows, columns = self._refine(weights, integers, grids, gains)
         symbols = np.rint(integers + np.float32(rounding.zero)).astype(np.uint8)
         integers *= rows.values()[:, np.newaxis]
         integers *= columns.values()
@@ -114,21 +114,30 @@ class FeedbackQuantizer:
         grid, rounding = fit_rounding(sample.rows(), self.price, choose, choices)
         return grid.stretch, rounding
 
+    def _grids(self, row_steps: Float32, column_steps: Float32) -> tuple[LogScales, LogScales]:
+        """The steps as they can be stored; those of columns are around 1, and those of rows make up for it."""
+        typical = np.float32(np.exp(np.log(column_steps.astype(np.float64)).mean()))
+        rows = snap(row_steps * typical, octave_codes(len(column_steps), self.step))
+        return rows, snap(column_steps / typical, octave_codes(len(row_steps), self.step), 1.0)
+
     def _refine(
-        self, weights: Float32, integers: Float32, rows: Float32, columns: Float32
+        self, weights: Float32, integers: Float32, grids: tuple[LogScales, LogScales], gains: Float32
     ) -> tuple[LogScales, LogScales]:
-        """Alternate least squares for row and column scales under the output error; then both as codes."""
+        """Alternate least squares for row and column scales under the output error, on the grids of the steps."""
+        rows, columns = grids
         moments = (self.factor @ self.factor.T).astype(np.float64)
         wanted = weights @ moments.astype(np.float32)
-        row_scale, column_scale = rows.astype(np.float64), columns.astype(np.float64)
+        row_scale = rows.values().astype(np.float64)
+        column_scale = (columns.values() * gains).astype(np.float64)
         for _ in range(_REFINEMENTS):
             column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
             row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
-        # Codes of columns are around 1; those of rows make up for it.
-        typical = float(np.exp(np.log(column_scale).mean()))
-        columns_stored = snap(column_scale / typical, _OCTAVE_CODES, 1.0)
-        fitted = columns_stored.values().astype(np.float64)
-        return snap(_fit_rows(integers, row_scale * typical, fitted, moments, wanted), _OCTAVE_CODES), columns_stored
+        # What all columns moved by is left to the rows, and to the base of their codes.
+        typical = float(np.exp(np.log(column_scale / columns.values()).mean()))
+        columns = snap(column_scale / typical, columns.per_octave, columns.base)
+        row_scale = _fit_rows(integers, row_scale * typical, columns.values().astype(np.float64), moments, wanted)
+        moved = float(np.exp(np.log(row_scale / rows.values()).mean()))
+        return snap(row_scale, rows.per_octave, short_base(rows.base * moved)), columns
 
 
 def read_finite(source: RowSource) -> Float32:

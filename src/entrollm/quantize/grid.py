@@ -26,7 +26,7 @@ Choices = tuple[Sequence[float], Sequence[float]]
 """Stretches and shifts to choose from."""
 _STRETCHES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
-_ROUNDS = 3
+_ROUNDS = 2
 # Bins of a step, of a histogram that stands for the weights while grids are compared.
 _FINE = 64
 _EDGE = 129
