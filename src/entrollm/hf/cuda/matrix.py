@@ -51,7 +51,7 @@ _STATE_BYTES = 2 << 10  # without what is kept of open tiles
 # Slots for chunks; with fewer, warps wait for memory.
 _FEWEST_SLOTS = 3
 _DECODE_SLOTS = 8
-_DECODE_STATIC_BYTES = (DECODE_THREADS // 32 + 1) * TILE_ROWS * (2 * GROUP_COLUMNS + 16) + (2 << 10)
+_DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * GROUP_COLUMNS + _DECODE_SLOTS * 12) * TILE_ROWS + (2 << 10)
 _STEP_BYTES = 64
 # Words are read this far behind a chunk's streams.
 _SLOT_SLACK = 256

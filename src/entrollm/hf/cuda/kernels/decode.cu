@@ -8,12 +8,8 @@ constexpr int kSlots = 8;
 constexpr int kWarps = THREADS / kLanes;
 // Neighbours that a lane converts and writes at a time.
 constexpr int kPieceColumns = 8;
-// Groups that are written together: an even number, so that a row's part begins and ends with a
-// sector of 32 bytes.
-constexpr int kGroups = 2;
-constexpr int kStageColumns = kGroups * kGroupColumns;
-constexpr int kPieces = kStageColumns / kPieceColumns;  // of a row
-constexpr int kTurns = kTileRows * kPieces / kLanes;
+constexpr int kPieces = kGroupColumns / kPieceColumns;  // of a row
+constexpr int kTurns = (kTileRows * kPieces + kLanes - 1) / kLanes;
 constexpr int kRowsBytes = kTileRows * sizeof(Row);
 
 struct Launch {
@@ -28,19 +24,11 @@ struct Launch {
   int slot_bytes;
 };
 
-// A row of a tile, as a warp writes it.
-struct Part {
-  float scale;
-  float offset;
-  long long begin;  // in bytes, in the output
-};
-
 struct State {
   Ring<kSlots> ring;
   Row rows[kSlots][kTileRows];  // of the tile that the chunk in a slot belongs to
-  // Symbols on their way from the order of decoding to that of columns.
-  u8 stage[kWarps][kTileRows * kStageColumns];
-  Part parts[kWarps][kTileRows];
+  // A group's symbols on their way from the order of decoding to that of columns.
+  u8 stage[kWarps][kTileRows * kGroupColumns];
 };
 
 // A chunk's entry in the table of chunks, and that of its tile's first chunk.
@@ -126,7 +114,7 @@ struct Raw {
   }
 };
 
-// Decodes one group to its place in the stage, as bytes in the order of columns.
+// Decodes one group to the stage, as bytes in the order of columns.
 __device__ __forceinline__ void stage_group(Stream (&streams)[kStreams], u8* stage) {
   const int lane = threadIdx.x % kLanes;
   const int quarter = lane % 4;
@@ -141,7 +129,7 @@ __device__ __forceinline__ void stage_group(Stream (&streams)[kStreams], u8* sta
   }
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
-    u32* to = reinterpret_cast<u32*>(stage + (lane / 4 + s * 8) * kStageColumns) + quarter;
+    u32* to = reinterpret_cast<u32*>(stage + (lane / 4 + s * 8) * kGroupColumns) + quarter;
 #pragma unroll
     for (int i = 0; i < kGroupTriples; ++i) {
       const u32 next = __shfl_down_sync(~0u, entries[s][i], 1);
@@ -166,19 +154,19 @@ struct Patches {
     next += __reduce_add_sync(~0u, before);
   }
 
-  // Patches what the stage holds of some groups.
-  __device__ __forceinline__ void apply(int group, int groups, u8* stage) {
+  // Patches what the stage holds of a group.
+  __device__ __forceinline__ void apply(int group, u8* stage) {
     const int lane = threadIdx.x % kLanes;
     for (;;) {
       const u32* at = next + lane;
       const u32 patch = at < end ? *at : ~0u;
-      const bool here = step(patch) < (group + groups) * 3;
+      const bool here = step(patch) < group * 3 + 3;
       if (here) {
         const int inside = patch >> 13 & 31;
         const int column = (step(patch) - group * 3) * kStepColumns + inside / 4 % 2 * 12 +
                            inside / 8 * 3 + inside % 4 - 1;
         // Differences are taken modulo 256, as bytes add.
-        stage[(patch & 15) * kStageColumns + column] += static_cast<u8>((patch >> 4 & 511) - 256);
+        stage[(patch & 15) * kGroupColumns + column] += static_cast<u8>((patch >> 4 & 511) - 256);
       }
       const int count = __popc(__ballot_sync(~0u, here));
       next += count;
@@ -187,39 +175,45 @@ struct Patches {
   }
 };
 
-// Writes the groups that the stage holds, all of whose columns and rows there are.
+// Where the pieces of a tile go that a lane writes.
+struct Pieces {
+  float scale[kTurns];
+  float offset[kTurns];
+  long long begin[kTurns];  // in bytes, from the column of a group in the first row of the output
+};
+
+// Writes a group that the stage holds, all of whose columns and rows there are.
 template <int kType>
-__device__ __forceinline__ void write_groups(u8* out, const Part* parts, const Raw& raw, int group,
-                                             const u8* stage) {
-  constexpr int kBytes = kPieceColumns * (kType == 0 ? 4 : 2);
+__device__ __forceinline__ void write_group(u8* out, const Pieces& pieces, const Raw& raw,
+                                            int group, const u8* stage) {
   const int lane = threadIdx.x % kLanes;
-#pragma unroll 3
+#pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     const int i = turn * kLanes + lane;
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    const Part part = parts[row];
+    if (i >= kTileRows * kPieces) break;
     uint2 bytes = reinterpret_cast<const uint2*>(stage)[i];
-    if (raw.bits != 0) raw.add(row, group * kGroupColumns + piece * kPieceColumns, bytes);
+    if (raw.bits != 0) {
+      raw.add(i / kPieces, group * kGroupColumns + i % kPieces * kPieceColumns, bytes);
+    }
     float values[kPieceColumns];
-    scale_piece(bytes, part.scale, part.offset, values);
-    store_piece<kType>(out + part.begin + piece * kBytes, values);
+    scale_piece(bytes, pieces.scale[turn], pieces.offset[turn], values);
+    store_piece<kType>(out + pieces.begin[turn], values);
   }
 }
 
-// Writes any groups, or what there is of them, one weight after another. `only` is the row of the
-// tile to write, which goes to row `item` of the output, or negative for all.
+// Writes any group, or what there is of it, one weight after another. `only` is the row of the tile
+// to write, which goes to row `item` of the output, or negative for all.
 __device__ __forceinline__ void write_edge(const Launch& launch, const Row* rows, int count,
                                            int only, int item, const Raw& raw, int group,
-                                           int groups, const u8* stage) {
+                                           const u8* stage) {
   const Matrix& matrix = launch.matrix;
 #pragma unroll 1
   for (int i = threadIdx.x % kLanes; i < (only < 0 ? count : 1) * kPieces; i += kLanes) {
     const int r = only < 0 ? i / kPieces : only;
     const int piece = i % kPieces * kPieceColumns;
     const int column = group * kGroupColumns + piece;
-    if (column >= launch.columns || piece >= groups * kGroupColumns) continue;
-    uint2 bytes = *reinterpret_cast<const uint2*>(stage + r * kStageColumns + piece);
+    if (column >= launch.columns) continue;
+    uint2 bytes = *reinterpret_cast<const uint2*>(stage + r * kGroupColumns + piece);
     if (raw.bits != 0) raw.add(r, column, bytes);
     float values[kPieceColumns];
     scale_piece(bytes, rows[r].scale, rows[r].offset, values);
@@ -261,26 +255,29 @@ __device__ __forceinline__ void decode_segment(const Launch& launch, State& stat
   const int count = min(kTileRows, matrix.rows - tile * kTileRows);
   const bool simple = only < 0 && count == kTileRows && launch.columns % kPieceColumns == 0 &&
                       matrix.column_scale == nullptr;
-  Part* parts = state.parts[threadIdx.x / kLanes];
-  if (lane < kTileRows) {
-    const Row row = rows[lane];
-    parts[lane] = {row.scale, row.offset,
-                   row.index * static_cast<long long>(launch.columns) * kSize};
+  Pieces pieces;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = min(turn * kLanes + lane, kTileRows * kPieces - 1);
+    const Row row = rows[i / kPieces];
+    pieces.scale[turn] = row.scale;
+    pieces.offset[turn] = row.offset;
+    pieces.begin[turn] =
+        (row.index * static_cast<long long>(launch.columns) + i % kPieces * kPieceColumns) * kSize;
   }
   u8* stage = state.stage[threadIdx.x / kLanes];
-  for (int group = begin; group < end;) {
-    const int groups = min(kGroups - group % kGroups, end - group);
-    for (int i = 0; i < groups; ++i) stage_group(streams, stage + i * kGroupColumns);
+  u8* out = static_cast<u8*>(launch.out) + begin * kGroupColumns * kSize;
+  for (int group = begin; group < end; ++group) {
+    stage_group(streams, stage);
     __syncwarp();
-    patches.apply(group, groups, stage);
+    patches.apply(group, stage);
     __syncwarp();
-    if (simple && groups == kGroups && (group + groups) * kGroupColumns <= launch.columns) {
-      u8* out = static_cast<u8*>(launch.out) + group * kGroupColumns * kSize;
-      write_groups<kType>(out, parts, raw, group, stage);
+    if (simple && (group + 1) * kGroupColumns <= launch.columns) {
+      write_group<kType>(out, pieces, raw, group, stage);
     } else {
-      write_edge(launch, rows, count, only, item, raw, group, groups, stage);
+      write_edge(launch, rows, count, only, item, raw, group, stage);
     }
-    group += groups;
+    out += kGroupColumns * kSize;
     __syncwarp();
   }
 }
