@@ -25,8 +25,8 @@ of a CUDA graph over at least 600 MB of distinct weights, one vector, all in one
 entropy; bits include everything that stays in GPU memory. The int8 baseline is hand-written (benchmarks/cuda/int8.cu),
 overlaps launches as ours does, and rounds its activations to 8 bits in the kernel, ours to 16. Goals in brackets.
 
-| rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 | to bf16 in memory, us |
-|---|---|---|---|---|---|---|---|
+| rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 |
+|---|---|---|---|---|---|---|
 {_gemv_rows(gemv)}
 
 cuBLAS bf16 and int8 took {_baselines(gemv)}.
@@ -49,8 +49,7 @@ def _gemv_rows(result: dict[str, Any]) -> str:
         marks = [f" [{goal:g}]" for goal in goals] if goals else ["", ""]
         lines.append(
             f"| {row['rows']} x {row['columns']} | {row['entropy']} | {ours['bits']:.2f} | {ours['median_us']:.1f} "
-            f"| {ours['min_us']:.1f}-{ours['max_us']:.1f} | {over[0]:.2f}{marks[0]} | {over[1]:.2f}{marks[1]} "
-            f"| {ours['decode_us']:.0f} |"
+            f"| {ours['min_us']:.1f}-{ours['max_us']:.1f} | {over[0]:.2f}{marks[0]} | {over[1]:.2f}{marks[1]} |"
         )
     return "\n".join(lines)
 
@@ -82,7 +81,7 @@ def _transformers(result: dict[str, Any]) -> str:
         rate, dense_rate = ours["static"]["tokens_per_s"], dense["static"]["tokens_per_s"]
         prompt_ms, dense_ms = ours["prefill"]["median_ms"], dense["prefill"]["median_ms"]
         lines.append(
-            f"| {row['model']} | {row['bits']:.2f} | {rate:.0f} "
+            f"| {row['model']}, {row['layers']} layers | {row['bits']:.2f} | {rate:.0f} "
             f"| {ours['static']['min']:.0f}-{ours['static']['max']:.0f} | {dense_rate:.0f} | {rate / dense_rate:.2f} "
             f"| {prompt_ms:.0f} ms | {prompt_ms / dense_ms:.2f} "
             f"| {ours['held_bytes'] / 1e9:.2f} of {dense['held_bytes'] / 1e9:.2f} GB |"

@@ -210,7 +210,8 @@ def run_transformers(shape: Shape, entropies: list[float], eager: bool) -> list[
             f"  {coded.bits:.3f} bits: {_summary(ours)}; x bfloat16 {ratio:.2f}, prompt takes {slower:.2f} of it",
             flush=True,
         )
-        row = {"model": shape.name, "entropy": entropy, "bits": coded.bits, "coded_bytes": coded.bytes}
+        row = {"model": shape.name, "layers": shape.layers, "entropy": entropy}
+        row |= {"bits": coded.bits, "coded_bytes": coded.bytes}
         results.append({**row, "bfloat16": baseline, "ours": ours})
     return results
 
