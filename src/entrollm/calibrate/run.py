@@ -85,7 +85,7 @@ def calibrate(
         return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
 
 
-def held_out(model: str | Path, text: CalibrationText) -> NDArray[np.int64]:
+def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
     """Windows, shape (text.held_out, tokens), that a calibration on `text` does not see.
 
     Args and errors as for `calibrate`.
@@ -94,7 +94,8 @@ def held_out(model: str | Path, text: CalibrationText) -> NDArray[np.int64]:
     if text.file is not None:
         return held_out_windows(source.tokenizer(), text.file, source.tokens, text.held_out)
     with Checkpoint.open(source.path) as checkpoint:
-        return sample_windows(checkpoint, source.config, (text.held_out, source.tokens), _HELD_OUT_SEED)
+        shape = (text.held_out, source.tokens)
+        return sample_windows(checkpoint, source.config, shape, _HELD_OUT_SEED, device=device)
 
 
 class _Source:
