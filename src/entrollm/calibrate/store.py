@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from entrollm.arrays import HOST, Array, Device
+from entrollm.arrays import HOST, Array, Device, single
 from entrollm.quantize.statistics import Sensitivity
 
 # Rows of a triangle that are stored together, up to the last column of the last of them.
@@ -62,9 +61,9 @@ class Spool:
     def take(self, key: str) -> Array:
         """Read an array for the last time."""
         path = self._path(key).with_suffix(".npy")
-        array: NDArray[np.float32] = np.load(path)
+        array = self._device.put(np.load(path, mmap_mode="r"))
         path.unlink()
-        return self._device.put(array)
+        return array
 
     def put_triangle(self, key: str, array: Array) -> None:
         """Write the lower triangle of a square array."""
@@ -85,12 +84,12 @@ def _save_triangle(path: Path, array: Array, device: Device) -> None:
     """Write a lower triangle, in float32, by runs of rows."""
     with path.open("wb") as file:
         for begin in range(0, len(array), _ROWS):
-            rows = device.take(array[begin : begin + _ROWS, : begin + _ROWS])
-            file.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+            rows = device.take(single(array[begin : begin + _ROWS, : begin + _ROWS]))
+            file.write(np.ascontiguousarray(rows).data)
 
 
 def _load_triangle(path: Path, size: int, device: Device) -> Array:
-    stored = device.put(np.fromfile(path, np.float32))
+    stored = device.put(np.memmap(path, np.float32, "r"))
     array = device.zeros(size, size)
     done = 0
     for begin in range(0, size, _ROWS):

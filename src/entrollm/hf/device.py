@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
-from entrollm.hf.backend import to_tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -40,15 +42,20 @@ class TorchDevice:
 
     def hold(self, values: NDArray[Any]) -> Tensor:
         """A new tensor in the values' own type, which products widen as they need it."""
-        return to_tensor(values).to(self._device)
+        is_bfloat16 = values.dtype == ml_dtypes.bfloat16
+        with warnings.catch_warnings():
+            # Mapped files cannot be written, and nothing writes to what is only copied from.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            view = torch.from_numpy(values.view(np.int16) if is_bfloat16 else values)
+        return (view.view(torch.bfloat16) if is_bfloat16 else view).to(self._device, copy=True)
 
     def held_bytes(self, stored_bytes: int, weights: int) -> int:
         """The bytes of the own type."""
         return stored_bytes
 
     def take(self, array: Tensor) -> NDArray[Any]:
-        """A tensor as a NumPy array."""
-        taken: NDArray[Any] = array.cpu().numpy()
+        """A tensor as a NumPy array, its elements in order."""
+        taken: NDArray[Any] = array.contiguous().cpu().numpy()
         return taken
 
     def zeros(self, *shape: int) -> Tensor:

@@ -22,7 +22,7 @@ from entrollm import _core
 from entrollm.arrays import HOST, Array, Device, double, functions, like, single
 from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
-from entrollm.quantize.ecsq import PRICE
+from entrollm.quantize.ecsq import PRICE, ideal_lengths
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
 from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 
@@ -104,9 +104,13 @@ class FeedbackQuantizer:
         return like(weights, np.maximum(by_row, widest).astype(np.float32)), column_steps
 
     def _rounding(self, weights: Array, steps: tuple[Array, Array], choose: CodeChooser) -> Rounding:
-        """Rounding by the code lengths that a sample of the rows would get."""
+        """Rounding by the code lengths that a sample of the rows would get; of a draft, about those."""
         if self.price <= 0:
             return Rounding()
+        if self.is_draft:
+            plain = weights / steps[0][:, None] / steps[1]
+            symbols = Rounding().symbols(self.device.take(plain))
+            return Rounding(ideal_lengths(_core.histogram(symbols)), self.price)
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
         sample = (steps[0][picked], steps[1])
         integers, _ = feed_back(weights[picked], self.factor, sample, Rounding(), self.device)
