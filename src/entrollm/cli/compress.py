@@ -191,7 +191,7 @@ def command(
         return
     if text is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         statistics = None if text is None else _calibrate(model, text, Path(folder), device, json_output)
         result = _compress(model, out, options, statistics, overwrite, json_output)
     if json_output:
@@ -231,7 +231,7 @@ def _compress_within(
 
     max_kl, text, device = limit
     divergence = DivergenceLimit(max_kl, held_out(model, text, device))
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         statistics = _calibrate(model, text, Path(folder), device, quiet)
         result = compress_within(
             model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
