@@ -230,8 +230,8 @@ def _compress_within(
             stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
 
     max_kl, text, device = limit
-    divergence = DivergenceLimit(max_kl, held_out(model, text, device))
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+        divergence = DivergenceLimit(max_kl, held_out(model, text, device))
         statistics = _calibrate(model, text, Path(folder), device, quiet)
         result = compress_within(
             model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
