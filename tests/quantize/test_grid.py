@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from entrollm.codec.choose import choose_code
 from entrollm.codec.huffman import huffman_bits
 from entrollm.quantize.ecsq import EcsqQuantizer
-from entrollm.quantize.grid import Grid, SampledRounding, fit_grid, grid_choices
+from entrollm.quantize.grid import Grid, fit_grid, grid_choices
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO, Rounding
 from entrollm.scales import octave_codes
@@ -61,7 +61,6 @@ def test_zero_stays_where_weights_are_zero() -> None:
 
 def test_rounding_to_a_shifted_grid() -> None:
     rounding = Rounding(shift=0.25)
-    assert rounding.zero == ZERO - 0.25
     assert rounding.symbols(np.array([0.25, 0.7, 0.8, -0.3, -1.0], np.float32)).tolist() == [128, 128, 129, 127, 127]
 
 
@@ -77,13 +76,6 @@ def test_a_grid_that_may_not_move_does_not() -> None:
     weights = np.random.default_rng(3).standard_normal((64, 512)).astype(np.float32)
     assert EcsqQuantizer(0.85, fits_code=False).quantize(ArraySource("w", weights), choose).zero == ZERO
     assert EcsqQuantizer(0.85).quantize(ArraySource("w", weights), choose).zero != ZERO
-
-
-def test_samples_are_remembered_by_column() -> None:
-    rounding = SampledRounding()
-    for column in ([1.0, 2.2], [3.0, 4.4]):
-        rounding.symbols(np.array(column, np.float32))
-    np.testing.assert_array_equal(rounding.rows(), np.array([[1, 3], [2.2, 4.4]], np.float32))
 
 
 def test_longer_rows_and_finer_steps_get_finer_scales() -> None:

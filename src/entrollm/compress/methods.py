@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress.control import RateControl
 from entrollm.compress.options import CompressOptions
@@ -26,9 +27,8 @@ from entrollm.quantize.statistics import Sensitivity, Statistics
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
 _FEWEST_ROWS = 32
-# What the header of a file takes without tensors, and for a kept tensor besides its name.
+_PLAIN_ENTRY_BYTES = 90
 _SHARD_BYTES = 160
-_PLAIN_ENTRY_BYTES = 86
 
 
 class Methods(Protocol):
@@ -86,6 +86,7 @@ class SizedMethods:
         self._method = options.method
         # Such grids are no faster to decode, and other codes waste bits for other reasons.
         self._fits_code = options.prefer == "size"
+        self._last: tuple[str, Array | None] = ("", None)
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
@@ -94,7 +95,7 @@ class SizedMethods:
         }
         fixed = shards * _SHARD_BYTES
         for name in kept:
-            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + len(json.dumps(name))
+            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(_count(info.shape) for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(names, statistics))
         self.control = RateControl(self.curves, steps, fixed, weights, options.target)
@@ -112,14 +113,26 @@ class SizedMethods:
         sensitivity = None if self._statistics is None else self._statistics.sensitivity(name)
         return row_precision(name, self._checkpoint.tensors[name].shape[0], sensitivity)
 
-    def at_step(self, name: str, step: float, precision: NDArray[np.float32] | None) -> Quantizer:
+    def at_step(
+        self, name: str, step: float, precision: NDArray[np.float32] | None, is_draft: bool = False
+    ) -> Quantizer:
         """The quantizer of a matrix, or of some of its rows with their precision, at a step."""
-        factor = None if self._statistics is None else self._statistics.factor(name)
-        if factor is None:
+        factor = self._factor(name)
+        if self._statistics is None or factor is None:
             return EcsqQuantizer(step, precision, fits_code=self._fits_code)
+        device = self._statistics.device
         if self._method == "gptq":
-            return GptqQuantizer(step, factor, precision)
-        return FeedbackQuantizer(step, factor, precision, fits_code=self._fits_code)
+            return GptqQuantizer(step, factor, precision, device)
+        return FeedbackQuantizer(step, factor, precision, fits_code=self._fits_code, device=device, is_draft=is_draft)
+
+    def _factor(self, name: str) -> Array | None:
+        """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in turn."""
+        if self._statistics is None:
+            return None
+        if name != self._last[0]:
+            self._last = ("", None)  # before the next one takes memory
+            self._last = (name, self._statistics.factor(name))
+        return self._last[1]
 
 
 def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:
@@ -149,7 +162,7 @@ class _Sampler:
             parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
             self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
             self._checkpoint.release(self._name)
-        quantizer = self._methods.at_step(self._name, step, self._precision)
+        quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)
 
 

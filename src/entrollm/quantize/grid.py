@@ -17,7 +17,7 @@ from entrollm import _core
 from entrollm.codec.huffman import huffman_lengths
 from entrollm.codec.lengths import code_lengths
 from entrollm.quantize.method import CodeChooser
-from entrollm.quantize.rounding import ZERO, Rounding, thresholds
+from entrollm.quantize.rounding import ZERO, Rounding, thresholds_between
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -51,23 +51,6 @@ class Grid:
 
 
 PLAIN_GRID = Grid(1.0, 0.0, np.zeros(256), 1.0, ZERO)
-
-
-class SampledRounding(Rounding):
-    """Rounds to the nearest, and remembers what it has rounded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: list[Float32] = []
-
-    def symbols(self, scaled: Float32) -> NDArray[np.uint8]:
-        """Round."""
-        self._seen.append(scaled)
-        return super().symbols(scaled)
-
-    def rows(self) -> Float32:
-        """What columns were rounded, side by side."""
-        return np.stack(self._seen, axis=1)
 
 
 def grid_choices(*, fits_code: bool, keeps_zero: bool) -> Choices:
@@ -122,7 +105,7 @@ def _try(x: _Fine, stretch: float, shift: float, price: float) -> tuple[float, G
     lengths = np.zeros(256)
     values = np.arange(256) - ZERO + shift
     for _ in range(_ROUNDS):
-        edges = thresholds(lengths, price) + shift
+        edges = thresholds_between(lengths, price) + shift
         count, first, second = x.between(edges * stretch)
         present = np.flatnonzero(count)
         found = huffman_lengths(count[present].astype(np.int64).tolist())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array, functions
+
 Float32 = NDArray[np.float32]
 
 ZERO = 128
@@ -28,11 +30,16 @@ class Rounding:
     """
 
     def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0, shift: float = 0.0) -> None:
-        self.zero = ZERO - shift
         self._shift = np.float32(shift)
         self._thresholds: Float32 | None = None
         if lengths is not None and price > 0:
-            self._thresholds = thresholds(lengths, price).astype(np.float32)
+            self._thresholds = thresholds_between(lengths, price).astype(np.float32)
+        self._halves = thresholds_between(np.zeros(256), 0.0).astype(np.float32)
+
+    @property
+    def thresholds(self) -> Float32:
+        """float32 (255,), ascending; a number above the first k of them, less the shift, becomes symbol k."""
+        return self._halves if self._thresholds is None else self._thresholds
 
     def symbols(self, scaled: Float32) -> NDArray[np.uint8]:
         """Round: float32, any shape -> uint8 of that shape; what lies beyond the grid goes to its ends."""
@@ -56,10 +63,30 @@ class Rounding:
         return symbols
 
 
-def thresholds(lengths: NDArray[np.float64], price: float) -> NDArray[np.float64]:
+def thresholds_between(lengths: NDArray[np.float64], price: float) -> NDArray[np.float64]:
     """Where the cheaper of two neighbouring symbols changes, in steps from ZERO: float64, shape (255,)."""
     below = np.arange(255, dtype=np.float64) - ZERO
     between = below + 0.5 + price * np.diff(lengths) / 2
     # Only the two neighbours compete.
     clipped: NDArray[np.float64] = np.clip(between, below, below + 1)
     return clipped
+
+
+def to_integers(scaled: Array, thresholds: Array) -> Array:
+    """Round on any device.
+
+    Args:
+        scaled: float32 (n,).
+        thresholds: of a `Rounding`, on the same device.
+    Returns:
+        float32 (n,), symbols less ZERO.
+    """
+    xp = functions(scaled)
+    if xp is not np:
+        return xp.searchsorted(thresholds, scaled) - float(ZERO)
+    # Threshold k lies between the integers k - ZERO and the next, which takes less time than a search.
+    below = np.floor(scaled)
+    np.maximum(below, np.float32(-ZERO), out=below)
+    np.minimum(below, np.float32(254 - ZERO), out=below)
+    below += scaled > thresholds[(below + np.float32(ZERO)).astype(np.intp)]
+    return below
