@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,11 @@ class LogScales:
         """The scales: float32, shape (n,)."""
         return decode_scales(self.codes, self.per_octave, self.base)
 
+    def nearest(self, values: NDArray[np.floating[Any]]) -> LogScales:
+        """The nearest scales on the same grid; values beyond its ends go there."""
+        places = np.rint(_octaves(values, self.base) * self.per_octave) + MIDDLE
+        return LogScales(np.clip(places, 0, 255).astype(np.uint8), self.per_octave, self.base)
+
     def __len__(self) -> int:
         return len(self.codes)
 
@@ -49,7 +55,7 @@ def decode_scales(codes: NDArray[np.uint8], per_octave: int, base: float) -> NDA
     return scaled
 
 
-def snap(values: NDArray[np.floating], finest: int, base: float | None = None) -> LogScales:
+def snap(values: NDArray[np.floating[Any]], finest: int, base: float | None = None) -> LogScales:
     """The nearest scales on a grid, whose base is in the middle of the values unless it is given.
 
     Args:
@@ -57,15 +63,16 @@ def snap(values: NDArray[np.floating], finest: int, base: float | None = None) -
         finest: codes in an octave, one of OCTAVE_CODES; fewer where the values span more octaves than a byte can.
         base: what code 128 stands for.
     """
-    logs = np.log2(values.astype(np.float64))
     if base is None:
-        base = short_base(2.0 ** (0.5 * float(logs.min() + logs.max())))
-    logs -= math.log2(base)
-    for per_octave in (n for n in reversed(OCTAVE_CODES) if n <= finest):
-        places = np.rint(logs * per_octave) + MIDDLE
-        if places.min() >= 0 and places.max() <= 255:
-            break
-    return LogScales(np.clip(places, 0, 255).astype(np.uint8), per_octave, base)
+        base = short_base(math.sqrt(float(values.min())) * math.sqrt(float(values.max())))
+    octaves = _octaves(values, base)
+    fits = [n for n in OCTAVE_CODES if n <= finest and octaves.min() * n >= -MIDDLE and octaves.max() * n <= 127]
+    return LogScales(np.zeros(0, np.uint8), max(fits, default=1), base).nearest(values)
+
+
+def _octaves(values: NDArray[np.floating[Any]], base: float) -> NDArray[np.float64]:
+    octaves: NDArray[np.float64] = np.log2(values.astype(np.float64)) - math.log2(base)
+    return octaves
 
 
 def octave_codes(weights: int, step: float) -> int:

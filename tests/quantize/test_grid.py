@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 import pytest
+from matrices import scale_values
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code
@@ -81,3 +82,14 @@ def test_a_grid_that_may_not_move_does_not() -> None:
 def test_longer_rows_and_finer_steps_get_finer_scales() -> None:
     assert [octave_codes(n, 0.6) for n in (64, 384, 2048, 8192)] == [8, 32, 64, 64]
     assert [octave_codes(384, step) for step in (2.0, 0.6, 0.1)] == [8, 32, 64]
+
+
+def test_rows_of_very_different_sizes_keep_one_grid_of_scales() -> None:
+    """More octaves than bytes can name at the finest spacing; scales that a fit moves stay on the grid."""
+    weights = np.random.default_rng(5).standard_normal((64, 512)).astype(np.float32)
+    weights *= np.exp2(np.linspace(-12, 12, 64, dtype=np.float32))[:, np.newaxis]
+    quantized = EcsqQuantizer(0.6).quantize(ArraySource("w", weights), choose)
+    values = (quantized.symbols - np.float64(quantized.zero or 0)) * scale_values(quantized.scale)[:, np.newaxis]
+    assert quantized.error == pytest.approx(float(((values - weights) ** 2).sum()), rel=1e-3)
+    errors = np.square(values - weights).sum(axis=1) / np.square(weights.astype(np.float64)).sum(axis=1)
+    assert errors[-1] < 0.02

@@ -7,7 +7,7 @@ step is free: it follows from the rate that is wanted, not from a number of bits
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class EcsqQuantizer:
     fits_code: bool = True
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
-        """Quantize a matrix; a weight beyond 127 steps makes its whole row coarser, so that it is not clipped.
+        """Quantize a matrix; a weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
 
         Raises:
             FormatError: a weight is not finite.
@@ -59,8 +59,8 @@ class EcsqQuantizer:
         steps, keeps_zero = self._row_steps(source)
         choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
         grid, rounding = self._rounding(source, steps.values(), choose, choices)
-        base = short_base(steps.base * grid.stretch)
-        row_steps = LogScales(steps.codes, steps.per_octave, base).values()
+        steps = replace(steps, base=short_base(steps.base * grid.stretch))
+        row_steps = steps.values()
         symbols = np.empty(source.shape, np.uint8)
         codes = np.empty(len(steps), np.uint8)
 
@@ -70,14 +70,14 @@ class EcsqQuantizer:
             symbols[rows] = rounding.symbols(weights / row_steps[rows, np.newaxis])
             found = symbols[rows].astype(np.float32)
             found -= np.float32(grid.zero)
-            scale = snap(fit_rows(weights, found, row_steps[rows]), steps.per_octave, base)
+            scale = steps.nearest(fit_rows(weights, found, row_steps[rows]))
             codes[rows] = scale.codes
             found *= scale.values()[:, np.newaxis]
             found -= weights
             return _core.histogram(symbols[rows]), _energy(found), _energy(weights)
 
         histograms, errors, energies = zip(*source.map(quantize), strict=True)
-        scale = LogScales(codes, steps.per_octave, base)
+        scale = replace(steps, codes=codes)
         return Quantized(
             symbols=symbols,
             counts=sum_counts(histograms),

@@ -72,9 +72,12 @@ class FeedbackQuantizer:
         grid, rounding = self._rounding(weights, steps, choose)
         rows, columns = self._stored(steps[0], steps[1] * grid.stretch)
         steps = self.device.put(rows.values()), self.device.put(columns.values())
-        # On a grid beside 0, integers stand for what is left of the weights.
-        shifted = weights - grid.shift * steps[0][:, None] * steps[1] if grid.shift else weights
-        integers, gains = feed_back(shifted, self.factor, steps, rounding, self.device, fit_gains=not self.is_draft)
+        # On a grid beside 0, integers stand for what is left of the weights; all of it is gone after the rounding.
+        integers, gains = feed_back(
+            weights - grid.shift * steps[0][:, None] * steps[1] if grid.shift else weights,
+            *(self.factor, steps, rounding, self.device),
+            fit_gains=not self.is_draft,
+        )
         symbols = to_symbols(integers, self.device)
         integers += grid.shift
         if not self.is_draft:
