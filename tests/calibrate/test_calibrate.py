@@ -225,7 +225,7 @@ def test_squares_of_gradients_are_those_of_the_product_whatever_the_shape(rows: 
     generator = np.random.default_rng(8)
     x = generator.standard_normal((20, 30)).astype(np.float32)
     gradient = generator.standard_normal((20, rows)).astype(np.float32)
-    squares = Squares(30)
+    squares = Squares()
     squares.add_product(x, gradient)
     whole = gradient.astype(np.float64).T @ x
     np.testing.assert_allclose(squares.columns, whole.T @ whole, rtol=1e-3, atol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def test_info_names_the_instruction_set() -> None:
         (("--max-kl", 0.1, "--bpw", 3, "--calibration", "self"), "--max-kl goes with --calibration"),
         (("--calibration", "self"), "--calibration needs a size"),
         (("--bpw", 3, "--sampled", 9), "--sampled goes with --calibration"),
+        (("--bpw", 3, "--device", "cuda"), "--device cuda goes with --calibration"),
         (("--bpw", 3, "--sampled", 0, "--calibration", "self"), "needs a text or at least 8 sampled windows"),
     ],
 )
@@ -141,3 +143,14 @@ def test_calibration_options_that_do_not_go_together_are_refused(
 ) -> None:
     result = invoke("compress", MODEL, "-o", tmp_path / "out", *arguments, code=1)
     assert message in " ".join(result.output.split())
+
+
+def test_a_gpu_without_torch_for_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("compress", MODEL, "-o", tmp_path / "out", "--bpw", 3, "--calibration", "self", "--device", "cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.version.cuda", None)
+        result = invoke(*arguments, code=1)
+    assert "is built without CUDA" in " ".join(result.output.split())
+    monkeypatch.setitem(sys.modules, "entrollm.hf.device", None)
+    assert "--device cuda: import of entrollm.hf" in " ".join(invoke(*arguments, code=1).output.split())
+    assert not (tmp_path / "out").exists()

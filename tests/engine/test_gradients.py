@@ -9,15 +9,16 @@ import torch
 from architectures import ARCHITECTURES, load_reference, random_ids
 from numpy.typing import NDArray
 
+from entrollm.arrays import HOST
 from entrollm.calibrate import measure, sample_windows
-from entrollm.calibrate.arithmetic import rms_norm
-from entrollm.calibrate.backward import LayerGradient, draw_labels, rms_norm_gradient
+from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
+from entrollm.calibrate.backward import LayerGradient, draw_labels
+from entrollm.calibrate.layer import LayerWeights, Tensors, causal_mask, rotation
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.fields import Fields
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseWeights
 from entrollm.engine.models import read_config
-from entrollm.engine.rope import RopeTables
 from entrollm.engine.walk import LayerWalk
 
 TOKENS = 24
@@ -31,20 +32,21 @@ def our_gradients(folder: Path, ids: NDArray[np.int64], labels: NDArray[np.int64
     with Checkpoint.open(folder) as checkpoint:
         walk = LayerWalk(config, DenseWeights(checkpoint), ids[None])
         hidden = []
+        read = Tensors(checkpoint, HOST).read
         for index in range(config.num_layers):
             hidden.append(walk.hidden[0])
             walk.step(index, DenseWeights(checkpoint))
         last = walk.hidden[0]
-        read = checkpoint.read_float32
-        head = read("model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight")
-        norm = read("model.norm.weight")
+        head = checkpoint.read_float32("model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight")
+        norm = checkpoint.read_float32("model.norm.weight")
         probabilities, _ = draw_labels(rms_norm(last, norm, config.norm_eps) @ head.T, np.random.default_rng(0))
         probabilities[np.arange(len(labels)), labels] -= 1
         gradient = rms_norm_gradient(last, norm, config.norm_eps, probabilities @ head)
-        tables = RopeTables(config.rope).rows(0, len(ids), config.rope.is_long(len(ids)))
+        tables = rotation(config, len(ids), HOST)
         for index in reversed(range(config.num_layers)):
-            layer = LayerGradient(config, read, index)
-            gradient = layer(hidden[index], tables, gradient, lambda name, x, dy: found.update({name: dy.T @ x}))
+            weights = LayerWeights(config, read, read, index)
+            layer = LayerGradient(weights, tables, causal_mask(len(ids), weights.window))
+            gradient = layer(hidden[index], gradient, lambda name, x, dy: found.update({name: dy.T @ x}))
     found["hidden"] = gradient
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from entrollm.arrays import HOST, Device
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows, held_out_windows
@@ -54,6 +55,7 @@ def calibrate(
     text: CalibrationText,
     folder: Path,
     progress: Callable[[str, float, float], None] | None = None,
+    device: Device = HOST,
 ) -> StoredStatistics:
     """Measure what the matrices of a checkpoint see of a text, and how much their errors matter.
 
@@ -62,6 +64,7 @@ def calibrate(
         text: what it reads.
         folder: where the result is kept; see `measure` for its size.
         progress: called with what is being done, and how much of it is done and in all.
+        device: what computes.
     Raises:
         EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
         UnsupportedError: the engine does not run this model.
@@ -78,11 +81,11 @@ def calibrate(
     with Checkpoint.open(source.path) as checkpoint:
         if text.sampled:
             shape = (text.sampled, source.tokens)
-            parts.append(sample_windows(checkpoint, source.config, shape, progress=report("writing")))
-        return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"))
+            parts.append(sample_windows(checkpoint, source.config, shape, progress=report("writing"), device=device))
+        return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
 
 
-def held_out(model: str | Path, text: CalibrationText) -> NDArray[np.int64]:
+def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
     """Windows, shape (text.held_out, tokens), that a calibration on `text` does not see.
 
     Args and errors as for `calibrate`.
@@ -91,7 +94,8 @@ def held_out(model: str | Path, text: CalibrationText) -> NDArray[np.int64]:
     if text.file is not None:
         return held_out_windows(source.tokenizer(), text.file, source.tokens, text.held_out)
     with Checkpoint.open(source.path) as checkpoint:
-        return sample_windows(checkpoint, source.config, (text.held_out, source.tokens), _HELD_OUT_SEED)
+        shape = (text.held_out, source.tokens)
+        return sample_windows(checkpoint, source.config, shape, _HELD_OUT_SEED, device=device)
 
 
 class _Source:

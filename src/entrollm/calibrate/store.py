@@ -5,61 +5,96 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from entrollm.arrays import HOST, Array, Device, single
 from entrollm.quantize.statistics import Sensitivity
+
+# Rows of a triangle that are stored together, up to the last column of the last of them.
+_ROWS = 256
 
 
 class StoredStatistics:
-    """Factors in .npy files and sensitivities in memory; see `Statistics`.
+    """Factors on disk and sensitivities in memory; see `Statistics`.
 
     Args:
         folder: an empty folder that outlives this.
         fingerprint: of the model's windows.
+        device: where factors go.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, device: Device = HOST) -> None:
         self.fingerprint = fingerprint
+        self.device = device
         self._folder = folder
-        self._factors: dict[str, Path] = {}
+        self._factors: dict[str, tuple[Path, int]] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
 
-    def factor(self, name: str) -> NDArray[np.float32] | None:
+    def factor(self, name: str) -> Array | None:
         """The factor of a matrix's inputs, or None where unknown."""
-        path = self._factors.get(name)
-        if path is None:
+        if name not in self._factors:
             return None
-        factor: NDArray[np.float32] = np.load(path)
-        return factor
+        return _load_triangle(*self._factors[name], self.device)
 
     def sensitivity(self, name: str) -> Sensitivity | None:
         """How much a matrix matters, or None where unknown."""
         return self._sensitivities.get(name)
 
-    def add(self, name: str, factor: NDArray[np.float32], sensitivity: Sensitivity) -> None:
+    def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:
         """Keep what is known of a matrix."""
-        path = self._folder / f"factor-{len(self._factors)}.npy"
-        np.save(path, factor)
-        self._factors[name] = path
+        path = self._folder / f"factor-{len(self._factors)}"
+        _save_triangle(path, factor, self.device)
+        self._factors[name] = path, len(factor)
         self._sensitivities[name] = sensitivity
 
 
 class Spool:
     """Arrays that wait on disk between two passes over the layers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: Device) -> None:
         self._folder = folder
+        self._device = device
 
-    def put(self, key: str, array: NDArray[np.float32]) -> None:
+    def put(self, key: str, array: Array) -> None:
         """Write an array."""
-        np.save(self._path(key), array)
+        np.save(self._path(key), self._device.take(array))
 
-    def take(self, key: str) -> NDArray[np.float32]:
+    def take(self, key: str) -> Array:
         """Read an array for the last time."""
+        path = self._path(key).with_suffix(".npy")
+        array = self._device.put(np.load(path, mmap_mode="r"))
+        path.unlink()
+        return array
+
+    def put_triangle(self, key: str, array: Array) -> None:
+        """Write the lower triangle of a square array."""
+        _save_triangle(self._path(key), array, self._device)
+
+    def take_triangle(self, key: str, size: int) -> Array:
+        """Read the lower triangle of an array of `size` rows for the last time; float32, some of the rest is zero."""
         path = self._path(key)
-        array: NDArray[np.float32] = np.load(path)
+        array = _load_triangle(path, size, self._device)
         path.unlink()
         return array
 
     def _path(self, key: str) -> Path:
-        return self._folder / f"spool-{key}.npy"
+        return self._folder / f"spool-{key}"
+
+
+def _save_triangle(path: Path, array: Array, device: Device) -> None:
+    """Write a lower triangle, in float32, by runs of rows."""
+    with path.open("wb") as file:
+        for begin in range(0, len(array), _ROWS):
+            rows = device.take(single(array[begin : begin + _ROWS, : begin + _ROWS]))
+            file.write(np.ascontiguousarray(rows).data)
+
+
+def _load_triangle(path: Path, size: int, device: Device) -> Array:
+    stored = device.put(np.memmap(path, np.float32, "r"))
+    array = device.zeros(size, size)
+    done = 0
+    for begin in range(0, size, _ROWS):
+        end = min(size, begin + _ROWS)
+        count = (end - begin) * end
+        array[begin:end, :end] = stored[done : done + count].reshape(end - begin, end)
+        done += count
+    return array

@@ -10,34 +10,30 @@ with the sensitivity of the outputs counted in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.calibrate.arithmetic import rms_norm
-from entrollm.calibrate.backward import LayerGradient, draw_labels, rms_norm_gradient
+from entrollm.arrays import HOST, Array, Device, double, functions, like
+from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
+from entrollm.calibrate.backward import LayerGradient, draw_labels
+from entrollm.calibrate.forward import Moments, start
+from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, Tensors, causal_mask, rotation
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint import Checkpoint
 from entrollm.engine.config import ModelConfig
-from entrollm.engine.linear import DenseWeights
-from entrollm.engine.rope import RopeTables
-from entrollm.engine.walk import LayerWalk
-from entrollm.engine.weights import Embedding, Floats, Linear, load_tensor
 from entrollm.errors import EntroLLMError
 from entrollm.quantize.statistics import Sensitivity, damped_factor
 
-# Activations of so many tokens wait for one product, which costs less than many small ones.
-_TOKENS_PER_PRODUCT = 4096
 # Windows that gradients are taken of; squares of gradients converge sooner than correlations of inputs.
 _GRADIENT_WINDOWS = 64
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # A token that the windows never suggest counts as this share of the mean one.
 _RARE_TOKEN = 0.1
 
 Progress = Callable[[float, float], None]
-Float64 = NDArray[np.float64]
 
 
 def measure(
@@ -46,6 +42,7 @@ def measure(
     windows: NDArray[np.int64],
     folder: Path,
     progress: Progress | None = None,
+    device: Device = HOST,
 ) -> StoredStatistics:
     """Run windows of text through a model and keep what its matrices see, and how much their errors matter.
 
@@ -58,29 +55,36 @@ def measure(
         windows: token ids, shape (windows, tokens).
         folder: where the statistics go; an empty folder that outlives the result.
         progress: called after each layer of each pass with those done and in all.
+        device: what computes.
     Raises:
         EntroLLMError: activations or gradients are not finite.
         FormatError: a tensor is missing or has the wrong shape.
     """
-    spool = Spool(folder)
-    stored = StoredStatistics(folder, hashlib.sha256(windows.tobytes()).hexdigest())
+    spool = Spool(folder, device)
+    stored = StoredStatistics(folder, hashlib.sha256(windows.tobytes()).hexdigest(), device)
     picked = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), _GRADIENT_WINDOWS)).astype(int))
     passes = 2 * config.num_layers
-    walk = LayerWalk(config, DenseWeights(checkpoint), windows)
+    forward = start(checkpoint, config, windows, device)
+    inputs: dict[str, str] = {}
     for index in range(config.num_layers):
-        spool.put(f"hidden-{index}", np.stack([walk.hidden[i] for i in picked]))
-        recorder = _Recorder(checkpoint)
-        walk.step(index, recorder)
-        for names, moments in recorder.moments():
-            if not np.isfinite(moments).all():
+        spool.put(f"hidden-{index}", functions(forward.hidden[0]).stack([forward.hidden[i] for i in picked]))
+        seen: dict[tuple[str, ...], Moments] = {}
+
+        def see(names: tuple[str, ...], x: Array, seen: dict[tuple[str, ...], Moments] = seen) -> None:
+            seen.setdefault(names, Moments()).add(x)
+
+        forward.step(index, see)
+        for names, moments in seen.items():
+            total = moments.total()
+            if not functions(total).isfinite(total).all():
                 raise EntroLLMError(f"{names[0]}: its inputs on the calibration text are not finite")
-            for name in names:
-                spool.put(name, (moments / windows.size).astype(np.float32))
+            spool.put_triangle(names[0], total / windows.size)
+            inputs |= dict.fromkeys(names, names[0])
         if progress is not None:
             progress(index + 1, passes)
-    hidden = [walk.hidden[i] for i in picked]
-    del walk
-    _Backward(checkpoint, config, windows[picked], spool, stored).run(hidden, progress)
+    hidden = [forward.hidden[i] for i in picked]
+    del forward
+    _Backward(checkpoint, config, windows[picked], spool, stored).run(hidden, inputs, progress)
     return stored
 
 
@@ -95,175 +99,138 @@ class _Backward:
         spool: Spool,
         stored: StoredStatistics,
     ) -> None:
-        self._checkpoint = checkpoint
         self._config = config
         self._windows = windows
         self._spool = spool
         self._stored = stored
-        self._is_tied = config.tied_embeddings or _HEAD not in checkpoint.tensors
+        self._tensors = Tensors(checkpoint, stored.device)
+        self._is_tied = config.tied_embeddings or HEAD not in self._tensors
 
-    def run(self, hidden: list[Floats], progress: Progress | None) -> None:
-        """Take the gradients of all matrices, given what the last layer gave for each window."""
-        config = self._config
+    def run(self, hidden: list[Array], inputs: dict[str, str], progress: Progress | None) -> None:
+        """Take the gradients of all matrices.
+
+        Args:
+            hidden: what the last layer gave for each window.
+            inputs: for each matrix, under which key the moments of its inputs wait.
+            progress: as for `measure`.
+        """
+        config, device = self._config, self._stored.device
         tokens = self._windows.shape[1]
-        tables = RopeTables(config.rope).rows(0, tokens, config.rope.is_long(tokens))
+        tables = rotation(config, tokens, device)
         gradients, head, likely = self._head(hidden)
         for index in reversed(range(config.num_layers)):
-            layer = LayerGradient(config, self._checkpoint.read_float32, index)
+            weights = LayerWeights(config, self._tensors.read, self._tensors.read, index)
+            layer = LayerGradient(weights, tables, device.put(causal_mask(tokens, weights.window)))
             squares: dict[str, Squares] = {}
 
-            def record(name: str, x: Floats, gradient: Floats, squares: dict[str, Squares] = squares) -> None:
-                squares.setdefault(name, Squares(x.shape[1])).add_product(x, gradient)
+            def record(name: str, x: Array, gradient: Array, squares: dict[str, Squares] = squares) -> None:
+                squares.setdefault(name, Squares()).add_product(x, gradient)
 
-            inputs = self._spool.take(f"hidden-{index}")
-            gradients = [layer(x, tables, gradient, record) for x, gradient in zip(inputs, gradients, strict=True)]
-            for name, sums in squares.items():
-                self._keep(name, sums, self._spool.take(name))
+            read = self._spool.take(f"hidden-{index}")
+            gradients = [layer(x, gradient, record) for x, gradient in zip(read, gradients, strict=True)]
+            shapes = weights.shapes
+            del layer, weights
+            for key, names in itertools.groupby(squares, key=inputs.__getitem__):
+                moments = self._spool.take_triangle(key, shapes[key][1])
+                for name in names:
+                    self._keep(name, shapes[name], squares[name], moments)
             if progress is not None:
                 progress(2 * config.num_layers - index, 2 * config.num_layers)
         self._embedding(gradients, head, likely)
 
-    def _head(self, hidden: list[Floats]) -> tuple[list[Floats], Squares, Float64]:
+    def _head(self, hidden: list[Array]) -> tuple[list[Array], Squares, Array]:
         """Gradients of what the last layer gave, squares of the head's, and the mean probability of each token."""
         config = self._config
-        weights = DenseWeights(self._checkpoint)
         shape = (config.vocab_size, config.hidden_size)
-        weight = load_tensor(weights, _EMBEDDING if self._is_tied else _HEAD, shape)
-        norm = load_tensor(weights, _NORM, (config.hidden_size,))
+        weight = self._tensors.read(EMBEDDING if self._is_tied else HEAD, shape)
+        norm = self._tensors.read(NORM, (config.hidden_size,))
         generator = np.random.default_rng(0)
-        squares = Squares(config.hidden_size)
-        moments = np.zeros((config.hidden_size, config.hidden_size))
-        likely = np.zeros(config.vocab_size)
+        squares, moments = Squares(), Moments()
+        likely = like(weight, np.zeros(config.vocab_size))
         gradients = []
         for x in hidden:
             normed = rms_norm(x, norm, config.norm_eps)
             probabilities, labels = draw_labels(normed @ weight.T, generator)
             likely += probabilities.sum(axis=0)
-            probabilities[np.arange(len(labels)), labels] -= 1
+            probabilities[like(labels, np.arange(len(labels))), labels] -= 1
             squares.add_product(normed, probabilities)
-            moments += normed.T @ normed
+            moments.add(normed)
             gradients.append(rms_norm_gradient(x, norm, config.norm_eps, probabilities @ weight))
         likely /= self._windows.size
         if not self._is_tied:
-            self._keep(_HEAD, squares, moments / self._windows.size, likely)
+            self._keep(HEAD, shape, squares, moments.total() / self._windows.size, likely)
         return gradients, squares, likely
 
-    def _embedding(self, gradients: list[Floats], head: Squares, likely: Float64) -> None:
-        squares = head if self._is_tied else Squares(self._config.hidden_size)
+    def _embedding(self, gradients: list[Array], head: Squares, likely: Array) -> None:
+        device = self._stored.device
+        squares = head if self._is_tied else Squares()
         for ids, gradient in zip(self._windows, gradients, strict=True):
             unique, places = np.unique(ids, return_inverse=True)
             rows = np.zeros((len(unique), gradient.shape[1]), np.float32)
-            np.add.at(rows, places, gradient)
-            squares.add(rows)
-        self._keep(_EMBEDDING, squares, squares.columns, likely)
+            np.add.at(rows, places, device.take(gradient))
+            squares.add(device.put(rows))
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        self._keep(EMBEDDING, shape, squares, squares.columns, likely)
 
-    def _keep(self, name: str, squares: Squares, moments: NDArray[np.floating], likely: Float64 | None = None) -> None:
+    def _keep(
+        self, name: str, shape: tuple[int, int], squares: Squares, moments: Array, likely: Array | None = None
+    ) -> None:
         """Store the statistics of a matrix; `likely` weighs the rows of an embedding or head."""
         total = squares.total / self._windows.size
         if not np.isfinite(total):
             raise EntroLLMError(f"{name}: its gradients on the calibration text are not finite")
-        factor = damped_factor(_mean_moments(squares.columns, moments.astype(np.float64)))
-        weight = self._checkpoint.read_float32(name)
-        share = total / 2 * float(np.square(weight, dtype=np.float64).mean())
+        factor = damped_factor(_mean_moments(squares.columns, double(moments)))
+        weight = self._tensors.read(name, shape)
+        xp = functions(weight)
+        share = total / 2 * float(xp.mean(xp.square(weight), dtype=xp.float64))
         row_weights = None
         if likely is not None:
-            likely = likely + _RARE_TOKEN * likely.mean()
-            row_weights = (likely / likely.mean()).astype(np.float32)
+            found = self._stored.device.take(likely)
+            found = found + _RARE_TOKEN * found.mean()
+            row_weights = (found / found.mean()).astype(np.float32)
         self._stored.add(name, factor, Sensitivity(share, row_weights))
 
 
-def _mean_moments(first: Float64, second: Float64) -> Float64:
-    """The mean of two estimates of one thing up to a factor."""
-    traces = [float(np.trace(moments)) for moments in (first, second)]
-    return sum((m / t for m, t in zip((first, second), traces, strict=True) if t > 0), np.zeros_like(first))
+def _mean_moments(first: Array, second: Array) -> Array:
+    """The mean of two estimates of one thing up to a factor; only lower triangles count."""
+    mean = functions(first).zeros_like(first)
+    for moments in (first, second):
+        trace = float(functions(moments).trace(moments))
+        if trace > 0:
+            mean += moments / trace
+    return mean
 
 
 class Squares:
     """Sums over the gradients G of one matrix, one for each window.
 
     Attributes:
-        columns: float64, G^T G.
+        columns: float64, G^T G; None before the first.
     """
 
-    def __init__(self, columns: int) -> None:
-        self.columns = np.zeros((columns, columns))
+    def __init__(self) -> None:
+        self.columns: Array | None = None
 
     @property
     def total(self) -> float:
         """The sum of all squares."""
-        return float(np.trace(self.columns))
+        return float(functions(self.columns).trace(self.columns))
 
-    def add(self, gradient: Floats) -> None:
+    def add(self, gradient: Array) -> None:
         """Add one window's gradient, or rows of it."""
-        self.columns += gradient.T @ gradient
+        self._add(gradient.T @ gradient)
 
-    def add_product(self, x: Floats, gradient: Floats) -> None:
+    def add_product(self, x: Array, gradient: Array) -> None:
         """Add one window's gradient, made of a matrix's inputs (n, columns) and its outputs' gradients (n, rows)."""
         n, rows = gradient.shape
         columns = x.shape[1]
         if n * n * (rows + columns) + n * columns**2 < n * rows * columns + rows * columns**2:
-            self.columns += x.T @ ((gradient @ gradient.T) @ x)
+            self._add(x.T @ ((gradient @ gradient.T) @ x))
         else:
             self.add(gradient.T @ x)
 
-
-class _Recorder:
-    """Weights that add up x x^T over everything that their matrices multiply."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._weights = DenseWeights(checkpoint)
-        self.pool = self._weights.pool
-        self._recorded: dict[tuple[str, ...], _Recorded] = {}
-
-    def __contains__(self, name: str, /) -> bool:
-        return name in self._weights
-
-    def linear(self, *names: str) -> Linear:
-        """The matrices, recorded."""
-        self._recorded[names] = _Recorded(self._weights.linear(*names))
-        return self._recorded[names]
-
-    def moments(self) -> Iterator[tuple[tuple[str, ...], NDArray[np.float64]]]:
-        """Names and sums of those matrices that were multiplied with."""
-        for names, recorded in self._recorded.items():
-            if recorded.is_used:
-                yield names, recorded.moments()
-
-    def embedding(self, name: str, /) -> Embedding:
-        """The matrix `name`; look-ups are not recorded."""
-        return self._weights.embedding(name)
-
-    def tensor(self, name: str, /) -> Floats:
-        """The tensor `name` in float32."""
-        return self._weights.tensor(name)
-
-
-class _Recorded:
-    def __init__(self, inner: Linear) -> None:
-        self._inner = inner
-        self._waiting: list[Floats] = []
-        self._sum: NDArray[np.float64] | None = None
-        self.shape = inner.shape
-
-    @property
-    def is_used(self) -> bool:
-        return self._sum is not None or bool(self._waiting)
-
-    def __call__(self, x: Floats, /) -> Floats:
-        self._waiting.append(x.copy())
-        if len(self._waiting) * len(x) >= _TOKENS_PER_PRODUCT:
-            self._flush()
-        return self._inner(x)
-
-    def moments(self) -> NDArray[np.float64]:
-        self._flush()
-        assert self._sum is not None
-        return self._sum
-
-    def _flush(self) -> None:
-        if self._sum is None:
-            self._sum = np.zeros((self.shape[1], self.shape[1]))
-        if self._waiting:
-            x = np.concatenate(self._waiting)
-            self._sum += x.T @ x
-            self._waiting.clear()
+    def _add(self, product: Array) -> None:
+        if self.columns is None:
+            self.columns = double(product)
+        else:
+            self.columns += product

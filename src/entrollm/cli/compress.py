@@ -13,6 +13,7 @@ from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress
 from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
+    from entrollm.arrays import Device
     from entrollm.calibrate import CalibrationText
     from entrollm.compress import CompressOptions, CompressResult
     from entrollm.compress.packed import PackedSummary
@@ -28,6 +29,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "calibrated"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration self", "calibrated on what the model writes"),
+    ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda", "on a GPU"),
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
@@ -61,6 +63,13 @@ class Prefer(StrEnum):
     size = "size"
     speed = "speed"
     fixed = "fixed"
+
+
+class DeviceName(StrEnum):
+    """What calibrates and quantizes."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Processor(StrEnum):
@@ -121,6 +130,10 @@ def command(
             "measured on windows of the text that calibration does not see.",
         ),
     ] = None,
+    device_name: Annotated[
+        DeviceName,
+        typer.Option("--device", help="With --calibration: what calibrates and quantizes; cuda for a GPU, with torch."),
+    ] = DeviceName.cpu,
     granularity: Annotated[
         Granularity, typer.Option("--granularity", help="One grid per tensor, as in the paper, or one per row.")
     ] = Granularity.tensor,
@@ -167,16 +180,19 @@ def command(
         threads=threads,
     )
     text = _calibration_text(calibration, sampled, max_kl)
+    if text is None and device_name is not DeviceName.cpu:
+        raise ValueError(f"--device {device_name.value} goes with --calibration FILE or --calibration self")
     check_output(out, overwrite)
+    device = _open_device(device_name)
     if max_kl is not None:
         if target is not None or bits or text is None:
             raise ValueError("--max-kl goes with --calibration, and without --bits, --bpw and --fit")
-        _compress_within(model, out, options, (max_kl, text), overwrite, json_output)
+        _compress_within(model, out, options, (max_kl, text, device), overwrite, json_output)
         return
     if text is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
-        statistics = None if text is None else _calibrate(model, text, Path(folder), json_output)
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+        statistics = None if text is None else _calibrate(model, text, Path(folder), device, json_output)
         result = _compress(model, out, options, statistics, overwrite, json_output)
     if json_output:
         print_json(result.to_json())
@@ -199,7 +215,12 @@ def _compress(
 
 
 def _compress_within(
-    model: str, out: Path, options: CompressOptions, limit: tuple[float, CalibrationText], overwrite: bool, quiet: bool
+    model: str,
+    out: Path,
+    options: CompressOptions,
+    limit: tuple[float, CalibrationText, Device],
+    overwrite: bool,
+    quiet: bool,
 ) -> None:
     from entrollm.calibrate import held_out
     from entrollm.evaluate import DivergenceLimit, Trial, compress_within
@@ -208,10 +229,10 @@ def _compress_within(
         if not quiet:
             stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
 
-    max_kl, text = limit
-    divergence = DivergenceLimit(max_kl, held_out(model, text))
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
-        statistics = _calibrate(model, text, Path(folder), quiet)
+    max_kl, text, device = limit
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+        divergence = DivergenceLimit(max_kl, held_out(model, text, device))
+        statistics = _calibrate(model, text, Path(folder), device, quiet)
         result = compress_within(
             model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
         )
@@ -240,11 +261,23 @@ def _calibration_text(calibration: str | None, sampled: int | None, max_kl: floa
     )
 
 
-def _calibrate(model: str, text: CalibrationText, folder: Path, quiet: bool) -> Statistics:
+def _open_device(name: DeviceName) -> Device:
+    if name is DeviceName.cpu:
+        from entrollm.arrays import HOST
+
+        return HOST
+    try:
+        from entrollm.hf.device import TorchDevice
+    except ImportError as error:
+        raise ValueError(f"--device {name.value}: {error}") from None
+    return TorchDevice(name.value)
+
+
+def _calibrate(model: str, text: CalibrationText, folder: Path, device: Device, quiet: bool) -> Statistics:
     from entrollm.calibrate import calibrate
 
     with progress_bar("calibrating", "windows and layers", quiet=quiet) as update:
-        return calibrate(model, text, folder, progress=lambda action, done, total: update(done, total))
+        return calibrate(model, text, folder, progress=lambda action, done, total: update(done, total), device=device)
 
 
 def _remark(packed: PackedSummary) -> str:

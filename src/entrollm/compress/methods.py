@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress.control import RateControl
 from entrollm.compress.options import CompressOptions
@@ -83,6 +84,7 @@ class SizedMethods:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._method = options.method
+        self._last: tuple[str, Array | None] = ("", None)
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
@@ -109,14 +111,26 @@ class SizedMethods:
         sensitivity = None if self._statistics is None else self._statistics.sensitivity(name)
         return row_precision(name, self._checkpoint.tensors[name].shape[0], sensitivity)
 
-    def at_step(self, name: str, step: float, precision: NDArray[np.float32] | None) -> Quantizer:
+    def at_step(
+        self, name: str, step: float, precision: NDArray[np.float32] | None, is_draft: bool = False
+    ) -> Quantizer:
         """The quantizer of a matrix, or of some of its rows with their precision, at a step."""
-        factor = None if self._statistics is None else self._statistics.factor(name)
-        if factor is None:
+        factor = self._factor(name)
+        if self._statistics is None or factor is None:
             return EcsqQuantizer(step, precision)
+        device = self._statistics.device
         if self._method == "gptq":
-            return GptqQuantizer(step, factor, precision)
-        return FeedbackQuantizer(step, factor, precision)
+            return GptqQuantizer(step, factor, precision, device)
+        return FeedbackQuantizer(step, factor, precision, device=device, is_draft=is_draft)
+
+    def _factor(self, name: str) -> Array | None:
+        """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in turn."""
+        if self._statistics is None:
+            return None
+        if name != self._last[0]:
+            self._last = ("", None)  # before the next one takes memory
+            self._last = (name, self._statistics.factor(name))
+        return self._last[1]
 
 
 def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:
@@ -146,7 +160,7 @@ class _Sampler:
             parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
             self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
             self._checkpoint.release(self._name)
-        quantizer = self._methods.at_step(self._name, step, self._precision)
+        quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)
 
 

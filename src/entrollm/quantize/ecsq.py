@@ -115,7 +115,7 @@ class EcsqQuantizer:
         stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
         sample = np.concatenate([source.read(i, i + 1).astype(np.float32) / steps[i] for i in range(0, rows, stride)])
         # An ideal code stands in for the real one at first, whose choice takes longer than rounding a sample.
-        rounding = Rounding(_ideal_lengths(_core.histogram(rounding.symbols(sample))), self.price)
+        rounding = Rounding(ideal_lengths(_core.histogram(rounding.symbols(sample))), self.price)
         counts = [int(c) for c in _core.histogram(rounding.symbols(sample))]
         return Rounding(code_lengths(choose(counts)), self.price)
 
@@ -134,7 +134,7 @@ def fit_rows(weights: Float32, integers: Float32, steps: Float32) -> NDArray[Any
     return _to_bfloat16(np.where(fitted > 0, fitted, steps))
 
 
-def _ideal_lengths(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def ideal_lengths(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """-log2 of the frequencies, at least 1; symbols that do not occur count as half an occurrence."""
     lengths: NDArray[np.float64] = np.log2(counts.sum()) - np.log2(np.maximum(counts, 0.5))
     return np.maximum(lengths, 1.0)

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.arrays import HOST, Array, Device, double, functions, like, single
 from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
-from entrollm.quantize.ecsq import PRICE
+from entrollm.quantize.ecsq import PRICE, ideal_lengths
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
-from entrollm.quantize.rounding import ZERO, Rounding
+from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
@@ -35,7 +36,7 @@ _RIDGE = 1e-6
 # A column's gain stays near 1 unless nearly all its integers are 0.
 _GAIN_RANGE = (0.7, 1.4)
 _LARGEST_SYMBOL = 255 - ZERO
-_TINY = float(np.finfo(np.float32).tiny)
+_TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,19 @@ class FeedbackQuantizer:
 
     Attributes:
         step: relative to the RMS of the matrix times that of its inputs; larger is coarser.
-        factor: float32, shape (columns, columns); see `Statistics.factor`.
+        factor: float32, shape (columns, columns), on the device; see `Statistics.factor`.
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
+        device: what computes.
+        is_draft: only the histogram of the integers is wanted, so scales are not fitted.
     """
 
     step: float
-    factor: Float32
+    factor: Array
     row_precision: Float32 | None = None
     price: float = PRICE
+    device: Device = HOST
+    is_draft: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix.
@@ -60,88 +65,125 @@ class FeedbackQuantizer:
         Raises:
             FormatError: a weight is not finite.
         """
-        weights = read_finite(source)
-        row_steps, column_steps = self._steps(weights)
-        rounding = self._rounding(weights, row_steps, column_steps, choose)
-        integers, gains = feed_back(weights, self.factor, (row_steps, column_steps), rounding, fit_gains=True)
-        rows, columns = self._refine(weights, integers, row_steps, column_steps * gains)
-        symbols = (integers + np.float32(ZERO)).astype(np.uint8)
-        integers *= rows.astype(np.float32)[:, np.newaxis]
-        integers *= columns.astype(np.float32)
-        integers -= weights
+        weights = read_finite(source, self.device)
+        steps = self._steps(weights)
+        rounding = self._rounding(weights, steps, choose)
+        integers, gains = feed_back(weights, self.factor, steps, rounding, self.device, fit_gains=not self.is_draft)
+        row_scale, column_scale = self._refine(weights, integers, steps[0], steps[1] * gains)
+        symbols = to_symbols(integers, self.device)
+        integers *= self.device.put(row_scale)[:, None]
+        integers *= self.device.put(column_scale)
         return Quantized(
             symbols=symbols,
             counts=_core.histogram(symbols),
             grid=f"feedback-{self.step:.4g}",
-            scale=rows if len(rows) > 1 else rows.astype(np.float32),
-            error=float(np.square(integers, dtype=np.float64).sum()),
-            energy=float(np.square(weights, dtype=np.float64).sum()),
+            scale=row_scale if len(row_scale) > 1 else row_scale.astype(np.float32),
+            error=energy(integers - weights),
+            energy=energy(weights),
             zero=ZERO,
-            column_scale=columns,
+            column_scale=column_scale,
         )
 
-    def _steps(self, weights: Float32) -> tuple[Float32, Float32]:
+    def _steps(self, weights: Array) -> tuple[Array, Array]:
         """Steps by row, around 1, and by column; their product is the step of a weight."""
-        diagonal = np.diag(self.factor).astype(np.float64)
-        inputs = math.sqrt(float(np.square(self.factor, dtype=np.float64).sum()) / len(diagonal))
-        sizes = np.sqrt(np.square(weights, dtype=np.float64).mean(axis=1))
+        take = self.device.take
+        diagonal = take(functions(self.factor).diagonal(self.factor)).astype(np.float64)
+        inputs = math.sqrt(energy(self.factor) / len(diagonal))
+        sizes = row_sizes(weights, self.device)
         whole = math.sqrt(float(np.square(sizes).mean()))
         if whole == 0.0:
-            return np.ones(len(weights), np.float32), np.ones(len(diagonal), np.float32)
+            rows, columns = np.ones(len(weights), np.float32), np.ones(len(diagonal), np.float32)
+            return like(weights, rows), like(weights, columns)
         typical = float(np.exp(np.log(diagonal).mean()))
-        exact = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
-        columns: Float32 = exact.astype(np.float32)
-        rows = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
+        by_column = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
+        column_steps = like(weights, by_column.astype(np.float32))
+        by_row = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
         if self.row_precision is not None:
-            rows = rows / self.row_precision
-        widest = np.abs(weights / columns).max(axis=1) / _LARGEST_SYMBOL
-        return np.maximum(rows, widest).astype(np.float32), columns
+            by_row /= self.row_precision
+        widest = take(row_maxima(weights / column_steps)) / _LARGEST_SYMBOL
+        return like(weights, np.maximum(by_row, widest).astype(np.float32)), column_steps
 
-    def _rounding(self, weights: Float32, row_steps: Float32, column_steps: Float32, choose: CodeChooser) -> Rounding:
-        """Rounding by the code lengths that a sample of the rows would get."""
+    def _rounding(self, weights: Array, steps: tuple[Array, Array], choose: CodeChooser) -> Rounding:
+        """Rounding by the code lengths that a sample of the rows would get; of a draft, about those."""
         if self.price <= 0:
             return Rounding()
+        if self.is_draft:
+            plain = weights / steps[0][:, None] / steps[1]
+            symbols = Rounding().symbols(self.device.take(plain))
+            return Rounding(ideal_lengths(_core.histogram(symbols)), self.price)
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
-        integers, _ = feed_back(weights[picked], self.factor, (row_steps[picked], column_steps), Rounding())
-        counts = [int(c) for c in _core.histogram((integers + np.float32(ZERO)).astype(np.uint8))]
+        sample = (steps[0][picked], steps[1])
+        integers, _ = feed_back(weights[picked], self.factor, sample, Rounding(), self.device)
+        counts = [int(c) for c in _core.histogram(to_symbols(integers, self.device))]
         return Rounding(code_lengths(choose(counts)), self.price)
 
     def _refine(
-        self, weights: Float32, integers: Float32, rows: Float32, columns: Float32
+        self, weights: Array, integers: Array, rows: Array, columns: Array
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Alternate least squares for row and column scales under the output error; both in bfloat16."""
-        moments = (self.factor @ self.factor.T).astype(np.float64)
-        wanted = weights @ moments.astype(np.float32)
-        row_scale, column_scale = rows.astype(np.float64), columns.astype(np.float64)
+        take = self.device.take
+        if self.is_draft:
+            return take(rows).astype(ml_dtypes.bfloat16), take(columns).astype(ml_dtypes.bfloat16)
+        moments = self.factor @ self.factor.T
+        wanted = weights @ moments
+        row_scale, column_scale = double(rows), double(columns)
         for _ in range(_REFINEMENTS):
             column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
             row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
-        stored_columns = column_scale.astype(ml_dtypes.bfloat16)
-        row_scale = _fit_rows(integers, row_scale, stored_columns.astype(np.float64), moments, wanted)
-        return row_scale.astype(ml_dtypes.bfloat16), stored_columns
+        stored_columns = take(column_scale).astype(ml_dtypes.bfloat16)
+        row_scale = _fit_rows(integers, row_scale, double(self.device.put(stored_columns)), moments, wanted)
+        return take(row_scale).astype(ml_dtypes.bfloat16), stored_columns
 
 
-def read_finite(source: RowSource) -> Float32:
+def read_finite(source: RowSource, device: Device = HOST) -> Array:
     """A whole matrix in float32.
 
     Raises:
         FormatError: a weight is not finite.
     """
-    weights = source.read(0, source.shape[0]).astype(np.float32)
-    if not np.isfinite(weights).all():
-        row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
-        raise FormatError(f"tensor {source.name!r} has {weights[row, column]} at [{row}, {column}]; it must be finite")
+    weights = device.put(source.read(0, source.shape[0]))
+    if not functions(weights).isfinite(weights).all():
+        found = device.take(weights)
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
+        raise FormatError(f"tensor {source.name!r} has {found[row, column]} at [{row}, {column}]; it must be finite")
     return weights
 
 
+def to_symbols(integers: Array, device: Device) -> NDArray[np.uint8]:
+    """The symbols of integers around 0, in the order of rows."""
+    xp = functions(integers)
+    symbols: NDArray[np.uint8] = device.take(xp.asarray(integers + float(ZERO), dtype=xp.uint8))
+    return np.ascontiguousarray(symbols)
+
+
+def energy(values: Array) -> float:
+    """The sum of squares."""
+    xp = functions(values)
+    return float(xp.sum(xp.square(values), dtype=xp.float64))
+
+
+def row_sizes(weights: Array, device: Device) -> NDArray[np.float64]:
+    """The RMS of each row."""
+    xp = functions(weights)
+    squares: NDArray[np.float64] = device.take(xp.mean(xp.square(weights), axis=1, dtype=xp.float64))
+    return np.sqrt(squares)
+
+
+def row_maxima(weights: Array) -> Array:
+    """The largest magnitude of each row."""
+    xp = functions(weights)
+    return xp.amax(xp.abs(weights), axis=1)
+
+
 def feed_back(
-    weights: Float32,
-    factor: Float32,
-    steps: tuple[Float32, Float32],
+    weights: Array,
+    factor: Array,
+    steps: tuple[Array, Array],
     rounding: Rounding,
+    device: Device = HOST,
     *,
     fit_gains: bool = False,
-) -> tuple[Float32, Float32]:
+) -> tuple[Array, Array]:
     """Round all columns, the last one first, each taking up the errors of those before.
 
     Args:
@@ -149,61 +191,88 @@ def feed_back(
         factor: float32, shape (columns, columns), lower triangle.
         steps: by row and by column; their product is the step of a weight.
         rounding: how a number becomes an integer.
+        device: where the arrays are.
         fit_gains: correct the step of each column by least squares once it is rounded.
     Returns:
         The integers in float32, and the gain of each column.
     """
     row_steps, column_steps = steps
-    left = weights @ factor
-    integers = np.empty_like(weights)
-    gains = np.ones(weights.shape[1], np.float32)
-    row_energy = np.square(row_steps)
-    for end in range(weights.shape[1], 0, -_BLOCK_COLUMNS):
-        begin = max(0, end - _BLOCK_COLUMNS)
-        chosen = np.empty((len(weights), end - begin), np.float32)
-        for i in range(end - 1, begin - 1, -1):
-            scaled = left[:, i] / (column_steps[i] * factor[i, i] * row_steps)
-            rounded = rounding.symbols(scaled).astype(np.float32) - np.float32(ZERO)
-            energy = float(np.dot(np.square(rounded), row_energy))
-            if fit_gains and energy > 0:
-                fitted = float(np.dot(rounded * row_energy, scaled)) / energy
-                gains[i] = min(_GAIN_RANGE[1], max(_GAIN_RANGE[0], fitted))
-            integers[:, i] = rounded
-            chosen[:, i - begin] = rounded * row_steps * (column_steps[i] * gains[i])
-            left[:, begin : i + 1] -= np.outer(chosen[:, i - begin], factor[i, begin : i + 1])
-        if begin:
-            left[:, :begin] -= chosen @ factor[begin:end, :begin]
+    xp = functions(weights)
+    units = column_steps * xp.diagonal(factor)
+    # What is left of the columns, in units of the steps, each in a row of its own.
+    left = factor.T @ (weights / row_steps[:, None]).T
+    left /= units[:, None]
+    integers = xp.empty_like(left)
+    gains = xp.ones_like(column_steps)
+    thresholds = like(left, rounding.thresholds)
+    row_energy = xp.square(row_steps)
+    for end in range(len(left), 0, -_BLOCK_COLUMNS):
+        block = slice(max(0, end - _BLOCK_COLUMNS), end)
+        # How far a column's integers of 1 reach into the columns before it.
+        reach = factor[block, :end] * column_steps[block, None] / units[:end]
+        arrays = (left[block], reach[:, block], thresholds)
+        if fit_gains:
+            integers[block], gains[block] = device.run(_round_fitted, *arrays, row_energy)
+        else:
+            (integers[block],) = device.run(_round, *arrays)
+        if block.start:
+            left[: block.start] -= reach[:, : block.start].T @ (integers[block] * gains[block, None])
+    return integers.T, gains
+
+
+def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
+    """Round the rows of a block, the last one first.
+
+    Args:
+        left: float32 (block, n), in units of the steps; changed.
+        reach: float32 (block, block).
+        thresholds: see `to_integers`.
+    Returns:
+        integers, float32 (block, n).
+    """
+    integers = functions(left).empty_like(left)
+    for i in range(len(left) - 1, -1, -1):
+        integers[i] = to_integers(left[i], thresholds)
+        left[:i] -= reach[i, :i, None] * integers[i]
+    return (integers,)
+
+
+def _round_fitted(left: Array, reach: Array, thresholds: Array, row_energy: Array) -> tuple[Array, Array]:
+    """As `_round`, but with gains, float32 (block,), that fit the integers to what they stand for."""
+    xp = functions(left)
+    integers = xp.empty_like(left)
+    gains = xp.empty_like(left[:, 0])
+    for i in range(len(left) - 1, -1, -1):
+        integers[i] = rounded = to_integers(left[i], thresholds)
+        weighted = rounded * row_energy
+        # Without any integer but 0 it is 1.
+        fitted = (weighted @ left[i] + _TINY) / (weighted @ rounded + _TINY)
+        gains[i] = gain = xp.clip(fitted, *_GAIN_RANGE)
+        left[:i] -= (reach[i, :i] * gain)[:, None] * rounded
     return integers, gains
 
 
-def _fit_rows(
-    integers: Float32,
-    row_scale: NDArray[np.float64],
-    column_scale: NDArray[np.float64],
-    moments: NDArray[np.float64],
-    wanted: Float32,
-) -> NDArray[np.float64]:
-    scaled = integers * column_scale.astype(np.float32)
-    energy = np.einsum("ij,ij->i", scaled @ moments.astype(np.float32), scaled, dtype=np.float64)
-    matched = np.einsum("ij,ij->i", scaled, wanted, dtype=np.float64)
-    fitted = np.divide(matched, energy, out=row_scale.copy(), where=energy > 0)
-    return np.where(fitted > 0, fitted, row_scale)
+def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
+    """Scales of rows by least squares: all scales in float64, the others in float32."""
+    xp = functions(integers)
+    scaled = integers * single(column_scale)
+    energies = xp.sum((scaled @ moments) * scaled, axis=1, dtype=xp.float64)
+    matched = xp.sum(scaled * wanted, axis=1, dtype=xp.float64)
+    fitted = matched / xp.where(energies > 0, energies, 1.0)
+    return xp.where(fitted > 0, fitted, row_scale)
 
 
-def _fit_columns(
-    integers: Float32,
-    row_scale: NDArray[np.float64],
-    column_scale: NDArray[np.float64],
-    moments: NDArray[np.float64],
-    wanted: Float32,
-) -> NDArray[np.float64]:
+def _fit_columns(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
     """Normal equations of all columns together, drawn slightly to the present scales."""
-    scaled = integers * row_scale.astype(np.float32)[:, np.newaxis]
-    normal = (scaled.T @ scaled).astype(np.float64) * moments
-    matched = np.einsum("ij,ij->j", scaled, wanted, dtype=np.float64)
-    ridge = _RIDGE * float(np.trace(normal)) / len(normal)
+    xp = functions(integers)
+    scaled = integers * single(row_scale)[:, None]
+    normal = double(scaled.T @ scaled)
+    normal *= moments
+    matched = xp.sum(scaled * wanted, axis=0, dtype=xp.float64)
+    ridge = _RIDGE * float(xp.trace(normal)) / len(normal)
     if ridge <= 0:
         return column_scale
-    normal[np.diag_indices(len(normal))] += ridge
-    fitted: NDArray[np.float64] = np.linalg.solve(normal, matched + ridge * column_scale)
-    return np.where(fitted > 0.25 * column_scale, fitted, column_scale)
+    places = np.arange(len(normal))
+    normal[places, places] += ridge
+    fitted = xp.linalg.solve(normal, matched + ridge * column_scale)
+    return xp.where(fitted > 0.25 * column_scale, fitted, column_scale)

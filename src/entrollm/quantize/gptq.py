@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from entrollm import _core
-from entrollm.quantize.feedback import feed_back, read_finite
+from entrollm.arrays import HOST, Array, Device, like
+from entrollm.quantize.feedback import energy, feed_back, read_finite, row_maxima, row_sizes, to_symbols
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
 from entrollm.quantize.rounding import ZERO, Rounding
 
@@ -27,13 +28,15 @@ class GptqQuantizer:
     Attributes:
         step: over the RMS of the matrix; larger is coarser. The step of a row is in proportion to the square root of
             its size.
-        factor: float32, shape (columns, columns); see `Statistics.factor`.
+        factor: float32, shape (columns, columns), on the device; see `Statistics.factor`.
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
+        device: what computes.
     """
 
     step: float
-    factor: Float32
+    factor: Array
     row_precision: Float32 | None = None
+    device: Device = HOST
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix.
@@ -41,31 +44,30 @@ class GptqQuantizer:
         Raises:
             FormatError: a weight is not finite.
         """
-        weights = read_finite(source)
+        weights = read_finite(source, self.device)
         scale = self._row_steps(weights).astype(ml_dtypes.bfloat16)
-        steps = scale.astype(np.float32), np.ones(weights.shape[1], np.float32)
-        integers, _ = feed_back(weights, self.factor, steps, Rounding())
-        symbols = (integers + np.float32(ZERO)).astype(np.uint8)
-        integers *= steps[0][:, np.newaxis]
-        integers -= weights
+        steps = self.device.put(scale), like(weights, np.ones(weights.shape[1], np.float32))
+        integers, _ = feed_back(weights, self.factor, steps, Rounding(), self.device)
+        symbols = to_symbols(integers, self.device)
+        integers *= steps[0][:, None]
         return Quantized(
             symbols=symbols,
             counts=_core.histogram(symbols),
             grid=f"gptq-{self.step:.4g}",
-            scale=scale if len(scale) > 1 else steps[0],
-            error=float(np.square(integers, dtype=np.float64).sum()),
-            energy=float(np.square(weights, dtype=np.float64).sum()),
+            scale=scale if len(scale) > 1 else scale.astype(np.float32),
+            error=energy(integers - weights),
+            energy=energy(weights),
             zero=ZERO,
         )
 
-    def _row_steps(self, weights: Float32) -> Float32:
-        sizes = np.sqrt(np.square(weights, dtype=np.float64).mean(axis=1))
+    def _row_steps(self, weights: Array) -> Float32:
+        sizes = row_sizes(weights, self.device)
         whole = math.sqrt(float(np.square(sizes).mean()))
         if whole == 0.0:
             return np.ones(len(weights), np.float32)
         steps = self.step * np.sqrt(np.where(sizes > 0, sizes, whole) * whole)
         if self.row_precision is not None:
             steps /= self.row_precision
-        steps = np.maximum(steps, np.abs(weights).max(axis=1) / _LARGEST_SYMBOL)
+        steps = np.maximum(steps, self.device.take(row_maxima(weights)) / _LARGEST_SYMBOL)
         exact: Float32 = steps.astype(np.float32)
         return exact

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array, functions
+
 Float32 = NDArray[np.float32]
 
 ZERO = 128
@@ -28,11 +30,17 @@ class Rounding:
 
     def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0) -> None:
         self._thresholds: Float32 | None = None
+        below = np.arange(255, dtype=np.float64) - ZERO
         if lengths is not None and price > 0:
-            below = np.arange(255, dtype=np.float64) - ZERO
             between = below + 0.5 + price * np.diff(lengths) / 2
             # Only the two neighbours compete.
             self._thresholds = np.clip(between, below, below + 1).astype(np.float32)
+        self._halves = (below + 0.5).astype(np.float32)
+
+    @property
+    def thresholds(self) -> Float32:
+        """float32 (255,), ascending; a number above the first k of them becomes symbol k."""
+        return self._halves if self._thresholds is None else self._thresholds
 
     def symbols(self, scaled: Float32) -> NDArray[np.uint8]:
         """Round: float32, any shape -> uint8 of that shape; what lies beyond the grid goes to its ends."""
@@ -52,3 +60,23 @@ class Rounding:
         symbols = (below + np.float32(ZERO)).astype(np.uint8)
         symbols += scaled > self._thresholds[symbols]
         return symbols
+
+
+def to_integers(scaled: Array, thresholds: Array) -> Array:
+    """Round on any device.
+
+    Args:
+        scaled: float32 (n,).
+        thresholds: of a `Rounding`, on the same device.
+    Returns:
+        float32 (n,), symbols less ZERO.
+    """
+    xp = functions(scaled)
+    if xp is not np:
+        return xp.searchsorted(thresholds, scaled) - float(ZERO)
+    # Threshold k lies between the integers k - ZERO and the next, which takes less time than a search.
+    below = np.floor(scaled)
+    np.maximum(below, np.float32(-ZERO), out=below)
+    np.minimum(below, np.float32(254 - ZERO), out=below)
+    below += scaled > thresholds[(below + np.float32(ZERO)).astype(np.intp)]
+    return below

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array, Device, functions, like, single
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -27,12 +29,16 @@ class Statistics(Protocol):
 
     Attributes:
         fingerprint: equal for equal statistics of one model.
+        device: where factors are, and what quantizes with them.
     """
+
+    @property
+    def device(self) -> Device: ...
 
     @property
     def fingerprint(self) -> str: ...
 
-    def factor(self, name: str) -> NDArray[np.float32] | None:
+    def factor(self, name: str) -> Array | None:
         """A lower triangle L with L L^T = the damped second moments that weigh errors by column; None where unknown.
 
         Returns:
@@ -49,19 +55,21 @@ _SHRINKAGE = 0.05
 _DAMPING = 0.02
 
 
-def damped_factor(moments: NDArray[np.float64]) -> NDArray[np.float32]:
+def damped_factor(moments: Array) -> Array:
     """Cholesky factor of shrunken, damped second moments.
 
     Args:
-        moments: float64, shape (n, n), symmetric and positive semi-definite; inputs may be dead (zero).
+        moments: float64, shape (n, n), symmetric and positive semi-definite; inputs may be dead (zero). Only the lower
+            triangle is read.
     Returns:
         float32, lower triangle; the identity where all inputs are dead.
     """
-    diagonal = np.diag(moments)
+    xp = functions(moments)
+    diagonal = xp.diagonal(moments)
     mean = float(diagonal.mean())
     if mean <= 0:
-        return np.eye(len(moments), dtype=np.float32)
+        return like(moments, np.eye(len(moments), dtype=np.float32))
     damped = moments * (1 - _SHRINKAGE)
-    np.fill_diagonal(damped, diagonal + _DAMPING * mean)
-    factor: NDArray[np.float32] = np.linalg.cholesky(damped).astype(np.float32)
-    return factor
+    places = np.arange(len(moments))
+    damped[places, places] = diagonal + _DAMPING * mean
+    return single(xp.linalg.cholesky(damped))

@@ -1,0 +1,118 @@
+"""Where arrays live: in NumPy, or on another device whose library has functions of the same names.
+
+Arithmetic that runs on both is written in the functions and methods that NumPy and torch share. torch itself is
+imported in `hf/` alone; its functions are found by way of its tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any
+"""A NumPy array or a torch tensor."""
+
+
+def functions(array: Array) -> Any:
+    """The module whose functions take `array`: NumPy or torch."""
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+
+
+def like(array: Array, values: NDArray[Any]) -> Array:
+    """Copy `values` to where `array` lives, in their own type; NumPy arrays are returned as they are."""
+    return values if isinstance(array, np.ndarray) else functions(array).asarray(values, device=array.device)
+
+
+def double(array: Array) -> Array:
+    """`array` in float64; a new array if it was in another type."""
+    xp = functions(array)
+    return xp.asarray(array, dtype=xp.float64)
+
+
+def single(array: Array) -> Array:
+    """`array` in float32; a new array if it was in another type."""
+    xp = functions(array)
+    return xp.asarray(array, dtype=xp.float32)
+
+
+class Device(Protocol):
+    """A place for arrays.
+
+    Attributes:
+        name: for people.
+        spare: the share of free memory that a computation may take to be faster.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spare(self) -> float: ...
+
+    def put(self, values: NDArray[Any]) -> Array:
+        """A new array on the device, in float32, of values in float32, float16 or bfloat16."""
+
+    def hold(self, values: NDArray[Any]) -> Array:
+        """A matrix of a model that stays on the device: in the type in which its products are best made of it."""
+
+    def held_bytes(self, stored_bytes: int, weights: int) -> int:
+        """Memory that `hold` takes for weights that take `stored_bytes` in their own type."""
+
+    def take(self, array: Array) -> NDArray[Any]:
+        """An array of the device as a NumPy array."""
+
+    def zeros(self, *shape: int) -> Array:
+        """A new array of zeros, in float32."""
+
+    def memory(self) -> int:
+        """Bytes that a model may take."""
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Inside of it, running out of the device's memory is an EntroLLMError."""
+
+    def run(self, function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+        """What `function` gives of `arrays`; it may change them, and depends on nothing else but their shapes.
+
+        The results are valid until the next run.
+        """
+
+
+class _Host:
+    """The memory of this process, which other processes share."""
+
+    name = "this machine"
+    spare = 0.0
+
+    def put(self, values: NDArray[Any]) -> Array:
+        return values.astype(np.float32)
+
+    def hold(self, values: NDArray[Any]) -> Array:
+        return values.astype(np.float32)
+
+    def held_bytes(self, stored_bytes: int, weights: int) -> int:
+        return 4 * weights
+
+    def take(self, array: Array) -> NDArray[Any]:
+        taken: NDArray[Any] = array
+        return taken
+
+    def zeros(self, *shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    def memory(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def guard(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def run(self, function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
+        return function(*arrays)
+
+
+HOST: Device = _Host()

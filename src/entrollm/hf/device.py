@@ -1,0 +1,121 @@
+"""Calibration's arrays as torch tensors, on a GPU or on the processor."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entrollm.errors import EntroLLMError, UnsupportedError
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class TorchDevice:
+    """A device of torch; see `entrollm.arrays.Device`. On a GPU, products of float32 are as exact as torch makes them.
+
+    Args:
+        kind: "cuda", or "cpu" to compare with.
+    Raises:
+        UnsupportedError: torch finds no GPU.
+    """
+
+    def __init__(self, kind: str = "cuda") -> None:
+        self._device = torch.device(kind)
+        self._is_cuda = self._device.type == "cuda"
+        if self._is_cuda:
+            _check_gpu()
+        self.name = torch.cuda.get_device_name(self._device) if self._is_cuda else "this machine"
+        self.spare = 0.5 if self._is_cuda else 0.0
+        self._recordings: dict[tuple[Function, tuple[torch.Size, ...]], _Recording] = {}
+
+    def put(self, values: NDArray[Any]) -> Tensor:
+        """A new float32 tensor; 16-bit types are widened on the device."""
+        return self.hold(values).float()
+
+    def hold(self, values: NDArray[Any]) -> Tensor:
+        """A new tensor in the values' own type, which products widen as they need it."""
+        is_bfloat16 = values.dtype == ml_dtypes.bfloat16
+        with warnings.catch_warnings():
+            # Mapped files cannot be written, and nothing writes to what is only copied from.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            view = torch.from_numpy(values.view(np.int16) if is_bfloat16 else values)
+        return (view.view(torch.bfloat16) if is_bfloat16 else view).to(self._device, copy=True)
+
+    def held_bytes(self, stored_bytes: int, weights: int) -> int:
+        """The bytes of the own type."""
+        return stored_bytes
+
+    def take(self, array: Tensor) -> NDArray[Any]:
+        """A tensor as a NumPy array, its elements in order."""
+        taken: NDArray[Any] = array.contiguous().cpu().numpy()
+        return taken
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A new float32 tensor of zeros."""
+        return torch.zeros(shape, device=self._device)
+
+    def memory(self) -> int:
+        """Free bytes of the GPU, or those of the machine."""
+        if self._is_cuda:
+            return int(torch.cuda.mem_get_info(self._device)[0])
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Name the device that is too small.
+
+        Raises:
+            EntroLLMError: its memory is full.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EntroLLMError(f"{self.name} has too little memory; use --device cpu ({error})") from None
+
+    def run(self, function: Function, *arrays: Tensor) -> tuple[Tensor, ...]:
+        """Call a function; a GPU records its many small operations the first time, and replays them after that."""
+        if not self._is_cuda:
+            return function(*arrays)
+        key = (function, tuple(array.shape for array in arrays))
+        if key not in self._recordings:
+            self._recordings[key] = _Recording(function, arrays)
+        return self._recordings[key](arrays)
+
+
+class _Recording:
+    """A CUDA graph of a function of tensors of fixed shapes."""
+
+    def __init__(self, function: Function, arrays: tuple[Tensor, ...]) -> None:
+        self._inputs = [array.clone() for array in arrays]
+        function(*self._inputs)  # libraries set themselves up, which cannot be recorded
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = function(*self._inputs)
+
+    def __call__(self, arrays: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for held, array in zip(self._inputs, arrays, strict=True):
+            held.copy_(array)
+        self._graph.replay()
+        return self._outputs
+
+
+def _check_gpu() -> None:
+    if torch.version.cuda is None:
+        raise UnsupportedError(
+            f"torch {torch.__version__} is built without CUDA; install one that is made for your GPU, or calibrate on "
+            "the processor, with --device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"torch {torch.__version__} finds no GPU; check the driver with nvidia-smi, or calibrate on the processor, "
+            "with --device cpu"
+        )
