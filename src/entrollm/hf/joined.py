@@ -49,8 +49,8 @@ class JoinedWeights:
         return self.weights[0].device
 
     def are_together(self) -> bool:
-        """Whether all are on one device; offloaded ones come to it one at a time."""
-        return all(weight.device == self.device for weight in self.weights)
+        """Whether all are on one device; the entries of offloaded ones come to it one matrix at a time."""
+        return all(weight.device == self.device and not weight.is_offloaded for weight in self.weights)
 
     def matrix(self) -> Matrix:
         """The matrices, opened on their device as one."""
@@ -101,8 +101,8 @@ class Group:
     in the same thread and on the same stream; in any other case a layer multiplies by itself.
     """
 
-    def __init__(self, weights: Sequence[CodedWeight], slot: Slot) -> None:
-        self._joined = JoinedWeights(weights)
+    def __init__(self, joined: JoinedWeights, slot: Slot) -> None:
+        self._joined = joined
         self._slot = slot
         self.wasted = 0
 
@@ -145,7 +145,7 @@ class Group:
             self.wasted = 0
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Group, (self._joined.weights, self._slot)
+        return Group, (self._joined, self._slot)
 
 
 class Watch:
@@ -178,8 +178,8 @@ class Watch:
     def _settle(self) -> None:
         """Make a group of the layers that were given the last input; one by itself stays alone, as does the last."""
         called, self._called, self._input = self._called, [], _nothing
-        is_group = len(called) > 1 and len({layer.weight.device for layer in called}) == 1
-        group = Group([layer.weight for layer in called], self._slot) if is_group else None
+        weights = JoinedWeights([layer.weight for layer in called]) if len(called) > 1 else None
+        group = Group(weights, self._slot) if weights is not None and weights.are_together() else None
         for place, layer in enumerate(called):
             layer.share(group, place)
         self._waiting = [layer for layer in self._waiting if layer not in called]
