@@ -182,9 +182,10 @@ class Watch:
         group = Group(weights, self._slot) if weights is not None and weights.are_together() else None
         for place, layer in enumerate(called):
             layer.share(group, place)
-        self._waiting = [layer for layer in self._waiting if layer not in called]
-        if len(self._waiting) == 1:
-            self._waiting.pop().share(None, 0)
+        waiting = [layer for layer in self._waiting if layer not in called]
+        if len(waiting) == 1:
+            waiting[0].share(None, 0)
+        self._waiting = waiting
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what is called now, which does not matter to a copy.
