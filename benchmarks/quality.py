@@ -19,18 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import environment
+from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
+from entrollm.engine.fields import Fields
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
+from entrollm.engine.models import read_config
 from entrollm.engine.weights import Embedding, Floats, Linear
-from entrollm.evaluate import Protocol, Windows, cut_windows, evaluate, read_text
+from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, evaluate, read_text
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.statistics import Statistics
-from quality_peers import group_peers, llamacpp_peers
+from quality_peers import Tensors, group_peers, llamacpp_peers
+from quality_torch import TorchModel, decoded
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0)
 GROUP_WIDTHS = (2, 3, 4)
@@ -56,8 +60,9 @@ class Row:
 class ArrayWeights:
     """Weights in memory, for the engine."""
 
-    def __init__(self, tensors: dict[str, NDArray[np.float32]]) -> None:
+    def __init__(self, tensors: Tensors, threads: int) -> None:
         self._tensors = tensors
+        self.pool = _core.ThreadPool(threads)
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._tensors
@@ -78,7 +83,7 @@ class ArrayWeights:
 class Remembered:
     """A model whose logits are kept: 4 bytes x vocabulary for each token of the windows."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._logits: dict[bytes, Floats] = {}
 
@@ -93,13 +98,13 @@ class Remembered:
 class Measurement:
     """Measures models against one original on one text."""
 
-    def __init__(self, model: Path, text: Path, max_windows: int, threads: int) -> None:
+    def __init__(self, model: Path, text: Path, max_windows: int, threads: int, is_in_torch: bool = False) -> None:
         self.model = model
         self.threads = threads
+        self._is_in_torch = is_in_torch
         self._files = read_model_files(model)
-        reference = load(model, threads=threads)
-        self.config = reference.config
-        self._reference = Remembered(reference)
+        self.config = read_config(Fields(self._files.config, "config.json"))
+        self._reference = Remembered(self._model(originals(model)))
         if self._files.tokenizer is None:
             raise ValueError(f"{model} has no tokenizer.json")
         window = min(512, self.config.context_length)
@@ -107,15 +112,19 @@ class Measurement:
 
     def folder(self, path: Path, name: str, family: str, file_bits: float) -> Row:
         """A compressed folder."""
-        return self._row(load(path, threads=self.threads), name, family, file_bits)
+        model = self._model(decoded(path)) if self._is_in_torch else load(path, threads=self.threads)
+        return self._row(model, name, family, file_bits)
 
-    def tensors(
-        self, tensors: dict[str, NDArray[np.float32]], name: str, family: str, file_bits: float, note: str
-    ) -> Row:
+    def tensors(self, tensors: Tensors, name: str, family: str, file_bits: float, note: str) -> Row:
         """Weights in memory."""
-        return self._row(Model(self._files, ArrayWeights(tensors)), name, family, file_bits, note)
+        return self._row(self._model(tensors), name, family, file_bits, note)
 
-    def _row(self, model: Model, name: str, family: str, file_bits: float, note: str = "") -> Row:
+    def _model(self, tensors: Tensors) -> LanguageModel:
+        if self._is_in_torch:
+            return TorchModel(self.model, tensors, self.threads)
+        return Model(self._files, ArrayWeights(tensors, self.threads))
+
+    def _row(self, model: LanguageModel, name: str, family: str, file_bits: float, note: str = "") -> Row:
         evaluations, _ = evaluate([model], self.windows, self._reference)
         kl = evaluations[0].divergence
         assert kl is not None
@@ -153,12 +162,17 @@ def measure_all(
             yield measurement.folder(out, name, family, result.file_bits)
         if not peers:
             return
-        with Checkpoint.open(model) as checkpoint:
-            tensors = {name: checkpoint.read_float32(name) for name in checkpoint.tensors}
+        tensors = originals(model)
         for peer in group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS):
             yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
         for peer in llamacpp_peers(tensors, measurement.config, Path(folder)):
             yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
+
+
+def originals(model: Path) -> Tensors:
+    """All weights of a checkpoint, in float32."""
+    with Checkpoint.open(model) as checkpoint:
+        return {name: checkpoint.read_float32(name) for name in checkpoint.tensors}
 
 
 def _is_ours(family: str) -> bool:
@@ -264,12 +278,14 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=12)
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS))
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--torch", action="store_true", help="measure with PyTorch, as quality_torch.py says")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON")
     parser.add_argument("--page", type=Path, help="a page with marks for the tables")
     parser.add_argument("--plot", type=Path, help="PNG")
     arguments = parser.parse_args()
-    measurement = Measurement(arguments.model, arguments.text, arguments.max_windows, arguments.threads)
+    model, text = arguments.model, arguments.text
+    measurement = Measurement(model, text, arguments.max_windows, arguments.threads, arguments.torch)
     with tempfile.TemporaryDirectory(prefix="calibration-") as folder:
         known: dict[str, Statistics] = {}
         for item in arguments.calibration:
