@@ -33,11 +33,12 @@ from entrollm.engine.weights import Embedding, Floats, Linear
 from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, evaluate, read_text
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.statistics import Statistics
-from quality_peers import Tensors, group_peers, llamacpp_peers
+from quality_peers import Peer, Tensors, group_peers, llamacpp_peers
 from quality_torch import TorchModel, decoded
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0)
 GROUP_WIDTHS = (2, 3, 4)
+PEERS = ("groups", "llama.cpp")
 PAPER: tuple[tuple[int, Granularity], ...] = ((4, "tensor"), (6, "tensor"), (8, "tensor"), (4, "row"), (5, "row"))
 DATA_FREE = "data-free"
 BEGIN, END = "<!-- written by benchmarks/quality.py -->\n", "<!-- end -->\n"
@@ -143,7 +144,7 @@ class Measurement:
 
 
 def measure_all(
-    measurement: Measurement, known: dict[str, Statistics], bits: Sequence[float], peers: bool
+    measurement: Measurement, known: dict[str, Statistics], bits: Sequence[float], peers: Sequence[str]
 ) -> Iterator[Row]:
     """All rows; `known` has statistics by the text that they come from."""
     model, threads = measurement.model, measurement.threads
@@ -160,12 +161,13 @@ def measure_all(
             out = Path(folder) / str(number)
             result = compress(model, out, options, statistics=statistics)
             yield measurement.folder(out, name, family, result.file_bits)
-        if not peers:
-            return
         tensors = originals(model)
-        for peer in group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS):
-            yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
-        for peer in llamacpp_peers(tensors, measurement.config, Path(folder)):
+        others: list[Iterable[Peer]] = []
+        if "groups" in peers:
+            others.append(group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS))
+        if "llama.cpp" in peers:
+            others.append(llamacpp_peers(tensors, measurement.config, Path(folder)))
+        for peer in itertools.chain.from_iterable(others):
             yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
 
 
@@ -276,8 +278,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what divergences are measured on")
     parser.add_argument("--calibration", nargs="*", default=[], metavar="NAME=FILE|self", help="texts to calibrate on")
     parser.add_argument("--max-windows", type=int, default=12)
-    parser.add_argument("--bits", type=float, nargs="+", default=list(BITS))
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--bits", type=float, nargs="*", default=list(BITS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="other quantizers to compare with")
     parser.add_argument("--torch", action="store_true", help="measure with PyTorch, as quality_torch.py says")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON")
@@ -293,7 +295,7 @@ def main() -> None:
             place = Path(folder) / str(len(known))
             place.mkdir()
             known[name or file] = calibrate(arguments.model, CalibrationText(None if file == "self" else file), place)
-        rows = list(measure_all(measurement, known, arguments.bits, not arguments.no_peers))
+        rows = list(measure_all(measurement, known, arguments.bits, arguments.peers))
     count, window = measurement.windows.ids.shape
     results = {
         "model": arguments.model.resolve().name,
