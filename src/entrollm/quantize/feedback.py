@@ -33,10 +33,7 @@ _BLOCK_COLUMNS = 64
 _SAMPLE_ROWS = 128
 _REFINEMENTS = 2
 _RIDGE = 1e-6
-# A column's gain stays near 1 unless nearly all its integers are 0.
-_GAIN_RANGE = (0.7, 1.4)
 _LARGEST_SYMBOL = 255 - ZERO
-_TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,10 @@ class FeedbackQuantizer:
             FormatError: a weight is not finite.
         """
         weights = read_finite(source, self.device)
-        steps = self._steps(weights)
+        steps = self._steps(wanted)
         rounding = self._rounding(weights, steps, choose)
-        integers, gains = feed_back(weights, self.factor, steps, rounding, self.device, fit_gains=not self.is_draft)
-        row_scale, column_scale = self._refine(weights, integers, steps[0], steps[1] * gains)
+        integers = feed_back(weights, self.factor, steps, rounding, self.device)
+        row_scale, column_scale = self._refine(weights, integers, *steps)
         symbols = to_symbols(integers, self.device)
         integers *= self.device.put(row_scale)[:, None]
         integers *= self.device.put(column_scale)
@@ -85,7 +82,11 @@ class FeedbackQuantizer:
         )
 
     def _steps(self, weights: Array) -> tuple[Array, Array]:
-        """Steps by row, around 1, and by column; their product is the step of a weight."""
+        """Steps by row, around 1, and by column; their product is the step of a weight.
+
+        They are exact in bfloat16: at high rates a fit moves scales by less than bfloat16 resolves, and rounding them
+        only in the end would add to the error.
+        """
         take = self.device.take
         diagonal = take(functions(self.factor).diagonal(self.factor)).astype(np.float64)
         inputs = math.sqrt(energy(self.factor) / len(diagonal))
@@ -96,12 +97,12 @@ class FeedbackQuantizer:
             return like(weights, rows), like(weights, columns)
         typical = float(np.exp(np.log(diagonal).mean()))
         by_column = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
-        column_steps = like(weights, by_column.astype(np.float32))
+        column_steps = self.device.put(by_column.astype(ml_dtypes.bfloat16))
         by_row = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
         if self.row_precision is not None:
             by_row /= self.row_precision
         widest = take(row_maxima(weights / column_steps)) / _LARGEST_SYMBOL
-        return like(weights, np.maximum(by_row, widest).astype(np.float32)), column_steps
+        return self.device.put(np.maximum(by_row, widest).astype(ml_dtypes.bfloat16)), column_steps
 
     def _rounding(self, weights: Array, steps: tuple[Array, Array], choose: CodeChooser) -> Rounding:
         """Rounding by the code lengths that a sample of the rows would get; of a draft, about those."""
@@ -113,7 +114,7 @@ class FeedbackQuantizer:
             return Rounding(ideal_lengths(_core.histogram(symbols)), self.price)
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
         sample = (steps[0][picked], steps[1])
-        integers, _ = feed_back(weights[picked], self.factor, sample, Rounding(), self.device)
+        integers = feed_back(weights[picked], self.factor, sample, Rounding(), self.device)
         counts = [int(c) for c in _core.histogram(to_symbols(integers, self.device))]
         return Rounding(code_lengths(choose(counts)), self.price)
 
@@ -176,14 +177,8 @@ def row_maxima(weights: Array) -> Array:
 
 
 def feed_back(
-    weights: Array,
-    factor: Array,
-    steps: tuple[Array, Array],
-    rounding: Rounding,
-    device: Device = HOST,
-    *,
-    fit_gains: bool = False,
-) -> tuple[Array, Array]:
+    weights: Array, factor: Array, steps: tuple[Array, Array], rounding: Rounding, device: Device = HOST
+) -> Array:
     """Round all columns, the last one first, each taking up the errors of those before.
 
     Args:
@@ -192,32 +187,24 @@ def feed_back(
         steps: by row and by column; their product is the step of a weight.
         rounding: how a number becomes an integer.
         device: where the arrays are.
-        fit_gains: correct the step of each column by least squares once it is rounded.
     Returns:
-        The integers in float32, and the gain of each column.
+        The integers in float32.
     """
     row_steps, column_steps = steps
-    xp = functions(weights)
-    units = column_steps * xp.diagonal(factor)
+    units = column_steps * functions(weights).diagonal(factor)
     # What is left of the columns, in units of the steps, each in a row of its own.
     left = factor.T @ (weights / row_steps[:, None]).T
     left /= units[:, None]
-    integers = xp.empty_like(left)
-    gains = xp.ones_like(column_steps)
+    integers = functions(weights).empty_like(left)
     thresholds = like(left, rounding.thresholds)
-    row_energy = xp.square(row_steps)
     for end in range(len(left), 0, -_BLOCK_COLUMNS):
         block = slice(max(0, end - _BLOCK_COLUMNS), end)
         # How far a column's integers of 1 reach into the columns before it.
         reach = factor[block, :end] * column_steps[block, None] / units[:end]
-        arrays = (left[block], reach[:, block], thresholds)
-        if fit_gains:
-            integers[block], gains[block] = device.run(_round_fitted, *arrays, row_energy)
-        else:
-            (integers[block],) = device.run(_round, *arrays)
+        (integers[block],) = device.run(_round, left[block], reach[:, block], thresholds)
         if block.start:
-            left[: block.start] -= reach[:, : block.start].T @ (integers[block] * gains[block, None])
-    return integers.T, gains
+            left[: block.start] -= reach[:, : block.start].T @ integers[block]
+    return integers.T
 
 
 def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
@@ -235,21 +222,6 @@ def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
         integers[i] = to_integers(left[i], thresholds)
         left[:i] -= reach[i, :i, None] * integers[i]
     return (integers,)
-
-
-def _round_fitted(left: Array, reach: Array, thresholds: Array, row_energy: Array) -> tuple[Array, Array]:
-    """As `_round`, but with gains, float32 (block,), that fit the integers to what they stand for."""
-    xp = functions(left)
-    integers = xp.empty_like(left)
-    gains = xp.empty_like(left[:, 0])
-    for i in range(len(left) - 1, -1, -1):
-        integers[i] = rounded = to_integers(left[i], thresholds)
-        weighted = rounded * row_energy
-        # Without any integer but 0 it is 1.
-        fitted = (weighted @ left[i] + _TINY) / (weighted @ rounded + _TINY)
-        gains[i] = gain = xp.clip(fitted, *_GAIN_RANGE)
-        left[:i] -= (reach[i, :i] * gain)[:, None] * rounded
-    return integers, gains
 
 
 def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
