@@ -46,6 +46,8 @@ class FeedbackQuantizer:
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
         device: what computes.
+        correction: float32, shape (rows, columns), on the device, what is added to the weights first; None for
+            nothing. Errors are counted from the weights as they were.
         is_draft: only the histogram of the integers is wanted, so scales are not fitted.
     """
 
@@ -54,6 +56,7 @@ class FeedbackQuantizer:
     row_precision: Float32 | None = None
     price: float = PRICE
     device: Device = HOST
+    correction: Array | None = None
     is_draft: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
@@ -63,10 +66,11 @@ class FeedbackQuantizer:
             FormatError: a weight is not finite.
         """
         weights = read_finite(source, self.device)
+        wanted = weights if self.correction is None else weights + self.correction
         steps = self._steps(wanted)
-        rounding = self._rounding(weights, steps, choose)
-        integers = feed_back(weights, self.factor, steps, rounding, self.device)
-        row_scale, column_scale = self._refine(weights, integers, *steps)
+        rounding = self._rounding(wanted, steps, choose)
+        integers = feed_back(wanted, self.factor, steps, rounding, self.device)
+        row_scale, column_scale = self._refine(wanted, integers, *steps)
         symbols = to_symbols(integers, self.device)
         integers *= self.device.put(row_scale)[:, None]
         integers *= self.device.put(column_scale)

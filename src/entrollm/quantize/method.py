@@ -71,6 +71,16 @@ class Quantized:
     column_scale: NDArray[Any] | None = None
     groups: GroupScales | None = None
 
+    def weights(self) -> Float32:
+        """What a matrix on a signed grid has become: float32, shape (rows, columns)."""
+        assert self.zero is not None
+        values = self.symbols.astype(np.float32)
+        values -= np.float32(self.zero)
+        values *= self.scale.astype(np.float32)[:, np.newaxis]
+        if self.column_scale is not None:
+            values *= self.column_scale.astype(np.float32)
+        return values
+
 
 class Quantizer(Protocol):
     """A method with its options set."""
