@@ -25,8 +25,8 @@ of a CUDA graph over at least 600 MB of distinct weights, one vector, all in one
 entropy; bits include everything that stays in GPU memory. The int8 baseline is hand-written (benchmarks/cuda/int8.cu),
 overlaps launches as ours does, and rounds its activations to 8 bits in the kernel, ours to 16. Goals in brackets.
 
-| rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 | to bf16 in memory, us |
-|---|---|---|---|---|---|---|---|
+| rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 |
+|---|---|---|---|---|---|---|
 {_gemv_rows(gemv)}
 
 cuBLAS bf16 and int8 took {_baselines(gemv)}.
@@ -36,7 +36,7 @@ A token of a Llama-shaped model at batch 1, the same loop in a CUDA graph (goal:
 | model | GPU bits | tokens/s | spread | bfloat16 tokens/s | ratio |
 |---|---|---|---|---|---|
 {_generate_rows(generate)}
-
+{_transformers(generate)}{_peers()}
 [cuda.md](cuda.md) says what bounds these."""
 
 
@@ -49,8 +49,7 @@ def _gemv_rows(result: dict[str, Any]) -> str:
         marks = [f" [{goal:g}]" for goal in goals] if goals else ["", ""]
         lines.append(
             f"| {row['rows']} x {row['columns']} | {row['entropy']} | {ours['bits']:.2f} | {ours['median_us']:.1f} "
-            f"| {ours['min_us']:.1f}-{ours['max_us']:.1f} | {over[0]:.2f}{marks[0]} | {over[1]:.2f}{marks[1]} "
-            f"| {ours['decode_us']:.0f} |"
+            f"| {ours['min_us']:.1f}-{ours['max_us']:.1f} | {over[0]:.2f}{marks[0]} | {over[1]:.2f}{marks[1]} |"
         )
     return "\n".join(lines)
 
@@ -70,3 +69,79 @@ def _generate_rows(result: dict[str, Any]) -> str:
         f"| {row['ours']['tokens_per_s'] / row['bfloat16']['tokens_per_s']:.2f} |"
         for row in result["results"]
     )
+
+
+def _transformers(result: dict[str, Any]) -> str:
+    """Generation in transformers, where it was measured."""
+    if not result.get("transformers"):
+        return ""
+    lines = []
+    for row in result["transformers"]:
+        ours, dense = row["ours"], row["bfloat16"]
+        rate, dense_rate = ours["static"]["tokens_per_s"], dense["static"]["tokens_per_s"]
+        prompt_ms, dense_ms = ours["prefill"]["median_ms"], dense["prefill"]["median_ms"]
+        lines.append(
+            f"| {row['model']}, {row['layers']} layers | {row['bits']:.2f} | {rate:.0f} "
+            f"| {ours['static']['min']:.0f}-{ours['static']['max']:.0f} | {dense_rate:.0f} | {rate / dense_rate:.2f} "
+            f"| {prompt_ms:.0f} ms | {prompt_ms / dense_ms:.2f} "
+            f"| {ours['held_bytes'] / 1e9:.2f} of {dense['held_bytes'] / 1e9:.2f} GB |"
+        )
+    return f"""
+The same models in transformers, `generate` with `cache_implementation="static"`, which compiles the decoding step with
+CUDA graphs: the median time between tokens after a prompt of 128; a prompt of 2,048 tokens is not compiled (goals: 2 x
+and 1.15 x bfloat16 at 2.4 bits). GPU memory is held by the weights, the embedding in bfloat16 among them.
+
+| model | GPU bits | tokens/s | spread | bfloat16 tokens/s | ratio | prompt | x bfloat16 | GPU memory |
+|---|---|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+def _peers() -> str:
+    """Other ways to multiply, where they were measured."""
+    path = RESULTS / "peers.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    lines = [
+        f"| {row['rows']} x {row['columns']} | {_peer_name(name)} | {found.get('bits', 16):.2f} "
+        f"| {_of(found, 'decode')} | {_product_us(name, found)} |"
+        for row in result["results"]
+        for name, found in row.items()
+        if isinstance(found, dict)
+    ]
+    missing = "".join(f" Left out: {reason}." for reason in result["missing"].values())
+    return f"""
+`python benchmarks/cuda/peers.py --json FILE`: other ways, one vector, in one run. Those that decode to memory have
+cuBLAS behind them; nvCOMP's ANS decodes a byte for each weight, and a product would come on top.{missing}
+
+| rows x columns | | bits | decoding to memory | product |
+|---|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+def _peer_name(name: str) -> str:
+    kind, _, entropy = name.partition(" ")
+    names = {
+        "bf16": "cuBLAS bf16",
+        "int4": "int4 weight-only, torch's, groups of 128",
+        "dfloat11": "DFloat11's kernel, bf16 weights",
+        "nvcomp": "nvCOMP ANS",
+        "ours": "ours",
+    }
+    return names[kind] + (f", entropy {entropy}" if entropy else "")
+
+
+def _of(found: dict[str, Any], key: str) -> str:
+    apart = found.get("to_memory", found)
+    if "decoded_gb_per_s" not in apart:
+        return "-"
+    return f"{apart.get(key, apart)['median_us']:.0f} us, {apart['decoded_gb_per_s']:.0f} GB/s"
+
+
+def _product_us(name: str, found: dict[str, Any]) -> str:
+    if name.startswith("nvcomp"):
+        return "-"
+    text = f"{found['median_us']:.1f} us"
+    return text + (f"; through memory {found['to_memory']['median_us']:.1f} us" if "to_memory" in found else "")

@@ -1,8 +1,11 @@
-"""Tokens per second at batch 1 of Llama-shaped models: coded against bfloat16, the same loop in a CUDA graph.
+"""Tokens per second at batch 1 of Llama-shaped models, coded against bfloat16: a loop of our own, and transformers.
 
     python benchmarks/cuda/generate.py --json results.json
+    python benchmarks/cuda/generate.py --models Mistral-7B --parts transformers --hf-entropies 1.47,2.2 --eager
 
-Weights are random integers of a stated entropy; matrices of one shape hold the same ones in memory of their own.
+The loop is one CUDA graph for each token. In transformers it is `generate` with a static cache, which it compiles with
+CUDA graphs, and the time of a prompt of 2,048 tokens. Weights are random integers of a stated entropy; matrices of one
+shape hold the same ones in memory of their own.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from hf_model import measure
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +35,7 @@ class Shape:
     """A Llama's sizes."""
 
     name: str
+    kind: str
     hidden: int
     inner: int
     layers: int
@@ -37,10 +43,21 @@ class Shape:
     kv_heads: int
     vocabulary: int
 
+    def sizes(self) -> dict[str, Any]:
+        """The same for a configuration of transformers."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+        } | ({"sliding_window": None} if self.kind == "Mistral" else {})
+
 
 SHAPES = (
-    Shape("Llama-3-8B", 4096, 14336, 32, 32, 8, 128256),
-    Shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32768),
+    Shape("Llama-3-8B", "Llama", 4096, 14336, 32, 32, 8, 128256),
+    Shape("Mistral-7B", "Mistral", 4096, 14336, 32, 32, 8, 32768),
 )
 ENTROPIES = (1.47, 2.2, 3.2)
 
@@ -135,7 +152,7 @@ class Coded:
         self._made: dict[tuple[int, int], DeviceMatrix] = {}
         self.bytes = self.weights = 0
 
-    def __call__(self, rows: int, columns: int) -> Product:
+    def __call__(self, rows: int, columns: int) -> CudaMatrix:
         """A coded matrix of its own."""
         first = self._made.get((rows, columns))
         if first is None:
@@ -149,38 +166,96 @@ class Coded:
         matrix = CudaMatrix.from_parts([replace(first, packed=packed)], DEVICE)
         self.bytes += matrix.size_bytes
         self.weights += rows * columns
-        return matrix.multiply
+        return matrix
+
+    @property
+    def bits(self) -> float:
+        """Per weight, with everything that stays in GPU memory."""
+        return self.bytes * 8 / self.weights
+
+
+def run_loop(shape: Shape, entropies: list[float]) -> list[dict[str, Any]]:
+    """Our own loop in a CUDA graph."""
+    results = []
+    baseline = rate(Step(shape, dense))
+    print(f"{shape.name}: bfloat16 {baseline['tokens_per_s']:.1f} tokens/s", flush=True)
+    for entropy in entropies:
+        coded = Coded(entropy)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(DEVICE)
+        ours = rate(Step(shape, lambda rows, columns, made=coded: made(rows, columns).multiply))
+        held = torch.cuda.memory_allocated(DEVICE) - before
+        print(
+            f"  {coded.bits:.3f} bits: {ours['tokens_per_s']:.1f} tokens/s ({ours['min']:.1f} - {ours['max']:.1f}), "
+            f"x bfloat16 {ours['tokens_per_s'] / baseline['tokens_per_s']:.2f}; "
+            f"coded {coded.bytes / 1e9:.2f} GB, held {held / 1e9:.2f} GB",
+            flush=True,
+        )
+        row = {"model": shape.name, "entropy": entropy, "bits": coded.bits, "coded_bytes": coded.bytes}
+        results.append({**row, "bfloat16": baseline, "ours": ours})
+    return results
+
+
+def run_transformers(shape: Shape, entropies: list[float], eager: bool) -> list[dict[str, Any]]:
+    """`generate` and prompts in transformers."""
+    results = []
+    baseline = measure(shape.kind, None, eager, shape.sizes())
+    print(f"{shape.name} in transformers, bfloat16: {_summary(baseline)}", flush=True)
+    for entropy in entropies:
+        coded = Coded(entropy)
+        ours = measure(shape.kind, coded, eager, shape.sizes())
+        ratio = ours["static"]["tokens_per_s"] / baseline["static"]["tokens_per_s"]
+        slower = ours["prefill"]["median_ms"] / baseline["prefill"]["median_ms"]
+        print(
+            f"  {coded.bits:.3f} bits: {_summary(ours)}; x bfloat16 {ratio:.2f}, prompt takes {slower:.2f} of it",
+            flush=True,
+        )
+        row = {"model": shape.name, "layers": shape.layers, "entropy": entropy}
+        row |= {"bits": coded.bits, "coded_bytes": coded.bytes}
+        results.append({**row, "bfloat16": baseline, "ours": ours})
+    return results
+
+
+def _summary(found: dict[str, Any]) -> str:
+    static = found["static"]
+    eager = f", eager {found['eager']['tokens_per_s']:.1f}" if "eager" in found else ""
+    return (
+        f"{static['tokens_per_s']:.1f} tokens/s ({static['min']:.1f} - {static['max']:.1f}), "
+        f"whole calls {static['whole_call_tokens_per_s']:.1f}{eager}; first call {static['first_call_s']:.1f} s, "
+        f"{static['graphs']} graphs, {static['graph_breaks']} breaks, {static['cudagraph_skips']} skips; "
+        f"prompt {found['prefill']['median_ms']:.1f} ms; held {found['held_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def main() -> None:
     """Print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--models", default=",".join(shape.name for shape in SHAPES))
+    parser.add_argument("--parts", default="loop,transformers")
+    parser.add_argument("--entropies", type=_numbers, default=list(ENTROPIES), help="of the loop's weights")
+    parser.add_argument("--hf-entropies", type=_numbers, default=[2.2], help="of the weights in transformers")
+    parser.add_argument("--eager", action="store_true", help="time transformers without compilation, too")
+    parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
-    results = []
-    for shape in SHAPES:
-        baseline = rate(Step(shape, dense))
-        print(f"{shape.name}: bfloat16 {baseline['tokens_per_s']:.1f} tokens/s", flush=True)
-        for entropy in ENTROPIES:
-            coded = Coded(entropy)
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_allocated(DEVICE)
-            step = Step(shape, coded)
-            ours = rate(step)
-            bits = coded.bytes * 8 / coded.weights
-            held = torch.cuda.memory_allocated(DEVICE) - before
-            print(
-                f"  {bits:.3f} bits: {ours['tokens_per_s']:.1f} tokens/s ({ours['min']:.1f} - {ours['max']:.1f}), "
-                f"x bfloat16 {ours['tokens_per_s'] / baseline['tokens_per_s']:.2f}; "
-                f"coded {coded.bytes / 1e9:.2f} GB, held {held / 1e9:.2f} GB",
-                flush=True,
-            )
-            row = {"model": shape.name, "entropy": entropy, "bits": bits, "coded_bytes": coded.bytes}
-            results.append({**row, "bfloat16": baseline, "ours": ours})
-            del step, coded
+    shapes = [shape for shape in SHAPES if shape.name in arguments.models.split(",")]
+    if arguments.layers:
+        shapes = [replace(shape, layers=arguments.layers) for shape in shapes]
+    parts = arguments.parts.split(",")
+    document: dict[str, Any] = {"device": torch.cuda.get_device_name(DEVICE), "torch": torch.__version__}
+    document["results"] = [row for shape in shapes if "loop" in parts for row in run_loop(shape, arguments.entropies)]
+    document["transformers"] = [
+        row
+        for shape in shapes
+        if "transformers" in parts
+        for row in run_transformers(shape, arguments.hf_entropies, arguments.eager)
+    ]
     if arguments.json:
-        document = {"device": torch.cuda.get_device_name(DEVICE), "results": results}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

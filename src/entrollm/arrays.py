@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,9 @@ class Device(Protocol):
     def memory(self) -> int:
         """Bytes that a model may take."""
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Inside of it, running out of the device's memory is an EntroLLMError."""
+
     def run(self, function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
         """What `function` gives of `arrays`; it may change them, and depends on nothing else but their shapes.
 
@@ -103,6 +107,9 @@ class _Host:
 
     def memory(self) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def guard(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def run(self, function: Callable[..., tuple[Array, ...]], *arrays: Array) -> tuple[Array, ...]:
         return function(*arrays)

@@ -50,6 +50,31 @@ def test_greedy_tokens_are_those_of_the_engine(bits: int, folders: dict[int, Pat
     assert greedy(model, prompt, cache_implementation="static", disable_compile=True) == expected
 
 
+def test_layers_with_one_input_share_a_launch(folders: dict[int, Path], gpu: torch.device) -> None:
+    model = entrollm.hf.load(folders[8], dtype=torch.bfloat16, device=gpu)
+    for batch in (1, 3, 8):
+        tokens = torch.arange(2, 2 + batch, device=gpu)[:, None]
+        found = []
+        for _ in range(3):
+            with torch.no_grad():
+                found.append(model(tokens, use_cache=False).logits)
+        # The first call multiplies apart, the others together.
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+        model = entrollm.hf.load(folders[8], dtype=torch.bfloat16, device=gpu)
+
+
+def test_static_cache_runs_in_cuda_graphs(folders: dict[int, Path], gpu: torch.device) -> None:
+    """Compiled with CUDA graphs by transformers; each call has a cache of its own, elsewhere in memory."""
+    prompt, expected = expected_tokens(folders[8])
+    model = entrollm.hf.load(folders[8], dtype=torch.float32, device=gpu)
+    for _ in range(4):
+        assert greedy(model, prompt, cache_implementation="static") == expected
+    stats = torch._dynamo.utils.counters
+    assert not stats["graph_break"]
+    assert not stats["inductor"]["cudagraph_skips"]
+
+
 def test_memory_is_that_of_the_coded_weights(folders: dict[int, Path], gpu: torch.device) -> None:
     """Within 5 % and 2 MB, which allocations of small tensors round up to, of what the matrices and norms take."""
     torch.cuda.empty_cache()

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB_SIZE
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entrollm.arrays import HOST, Device
 from entrollm.calibrate import measure, sample_windows
-from entrollm.calibrate.store import StoredStatistics
+from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint import Checkpoint
 from entrollm.codec.choose import choose_code
+from entrollm.codec.huffman import entropy_bits
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.engine.config import ModelConfig
 from entrollm.engine.fields import Fields
@@ -25,7 +28,8 @@ from entrollm.hf.device import TorchDevice
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized
-from entrollm.quantize.statistics import damped_factor
+from entrollm.quantize.rounding import ZERO, Rounding, to_integers
+from entrollm.quantize.statistics import Sensitivity, damped_factor
 
 # Between them: a tied head, grouped queries, biases, head_dim, every kind of rotation, fused matrices, windows, norms
 # of queries and keys.
@@ -174,3 +178,49 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedError, match="finds no GPU; check the driver with nvidia-smi"):
         TorchDevice("cuda")
+
+
+def test_a_gpu_whose_memory_is_full_is_named(device: TorchDevice) -> None:
+    with pytest.raises(EntroLLMError, match=r"too little memory; use --device cpu \(Tried to allocate"), device.guard():
+        raise torch.OutOfMemoryError("Tried to allocate 1 TiB")
+
+
+@given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40), st.floats(0, 0.3))
+def test_numbers_round_to_the_same_integers(device: TorchDevice, numbers: list[float], price: float) -> None:
+    lengths = np.abs(np.arange(256) - ZERO) * 0.7 + 1
+    rounding = Rounding(lengths, price)
+    scaled = np.array(numbers, np.float32)
+    scaled = scaled[2 * scaled != np.floor(2 * scaled)]  # integers and halves may lie on a threshold
+    expected = rounding.symbols(scaled).astype(np.float32) - ZERO
+    np.testing.assert_array_equal(to_integers(scaled, rounding.thresholds), expected)
+    found = to_integers(device.put(scaled), device.put(rounding.thresholds))
+    np.testing.assert_array_equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("size", [1, 256, 600])
+def test_a_stored_triangle_comes_back(size: int, device: TorchDevice, tmp_path: Path) -> None:
+    triangle = np.tril(np.random.default_rng(size).standard_normal((size, size)).astype(np.float32))
+    for place in (HOST, device):
+        statistics = StoredStatistics(tmp_path, "", place)
+        statistics.add("w", place.put(triangle), Sensitivity(1.0))
+        np.testing.assert_array_equal(place.take(statistics.factor("w")), triangle)
+        spool = Spool(tmp_path, place)
+        spool.put_triangle("m", place.put(triangle + triangle.T))
+        np.testing.assert_array_equal(
+            np.tril(place.take(spool.take_triangle("m", size))), np.tril(triangle + triangle.T)
+        )
+    # Half of a large square.
+    assert (tmp_path / "factor-0").stat().st_size <= 4 * size * (size + 255) // 2 + 4 * size
+    assert [path.name for path in tmp_path.iterdir()] == ["factor-0"]
+
+
+@pytest.mark.parametrize("step", [0.3, 0.9])
+def test_a_draft_has_about_the_histogram_of_the_matrix(step: float) -> None:
+    weights = np.random.default_rng(3).standard_normal((96, 150)).astype(np.float32)
+    choose = functools.partial(choose_code, blocks=8)
+    bits = []
+    for is_draft in (False, True):
+        quantizer = FeedbackQuantizer(step, correlated(150), is_draft=is_draft)
+        quantized = quantizer.quantize(ArraySource("w", weights), choose)
+        bits.append(entropy_bits([int(c) for c in quantized.counts]))
+    assert bits[1] == pytest.approx(bits[0], abs=0.02)

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,7 +238,7 @@ def test_cuda_kernels_get_the_matrix_and_its_device(coded: Path, monkeypatch: py
         def __init__(self, matrices: list[Any], device: torch.device) -> None:
             made.append((matrices, device))
 
-    monkeypatch.setitem(__import__("sys").modules, "entrollm.hf.cuda", SimpleNamespace(CudaMatrix=CudaMatrix))
+    monkeypatch.setattr(backend, "CudaMatrix", CudaMatrix)
     monkeypatch.setattr(backend, "check_cuda_packages", lambda: None)
     monkeypatch.setattr(backend, "uses_cuda_kernels", lambda device: device.type == "cuda")
     model = entrollm.hf.load(coded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,13 +46,25 @@ class Tensors:
         """A tensor that stays on the device, or raise as `read` does."""
         return self._device.hold(self._stored(name, shape))
 
+    def held_bytes(self) -> int:
+        """What `hold` of all tensors takes."""
+        held = 0
+        for name, info in self._checkpoint.tensors.items():
+            weights = math.prod(info.shape)
+            held += self._device.held_bytes(info.size_bytes, weights) if self._is_direct(name) else 4 * weights
+        return held
+
+    def _is_direct(self, name: str) -> bool:
+        """Whether the file has the weights as they are; others are read in float32."""
+        return self._checkpoint.tensors[name].dtype in _DIRECT and name not in self._checkpoint.packed
+
     def _stored(self, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
         if name not in self._checkpoint.tensors:
             raise FormatError(f"{name}: the tensor is missing; config.json asks for shape {shape}")
         info = self._checkpoint.tensors[name]
         if info.shape != shape:
             raise FormatError(f"{name}: config.json asks for shape {shape}, found {info.shape}")
-        if info.dtype in _DIRECT and name not in self._checkpoint.packed:
+        if self._is_direct(name):
             return self._checkpoint.read(name)
         return self._checkpoint.read_float32(name)
 

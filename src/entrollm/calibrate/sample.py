@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -46,8 +45,9 @@ def sample_windows(
         EntroLLMError: the model's logits are not finite, or it does not fit the memory.
         FormatError: a tensor is missing or has the wrong shape.
     """
-    cache_bytes = _check_memory(checkpoint, device)
-    writer = _Writer(config, Tensors(checkpoint, device), device)
+    tensors = Tensors(checkpoint, device)
+    cache_bytes = _check_memory(checkpoint, tensors.held_bytes(), device)
+    writer = _Writer(config, tensors, device)
     generator = np.random.default_rng(seed)
     windows, tokens = shape
     batch = min(windows, max(1, cache_bytes // _sequence_bytes(config, tokens)))
@@ -75,9 +75,8 @@ def _sequence_bytes(config: ModelConfig, tokens: int) -> int:
     return 8 * config.num_layers * config.num_kv_heads * config.head_dim * tokens
 
 
-def _check_memory(checkpoint: Checkpoint, device: Device) -> int:
-    """Bytes that keys and values may take."""
-    held = sum(device.held_bytes(info.size_bytes, math.prod(info.shape)) for info in checkpoint.tensors.values())
+def _check_memory(checkpoint: Checkpoint, held: int, device: Device) -> int:
+    """Bytes that keys and values may take, beside a model of `held` bytes."""
     memory = device.memory()
     if held + _CACHE_BYTES > memory:
         raise EntroLLMError(

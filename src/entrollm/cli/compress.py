@@ -191,7 +191,7 @@ def command(
         return
     if text is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         statistics = None if text is None else _calibrate(model, text, Path(folder), device, json_output)
         result = _compress(model, out, options, statistics, overwrite, json_output)
     if json_output:
@@ -230,8 +230,8 @@ def _compress_within(
             stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
 
     max_kl, text, device = limit
-    divergence = DivergenceLimit(max_kl, held_out(model, text, device))
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder:
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+        divergence = DivergenceLimit(max_kl, held_out(model, text, device))
         statistics = _calibrate(model, text, Path(folder), device, quiet)
         result = compress_within(
             model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show

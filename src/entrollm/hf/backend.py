@@ -6,7 +6,7 @@ import atexit
 import functools
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from entrollm import _core
 from entrollm.container.reader import CodedMatrix, multiply, open_matrix
 from entrollm.errors import UnsupportedError
-from entrollm.hf.cuda.compile import MIN_CAPABILITY
+from entrollm.hf.cuda import MIN_CAPABILITY, CudaMatrix
 from entrollm.hf.plain import PlainMatrix
 from entrollm.specs import TensorSpec
 
@@ -53,31 +53,38 @@ class Matrix(Protocol):
 
 
 class NativeMatrix:
-    """A coded matrix on the CPU, read in place by the native kernels."""
+    """Coded matrices on the CPU, one below the other, read in place by the native kernels."""
 
-    def __init__(self, matrix: CodedMatrix) -> None:
-        self.shape = (matrix.spec.rows, matrix.spec.columns)
-        self._matrix = matrix
+    def __init__(self, matrices: Sequence[CodedMatrix]) -> None:
+        self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)
+        self.matrices = tuple(matrices)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
         activations = x.detach().to(torch.float32).contiguous().numpy()
-        return torch.from_numpy(multiply([self._matrix], activations, _pool())).to(x.dtype)
+        return torch.from_numpy(multiply(self.matrices, activations, _pool())).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Look up: integers (n,) -> float32 (n, in_features).
+        """Look up in the only matrix: integers (n,) -> float32 (n, in_features).
 
         Raises:
             IndexError: an id is outside of the matrix.
         """
+        (matrix,) = self.matrices
         wanted = ids.to(torch.int64).contiguous().numpy()
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.shape[0]:
-            raise IndexError(f"{self._matrix.name}: a row is looked up that is outside of its {self.shape[0]} rows")
-        return torch.from_numpy(self._matrix.dequantize(wanted, _pool()))
+            raise IndexError(f"{matrix.name}: a row is looked up that is outside of its {self.shape[0]} rows")
+        return torch.from_numpy(matrix.dequantize(wanted, _pool()))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """All weights: (out_features, in_features)."""
-        return self.rows(torch.arange(self.shape[0])).to(dtype)
+        weights = torch.empty(self.shape, dtype=dtype)
+        begin = 0
+        for matrix in self.matrices:
+            rows = matrix.spec.rows
+            weights[begin : begin + rows] = torch.from_numpy(matrix.dequantize(np.arange(rows), _pool()))
+            begin += rows
+        return weights
 
 
 class HostMatrix:
@@ -90,7 +97,7 @@ class HostMatrix:
 
     def __init__(self, matrix: CodedMatrix, device: torch.device) -> None:
         self.shape = (matrix.spec.rows, matrix.spec.columns)
-        self._matrix = NativeMatrix(matrix)
+        self._matrix = NativeMatrix([matrix])
         self._device = device
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -115,6 +122,37 @@ class HostMatrix:
         return self._matrix.rows(ids).to(device=self._device, dtype=dtype)
 
 
+class Stacked:
+    """Opened matrices one below the other that multiply one by one."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.shape = (sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1])
+        self._matrices = matrices
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
+        return torch.cat([matrix.multiply(x) for matrix in self._matrices], dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up: integers (n,) -> float32 (n, in_features)."""
+        return self.dequantize(torch.float32)[ids]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All weights: (out_features, in_features)."""
+        return torch.cat([matrix.dequantize(dtype) for matrix in self._matrices])
+
+
+def join(matrices: Sequence[Matrix]) -> Matrix | None:
+    """Opened matrices one below the other that multiply in one launch; None where they cannot."""
+    native = [matrix for matrix in matrices if isinstance(matrix, NativeMatrix)]
+    if len(native) == len(matrices):
+        return NativeMatrix([part for matrix in native for part in matrix.matrices])
+    cuda = [matrix for matrix in matrices if isinstance(matrix, CudaMatrix)]
+    if len(cuda) == len(matrices) and len({matrix.device for matrix in cuda}) == 1:
+        return CudaMatrix.from_parts([part for matrix in cuda for part in matrix.parts], cuda[0].device)
+    return None
+
+
 def open_on(
     name: str, spec: TensorSpec, entries: Mapping[str, Tensor], device: torch.device, backend: Backend
 ) -> Matrix:
@@ -131,7 +169,7 @@ def open_on(
         UnsupportedError: the CUDA kernels' packages are missing.
     """
     if backend == "auto" and device.type == "cpu":
-        return NativeMatrix(open_native(name, spec, entries))
+        return NativeMatrix([open_native(name, spec, entries)])
     if spec.groups is not None:
         return HostMatrix(open_native(name, spec, entries), device)
     if backend == "auto" and uses_cuda_kernels(device):
@@ -189,8 +227,6 @@ def _is_capable(index: int) -> bool:
 
 def _open_cuda(matrix: CodedMatrix, device: torch.device) -> Matrix:
     check_cuda_packages()
-    from entrollm.hf.cuda import CudaMatrix
-
     return CudaMatrix([matrix], device)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entrollm.errors import UnsupportedError
+from entrollm.errors import EntroLLMError, UnsupportedError
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -67,6 +68,18 @@ class TorchDevice:
         if self._is_cuda:
             return int(torch.cuda.mem_get_info(self._device)[0])
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Name the device that is too small.
+
+        Raises:
+            EntroLLMError: its memory is full.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EntroLLMError(f"{self.name} has too little memory; use --device cpu ({error})") from None
 
     def run(self, function: Function, *arrays: Tensor) -> tuple[Tensor, ...]:
         """Call a function; a GPU records its many small operations the first time, and replays them after that."""

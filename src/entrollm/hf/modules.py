@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entrollm.errors import UnsupportedError
+from entrollm.hf.joined import Group, Watch
 from entrollm.hf.weight import CodedStack, CodedWeight
 
 
@@ -46,6 +47,9 @@ class EntroLinear(_Layer):
 
     weight: CodedWeight
     bias: nn.Parameter | None
+    watch: Watch | None = None
+    _group: Group | None = None
+    _place = 0
 
     def __init__(self, weight: CodedWeight, bias: nn.Parameter | None = None, owns: bool = True) -> None:
         super().__init__(weight, owns)
@@ -54,8 +58,14 @@ class EntroLinear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
-        product: Tensor = self.weight(x)
+        if self.watch is not None:
+            self.watch.note(self, x)
+        product = self.weight(x) if self._group is None else self._group.product(self.weight, self._place, x)
         return product if self.bias is None else product + self.bias
+
+    def share(self, group: Group | None, place: int) -> None:
+        """Multiply together with the other layers of a group, in this place; or alone, without a group."""
+        self.watch, self._group, self._place = None, group, place
 
     def extra_repr(self) -> str:
         """What print(model) says of it."""

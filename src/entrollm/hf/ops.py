@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from entrollm.hf.weight import CodedWeight
+from entrollm.hf.backend import Matrix
 
-_weights: weakref.WeakValueDictionary[int, CodedWeight] = weakref.WeakValueDictionary()
+
+class Operand(Protocol):
+    """What operators multiply with: a coded matrix, or several one below the other."""
+
+    number: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it multiplies."""
+
+    def matrix(self) -> Matrix:
+        """The matrix, opened."""
+
+
+_weights: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(weight: CodedWeight) -> int:
-    """Give a coded matrix the number that operators know it by."""
+def register(weight: Operand) -> int:
+    """Give coded matrices the number that operators know them by."""
     number = next(_numbers)
     _weights[number] = weight
     return number
@@ -41,12 +54,19 @@ def is_observed(x: Tensor) -> bool:
     )
 
 
-def multiply(x: Tensor, coded: CodedWeight) -> Tensor:
+def multiply(x: Tensor, coded: Operand) -> Tensor:
     """Multiply, unobserved: (n, in_features) -> (n, out_features) in the type and on the device of x."""
     return coded.matrix().multiply(x.to(coded.device)).to(x.device)
 
 
-def look_up(ids: Tensor, coded: CodedWeight, dtype: torch.dtype) -> Tensor:
+def product(x: Tensor, coded: Operand, out_features: int) -> Tensor:
+    """Multiply: (..., in_features) -> (..., out_features) in the type and on the device of x."""
+    vectors = x.reshape(-1, x.shape[-1])
+    found = linear(vectors, coded.number, out_features) if is_observed(vectors) else multiply(vectors, coded)
+    return found.reshape(*x.shape[:-1], out_features)
+
+
+def look_up(ids: Tensor, coded: Operand, dtype: torch.dtype) -> Tensor:
     """Look up, unobserved: integers (n,) -> (n, in_features) on the device of ids."""
     return coded.matrix().rows(ids.to(coded.device)).to(device=ids.device, dtype=dtype)
 

@@ -18,6 +18,7 @@ from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
 from entrollm.hf.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
 from entrollm.hf.config import EntroConfig
+from entrollm.hf.joined import watch
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
 from entrollm.hf.names import Place, around, find_places
@@ -123,6 +124,7 @@ class EntroQuantizer(HfQuantizer):
             with CompressedModel.open(self._files[0].parent) as stored:
                 load_parts(model, stored)
         self._open_for_kernels(model)
+        watch(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 

@@ -13,10 +13,11 @@ from torch.nn import functional
 from entrollm.container import layout
 from entrollm.hf import ops
 from entrollm.hf.backend import Backend, Matrix, default_backend, open_on, resting_place
+from entrollm.hf.joined import JoinedWeights
 from entrollm.specs import TensorSpec
 
 # Attributes that belong to one object and are made anew in copies of it.
-_OWN = ("_number", "_opened", "_opened_from")
+_OWN = ("number", "_opened", "_opened_from")
 
 
 class CodedWeight(nn.Module):
@@ -35,7 +36,7 @@ class CodedWeight(nn.Module):
     """
 
     anchor: Tensor
-    _number: int
+    number: int
     _opened: Matrix | None
     _opened_from: tuple[Any, ...]
 
@@ -114,16 +115,13 @@ class CodedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
-        vectors = x.reshape(-1, x.shape[-1])
-        is_observed = ops.is_observed(vectors)
-        product = ops.linear(vectors, self._number, self.spec.rows) if is_observed else ops.multiply(vectors, self)
-        return product.reshape(*x.shape[:-1], self.spec.rows)
+        return ops.product(x, self, self.spec.rows)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Look up: integers (...) -> (..., in_features)."""
         flat = ids.reshape(-1)
         is_observed = ops.is_observed(flat)
-        args = (self._number, self.spec.columns, self.dtype)
+        args = (self.number, self.spec.columns, self.dtype)
         found = ops.rows(flat, *args) if is_observed else ops.look_up(flat, self, self.dtype)
         return found.reshape(*ids.shape, self.spec.columns)
 
@@ -173,7 +171,7 @@ class CodedWeight(nn.Module):
             self._buffers[suffix[1:]] = change(entry)
 
     def _begin(self) -> None:
-        self._number = ops.register(self)
+        self.number = ops.register(self)
         self._opened = None
         self._opened_from = ()
 
@@ -202,6 +200,7 @@ class CodedStack(nn.Module):
         super().__init__()
         for index, parts in enumerate(matrices):
             self.add_module(str(index), nn.ModuleList(parts))
+        self._joined: dict[int, JoinedWeights] = {}
 
     @classmethod
     def __torch_function__(
@@ -216,7 +215,9 @@ class CodedStack(nn.Module):
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """Multiply with one matrix: (n, in_features) -> (n, out_features)."""
-        return torch.cat([part(x) for part in self.parts(index)], dim=-1)
+        if index not in self._joined:
+            self._joined[index] = JoinedWeights(self.parts(index))
+        return self._joined[index].multiply(x)
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
         """One matrix, decoded: (out_features, in_features)."""

@@ -38,7 +38,7 @@ from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
 from entrollm.threads import default_threads
 
 PRODUCT_THREADS = 768
-DECODE_THREADS = 768
+DECODE_THREADS = 512
 MAX_BATCH = 8
 
 # The table lies at the second multiple of its size; the system and the kernels' variables take the first bytes of what
@@ -51,7 +51,7 @@ _STATE_BYTES = 2 << 10  # without what is kept of open tiles
 # Slots for chunks; with fewer, warps wait for memory.
 _FEWEST_SLOTS = 3
 _DECODE_SLOTS = 8
-_DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * 76 * TILE_ROWS) + (2 << 10)
+_DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * GROUP_COLUMNS + _DECODE_SLOTS * 12) * TILE_ROWS + (2 << 10)
 _STEP_BYTES = 64
 # Words are read this far behind a chunk's streams.
 _SLOT_SLACK = 256
@@ -267,7 +267,7 @@ def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: i
     raw_bytes = -(-columns // UNIT_COLUMNS) * 2 * _STEP_BYTES * batch if raw else 0
     open_tiles, most_slots = (16, 12) if batch <= 4 else (8, 6)
     static_bytes = open_tiles * TILE_ROWS * (12 + batch * 8) + _STATE_BYTES
-    activation_bytes = _whole_lines(triple_bytes + raw_bytes + columns * 2 + 8)
+    activation_bytes = _whole_lines(triple_bytes + raw_bytes)
     slot_bytes = _slot_bytes(chunk_bytes)
     front = _TABLE_BYTES - _RESERVED_BYTES - static_bytes
     in_front = activation_bytes <= front

@@ -6,6 +6,7 @@ Everything here is plain torch operations, so it runs, and is tested, on any dev
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,13 +35,15 @@ _DELTA_BITS = 2
 _LARGEST_DELTA = 255
 _MAX_COLUMNS = 1 << 16
 _MAX_BOUNDS = 256
-# What two segments that are decoded together take: with more, too few fit the shared memory at a time; with less, the
-# 128 bytes of their starts weigh too much. The lower bound is for matrices with little to do.
-_PAIR_BYTES = 6 << 10
-_SMALLEST_PAIR_BYTES = 4 << 10
-# Pairs of segments of a matrix, for a GPU with some 130 multiprocessors.
-_BUSY_PAIRS = 132 * 16
-_CHUNK_BYTES = 18 << 10
+# A GPU that matrices are cut for: blocks, and warps of each, which take a pair of segments at a time.
+_BLOCKS = 132
+_WARPS = 24
+# With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
+_CHUNK_BYTES = 43 << 9
+# What a block's chunks may take together so that all can be asked for before the kernel before it ends.
+_ROOM_BYTES = 150 << 10
+# Of a segment, where warps have too little to do.
+_FEWEST_GROUPS = 3
 # Weights whose temporary tensors are in memory at a time.
 _BATCH_WEIGHTS = 1 << 22
 
@@ -97,14 +100,22 @@ def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
         raise UnsupportedError(f"{name}: the GPU kernels take at most {_MAX_COLUMNS - 1} columns, this has {columns}")
     groups = -(-columns // GROUP_COLUMNS)
     tile_bytes = TILE_ROWS * columns * bits / 8
-    busy = _BUSY_PAIRS / -(-rows // TILE_ROWS)
-    pairs = max(1, round(max(tile_bytes / _PAIR_BYTES, min(busy, tile_bytes / _SMALLEST_PAIR_BYTES))))
-    pairs = min(pairs, groups // TOGETHER or 1)
-    per_chunk = max(1, min(MAX_SEGMENTS // TOGETHER, int(_CHUNK_BYTES * pairs / tile_bytes)))
-    chunks = -(-pairs // per_chunk)
+    tiles = -(-rows // (TILE_ROWS * _BLOCKS))  # of a block
+    most_pairs = MAX_SEGMENTS // TOGETHER
+    chunks = max(1, math.ceil(tile_bytes / _CHUNK_BYTES))
+    chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
     if chunks * MAX_SEGMENTS > _MAX_BOUNDS:
         raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
-    return Shape(rows, columns, chunks, -(-pairs // chunks) * TOGETHER)
+    # Warps wait for the last of their block, so the last turn should be a full one. Where chunks must wait for room,
+    # one turn is too few.
+    fewest_turns = 1 if tiles * tile_bytes <= _ROOM_BYTES else 2
+
+    def use(pairs: int) -> tuple[float, int]:
+        shares = tiles * chunks * pairs
+        return shares / (_WARPS * max(fewest_turns, -(-shares // _WARPS))), pairs
+
+    most_pairs = max(1, min(most_pairs, groups // chunks // (TOGETHER * _FEWEST_GROUPS)))
+    return Shape(rows, columns, chunks, max(range(1, most_pairs + 1), key=use) * TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -327,7 +338,7 @@ class _Packer:
         if len(difference) and not -256 <= int(difference.min()) <= int(difference.max()) < 256:
             raise UnsupportedError(f"{self._name}: its symbols are too far apart for the GPU layout")
         chunk = tile * self._shape.chunks + self._column_chunk[column]
-        order = torch.argsort(chunk, stable=True)
+        order = torch.argsort(chunk * len(self._column_chunk) + column)  # a segment's patches lie together
         tile, row, column, difference, chunk = (x[order] for x in (tile, row, column, difference, chunk))
         counts = torch.bincount(chunk, minlength=begin.numel())
         inside = torch.arange(len(chunk), device=self._device) - (counts.cumsum(0) - counts)[chunk]

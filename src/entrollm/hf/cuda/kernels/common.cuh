@@ -72,15 +72,27 @@ __device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
 }
 
-__device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size, u64* barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(size)
-               : "memory");
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, u32 size, u64* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(to)),
       "l"(from), "r"(size), "r"(shared_address(barrier))
       : "memory");
+}
+
+__device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size, u64* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(size)
+               : "memory");
+  copy_bytes(to, from, size, barrier);
+}
+
+// Copies what the same barrier waits for besides a chunk that is asked for afterwards.
+__device__ __forceinline__ void copy_more(void* to, const void* from, u32 size, u64* barrier) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(size)
+               : "memory");
+  copy_bytes(to, from, size, barrier);
 }
 
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
@@ -96,8 +108,9 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   } while (!done);
 }
 
-// Copies the table for every lane, so that no two lanes of a warp read the same bank.
-__device__ __forceinline__ void spread_table(u8* shared, const u32* table) {
+// Copies the table for every lane, so that no two lanes of a warp read the same bank. Bytes of
+// `add` are added to those of every entry.
+__device__ __forceinline__ void spread_table(u8* shared, const u32* table, u32 add) {
   constexpr int kStores = kTableEntries * kLanes / 4;
   constexpr int kTurns = (kStores + THREADS - 1) / THREADS;
   u32 entries[kTurns];
@@ -109,7 +122,7 @@ __device__ __forceinline__ void spread_table(u8* shared, const u32* table) {
 #pragma unroll
   for (int turn = 0; turn < kTurns; ++turn) {
     const int i = threadIdx.x + turn * THREADS;
-    const u32 entry = entries[turn];
+    const u32 entry = __vadd4(entries[turn], add);
     if (i < kStores) reinterpret_cast<uint4*>(shared)[i] = make_uint4(entry, entry, entry, entry);
   }
 }

@@ -5,11 +5,12 @@
 namespace {
 
 constexpr int kSlots = 8;
-// A group's symbols on their way from the order of decoding to that of columns: bytes of a row; 4
-// more than there are, so that rows begin in different banks.
-constexpr int kStageColumns = kGroupColumns + 4;
-constexpr int kQuads = kGroupColumns / 4;
 constexpr int kWarps = THREADS / kLanes;
+// Neighbours that a lane converts and writes at a time.
+constexpr int kPieceColumns = 8;
+constexpr int kPieces = kGroupColumns / kPieceColumns;  // of a row
+constexpr int kTurns = (kTileRows * kPieces + kLanes - 1) / kLanes;
+constexpr int kRowsBytes = kTileRows * sizeof(Row);
 
 struct Launch {
   Matrix matrix;
@@ -25,24 +26,46 @@ struct Launch {
 
 struct State {
   Ring<kSlots> ring;
-  u8 stage[kWarps][kTileRows * kStageColumns];
+  Row rows[kSlots][kTileRows];  // of the tile that the chunk in a slot belongs to
+  // A group's symbols on their way from the order of decoding to that of columns.
+  u8 stage[kWarps][kTileRows * kGroupColumns];
 };
 
-// The exact float of byte `i` of a word: 2^23 + byte, put together from bits, less 2^23.
-__device__ __forceinline__ float byte_to_float(u32 word, int i) {
-  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i)) - 8388608.0f;
+// A chunk's entry in the table of chunks, and that of its tile's first chunk.
+struct StoredChunk {
+  uint4 first;
+  uint4 self;
+};
+
+// Weights of eight neighbours: symbol * scale, rounded, + offset.
+__device__ __forceinline__ void scale_piece(uint2 bytes, float scale, float offset,
+                                            float (&values)[kPieceColumns]) {
+  constexpr float kLift = 8388608.0f;
+  // 2^23 + byte is put together from bits; taking 2^23 scales off it again leaves one rounding.
+  const float lifted = -kLift * scale;
+#pragma unroll
+  for (int i = 0; i < kPieceColumns; ++i) {
+    const u32 bits =
+        __byte_perm(i < 4 ? bytes.x : bytes.y, __float_as_uint(kLift), 0x7440u + i % 4);
+    values[i] = __fadd_rn(__fmaf_rn(__uint_as_float(bits), scale, lifted), offset);
+  }
 }
 
-// Stores four neighbours, the first at a multiple of four.
+// Stores eight neighbours, the first at a multiple of eight, past the first-level cache.
 template <int kType>
-__device__ __forceinline__ void store_four(void* out, long long at, const float (&values)[4]) {
+__device__ __forceinline__ void store_piece(u8* out, const float (&values)[kPieceColumns]) {
+  uint4* to = reinterpret_cast<uint4*>(out);
   if constexpr (kType == 0) {
-    *reinterpret_cast<float4*>(static_cast<float*>(out) + at) =
-        make_float4(values[0], values[1], values[2], values[3]);
-  } else {
-    u32 words[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      __stcs(to + i,
+             make_uint4(__float_as_uint(values[4 * i]), __float_as_uint(values[4 * i + 1]),
+                        __float_as_uint(values[4 * i + 2]), __float_as_uint(values[4 * i + 3])));
+    }
+  } else {
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
       if constexpr (kType == 1) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
             : "=r"(words[i])
@@ -53,151 +76,208 @@ __device__ __forceinline__ void store_four(void* out, long long at, const float 
             : "f"(values[2 * i + 1]), "f"(values[2 * i]));
       }
     }
-    *reinterpret_cast<uint2*>(static_cast<u16*>(out) + at) = make_uint2(words[0], words[1]);
+    __stcs(to, make_uint4(words[0], words[1], words[2], words[3]));
   }
-}
-
-// The raw bits of four neighbours, as bytes; the first is column `column` of row `row` of the
-// chunk's tile.
-__device__ __forceinline__ u32 raw_bytes(const u32* words, int raw_bits, int units, int left,
-                                         int row, int column) {
-  const int unit = column / kUnitColumns - left;
-  const int inside = column % kUnitColumns;
-  const int lane = row % 8 * 4 + inside / 4 % 4;
-  const int place = inside / 32 * 4 + inside / 16 % 2 * 2 + row / 8;
-  u32 raw = 0;
-#pragma unroll
-  for (int bits = 4; bits > 0; bits /= 2) {
-    if ((raw_bits & bits) == 0) continue;
-    const int per_word = 8 / bits;
-    const u32 word = words[(unit * bits + place / per_word) * kLanes + lane];
-    const u32 mask = ((1u << bits) - 1) * 0x01010101u;
-    raw += ((word >> (8 - bits * (place % per_word + 1))) & mask) << (raw_bits & (bits - 1));
-    words += units * bits * kLanes;
-  }
-  return raw;
-}
-
-// Decodes one group to the stage, patched.
-__device__ __forceinline__ void stage_group(Stream (&streams)[kStreams], const u32* patches,
-                                            int patch_count, int group, u8* stage) {
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int s = 0; s < kStreams; ++s) {
-    u32 entries[kGroupTriples];
-    streams[s].entries(entries);
-    streams[s].entries(entries + 3);
-    u8* to = stage + (lane / 4 + s * 8) * kStageColumns + lane % 4 * kTripleColumns;
-#pragma unroll
-    for (int i = 0; i < kGroupTriples; ++i) {
-#pragma unroll
-      for (int t = 0; t < 3; ++t) to[i * 12 + t] = static_cast<u8>(entries[i] >> (8 * t + 8));
-    }
-  }
-  __syncwarp();
-  for (int i = lane; i < patch_count; i += kLanes) {
-    const u32 patch = patches[i];
-    const int step = static_cast<int>(patch >> 18) - group * 3;
-    if (step < 0 || step >= 3) continue;
-    const int inside = patch >> 13 & 31;
-    const int column = step * kStepColumns + inside / 4 % 2 * 12 + inside / 8 * 3 + inside % 4 - 1;
-    // Differences are taken modulo 256, as bytes add.
-    stage[(patch & 15) * kStageColumns + column] += static_cast<u8>((patch >> 4 & 511) - 256);
-  }
-  __syncwarp();
 }
 
 // A chunk's raw words and where they belong.
 struct Raw {
   const u32* words;
+  int bits;
   int units;
   int left;  // the first unit
+
+  // Adds the raw bits of the eight neighbours from column `column` of row `row` of the chunk's tile
+  // to their bytes, modulo 256.
+  __device__ __forceinline__ void add(int row, int column, uint2& bytes) const {
+    const int inside = column % kUnitColumns;
+    const int lane = row % 8 * 4 + inside / 4 % 4;
+    const int place = inside / 32 * 4 + inside / 16 % 2 * 2 + row / 8;
+    const int unit = column / kUnitColumns - left;
+    const u32* set = words + lane;
+    uint2 raw = make_uint2(0, 0);
+#pragma unroll
+    for (int width = 4; width > 0; width /= 2) {
+      if ((bits & width) == 0) continue;
+      const int per_word = 8 / width;
+      const uint2 both =
+          *reinterpret_cast<const uint2*>(set + (unit * width + place / per_word) * kLanes);
+      const u32 mask = ((1u << width) - 1) * 0x01010101u;
+      const int right = 8 - width * (place % per_word + 1);
+      const int up = bits & (width - 1);
+      raw.x += (both.x >> right & mask) << up;
+      raw.y += (both.y >> right & mask) << up;
+      set += units * width * kLanes;
+    }
+    bytes.x = __vadd4(bytes.x, raw.x);
+    bytes.y = __vadd4(bytes.y, raw.y);
+  }
 };
 
-// Writes what lies in the stage: four lanes take 16 neighbours of rows lane / 4 and lane / 4 + 8 at
-// a time.
-template <int kType>
-__device__ __forceinline__ void write_group(const Launch& launch, const Raw& raw,
-                                            const Row (&rows)[kStreams],
-                                            const long long (&begins)[kStreams], int group,
-                                            const u8* stage) {
-  const Matrix& matrix = launch.matrix;
+// Decodes one group to the stage, as bytes in the order of columns.
+__device__ __forceinline__ void stage_group(Stream (&streams)[kStreams], u8* stage) {
   const int lane = threadIdx.x % kLanes;
-  const int left = group * kGroupColumns;
-  const u32 base = (matrix.base & 255) * 0x01010101u;
-  const bool simple = left + kGroupColumns <= launch.columns && launch.columns % 4 == 0;
+  const int quarter = lane % 4;
+  // Four lanes have three neighbours each; three of them make words of their own and the next
+  // lane's.
+  const u32 order = quarter == 0 ? 0x5321u : quarter == 1 ? 0x6532u : 0x7653u;
+  u32 entries[kStreams][kGroupTriples];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) streams[s].entries(entries[s] + half * 3);
+  }
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
-    if (begins[s] < 0) continue;
-    const int r = lane / 4 + s * 8;
+    u32* to = reinterpret_cast<u32*>(stage + (lane / 4 + s * 8) * kGroupColumns) + quarter;
 #pragma unroll
-    for (int turn = 0; turn < (kQuads + 3) / 4; ++turn) {
-      const int quad = turn * 4 + lane % 4;
-      const int column = left + quad * 4;
-      if (quad >= kQuads || column >= launch.columns) continue;
-      u32 symbols = *reinterpret_cast<const u32*>(stage + r * kStageColumns + quad * 4);
-      if (matrix.raw_bits != 0) {
-        symbols =
-            __vadd4(symbols, raw_bytes(raw.words, matrix.raw_bits, raw.units, raw.left, r, column));
-      }
-      symbols = __vadd4(symbols, base);
-      float values[4];
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        values[t] = __fadd_rn(__fmul_rn(byte_to_float(symbols, t), rows[s].scale), rows[s].offset);
-        if (matrix.column_scale != nullptr) values[t] *= matrix.column_scale[column + t];
-      }
-      if (simple) {
-        store_four<kType>(launch.out, begins[s] + column, values);
-      } else {
-        for (int t = 0; t < min(4, launch.columns - column); ++t) {
-          store_value(launch.out, begins[s] + column + t, values[t], kType);
-        }
-      }
+    for (int i = 0; i < kGroupTriples; ++i) {
+      const u32 next = __shfl_down_sync(~0u, entries[s][i], 1);
+      const u32 word = __byte_perm(entries[s][i], next, order);
+      if (quarter < 3) to[i * 3] = word;
     }
   }
 }
 
-// Decodes one segment of a chunk and writes it out; `item` is the tile, or the row to decode.
+// Patches of a segment, in the order of groups.
+struct Patches {
+  const u32* next;
+  const u32* end;
+
+  __device__ __forceinline__ static int step(u32 patch) { return static_cast<int>(patch >> 18); }
+
+  // Leaves out those of groups before the segment's.
+  __device__ __forceinline__ void skip(int group) {
+    const int lane = threadIdx.x % kLanes;
+    int before = 0;
+    for (const u32* at = next + lane; at < end; at += kLanes) before += step(*at) < group * 3;
+    next += __reduce_add_sync(~0u, before);
+  }
+
+  // Patches what the stage holds of a group.
+  __device__ __forceinline__ void apply(int group, u8* stage) {
+    const int lane = threadIdx.x % kLanes;
+    for (;;) {
+      const u32* at = next + lane;
+      const u32 patch = at < end ? *at : ~0u;
+      const bool here = step(patch) < group * 3 + 3;
+      if (here) {
+        const int inside = patch >> 13 & 31;
+        const int column = (step(patch) - group * 3) * kStepColumns + inside / 4 % 2 * 12 +
+                           inside / 8 * 3 + inside % 4 - 1;
+        // Differences are taken modulo 256, as bytes add.
+        stage[(patch & 15) * kGroupColumns + column] += static_cast<u8>((patch >> 4 & 511) - 256);
+      }
+      const int count = __popc(__ballot_sync(~0u, here));
+      next += count;
+      if (count < kLanes) break;
+    }
+  }
+};
+
+// Where the pieces of a tile go that a lane writes.
+struct Pieces {
+  float scale[kTurns];
+  float offset[kTurns];
+  long long begin[kTurns];  // in bytes, from the column of a group in the first row of the output
+};
+
+// Writes a group that the stage holds, all of whose columns and rows there are.
+template <int kType>
+__device__ __forceinline__ void write_group(u8* out, const Pieces& pieces, const Raw& raw,
+                                            int group, const u8* stage) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = turn * kLanes + lane;
+    if (i >= kTileRows * kPieces) break;
+    uint2 bytes = reinterpret_cast<const uint2*>(stage)[i];
+    if (raw.bits != 0) {
+      raw.add(i / kPieces, group * kGroupColumns + i % kPieces * kPieceColumns, bytes);
+    }
+    float values[kPieceColumns];
+    scale_piece(bytes, pieces.scale[turn], pieces.offset[turn], values);
+    store_piece<kType>(out + pieces.begin[turn], values);
+  }
+}
+
+// Writes any group, or what there is of it, one weight after another. `only` is the row of the tile
+// to write, which goes to row `item` of the output, or negative for all.
+__device__ __forceinline__ void write_edge(const Launch& launch, const Row* rows, int count,
+                                           int only, int item, const Raw& raw, int group,
+                                           const u8* stage) {
+  const Matrix& matrix = launch.matrix;
+#pragma unroll 1
+  for (int i = threadIdx.x % kLanes; i < (only < 0 ? count : 1) * kPieces; i += kLanes) {
+    const int r = only < 0 ? i / kPieces : only;
+    const int piece = i % kPieces * kPieceColumns;
+    const int column = group * kGroupColumns + piece;
+    if (column >= launch.columns) continue;
+    uint2 bytes = *reinterpret_cast<const uint2*>(stage + r * kGroupColumns + piece);
+    if (raw.bits != 0) raw.add(r, column, bytes);
+    float values[kPieceColumns];
+    scale_piece(bytes, rows[r].scale, rows[r].offset, values);
+    const long long begin =
+        (only < 0 ? rows[r].index : item) * static_cast<long long>(launch.columns) + column;
+#pragma unroll
+    for (int t = 0; t < kPieceColumns; ++t) {
+      if (column + t >= launch.columns) break;
+      if (matrix.column_scale != nullptr) values[t] *= __ldg(&matrix.column_scale[column + t]);
+      store_value(launch.out, begin + t, values[t], launch.type);
+    }
+  }
+}
+
+// Decodes one segment of a chunk and writes it out; `only` and `item` as for write_edge.
+template <int kType>
 __device__ __forceinline__ void decode_segment(const Launch& launch, State& state, const u8* table,
-                                               const u8* data, const Place& at, int tile,
+                                               const u8* data, const Place& at, int tile, int only,
                                                int item) {
+  constexpr int kSize = kType == 0 ? 4 : 2;
   const Matrix& matrix = launch.matrix;
   const int lane = threadIdx.x % kLanes;
-  const uint4 head = __ldg(&matrix.chunks[tile * matrix.tile_chunks]);
-  const Row* stored_rows =
-      tile_rows(matrix.data + static_cast<u64>(head.x) * 16 + head.z, matrix.segments);
-  const bool all = launch.rows == nullptr;
-  const int only = all ? -1 : launch.places[launch.rows[item]] % kTileRows;
-  Row rows[kStreams];
-  long long begins[kStreams];  // of the rows in the output; negative for rows that are not written
-#pragma unroll
-  for (int s = 0; s < kStreams; ++s) {
-    const int r = lane / 4 + s * 8;
-    rows[s] = stored_rows[r];
-    const bool wanted = tile * kTileRows + r < matrix.rows && (all || r == only);
-    begins[s] = wanted ? (all ? rows[s].index : item) * static_cast<long long>(launch.columns) : -1;
-  }
   const uint4 stored = state.ring.wait(at);
   const u8* tail = data + stored.z;
   const u16* bounds = state.ring.bounds + at.in_tile * matrix.segments;
+  const int begin = bounds[at.segment];
+  const int end = bounds[at.segment + 1];
   Stream streams[kStreams] = {
       {table, data, segment_start(tail, at.segment, 0, lane)},
       {table, data + (stored.w >> 16) * kWordRowBytes, segment_start(tail, at.segment, 1, lane)}};
-  Raw raw{chunk_words(tail, matrix.segments, at.in_tile == 0), 0,
+  Raw raw{chunk_words(tail, matrix.segments, at.in_tile == 0), matrix.raw_bits, 0,
           first_unit(bounds[0] * kGroupColumns)};
   raw.units = end_unit(min(bounds[matrix.segments] * kGroupColumns, launch.columns)) - raw.left;
-  const u32* patches = raw.words + raw.units * matrix.raw_bits * kLanes;
+  Patches patches{raw.words + raw.units * raw.bits * kLanes, nullptr};
+  patches.end = patches.next + (stored.w & 0xffff);
+  patches.skip(begin);
+
+  const Row* rows = state.rows[at.slot];
+  const int count = min(kTileRows, matrix.rows - tile * kTileRows);
+  const bool simple = only < 0 && count == kTileRows && launch.columns % kPieceColumns == 0 &&
+                      matrix.column_scale == nullptr;
+  Pieces pieces;
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    const int i = min(turn * kLanes + lane, kTileRows * kPieces - 1);
+    const Row row = rows[i / kPieces];
+    pieces.scale[turn] = row.scale;
+    pieces.offset[turn] = row.offset;
+    pieces.begin[turn] =
+        (row.index * static_cast<long long>(launch.columns) + i % kPieces * kPieceColumns) * kSize;
+  }
   u8* stage = state.stage[threadIdx.x / kLanes];
-  for (int group = bounds[at.segment]; group < bounds[at.segment + 1]; ++group) {
-    stage_group(streams, patches, stored.w & 0xffff, group, stage);
-    if (launch.type == 0) {
-      write_group<0>(launch, raw, rows, begins, group, stage);
-    } else if (launch.type == 1) {
-      write_group<1>(launch, raw, rows, begins, group, stage);
+  u8* out = static_cast<u8*>(launch.out) + begin * kGroupColumns * kSize;
+  for (int group = begin; group < end; ++group) {
+    stage_group(streams, stage);
+    __syncwarp();
+    patches.apply(group, stage);
+    __syncwarp();
+    if (simple && (group + 1) * kGroupColumns <= launch.columns) {
+      write_group<kType>(out, pieces, raw, group, stage);
     } else {
-      write_group<2>(launch, raw, rows, begins, group, stage);
+      write_edge(launch, rows, count, only, item, raw, group, stage);
     }
+    out += kGroupColumns * kSize;
     __syncwarp();
   }
 }
@@ -217,33 +297,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int chunks = items * matrix.tile_chunks;
   const Divisors by{Divisor(matrix.segments), Divisor(launch.slots), Divisor(matrix.tile_chunks)};
   const auto item_of = [&](int i) { return block + i * static_cast<int>(gridDim.x); };
-  const auto tile_of = [&](int i) {
-    return launch.rows == nullptr ? item_of(i) : launch.places[launch.rows[item_of(i)]] / kTileRows;
+  // The place of an item's row among the tiles, or of its tile's first row.
+  const auto place_of = [&](int i) {
+    return launch.rows == nullptr ? item_of(i) * kTileRows : launch.places[launch.rows[item_of(i)]];
   };
   const auto stored_chunk = [&](int chunk) {
-    if (chunk >= chunks) return make_uint4(0, 0, 0, 0);
+    if (chunk >= chunks) return StoredChunk{};
     const int i = by.chunks.divide(chunk);
-    return __ldg(&matrix.chunks[tile_of(i) * matrix.tile_chunks + chunk - i * matrix.tile_chunks]);
+    const uint4* first = &matrix.chunks[place_of(i) / kTileRows * matrix.tile_chunks];
+    return StoredChunk{__ldg(first), __ldg(first + chunk - i * matrix.tile_chunks)};
+  };
+  const auto fetch = [&](int slot, const StoredChunk& chunk) {
+    const u8* rows = matrix.data + static_cast<u64>(chunk.first.x) * 16 + chunk.first.z;
+    copy_more(state.rows[slot], tile_rows(rows, matrix.segments), kRowsBytes,
+              &state.ring.barriers[slot]);
+    state.ring.fetch(slot, slot_place(slot), matrix, chunk.self);
   };
   if (threadIdx.x < launch.slots) state.ring.open(threadIdx.x);
   __syncthreads();
-  if (threadIdx.x < min(launch.slots, chunks)) {
-    state.ring.fetch(threadIdx.x, slot_place(threadIdx.x), matrix, stored_chunk(threadIdx.x));
-  }
+  if (threadIdx.x < min(launch.slots, chunks)) fetch(threadIdx.x, stored_chunk(threadIdx.x));
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
   if (threadIdx.x < bound_count)
     state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
-  spread_table(table, matrix.table);
+  spread_table(table, matrix.table, (matrix.base & 255) * 0x01010100u);
   __syncthreads();
   for (int share = threadIdx.x / kLanes; share < chunks * matrix.segments; share += kWarps) {
     const Place at(share, 1, by);
     const int ahead = at.chunk + launch.slots;
-    const uint4 next = stored_chunk(ahead);
-    decode_segment(launch, state, table, slot_place(at.slot), at, tile_of(at.tile),
-                   item_of(at.tile));
-    __syncwarp();
+    const StoredChunk next = stored_chunk(ahead);
+    const int place = place_of(at.tile);
+    const int only = launch.rows == nullptr ? -1 : place % kTileRows;
+    const u8* data = slot_place(at.slot);
+    const int tile = place / kTileRows;
+    if (launch.type == 0) {
+      decode_segment<0>(launch, state, table, data, at, tile, only, item_of(at.tile));
+    } else if (launch.type == 1) {
+      decode_segment<1>(launch, state, table, data, at, tile, only, item_of(at.tile));
+    } else {
+      decode_segment<2>(launch, state, table, data, at, tile, only, item_of(at.tile));
+    }
     if (threadIdx.x % kLanes == 0 && state.ring.release(at, matrix.segments) && ahead < chunks) {
-      state.ring.fetch(at.slot, slot_place(at.slot), matrix, next);
+      fetch(at.slot, next);
     }
     __syncwarp();
   }

@@ -16,6 +16,8 @@ constexpr int kMaxSlots = kBatch > 4 ? 6 : 12;
 // The largest magnitude whose two balanced digits both fit int8.
 constexpr float kLargest = 32639.0f;
 constexpr float kFinite = 3.402823466e38f;
+// Columns that a thread rounds at a time.
+constexpr int kDozen = 12;
 
 struct Launch {
   Matrix matrices[kMaxMatrices];
@@ -324,7 +326,7 @@ __device__ __forceinline__ u32 high_digits(u32 first, u32 second, u32 order) {
   return __byte_perm(__vadd2(first, 0x00800080u), __vadd2(second, 0x00800080u), order);
 }
 
-// Stores word `i` of a vector, high and low digits; words go by quarter, half, and step.
+// Stores word `i` of a vector in the order of raw units: by quarter, half, and step.
 __device__ __forceinline__ void store_digits(u8* to, int i, int vector, u32 high, u32 low) {
   u32* at = reinterpret_cast<u32*>(to + (i / 8 * kBatch + vector) * kStepBytes + i % 4 * 8 +
                                    i / 4 % 2 * 4);
@@ -332,80 +334,120 @@ __device__ __forceinline__ void store_digits(u8* to, int i, int vector, u32 high
   at[8] = low;
 }
 
-// The activations of one thread, scaled, four at a time; those of the first turns stay in
-// registers.
+// The activations of one thread, twelve neighbours at a time: four triples, and three words of raw
+// units. Those of the first turns stay in registers.
 template <int kType>
 class Activations {
  public:
   __device__ __forceinline__ Activations(const Launch& launch, const float* column_scale,
-                                         int vector)
-      : x_(static_cast<const typename Stored<kType>::Bits*>(launch.x) +
-           vector * (launch.columns / 4)),
+                                         int vector, int dozens)
+      : x_(static_cast<const Bits*>(launch.x) + vector * (launch.columns / 4)),
         column_scale_(reinterpret_cast<const float4*>(column_scale)),
-        count_(launch.columns / 4) {
-    read(threadIdx.x, kept_);
+        count_(launch.columns / 4),
+        dozens_(dozens) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) read(threadIdx.x + turn * THREADS, kept_[turn]);
   }
 
+  // Calls use(dozen, its scaled values), in all lanes of a warp or in none.
   template <class Use>
   __device__ __forceinline__ void for_each(Use use) const {
-    give(threadIdx.x, kept_, use);
-    for (int begin = threadIdx.x + kTurns * THREADS; begin < count_; begin += kTurns * THREADS) {
-      float4 values[kTurns];
-      read(begin, values);
-      give(begin, values, use);
+    const int lane = threadIdx.x % kLanes;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int i = threadIdx.x + turn * THREADS;
+      if (i - lane < dozens_) give(i, kept_[turn], use);
+    }
+    for (int i = threadIdx.x + kTurns * THREADS; i - lane < dozens_; i += THREADS) {
+      Bits bits[3];
+      read(i, bits);
+      give(i, bits, use);
     }
   }
 
  private:
+  using Bits = typename Stored<kType>::Bits;
   static constexpr int kTurns = 2;
 
-  // All loads before the first use.
-  __device__ __forceinline__ void read(int begin, float4 (&values)[kTurns]) const {
-    typename Stored<kType>::Bits bits[kTurns];
+  __device__ __forceinline__ void read(int dozen, Bits (&bits)[3]) const {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn)
-      bits[turn] = x_[min(begin + turn * THREADS, count_ - 1)];
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      values[turn] = Stored<kType>::values(bits[turn]);
-      if (column_scale_ != nullptr) {
-        const float4 scale = __ldg(&column_scale_[min(begin + turn * THREADS, count_ - 1)]);
-        values[turn].x *= scale.x;
-        values[turn].y *= scale.y;
-        values[turn].z *= scale.z;
-        values[turn].w *= scale.w;
-      }
-    }
+    for (int k = 0; k < 3; ++k) bits[k] = x_[min(dozen * 3 + k, count_ - 1)];
   }
 
   template <class Use>
-  __device__ __forceinline__ void give(int begin, const float4 (&values)[kTurns], Use use) const {
+  __device__ __forceinline__ void give(int dozen, const Bits (&bits)[3], Use use) const {
+    float values[kDozen];
 #pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      if (begin + turn * THREADS < count_) use(begin + turn * THREADS, values[turn]);
+    for (int k = 0; k < 3; ++k) {
+      const int at = dozen * 3 + k;
+      float4 four = Stored<kType>::values(bits[k]);
+      if (column_scale_ != nullptr) {
+        const float4 scale = __ldg(&column_scale_[min(at, count_ - 1)]);
+        four = make_float4(four.x * scale.x, four.y * scale.y, four.z * scale.z, four.w * scale.w);
+      }
+      if (at >= count_) four = make_float4(0, 0, 0, 0);
+      values[4 * k] = four.x;
+      values[4 * k + 1] = four.y;
+      values[4 * k + 2] = four.z;
+      values[4 * k + 3] = four.w;
     }
+    use(dozen, values);
   }
 
-  const typename Stored<kType>::Bits* x_;
+  const Bits* x_;
   const float4* column_scale_;
   int count_;
-  float4 kept_[kTurns];
+  int dozens_;
+  Bits kept_[kTurns][3];
 };
 
-// Rounds a vector to 16 bits of its largest magnitude, and stores its digits in the order of raw
-// units. NaN and infinity make its scale NaN.
+// Stores the digits of a dozen in the order of triples. Two lanes have one step together: one
+// stores its high digits, the other its low ones.
+__device__ __forceinline__ void store_triples(u8* triples, int dozen, int vector,
+                                              const u32 (&rounded)[kDozen], bool inside) {
+  const bool odd = dozen % 2 != 0;
+  u32 digits[2][4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    // A word's first byte stays 0: entries have the length of their code there.
+    const u32 first = __byte_perm(rounded[3 * j], rounded[3 * j + 1], 0x5410);
+    const u32 third = rounded[3 * j + 2] & 0xffffu;
+    digits[0][j] = high_digits(first, third, 0x5317u);
+    digits[1][j] = low_digits(first, third, 0x4207u);
+  }
+  u32 other[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    other[j] = __shfl_xor_sync(~0u, odd ? digits[0][j] : digits[1][j], 1);
+  }
+  if (!inside) return;
+  uint4* to = reinterpret_cast<uint4*>(triples + (dozen / 2 * kBatch + vector) * kStepBytes +
+                                       (odd ? kStepBytes / 2 : 0));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    to[i] =
+        odd ? make_uint4(other[2 * i], digits[1][2 * i], other[2 * i + 1], digits[1][2 * i + 1])
+            : make_uint4(digits[0][2 * i], other[2 * i], digits[0][2 * i + 1], other[2 * i + 1]);
+  }
+}
+
+// Rounds a vector to 16 bits of its largest magnitude and stores its digits, in the orders of
+// triples and of raw units. NaN and infinity make its scale NaN.
 template <int kType>
-__device__ __forceinline__ void round_activations(const Launch& launch, const float* column_scale,
-                                                  const Dynamic& dynamic, State& state, int vector,
-                                                  uint2* whole) {
-  const Activations<kType> x(launch, column_scale, vector);
+__device__ __forceinline__ void round_activations(const Launch& launch, const Matrix& matrix,
+                                                  const Dynamic& dynamic, State& state,
+                                                  int vector) {
+  const int triple_dozens = matrix.groups * (kGroupColumns / kDozen);
+  const int raw_words = launch.raw_bytes / (8 * kBatch);
+  const int dozens = max(triple_dozens, (raw_words + 2) / 3);
+  const Activations<kType> x(launch, matrix.column_scale, vector, dozens);
   float largest = 0;
-  const auto magnitude = [](float value) {
-    return fabsf(value) <= kFinite ? fabsf(value) : __int_as_float(0x7f800000);
-  };
-  x.for_each([&](int, float4 four) {
-    largest = fmaxf(largest, fmaxf(fmaxf(magnitude(four.x), magnitude(four.y)),
-                                   fmaxf(magnitude(four.z), magnitude(four.w))));
+  x.for_each([&](int, const float (&values)[kDozen]) {
+#pragma unroll
+    for (int i = 0; i < kDozen; ++i) {
+      const float magnitude = fabsf(values[i]);
+      largest = fmaxf(largest, magnitude <= kFinite ? magnitude : __int_as_float(0x7f800000));
+    }
   });
   largest = block_max(largest, state.largest);
   const bool usable = largest > 0 && largest <= kFinite;
@@ -413,53 +455,28 @@ __device__ __forceinline__ void round_activations(const Launch& launch, const fl
   const float lift = largest < 0x1p-60f ? 0x1p100f : 1.0f;
   const float inverse = usable ? kLargest / (largest * lift) : 0.0f;
   int sum = 0;
-  const auto round = [&](float value) {
-    const int rounded = usable ? __float2int_rn(value * lift * inverse) : 0;
-    sum += rounded;
-    return static_cast<u32>(rounded);
-  };
-  x.for_each([&](int i, float4 four) {
-    const u32 a = round(four.x), b = round(four.y), c = round(four.z), d = round(four.w);
-    const uint2 words = make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410));
-    whole[i] = words;
-    if (launch.raw_bytes != 0) {
-      store_digits(dynamic.raws, i, vector, high_digits(words.x, words.y, 0x7531u),
-                   low_digits(words.x, words.y, 0x6420u));
+  x.for_each([&](int dozen, const float (&values)[kDozen]) {
+    u32 rounded[kDozen];
+#pragma unroll
+    for (int i = 0; i < kDozen; ++i) {
+      const int value = usable ? __float2int_rn(values[i] * lift * inverse) : 0;
+      sum += value;
+      rounded[i] = static_cast<u32>(value);
+    }
+    store_triples(dynamic.triples, dozen, vector, rounded, dozen < triple_dozens);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      if (dozen * 3 + k >= raw_words) continue;
+      const u32 first = __byte_perm(rounded[4 * k], rounded[4 * k + 1], 0x5410);
+      const u32 second = __byte_perm(rounded[4 * k + 2], rounded[4 * k + 3], 0x5410);
+      store_digits(dynamic.raws, dozen * 3 + k, vector, high_digits(first, second, 0x7531u),
+                   low_digits(first, second, 0x6420u));
     }
   });
   sum = __reduce_add_sync(~0u, sum);
   if (threadIdx.x % kLanes == 0) atomicAdd(&state.x_sum[vector], sum);
   if (threadIdx.x == 0) {
     state.x_scale[vector] = largest <= kFinite ? largest / kLargest : __int_as_float(0x7fc00000);
-  }
-}
-
-// Turns a vector into digits, in the orders of triples and of raw units. `whole` is room for the
-// rounded vector and eight bytes more.
-__device__ __forceinline__ void prepare_activations(const Launch& launch, const Matrix& matrix,
-                                                    const Dynamic& dynamic, State& state,
-                                                    int vector, uint2* whole) {
-  if (launch.type == 0) {
-    round_activations<0>(launch, matrix.column_scale, dynamic, state, vector, whole);
-  } else if (launch.type == 1) {
-    round_activations<1>(launch, matrix.column_scale, dynamic, state, vector, whole);
-  } else {
-    round_activations<2>(launch, matrix.column_scale, dynamic, state, vector, whole);
-  }
-  if (threadIdx.x == 0) whole[launch.columns / 4] = make_uint2(0, 0);
-  // The last unit may be half full.
-  for (int i = launch.columns / 4 + threadIdx.x; i < launch.raw_bytes / (8 * kBatch);
-       i += THREADS) {
-    store_digits(dynamic.raws, i, vector, 0, 0);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < matrix.groups * 3 * 8; i += THREADS) {
-    // A word's first byte stays 0: entries have the length of their code there.
-    const u16* from = reinterpret_cast<const u16*>(whole) + min(i * kTripleColumns, launch.columns);
-    const u32 first = from[0] | static_cast<u32>(from[1]) << 16;
-    const u32 third = from[2];
-    store_digits(dynamic.triples, i, vector, high_digits(first, third, 0x5317u),
-                 low_digits(first, third, 0x4207u));
   }
   __syncthreads();
 }
@@ -473,9 +490,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u8* table = table_place(memory);
   u8* behind = table + kTableBytes;
   u8* activations = launch.in_front ? memory : behind;
-  const int whole_at = launch.triple_bytes + launch.raw_bytes;
   const int activation_bytes =
-      launch.in_front ? 0 : (whole_at + launch.columns * 2 + 8 + 127) & ~127;
+      launch.in_front ? 0 : (launch.triple_bytes + launch.raw_bytes + 127) & ~127;
   const Dynamic dynamic{table, activations, activations + launch.triple_bytes, memory,
                         behind + activation_bytes};
   int index = 0;
@@ -505,7 +521,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
   if (threadIdx.x < bound_count)
     state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
-  spread_table(table, matrix.table);
+  spread_table(table, matrix.table, 0);
   for (int i = threadIdx.x; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
     (&state.sums[0][0][0][0])[i] = 0;
   if (threadIdx.x < kOpenTiles) state.tile_done[threadIdx.x] = 0;
@@ -513,8 +529,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   __syncthreads();
   for (int vector = 0; vector < kBatch; ++vector) {
-    prepare_activations(launch, matrix, dynamic, state, vector,
-                        reinterpret_cast<uint2*>(activations + whole_at));
+    if (launch.type == 0) {
+      round_activations<0>(launch, matrix, dynamic, state, vector);
+    } else if (launch.type == 1) {
+      round_activations<1>(launch, matrix, dynamic, state, vector);
+    } else {
+      round_activations<2>(launch, matrix, dynamic, state, vector);
+    }
   }
 
   const int lane = threadIdx.x % kLanes;

@@ -1,0 +1,195 @@
+"""Products of several coded matrices with one input, in one launch: an expert's parts, and layers side by side.
+
+Models call layers such as q_proj, k_proj and v_proj one after the other with the same tensor, and nothing says so
+beforehand. Hence their first calls are watched; layers that were given the same tensor then form a group, in which the
+first that is called multiplies for all, and the others find their product ready.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from entrollm.hf import ops
+from entrollm.hf.backend import Matrix, Stacked, join
+from entrollm.hf.cuda.launch import MAX_MATRICES
+
+if TYPE_CHECKING:
+    from entrollm.hf.modules import EntroLinear
+    from entrollm.hf.weight import CodedWeight
+
+# Vectors that a launch takes; for more, matrices are decoded, one by one.
+_MOST_VECTORS = 8
+# Rounds in a row whose products were not all used, after which a group multiplies apart.
+_WASTED_ROUNDS = 3
+
+_Parts = list["weakref.ref[Matrix]"]
+_Moment = tuple[int, ...]
+
+
+class JoinedWeights:
+    """Coded matrices with the same number of columns, one below the other."""
+
+    def __init__(self, weights: Sequence[CodedWeight]) -> None:
+        self.weights = tuple(weights)
+        self.rows = [weight.spec.rows for weight in weights]
+        self.number = ops.register(self)
+        # By the first of the opened matrices: what is joined goes when that goes, such as in a move to another device.
+        self._joined: weakref.WeakKeyDictionary[Matrix, tuple[_Parts, Matrix]] = weakref.WeakKeyDictionary()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they multiply."""
+        return self.weights[0].device
+
+    def are_together(self) -> bool:
+        """Whether all are on one device; offloaded ones come to it one at a time."""
+        return all(weight.device == self.device for weight in self.weights)
+
+    def matrix(self) -> Matrix:
+        """The matrices, opened on their device as one."""
+        parts = [weight.matrix() for weight in self.weights]
+        found = self._joined.get(parts[0])
+        if found is not None and all(old() is part for old, part in zip(found[0], parts, strict=True)):
+            return found[1]
+        joined = join(parts)
+        if joined is None:
+            return Stacked(parts)
+        self._joined[parts[0]] = [weakref.ref(part) for part in parts], joined
+        return joined
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (..., in_features) -> (..., sum of out_features) in the type of x."""
+        return ops.product(x, self, sum(self.rows))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return JoinedWeights, (self.weights,)
+
+
+class Group:
+    """Layers that are given the same input; the first that a model calls multiplies for all.
+
+    A product is only handed out for the very tensor that it was made from, while that has not been written to since,
+    on the same stream; in any other case a layer multiplies by itself.
+    """
+
+    def __init__(self, weights: Sequence[CodedWeight]) -> None:
+        self._joined = JoinedWeights(weights)
+        # The input, its moment, and what layers have not come for yet. Set at once: threads may share a model.
+        self._ready: tuple[Tensor, _Moment, list[Tensor | None]] | None = None
+        self._wasted = 0
+
+    def product(self, weight: CodedWeight, place: int, x: Tensor) -> Tensor:
+        """The product of one layer: (..., in_features) -> (..., out_features) in the type of x.
+
+        Args:
+            weight: the layer's matrix.
+            place: its place in the order in which the model calls the layers.
+            x: the input.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            return weight(x)  # type: ignore[no-any-return]
+        if place == 0 and self._ready is not None:
+            self._ready = None
+            self._wasted += 1
+        if place == 0 and self._serves(x):
+            return self._multiply(x)
+        ready = self._ready
+        if ready is not None and ready[0] is x and ready[1] == _moment(x):
+            product, ready[2][place] = ready[2][place], None
+            if product is not None:
+                if all(left is None for left in ready[2]):
+                    self._ready, self._wasted = None, 0
+                return product
+        return weight(x)  # type: ignore[no-any-return]
+
+    def _serves(self, x: Tensor) -> bool:
+        if self._wasted >= _WASTED_ROUNDS or x.numel() > _MOST_VECTORS * x.shape[-1]:
+            return False
+        return torch.compiler.is_compiling() or (not x.is_inference() and self._joined.are_together())
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        parts = torch.split(self._joined.multiply(x), self._joined.rows, dim=-1)
+        first, *others = [part.contiguous() for part in parts]
+        self._ready = (x, _moment(x), [None, *others])
+        return first
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Group, (self._joined.weights,)
+
+
+class Watch:
+    """Layers of one parent whose first calls show which of them get the same input.
+
+    Args:
+        layers: those that may; each is watched until its group is known.
+    """
+
+    def __init__(self, layers: Sequence[EntroLinear]) -> None:
+        self._waiting = list(layers)
+        self._called: list[EntroLinear] = []
+        self._input: Callable[[], Tensor | None] = _nothing
+        self._version = 0
+
+    def note(self, layer: EntroLinear, x: Tensor) -> None:
+        """Note that a layer is given an input."""
+        if ops.is_observed(x) or x.is_inference():
+            return
+        if self._input() is not x or self._version != x._version or layer in self._called:
+            self._settle()
+            self._input, self._version = weakref.ref(x), x._version
+        if layer in self._waiting:
+            self._called.append(layer)
+        if len(self._called) in (len(self._waiting), MAX_MATRICES):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make a group of the layers that were given the last input; one by itself stays alone, as does the last."""
+        called, self._called, self._input = self._called, [], _nothing
+        is_group = len(called) > 1 and len({layer.weight.device for layer in called}) == 1
+        group = Group([layer.weight for layer in called]) if is_group else None
+        for place, layer in enumerate(called):
+            layer.share(group, place)
+        self._waiting = [layer for layer in self._waiting if layer not in called]
+        if len(self._waiting) == 1:
+            self._waiting.pop().share(None, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is called now, which does not matter to a copy.
+        return {"_waiting": self._waiting, "_called": [], "_input": _nothing, "_version": 0}
+
+
+def watch(model: nn.Module) -> None:
+    """Watch the layers of a model, to find those that are given the same input."""
+    from entrollm.hf.modules import EntroLinear
+
+    for parent in model.modules():
+        by_columns: dict[int, list[EntroLinear]] = {}
+        for layer in parent.children():
+            if isinstance(layer, EntroLinear):
+                by_columns.setdefault(layer.in_features, []).append(layer)
+        for layers in by_columns.values():
+            if len(layers) > 1:
+                shared = Watch(layers)
+                for layer in layers:
+                    layer.watch = shared
+
+
+def _moment(x: Tensor) -> _Moment:
+    """What changes when a tensor is written to, and when work is queued elsewhere or only recorded.
+
+    Code that is compiled cannot ask. Its input was not written to between the calls when the group was found.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    if not x.is_cuda:
+        return (x._version,)
+    return x._version, torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def _nothing() -> None:
+    """A reference to no tensor."""
