@@ -133,6 +133,15 @@ def test_without_any_drift_nothing_is_corrected(checkpoint: Callable[[str], Path
         assert not walk.correction("model.layers.1.mlp.down_proj.weight").any()
 
 
+def test_matrices_that_are_asked_for_too_late_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama-tied")
+    with Checkpoint.open(folder) as source:
+        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk.correction("model.layers.1.self_attn.o_proj.weight")
+        with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight: .* asked for before"):
+            walk.correction("model.layers.0.mlp.up_proj.weight")
+
+
 def test_dead_inputs_are_not_corrected(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:

@@ -70,12 +70,15 @@ class DriftWalk:
         Raises:
             EntroLLMError: activations of the quantized model are not finite.
             FormatError: a tensor is missing or has the wrong shape.
+            ValueError: matrices are not asked for in the order of a forward pass.
         """
         if name == EMBEDDING:
             return None
-        while name not in self._corrections:
-            part, adds = next(self._parts)
-            self._corrections = self._solve(part, adds) if name in part.names else {}
+        if name not in self._corrections:
+            found = next((step for step in self._parts if name in step[0].names), None)
+            if found is None:
+                raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
+            self._corrections = self._solve(*found)
         return self._corrections[name]
 
     def record(self, name: str, weights: NDArray[np.float32]) -> None:
@@ -122,8 +125,10 @@ class DriftWalk:
 
     def _add(self, part: Part) -> None:
         quantized = self._quantized(part)
-        pairs = zip(self._hidden, self._inputs, strict=True)
-        self._hidden = [(h + part(x), k + quantized(y)) for (h, k), (x, y) in pairs]
+        for number, (x, y) in enumerate(self._inputs):
+            original, drifted = self._hidden[number]
+            self._hidden[number] = original + part(x), drifted + quantized(y)
+        self._inputs.clear()
 
     def _quantized(self, part: Part) -> Part:
         """The matrices as they were recorded."""
