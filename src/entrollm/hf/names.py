@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
+    ConversionOps,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
@@ -144,6 +147,43 @@ class StoredNames(WeightRenaming):
         return self._names.get(source_key, source_key), None
 
 
+class StoredEntries(WeightConverter):
+    """A converter that only looks names up, and leaves entries as they are.
+
+    Transformers makes an expression of the name of every entry that is only renamed, which takes longer than to load
+    it; of a converter it makes a copy.
+    """
+
+    __slots__ = ("_names",)
+    _PATTERN = "entrollm stored entry"
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__(self._PATTERN, self._PATTERN, [_AsStored()])
+        self._names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The new name, and the pattern that stands for this converter if it has one."""
+        found = self._names.get(source_key)
+        return (source_key, None) if found is None else (found, self._PATTERN)
+
+    def __deepcopy__(self, memo: Any) -> StoredEntries:
+        # Each entry gets a copy, which collects it.
+        made = copy.copy(self)
+        made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
+        return made
+
+
+class _AsStored(ConversionOps):
+    """Leaves an entry as it is."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The entry under its name in the model."""
+        (entry,) = input_dict.values()
+        return {kwargs["full_layer_name"]: entry}
+
+
 def around(conversions: Iterable[Any], names: Mapping[str, str]) -> list[Any]:
     """Conversions that give the entries of coded matrices their names in the model and leave these alone otherwise.
 
@@ -153,4 +193,4 @@ def around(conversions: Iterable[Any], names: Mapping[str, str]) -> list[Any]:
     """
     # In between, the entries have names that no pattern matches.
     marks = {entry: f"\x00{index}" for index, entry in enumerate(names)}
-    return [StoredNames(marks), *conversions, StoredNames({mark: names[entry] for entry, mark in marks.items()})]
+    return [StoredNames(marks), StoredEntries({mark: names[entry] for entry, mark in marks.items()}), *conversions]

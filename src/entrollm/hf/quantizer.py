@@ -21,7 +21,7 @@ from entrollm.hf.config import EntroConfig
 from entrollm.hf.joined import watch
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.modules import put_weight
-from entrollm.hf.names import Place, around, find_places
+from entrollm.hf.names import Place, StoredEntries, around, find_places
 from entrollm.hf.parallel import is_parallel, load_parts, mark_local, without_entries
 from entrollm.hf.save import save_pretrained
 from entrollm.hf.weight import CodedStack, CodedWeight
@@ -111,7 +111,7 @@ class EntroQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The type to load a tensor in: stored entries keep theirs."""
-        if converter.source_patterns[0] in self._names:
+        if isinstance(converter, StoredEntries):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return kept
