@@ -42,7 +42,7 @@ Pair = tuple[Array, Array]
 
 
 class DriftWalk:
-    """Walks windows of text through a model and, beside it, through what its matrices have become; see `Drift`.
+    """What the quantized matrices of a model do to the inputs of those after them; see `Drift`.
 
     Memory: 8 bytes x tokens x (hidden_size + the widest input of a matrix), and one layer in float32.
 
@@ -54,14 +54,8 @@ class DriftWalk:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, windows: NDArray[np.int64], device: Device) -> None:
-        self._config = config
-        self._windows = windows
-        self._device = device
-        self._tensors = Tensors(checkpoint, device)
-        self._recorded: dict[str, Array] = {}
-        self._hidden: list[Pair] = []
-        self._inputs: list[Pair] = []
-        self._parts = self._walk()
+        self._models = _Models(checkpoint, config, windows, device)
+        self._parts = self._models.walk()
         self._corrections: dict[str, Array] = {}
 
     def correction(self, name: str) -> Array | None:
@@ -78,16 +72,48 @@ class DriftWalk:
             found = next((step for step in self._parts if name in step[0].names), None)
             if found is None:
                 raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
-            self._corrections = self._solve(*found)
+            self._corrections = _solve(found[0], *self._models.products(found[1]))
         return self._corrections[name]
 
     def record(self, name: str, weights: NDArray[np.float32]) -> None:
         """Take note of what a matrix has become; one that is not recorded counts as unchanged."""
+        self._models.record(name, weights)
+
+
+def _solve(part: Part, moments: Array, drift: Array, missing: Array) -> dict[str, Array]:
+    """The corrections of matrices on one input; the arguments after them are those of `_Models.products`."""
+    xp = functions(moments)
+    if not (xp.isfinite(moments).all() and xp.isfinite(drift).all()):
+        raise EntroLLMError(f"{part.names[0]}: its inputs in the quantized model are not finite")
+    places = np.arange(len(moments))
+    mean = float(xp.trace(moments)) / len(moments)
+    # Where all inputs are dead, so is the drift.
+    moments[places, places] += _RIDGE * mean if mean > 0 else 1.0
+    wanted = double(part.weight) @ drift + missing
+    whole = single(_TRUST * xp.linalg.solve(moments, wanted.T).T)
+    ends = np.cumsum(part.rows)
+    return {name: whole[end - rows : end] for name, rows, end in zip(part.names, part.rows, ends, strict=True)}
+
+
+class _Models:
+    """A model, and beside it what its matrices have become, on their way through windows of text."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, windows: NDArray[np.int64], device: Device) -> None:
+        self._config = config
+        self._windows = windows
+        self._device = device
+        self._tensors = Tensors(checkpoint, device)
+        self._recorded: dict[str, Array] = {}
+        self._hidden: list[Pair] = []
+        self._inputs: list[Pair] = []
+
+    def record(self, name: str, weights: NDArray[np.float32]) -> None:
+        """Take note of what a matrix has become, before the walk goes on."""
         self._recorded[name] = self._device.put(weights)
 
-    def _walk(self) -> Iterator[tuple[Part, bool]]:
-        """The matrices on one input after another, once both models have got there, and whether hidden states wait
-        for what they give."""
+    def walk(self) -> Iterator[tuple[Part, bool]]:
+        """The matrices on one input after another, once both models have got there, and whether they write to the
+        residual stream."""
         config, eps = self._config, self._config.norm_eps
         tables = rotation(config, self._windows.shape[1], self._device)
         self._embed()
@@ -138,30 +164,15 @@ class DriftWalk:
             begin += count
         return Part(part.names, part.rows, functions(rows[0]).concatenate(rows), part.bias)
 
-    def _solve(self, part: Part, adds: bool) -> dict[str, Array]:
-        """The corrections of matrices on one input."""
-        moments, drift, missing = self._products(adds)
-        xp = functions(moments)
-        if not (xp.isfinite(moments).all() and xp.isfinite(drift).all()):
-            raise EntroLLMError(f"{part.names[0]}: its inputs in the quantized model are not finite")
-        places = np.arange(len(moments))
-        mean = float(xp.trace(moments)) / len(moments)
-        # Where all inputs are dead, so is the drift.
-        moments[places, places] += _RIDGE * mean if mean > 0 else 1.0
-        wanted = double(part.weight) @ drift + missing
-        whole = single(_TRUST * xp.linalg.solve(moments, wanted.T).T)
-        ends = np.cumsum(part.rows)
-        return {name: whole[end - rows : end] for name, rows, end in zip(part.names, part.rows, ends, strict=True)}
-
-    def _products(self, adds: bool) -> tuple[Array, Array, Array]:
-        """Sums in float64 over all tokens: x' x'^T; (x - x') x'^T; (h - h') x'^T of what is added to, or 0."""
+    def products(self, is_stream: bool) -> tuple[Array, Array, Array]:
+        """Sums in float64 over all tokens: x' x'^T; (x - x') x'^T; (h - h') x'^T with h the stream, or 0."""
         moments = drift = missing = 0.0
         step = max(1, _TOKENS_PER_PRODUCT // self._windows.shape[1])
         for begin in range(0, len(self._inputs), step):
             original, quantized = _joined(self._inputs[begin : begin + step])
             moments = moments + double(quantized.T @ quantized)
             drift = drift + double((original - quantized).T @ quantized)
-            if adds:
+            if is_stream:
                 before, now = _joined(self._hidden[begin : begin + step])
                 missing = missing + double((before - now).T @ quantized)
         return moments, drift, missing

@@ -93,6 +93,7 @@ class SizedMethods:
         self._method = options.method
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
+        self._final = names[-1] if names else ""
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
@@ -115,7 +116,10 @@ class SizedMethods:
 
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Let the rate control take note."""
-        return self.control.settle(name, stored_bytes)
+        is_settled = self.control.settle(name, stored_bytes)
+        if is_settled and name == self._final:
+            self._drift = None  # it holds the hidden states of all windows
+        return is_settled
 
     def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
         """Let the rate control and the matrices after this one take note."""
