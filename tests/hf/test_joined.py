@@ -122,6 +122,20 @@ def test_nothing_is_kept_once_all_have_come(model: Any) -> None:
     assert [reference() for reference in references] == [None] * 4
 
 
+def test_the_next_group_lets_go_of_what_is_left(model: Any) -> None:
+    layers, mlp = attention(model), model.model.layers[0].mlp
+    x = torch.randn(1, 96)
+    expected = call(layers, x)
+    of_mlp = call((mlp.gate_proj, mlp.up_proj), x)
+    call(layers[:1], x)
+    assert equal(call((mlp.gate_proj,), x), of_mlp[:1])
+    assert equal(call(layers[1:], x), expected[1:])
+    reference = weakref.ref(x)
+    assert equal(call((mlp.up_proj,), x), of_mlp[1:])
+    del x
+    assert reference() is None
+
+
 def test_products_that_nobody_comes_for_end_the_group(model: Any, products: list[int]) -> None:
     q, k, v = attention(model)
     x = torch.randn(1, 96)
@@ -212,12 +226,12 @@ def test_static_cache_is_compiled_once(model: Any) -> None:
     def greedy(count: int, **options: Any) -> Tensor:
         tokens = ids(count)
         found: Tensor = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_length=24, do_sample=False, **options
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count + 3, do_sample=False, **options
         )
         return found
 
     for count in (5, 9, 7):
-        found = greedy(count, cache_implementation="static", compile_config=config)
+        found = greedy(count, cache_implementation="static", max_cache_len=32, compile_config=config)
         assert torch.equal(found, greedy(count))
     assert backend.products == [PRODUCTS]
 
@@ -241,7 +255,10 @@ def test_cross_attention_shares_what_has_one_input(translator: Path) -> None:
     expected = answer()
     assert all(torch.equal(answer(), expected) for _ in range(5))
     own, cross = (model.decoder.block[0].layer[i] for i in (0, 1))
-    group: Callable[[Any], Any] = lambda layer: layer._group  # noqa: E731
+
+    def group(layer: EntroLinear) -> Any:
+        return layer._shared and layer._shared[0]
+
     assert group(own.SelfAttention.q) is group(own.SelfAttention.v) is not None
     assert group(cross.EncDecAttention.q) is None
     assert group(cross.EncDecAttention.k) is group(cross.EncDecAttention.v) is not None

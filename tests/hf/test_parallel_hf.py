@@ -143,11 +143,19 @@ def test_device_map_with_hooks(coded: Path, tmp_path: Path, offload_buffers: boo
     options = {"offload_folder": tmp_path / "offload", "offload_buffers": offload_buffers}
     model = AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32, device_map=DEVICES, **options)
     assert model.model.layers[1].mlp.up_proj.weight.dense.is_meta == offload_buffers
-    expected = logits(entrollm.hf.load(coded, dtype=torch.float32), ids())
-    for _ in range(2):
-        assert torch.equal(logits(model, ids()), expected)
+    expected = entrollm.hf.load(coded, dtype=torch.float32)
+    for count in (12, 1, 1, 12):
+        assert torch.equal(logits(model, ids(count)), logits(expected, ids(count)))
     with pytest.raises(UnsupportedError, match=r"layers\.1.* is offloaded; load the model without offloading to save"):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_offloaded_experts(experts: Path, tmp_path: Path) -> None:
+    options = {"offload_folder": tmp_path, "offload_buffers": True}
+    model = AutoModelForCausalLM.from_pretrained(experts, dtype=torch.float32, device_map=DEVICES, **options)
+    expected = entrollm.hf.load(experts, dtype=torch.float32)
+    for count in (12, 1):
+        assert torch.equal(logits(model, ids(count)), logits(expected, ids(count)))
 
 
 def test_automatic_device_map(coded: Path) -> None:

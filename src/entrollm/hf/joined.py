@@ -7,6 +7,7 @@ first that is called multiplies for all, and the others find their product ready
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class JoinedWeights:
     def __init__(self, weights: Sequence[CodedWeight]) -> None:
         self.weights = tuple(weights)
         self.rows = [weight.spec.rows for weight in weights]
+        self.out_features = sum(self.rows)
         self.number = ops.register(self)
         # By the first of the opened matrices: what is joined goes when that goes, such as in a move to another device.
         self._joined: weakref.WeakKeyDictionary[Matrix, tuple[_Parts, Matrix]] = weakref.WeakKeyDictionary()
@@ -47,8 +49,8 @@ class JoinedWeights:
         return self.weights[0].device
 
     def are_together(self) -> bool:
-        """Whether all are on one device; offloaded ones come to it one at a time."""
-        return all(weight.device == self.device for weight in self.weights)
+        """Whether all are on one device; the entries of offloaded ones come to it one matrix at a time."""
+        return all(weight.device == self.device and not weight.is_offloaded for weight in self.weights)
 
     def matrix(self) -> Matrix:
         """The matrices, opened on their device as one."""
@@ -64,24 +66,45 @@ class JoinedWeights:
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., sum of out_features) in the type of x."""
-        return ops.product(x, self, sum(self.rows))
+        return ops.product(x, self, self.out_features)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return JoinedWeights, (self.weights,)
+
+
+class Slot:
+    """The products that one group of a model has ready; groups take turns.
+
+    Compiled code writes an attribute back for each object that it has changed, which one slot for each group would make
+    a few percent of a token's time.
+    """
+
+    def __init__(self) -> None:
+        # Whose, its input, the moment, and what layers have not come for yet. Set at once: threads may share a model.
+        self.ready: tuple[Group, Tensor, _Moment, list[Tensor | None]] | None = None
+
+    def empty(self) -> None:
+        """Let go of products that nobody came for, unless another thread may."""
+        unused = self.ready
+        if unused is not None and unused[2][0] == _thread():
+            unused[0].wasted += 1
+            self.ready = None
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Slot, ()
 
 
 class Group:
     """Layers that are given the same input; the first that a model calls multiplies for all.
 
     A product is only handed out for the very tensor that it was made from, while that has not been written to since,
-    on the same stream; in any other case a layer multiplies by itself.
+    in the same thread and on the same stream; in any other case a layer multiplies by itself.
     """
 
-    def __init__(self, weights: Sequence[CodedWeight]) -> None:
-        self._joined = JoinedWeights(weights)
-        # The input, its moment, and what layers have not come for yet. Set at once: threads may share a model.
-        self._ready: tuple[Tensor, _Moment, list[Tensor | None]] | None = None
-        self._wasted = 0
+    def __init__(self, joined: JoinedWeights, slot: Slot) -> None:
+        self._joined = joined
+        self._slot = slot
+        self.wasted = 0
 
     def product(self, weight: CodedWeight, place: int, x: Tensor) -> Tensor:
         """The product of one layer: (..., in_features) -> (..., out_features) in the type of x.
@@ -93,33 +116,36 @@ class Group:
         """
         if x.requires_grad and torch.is_grad_enabled():
             return weight(x)  # type: ignore[no-any-return]
-        if place == 0 and self._ready is not None:
-            self._ready = None
-            self._wasted += 1
-        if place == 0 and self._serves(x):
-            return self._multiply(x)
-        ready = self._ready
-        if ready is not None and ready[0] is x and ready[1] == _moment(x):
-            product, ready[2][place] = ready[2][place], None
+        if place == 0:
+            self._slot.empty()
+            return self._multiply(x) if self._serves(x) else weight(x)
+        ready = self._slot.ready
+        if ready is not None and ready[0] is self and ready[1] is x and ready[2] == _moment(x):
+            product, ready[3][place] = ready[3][place], None
             if product is not None:
-                if all(left is None for left in ready[2]):
-                    self._ready, self._wasted = None, 0
+                if all(left is None for left in ready[3]):
+                    self._finish()
                 return product
         return weight(x)  # type: ignore[no-any-return]
 
     def _serves(self, x: Tensor) -> bool:
-        if self._wasted >= _WASTED_ROUNDS or x.numel() > _MOST_VECTORS * x.shape[-1]:
+        if self.wasted >= _WASTED_ROUNDS or x.numel() > _MOST_VECTORS * x.shape[-1]:
             return False
         return torch.compiler.is_compiling() or (not x.is_inference() and self._joined.are_together())
 
     def _multiply(self, x: Tensor) -> Tensor:
         parts = torch.split(self._joined.multiply(x), self._joined.rows, dim=-1)
         first, *others = [part.contiguous() for part in parts]
-        self._ready = (x, _moment(x), [None, *others])
+        self._slot.ready = (self, x, _moment(x), [None, *others])
         return first
 
+    def _finish(self) -> None:
+        self._slot.ready = None
+        if self.wasted:
+            self.wasted = 0
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Group, (self._joined.weights,)
+        return Group, (self._joined, self._slot)
 
 
 class Watch:
@@ -127,10 +153,12 @@ class Watch:
 
     Args:
         layers: those that may; each is watched until its group is known.
+        slot: the model's.
     """
 
-    def __init__(self, layers: Sequence[EntroLinear]) -> None:
+    def __init__(self, layers: Sequence[EntroLinear], slot: Slot) -> None:
         self._waiting = list(layers)
+        self._slot = slot
         self._called: list[EntroLinear] = []
         self._input: Callable[[], Tensor | None] = _nothing
         self._version = 0
@@ -150,23 +178,25 @@ class Watch:
     def _settle(self) -> None:
         """Make a group of the layers that were given the last input; one by itself stays alone, as does the last."""
         called, self._called, self._input = self._called, [], _nothing
-        is_group = len(called) > 1 and len({layer.weight.device for layer in called}) == 1
-        group = Group([layer.weight for layer in called]) if is_group else None
+        weights = JoinedWeights([layer.weight for layer in called]) if len(called) > 1 else None
+        group = Group(weights, self._slot) if weights is not None and weights.are_together() else None
         for place, layer in enumerate(called):
             layer.share(group, place)
-        self._waiting = [layer for layer in self._waiting if layer not in called]
-        if len(self._waiting) == 1:
-            self._waiting.pop().share(None, 0)
+        waiting = [layer for layer in self._waiting if layer not in called]
+        if len(waiting) == 1:
+            waiting[0].share(None, 0)
+        self._waiting = waiting
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what is called now, which does not matter to a copy.
-        return {"_waiting": self._waiting, "_called": [], "_input": _nothing, "_version": 0}
+        return {**self.__dict__, "_called": [], "_input": _nothing}
 
 
 def watch(model: nn.Module) -> None:
     """Watch the layers of a model, to find those that are given the same input."""
     from entrollm.hf.modules import EntroLinear
 
+    slot = Slot()
     for parent in model.modules():
         by_columns: dict[int, list[EntroLinear]] = {}
         for layer in parent.children():
@@ -174,21 +204,26 @@ def watch(model: nn.Module) -> None:
                 by_columns.setdefault(layer.in_features, []).append(layer)
         for layers in by_columns.values():
             if len(layers) > 1:
-                shared = Watch(layers)
+                shared = Watch(layers, slot)
                 for layer in layers:
                     layer.watch = shared
 
 
 def _moment(x: Tensor) -> _Moment:
-    """What changes when a tensor is written to, and when work is queued elsewhere or only recorded.
+    """The thread, and what changes when a tensor is written to, and when work is queued elsewhere or only recorded.
 
     Code that is compiled cannot ask. Its input was not written to between the calls when the group was found.
     """
     if torch.compiler.is_compiling():
-        return ()
+        return (_thread(),)
     if not x.is_cuda:
-        return (x._version,)
-    return x._version, torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()
+        return _thread(), x._version
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return _thread(), x._version, stream, torch.cuda.is_current_stream_capturing()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _nothing() -> None:

@@ -48,8 +48,7 @@ class EntroLinear(_Layer):
     weight: CodedWeight
     bias: nn.Parameter | None
     watch: Watch | None = None
-    _group: Group | None = None
-    _place = 0
+    _shared: tuple[Group, int] | None = None
 
     def __init__(self, weight: CodedWeight, bias: nn.Parameter | None = None, owns: bool = True) -> None:
         super().__init__(weight, owns)
@@ -58,14 +57,17 @@ class EntroLinear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
-        if self.watch is not None:
-            self.watch.note(self, x)
-        product = self.weight(x) if self._group is None else self._group.product(self.weight, self._place, x)
+        watch = self.watch
+        if watch is not None:
+            watch.note(self, x)
+        shared = self._shared
+        product: Tensor = self.weight(x) if shared is None else shared[0].product(self.weight, shared[1], x)
         return product if self.bias is None else product + self.bias
 
     def share(self, group: Group | None, place: int) -> None:
         """Multiply together with the other layers of a group, in this place; or alone, without a group."""
-        self.watch, self._group, self._place = None, group, place
+        self._shared = None if group is None else (group, place)
+        self.watch = None
 
     def extra_repr(self) -> str:
         """What print(model) says of it."""

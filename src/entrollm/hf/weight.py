@@ -68,6 +68,11 @@ class CodedWeight(nn.Module):
         return self.anchor.device
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether its entries are elsewhere until accelerate brings them for a call."""
+        return any(entry is not None and entry.is_meta for entry in self._buffers.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of its rows when they are looked up."""
         return self.anchor.dtype
@@ -217,7 +222,8 @@ class CodedStack(nn.Module):
         """Multiply with one matrix: (n, in_features) -> (n, out_features)."""
         if index not in self._joined:
             self._joined[index] = JoinedWeights(self.parts(index))
-        return self._joined[index].multiply(x)
+        joined = self._joined[index]
+        return joined.multiply(x) if joined.are_together() else torch.cat([part(x) for part in joined.weights], dim=-1)
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
         """One matrix, decoded: (out_features, in_features)."""
