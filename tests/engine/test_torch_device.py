@@ -1,6 +1,7 @@
 """Calibration and feedback in torch give what they give in NumPy."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,10 +202,13 @@ def test_numbers_round_to_the_same_integers(device: TorchDevice, numbers: list[f
 
 
 @pytest.mark.parametrize("size", [1, 256, 600])
-def test_a_stored_triangle_comes_back(size: int, device: TorchDevice, tmp_path: Path) -> None:
+def test_a_stored_triangle_comes_back(
+    size: int, device: TorchDevice, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = config_of(checkpoint("llama-tied"))
     triangle = np.tril(np.random.default_rng(size).standard_normal((size, size)).astype(np.float32))
     for place in (HOST, device):
-        statistics = StoredStatistics(tmp_path, "", place)
+        statistics = StoredStatistics(tmp_path, config, np.zeros((1, 8), np.int64), place)
         statistics.add("w", place.put(triangle), Sensitivity(1.0))
         np.testing.assert_array_equal(place.take(statistics.factor("w")), triangle)
         spool = Spool(tmp_path, place)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from entrollm.arrays import HOST, Array, Device, single
+from entrollm.calibrate.drift import DriftWalk
+from entrollm.checkpoint import Checkpoint
+from entrollm.engine.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity
 
 # Rows of a triangle that are stored together, up to the last column of the last of them.
@@ -18,13 +24,16 @@ class StoredStatistics:
 
     Args:
         folder: an empty folder that outlives this.
-        fingerprint: of the model's windows.
+        config: the model's.
+        windows: token ids, shape (windows, tokens), that it was measured on.
         device: where factors go.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, device: Device = HOST) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self, folder: Path, config: ModelConfig, windows: NDArray[np.int64], device: Device = HOST) -> None:
+        self.fingerprint = hashlib.sha256(windows.tobytes()).hexdigest()
         self.device = device
+        self._config = config
+        self._windows = windows
         self._folder = folder
         self._factors: dict[str, tuple[Path, int]] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
@@ -39,8 +48,17 @@ class StoredStatistics:
         """How much a matrix matters, or None where unknown."""
         return self._sensitivities.get(name)
 
+    @property
+    def order(self) -> Sequence[str]:
+        """The matrices in the order in which the model multiplies with them."""
+        return list(reversed(self._factors))
+
+    def drift(self, checkpoint: Checkpoint) -> DriftWalk:
+        """A walk through the model that starts with nothing quantized."""
+        return DriftWalk(checkpoint, self._config, self._windows, self.device)
+
     def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:
-        """Keep what is known of a matrix."""
+        """Keep what is known of a matrix; gradients come to matrices in the reverse of `order`."""
         path = self._folder / f"factor-{len(self._factors)}"
         _save_triangle(path, factor, self.device)
         self._factors[name] = path, len(factor)

@@ -9,7 +9,6 @@ with the sensitivity of the outputs counted in.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +60,7 @@ def measure(
         FormatError: a tensor is missing or has the wrong shape.
     """
     spool = Spool(folder, device)
-    stored = StoredStatistics(folder, hashlib.sha256(windows.tobytes()).hexdigest(), device)
+    stored = StoredStatistics(folder, config, windows, device)
     picked = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), _GRADIENT_WINDOWS)).astype(int))
     passes = 2 * config.num_layers
     forward = start(checkpoint, config, windows, device)

@@ -121,6 +121,13 @@ def command(
         Method,
         typer.Option("--method", help="What a calibrated matrix is quantized by; gptq is there to compare with."),
     ] = Method.feedback,
+    drift: Annotated[
+        bool,
+        typer.Option(
+            help="With --calibration: let each matrix make up for what those before it have become, which costs a "
+            "walk of the text through both models.",
+        ),
+    ] = True,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -172,6 +179,7 @@ def command(
         bits=default_bits,
         target=target,
         method=method.value,
+        drift=drift,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,

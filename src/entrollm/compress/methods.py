@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -19,10 +20,10 @@ from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.importance import relative_steps, row_precision
-from entrollm.quantize.method import ArraySource, CodeChooser, Quantized, Quantizer
+from entrollm.quantize.method import ArraySource, CodeChooser, Float32, Quantized, Quantizer, RowSource
 from entrollm.quantize.paper import PaperQuantizer
 from entrollm.quantize.select import TensorPlan
-from entrollm.quantize.statistics import Sensitivity, Statistics
+from entrollm.quantize.statistics import Drift, Sensitivity, Statistics
 
 # Weights of a matrix that its rate is predicted from.
 _SAMPLE_WEIGHTS = 1 << 16
@@ -40,6 +41,9 @@ class Methods(Protocol):
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Take note of what a matrix took in the file; False asks for it to be coded again."""
 
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Take note of a matrix that an earlier run has finished; `weights` reads it."""
+
 
 class PaperMethods:
     """The grids of the paper, as planned per tensor."""
@@ -56,6 +60,9 @@ class PaperMethods:
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Accept any size."""
         return True
+
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Do nothing: matrices do not depend on each other."""
 
 
 class SizedMethods:
@@ -87,6 +94,8 @@ class SizedMethods:
         # Such grids are no faster to decode, and other codes waste bits for other reasons.
         self._fits_code = options.prefer == "size"
         self._last: tuple[str, Array | None] = ("", None)
+        self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
+        self._final = names[-1] if names else ""
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in names}
         self.curves = {
@@ -102,11 +111,23 @@ class SizedMethods:
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of a matrix at its step."""
-        return self.at_step(name, self.control.step(name), self.row_precision(name))
+        quantizer = self.at_step(name, self.control.step(name), self.row_precision(name))
+        if self._drift is None or not isinstance(quantizer, FeedbackQuantizer):
+            return quantizer
+        return _Corrected(name, quantizer, self._drift)
 
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Let the rate control take note."""
-        return self.control.settle(name, stored_bytes)
+        is_settled = self.control.settle(name, stored_bytes)
+        if is_settled and name == self._final:
+            self._drift = None  # it holds the hidden states of all windows
+        return is_settled
+
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Let the rate control and the matrices after this one take note."""
+        self.control.settle(name, stored_bytes)
+        if self._drift is not None:
+            self._drift.record(name, weights())
 
     def row_precision(self, name: str) -> NDArray[np.float32] | None:
         """What the rows of a matrix divide their steps by."""
@@ -133,6 +154,26 @@ class SizedMethods:
             self._last = ("", None)  # before the next one takes memory
             self._last = (name, self._statistics.factor(name))
         return self._last[1]
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """Feedback on a matrix that makes up for what those before it have become."""
+
+    name: str
+    inner: FeedbackQuantizer
+    drift: Drift
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """Quantize the matrix, for those after it to take note of."""
+        quantized = replace(self.inner, correction=self.drift.correction(self.name)).quantize(source, choose)
+        self.drift.record(self.name, quantized.weights())
+        return quantized
+
+
+def has_drift(options: CompressOptions) -> bool:
+    """Whether matrices with statistics are to be quantized in the order in which the model multiplies with them."""
+    return options.drift and options.method == "feedback"
 
 
 def _sensitivities(names: list[str], statistics: Statistics | None) -> dict[str, Sensitivity]:

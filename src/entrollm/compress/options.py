@@ -26,6 +26,7 @@ class CompressOptions:
         bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
         target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
         method: what a calibrated matrix is quantized by: "feedback", or "gptq" to compare with.
+        drift: whether a matrix that is calibrated, by "feedback", makes up for what those before it have become.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -38,6 +39,7 @@ class CompressOptions:
     bits: int | None = None
     target: Target | None = None
     method: Method = "feedback"
+    drift: bool = True
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +13,7 @@ from entrollm import _core
 from entrollm.checkpoint import Checkpoint, PackedMatrix
 from entrollm.compress.methods import Methods
 from entrollm.compress.options import CompressOptions
-from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, RowSource, sum_counts
+from entrollm.quantize.method import CodeChooser, Float32, Quantized, Quantizer, RowSource, sum_counts
 from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
 
 _GRID_PREFIX = "imported-"
@@ -72,6 +72,9 @@ class PackedMethods:
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Accept any size."""
         return True
+
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Do nothing: matrices do not depend on each other."""
 
 
 def taken_over(checkpoint: Checkpoint, options: CompressOptions) -> Mapping[str, PackedMatrix]:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from entrollm import _core
 from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, convert_tokenizer, is_gguf, resolve, side_files
+from entrollm.checkpoint.safetensors_file import open_safetensors
 from entrollm.compress.folder import OutputFolder, write_index
-from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
+from entrollm.compress.methods import Methods, PaperMethods, SizedMethods, has_drift
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
+from entrollm.container.reader import CompressedModel
 from entrollm.container.writer import ShardWriter
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.quantize.select import TensorPlan, plan_tensors
@@ -96,7 +101,8 @@ def compress(
         raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
-        plans, shards = plan_shards(checkpoint, options)
+        order = statistics.order if statistics is not None and has_drift(options) else ()
+        plans, shards = plan_shards(checkpoint, options, order)
         small_files = _side_files(checkpoint, options)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
@@ -141,8 +147,7 @@ class _Run:
             record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
             self._done += record["quantized_weights"]
             self.resumed_weights += record["quantized_weights"]
-            for name, matrix in record["matrices"].items():
-                self._methods.settle(name, matrix["stored_bytes"])
+            self._resume(path, record["matrices"])
             self._report(names[0])
             _log.info("%s is finished already", path.name)
             return record
@@ -166,6 +171,15 @@ class _Run:
         record["file_bytes"] = path.stat().st_size
         self._folder.write_text(record_path.name, json.dumps(record))
         return record
+
+    def _resume(self, path: Path, matrices: dict[str, dict[str, Any]]) -> None:
+        """Take note of the matrices of a finished shard, in their order."""
+        pool = _core.ThreadPool(self._options.threads or default_threads())
+        with CompressedModel(path, {}, {path.name: open_safetensors(path)}) as model:
+            for name, matrix in matrices.items():
+                rows = np.arange(model.specs[name].rows)
+                weights = functools.partial(model.matrix(name).dequantize, rows, pool)
+                self._methods.resume(name, matrix["stored_bytes"], weights)
 
     def _is_plain(self, name: str) -> bool:
         return self._plans[name].is_kept or _weights(self._checkpoint.tensors[name]) == 0
@@ -222,10 +236,13 @@ def _weights(info: TensorInfo) -> int:
     return count
 
 
-def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[str, TensorPlan], list[list[str]]]:
+def plan_shards(
+    checkpoint: Checkpoint, options: CompressOptions, order: Sequence[str] = ()
+) -> tuple[dict[str, TensorPlan], list[list[str]]]:
     """What happens to each tensor, and which tensors share an output file; stacks of the checkpoint are split.
 
-    A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
+    Tensors come in the given order, the others after them in that of the checkpoint. A shard holds consecutive tensors
+    whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
     if taken := taken_over(checkpoint, options):
         plans = plan_packed(checkpoint, taken, options)
@@ -233,6 +250,7 @@ def plan_shards(checkpoint: Checkpoint, options: CompressOptions) -> tuple[dict[
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         plans = plan_tensors(shapes, options.bits or _DEFAULT_BITS, options.overrides, options.granularity)
     plans = split_stacks(checkpoint, plans)
+    plans = {name: plans[name] for name in [*order, *plans] if name in plans}
     shards: list[list[str]] = []
     size = 0
     for name in plans:
@@ -258,6 +276,7 @@ def _fingerprint(
         "prefer": options.prefer,
         "processor": options.processor,
         "method": options.method,
+        "drift": options.drift,
         "statistics": None if statistics is None else statistics.fingerprint,
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,

@@ -32,11 +32,8 @@ _BLOCK_COLUMNS = 64
 _SAMPLE_ROWS = 128
 _REFINEMENTS = 2
 _RIDGE = 1e-6
-# A column's gain stays near 1 unless nearly all its integers are 0.
-_GAIN_RANGE = (0.7, 1.4)
 # Leaves room for a grid that is moved, and for steps that are rounded down.
 _LARGEST_SYMBOL = 112
-_TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,8 @@ class FeedbackQuantizer:
         price: what a bit is worth in rounding, in squared steps.
         fits_code: whether the grid may move to where it suits a prefix code.
         device: what computes.
+        correction: float32, shape (rows, columns), on the device, what is added to the weights first; None for
+            nothing. Errors are counted from the weights as they were.
         is_draft: only the histogram of the integers is wanted, so scales are not fitted.
     """
 
@@ -59,6 +58,7 @@ class FeedbackQuantizer:
     price: float = PRICE
     fits_code: bool = True
     device: Device = HOST
+    correction: Array | None = None
     is_draft: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
@@ -68,20 +68,18 @@ class FeedbackQuantizer:
             FormatError: a weight is not finite.
         """
         weights = read_finite(source, self.device)
-        steps = self._steps(weights)
-        grid, rounding = self._rounding(weights, steps, choose)
+        wanted = weights if self.correction is None else weights + self.correction
+        steps = self._steps(wanted)
+        grid, rounding = self._rounding(wanted, steps, choose)
         rows, columns = self._stored(steps[0], steps[1] * grid.stretch)
         steps = self.device.put(rows.values()), self.device.put(columns.values())
         # On a grid beside 0, integers stand for what is left of the weights; all of it is gone after the rounding.
-        integers, gains = feed_back(
-            weights - grid.shift * steps[0][:, None] * steps[1] if grid.shift else weights,
-            *(self.factor, steps, rounding, self.device),
-            fit_gains=not self.is_draft,
-        )
+        left = wanted - grid.shift * steps[0][:, None] * steps[1] if grid.shift else wanted
+        integers = feed_back(left, self.factor, steps, rounding, self.device)
         symbols = to_symbols(integers, self.device)
         integers += grid.shift
         if not self.is_draft:
-            rows, columns = self._refine(weights, integers, (rows, columns), gains)
+            rows, columns = self._refine(wanted, integers, rows, columns)
         integers *= self.device.put(rows.values())[:, None]
         integers *= self.device.put(columns.values())
         return Quantized(
@@ -125,7 +123,7 @@ class FeedbackQuantizer:
             return grid, Rounding(grid.lengths, self.price)
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
         sample, row_steps = weights[picked], steps[0][picked][:, None]
-        integers, _ = feed_back(sample, self.factor, (steps[0][picked], steps[1]), Rounding(), self.device)
+        integers = feed_back(sample, self.factor, (steps[0][picked], steps[1]), Rounding(), self.device)
         # What was rounded: the integers and the errors that they left, in units of the steps.
         errors = (sample - integers * row_steps * steps[1]) @ self.factor
         rounded = integers + errors / row_steps / (steps[1] * functions(errors).diagonal(self.factor))
@@ -139,14 +137,13 @@ class FeedbackQuantizer:
         return rows, snap(by_column / typical, octave_codes(len(by_row), self.step), 1.0)
 
     def _refine(
-        self, weights: Array, integers: Array, grids: tuple[LogScales, LogScales], gains: Array
+        self, weights: Array, integers: Array, rows: LogScales, columns: LogScales
     ) -> tuple[LogScales, LogScales]:
         """Alternate least squares for row and column scales under the output error, on the grids of the steps."""
         put, take = self.device.put, self.device.take
-        rows, columns = grids
         moments = self.factor @ self.factor.T
         wanted = weights @ moments
-        row_scale, column_scale = double(put(rows.values())), double(put(columns.values()) * gains)
+        row_scale, column_scale = double(put(rows.values())), double(put(columns.values()))
         for _ in range(_REFINEMENTS):
             column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
             row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
@@ -201,14 +198,8 @@ def row_maxima(weights: Array) -> Array:
 
 
 def feed_back(
-    weights: Array,
-    factor: Array,
-    steps: tuple[Array, Array],
-    rounding: Rounding,
-    device: Device = HOST,
-    *,
-    fit_gains: bool = False,
-) -> tuple[Array, Array]:
+    weights: Array, factor: Array, steps: tuple[Array, Array], rounding: Rounding, device: Device = HOST
+) -> Array:
     """Round all columns, the last one first, each taking up the errors of those before.
 
     Args:
@@ -217,32 +208,24 @@ def feed_back(
         steps: by row and by column; their product is the step of a weight.
         rounding: how a number becomes an integer.
         device: where the arrays are.
-        fit_gains: correct the step of each column by least squares once it is rounded.
     Returns:
-        The integers in float32, and the gain of each column.
+        The integers in float32.
     """
     row_steps, column_steps = steps
-    xp = functions(weights)
-    units = column_steps * xp.diagonal(factor)
+    units = column_steps * functions(weights).diagonal(factor)
     # What is left of the columns, in units of the steps, each in a row of its own.
     left = factor.T @ (weights / row_steps[:, None]).T
     left /= units[:, None]
-    integers = xp.empty_like(left)
-    gains = xp.ones_like(column_steps)
+    integers = functions(weights).empty_like(left)
     thresholds = like(left, rounding.thresholds)
-    row_energy = xp.square(row_steps)
     for end in range(len(left), 0, -_BLOCK_COLUMNS):
         block = slice(max(0, end - _BLOCK_COLUMNS), end)
         # How far a column's integers of 1 reach into the columns before it.
         reach = factor[block, :end] * column_steps[block, None] / units[:end]
-        arrays = (left[block], reach[:, block], thresholds)
-        if fit_gains:
-            integers[block], gains[block] = device.run(_round_fitted, *arrays, row_energy)
-        else:
-            (integers[block],) = device.run(_round, *arrays)
+        (integers[block],) = device.run(_round, left[block], reach[:, block], thresholds)
         if block.start:
-            left[: block.start] -= reach[:, : block.start].T @ (integers[block] * gains[block, None])
-    return integers.T, gains
+            left[: block.start] -= reach[:, : block.start].T @ integers[block]
+    return integers.T
 
 
 def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
@@ -260,21 +243,6 @@ def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
         integers[i] = to_integers(left[i], thresholds)
         left[:i] -= reach[i, :i, None] * integers[i]
     return (integers,)
-
-
-def _round_fitted(left: Array, reach: Array, thresholds: Array, row_energy: Array) -> tuple[Array, Array]:
-    """As `_round`, but with gains, float32 (block,), that fit the integers to what they stand for."""
-    xp = functions(left)
-    integers = xp.empty_like(left)
-    gains = xp.empty_like(left[:, 0])
-    for i in range(len(left) - 1, -1, -1):
-        integers[i] = rounded = to_integers(left[i], thresholds)
-        weighted = rounded * row_energy
-        # Without any integer but 0 it is 1.
-        fitted = (weighted @ left[i] + _TINY) / (weighted @ rounded + _TINY)
-        gains[i] = gain = xp.clip(fitted, *_GAIN_RANGE)
-        left[:i] -= (reach[i, :i] * gain)[:, None] * rounded
-    return integers, gains
 
 
 def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:

@@ -47,7 +47,7 @@ class GptqQuantizer:
         weights = read_finite(source, self.device)
         scale = self._row_steps(weights).astype(ml_dtypes.bfloat16)
         steps = self.device.put(scale), like(weights, np.ones(weights.shape[1], np.float32))
-        integers, _ = feed_back(weights, self.factor, steps, Rounding(), self.device)
+        integers = feed_back(weights, self.factor, steps, Rounding(), self.device)
         symbols = to_symbols(integers, self.device)
         integers *= steps[0][:, None]
         return Quantized(

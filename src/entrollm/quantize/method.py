@@ -73,6 +73,21 @@ class Quantized:
     column_scale: Scales | None = None
     groups: GroupScales | None = None
 
+    def weights(self) -> Float32:
+        """What a matrix on a signed grid has become: float32, shape (rows, columns), the numbers that readers find."""
+        assert self.zero is not None
+        scale = _floats(self.scale)[:, np.newaxis]
+        values = self.symbols.astype(np.float32)
+        values *= scale
+        values += scale * np.float32(-self.zero)
+        if self.column_scale is not None:
+            values *= _floats(self.column_scale)
+        return values
+
+
+def _floats(scales: Scales) -> Float32:
+    return scales.values() if isinstance(scales, LogScales) else scales.astype(np.float32)
+
 
 class Quantizer(Protocol):
     """A method with its options set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.arrays import Array, Device, functions, like, single
+from entrollm.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,20 @@ class Sensitivity:
 
     share: float
     row_weights: NDArray[np.float32] | None = None
+
+
+class Drift(Protocol):
+    """What the quantized matrices of a model do to the inputs of those after them."""
+
+    def correction(self, name: str) -> Array | None:
+        """What is added to a matrix before it is rounded; matrices are asked for in the order of `Statistics.order`.
+
+        Returns:
+            float32, the shape of the matrix, on the device of the statistics; None for nothing.
+        """
+
+    def record(self, name: str, weights: NDArray[np.float32]) -> None:
+        """Take note of what a matrix has become; one that is not recorded counts as unchanged."""
 
 
 class Statistics(Protocol):
@@ -47,6 +63,13 @@ class Statistics(Protocol):
 
     def sensitivity(self, name: str) -> Sensitivity | None:
         """How much errors of a matrix matter; None where unknown."""
+
+    @property
+    def order(self) -> Sequence[str]:
+        """The matrices with factors, in the order in which the model multiplies with them."""
+
+    def drift(self, checkpoint: Checkpoint) -> Drift:
+        """A walk through the model, whose open checkpoint is given, that starts with nothing quantized."""
 
 
 # Second moments are estimates, and the text that a model will see differs from the calibration text: correlations are
