@@ -314,7 +314,8 @@ class _SpecReader:
             raise FormatError(f"{self._name}: scales must be of {', '.join(SCALE_ARRAYS)}, found {value!r:.80}")
         for kind, form in value.items():
             is_type = isinstance(form, str) and form in (_SCALE_TYPES if kind != "offset" else ("F32",))
-            if not is_type and (kind == "offset" or isinstance(form, bool) or form not in OCTAVE_CODES):
+            is_octave = _is_int(form, 1, 64) and form in OCTAVE_CODES and kind != "offset"
+            if not (is_type or is_octave):
                 raise FormatError(f"{self._name}: {kind} is stored in an unknown form {form!r:.80}")
         return value
 

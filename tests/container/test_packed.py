@@ -168,7 +168,8 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "list of scales": ({"scales": ["scale"]}, "scales must be of"),
     "odd octave": ({"scales": {"scale": 3}}, "scale is stored in an unknown form 3"),
     "true octave": ({"scales": {"scale": True}}, "scale is stored in an unknown form True"),
-    "real octave": ({"scales": {"scale": [8]}}, r"scale is stored in an unknown form \[8\]"),
+    "real octave": ({"scales": {"scale": 8.0}}, r"scale is stored in an unknown form 8\.0"),
+    "list octave": ({"scales": {"scale": [8]}}, r"scale is stored in an unknown form \[8\]"),
     "coded offset": ({"scales": {"offset": 8}}, "offset is stored in an unknown form 8"),
     "other type": ({"scales": {"scale": "F16"}}, "scale is stored in an unknown form 'F16'"),
     "half offset": ({"scales": {"offset": "BF16"}}, "offset is stored in an unknown form 'BF16'"),
@@ -292,3 +293,10 @@ def test_decoding_runs_over_the_entry_alone(folder: Path) -> None:
             assert coded.size >= dense + layout.padded_size(sparse)
             assert coded.size >= dense + sparse + side
             model.matrix(name).symbols(0, spec.rows, _core.ThreadPool(1))
+
+
+def test_codes_of_another_type_are_refused(tmp_path: Path) -> None:
+    """An entry of version 1, which has no codes, with a spec that tells of some."""
+    folder = write_example(tmp_path / "one")
+    change_spec(folder / "model.safetensors", SPLIT_ROW, scales={"scale": 8}, scale=0.5)
+    refuse(folder, FormatError, "b.weight: its scale is stored as float32, and its spec tells of 8")
