@@ -18,7 +18,7 @@ _BITS_AT_STEP_1 = 2.1
 _CLOSE_BITS = 2e-4
 _ITERATIONS = 60
 # How far below the target a size may be; the promise is 0.005.
-_SLACK = 0.003
+_SLACK = 0.002
 _TRIES = 16
 # Predictions are scaled by what they missed so far, within reason.
 _LARGEST_CORRECTION = 1.03

@@ -29,7 +29,7 @@ from entrollm.quantize.statistics import Drift, Sensitivity, Statistics
 _SAMPLE_WEIGHTS = 1 << 16
 _FEWEST_ROWS = 32
 _PLAIN_ENTRY_BYTES = 90
-_SHARD_BYTES = 160
+_SHARD_BYTES = 140
 
 
 class Methods(Protocol):
