@@ -75,7 +75,7 @@ def _octaves(values: NDArray[np.floating[Any]], base: float) -> NDArray[np.float
     return octaves
 
 
-def octave_codes(weights: int, step: float) -> int:
+def octave_codes(weights: int, step: float, is_fine: bool = False) -> int:
     """The codes in an octave at which a scale costs least, in its own bits and in the error that it leaves.
 
     Of n codes, one more bit is paid for once in `weights` weights, and the scale is off by up to half a code, whose
@@ -84,8 +84,9 @@ def octave_codes(weights: int, step: float) -> int:
     Args:
         weights: how many the scale belongs to.
         step: of the grid, over the RMS of the weights.
+        is_fine: four times as many, so that tuning can move scales by a percent.
     """
-    best = math.log(2) * math.sqrt(weights) / max(step, 1e-6)
+    best = math.log(2) * math.sqrt(weights) / max(step, 1e-6) * (4 if is_fine else 1)
     return min(OCTAVE_CODES, key=lambda n: abs(math.log2(n / best)))
 
 

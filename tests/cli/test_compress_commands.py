@@ -133,6 +133,8 @@ def test_info_names_the_instruction_set() -> None:
         (("--max-kl", 0.1), "--max-kl goes with --calibration"),
         (("--max-kl", 0.1, "--bpw", 3, "--calibration", "self"), "--max-kl goes with --calibration"),
         (("--calibration", "self"), "--calibration needs a size"),
+        (("--bpw", 3, "--tune"), "--tune needs a text: add --calibration FILE or --calibration self"),
+        (("--calibration", "self", "--tune"), "--calibration needs a size"),
         (("--bpw", 3, "--sampled", 9), "--sampled goes with --calibration"),
         (("--bpw", 3, "--device", "cuda"), "--device cuda goes with --calibration"),
         (("--bpw", 3, "--sampled", 0, "--calibration", "self"), "needs a text or at least 8 sampled windows"),

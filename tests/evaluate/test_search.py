@@ -66,6 +66,20 @@ def test_the_divergence_is_kept_and_measured_on_what_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_every_size_is_fitted_before_it_is_measured(model: Path, windows: NDArray[np.int64], tmp_path: Path) -> None:
+    fitted: list[Path] = []
+
+    def post_fit(folder: Path) -> dict[str, NDArray[np.float32]]:
+        fitted.append(folder)
+        return {}
+
+    result = compress_within(
+        model, tmp_path / "out", CompressOptions(), DivergenceLimit(0.3, windows), post_fit=post_fit
+    )
+    assert len(fitted) == len(result.trials) + 1
+    assert fitted[-1] == tmp_path / "out.partial"
+
+
 def test_an_impossible_divergence_is_refused(model: Path, windows: NDArray[np.int64], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no size keeps the KL divergence at or below 1e-09: at \d+\.\d\d bits"):
         compress_within(model, tmp_path / "out", CompressOptions(), DivergenceLimit(1e-9, windows))

@@ -2,12 +2,17 @@
 
 from entrollm.calibrate.run import DEFAULT_WINDOWS, CalibrationText, calibrate, held_out
 from entrollm.calibrate.sample import sample_windows
+from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
+from entrollm.calibrate.tune import Tuner, TuneResult
 from entrollm.calibrate.walk import measure
 
 __all__ = [
     "DEFAULT_WINDOWS",
     "CalibrationText",
+    "StoredStatistics",
+    "TuneResult",
+    "Tuner",
     "calibrate",
     "calibration_windows",
     "held_out",

@@ -30,10 +30,10 @@ class StoredStatistics:
     """
 
     def __init__(self, folder: Path, config: ModelConfig, windows: NDArray[np.int64], device: Device = HOST) -> None:
+        self.windows = windows
         self.fingerprint = hashlib.sha256(windows.tobytes()).hexdigest()
         self.device = device
         self._config = config
-        self._windows = windows
         self._folder = folder
         self._factors: dict[str, tuple[Path, int]] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
@@ -55,7 +55,7 @@ class StoredStatistics:
 
     def drift(self, checkpoint: Checkpoint) -> DriftWalk:
         """A walk through the model that starts with nothing quantized."""
-        return DriftWalk(checkpoint, self._config, self._windows, self.device)
+        return DriftWalk(checkpoint, self._config, self.windows, self.device)
 
     def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:
         """Keep what is known of a matrix; gradients come to matrices in the reverse of `order`."""

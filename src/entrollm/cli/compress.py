@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,13 +15,14 @@ from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress
 from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
-    from entrollm.arrays import Device
-    from entrollm.calibrate import CalibrationText
-    from entrollm.compress import CompressOptions, CompressResult
-    from entrollm.compress.packed import PackedSummary
-    from entrollm.quantize.statistics import Statistics
+    from numpy.typing import NDArray
 
-# Windows that --max-kl measures on.
+    from entrollm.arrays import Device
+    from entrollm.calibrate import CalibrationText, StoredStatistics, Tuner
+    from entrollm.compress import CompressOptions, CompressResult, PostFit
+    from entrollm.compress.packed import PackedSummary
+
+# Windows that --max-kl and --tune measure on.
 _HELD_OUT_WINDOWS = 16
 
 EXAMPLES = (
@@ -29,6 +32,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "calibrated"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration self", "calibrated on what the model writes"),
+    ("entrollm compress MODEL -o OUT --bpw 2.5 --calibration text.txt --tune", "closer still, at low sizes"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda", "on a GPU"),
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
@@ -137,6 +141,14 @@ def command(
             "measured on windows of the text that calibration does not see.",
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="With --calibration: then fit the scales to the original's predictions; integers stay. "
+            "Worth its minutes at 3 bits and below.",
+        ),
+    ] = False,
     device_name: Annotated[
         DeviceName,
         typer.Option("--device", help="With --calibration: what calibrates and quantizes; cuda for a GPU, with torch."),
@@ -170,6 +182,7 @@ def command(
     integers, without loss. The folder appears when it is complete; after an
     interruption, the same command goes on where it stopped.
     """
+    from entrollm.calibrate import Tuner, held_out
     from entrollm.compress import CompressOptions, check_output
     from entrollm.quantize.select import parse_bits
 
@@ -180,6 +193,7 @@ def command(
         target=target,
         method=method.value,
         drift=drift,
+        fine_scales=tune,
         granularity=granularity.value,
         overrides=overrides,
         prefer=prefer.value,
@@ -187,7 +201,9 @@ def command(
         tokenizer=tokenizer,
         threads=threads,
     )
-    text = _calibration_text(calibration, sampled, max_kl)
+    text = _calibration_text(calibration, sampled, max_kl is not None or tune)
+    if tune and text is None:
+        raise ValueError("--tune needs a text: add --calibration FILE or --calibration self")
     if text is None and device_name is not DeviceName.cpu:
         raise ValueError(f"--device {device_name.value} goes with --calibration FILE or --calibration self")
     check_output(out, overwrite)
@@ -195,59 +211,83 @@ def command(
     if max_kl is not None:
         if target is not None or bits or text is None:
             raise ValueError("--max-kl goes with --calibration, and without --bits, --bpw and --fit")
-        _compress_within(model, out, options, (max_kl, text, device), overwrite, json_output)
+        _compress_within(model, out, options, (max_kl, text, tune, device), overwrite, json_output)
         return
     if text is not None and target is None:
         raise ValueError("--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02")
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         statistics = None if text is None else _calibrate(model, text, Path(folder), device, json_output)
-        result = _compress(model, out, options, statistics, overwrite, json_output)
+        tuner = None
+        if text is not None and statistics is not None and tune:
+            tuner = Tuner(model, statistics.windows, held_out(model, text, device), threads)
+        result = _compress(model, out, options, (statistics, tuner), overwrite, json_output)
     if json_output:
-        print_json(result.to_json())
+        print_json(result.to_json() | _tuning(tuner))
     else:
         _print_summary(result)
+        _print_tuning(tuner)
 
 
 def _compress(
-    model: str, out: Path, options: CompressOptions, statistics: Statistics | None, overwrite: bool, quiet: bool
+    model: str,
+    out: Path,
+    options: CompressOptions,
+    calibrated: tuple[StoredStatistics | None, Tuner | None],
+    overwrite: bool,
+    quiet: bool,
 ) -> CompressResult:
     from entrollm.compress import compress
     from entrollm.compress.pipeline import CompressProgress
 
-    with progress_bar("compressing", "weights", quiet=quiet) as update:
+    statistics, tuner = calibrated
+    with ExitStack() as shown:
+        update = shown.enter_context(progress_bar("compressing", "weights", quiet=quiet))
 
         def show(progress: CompressProgress) -> None:
             update(progress.weights_done, progress.weights)
 
-        return compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=show)
+        # One bar at a time.
+        post_fit = None if tuner is None else _with_bar(tuner, quiet, shown.close)
+        return compress(
+            model, out, options, statistics=statistics, post_fit=post_fit, overwrite=overwrite, on_progress=show
+        )
 
 
 def _compress_within(
     model: str,
     out: Path,
     options: CompressOptions,
-    limit: tuple[float, CalibrationText, Device],
+    limit: tuple[float, CalibrationText, bool, Device],
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    from entrollm.calibrate import held_out
+    from entrollm.calibrate import Tuner, held_out
     from entrollm.evaluate import DivergenceLimit, Trial, compress_within
 
     def show(trial: Trial) -> None:
         if not quiet:
             stdout.print(f"{trial.file_bits:.3f} bits/weight: KL {trial.divergence.mean:.4g}")
 
-    max_kl, text, device = limit
+    max_kl, text, tune, device = limit
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
-        divergence = DivergenceLimit(max_kl, held_out(model, text, device))
+        windows = held_out(model, text, device)
         statistics = _calibrate(model, text, Path(folder), device, quiet)
+        tuner = Tuner(model, statistics.windows, windows, options.threads) if tune else None
         result = compress_within(
-            model, out, options, divergence, statistics=statistics, overwrite=overwrite, on_trial=show
+            model,
+            out,
+            options,
+            DivergenceLimit(max_kl, windows),
+            statistics=statistics,
+            post_fit=None if tuner is None else _with_bar(tuner, quiet),
+            overwrite=overwrite,
+            on_trial=show,
         )
     if quiet:
-        print_json(result.to_json())
+        print_json(result.to_json() | _tuning(tuner))
         return
     _print_summary(result.compressed)
+    _print_tuning(tuner)
     kl = result.divergence
     stdout.print(
         f"KL divergence from the original: mean [bold]{kl.mean:.4g}[/bold] of {max_kl:g} nats, 99th percentile "
@@ -255,7 +295,35 @@ def _compress_within(
     )
 
 
-def _calibration_text(calibration: str | None, sampled: int | None, max_kl: float | None) -> CalibrationText | None:
+def _with_bar(tuner: Tuner, quiet: bool, before: Callable[[], None] = lambda: None) -> PostFit:
+    """A tuner that shows how far it is."""
+
+    def post_fit(folder: Path) -> dict[str, NDArray[Any]]:
+        before()
+        with progress_bar("tuning", "windows", quiet=quiet) as update:
+            return tuner(folder, update)
+
+    return post_fit
+
+
+def _tuning(tuner: Tuner | None) -> dict[str, Any]:
+    return {} if tuner is None or tuner.result is None else {"tuning": tuner.result.to_json()}
+
+
+def _print_tuning(tuner: Tuner | None) -> None:
+    if tuner is None or tuner.result is None:
+        return
+    tuned = tuner.result
+    verdict = f"tuned: KL divergence {tuned.kl_before:.4g} -> [bold]{tuned.kl_after:.4g}[/bold] nats"
+    if not tuned.is_kept:
+        verdict = f"tuning did not help (KL divergence {tuned.kl_before:.4g} nats): the scales stay as they were"
+    stdout.print(
+        f"{verdict}, on {tuned.predictions:,} predictions that neither calibration nor tuning saw; "
+        f"{tuned.elapsed_s:.1f} s"
+    )
+
+
+def _calibration_text(calibration: str | None, sampled: int | None, measures: bool) -> CalibrationText | None:
     from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText
 
     if calibration is None:
@@ -265,7 +333,7 @@ def _calibration_text(calibration: str | None, sampled: int | None, max_kl: floa
     return CalibrationText(
         None if calibration == "self" else calibration,
         sampled=DEFAULT_WINDOWS if sampled is None else sampled,
-        held_out=0 if max_kl is None else _HELD_OUT_WINDOWS,
+        held_out=_HELD_OUT_WINDOWS if measures else 0,
     )
 
 
@@ -281,7 +349,7 @@ def _open_device(name: DeviceName) -> Device:
     return TorchDevice(name.value)
 
 
-def _calibrate(model: str, text: CalibrationText, folder: Path, device: Device, quiet: bool) -> Statistics:
+def _calibrate(model: str, text: CalibrationText, folder: Path, device: Device, quiet: bool) -> StoredStatistics:
     from entrollm.calibrate import calibrate
 
     with progress_bar("calibrating", "windows and layers", quiet=quiet) as update:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CompressOptions, PostFit
 from entrollm.compress.target import Target, parse_size
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CompressOptions",
     "CompressResult",
+    "PostFit",
     "SizePlan",
     "Target",
     "check_output",
@@ -47,6 +48,7 @@ def compress(
     options: CompressOptions | None = None,
     *,
     statistics: Statistics | None = None,
+    post_fit: PostFit | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
 ) -> CompressResult:
@@ -60,6 +62,8 @@ def compress(
         out: the folder to make.
         options: what to make; by default the paper's 4-bit grids, coded for size.
         statistics: what calibration measured of this model; needs options with a target.
+        post_fit: called with the finished folder before it appears; returns other values for stored scales, by entry
+            of the file and in its type, or none; needs options with a target.
         overwrite: replace an earlier output.
         on_progress: called from worker threads.
     Raises:
@@ -70,7 +74,15 @@ def compress(
     """
     from entrollm.compress import pipeline
 
-    return pipeline.compress(model, out, options, statistics=statistics, overwrite=overwrite, on_progress=on_progress)
+    return pipeline.compress(
+        model,
+        out,
+        options,
+        statistics=statistics,
+        post_fit=post_fit,
+        overwrite=overwrite,
+        on_progress=on_progress,
+    )
 
 
 def __getattr__(name: str) -> object:

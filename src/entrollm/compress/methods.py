@@ -92,7 +92,7 @@ class SizedMethods:
         self._statistics = statistics
         self._method = options.method
         # Such grids are no faster to decode, and other codes waste bits for other reasons.
-        self._fits_code = options.prefer == "size"
+        self._grid = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = names[-1] if names else ""
@@ -140,11 +140,11 @@ class SizedMethods:
         """The quantizer of a matrix, or of some of its rows with their precision, at a step."""
         factor = self._factor(name)
         if self._statistics is None or factor is None:
-            return EcsqQuantizer(step, precision, fits_code=self._fits_code)
+            return EcsqQuantizer(step, precision, **self._grid)
         device = self._statistics.device
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
-        return FeedbackQuantizer(step, factor, precision, fits_code=self._fits_code, device=device, is_draft=is_draft)
+        return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
 
     def _factor(self, name: str) -> Array | None:
         """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in turn."""

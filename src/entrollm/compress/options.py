@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from entrollm.codec.choose import Prefer
     from entrollm.codec.cost import Processor
     from entrollm.compress.target import Target
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from entrollm.quantize.select import BitsOverride
 
 Method = Literal["feedback", "gptq"]
+PostFit = Callable[[Path], Mapping[str, NDArray[Any]]]
+"""From a compressed folder to other values for some of its stored scales, by their entry in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class CompressOptions:
     Attributes:
         bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
         target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
+        fine_scales: scales are stored about 2 bits finer than pays by itself, for a post_fit to move them.
         method: what a calibrated matrix is quantized by: "feedback", or "gptq" to compare with.
         drift: whether a matrix that is calibrated, by "feedback", makes up for what those before it have become.
         granularity: one grid per tensor, as in the paper, or one per row.
@@ -40,6 +44,7 @@ class CompressOptions:
     target: Target | None = None
     method: Method = "feedback"
     drift: bool = True
+    fine_scales: bool = False
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
     prefer: Prefer = "size"

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, convert_tokenize
 from entrollm.checkpoint.safetensors_file import open_safetensors
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods, has_drift
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CompressOptions, PostFit
 from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
+from entrollm.compress.refit import Refit
 from entrollm.compress.stacks import split_stacks
+from entrollm.compress.target import Target
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel
 from entrollm.container.writer import ShardWriter
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.quantize.statistics import Statistics
 from entrollm.specs import FORMAT_VERSION
@@ -37,6 +39,8 @@ from entrollm.threads import default_threads
 _log = logging.getLogger(__name__)
 _COPY_ROWS_BYTES = 1 << 24
 _DEFAULT_BITS = 4
+# The share of a size limit that is left for scales that change.
+_ROOM = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class CompressResult:
         file_bits: file_bytes * 8 / weights.
         entropy_bits, huffman_bits: per coded weight, weighted over tensors.
         coded_bits: stored bits per coded weight: streams, sizes, scales and the header.
-        elapsed_s: wall time of this run; resumed_weights were finished by an earlier one.
+        elapsed_s: wall time of this run, without a post_fit; resumed_weights were finished by an earlier one.
         packed: what became of matrices that were quantized already; None where there were none.
     """
 
@@ -92,6 +96,7 @@ def compress(
     options: CompressOptions | None = None,
     *,
     statistics: Statistics | None = None,
+    post_fit: PostFit | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
 ) -> CompressResult:
@@ -99,6 +104,8 @@ def compress(
     options = options or CompressOptions()
     if statistics is not None and options.target is None:
         raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
+    if post_fit is not None and options.target is None:
+        raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         order = statistics.order if statistics is not None and has_drift(options) else ()
@@ -106,14 +113,26 @@ def compress(
         small_files = _side_files(checkpoint, options)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plans, options, statistics), overwrite)
         try:
-            methods = make_methods(checkpoint, plans, options, len(shards), statistics)
+            planned = options if post_fit is None else _with_room(options)
+            methods = make_methods(checkpoint, plans, planned, len(shards), statistics)
             run = _Run(checkpoint, plans, folder, options, on_progress, methods)
             records = [run.shard(index, names, len(shards)) for index, names in enumerate(shards)]
             _finish(checkpoint, folder, records, options, statistics is not None, small_files)
+            elapsed_s = time.monotonic() - started
+            scales = {} if post_fit is None else post_fit(folder.partial)
+            # From here on the shards are no longer what a resumed run could take over.
+            for record in records:
+                (folder.partial / record["file"]).with_suffix(".json").unlink()
+            if scales:
+                refit = Refit(folder.partial, checkpoint, scales, options.threads)
+                for record, names in zip(records, shards, strict=True):
+                    record["file_bytes"] = refit.shard(folder.partial / record["file"], names)
+                _write_index(folder, records)
+                _check_limit(records, options)
             folder.publish()
         finally:
             folder.close()
-        return _summarize(checkpoint, options, Path(out), records, time.monotonic() - started, run.resumed_weights)
+        return _summarize(checkpoint, options, Path(out), records, elapsed_s, run.resumed_weights)
 
 
 class _Run:
@@ -277,6 +296,7 @@ def _fingerprint(
         "processor": options.processor,
         "method": options.method,
         "drift": options.drift,
+        "fine_scales": options.fine_scales,
         "statistics": None if statistics is None else statistics.fingerprint,
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
@@ -331,11 +351,26 @@ def _finish(
         "prefer": options.prefer,
     }
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    _write_index(folder, records)
+
+
+def _with_room(options: CompressOptions) -> CompressOptions:
+    """The options with room below a limit, since other scales may deflate less well."""
+    limit = None if options.target is None else options.target.file_bytes
+    return options if limit is None else replace(options, target=Target(file_bytes=int(limit * (1 - _ROOM))))
+
+
+def _check_limit(records: list[dict[str, Any]], options: CompressOptions) -> None:
+    limit = None if options.target is None else options.target.file_bytes
+    size = sum(record["file_bytes"] for record in records)
+    if limit is not None and size > limit:
+        raise EntroLLMError(f"the tuned files would take {size} bytes, over the limit of {limit}; leave out --tune")
+
+
+def _write_index(folder: OutputFolder, records: list[dict[str, Any]]) -> None:
     if len(records) > 1:
         names = {entry: record["file"] for record in records for entry in record["entries"]}
         write_index(folder, names, sum(record["file_bytes"] for record in records))
-    for record in records:
-        (folder.partial / record["file"]).with_suffix(".json").unlink()
 
 
 def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.compress import CompressOptions, CompressResult, Target, check_output, compress, size_range
+from entrollm.compress import CompressOptions, CompressResult, PostFit, Target, check_output, compress, size_range
 from entrollm.engine.load import load
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.run import evaluate
@@ -84,6 +84,7 @@ def compress_within(
     limit: DivergenceLimit,
     *,
     statistics: Statistics | None = None,
+    post_fit: PostFit | None = None,
     overwrite: bool = False,
     on_trial: Callable[[Trial], None] | None = None,
 ) -> SearchResult:
@@ -95,6 +96,7 @@ def compress_within(
         options: as for `compress`; their target is not used.
         limit: the divergence.
         statistics: from calibration.
+        post_fit: as for `compress`, at every size that is tried.
         overwrite: replace an earlier output.
         on_trial: called after each size that was tried.
     Raises:
@@ -111,7 +113,7 @@ def compress_within(
         def attempt(bits: float) -> float:
             place = Path(folder) / "model"
             shutil.rmtree(place, ignore_errors=True)
-            result = compress(model, place, _at(options, bits), statistics=statistics)
+            result = compress(model, place, _at(options, bits), statistics=statistics, post_fit=post_fit)
             evaluations, _ = evaluate([load(place, threads=options.threads)], measured, reference)
             divergence = evaluations[0].divergence
             assert divergence is not None
@@ -122,7 +124,7 @@ def compress_within(
             return divergence.mean
 
         bits = smallest_size(attempt, size_range(model, options, statistics), limit.max_kl)
-    compressed = compress(model, out, _at(options, bits), statistics=statistics, overwrite=overwrite)
+    compressed = compress(model, out, _at(options, bits), statistics=statistics, post_fit=post_fit, overwrite=overwrite)
     return SearchResult(compressed, tried[bits], tuple(trials), limit.windows.size - len(limit.windows))
 
 

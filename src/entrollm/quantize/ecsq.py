@@ -43,12 +43,14 @@ class EcsqQuantizer:
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
         fits_code: whether the grid may move to where it suits a prefix code.
+        fine_scales: whether scales have room for tuning.
     """
 
     step: float
     row_precision: Float32 | None = None
     price: float = PRICE
     fits_code: bool = True
+    fine_scales: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix; a weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
@@ -109,7 +111,7 @@ class EcsqQuantizer:
         steps = self.step * whole * (sizes / whole) ** _ROW_POWER
         if self.row_precision is not None:
             steps /= self.row_precision
-        finest = octave_codes(source.shape[1], self.step)
+        finest = octave_codes(source.shape[1], self.step, self.fine_scales)
         steps = np.maximum(steps, maxima / _LARGEST_SYMBOL * 2 ** (0.5 / finest))
         steps = np.maximum(np.where(sizes > 0, steps, self.step * whole), _TINY)
         return snap(steps, finest), bool(sizes.min() == 0)

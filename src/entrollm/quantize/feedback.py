@@ -46,6 +46,7 @@ class FeedbackQuantizer:
         row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
         price: what a bit is worth in rounding, in squared steps.
         fits_code: whether the grid may move to where it suits a prefix code.
+        fine_scales: whether scales have room for tuning.
         device: what computes.
         correction: float32, shape (rows, columns), on the device, what is added to the weights first; None for
             nothing. Errors are counted from the weights as they were.
@@ -57,6 +58,7 @@ class FeedbackQuantizer:
     row_precision: Float32 | None = None
     price: float = PRICE
     fits_code: bool = True
+    fine_scales: bool = False
     device: Device = HOST
     correction: Array | None = None
     is_draft: bool = False
@@ -133,8 +135,8 @@ class FeedbackQuantizer:
         """The steps as they can be stored; those of columns are around 1, and those of rows make up for it."""
         by_row, by_column = (self.device.take(steps).astype(np.float64) for steps in (row_steps, column_steps))
         typical = float(np.exp(np.log(by_column).mean()))
-        rows = snap(by_row * typical, octave_codes(len(by_column), self.step))
-        return rows, snap(by_column / typical, octave_codes(len(by_row), self.step), 1.0)
+        rows = snap(by_row * typical, octave_codes(len(by_column), self.step, self.fine_scales))
+        return rows, snap(by_column / typical, octave_codes(len(by_row), self.step, self.fine_scales), 1.0)
 
     def _refine(
         self, weights: Array, integers: Array, rows: LogScales, columns: LogScales

@@ -1,0 +1,69 @@
+"""Replace the scales of a compressed folder that is not published yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.checkpoint import Checkpoint
+from entrollm.container.packing import pack
+from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
+from entrollm.container.writer import ShardWriter
+from entrollm.threads import default_threads
+
+# As many as a fresh error has.
+_ERROR_DIGITS = 5
+_CHUNK_WEIGHTS = 1 << 22
+
+
+class Refit:
+    """Writes the shards of a compressed folder again, with other scales; all else stays as it is.
+
+    Args:
+        folder: a complete compressed folder.
+        checkpoint: what it was made from, for the errors in the specs.
+        scales: by entry, of the stored types and sizes.
+        threads: to decode on; None for one per core.
+    """
+
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, scales: Mapping[str, NDArray[Any]], threads: int | None
+    ) -> None:
+        self._model = CompressedModel.open(folder)
+        self._checkpoint = checkpoint
+        self._scales = scales
+        self._pool = _core.ThreadPool(threads or default_threads())
+
+    def shard(self, path: Path, names: Iterable[str]) -> int:
+        """Write one shard of the folder again, which holds the tensors `names`; returns its bytes."""
+        model = self._model
+        with ShardWriter(path) as writer:
+            for name in sorted(names, key=lambda name: name not in model.specs):
+                if name not in model.specs:
+                    array = model.array(name)
+                    writer.add_plain(name, model.dtype(name), array.shape, [array])
+                    continue
+                arrays = model.unpacked_arrays(name)
+                arrays |= {s: self._scales[name + s] for s in arrays if name + s in self._scales}
+                spec, arrays = pack(dataclasses.replace(model.specs[name], parts=None), arrays)
+                error = self._error(open_matrix(name, spec, arrays))
+                writer.add_matrix(name, dataclasses.replace(spec, relative_error=error), arrays)
+        return path.stat().st_size
+
+    def _error(self, matrix: CodedMatrix) -> float:
+        error = energy = 0.0
+        step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)
+        for begin in range(0, matrix.spec.rows, step):
+            rows = np.arange(begin, min(matrix.spec.rows, begin + step))
+            weights = self._checkpoint.read_float32(matrix.name, begin, begin + len(rows))
+            error += float(np.sum(np.square(matrix.dequantize(rows, self._pool) - weights, dtype=np.float64)))
+            energy += float(np.sum(np.square(weights, dtype=np.float64)))
+        self._checkpoint.release(matrix.name)
+        return float(f"{math.sqrt(error / energy) if energy else 0.0:.{_ERROR_DIGITS}g}")

@@ -1,0 +1,207 @@
+"""Tuning: gradients of scales, what it changes in a folder and what it does not, and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from entrollm import _core
+from entrollm.calibrate import StoredStatistics, Tuner, measure, tune
+from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
+from entrollm.checkpoint import Checkpoint
+from entrollm.cli.main import app
+from entrollm.compress import CompressOptions, Target, compress, pipeline
+from entrollm.compress.verify import verify
+from entrollm.container.reader import CompressedModel
+from entrollm.engine.fields import Fields
+from entrollm.engine.files import read_model_files
+from entrollm.engine.load import load
+from entrollm.engine.models import read_config
+from entrollm.errors import EntroLLMError
+from entrollm.evaluate import Windows, evaluate
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+OPTIONS = CompressOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "head"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random layers."""
+    folder = tmp_path_factory.mktemp("model")
+    generator = np.random.default_rng(4)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (512, 64), "model.norm": (64,)}
+    if not request.param:
+        shapes["lm_head"] = (512, 64)
+    for prefix in ("model.layers.0.", "model.layers.1."):
+        shapes |= {f"{prefix}self_attn.{name}_proj": (64, 64) for name in "qkvo"}
+        shapes |= {f"{prefix}mlp.{name}_proj": (128, 64) for name in ("gate", "up")}
+        shapes |= {f"{prefix}mlp.down_proj": (64, 128)}
+        shapes |= {f"{prefix}{name}_layernorm": (64,) for name in ("input", "post_attention")}
+    tensors = {
+        f"{name}.weight": (generator.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": request.param}))
+    return folder
+
+
+def windows(count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 512, (count, 48))
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredStatistics:
+    config = read_config(Fields(read_model_files(model).config, "config.json"))
+    with Checkpoint.open(model) as checkpoint:
+        return measure(checkpoint, config, windows(24, 1), tmp_path_factory.mktemp("statistics"))
+
+
+@pytest.fixture(scope="module")
+def untuned(model: Path, statistics: StoredStatistics, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(model, tmp_path_factory.mktemp("compressed") / "out", OPTIONS, statistics=statistics).path
+
+
+def test_gradients_are_the_slopes_of_the_divergence(model: Path, untuned: Path) -> None:
+    config = read_config(Fields(read_model_files(model).config, "config.json"))
+    read = windows(3, 2)
+    generator = np.random.default_rng(5)
+    with Checkpoint.open(model) as checkpoint, CompressedModel.open(untuned) as opened:
+        teacher = tune._Teacher(config, checkpoint, read)
+        weights = ScaledWeights(opened, 1)
+        student = tune._Student(config, weights, read, teacher)
+        gradients = ScaleGradients(weights)
+        student.divergence(np.arange(3), gradients)
+        assert len(gradients.sums) == 2 * len(opened.specs)
+        for entry, gradient in gradients.sums.items():
+            scale = weights.scales[entry]
+            direction = (generator.standard_normal(scale.shape) + np.sign(gradient)).astype(np.float32)
+            found = []
+            for change in (0.003, -0.003):
+                weights.scales[entry] = scale * np.exp(np.float32(change) * direction)
+                found.append(student.divergence(np.arange(3)))
+            weights.scales[entry] = scale
+            slope = (found[0] - found[1]) / 0.006
+            assert float(gradient @ direction) == pytest.approx(slope, rel=0.02, abs=1e-4), entry
+
+
+def integers(folder: Path) -> dict[str, bytes]:
+    """The symbols of all matrices, and the bytes of the other tensors."""
+    pool = _core.ThreadPool(1)
+    with CompressedModel.open(folder) as opened:
+        symbols = {name: opened.matrix(name).symbols(0, spec.rows, pool) for name, spec in opened.specs.items()}
+        kept = {name: opened.array(name) for name in opened.plain}
+        return {name: array.tobytes() for name, array in (symbols | kept).items()}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+def test_tuning_lowers_the_divergence_and_changes_scales_alone(
+    model: Path, statistics: StoredStatistics, untuned: Path, tmp_path: Path
+) -> None:
+    tuner = Tuner(model, windows(80, 1), windows(8, 3))
+    steps: list[tuple[float, float]] = []
+    result = compress(
+        model,
+        tmp_path / "out",
+        OPTIONS,
+        statistics=statistics,
+        post_fit=lambda folder: tuner(folder, lambda done, total: steps.append((done, total))),
+    )
+    tuned = tuner.result
+    assert tuned is not None and tuned.is_kept
+    assert tuned.kl_after < 0.96 * tuned.kl_before
+    assert tuned.predictions == 8 * 47
+    assert steps == [(done, 80) for done in range(4, 81, 4)]
+    evaluations, _ = evaluate(
+        [load(folder) for folder in (untuned, result.path)], Windows(windows(8, 3), 1, 1), load(model)
+    )
+    measured = [evaluation.divergence.mean for evaluation in evaluations if evaluation.divergence is not None]
+    assert measured == pytest.approx([tuned.kl_before, tuned.kl_after], rel=1e-3)
+    assert integers(result.path) == integers(untuned)
+    sizes = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (untuned, result.path)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert result.file_bytes == sizes[1]
+    index = json.loads((result.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sizes[1]
+    assert {file.suffix for file in result.path.iterdir()} == {".json", ".safetensors"}
+    with CompressedModel.open(result.path) as opened, Checkpoint.open(model) as checkpoint:
+        verify(opened, _core.ThreadPool(1), checkpoint)
+
+
+def test_tuning_that_does_not_help_changes_nothing(
+    model: Path, statistics: StoredStatistics, untuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_RATE", -0.05)  # uphill
+    tuner = Tuner(model, windows(8, 1), windows(4, 3))
+    out = compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=tuner).path
+    assert tuner.result is not None and not tuner.result.is_kept
+    assert tuner.result.to_json()["is_kept"] is False
+    assert shards(out) == shards(untuned)
+
+
+@pytest.mark.parametrize("model", [True], indirect=True)
+def test_a_size_limit_holds_for_the_tuned_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = Tuner(model, windows(40, 1), windows(4, 3))
+    options = CompressOptions(target=Target(file_bytes=50_000), fine_scales=True)
+    assert 49_500 < compress(model, tmp_path / "out", options, post_fit=tuner).file_bytes <= 50_000
+
+    monkeypatch.setattr(pipeline, "_ROOM", -0.05)
+    with pytest.raises(EntroLLMError, match=r"the tuned files would take \d+ bytes, over the limit of 50000"):
+        compress(model, tmp_path / "grown", options, post_fit=tuner)
+    assert not (tmp_path / "grown").exists()
+
+
+def test_an_interrupted_tuning_leaves_no_output_and_is_resumed(
+    model: Path, statistics: StoredStatistics, untuned: Path, tmp_path: Path
+) -> None:
+    def interrupt(folder: Path) -> dict[str, NDArray[np.float32]]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    result = compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=lambda folder: {})
+    assert result.resumed_weights == result.quantized_weights
+    assert shards(result.path) == shards(untuned)
+
+
+@pytest.mark.parametrize("model", [True], indirect=True)
+def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path) -> None:
+    arguments = ["--bpw", "3.0", "--calibration", "self", "--sampled", "16", "--tune", "--threads", "1"]
+    shown = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "out"), *arguments])
+    assert shown.exit_code == 0, shown.output
+    assert re.search(
+        r"tuned: KL divergence [\d.]+ -> [\d.]+ nats, on 1,008 predictions that neither",
+        " ".join(shown.stdout.split()),
+    )
+
+
+def test_tuning_of_a_grid_without_a_size_is_refused(model: Path, tmp_path: Path) -> None:
+    tuner = Tuner(model, windows(8, 1), windows(4, 3))
+    with pytest.raises(ValueError, match="tuning needs a size to compress to"):
+        compress(model, tmp_path / "out", CompressOptions(bits=4), post_fit=tuner)
+
+
+def test_a_divergence_that_is_not_finite_is_an_error(
+    model: Path, untuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_log_softmax", lambda logits: np.full_like(logits, np.nan))
+    with pytest.raises(EntroLLMError, match="the divergence of the compressed model is not finite"):
+        Tuner(model, windows(8, 1), windows(4, 3))(untuned)
