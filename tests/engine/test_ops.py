@@ -96,7 +96,8 @@ def test_attention(instruction_sets: InstructionSets, data: st.DataObject) -> No
     keys = normal(seed + 1, kv_heads, width, length + 3)[:, :, 2 : 2 + length]
     values = normal(seed + 2, kv_heads, length + 5, width)[:, 4 : 4 + length]
     results = instruction_sets.each(_attention_of_slices, queries, keys, values, window)
-    agree(results, reference.attention(queries, keys, values, window), 2e-5)
+    # What float32 leaves of a score is in proportion to it, and an error of a score is a relative one of its share.
+    agree(results, reference.attention(queries, keys, values, window), 1e-4 if scale > 1 else 2e-5)
 
 
 def _attention_of_slices(queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
