@@ -93,3 +93,14 @@ def test_rows_of_very_different_sizes_keep_one_grid_of_scales() -> None:
     assert quantized.error == pytest.approx(float(((values - weights) ** 2).sum()), rel=1e-3)
     errors = np.square(values - weights).sum(axis=1) / np.square(weights.astype(np.float64)).sum(axis=1)
     assert errors[-1] < 0.02
+
+
+def test_narrow_weights_far_from_zero_keep_zero_among_the_symbols() -> None:
+    """A line through two close values may meet 0 far beyond the grid; what is stored must be readable."""
+    for centre, width in ((3.72, 0.012), (4.76, 0.0025), (4.93, 0.087), (4.988, 0.006)):
+        sample = centre + width * np.random.default_rng(7).integers(0, 2, (64, 256)).astype(np.float32)
+        grid = fit_grid(sample, PRICE, FREE)
+        assert ZERO - 32 < grid.zero < ZERO + 32
+        quantized = EcsqQuantizer(1 / centre).quantize(ArraySource("w", sample), choose)
+        assert quantized.zero is not None and 0 <= quantized.zero <= 255
+        assert quantized.error < 1e-3 * quantized.energy

@@ -32,6 +32,8 @@ _FINE = 64
 _EDGE = 129
 # The RMS in steps from which, above 4.6 bits, all grids waste about as little.
 _WIDE = 6.0
+# Weights in a narrow range far from 0 would ask for a line so flat that it meets 0 beyond all symbols.
+_STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,18 @@ def _try(x: _Fine, stretch: float, shift: float, price: float) -> tuple[float, G
         lengths[present] = found
     total = count.sum()
     symbols = values * stretch
-    # A grid that holds 0 keeps it.
-    mean, centre = (first.sum() / total, (count * symbols).sum() / total) if shift else (0.0, 0.0)
-    spread = (count * symbols**2).sum() / total - centre**2
-    matched = (first * symbols).sum() / total - mean * centre
-    gain = matched / spread if spread > 0 and matched > 0 else 1.0
-    error = second.sum() / total - mean**2 - gain * matched
+    mean, centre = first.sum() / total, (count * symbols).sum() / total
+    spread, matched = (count * symbols**2).sum() / total, (first * symbols).sum() / total
+    gain = _gain(matched - mean * centre, spread - centre**2)
+    if not shift or not 1 / _STEEPEST <= gain <= _STEEPEST:
+        # A grid that holds 0 keeps it.
+        mean = centre = 0.0
+        gain = _gain(matched, spread)
+    error = second.sum() / total - mean**2 - gain * (matched - mean * centre)
     rate = (count * lengths).sum() / total
     zero = ZERO - shift + (centre - mean / gain) / stretch
     return rate + 0.5 * np.log2(max(error, 1e-9)), Grid(stretch, shift, lengths, gain, round(float(zero), 3))
+
+
+def _gain(matched: float, spread: float) -> float:
+    return matched / spread if spread > 0 and matched > 0 else 1.0
