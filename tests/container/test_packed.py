@@ -110,6 +110,20 @@ def test_a_written_file_is_aligned_and_no_larger_than_needed(file: Path) -> None
             assert stored.size < sum(model.specs[name].parts or ()) + 64 + 128
 
 
+def test_coded_entries_are_aligned_beside_group_scales(tmp_path: Path) -> None:
+    """They are written at once, before the arrays beside them, however many matrices there are."""
+    golden = Path(__file__).parents[1] / "golden" / "v1-groups"
+    write_config(tmp_path, version=2)
+    with CompressedModel.open(golden) as model, ShardWriter(tmp_path / "model.safetensors") as writer:
+        for name, spec in model.specs.items():
+            writer.add_matrix(name, spec, model.stored_arrays(name))
+            assert writer.entries[-1].name == name + layout.CODED
+    with CompressedModel.open(tmp_path) as model:
+        for name in model.specs:
+            assert model.stored_arrays(name)[layout.CODED].ctypes.data % 64 == 0
+    assert contents(tmp_path) == contents(golden)
+
+
 def test_matrix_bytes_foretell_the_file(tmp_path: Path) -> None:
     sizes, foretold, table = [], 0, TensorTable()
     for count in (2, 40):

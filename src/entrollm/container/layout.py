@@ -55,7 +55,7 @@ SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
 _MAX_INFLATION = 1032
 _INDEX_DIGITS = 9
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
-# Streams that the engine reads in place; the others are small and copied at load.
+# Streams that the engine reads in place; small arrays are copied at load.
 STREAMS = (DENSE, SPARSE)
 
 

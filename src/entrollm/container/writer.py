@@ -33,8 +33,8 @@ def matrix_bytes(table: TensorTable, name: str, spec: TensorSpec, arrays: Mappin
 class ShardWriter:
     """One safetensors file. Data is spooled beside it, then the header and the data are written under its name.
 
-    Coded matrices come first, so that their streams stay aligned; plain tensors follow. An `ordinary` file holds
-    plain tensors alone and says nothing of this format.
+    The entries that hold streams come first, so that they stay aligned; group scales and plain tensors follow. An
+    `ordinary` file holds plain tensors alone and says nothing of this format.
     """
 
     def __init__(self, path: Path, ordinary: bool = False) -> None:
@@ -67,7 +67,7 @@ class ShardWriter:
                 continue
             array = stored[suffix]
             entry = StoredEntry(name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
-            if suffix in layout.STREAMS:
+            if suffix == layout.CODED:
                 self.entries.append(entry)
                 self._spool.write(array.view(np.uint8).data)
             else:
