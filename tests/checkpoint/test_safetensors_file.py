@@ -110,6 +110,7 @@ BAD_HEADERS = {
     "endless integer": (b'{"a":' + b"9" * 10_000 + b"}", "the header is not valid JSON"),
     "nan": (b'{"a": NaN}', "holds NaN, which is not JSON"),
     "duplicate tensor": (b'{"a": 1, "a": 2}', "has the key 'a' twice"),
+    "duplicate after many": (b"{%s" % b"".join(b'"%d":0,' % i for i in range(100_000)) + b'"a":0,"a":0}', "'a' twice"),
     "duplicate field": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', "has the key 'dtype' twice"),
     "metadata list": ({"__metadata__": []}, "__metadata__ must be an object of strings, found list"),
     "metadata number": ({"__metadata__": {"k": 1}}, r"__metadata__\['k'\] must be a string, found int"),
