@@ -1,5 +1,6 @@
 """Drift: what is added to matrices whose inputs come from quantized ones, against its closed form."""
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_corrections_are_those_of_the_closed_form(
                 expected = closed_form(source.read_float32(matrix), original[matrix], drifted[matrix])
                 found = device.take(correction)
                 np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max(), err_msg=matrix)
-            walk.record(matrix, changed.read_float32(matrix))
+            walk.record(matrix, functools.partial(changed.read_float32, matrix))
     matrices = [key for key, (x, _) in original.items() if key != HEAD or not config_of(folder).tied_embeddings]
     assert sorted(order) == sorted([EMBEDDING, *matrices])
 
@@ -142,13 +143,32 @@ def test_matrices_that_are_asked_for_too_late_are_refused(checkpoint: Callable[[
             walk.correction("model.layers.0.mlp.up_proj.weight")
 
 
+def test_matrices_are_read_when_the_walk_passes_them(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A resumed run takes note of all that are finished; one layer of them is in memory at a time."""
+    folder = checkpoint("llama-tied")
+    order = statistics_of(folder, tmp_path / "statistics").order
+    found: list[str] = []
+    with Checkpoint.open(folder) as source:
+
+        def read(name: str) -> NDArray[np.float32]:
+            found.append(name)
+            return source.read_float32(name)
+
+        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        for name in order:
+            walk.record(name, functools.partial(read, name))
+        assert not found
+        walk.correction("model.layers.0.self_attn.o_proj.weight")
+        assert sorted(found) == sorted(order[:4])  # the embedding, q, k and v
+
+
 def test_dead_inputs_are_not_corrected(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:
         walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
         for part in ("gate", "up"):
             name = f"model.layers.0.mlp.{part}_proj.weight"
-            walk.record(name, np.zeros(source.tensors[name].shape, np.float32))
+            walk.record(name, functools.partial(np.zeros, source.tensors[name].shape, np.float32))
         assert not walk.correction("model.layers.0.mlp.down_proj.weight").any()
         assert np.isfinite(walk.correction("model.layers.1.self_attn.q_proj.weight")).all()
 
@@ -158,7 +178,7 @@ def test_activations_that_are_not_finite_are_named(checkpoint: Callable[[str], P
     with Checkpoint.open(folder) as source:
         walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
         name = "model.layers.1.self_attn.v_proj.weight"
-        walk.record(name, np.full(source.tensors[name].shape, np.nan, np.float32))
+        walk.record(name, lambda: np.full(source.tensors[name].shape, np.nan, np.float32))
         message = r"layers.1.self_attn.o_proj.weight: its inputs in the quantized model are not finite"
         with pytest.raises(EntroLLMError, match=message):
             walk.correction("model.layers.1.self_attn.o_proj.weight")

@@ -75,8 +75,8 @@ class DriftWalk:
             self._corrections = _solve(found[0], *self._models.products(found[1]))
         return self._corrections[name]
 
-    def record(self, name: str, weights: NDArray[np.float32]) -> None:
-        """Take note of what a matrix has become; one that is not recorded counts as unchanged."""
+    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
+        """Take note of what a matrix has become, to be read when the walk passes it; else it counts as unchanged."""
         self._models.record(name, weights)
 
 
@@ -103,13 +103,13 @@ class _Models:
         self._windows = windows
         self._device = device
         self._tensors = Tensors(checkpoint, device)
-        self._recorded: dict[str, Array] = {}
+        self._recorded: dict[str, Callable[[], NDArray[np.float32]]] = {}
         self._hidden: list[Pair] = []
         self._inputs: list[Pair] = []
 
-    def record(self, name: str, weights: NDArray[np.float32]) -> None:
+    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
         """Take note of what a matrix has become, before the walk goes on."""
-        self._recorded[name] = self._device.put(weights)
+        self._recorded[name] = weights
 
     def walk(self) -> Iterator[tuple[Part, bool]]:
         """The matrices on one input after another, once both models have got there, and whether they write to the
@@ -138,7 +138,7 @@ class _Models:
 
     def _embed(self) -> None:
         embedding = self._tensors.read(EMBEDDING, (self._config.vocab_size, self._config.hidden_size))
-        quantized = self._recorded.pop(EMBEDDING, embedding)
+        quantized = self._became(EMBEDDING, embedding)
         self._hidden = [(embedding[ids], quantized[ids]) for ids in self._windows]
 
     def _norm(self, weight: Array, eps: float) -> None:
@@ -160,9 +160,13 @@ class _Models:
         """The matrices as they were recorded."""
         begin, rows = 0, []
         for name, count in zip(part.names, part.rows, strict=True):
-            rows.append(self._recorded.pop(name, part.weight[begin : begin + count]))
+            rows.append(self._became(name, part.weight[begin : begin + count]))
             begin += count
         return Part(part.names, part.rows, functions(rows[0]).concatenate(rows), part.bias)
+
+    def _became(self, name: str, original: Array) -> Array:
+        weights = self._recorded.pop(name, None)
+        return original if weights is None else self._device.put(weights())
 
     def products(self, is_stream: bool) -> tuple[Array, Array, Array]:
         """Sums in float64 over all tokens: x' x'^T; (x - x') x'^T; (h - h') x'^T with h the stream, or 0."""

@@ -42,7 +42,7 @@ class Methods(Protocol):
         """Take note of what a matrix took in the file; False asks for it to be coded again."""
 
     def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
-        """Take note of a matrix that an earlier run has finished; `weights` reads it."""
+        """Take note of a matrix that an earlier run has finished; `weights` reads it, perhaps later."""
 
 
 class PaperMethods:
@@ -127,7 +127,7 @@ class SizedMethods:
         """Let the rate control and the matrices after this one take note."""
         self.control.settle(name, stored_bytes)
         if self._drift is not None:
-            self._drift.record(name, weights())
+            self._drift.record(name, weights)
 
     def row_precision(self, name: str) -> NDArray[np.float32] | None:
         """What the rows of a matrix divide their steps by."""
@@ -167,7 +167,7 @@ class _Corrected:
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize the matrix, for those after it to take note of."""
         quantized = replace(self.inner, correction=self.drift.correction(self.name)).quantize(source, choose)
-        self.drift.record(self.name, quantized.weights())
+        self.drift.record(self.name, quantized.weights)
         return quantized
 
 

@@ -28,7 +28,7 @@ from entrollm.compress.stacks import split_stacks
 from entrollm.compress.target import Target
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
+from entrollm.container.reader import CodedMatrix, CompressedModel
 from entrollm.container.writer import ShardWriter
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 from entrollm.quantize.select import TensorPlan, plan_tensors
@@ -193,11 +193,10 @@ class _Run:
 
     def _resume(self, path: Path, matrices: dict[str, dict[str, Any]]) -> None:
         """Take note of the matrices of a finished shard, in their order."""
-        pool = _core.ThreadPool(self._options.threads or default_threads())
+        threads = self._options.threads or default_threads()
         with CompressedModel(path, {}, {path.name: open_safetensors(path)}) as model:
             for name, matrix in matrices.items():
-                rows = np.arange(model.specs[name].rows)
-                weights = functools.partial(model.matrix(name).dequantize, rows, pool)
+                weights = functools.partial(_dequantized, model.matrix(name), threads)
                 self._methods.resume(name, matrix["stored_bytes"], weights)
 
     def _is_plain(self, name: str) -> bool:
@@ -225,6 +224,10 @@ class _Run:
     def _report(self, name: str) -> None:
         if self._on_progress is not None:
             self._on_progress(CompressProgress(self._done, self._total, name))
+
+
+def _dequantized(matrix: CodedMatrix, threads: int) -> NDArray[np.float32]:
+    return matrix.dequantize(np.arange(matrix.spec.rows), _core.ThreadPool(threads))
 
 
 def make_methods(

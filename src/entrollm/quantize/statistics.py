@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +36,8 @@ class Drift(Protocol):
             float32, the shape of the matrix, on the device of the statistics; None for nothing.
         """
 
-    def record(self, name: str, weights: NDArray[np.float32]) -> None:
-        """Take note of what a matrix has become; one that is not recorded counts as unchanged."""
+    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
+        """Take note of what a matrix has become, to be read when it is needed; else it counts as unchanged."""
 
 
 class Statistics(Protocol):
