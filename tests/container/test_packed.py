@@ -176,7 +176,8 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "one part": ({"parts": [1]}, "parts must be three sizes in bytes"),
     "negative part": ({"parts": [-64, 10, 10]}, "parts must be three sizes in bytes"),
     "absurd part": ({"parts": [2**50, 0, 0]}, "parts must be three sizes in bytes"),
-    "no parts": ({"parts": None}, "do not agree on whether it is one entry"),
+    "no parts": ({"parts": None, "scales": None}, "do not agree on whether it is one entry"),
+    "scales alone": ({"parts": None}, "tells of stored scales, and of no parts that hold them"),
     "long side": ({"parts": [13824, 1, 4000]}, "its parts make"),
     "unknown scales": ({"scales": {"row_scale": 8}}, "scales must be of scale, offset, column_scale"),
     "list of scales": ({"scales": ["scale"]}, "scales must be of"),
@@ -209,9 +210,18 @@ def test_a_constant_matrix_has_nothing_behind_it(folder: Path, file: Path) -> No
     refuse(folder, FormatError, "5 bytes follow its streams, which its spec does not tell of")
 
 
-def test_entries_of_both_kinds_are_refused(folder: Path, file: Path) -> None:
+def test_entries_of_version_1_are_refused(folder: Path, file: Path) -> None:
     change_entries(file, {MULTI_ROW + ".sparse_sizes": ("U16", np.ones(1, np.uint16))})
-    refuse(folder, FormatError, "a.weight: sparse_sizes is stored beside the entry that holds it")
+    refuse(folder, FormatError, "'a.weight.sparse_sizes' belongs to no tensor that the header describes")
+
+
+def test_version_1_has_no_coded_entries(tmp_path: Path) -> None:
+    folder = write_example(tmp_path / "one")
+    file = folder / "model.safetensors"
+    change_entries(file, {MULTI_ROW + ".coded": ("U8", np.zeros(128, np.uint8))})
+    refuse(folder, FormatError, "'a.weight.coded' belongs to no tensor that the header describes")
+    change_spec(write_example(tmp_path / "two") / "model.safetensors", MULTI_ROW, parts=[0, 0, 0])
+    refuse(tmp_path / "two", FormatError, "a.weight: its spec has parts, which format version 1 does not know")
 
 
 @pytest.mark.parametrize("change", [-64, 64])
@@ -309,8 +319,8 @@ def test_decoding_runs_over_the_entry_alone(folder: Path) -> None:
             model.matrix(name).symbols(0, spec.rows, _core.ThreadPool(1))
 
 
-def test_codes_of_another_type_are_refused(tmp_path: Path) -> None:
+def test_version_1_has_no_codes(tmp_path: Path) -> None:
     """An entry of version 1, which has no codes, with a spec that tells of some."""
     folder = write_example(tmp_path / "one")
     change_spec(folder / "model.safetensors", SPLIT_ROW, scales={"scale": 8}, scale=0.5)
-    refuse(folder, FormatError, "b.weight: its scale is stored as float32, and its spec tells of 8")
+    refuse(folder, FormatError, "b.weight: its spec tells of stored scales, and of no parts that hold them")

@@ -77,7 +77,7 @@ def read_tensors(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, int]]
         raise FormatError(f"{file.path}: its header has no {layout.VERSION_KEY!r}; it is not a compressed shard")
     if version not in map(str, READ_VERSIONS):
         raise UnsupportedError(f"{file.path}: format version {version!r}; this EntroLLM reads {versions_read()}")
-    texts, checksums = _read_version_1(file) if version == "1" else _read_table(file)
+    texts, checksums = _read_version_1(file) if _is_version_1(file) else _read_table(file)
     for name, value in checksums.items():
         if not isinstance(value, str) or _CRC32.fullmatch(value) is None:
             raise FormatError(f"{file.path}: the CRC-32 of {name!r} must be 8 hex digits, found {value!r:.80}")
@@ -90,14 +90,24 @@ def parse_specs(file: SafetensorsFile, texts: Mapping[str, str]) -> dict[str, Te
     """The specs of a file's coded matrices.
 
     Raises:
-        FormatError: a text is no spec.
+        FormatError: a text is no spec, or not one of the file's version.
     """
-    return {name: TensorSpec.from_json(text, f"{file.path}: {name}") for name, text in texts.items()}
+    specs = {name: TensorSpec.from_json(text, f"{file.path}: {name}") for name, text in texts.items()}
+    for name, spec in specs.items():
+        if spec.parts is None and spec.scales:
+            raise FormatError(f"{file.path}: {name}: its spec tells of stored scales, and of no parts that hold them")
+        if spec.parts is not None and _is_version_1(file):
+            raise FormatError(f"{file.path}: {name}: its spec has parts, which format version 1 does not know")
+    return specs
 
 
 def versions_read() -> str:
     """The versions that can be read, for messages."""
     return " and ".join(map(str, READ_VERSIONS))
+
+
+def _is_version_1(file: SafetensorsFile) -> bool:
+    return file.metadata[layout.VERSION_KEY] == "1"
 
 
 def _read_version_1(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, Any]]:
@@ -139,9 +149,11 @@ def _check_cover(file: SafetensorsFile, coded: Mapping[str, str], plain: Mapping
     for name in plain:
         if name not in file.tensors:
             raise FormatError(f"{file.path}: tensor {name!r} is listed but not stored")
-    owned = {name + suffix for name in coded for suffix in layout.SUFFIXES}
+    suffixes = layout.VERSION_1_SUFFIXES if _is_version_1(file) else layout.PACKED_SUFFIXES
+    owned = {name + suffix for name in coded for suffix in suffixes}
+    claimed = {name + suffix for name in coded for suffix in layout.SUFFIXES}
     for name in file.tensors:
-        if name in coded or (name in plain and name in owned):
+        if name in coded or (name in plain and name in claimed):
             raise FormatError(f"{file.path}: {name!r} is stored both coded and plain")
         if name not in plain and name not in owned:
             raise FormatError(f"{file.path}: the entry {name!r} belongs to no tensor that the header describes")

@@ -40,6 +40,9 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
 # What group scales consist of; these entries are deflated, see `pack_array`.
 GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
 SUFFIXES = (CODED, *_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
+# The entries that a file may have, in version 1 and in later ones.
+VERSION_1_SUFFIXES = (*_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
+PACKED_SUFFIXES = (CODED, *GROUP_SUFFIXES)
 # The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
 SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
     CODED: ("U8",),

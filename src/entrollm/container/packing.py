@@ -88,8 +88,6 @@ def unpack_with(
         raise FormatError(f"{name}: its spec and its entries do not agree on whether it is one entry")
     if spec.parts is None:
         return dict(entries), {}
-    if stray := [suffix for suffix in entries if suffix in _PACKED]:
-        raise FormatError(f"{name}: {stray[0][1:]} is stored beside the entry that holds it")
     coded = entries[layout.CODED]
     dense, sparse, side = spec.parts
     size = len(coded)

@@ -349,8 +349,6 @@ def _scales(name: str, what: str, spec: TensorSpec, arrays: Mapping[str, NDArray
     value = {"scale": spec.scale, "offset": spec.offset}.get(what)
     stored = arrays.get(f".{what}")
     form = spec.scales.get(what)
-    if stored is not None and isinstance(form, int) != (stored.dtype == np.uint8):
-        raise FormatError(f"{name}: its {what} is stored as {stored.dtype}, and its spec tells of {form!r}")
     if stored is not None and isinstance(form, int):
         base = 1.0 if what == "column_scale" else value
         if base is None:
