@@ -124,6 +124,14 @@ def test_coded_entries_are_aligned_beside_group_scales(tmp_path: Path) -> None:
     assert contents(tmp_path) == contents(golden)
 
 
+def test_coded_matrices_come_first(tmp_path: Path) -> None:
+    spec, arrays = example_tensors()[MULTI_ROW]
+    writer = ShardWriter(tmp_path / "model.safetensors")
+    writer.add_plain(NORM, "BF16", (100,), [example_plain()[NORM]])
+    with pytest.raises(ValueError, match=r"a.weight: coded matrices come before plain tensors"):
+        writer.add_matrix(MULTI_ROW, spec, arrays)
+
+
 def test_matrix_bytes_foretell_the_file(tmp_path: Path) -> None:
     sizes, foretold, table = [], 0, TensorTable()
     for count in (2, 40):
@@ -193,6 +201,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "no base": ({"scale": None}, "stored as codes, and the spec has no scale that they multiply"),
     "absurd base": ({"scale": 3e38}, "its scale has a value that is not finite"),
     "more rows": ({"shape": [4, 4200]}, "b.weight"),
+    "absurd zero": ({"scale": 5e33, "zero": 255}, "its zero gives an offset that is not finite"),
     "absurd rows": ({"shape": [2**27, 4200]}, "cannot hold"),
 }
 

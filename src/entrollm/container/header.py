@@ -30,7 +30,13 @@ class TensorTable:
         self._has_plain = False
 
     def add_spec(self, name: str, text: str) -> None:
-        """Add the spec of a coded matrix; none may follow a plain tensor."""
+        """Add the spec of a coded matrix.
+
+        Raises:
+            ValueError: a plain tensor was added before.
+        """
+        if self._has_plain:
+            raise ValueError(f"{name}: coded matrices come before plain tensors")
         self._add(name, text)
 
     def add_plain(self, name: str, checksum: int) -> None:

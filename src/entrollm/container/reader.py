@@ -341,7 +341,11 @@ def _offsets(
         return _scales(name, "offset", spec, arrays)
     if layout.OFFSET in arrays:
         raise FormatError(f"{name}: it has a zero symbol and stored offsets too")
-    return scale * np.float32(-spec.zero)
+    with np.errstate(over="ignore"):
+        offsets: NDArray[np.float32] = scale * np.float32(-spec.zero)
+    if not np.isfinite(offsets).all():
+        raise FormatError(f"{name}: its zero gives an offset that is not finite")
+    return offsets
 
 
 def _scales(name: str, what: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32] | None:
