@@ -131,6 +131,8 @@ def test_info_names_the_instruction_set() -> None:
     ("arguments", "message"),
     [
         (("--max-kl", 0.1), "--max-kl goes with --calibration"),
+        (("--max-kl", 0, "--calibration", "self"), "--max-kl must be above 0 and finite, found 0.0"),
+        (("--max-kl", "nan", "--calibration", "self"), "--max-kl must be above 0 and finite, found nan"),
         (("--max-kl", 0.1, "--bpw", 3, "--calibration", "self"), "--max-kl goes with --calibration"),
         (("--calibration", "self"), "--calibration needs a size"),
         (("--bpw", 3, "--tune"), "--tune needs a text: add --calibration FILE or --calibration self"),

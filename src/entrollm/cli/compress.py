@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -206,6 +207,8 @@ def command(
         raise ValueError("--tune needs a text: add --calibration FILE or --calibration self")
     if text is None and device_name is not DeviceName.cpu:
         raise ValueError(f"--device {device_name.value} goes with --calibration FILE or --calibration self")
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise ValueError(f"--max-kl must be above 0 and finite, found {max_kl}")
     check_output(out, overwrite)
     device = _open_device(device_name)
     if max_kl is not None:
