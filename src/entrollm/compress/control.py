@@ -59,6 +59,7 @@ class RateControl:
         self._spent = self._expected = 0.0
         self._nudge = 1.0
         self._too_fine = self._too_coarse = 0.0  # nudges of the last matrix that gave too much and too little
+        self._best = 0.0, 0.0  # the largest size within the limit, and its nudge
         self._tries = 0
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
         self._check_feasible()
@@ -93,13 +94,15 @@ class RateControl:
         if self._aim * (1 - _SLACK) <= total <= self._limit:
             return False
         self._tries += 1
+        if self._best[0] < total <= self._limit:
+            self._best = total, self._nudge
         if self._tries > _TRIES:
-            if total <= self._limit:
-                return False
-            if self._nudge == self._too_coarse or not self._too_coarse:
+            # A tiny matrix may have no step that comes near: the largest size below the limit has to do.
+            if not self._best[1]:
                 raise EntroLLMError(f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}")
-            # A tiny matrix may have no step that comes near: the finest that stays below has to do.
-            self._nudge = self._too_coarse
+            if self._nudge == self._best[1]:
+                return False
+            self._nudge = self._best[1]
             return True
         if total > self._limit:
             self._too_fine = self._nudge

@@ -95,9 +95,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the file, sync it to disk and give it its name."""
-        self._flush_small()
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
+            self._flush_small()
             with temporary.open("wb") as out:
                 out.write(layout.build_header(self.entries, self._metadata()))
                 self._spool.seek(0)
