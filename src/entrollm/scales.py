@@ -44,6 +44,11 @@ class LogScales:
         return len(self.codes)
 
 
+def float_scales(scales: NDArray[Any] | LogScales) -> NDArray[np.float32]:
+    """What scales are, stored as numbers or as codes: float32, shape (n,)."""
+    return scales.values() if isinstance(scales, LogScales) else scales.astype(np.float32)
+
+
 def decode_scales(codes: NDArray[np.uint8], per_octave: int, base: float) -> NDArray[np.float32]:
     """What codes stand for: base * 2^((code - 128) / per_octave), both factors and their product in float32."""
     place = codes.astype(np.int32) - MIDDLE

@@ -23,6 +23,7 @@ from folders import (
     contents,
     read_entry,
     read_safetensors,
+    refuse,
     write_config,
     write_example,
     write_safetensors,
@@ -43,11 +44,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def file(folder: Path) -> Path:
     return folder / "model.safetensors"
-
-
-def refuse(folder: Path, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        contents(folder)
 
 
 def test_truncation_anywhere_is_refused(folder: Path, file: Path) -> None:

@@ -25,6 +25,7 @@ from folders import (
     example_plain,
     example_tensors,
     read_entry,
+    refuse,
     write_config,
     write_example,
 )
@@ -74,11 +75,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def file(folder: Path) -> Path:
     return folder / "model.safetensors"
-
-
-def refuse(folder: Path, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        contents(folder)
 
 
 def test_both_versions_hold_the_same(tmp_path: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from matrices import store
 from numpy.typing import NDArray
 from version1 import Version1Writer
@@ -239,3 +240,9 @@ def reseal(file: Path, name: str) -> None:
         texts[name] = f'{texts[name][:-10]}{layout.checksum(name, texts[name], arrays):08x}"}}'
 
     change_specs(file, change)
+
+
+def refuse(folder: Path, error: type[Exception], message: str) -> None:
+    """Check that reading all of a folder fails with a message."""
+    with pytest.raises(error, match=message):
+        contents(folder)

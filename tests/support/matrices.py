@@ -14,7 +14,7 @@ from entrollm import _core
 from entrollm.codec.blocks import choose_blocks, padded
 from entrollm.codec.reference import code_bits
 from entrollm.container.layout import padded_stream
-from entrollm.scales import LogScales
+from entrollm.scales import LogScales, float_scales
 from entrollm.specs import MAX_BLOCK_WEIGHTS, Blocks, Code, Field, Leaf, Node, Split
 
 WIDE = (384, 576, 960, 2048, 4096, 4097, 5000, 14336)
@@ -170,5 +170,4 @@ def dequantize(stored: StoredMatrix, rows: NDArray[np.int64], threads: int = 1) 
 
 def scale_values(scales: NDArray[Any] | LogScales) -> NDArray[np.float64]:
     """What the scales of a quantized matrix are."""
-    values = scales.values() if isinstance(scales, LogScales) else scales
-    return values.astype(np.float64)
+    return float_scales(scales).astype(np.float64)

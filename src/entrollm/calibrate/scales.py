@@ -12,7 +12,7 @@ from entrollm.container import layout
 from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
 from entrollm.engine.linear import CodedWeights
 from entrollm.engine.weights import Floats, Ids, load_tensor
-from entrollm.scales import MIDDLE, decode_scales
+from entrollm.scales import LogScales
 from entrollm.threads import default_threads
 
 
@@ -77,11 +77,10 @@ class _Stored:
     def round(self, scales: Floats) -> tuple[NDArray[Any], Floats]:
         """Scales as they are stored, and what these stand for."""
         if not isinstance(self.per_octave, int) or self.base is None:
-            rounded = scales.astype(self.dtype)
-            return rounded, rounded.astype(np.float32)
-        places = np.rint(np.log2(scales.astype(np.float64) / self.base) * self.per_octave) + MIDDLE
-        codes = np.clip(places, 0, 255).astype(np.uint8)
-        return codes, decode_scales(codes, self.per_octave, self.base)
+            numbers = scales.astype(self.dtype)
+            return numbers, numbers.astype(np.float32)
+        rounded = LogScales(np.zeros(0, np.uint8), self.per_octave, self.base).nearest(scales)
+        return rounded.codes, rounded.values()
 
 
 class ScaleGradients:

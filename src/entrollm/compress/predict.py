@@ -23,7 +23,7 @@ from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
 from entrollm.quantize.statistics import Statistics
-from entrollm.scales import LogScales
+from entrollm.scales import float_scales
 from entrollm.threads import default_threads
 
 _TIMED_WEIGHTS = 1 << 23
@@ -156,7 +156,7 @@ def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions)
     )
     code = choose_code([int(c) for c in quantized.counts], geometry.blocks, options.prefer)
     dense, sparse, sizes = _core.encode(code.program(), code.low_bits, quantized.symbols, blocks.rows, blocks.columns)
-    scale = quantized.scale.values() if isinstance(quantized.scale, LogScales) else quantized.scale.astype(np.float32)
+    scale = float_scales(quantized.scale)
     matrix = _core.CodedMatrix(
         code.program(),
         code.low_bits,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint import Checkpoint
+from entrollm.compress.tensor import relative_error
 from entrollm.container.packing import pack
 from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
 from entrollm.container.writer import ShardWriter
 from entrollm.threads import default_threads
 
-# As many as a fresh error has.
-_ERROR_DIGITS = 5
 _CHUNK_WEIGHTS = 1 << 22
 
 
@@ -66,4 +64,4 @@ class Refit:
             error += float(np.sum(np.square(matrix.dequantize(rows, self._pool) - weights, dtype=np.float64)))
             energy += float(np.sum(np.square(weights, dtype=np.float64)))
         self._checkpoint.release(matrix.name)
-        return float(f"{math.sqrt(error / energy) if energy else 0.0:.{_ERROR_DIGITS}g}")
+        return relative_error(error, energy)

@@ -112,7 +112,7 @@ class TensorCompressor:
             blocks=blocks,
             scale=None if groups is not None else _scale_of_all(quantized.scale),
             offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
-            relative_error=_round(math.sqrt(quantized.error / quantized.energy)) if quantized.energy else 0.0,
+            relative_error=relative_error(quantized.error, quantized.energy),
             checksum=0,
             zero=quantized.zero if groups is None else groups.zero,
             groups=None if groups is None else groups.form,
@@ -195,9 +195,9 @@ def _scale_of_all(scale: Scales) -> float | None:
     return float(scale[0]) if len(scale) == 1 else None
 
 
-def _round(error: float) -> float:
-    """An error of a few digits, which take little room in a header."""
-    return float(f"{error:.{_ERROR_DIGITS}g}")
+def relative_error(error: float, energy: float) -> float:
+    """The root of the ratio of two sums of squares, to a few digits, which take little room in a header."""
+    return float(f"{math.sqrt(error / energy) if energy else 0.0:.{_ERROR_DIGITS}g}")
 
 
 def stored_dtype(checkpoint: Checkpoint, name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.groups import GroupScales
-from entrollm.scales import LogScales
+from entrollm.scales import LogScales, float_scales
 from entrollm.specs import Code
 
 Float32 = NDArray[np.float32]
@@ -76,17 +76,13 @@ class Quantized:
     def weights(self) -> Float32:
         """What a matrix on a signed grid has become: float32, shape (rows, columns), the numbers that readers find."""
         assert self.zero is not None
-        scale = _floats(self.scale)[:, np.newaxis]
+        scale = float_scales(self.scale)[:, np.newaxis]
         values = self.symbols.astype(np.float32)
         values *= scale
         values += scale * np.float32(-self.zero)
         if self.column_scale is not None:
-            values *= _floats(self.column_scale)
+            values *= float_scales(self.column_scale)
         return values
-
-
-def _floats(scales: Scales) -> Float32:
-    return scales.values() if isinstance(scales, LogScales) else scales.astype(np.float32)
 
 
 class Quantizer(Protocol):
