@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from entrollm.compress.pipeline import CompressProgress
 from entrollm.engine.fields import Fields
 from entrollm.engine.models import read_config
 from entrollm.hf.device import TorchDevice
+from gemv import commit
 
 CONFIG = {
     "model_type": "llama",
@@ -50,7 +52,7 @@ class Record:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._started = time.perf_counter()
-        self.figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "seconds": {}}
+        self.figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": commit(), "seconds": {}}
 
     def phase(self, name: str) -> None:
         """End a phase."""
@@ -126,8 +128,10 @@ def run(folder: Path, layers: int, bits: float, record: Record) -> None:
     kept = sum(file.stat().st_size for file in statistics_folder.iterdir())
     record.figures |= {"windows": 2 * DEFAULT_WINDOWS, "tokens": WINDOW, "statistics_bytes": kept}
 
+    once = threading.Lock()  # several threads report
+
     def first(progress: CompressProgress) -> None:
-        if "rates and first matrix" not in record.figures["seconds"]:
+        if once.acquire(blocking=False):
             record.phase("rates and first matrix")
 
     options = CompressOptions(target=Target(bits_per_weight=bits))

@@ -1,6 +1,8 @@
 """Time fused decode + product against cuBLAS bfloat16 and an int8 product, one vector, over distinct weights.
 
-python benchmarks/cuda/gemv.py --json results.json
+    python benchmarks/cuda/gemv.py --json results.json
+    ncu --clock-control none -k regex:"multiply|decode" --section SpeedOfLight --section SchedulerStats \\
+        --section WarpStateStats --section MemoryWorkloadAnalysis python benchmarks/cuda/gemv.py --once
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import math
 import statistics
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from entrollm.hf.cuda import compile as kernels
 from entrollm.hf.cuda.launch import Function
@@ -28,6 +32,12 @@ DEVICE = torch.device("cuda", 0)
 # Of weights in every measurement, so that the second-level cache holds none of them.
 DISTINCT_BYTES = 600 << 20
 REPLAYS = 15
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def gaussian_deviation(entropy: float) -> float:
@@ -109,12 +119,25 @@ def measure_int8(rows: int, columns: int) -> dict[str, float]:
     return min((run(processors * blocks) for blocks in (2, 3, 4)), key=lambda found: found["median_us"])
 
 
-def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
-    """Ours, checked against float64 and the symbols it was made from."""
+def launch_once(rows: int, columns: int, entropy: float) -> None:
+    """One product and one decoding to memory, for a profiler."""
+    matrix = CudaMatrix.from_parts([random_matrix(rows, columns, entropy)[2]], DEVICE)
+    matrix.multiply(torch.randn(1, columns, device=DEVICE).bfloat16())
+    matrix.dequantize(torch.bfloat16)
+    torch.cuda.synchronize()
+
+
+def random_matrix(rows: int, columns: int, entropy: float) -> tuple[Tensor, Tensor, DeviceMatrix]:
+    """Gaussian symbols of an entropy about 128, a scale for each row, and both in the layout."""
     symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
     symbols = symbols.clamp_(0, 255).to(torch.uint8)
     scale = torch.rand(rows, device=DEVICE) + 0.5
-    matrix = transcode("weights", symbols, scale, scale * -128)
+    return symbols, scale, transcode("weights", symbols, scale, scale * -128)
+
+
+def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
+    """Ours, checked against float64 and the symbols it was made from."""
+    symbols, scale, matrix = random_matrix(rows, columns, entropy)
     single = CudaMatrix.from_parts([matrix], DEVICE)
     x = torch.randn(1, columns, device=DEVICE)
     weights = (symbols.double() - 128) * scale[:, None].double()
@@ -136,6 +159,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
         "bits": matrix.size_bytes * 8 / (rows * columns),
         "error": error,
         "decode_us": statistics.median(dense),
+        "blocks": plan.blocks,
         "slots": plan.slots,
         "chunk_bytes": matrix.packed.chunk_bytes,
         "chunks": matrix.shape.chunks,
@@ -145,8 +169,6 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
 
 
 def _copy(matrix: DeviceMatrix) -> DeviceMatrix:
-    from dataclasses import replace
-
     packed = Packed(matrix.packed.data.clone(), matrix.packed.chunks, matrix.packed.chunk_bytes)
     return replace(matrix, packed=packed)
 
@@ -155,7 +177,12 @@ def main() -> None:
     """Print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--once", action="store_true", help="launch each kernel once and time nothing")
     arguments = parser.parse_args()
+    if arguments.once:
+        for (rows, columns), entropy in itertools.product(SHAPES, SOURCES):
+            launch_once(rows, columns, entropy)
+        return
     results = []
     for rows, columns in SHAPES:
         bf16, int8 = measure_bf16(rows, columns), measure_int8(rows, columns)
@@ -172,13 +199,8 @@ def main() -> None:
             row = {"rows": rows, "columns": columns, "entropy": entropy}
             results.append({**row, "bf16": bf16, "int8": int8, "ours": ours})
     if arguments.json:
-        document = {"device": torch.cuda.get_device_name(DEVICE), "commit": _commit(), "results": results}
+        document = {"device": torch.cuda.get_device_name(DEVICE), "commit": commit(), "results": results}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

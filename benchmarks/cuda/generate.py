@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from entrollm.hf.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
-from gemv import DEVICE, REPLAYS, gaussian_deviation
+from gemv import DEVICE, REPLAYS, commit, gaussian_deviation
 
 CONTEXT = 512
 Product = Callable[[Tensor], Tensor]
@@ -242,7 +242,11 @@ def main() -> None:
     if arguments.layers:
         shapes = [replace(shape, layers=arguments.layers) for shape in shapes]
     parts = arguments.parts.split(",")
-    document: dict[str, Any] = {"device": torch.cuda.get_device_name(DEVICE), "torch": torch.__version__}
+    document: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(DEVICE),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
     document["results"] = [row for shape in shapes if "loop" in parts for row in run_loop(shape, arguments.entropies)]
     document["transformers"] = [
         row

@@ -26,8 +26,18 @@ from df11 import BLOCK_BITS, THREADS, Encoded, encode
 from torch import Tensor
 
 from entrollm.hf.cuda.launch import Function
-from entrollm.hf.cuda.matrix import CudaMatrix, transcode
-from gemv import DEVICE, DISTINCT_BYTES, REPLAYS, gaussian_deviation, graph_times, measure_bf16, measure_coded, summary
+from entrollm.hf.cuda.matrix import CudaMatrix
+from gemv import (
+    DEVICE,
+    DISTINCT_BYTES,
+    REPLAYS,
+    commit,
+    graph_times,
+    measure_bf16,
+    measure_coded,
+    random_matrix,
+    summary,
+)
 
 SHAPES = ((14336, 4096), (4096, 14336))
 ENTROPIES = (1.47, 2.2, 3.2)
@@ -66,8 +76,7 @@ def measure_nvcomp(rows: int, columns: int, entropy: float) -> Result:
     """Decoding of a matrix of symbols, a byte each, by nvCOMP's ANS."""
     from nvidia import nvcomp
 
-    symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
-    symbols = symbols.clamp_(0, 255).to(torch.uint8).reshape(-1)
+    symbols = random_matrix(rows, columns, entropy)[0].reshape(-1)
     copies = max(4, DISTINCT_BYTES // symbols.numel())
     stream = torch.cuda.Stream()
     found: list[Result] = []
@@ -124,9 +133,7 @@ def measure_dfloat11(rows: int, columns: int) -> Result:
 def measure_ours(rows: int, columns: int, entropy: float) -> Result:
     """The fused product, and decoding to memory with and without cuBLAS behind it."""
     fused = measure_coded(rows, columns, entropy)
-    symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
-    scale = torch.rand(rows, device=DEVICE) + 0.5
-    part = transcode("weights", symbols.clamp_(0, 255).to(torch.uint8), scale, scale * -128)
+    _, _, part = random_matrix(rows, columns, entropy)
     copies = max(4, DISTINCT_BYTES // part.size_bytes)
     packed = [replace(part.packed, data=part.packed.data.clone()) for _ in range(copies)]
     matrices = [CudaMatrix.from_parts([replace(part, packed=each)], DEVICE) for each in packed]
@@ -203,7 +210,12 @@ def main() -> None:
                 print(f"{rows} x {columns} {name}: {_line(row[name])}", flush=True)
         results.append(row)
     if arguments.json:
-        document = {"device": torch.cuda.get_device_name(DEVICE), "torch": torch.__version__, "missing": missing}
+        document = {
+            "device": torch.cuda.get_device_name(DEVICE),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "missing": missing,
+        }
         arguments.json.write_text(json.dumps({**document, "results": results}, indent=1) + "\n")
 
 

@@ -76,9 +76,20 @@ class DecodeStruct(ctypes.Structure):
 @functools.cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block may use on a device."""
+    return _attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+
+
+@functools.cache
+def shared_bytes_of_half(device: torch.device) -> int:
+    """Shared memory that a block may use where two share a multiprocessor."""
+    whole = _attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
+    return whole // 2 - _attribute(device, "RESERVED_SHARED_MEMORY_PER_BLOCK")
+
+
+def _attribute(device: torch.device, name: str) -> int:
     from cuda.bindings import driver
 
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(_check(driver.cuDeviceGetAttribute(attribute, driver.CUdevice(device.index))))
 
 

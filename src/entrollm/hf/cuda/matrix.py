@@ -22,6 +22,7 @@ from entrollm.hf.cuda.launch import (
     MatrixStruct,
     ProductStruct,
     shared_bytes,
+    shared_bytes_of_half,
 )
 from entrollm.hf.cuda.transcode import (
     GROUP_COLUMNS,
@@ -236,10 +237,7 @@ class CudaMatrix:
     @functools.cached_property
     def _largest_batch(self) -> int:
         """Vectors that one launch takes; 0 for none."""
-        for batch in range(MAX_BATCH, 0, -1):
-            if self.plan(batch).slots >= _FEWEST_SLOTS:
-                return batch
-        return 0
+        return next((batch for batch in range(MAX_BATCH, 0, -1) if self.plan(batch).fits), 0)
 
     def product(self, batch: int) -> Product:
         """The fused product with `batch` vectors, ready to launch."""
@@ -250,8 +248,9 @@ class CudaMatrix:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a product keeps what in shared memory, in bytes from its start."""
+    """How a product uses a multiprocessor: where a block keeps what in shared memory, in bytes from its start."""
 
+    blocks: int  # of a multiprocessor
     triple_bytes: int
     raw_bytes: int
     slot_bytes: int
@@ -260,9 +259,19 @@ class Plan:
     slots: int
     shared_bytes: int
 
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return PRODUCT_THREADS // self.blocks
+
+    @property
+    def fits(self) -> bool:
+        """Whether warps need not wait for each chunk; two blocks share a multiprocessor only where all chunks fit."""
+        return self.blocks > 1 or self.slots >= _FEWEST_SLOTS
+
 
 @functools.lru_cache(maxsize=1024)
-def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: int) -> Plan:
+def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: int, blocks: int = 1) -> Plan:
     triple_bytes = -(-columns // GROUP_COLUMNS) * (GROUP_COLUMNS // STEP_COLUMNS) * _STEP_BYTES * batch
     raw_bytes = -(-columns // UNIT_COLUMNS) * 2 * _STEP_BYTES * batch if raw else 0
     open_tiles, most_slots = (16, 12) if batch <= 4 else (8, 6)
@@ -276,7 +285,7 @@ def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: i
     room = available - static_bytes - behind
     slots = 0 if room < 0 else front_slots + min(most_slots - front_slots, room // slot_bytes)
     used = behind + (slots - front_slots) * slot_bytes
-    return Plan(triple_bytes, raw_bytes, slot_bytes, in_front, front_slots, slots, used)
+    return Plan(blocks, triple_bytes, raw_bytes, slot_bytes, in_front, front_slots, slots, used)
 
 
 def _padded(columns: int) -> int:
@@ -285,13 +294,19 @@ def _padded(columns: int) -> int:
 
 
 def _plan(parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> Plan:
-    return _plan_of(
-        batch,
-        _padded(parts[0].shape.columns),
-        any(part.code.raw_bits for part in parts),
-        max(part.packed.chunk_bytes for part in parts),
-        shared_bytes(device),
-    )
+    columns = _padded(parts[0].shape.columns)
+    raw = any(part.code.raw_bits for part in parts)
+    chunk_bytes = max(part.packed.chunk_bytes for part in parts)
+    if sum(part.shape.tiles for part in parts) <= 2 * _multiprocessors(device):
+        # A block for each tile: the next product gets ready beside the last blocks of this one.
+        half = _plan_of(batch, columns, raw, chunk_bytes, shared_bytes_of_half(device), blocks=2)
+        if half.slots >= max(part.shape.chunks for part in parts):
+            return half
+    return _plan_of(batch, columns, raw, chunk_bytes, shared_bytes(device))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Product:
@@ -299,16 +314,18 @@ class Product:
 
     def __init__(self, parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> None:
         plan = _plan(parts, batch, device)
-        properties = torch.cuda.get_device_properties(device)
-        self._grid = properties.multi_processor_count
-        macros = (("BATCH", batch), ("THREADS", PRODUCT_THREADS))
+        self._threads = plan.threads
+        macros = (("BATCH", batch), ("THREADS", plan.threads), ("BLOCKS", plan.blocks))
         self._function = _function("product.cu", "multiply", device, macros, plan.shared_bytes)
         structs = []
         y_begin = cta_begin = 0
-        for part, ctas in zip(parts, _share(parts, self._grid), strict=True):
-            structs.append(part.struct(y_begin, cta_begin, ctas))
+        tiles = [part.shape.tiles for part in parts]
+        ctas = tiles if plan.blocks > 1 else _share(parts, _multiprocessors(device))
+        for part, count in zip(parts, ctas, strict=True):
+            structs.append(part.struct(y_begin, cta_begin, count))
             y_begin += part.shape.rows
-            cta_begin += ctas
+            cta_begin += count
+        self._grid = cta_begin
         self._struct = ProductStruct(
             matrices=tuple(structs),
             count=len(parts),
@@ -327,7 +344,7 @@ class Product:
         self._struct.x = x.data_ptr()
         self._struct.y = y.data_ptr()
         self._struct.type = TYPES[x.dtype]
-        self._function.launch([self._struct], self._grid, PRODUCT_THREADS, overlap=True)
+        self._function.launch([self._struct], self._grid, self._threads, overlap=True)
 
 
 def _share(parts: Sequence[DeviceMatrix], ctas: int) -> list[int]:
@@ -339,7 +356,6 @@ def _share(parts: Sequence[DeviceMatrix], ctas: int) -> list[int]:
 
 def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.device) -> None:
     """Decode a matrix, or the rows `ids`, to contiguous memory."""
-    properties = torch.cuda.get_device_properties(device)
     slot_bytes = _slot_bytes(part.packed.chunk_bytes)
     room = shared_bytes(device) - _DECODE_STATIC_BYTES - _TABLE_END
     slots = min(_DECODE_SLOTS, room // slot_bytes)
@@ -359,7 +375,7 @@ def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.d
     )
     used = _TABLE_END + slots * slot_bytes
     function = _function("decode.cu", "decode", device, (("THREADS", DECODE_THREADS),), used)
-    function.launch([struct], min(items, properties.multi_processor_count), DECODE_THREADS, overlap=False)
+    function.launch([struct], min(items, _multiprocessors(device)), DECODE_THREADS, overlap=False)
 
 
 def _slot_bytes(chunk_bytes: int) -> int:

@@ -1,6 +1,6 @@
 // y = W x for a few vectors: each chunk is copied to shared memory, decoded to registers, and
-// multiplied by the matrix unit; no decoded weight is written anywhere. BATCH and THREADS are
-// defined when this is compiled.
+// multiplied by the matrix unit; no decoded weight is written anywhere. BATCH, THREADS, and BLOCKS
+// of a multiprocessor are defined when this is compiled.
 #include "ring.cuh"
 
 namespace {
@@ -483,7 +483,7 @@ __device__ __forceinline__ void round_activations(const Launch& launch, const Ma
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     multiply(const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ State state;
