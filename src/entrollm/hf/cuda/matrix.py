@@ -56,7 +56,8 @@ _DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * GROUP_COLUMNS + _DECODE_SLOTS * 1
 _STEP_BYTES = 64
 # Words are read this far behind a chunk's streams.
 _SLOT_SLACK = 256
-_ROWS_AT_ONCE = 1 << 12
+# Weights whose temporary tensors are in memory at a time.
+_WEIGHTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def _order(symbols: Tensor, code: TripleCode) -> Tensor:
     highs = torch.arange(256, device=symbols.device) - code.base >> code.raw_bits
     alone = torch.tensor(code.lengths.reshape(8, 8, 8).mean((1, 2)), dtype=torch.float32, device=symbols.device)
     lengths = alone[highs.clamp(0, 7)]
-    bits = [lengths[symbols[i : i + _ROWS_AT_ONCE].int()].sum(1) for i in range(0, len(symbols), _ROWS_AT_ONCE)]
+    step = max(1, _WEIGHTS_AT_ONCE // symbols.shape[1])
+    bits = [lengths[symbols[i : i + step].int()].sum(1) for i in range(0, len(symbols), step)]
     return torch.argsort(torch.cat(bits), descending=True, stable=True)
 
 

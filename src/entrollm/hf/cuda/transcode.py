@@ -40,10 +40,13 @@ _BLOCKS = 132
 _WARPS = 24
 # With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
 _CHUNK_BYTES = 43 << 9
-# What a block's chunks may take together so that all can be asked for before the kernel before it ends.
+# What a block's chunks may take together so that all can be asked for before the kernel before it ends; the second is
+# for half a multiprocessor.
 _ROOM_BYTES = 150 << 10
-# Of a segment, where warps have too little to do.
+_HALF_ROOM_BYTES = 40 << 10
+# Of a segment, where warps have too little to do; the second is for half a multiprocessor.
 _FEWEST_GROUPS = 3
+_HALF_FEWEST_GROUPS = 2
 # Weights whose temporary tensors are in memory at a time.
 _BATCH_WEIGHTS = 1 << 22
 
@@ -100,21 +103,26 @@ def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
         raise UnsupportedError(f"{name}: the GPU kernels take at most {_MAX_COLUMNS - 1} columns, this has {columns}")
     groups = -(-columns // GROUP_COLUMNS)
     tile_bytes = TILE_ROWS * columns * bits / 8
-    tiles = -(-rows // (TILE_ROWS * _BLOCKS))  # of a block
     most_pairs = MAX_SEGMENTS // TOGETHER
     chunks = max(1, math.ceil(tile_bytes / _CHUNK_BYTES))
-    chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
+    if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
+        # Two blocks share a multiprocessor; each has one tile.
+        tiles, warps, fewest_turns, fewest_groups = 1, _WARPS // 2, 1, _HALF_FEWEST_GROUPS
+        chunks = max(chunks, min(warps // most_pairs, round(groups / (MAX_SEGMENTS * _FEWEST_GROUPS))))
+    else:
+        tiles, warps, fewest_groups = -(-rows // (TILE_ROWS * _BLOCKS)), _WARPS, _FEWEST_GROUPS
+        # Where chunks must wait for room, one turn of the warps is too few.
+        fewest_turns = 1 if tiles * tile_bytes <= _ROOM_BYTES else 2
+        chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
     if chunks * MAX_SEGMENTS > _MAX_BOUNDS:
         raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
-    # Warps wait for the last of their block, so the last turn should be a full one. Where chunks must wait for room,
-    # one turn is too few.
-    fewest_turns = 1 if tiles * tile_bytes <= _ROOM_BYTES else 2
 
     def use(pairs: int) -> tuple[float, int]:
+        # Warps wait for the last of their block, so the last turn should be a full one.
         shares = tiles * chunks * pairs
-        return shares / (_WARPS * max(fewest_turns, -(-shares // _WARPS))), pairs
+        return shares / (warps * max(fewest_turns, -(-shares // warps))), pairs
 
-    most_pairs = max(1, min(most_pairs, groups // chunks // (TOGETHER * _FEWEST_GROUPS)))
+    most_pairs = max(1, min(most_pairs, groups // chunks // (TOGETHER * fewest_groups)))
     return Shape(rows, columns, chunks, max(range(1, most_pairs + 1), key=use) * TOGETHER)
 
 
