@@ -24,7 +24,6 @@ from torch import Tensor
 from entrollm.hf.cuda import compile as kernels
 from entrollm.hf.cuda.launch import Function
 from entrollm.hf.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
-from entrollm.hf.cuda.transcode import Packed
 
 SOURCES = (1.47, 2.2, 3.2, 5.6)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
@@ -169,8 +168,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
 
 
 def _copy(matrix: DeviceMatrix) -> DeviceMatrix:
-    packed = Packed(matrix.packed.data.clone(), matrix.packed.chunks, matrix.packed.chunk_bytes)
-    return replace(matrix, packed=packed)
+    return replace(matrix, packed=replace(matrix.packed, data=matrix.packed.data.clone()))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ CASES = [
     (40, 14336, 2.2, 128),
     (17, 11008, 40.0, 128),
     (24, 4100, 0.0, 3),
+    (40, 28672, 1.1, 128),
 ]
 
 
@@ -75,6 +76,18 @@ def test_products_match_float64(case: tuple[int, int, float, int], batch: int, d
     limit = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
     error = np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected)
     assert error < limit
+
+
+def test_a_few_rows_that_take_many_bits() -> None:
+    """Their chunks are large; the product still fits the shared memory."""
+    symbols = _symbols(9000, 2048, 1.0, 128)
+    symbols[:40] = _symbols(40, 2048, 30.0, 128)
+    part, dense = _matrix(symbols)
+    matrix = CudaMatrix.from_parts([part], DEVICE)
+    assert matrix.plan(1).fits
+    x = torch.randn(1, 2048)
+    error = np.linalg.norm(matrix.multiply(x.cuda()).cpu().numpy() - x.double().numpy() @ dense.T)
+    assert error < 1e-3 * np.linalg.norm(x.double().numpy() @ dense.T)
 
 
 def test_products_do_not_change_between_runs() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from entrollm.errors import UnsupportedError
 from entrollm.hf.cuda import compile as kernels
-from entrollm.hf.cuda.matrix import CudaMatrix, _plan_of
+from entrollm.hf.cuda.matrix import CudaMatrix
+from entrollm.hf.cuda.plan import chunk_limit, plan_of
 from entrollm.hf.cuda.transcode import Packed, Shape, choose_shape, pack, row_words
 from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
 
@@ -100,14 +101,46 @@ def test_row_words_keep_every_bit() -> None:
 def test_one_vector_fits_the_shared_memory(columns: int, raw: bool) -> None:
     """With room for several chunks, on a GPU with 227 KB for a block."""
     room = 227 << 10
-    plan = _plan_of(1, columns, raw, 18 << 10, room)
+    plan = plan_of(1, columns, raw, 18 << 10, room)
     assert plan.slots >= 3
     assert plan.shared_bytes + 16 * 16 * 20 + 2048 <= room
 
 
+@pytest.mark.parametrize("columns", [4096, 14336, 28672])
+@pytest.mark.parametrize("room", [99 << 10, 227 << 10])
+def test_chunks_fit_where_rows_are_long_or_memory_is_small(columns: int, room: int) -> None:
+    for bits in (1.7, 4.0, 7.5):
+        limit = chunk_limit(columns, True, room)
+        if limit == 0:
+            assert room < 227 << 10 and columns > 4096
+            continue
+        shape = choose_shape("tensor", 64, columns, bits, limit)
+        assert plan_of(1, columns, True, int(16 * columns * bits / 8 / shape.chunks * 1.05), room).fits
+
+
+def test_rows_that_take_many_bits_are_cut_finer() -> None:
+    """One table serves the matrix; what it does not hold is patched, in some rows nearly everything."""
+    rng = np.random.default_rng(0)
+    symbols = rng.normal(128, 1.0, (320, 2048))
+    symbols[:20] = rng.normal(128, 25.0, (20, 2048))
+    symbols = np.clip(np.rint(symbols), 0, 255).astype(np.uint8)
+    limit = 12 << 10
+    whole, shape, code = packed(symbols)
+    assert whole.chunk_bytes > limit
+    rows = torch.zeros(len(symbols), 3, dtype=torch.int32)
+    found = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), limit)
+    assert found.chunk_bytes <= limit
+    assert found.shape.chunks > shape.chunks
+    np.testing.assert_array_equal(unpack(found, found.shape, code), symbols)
+    # As fine as can be, where no cut is fine enough.
+    least = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), 16)
+    assert least.shape.chunks == least.shape.groups // 2
+    np.testing.assert_array_equal(unpack(least, least.shape, code), symbols)
+
+
 def test_activations_that_do_not_fit_leave_no_slots() -> None:
-    assert _plan_of(8, 14336, True, 18 << 10, 227 << 10).slots == 0
-    assert _plan_of(1, 57344, True, 18 << 10, 227 << 10).slots == 0
+    assert plan_of(8, 14336, True, 18 << 10, 227 << 10).slots == 0
+    assert plan_of(1, 57344, True, 18 << 10, 227 << 10).slots == 0
 
 
 def test_rows_that_are_too_long() -> None:

@@ -24,40 +24,20 @@ from entrollm.hf.cuda.launch import (
     shared_bytes,
     shared_bytes_of_half,
 )
-from entrollm.hf.cuda.transcode import (
-    GROUP_COLUMNS,
-    STEP_COLUMNS,
-    TILE_ROWS,
-    UNIT_COLUMNS,
-    Packed,
-    Shape,
-    choose_shape,
-    pack,
-    row_words,
-)
+from entrollm.hf.cuda.plan import TABLE_END, Plan, chunk_limit, plan_of, slot_bytes
+from entrollm.hf.cuda.transcode import GROUP_COLUMNS, TILE_ROWS, Packed, Shape, choose_shape, pack, row_words
 from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
 from entrollm.threads import default_threads
 
-PRODUCT_THREADS = 768
 DECODE_THREADS = 512
 MAX_BATCH = 8
 
-# The table lies at the second multiple of its size; the system and the kernels' variables take the first bytes of what
-# is in front of it.
-_TABLE_BYTES = 32 << 10
-_RESERVED_BYTES = 1 << 10
-# Where it ends at most, counted from the first byte that a kernel chooses the use of.
-_TABLE_END = 2 * _TABLE_BYTES - _RESERVED_BYTES
-_STATE_BYTES = 2 << 10  # without what is kept of open tiles
-# Slots for chunks; with fewer, warps wait for memory.
-_FEWEST_SLOTS = 3
 _DECODE_SLOTS = 8
 _DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * GROUP_COLUMNS + _DECODE_SLOTS * 12) * TILE_ROWS + (2 << 10)
-_STEP_BYTES = 64
-# Words are read this far behind a chunk's streams.
-_SLOT_SLACK = 256
 # Weights whose temporary tensors are in memory at a time.
 _WEIGHTS_AT_ONCE = 1 << 22
+# Shared memory of a block that matrices are cut for where there is no GPU, which is Hopper's.
+_HOPPER_BYTES = 227 << 10
 
 
 @dataclass(frozen=True)
@@ -122,20 +102,22 @@ def transcode(
     rows, columns = symbols.shape
     code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
     order = _order(symbols, code)
-    shape = choose_shape(name, rows, columns, code.bits)
+    available = shared_bytes(device) if device.type == "cuda" else _HOPPER_BYTES
+    limit = chunk_limit(_padded(columns), code.raw_bits > 0, available)
+    shape = choose_shape(name, rows, columns, code.bits, limit)
     scale = scale.to(device).expand(rows)
     offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
     words = row_words(order, scale[order], offset[order])
-    packed = pack(name, shape, code, words, lambda begin, end: symbols[order[begin:end]])
+    packed = pack(name, shape, code, words, lambda begin, end: symbols[order[begin:end]], limit)
     places = torch.empty_like(order)
     places[order] = torch.arange(rows, device=device)
     return DeviceMatrix(
         name,
-        shape,
+        packed.shape,
         code,
         packed,
         torch.tensor(code.table().view(np.int32), device=device),
-        torch.tensor(shape.group_bounds(), dtype=torch.int16, device=device),
+        torch.tensor(packed.shape.group_bounds(), dtype=torch.int16, device=device),
         places.to(torch.int32),
         None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
     )
@@ -248,48 +230,6 @@ class CudaMatrix:
         return self._products[batch]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a product uses a multiprocessor: where a block keeps what in shared memory, in bytes from its start."""
-
-    blocks: int  # of a multiprocessor
-    triple_bytes: int
-    raw_bytes: int
-    slot_bytes: int
-    in_front: bool
-    front_slots: int
-    slots: int
-    shared_bytes: int
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return PRODUCT_THREADS // self.blocks
-
-    @property
-    def fits(self) -> bool:
-        """Whether warps need not wait for each chunk; two blocks share a multiprocessor only where all chunks fit."""
-        return self.blocks > 1 or self.slots >= _FEWEST_SLOTS
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan_of(batch: int, columns: int, raw: bool, chunk_bytes: int, available: int, blocks: int = 1) -> Plan:
-    triple_bytes = -(-columns // GROUP_COLUMNS) * (GROUP_COLUMNS // STEP_COLUMNS) * _STEP_BYTES * batch
-    raw_bytes = -(-columns // UNIT_COLUMNS) * 2 * _STEP_BYTES * batch if raw else 0
-    open_tiles, most_slots = (16, 12) if batch <= 4 else (8, 6)
-    static_bytes = open_tiles * TILE_ROWS * (12 + batch * 8) + _STATE_BYTES
-    activation_bytes = _whole_lines(triple_bytes + raw_bytes)
-    slot_bytes = _slot_bytes(chunk_bytes)
-    front = _TABLE_BYTES - _RESERVED_BYTES - static_bytes
-    in_front = activation_bytes <= front
-    front_slots = 0 if in_front else min(most_slots, front // slot_bytes)
-    behind = _TABLE_END + (0 if in_front else activation_bytes)
-    room = available - static_bytes - behind
-    slots = 0 if room < 0 else front_slots + min(most_slots - front_slots, room // slot_bytes)
-    used = behind + (slots - front_slots) * slot_bytes
-    return Plan(blocks, triple_bytes, raw_bytes, slot_bytes, in_front, front_slots, slots, used)
-
-
 def _padded(columns: int) -> int:
     """Columns of vectors that kernels read four at a time."""
     return -(-columns // 4) * 4
@@ -301,10 +241,10 @@ def _plan(parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> Pl
     chunk_bytes = max(part.packed.chunk_bytes for part in parts)
     if sum(part.shape.tiles for part in parts) <= 2 * _multiprocessors(device):
         # A block for each tile: the next product gets ready beside the last blocks of this one.
-        half = _plan_of(batch, columns, raw, chunk_bytes, shared_bytes_of_half(device), blocks=2)
+        half = plan_of(batch, columns, raw, chunk_bytes, shared_bytes_of_half(device), blocks=2)
         if half.slots >= max(part.shape.chunks for part in parts):
             return half
-    return _plan_of(batch, columns, raw, chunk_bytes, shared_bytes(device))
+    return plan_of(batch, columns, raw, chunk_bytes, shared_bytes(device))
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -358,11 +298,11 @@ def _share(parts: Sequence[DeviceMatrix], ctas: int) -> list[int]:
 
 def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.device) -> None:
     """Decode a matrix, or the rows `ids`, to contiguous memory."""
-    slot_bytes = _slot_bytes(part.packed.chunk_bytes)
-    room = shared_bytes(device) - _DECODE_STATIC_BYTES - _TABLE_END
-    slots = min(_DECODE_SLOTS, room // slot_bytes)
+    slot_size = slot_bytes(part.packed.chunk_bytes)
+    room = shared_bytes(device) - _DECODE_STATIC_BYTES - TABLE_END
+    slots = min(_DECODE_SLOTS, room // slot_size)
     if slots < 1:
-        raise UnsupportedError(f"{part.name}: a chunk of {slot_bytes} bytes does not fit this GPU's shared memory")
+        raise UnsupportedError(f"{part.name}: a chunk of {slot_size} bytes does not fit this GPU's shared memory")
     items = part.shape.tiles if ids is None else len(ids)
     struct = DecodeStruct(
         matrix=part.struct(),
@@ -373,20 +313,11 @@ def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.d
         columns=part.shape.columns,
         type=TYPES[out.dtype],
         slots=slots,
-        slot_bytes=slot_bytes,
+        slot_bytes=slot_size,
     )
-    used = _TABLE_END + slots * slot_bytes
+    used = TABLE_END + slots * slot_size
     function = _function("decode.cu", "decode", device, (("THREADS", DECODE_THREADS),), used)
     function.launch([struct], min(items, _multiprocessors(device)), DECODE_THREADS, overlap=False)
-
-
-def _slot_bytes(chunk_bytes: int) -> int:
-    return _whole_lines(chunk_bytes + _SLOT_SLACK)
-
-
-def _whole_lines(size_bytes: int) -> int:
-    """Round up to what a warp reads at once, which slots begin at multiples of."""
-    return -(-size_bytes // 128) * 128
 
 
 @functools.cache

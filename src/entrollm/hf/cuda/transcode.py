@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,12 @@ class Shape:
         """72 columns each."""
         return -(-self.columns // GROUP_COLUMNS)
 
+    def cut(self, chunks: int) -> Shape:
+        """The same matrix cut into so many chunks, or as many as there may be."""
+        chunks = min(chunks, self.groups // TOGETHER, _MAX_BOUNDS // self.segments)
+        most_pairs = max(1, self.groups // max(1, chunks) // (TOGETHER * _HALF_FEWEST_GROUPS))
+        return replace(self, chunks=chunks, segments=min(self.segments, most_pairs * TOGETHER))
+
     def group_bounds(self) -> list[int]:
         """Where every segment of every chunk begins, in groups, and where the last ends."""
         bounds = [0]
@@ -93,9 +99,12 @@ class Shape:
         return [(begin * GROUP_COLUMNS, min(self.columns, end * GROUP_COLUMNS)) for begin, end in self.chunk_groups()]
 
 
-def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
+def choose_shape(name: str, rows: int, columns: int, bits: float, chunk_limit: int = 0) -> Shape:
     """Cut a matrix so that segments keep warps busy and chunks fit the shared memory.
 
+    Args:
+        bits: of a weight.
+        chunk_limit: bytes that chunks should not exceed, or 0.
     Raises:
         UnsupportedError: rows are longer than exact sums allow.
     """
@@ -104,7 +113,9 @@ def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
     groups = -(-columns // GROUP_COLUMNS)
     tile_bytes = TILE_ROWS * columns * bits / 8
     most_pairs = MAX_SEGMENTS // TOGETHER
-    chunks = max(1, math.ceil(tile_bytes / _CHUNK_BYTES))
+    # Some chunks are larger than others, and all have more in them than codewords.
+    chunk_bytes = min(_CHUNK_BYTES, chunk_limit * 15 // 16) if chunk_limit else _CHUNK_BYTES
+    chunks = max(1, math.ceil(tile_bytes / chunk_bytes))
     if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
         # Two blocks share a multiprocessor; each has one tile.
         tiles, warps, fewest_turns, fewest_groups = 1, _WARPS // 2, 1, _HALF_FEWEST_GROUPS
@@ -114,7 +125,7 @@ def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
         # Where chunks must wait for room, one turn of the warps is too few.
         fewest_turns = 1 if tiles * tile_bytes <= _ROOM_BYTES else 2
         chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
-    if chunks * MAX_SEGMENTS > _MAX_BOUNDS:
+    if chunks * TOGETHER > _MAX_BOUNDS:
         raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
 
     def use(pairs: int) -> tuple[float, int]:
@@ -122,6 +133,7 @@ def choose_shape(name: str, rows: int, columns: int, bits: float) -> Shape:
         shares = tiles * chunks * pairs
         return shares / (warps * max(fewest_turns, -(-shares // warps))), pairs
 
+    most_pairs = min(most_pairs, _MAX_BOUNDS // chunks // TOGETHER)
     most_pairs = max(1, min(most_pairs, groups // chunks // (TOGETHER * fewest_groups)))
     return Shape(rows, columns, chunks, max(range(1, most_pairs + 1), key=use) * TOGETHER)
 
@@ -131,12 +143,14 @@ class Packed:
     """A matrix as the kernels read it; all tensors are on one device.
 
     Attributes:
+        shape: how it is cut.
         data: uint8, the chunks, each a multiple of 16 bytes.
         chunks: int32, shape (tiles, chunks, 4): offset / 16, size / 16, where the streams end in bytes, and
             patches + 65536 * rows of words of the first stream.
         chunk_bytes: of the largest chunk.
     """
 
+    shape: Shape
     data: Tensor
     chunks: Tensor
     chunk_bytes: int
@@ -145,25 +159,33 @@ class Packed:
 SymbolReader = Callable[[int, int], Tensor]
 
 
-def pack(name: str, shape: Shape, code: TripleCode, rows: Tensor, read: SymbolReader) -> Packed:
+def pack(name: str, shape: Shape, code: TripleCode, rows: Tensor, read: SymbolReader, chunk_limit: int = 0) -> Packed:
     """Pack the rows of a matrix, in the order in which they are read.
 
     Args:
+        shape: how to cut it.
         rows: int32, shape (rows, 3), on the device: what a chunk says of each of its rows, from `row_words`.
         read: symbols of places [begin, end): uint8, shape (end - begin, columns), on the device.
+        chunk_limit: bytes, or 0; where some rows take so many bits that chunks exceed it, the matrix is cut finer.
     Raises:
         UnsupportedError: a chunk does not fit the layout's fields.
     """
-    packer = _Packer(name, shape, code, rows)
-    parts = [packer.measure(symbols) for _, symbols in _batches(shape, code, read)]
-    starts = torch.cat([part.starts for part in parts])
-    sizes = torch.cat([part.sizes for part in parts])  # (tiles, chunks, 3): rows of two streams, patches
-    chunks, total = packer.chunk_table(sizes)
+    while True:
+        packer = _Packer(name, shape, code, rows)
+        parts = [packer.measure(symbols) for _, symbols in _batches(shape, code, read)]
+        starts = torch.cat([part.starts for part in parts])
+        sizes = torch.cat([part.sizes for part in parts])  # (tiles, chunks, 3): rows of two streams, patches
+        chunks, total = packer.chunk_table(sizes)
+        largest = int(chunks[..., 1].max()) * 16
+        finer = shape.cut(math.ceil(shape.chunks * largest / chunk_limit)) if chunk_limit else shape
+        if largest <= chunk_limit or finer.chunks <= shape.chunks:
+            break
+        shape = finer
     data = torch.zeros(total, dtype=torch.uint8, device=rows.device)
     for tile, symbols in _batches(shape, code, read):
         end = tile + len(symbols)
         packer.write(tile, symbols, starts[tile:end], sizes[tile:end], chunks[tile:end], data.view(torch.int32))
-    return Packed(data, chunks.to(torch.int32), int(chunks[..., 1].max()) * 16)
+    return Packed(shape, data, chunks.to(torch.int32), largest)
 
 
 def row_words(index: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
