@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,8 +72,13 @@ def choose_triple_code(counts: Sequence[int]) -> TripleCode:
     """
     shares = np.asarray(counts, np.float64)
     shares /= shares.sum()
-    splits = [_split(shares, raw_bits) for raw_bits in range(_MAX_RAW_BITS + 1)]
-    limit = min(split.bound for split in splits) + _NEAR_BITS
+    splits: list[_Split] = []
+    limit = math.inf
+    for raw_bits in range(_MAX_RAW_BITS + 1):
+        if raw_bits + 1 / TRIPLE > limit:
+            break  # no split with more raw bits is better
+        splits.append(_split(shares, raw_bits))
+        limit = min(limit, splits[-1].bound + _NEAR_BITS)
     return min((_price(split) for split in splits if split.bound <= limit), key=lambda code: code.bits)
 
 
@@ -112,7 +118,7 @@ def _price(split: _Split) -> TripleCode:
     present = int((triples > 0).sum())
     for size in sorted({min(size, present) for size in _TABLE_SIZES}):
         held = order[:size]
-        stored = _replacements(triples, held)
+        stored = _replacements(held)
         code = _code(split, held, _lengths(triples[held]), stored)
         patched = float((triples * _differences(stored)).sum()) / TRIPLE + 1 - float(split.highs.sum())
         bits = split.raw_bits + float((triples * code.lengths).sum()) / TRIPLE + patched * PATCH_BITS
@@ -135,16 +141,22 @@ def _parts(triples: NDArray[np.int64]) -> NDArray[np.int64]:
     return parts
 
 
-def _differences(stored: NDArray[np.int64]) -> NDArray[np.int64]:
+def _differences(stored: NDArray[np.int64]) -> NDArray[np.uint8]:
     """High parts in which each triple differs from the one stored for it."""
-    count: NDArray[np.int64] = (_parts(np.arange(len(stored))) != _parts(stored)).sum(1)
-    return count
+    return _all_differences()[np.arange(len(stored)), stored]
 
 
-def _replacements(triples: NDArray[np.float64], held: NDArray[np.int64]) -> NDArray[np.int64]:
+@functools.cache
+def _all_differences() -> NDArray[np.uint8]:
+    """High parts in which each triple differs from each."""
+    parts = _parts(np.arange(HIGH_PARTS**TRIPLE))
+    differing: NDArray[np.uint8] = (parts[:, None] != parts[None]).sum(2, dtype=np.uint8)
+    return differing
+
+
+def _replacements(held: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each triple, the one in the table that differs from it in the fewest high parts, the likeliest first."""
-    differing = (_parts(np.arange(len(triples)))[:, None] != _parts(held)[None]).sum(2)
-    nearest: NDArray[np.int64] = held[np.argmin(differing, axis=1)]
+    nearest: NDArray[np.int64] = held[np.argmin(_all_differences()[:, held], axis=1)]
     return nearest
 
 
