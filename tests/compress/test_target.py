@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from entrollm import _core
 from entrollm.checkpoint import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress, parse_size, plan
 from entrollm.compress.verify import verify
 from entrollm.container.reader import CompressedModel
+from entrollm.errors import FormatError
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
 from entrollm.quantize.statistics import Sensitivity
@@ -109,6 +110,19 @@ def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
 def test_a_plan_without_a_size_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="a plan needs a size"):
         plan(checkpoint, CompressOptions())
+
+
+def test_a_weight_at_the_end_of_float32_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """Reading would refuse the file: the place of 0 among the symbols times the scale overflows."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.0.self_attn.v_proj.weight"][3, 5] = 3e38
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text((checkpoint / "config.json").read_text())
+    with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.v_proj.*too near the end of float32"):
+        compress(source, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=4.5)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_values_get_finer_steps_than_queries_and_few_weights_finer_than_many() -> None:

@@ -20,8 +20,9 @@ from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.container import layout
 from entrollm.container.packing import pack
+from entrollm.errors import FormatError
 from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, Scales
-from entrollm.scales import LogScales
+from entrollm.scales import LogScales, float_scales
 from entrollm.specs import Blocks, Code, TensorSpec
 
 Result = TypeVar("Result")
@@ -90,13 +91,14 @@ class TensorCompressor:
             quantizer: how it becomes integers.
             progress: called with numbers of weights as they are finished; they sum to the tensor's weights.
         Raises:
-            FormatError: a weight is not finite.
+            FormatError: a weight is not finite, or too large for a free step.
         """
         source = CheckpointRows(self._checkpoint, name, self._executor)
         rows, columns = source.shape
         blocks = source.blocks
         choose = self.chooser(source.shape)
         quantized = quantizer.quantize(source, choose)
+        _check_range(name, quantized)
         counts = [int(c) for c in quantized.counts]
         code = choose(counts)
         self._checkpoint.release(name)
@@ -177,6 +179,19 @@ def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
     if quantized.column_scale is not None:
         arrays[layout.COLUMN_SCALE] = _stored(quantized.column_scale)
     return arrays
+
+
+def _check_range(name: str, quantized: Quantized) -> None:
+    """Check that the place of 0 among the symbols, which reading multiplies with the scales, gives finite offsets."""
+    if quantized.groups is not None or quantized.zero is None:
+        return
+    with np.errstate(over="ignore"):
+        offsets = float_scales(quantized.scale) * np.float32(quantized.zero)
+    if not np.isfinite(offsets).all():
+        raise FormatError(
+            f"{name}: its largest weights are too near the end of float32's range for --bpw and --fit; "
+            "leave it at its type with --keep, or use --bits 8"
+        )
 
 
 def _stored(scales: Scales) -> NDArray[Any]:
