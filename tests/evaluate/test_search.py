@@ -126,3 +126,16 @@ def test_the_search_finds_the_size_of_any_exponential(max_kl: float, slope: floa
 
 def test_the_smallest_size_is_taken_where_it_is_enough() -> None:
     assert smallest_size(lambda bits: 0.001, (1.5, 9), 0.5) == 1.5
+
+
+def test_a_divergence_that_hardly_falls_ends_at_the_largest_size() -> None:
+    sizes: list[float] = []
+
+    def attempt(bits: float) -> float:
+        sizes.append(bits)
+        return 0.02 * math.exp(-0.01 * bits)
+
+    assert smallest_size(attempt, (1.5, 90), 0.009) == 90
+    assert sizes[-1] == 90
+    with pytest.raises(ValueError, match="no size keeps"):
+        smallest_size(attempt, (1.5, 70), 0.009)

@@ -62,7 +62,7 @@ class RateControl:
         self._best = 0.0, 0.0  # the largest size within the limit, and its nudge
         self._tries = 0
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
-        self._check_feasible()
+        self._check_feasible(target.file_bytes or self._aim)
 
     def step(self, name: str) -> float:
         """The step of a matrix over its RMS."""
@@ -144,14 +144,14 @@ class RateControl:
         """The smallest and the largest size of all files, in bytes, before any matrix is settled."""
         return self._fixed + self._predict(MAX_COARSENESS), self._fixed + self._predict(MIN_COARSENESS)
 
-    def _check_feasible(self) -> None:
+    def _check_feasible(self, asked_bytes: float) -> None:
         predicted = self.predicted_bytes()
         if abs(predicted - self._aim) <= 0.005 * self._aim:
             return
         smallest, largest = self.size_range()
         bits = 8 / self._weights
         raise ValueError(
-            f"this model cannot take {self._aim:.0f} bytes ({self._aim * bits:.3f} bits per weight); "
+            f"this model cannot take {asked_bytes:.0f} bytes ({asked_bytes * bits:.3f} bits per weight); "
             f"it can take {smallest:.0f} to {largest:.0f} bytes ({smallest * bits:.3f} to {largest * bits:.3f} bits)"
         )
 

@@ -142,8 +142,10 @@ def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float],
     too_small: tuple[float, float] | None = None
     enough: tuple[float, float] | None = None
     bits = _START_BITS + math.log(max_kl / _START_KL) / _SLOPE
-    for _ in range(_TRIALS):
-        bits = min(largest, max(smallest, bits))
+    for trial in range(_TRIALS):
+        # Divergences that hardly fall would have used up all trials on the way.
+        is_last_hope = trial == _TRIALS - 1 and enough is None
+        bits = largest if is_last_hope else min(largest, max(smallest, bits))
         found = attempt(bits)
         if found > max_kl:
             too_small = (bits, found)
@@ -159,7 +161,8 @@ def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float],
         if enough and too_small and enough[0] - too_small[0] < _CLOSE_BITS:
             break
         bits = _next(too_small, enough, max_kl)
-    return largest if enough is None else enough[0]
+    assert enough is not None  # the last trial would have raised
+    return enough[0]
 
 
 def _next(too_small: tuple[float, float] | None, enough: tuple[float, float] | None, max_kl: float) -> float:
