@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -152,11 +151,8 @@ def main() -> None:
     record = Record(arguments.json)
     shape = {name: CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
     record.figures |= {"layers": arguments.layers, **shape, "cores": os.cpu_count()}
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        run(folder, arguments.layers, arguments.bits, record)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        run(Path(folder), arguments.layers, arguments.bits, record)
     seconds = record.figures["seconds"]
     record.figures["minutes"] = (sum(seconds.values()) - seconds["write the model"]) / 60
     record.write()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -80,11 +79,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model goes for the time of the run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        found = run(folder, arguments.layers, arguments.bits)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = run(Path(folder), arguments.layers, arguments.bits)
     found = {"device": torch.cuda.get_device_name(), "commit": commit(), "layers": arguments.layers, **found}
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

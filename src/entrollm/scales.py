@@ -49,6 +49,13 @@ def float_scales(scales: NDArray[Any] | LogScales) -> NDArray[np.float32]:
     return scales.values() if isinstance(scales, LogScales) else scales.astype(np.float32)
 
 
+def zero_offsets(scale: NDArray[np.float32], zero: float) -> NDArray[np.float32]:
+    """What is added to scale * symbol so that `zero` stands for 0; infinite beyond float32's range."""
+    with np.errstate(over="ignore"):
+        offsets: NDArray[np.float32] = scale * np.float32(-zero)
+    return offsets
+
+
 def decode_scales(codes: NDArray[np.uint8], per_octave: int, base: float) -> NDArray[np.float32]:
     """What codes stand for: base * 2^((code - 128) / per_octave), both factors and their product in float32."""
     place = codes.astype(np.int32) - MIDDLE

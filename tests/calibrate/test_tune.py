@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_random_llama
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from entrollm import _core
@@ -25,39 +25,13 @@ from entrollm.engine.models import read_config
 from entrollm.errors import EntroLLMError
 from entrollm.evaluate import Windows, evaluate
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 OPTIONS = CompressOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "head"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two random layers."""
-    folder = tmp_path_factory.mktemp("model")
-    generator = np.random.default_rng(4)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (512, 64), "model.norm": (64,)}
-    if not request.param:
-        shapes["lm_head"] = (512, 64)
-    for prefix in ("model.layers.0.", "model.layers.1."):
-        shapes |= {f"{prefix}self_attn.{name}_proj": (64, 64) for name in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj": (128, 64) for name in ("gate", "up")}
-        shapes |= {f"{prefix}mlp.down_proj": (64, 128)}
-        shapes |= {f"{prefix}{name}_layernorm": (64,) for name in ("input", "post_attention")}
-    tensors = {
-        f"{name}.weight": (generator.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": request.param}))
-    return folder
+    return write_random_llama(tmp_path_factory.mktemp("model"), layers=2, tied=request.param)
 
 
 def windows(count: int, seed: int) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from folders import (
     change_spec,
     check_all,
     contents,
+    harmless_flips,
     read_entry,
     read_safetensors,
     refuse,
@@ -33,17 +34,12 @@ from folders import (
 from entrollm import _core
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel, is_compressed, read_config
-from entrollm.errors import CorruptStreamError, EntroLLMError, FormatError, UnsupportedError
+from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_example(tmp_path / "model")
-
-
-@pytest.fixture
-def file(folder: Path) -> Path:
-    return folder / "model.safetensors"
 
 
 def test_truncation_anywhere_is_refused(folder: Path, file: Path) -> None:
@@ -61,22 +57,8 @@ def test_a_longer_file_is_refused(folder: Path, file: Path) -> None:
 
 
 def test_a_flipped_bit_of_the_header_is_refused_or_harmless(folder: Path, file: Path) -> None:
-    content = file.read_bytes()
-    expected = contents(folder)
-    header_bytes = 8 + int.from_bytes(content[:8], "little")
-    generator = np.random.default_rng(5)
-    harmless = 0
-    for at in range(header_bytes):
-        damaged = bytearray(content)
-        damaged[at] ^= 1 << int(generator.integers(8))
-        file.write_bytes(damaged)
-        try:
-            check_all(folder)
-            found = contents(folder)
-        except EntroLLMError:
-            continue
-        assert found == expected, (at, bytes(content[at - 20 : at + 20]))
-        harmless += 1
+    header_bytes = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    harmless = harmless_flips(folder, file, range(header_bytes), np.random.default_rng(5))
     assert harmless <= 12  # "pt", and whitespace that stays whitespace
 
 

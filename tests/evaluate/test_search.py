@@ -1,50 +1,23 @@
 """The smallest file within a divergence."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_random_llama
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from entrollm.compress import CompressOptions, size_range
 from entrollm.engine.load import load
 from entrollm.evaluate import DivergenceLimit, Windows, compress_within, evaluate
 from entrollm.evaluate.search import smallest_size
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One random layer."""
-    folder = tmp_path_factory.mktemp("model")
-    generator = np.random.default_rng(4)
-    prefix = "model.layers.0."
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (512, 64), "model.norm": (64,)}
-    shapes |= {f"{prefix}self_attn.{name}_proj": (64, 64) for name in "qkvo"}
-    shapes |= {f"{prefix}mlp.{name}_proj": (128, 64) for name in ("gate", "up")}
-    shapes |= {f"{prefix}mlp.down_proj": (64, 128)}
-    shapes |= {f"{prefix}{name}_layernorm": (64,) for name in ("input", "post_attention")}
-    tensors = {
-        f"{name}.weight": (generator.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
+    return write_random_llama(tmp_path_factory.mktemp("model"), layers=1, tied=True)
 
 
 @pytest.fixture(scope="module")

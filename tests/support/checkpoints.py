@@ -35,6 +35,37 @@ def example_weights() -> dict[str, NDArray[Any]]:
     }
 
 
+def write_random_llama(path: Path, layers: int, tied: bool) -> Path:
+    """A Llama of 512 tokens and 64 columns that can be run, in a folder that is there."""
+    generator = np.random.default_rng(4)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (512, 64), "model.norm": (64,)}
+    if not tied:
+        shapes["lm_head"] = (512, 64)
+    for prefix in (f"model.layers.{layer}." for layer in range(layers)):
+        shapes |= {f"{prefix}self_attn.{name}_proj": (64, 64) for name in "qkvo"}
+        shapes |= {f"{prefix}mlp.{name}_proj": (128, 64) for name in ("gate", "up")}
+        shapes |= {f"{prefix}mlp.down_proj": (64, 128)}
+        shapes |= {f"{prefix}{name}_layernorm": (64,) for name in ("input", "post_attention")}
+    tensors = {
+        f"{name}.weight": (generator.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, path / "model.safetensors")
+    config = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 def write_checkpoint(path: Path, weights: dict[str, NDArray[Any]] | None = None) -> Path:
     """A checkpoint of two shards with an index, a configuration and a tokenizer file."""
     weights = example_weights() if weights is None else weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from version1 import Version1Writer
 from entrollm import _core
 from entrollm.container import layout
 from entrollm.container.reader import CompressedModel, multiply
+from entrollm.errors import EntroLLMError
 from entrollm.specs import Blocks, Code, Field, Leaf, Split, TensorSpec
 
 Header = dict[str, Any]
@@ -123,6 +124,28 @@ def write_sharded_example(path: Path) -> Path:
         weight_map |= dict.fromkeys(write_shard(path / file, matrices, plain), file)
     (path / layout.INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
+
+
+def harmless_flips(folder: Path, file: Path, places: Iterable[int], generator: np.random.Generator) -> int:
+    """Flip a bit at each place of a file in turn, which must be refused or change nothing that is read.
+
+    Returns:
+        how many changed nothing.
+    """
+    content, expected = file.read_bytes(), contents(folder)
+    harmless = 0
+    for at in places:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << int(generator.integers(8))
+        file.write_bytes(damaged)
+        try:
+            check_all(folder)
+            found = contents(folder)
+        except EntroLLMError:
+            continue
+        assert found == expected, (at, content[max(0, at - 20) : at + 20])
+        harmless += 1
+    return harmless
 
 
 def read_safetensors(path: Path) -> tuple[Header, bytes]:

@@ -22,7 +22,7 @@ from entrollm.container import layout
 from entrollm.container.packing import pack
 from entrollm.errors import FormatError
 from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, Scales
-from entrollm.scales import LogScales, float_scales
+from entrollm.scales import LogScales, float_scales, zero_offsets
 from entrollm.specs import Blocks, Code, TensorSpec
 
 Result = TypeVar("Result")
@@ -182,12 +182,10 @@ def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
 
 
 def _check_range(name: str, quantized: Quantized) -> None:
-    """Check that the place of 0 among the symbols, which reading multiplies with the scales, gives finite offsets."""
+    """Check that the offsets which readers find are finite."""
     if quantized.groups is not None or quantized.zero is None:
         return
-    with np.errstate(over="ignore"):
-        offsets = float_scales(quantized.scale) * np.float32(quantized.zero)
-    if not np.isfinite(offsets).all():
+    if not np.isfinite(zero_offsets(float_scales(quantized.scale), quantized.zero)).all():
         raise FormatError(
             f"{name}: its largest weights are too near the end of float32's range for --bpw and --fit; "
             "leave it at its type with --keep, or use --bits 8"

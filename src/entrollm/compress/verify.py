@@ -118,14 +118,11 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
 
 
 def _check_padding(matrix: CodedMatrix, stored: Mapping[str, NDArray[Any]], ends: Mapping[str, int]) -> None:
-    parts = matrix.spec.parts
+    # In one entry, other parts follow a stream, in place of padding.
+    sizes = dict(zip(layout.STREAMS, matrix.spec.parts or (), strict=False))
     for suffix in layout.STREAMS:
         stream = stored.get(suffix, np.zeros(0, np.uint8))
-        # In one entry with it, the sparse stream follows the dense one.
-        end = parts[0] if parts is not None and suffix == layout.DENSE else stream.size
-        if parts is not None and suffix == layout.SPARSE:
-            end = parts[1]
-        if stream[ends[suffix] : end].any():
+        if stream[ends[suffix] : sizes.get(suffix)].any():
             raise CorruptStreamError(f"{matrix.name}: the padding after its {suffix[1:]} stream is not zero")
 
 

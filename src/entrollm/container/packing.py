@@ -47,13 +47,8 @@ def pack(spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> tuple[TensorSp
             scales[name] = spec.scales[name] if array.dtype == np.uint8 else layout.entry_dtype(suffix, array)
     if not (dense.size or sparse.size or side.size):
         return spec, beside
-    used = dense.size + sparse.size + max(side.size, ROOM_BYTES)
-    coded = np.zeros(-(-used // layout.ALIGNMENT_BYTES) * layout.ALIGNMENT_BYTES, np.uint8)
-    at = 0
-    for part in (dense, sparse, side):
-        coded[at : at + part.size] = part
-        at += part.size
     parts = (dense.size, sparse.size, side.size)
+    coded = np.concatenate([dense, sparse, side, np.zeros(_entry_bytes(parts) - sum(parts), np.uint8)])
     return dataclasses.replace(spec, scales=scales, parts=parts), {layout.CODED: coded, **beside}
 
 
@@ -91,7 +86,7 @@ def unpack_with(
     coded = entries[layout.CODED]
     dense, sparse, side = spec.parts
     size = len(coded)
-    expected = -(-(dense + sparse + max(side, ROOM_BYTES)) // layout.ALIGNMENT_BYTES) * layout.ALIGNMENT_BYTES
+    expected = _entry_bytes(spec.parts)
     if size != expected:
         raise FormatError(f"{name}: the entry {layout.CODED[1:]} has {size} bytes, its parts make {expected}")
     split = {suffix: entry for suffix, entry in entries.items() if suffix != layout.CODED}
@@ -102,6 +97,12 @@ def unpack_with(
     begin = dense + sparse
     small = _unpack_side(name, spec, to_host(coded[begin : begin + side]))
     return split, small
+
+
+def _entry_bytes(parts: tuple[int, int, int]) -> int:
+    """Bytes of the entry that holds parts of these sizes."""
+    dense, sparse, side = parts
+    return -(-(dense + sparse + max(side, ROOM_BYTES)) // layout.ALIGNMENT_BYTES) * layout.ALIGNMENT_BYTES
 
 
 def _unpack_side(name: str, spec: TensorSpec, side: NDArray[Any]) -> dict[str, NDArray[Any]]:

@@ -20,7 +20,7 @@ from entrollm.container.header import parse_specs, read_tensors, versions_read
 from entrollm.container.packing import unpack
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.groups import GroupScales
-from entrollm.scales import decode_scales
+from entrollm.scales import decode_scales, zero_offsets
 from entrollm.specs import READ_VERSIONS, TensorSpec
 
 _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
@@ -341,8 +341,7 @@ def _offsets(
         return _scales(name, "offset", spec, arrays)
     if layout.OFFSET in arrays:
         raise FormatError(f"{name}: it has a zero symbol and stored offsets too")
-    with np.errstate(over="ignore"):
-        offsets: NDArray[np.float32] = scale * np.float32(-spec.zero)
+    offsets = zero_offsets(scale, spec.zero)
     if not np.isfinite(offsets).all():
         raise FormatError(f"{name}: its zero gives an offset that is not finite")
     return offsets

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.groups import GroupScales
-from entrollm.scales import LogScales, float_scales
+from entrollm.scales import LogScales, float_scales, zero_offsets
 from entrollm.specs import Code
 
 Float32 = NDArray[np.float32]
@@ -76,10 +76,10 @@ class Quantized:
     def weights(self) -> Float32:
         """What a matrix on a signed grid has become: float32, shape (rows, columns), the numbers that readers find."""
         assert self.zero is not None
-        scale = float_scales(self.scale)[:, np.newaxis]
+        scale = float_scales(self.scale)
         values = self.symbols.astype(np.float32)
-        values *= scale
-        values += scale * np.float32(-self.zero)
+        values *= scale[:, np.newaxis]
+        values += zero_offsets(scale, self.zero)[:, np.newaxis]
         if self.column_scale is not None:
             values *= float_scales(self.column_scale)
         return values
