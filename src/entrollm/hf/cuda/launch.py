@@ -54,6 +54,7 @@ class ProductStruct(ctypes.Structure):
         ("raw_bytes", ctypes.c_int),
         ("in_front", ctypes.c_int),
         ("front_slots", ctypes.c_int),
+        ("early", ctypes.c_int),
     )
 
 

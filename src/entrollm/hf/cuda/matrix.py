@@ -183,7 +183,10 @@ class CudaMatrix:
             return x @ self.dequantize(x.dtype).T
         y = x.new_empty(x.shape[0], self.shape[0])
         for begin in range(0, x.shape[0], step):
-            part = torch.nn.functional.pad(x[begin : begin + step], (0, _padded(x.shape[1]) - x.shape[1])).contiguous()
+            part = x[begin : begin + step]
+            if x.shape[1] % 4:
+                part = torch.nn.functional.pad(part, (0, -x.shape[1] % 4))
+            part = part.contiguous()
             if part.data_ptr() % 16:
                 part = part.clone()
             self.product(len(part))(part, y[begin : begin + step])
@@ -279,6 +282,7 @@ class Product:
             raw_bytes=plan.raw_bytes,
             in_front=plan.in_front,
             front_slots=plan.front_slots,
+            early=plan.early,
         )
 
     def __call__(self, x: Tensor, y: Tensor) -> None:

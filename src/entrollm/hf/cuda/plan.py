@@ -22,6 +22,8 @@ _STEP_BYTES = 64
 # Words are read this far behind a chunk's streams.
 _SLOT_SLACK = 256
 _LARGEST_CHUNK = 32 << 10
+# What a multiprocessor asks for before it reads x: what comes from memory in the meantime. With more, x comes last.
+_EARLY_BYTES = 20 << 10
 _CHUNK_STEP = 512
 
 
@@ -42,6 +44,11 @@ class Plan:
     def threads(self) -> int:
         """Of a block."""
         return PRODUCT_THREADS // self.blocks
+
+    @property
+    def early(self) -> int:
+        """Chunks to ask for before x is read."""
+        return max(1, _EARLY_BYTES // self.blocks // self.slot_bytes)
 
     @property
     def fits(self) -> bool:

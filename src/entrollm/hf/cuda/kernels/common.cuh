@@ -108,24 +108,34 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   } while (!done);
 }
 
-// Copies the table for every lane, so that no two lanes of a warp read the same bank. Bytes of
-// `add` are added to those of every entry.
-__device__ __forceinline__ void spread_table(u8* shared, const u32* table, u32 add) {
-  constexpr int kStores = kTableEntries * kLanes / 4;
-  constexpr int kTurns = (kStores + THREADS - 1) / THREADS;
-  u32 entries[kTurns];
+// The table, on its way from global memory to a copy for every lane, so that no two lanes of a warp
+// read the same bank.
+class TableCopies {
+ public:
+  // Asks for the entries and waits for none.
+  __device__ __forceinline__ explicit TableCopies(const u32* table) {
 #pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    entries[turn] = __ldg(
-        &table[min(static_cast<int>(threadIdx.x) + turn * THREADS, kStores - 1) / (kLanes / 4)]);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      entries_[turn] = __ldg(
+          &table[min(static_cast<int>(threadIdx.x) + turn * THREADS, kStores - 1) / (kLanes / 4)]);
+    }
   }
+
+  // Bytes of `add` are added to those of every entry.
+  __device__ __forceinline__ void store(u8* shared, u32 add) const {
 #pragma unroll
-  for (int turn = 0; turn < kTurns; ++turn) {
-    const int i = threadIdx.x + turn * THREADS;
-    const u32 entry = __vadd4(entries[turn], add);
-    if (i < kStores) reinterpret_cast<uint4*>(shared)[i] = make_uint4(entry, entry, entry, entry);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int i = threadIdx.x + turn * THREADS;
+      const u32 entry = __vadd4(entries_[turn], add);
+      if (i < kStores) reinterpret_cast<uint4*>(shared)[i] = make_uint4(entry, entry, entry, entry);
+    }
   }
-}
+
+ private:
+  static constexpr int kStores = kTableEntries * kLanes / 4;
+  static constexpr int kTurns = (kStores + THREADS - 1) / THREADS;
+  u32 entries_[kTurns];
+};
 
 // Stores a value in the type of the output: 0 float32, 1 bfloat16, 2 float16.
 __device__ __forceinline__ void store_value(void* out, long long at, float value, int type) {

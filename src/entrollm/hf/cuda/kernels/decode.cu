@@ -313,13 +313,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               &state.ring.barriers[slot]);
     state.ring.fetch(slot, slot_place(slot), matrix, chunk.self);
   };
+  const TableCopies copies(matrix.table);
   if (threadIdx.x < launch.slots) state.ring.open(threadIdx.x);
   __syncthreads();
   if (threadIdx.x < min(launch.slots, chunks)) fetch(threadIdx.x, stored_chunk(threadIdx.x));
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
   if (threadIdx.x < bound_count)
     state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
-  spread_table(table, matrix.table, (matrix.base & 255) * 0x01010100u);
+  copies.store(table, (matrix.base & 255) * 0x01010100u);
   __syncthreads();
   for (int share = threadIdx.x / kLanes; share < chunks * matrix.segments; share += kWarps) {
     const Place at(share, 1, by);

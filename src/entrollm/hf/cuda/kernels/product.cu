@@ -15,7 +15,11 @@ constexpr int kOpenTiles = kBatch > 4 ? 8 : 16;
 constexpr int kMaxSlots = kBatch > 4 ? 6 : 12;
 // The largest magnitude whose two balanced digits both fit int8.
 constexpr float kLargest = 32639.0f;
-constexpr float kFinite = 3.402823466e38f;
+// As bits, the largest magnitude that is finite.
+constexpr u32 kFinite = 0x7f7fffffu;
+// Added to a number of less than 22 bits, this leaves the number plus 2^15 in the low 16 bits.
+constexpr float kToBits = 12582912.0f + 32768.0f;
+constexpr u32 kBias = 32768;
 // Columns that a thread rounds at a time.
 constexpr int kDozen = 12;
 
@@ -33,6 +37,7 @@ struct Launch {
   int raw_bytes;     // activations in the order of raw units, or 0
   int in_front;      // 1: activations lie in front of the table and slots behind it
   int front_slots;   // slots in front of the table, if activations are not
+  int early;         // chunks to ask for before x is read, which would else wait for their transfer
 };
 
 // Static shared memory.
@@ -43,7 +48,7 @@ struct State {
   Ring<kMaxSlots> ring;
   float x_scale[kBatch];
   int x_sum[kBatch];  // of the rounded vectors
-  float largest[THREADS / kLanes];
+  u32 largest[THREADS / kLanes];
 };
 
 struct Dynamic {
@@ -262,8 +267,13 @@ __device__ __forceinline__ void multiply_segments(const Launch& launch, const Ma
       words += units * kLanes;
     }
   }
-  if (at.in_tile == 0 && at.segment == 0 && lane < kTileRows) {
-    state.rows[at.tile % kOpenTiles][lane] = tile_rows(tail, matrix.segments)[lane];
+  if (at.in_tile == 0 && at.segment == 0) {
+    // Atomic, as is all that passes from warp to warp without a barrier of the block.
+    const int* from = reinterpret_cast<const int*>(tile_rows(tail, matrix.segments));
+    int* to = reinterpret_cast<int*>(state.rows[at.tile % kOpenTiles]);
+    for (int i = lane; i < kTileRows * static_cast<int>(sizeof(Row) / sizeof(int)); i += kLanes) {
+      atomicExch(&to[i], from[i]);
+    }
   }
   auto* out = state.sums[at.tile % kOpenTiles];
   const int patches = stored.w & 0xffff;
@@ -304,26 +314,35 @@ __device__ __forceinline__ void finish_tile(const Launch& launch, const Matrix& 
   }
 }
 
-__device__ __forceinline__ float block_max(float value, float* scratch) {
-  for (int shift = 16; shift > 0; shift /= 2)
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, shift));
+__device__ __forceinline__ u32 block_max(u32 value, u32* scratch) {
+  value = __reduce_max_sync(~0u, value);
   if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
   __syncthreads();
-  value = scratch[threadIdx.x % (THREADS / kLanes)];
-  for (int shift = 16; shift > 0; shift /= 2)
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, shift));
-  return value;
+  return __reduce_max_sync(~0u, scratch[threadIdx.x % (THREADS / kLanes)]);
 }
 
-// A digit of each of four 16-bit numbers, two to a word, in the bytes that `order` picks: low bytes
-// as they are, high bytes after rounding, so that 256 high + low is the number with low in [-128,
-// 128).
-__device__ __forceinline__ u32 low_digits(u32 first, u32 second, u32 order) {
-  return __byte_perm(first, second, order);
-}
+// Two numbers of 16 bits, 2^15 added to each, and the same for their high digits: 256 high + low is
+// the number, with low in [-128, 128).
+struct Pair {
+  u32 low;
+  u32 high;
 
-__device__ __forceinline__ u32 high_digits(u32 first, u32 second, u32 order) {
-  return __byte_perm(__vadd2(first, 0x00800080u), __vadd2(second, 0x00800080u), order);
+  __device__ __forceinline__ Pair(u32 first, u32 second)
+      : low(__byte_perm(first, second, 0x5410)), high(low + 0x00800080u) {}
+
+  // Adds up both, with what was added to them.
+  __device__ __forceinline__ u32 sum(u32 total) const {
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %0;" : "+r"(total) : "r"(low), "r"(0x0101u));
+    return total;
+  }
+};
+
+// The digits of three numbers: a word's first byte stays 0, since entries have the length of their
+// code there. `order` says where the third lies.
+__device__ __forceinline__ void triple_digits(const Pair& two, const Pair& third, u32 order,
+                                              u32& high, u32& low) {
+  high = (__byte_perm(two.high, third.high, 0x5310u + order) ^ 0x80808000u) & 0xffffff00u;
+  low = __byte_perm(two.low, third.low, 0x4200u + order) & 0xffffff00u;
 }
 
 // Stores word `i` of a vector in the order of raw units: by quarter, half, and step.
@@ -401,26 +420,26 @@ class Activations {
   Bits kept_[kTurns][3];
 };
 
-// Stores the digits of a dozen in the order of triples. Two lanes have one step together: one
-// stores its high digits, the other its low ones.
-__device__ __forceinline__ void store_triples(u8* triples, int dozen, int vector,
-                                              const u32 (&rounded)[kDozen], bool inside) {
+// Stores the digits of a dozen in the order of triples; returns their sum, with what was added to
+// them. Two lanes have one step together: one stores its high digits, the other its low ones.
+__device__ __forceinline__ u32 store_triples(u8* triples, int dozen, int vector,
+                                             const u32 (&rounded)[kDozen], bool inside) {
   const bool odd = dozen % 2 != 0;
+  const Pair thirds[2] = {{rounded[2], rounded[5]}, {rounded[8], rounded[11]}};
+  u32 sum = thirds[0].sum(thirds[1].sum(0));
   u32 digits[2][4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    // A word's first byte stays 0: entries have the length of their code there.
-    const u32 first = __byte_perm(rounded[3 * j], rounded[3 * j + 1], 0x5410);
-    const u32 third = rounded[3 * j + 2] & 0xffffu;
-    digits[0][j] = high_digits(first, third, 0x5317u);
-    digits[1][j] = low_digits(first, third, 0x4207u);
+    const Pair two(rounded[3 * j], rounded[3 * j + 1]);
+    triple_digits(two, thirds[j / 2], j % 2 * 0x2000u, digits[0][j], digits[1][j]);
+    sum = two.sum(sum);
   }
   u32 other[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     other[j] = __shfl_xor_sync(~0u, odd ? digits[0][j] : digits[1][j], 1);
   }
-  if (!inside) return;
+  if (!inside) return sum;
   uint4* to = reinterpret_cast<uint4*>(triples + (dozen / 2 * kBatch + vector) * kStepBytes +
                                        (odd ? kStepBytes / 2 : 0));
 #pragma unroll
@@ -429,54 +448,59 @@ __device__ __forceinline__ void store_triples(u8* triples, int dozen, int vector
         odd ? make_uint4(other[2 * i], digits[1][2 * i], other[2 * i + 1], digits[1][2 * i + 1])
             : make_uint4(digits[0][2 * i], other[2 * i], digits[0][2 * i + 1], other[2 * i + 1]);
   }
+  return sum;
 }
 
 // Rounds a vector to 16 bits of its largest magnitude and stores its digits, in the orders of
-// triples and of raw units. NaN and infinity make its scale NaN.
-template <int kType>
+// triples and of raw units. NaN and infinity make its scale NaN. Calls between() once all of the
+// vector's first turns are read.
+template <int kType, class Between>
 __device__ __forceinline__ void round_activations(const Launch& launch, const Matrix& matrix,
-                                                  const Dynamic& dynamic, State& state,
-                                                  int vector) {
+                                                  const Dynamic& dynamic, State& state, int vector,
+                                                  Between between) {
   const int triple_dozens = matrix.groups * (kGroupColumns / kDozen);
   const int raw_words = launch.raw_bytes / (8 * kBatch);
   const int dozens = max(triple_dozens, (raw_words + 2) / 3);
   const Activations<kType> x(launch, matrix.column_scale, vector, dozens);
-  float largest = 0;
+  u32 largest_bits = 0;
   x.for_each([&](int, const float (&values)[kDozen]) {
 #pragma unroll
     for (int i = 0; i < kDozen; ++i) {
-      const float magnitude = fabsf(values[i]);
-      largest = fmaxf(largest, magnitude <= kFinite ? magnitude : __int_as_float(0x7f800000));
+      largest_bits = max(largest_bits, __float_as_uint(values[i]) & 0x7fffffffu);
     }
   });
-  largest = block_max(largest, state.largest);
-  const bool usable = largest > 0 && largest <= kFinite;
+  largest_bits = block_max(largest_bits, state.largest);
+  between();
+  const bool finite = largest_bits <= kFinite;
+  const float largest = __uint_as_float(largest_bits);
   // An exact power of two keeps the inverse of a tiny magnitude finite.
-  const float lift = largest < 0x1p-60f ? 0x1p100f : 1.0f;
-  const float inverse = usable ? kLargest / (largest * lift) : 0.0f;
-  int sum = 0;
+  const bool tiny = largest < 0x1p-60f;
+  const float inverse =
+      finite && largest_bits != 0 ? kLargest / (tiny ? largest * 0x1p100f : largest) : 0.0f;
+  u32 sum = 0;
   x.for_each([&](int dozen, const float (&values)[kDozen]) {
     u32 rounded[kDozen];
 #pragma unroll
     for (int i = 0; i < kDozen; ++i) {
-      const int value = usable ? __float2int_rn(values[i] * lift * inverse) : 0;
-      sum += value;
-      rounded[i] = static_cast<u32>(value);
+      const float value = tiny ? values[i] * 0x1p100f : values[i];
+      rounded[i] = __float_as_uint(__fadd_rn(__fmul_rn(value, inverse), kToBits));
     }
-    store_triples(dynamic.triples, dozen, vector, rounded, dozen < triple_dozens);
+    sum += store_triples(dynamic.triples, dozen, vector, rounded, dozen < triple_dozens) -
+           kDozen * kBias;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       if (dozen * 3 + k >= raw_words) continue;
-      const u32 first = __byte_perm(rounded[4 * k], rounded[4 * k + 1], 0x5410);
-      const u32 second = __byte_perm(rounded[4 * k + 2], rounded[4 * k + 3], 0x5410);
-      store_digits(dynamic.raws, dozen * 3 + k, vector, high_digits(first, second, 0x7531u),
-                   low_digits(first, second, 0x6420u));
+      const Pair first(rounded[4 * k], rounded[4 * k + 1]);
+      const Pair second(rounded[4 * k + 2], rounded[4 * k + 3]);
+      store_digits(dynamic.raws, dozen * 3 + k, vector,
+                   __byte_perm(first.high, second.high, 0x7531u) ^ 0x80808080u,
+                   __byte_perm(first.low, second.low, 0x6420u));
     }
   });
-  sum = __reduce_add_sync(~0u, sum);
-  if (threadIdx.x % kLanes == 0) atomicAdd(&state.x_sum[vector], sum);
+  const int total = __reduce_add_sync(~0u, static_cast<int>(sum));
+  if (threadIdx.x % kLanes == 0) atomicAdd(&state.x_sum[vector], total);
   if (threadIdx.x == 0) {
-    state.x_scale[vector] = largest <= kFinite ? largest / kLargest : __int_as_float(0x7fc00000);
+    state.x_scale[vector] = finite ? largest / kLargest : __int_as_float(0x7fc00000);
   }
   __syncthreads();
 }
@@ -511,30 +535,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     return __ldg(&matrix.chunks[chunk < chunks ? stored : 0]);
   };
 
-  // Nothing here depends on the kernel before: weights stream in while it still runs.
-  if (threadIdx.x < launch.slots) state.ring.open(threadIdx.x);
-  __syncthreads();
-  if (threadIdx.x < min(launch.slots, chunks)) {
-    state.ring.fetch(threadIdx.x, dynamic.slot(launch, threadIdx.x), matrix,
-                     stored_chunk(threadIdx.x));
-  }
+  // Nothing here depends on the kernel before: weights stream in while it still runs. All is asked
+  // for before anything is waited for.
+  const int asked = min(launch.slots, chunks);
+  const int thread = threadIdx.x;
+  const uint4 chunk = stored_chunk(thread < asked ? thread : 0);
+  const TableCopies copies(matrix.table);
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
-  if (threadIdx.x < bound_count)
-    state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
-  spread_table(table, matrix.table, 0);
-  for (int i = threadIdx.x; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
+  const u16 bound = __ldg(&matrix.bounds[min(thread, bound_count - 1)]);
+  const auto fetch = [&](int begin, int end) {
+    if (thread >= begin && thread < end) {
+      state.ring.fetch(thread, dynamic.slot(launch, thread), matrix, chunk);
+    }
+  };
+  if (thread < launch.slots) state.ring.open(thread);
+  __syncthreads();
+  fetch(0, min(launch.early, asked));
+  if (thread < bound_count) state.ring.bounds[thread] = bound;
+  copies.store(table, 0);
+  for (int i = thread; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
     (&state.sums[0][0][0][0])[i] = 0;
-  if (threadIdx.x < kOpenTiles) state.tile_done[threadIdx.x] = 0;
-  if (threadIdx.x < kBatch) state.x_sum[threadIdx.x] = 0;
+  if (thread < kOpenTiles) state.tile_done[thread] = 0;
+  if (thread < kBatch) state.x_sum[thread] = 0;
   asm volatile("griddepcontrol.wait;" ::: "memory");
   __syncthreads();
   for (int vector = 0; vector < kBatch; ++vector) {
+    const auto between = [&] {
+      if (vector == 0) fetch(launch.early, asked);
+    };
     if (launch.type == 0) {
-      round_activations<0>(launch, matrix, dynamic, state, vector);
+      round_activations<0>(launch, matrix, dynamic, state, vector, between);
     } else if (launch.type == 1) {
-      round_activations<1>(launch, matrix, dynamic, state, vector);
+      round_activations<1>(launch, matrix, dynamic, state, vector, between);
     } else {
-      round_activations<2>(launch, matrix, dynamic, state, vector);
+      round_activations<2>(launch, matrix, dynamic, state, vector, between);
     }
   }
 
