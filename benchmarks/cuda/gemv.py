@@ -149,7 +149,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
     matrices = [CudaMatrix.from_parts([_copy(matrix)], DEVICE) for _ in range(copies)]
     x = x.bfloat16()
     y = torch.empty(1, rows, device=DEVICE).bfloat16()
-    result = summary(graph_times(lambda i: matrices[i].product(1)(x, y), copies))
+    result = summary(graph_times(lambda i: matrices[i].product(1, x.dtype)(x, y), copies))
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
     dense = graph_times(lambda i: matrices[i].dequantize_into(out), min(copies, 10))
     plan = single.plan(1)

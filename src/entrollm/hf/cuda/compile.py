@@ -89,10 +89,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entrollm" / "cuda"
 
 
-def _read(name: str) -> str:
+def _read(name: str, seen: set[str] | None = None) -> str:
     """A source with the project's own headers in place of their names; each is included once."""
+    seen = {name} if seen is None else seen
     text = (resources.files("entrollm.hf.cuda") / "kernels" / name).read_text()
-    return _INCLUDE.sub(lambda match: _read(match[1]), text).replace("#pragma once\n", "")
+
+    def header(match: re.Match[str]) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return _read(match[1], seen)
+
+    return _INCLUDE.sub(header, text).replace("#pragma once\n", "")
 
 
 def _write(path: Path, content: bytes) -> None:

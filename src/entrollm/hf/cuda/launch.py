@@ -46,7 +46,6 @@ class ProductStruct(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("count", ctypes.c_int),
         ("columns", ctypes.c_int),
-        ("type", ctypes.c_int),
         ("y_stride", ctypes.c_int),
         ("slots", ctypes.c_int),
         ("slot_bytes", ctypes.c_int),

@@ -103,8 +103,11 @@ def transcode(
     code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
     order = _order(symbols, code)
     available = shared_bytes(device) if device.type == "cuda" else _HOPPER_BYTES
-    limit = chunk_limit(_padded(columns), code.raw_bits > 0, available)
-    shape = choose_shape(name, rows, columns, code.bits, limit)
+    padded, raw = _padded(columns), code.raw_bits > 0
+    limit = chunk_limit(padded, raw, available)
+    shape = choose_shape(
+        name, rows, columns, code.bits, limit, lambda chunk: plan_of(1, padded, raw, chunk, available).slots
+    )
     scale = scale.to(device).expand(rows)
     offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
     words = row_words(order, scale[order], offset[order])
@@ -165,7 +168,7 @@ class CudaMatrix:
         self.parts = tuple(parts)
         self.device = device
         self.shape = (sum(part.shape.rows for part in parts), parts[0].shape.columns)
-        self._products: dict[int, Product] = {}  # by batch
+        self._products: dict[tuple[int, torch.dtype], Product] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -189,7 +192,7 @@ class CudaMatrix:
             part = part.contiguous()
             if part.data_ptr() % 16:
                 part = part.clone()
-            self.product(len(part))(part, y[begin : begin + step])
+            self.product(len(part), x.dtype)(part, y[begin : begin + step])
         return y
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -226,11 +229,12 @@ class CudaMatrix:
         """Vectors that one launch takes; 0 for none."""
         return next((batch for batch in range(MAX_BATCH, 0, -1) if self.plan(batch).fits), 0)
 
-    def product(self, batch: int) -> Product:
-        """The fused product with `batch` vectors, ready to launch."""
-        if batch not in self._products:
-            self._products[batch] = Product(self.parts, batch, self.device)
-        return self._products[batch]
+    def product(self, batch: int, dtype: torch.dtype) -> Product:
+        """The fused product with `batch` vectors of a type, ready to launch."""
+        key = batch, dtype
+        if key not in self._products:
+            self._products[key] = Product(self.parts, batch, dtype, self.device)
+        return self._products[key]
 
 
 def _padded(columns: int) -> int:
@@ -255,12 +259,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Product:
-    """The fused product of some matrices with a fixed number of vectors."""
+    """The fused product of some matrices with a fixed number of vectors of one type."""
 
-    def __init__(self, parts: Sequence[DeviceMatrix], batch: int, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[DeviceMatrix], batch: int, dtype: torch.dtype, device: torch.device) -> None:
         plan = _plan(parts, batch, device)
         self._threads = plan.threads
-        macros = (("BATCH", batch), ("THREADS", plan.threads), ("BLOCKS", plan.blocks))
+        macros = (("BATCH", batch), ("TYPE", TYPES[dtype]), ("THREADS", plan.threads), ("BLOCKS", plan.blocks))
         self._function = _function("product.cu", "multiply", device, macros, plan.shared_bytes)
         structs = []
         y_begin = cta_begin = 0
@@ -286,10 +290,9 @@ class Product:
         )
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
-        """Multiply `x` into `y`; both contiguous and of one type, rows of `x` padded to multiples of four."""
+        """Multiply `x` into `y`; both contiguous and of the product's type, rows of `x` padded to multiples of four."""
         self._struct.x = x.data_ptr()
         self._struct.y = y.data_ptr()
-        self._struct.type = TYPES[x.dtype]
         self._function.launch([self._struct], self._grid, self._threads, overlap=True)
 
 

@@ -40,10 +40,12 @@ _BLOCKS = 132
 _WARPS = 24
 # With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
 _CHUNK_BYTES = 43 << 9
-# What a block's chunks may take together so that all can be asked for before the kernel before it ends; the second is
-# for half a multiprocessor.
-_ROOM_BYTES = 150 << 10
+# Of a tile, where each block of half a multiprocessor has one.
 _HALF_ROOM_BYTES = 40 << 10
+# What starting and ending a pair of segments costs, in pairs of groups, and what a chunk more than needed costs, of the
+# whole: fitted to measured times.
+_START_GROUPS = 3.0
+_CHUNK_COST = 0.05
 # Of a segment, where warps have too little to do; the second is for half a multiprocessor.
 _FEWEST_GROUPS = 3
 _HALF_FEWEST_GROUPS = 2
@@ -99,12 +101,20 @@ class Shape:
         return [(begin * GROUP_COLUMNS, min(self.columns, end * GROUP_COLUMNS)) for begin, end in self.chunk_groups()]
 
 
-def choose_shape(name: str, rows: int, columns: int, bits: float, chunk_limit: int = 0) -> Shape:
+def choose_shape(
+    name: str,
+    rows: int,
+    columns: int,
+    bits: float,
+    chunk_limit: int = 0,
+    slots: Callable[[int], int] = lambda _: _WARPS,
+) -> Shape:
     """Cut a matrix so that segments keep warps busy and chunks fit the shared memory.
 
     Args:
         bits: of a weight.
         chunk_limit: bytes that chunks should not exceed, or 0.
+        slots: how many chunks of so many bytes a multiprocessor holds.
     Raises:
         UnsupportedError: rows are longer than exact sums allow.
     """
@@ -116,26 +126,38 @@ def choose_shape(name: str, rows: int, columns: int, bits: float, chunk_limit: i
     # Some chunks are larger than others, and all have more in them than codewords.
     chunk_bytes = min(_CHUNK_BYTES, chunk_limit * 15 // 16) if chunk_limit else _CHUNK_BYTES
     chunks = max(1, math.ceil(tile_bytes / chunk_bytes))
+    most_chunks, fewest_turns = chunks, 1
+
+    def held(count: int) -> int:
+        return slots(int(tile_bytes / count * 17 / 16) + _ROWS_BYTES)
+
     if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
         # Two blocks share a multiprocessor; each has one tile.
-        tiles, warps, fewest_turns, fewest_groups = 1, _WARPS // 2, 1, _HALF_FEWEST_GROUPS
+        tiles, warps, fewest_groups = 1, _WARPS // 2, _HALF_FEWEST_GROUPS
         chunks = max(chunks, min(warps // most_pairs, round(groups / (MAX_SEGMENTS * _FEWEST_GROUPS))))
     else:
         tiles, warps, fewest_groups = -(-rows // (TILE_ROWS * _BLOCKS)), _WARPS, _FEWEST_GROUPS
-        # Where chunks must wait for room, one turn of the warps is too few.
-        fewest_turns = 1 if tiles * tile_bytes <= _ROOM_BYTES else 2
         chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
+        if tiles * chunks > held(chunks):
+            # Chunks must wait for room, so one turn of the warps is too few.
+            most_chunks, fewest_turns = 2 * chunks, 2
     if chunks * TOGETHER > _MAX_BOUNDS:
         raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
 
-    def use(pairs: int) -> tuple[float, int]:
+    def cost(cut: tuple[int, int]) -> tuple[float, int]:
         # Warps wait for the last of their block, so the last turn should be a full one.
-        shares = tiles * chunks * pairs
-        return shares / (warps * max(fewest_turns, -(-shares // warps))), pairs
+        shares = tiles * cut[0] * cut[1]
+        turns = max(fewest_turns, -(-shares // min(warps, held(cut[0]) * cut[1])))
+        turn = groups / (cut[0] * cut[1] * TOGETHER) + _START_GROUPS
+        return turns * turn * (1 + _CHUNK_COST * (cut[0] - chunks)), cut[0]
 
-    most_pairs = min(most_pairs, _MAX_BOUNDS // chunks // TOGETHER)
-    most_pairs = max(1, min(most_pairs, groups // chunks // (TOGETHER * fewest_groups)))
-    return Shape(rows, columns, chunks, max(range(1, most_pairs + 1), key=use) * TOGETHER)
+    def pairs(count: int) -> range:
+        most = min(most_pairs, _MAX_BOUNDS // count // TOGETHER, groups // count // (TOGETHER * fewest_groups))
+        return range(1, max(1, most) + 1)
+
+    counts = range(chunks, max(chunks, min(most_chunks, groups // TOGETHER, _MAX_BOUNDS // TOGETHER)) + 1)
+    best = min(((count, pair) for count in counts for pair in pairs(count)), key=cost)
+    return Shape(rows, columns, best[0], best[1] * TOGETHER)
 
 
 @dataclass(frozen=True)

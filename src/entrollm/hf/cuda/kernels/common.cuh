@@ -68,6 +68,9 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
   return value;
 }
 
+// What a thread saw or wrote before this, those of its block see that synchronize with it after.
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
+
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
 }

@@ -11,7 +11,7 @@ struct Divisor {
   int value;
   float inverse;
 
-  __device__ __forceinline__ Divisor(int divisor) : value(divisor), inverse(1.0f / divisor) {}
+  __device__ __forceinline__ Divisor(int divisor) : value(divisor), inverse(__fdividef(1.0f, divisor)) {}
   __device__ __forceinline__ int divide(int x) const {
     return __float2int_rd((x + 0.5f) * inverse);
   }
@@ -50,8 +50,8 @@ struct Ring {
   u32 done[kSlots];            // shares of the chunk in the slot that are decoded
   u16 bounds[kMaxBounds + 3];  // of the matrix
 
-  // One thread per slot calls this; the block meets at a barrier before the first chunk is asked
-  // for.
+  // One thread per slot calls this, the one that asks for its first chunk; the block meets at a
+  // barrier before anybody waits for a chunk.
   __device__ __forceinline__ void open(int slot) {
     barrier_init(&barriers[slot], 1);
     rounds[slot] = done[slot] = 0;
@@ -62,7 +62,7 @@ struct Ring {
   __device__ __forceinline__ void fetch(int slot, u8* data, const Matrix& matrix, uint4 stored) {
     chunks[slot] = stored;
     copy_chunk(data, matrix.data + static_cast<u64>(stored.x) * 16, stored.y * 16, &barriers[slot]);
-    __threadfence_block();
+    fence_block();
     ++*static_cast<volatile u32*>(&rounds[slot]);
   }
 
@@ -77,10 +77,10 @@ struct Ring {
 
   // One lane calls this when its warp is through with a share; true for the chunk's last.
   __device__ __forceinline__ bool release(const Place& at, int shares) {
-    __threadfence_block();
+    fence_block();
     if (atomicAdd(&done[at.slot], 1) + 1 != static_cast<u32>(shares)) return false;
     done[at.slot] = 0;
-    __threadfence_block();
+    fence_block();
     return true;
   }
 };

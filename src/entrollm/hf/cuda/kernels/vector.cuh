@@ -1,0 +1,250 @@
+// x as the matrix unit takes it: rounded to 16 bits of its largest magnitude and split into two
+// signed digits, in the orders in which lanes hold weights. BATCH, TYPE and THREADS are defined when
+// this is compiled.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int kBatch = BATCH;
+constexpr int kType = TYPE;
+// Columns that a thread rounds at a time: four triples, and three words of raw units.
+constexpr int kDozen = 12;
+// The largest magnitude whose two balanced digits both fit int8.
+constexpr float kLargest = 32639.0f;
+// As bits, the largest magnitude that is finite.
+constexpr u32 kFinite = 0x7f7fffffu;
+// Added to a number of less than 22 bits, this leaves the number plus 2^15 in the low 16 bits.
+constexpr float kToBits = 12582912.0f + 32768.0f;
+constexpr u32 kBias = 32768;
+
+// Four activations as they are stored.
+template <int kStoredType>
+struct Stored {
+  using Bits = uint2;
+
+  __device__ static __forceinline__ float4 values(uint2 bits) {
+    return make_float4(value(bits.x), value(bits.x >> 16), value(bits.y), value(bits.y >> 16));
+  }
+
+  __device__ static __forceinline__ float value(u32 bits) {
+    if constexpr (kStoredType == 1) return __uint_as_float(bits << 16);
+    float value;
+    asm("{\n .reg .b16 h;\n mov.b16 h, %1;\n cvt.f32.f16 %0, h;\n}"
+        : "=f"(value)
+        : "h"(static_cast<u16>(bits)));
+    return value;
+  }
+};
+
+template <>
+struct Stored<0> {
+  using Bits = float4;
+  __device__ static __forceinline__ float4 values(float4 bits) { return bits; }
+};
+
+class Vector {
+ public:
+  using Bits = typename Stored<kType>::Bits;
+
+  __device__ __forceinline__ Vector(const void* x, int vector, int columns,
+                                    const float* column_scale)
+      : x_(static_cast<const Bits*>(x) + vector * (columns / 4)),
+        column_scale_(reinterpret_cast<const float4*>(column_scale)),
+        count_(columns / 4) {}
+
+  // Asks for a dozen neighbours.
+  __device__ __forceinline__ void read(int dozen, Bits (&bits)[3]) const {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) bits[k] = x_[min(dozen * 3 + k, count_ - 1)];
+  }
+
+  // Their scaled values; zeros behind the vector's end.
+  __device__ __forceinline__ void scale(int dozen, const Bits (&bits)[3],
+                                        float (&values)[kDozen]) const {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const float4 four = Stored<kType>::values(bits[k]);
+      values[4 * k] = four.x;
+      values[4 * k + 1] = four.y;
+      values[4 * k + 2] = four.z;
+      values[4 * k + 3] = four.w;
+    }
+    if (column_scale_ != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        const float4 scale = __ldg(&column_scale_[min(dozen * 3 + k, count_ - 1)]);
+        values[4 * k] *= scale.x;
+        values[4 * k + 1] *= scale.y;
+        values[4 * k + 2] *= scale.z;
+        values[4 * k + 3] *= scale.w;
+      }
+    }
+    if (dozen * 3 + 3 > count_) {
+#pragma unroll
+      for (int i = 0; i < kDozen; ++i) {
+        if (dozen * 3 + i / 4 >= count_) values[i] = 0;
+      }
+    }
+  }
+
+ private:
+  const Bits* x_;
+  const float4* column_scale_;
+  int count_;
+};
+
+// Two numbers of 16 bits, 2^15 added to each, and the same for their high digits: 256 high + low is
+// the number, with low in [-128, 128).
+struct Pair {
+  u32 low;
+  u32 high;
+
+  __device__ __forceinline__ Pair(u32 first, u32 second)
+      : low(__byte_perm(first, second, 0x5410)), high(low + 0x00800080u) {}
+
+  // Adds both to a total, with what was added to them.
+  __device__ __forceinline__ u32 sum(u32 total) const {
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %0;" : "+r"(total) : "r"(low), "r"(0x0101u));
+    return total;
+  }
+};
+
+// Where digits go.
+struct DigitsOut {
+  u8* triples;
+  int triple_dozens;
+  u8* raws;
+  int raw_words;
+
+  // Stores the digits of a dozen in the order of triples; returns their sum, with what was added to
+  // them. Two lanes have one step together: one stores its high digits, the other its low ones.
+  __device__ __forceinline__ u32 store_triples(int dozen, int vector,
+                                               const u32 (&rounded)[kDozen]) const {
+    const bool odd = dozen % 2 != 0;
+    const Pair thirds[2] = {{rounded[2], rounded[5]}, {rounded[8], rounded[11]}};
+    u32 sum = thirds[0].sum(thirds[1].sum(0));
+    u32 digits[2][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const Pair two(rounded[3 * j], rounded[3 * j + 1]);
+      const Pair& third = thirds[j / 2];
+      const u32 order = j % 2 * 0x2000u;
+      sum = two.sum(sum);
+      // A word's first byte stays 0: entries have the length of their code there.
+      digits[0][j] =
+          (__byte_perm(two.high, third.high, 0x5310u + order) ^ 0x80808000u) & 0xffffff00u;
+      digits[1][j] = __byte_perm(two.low, third.low, 0x4200u + order) & 0xffffff00u;
+    }
+    u32 other[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      other[j] = __shfl_xor_sync(~0u, odd ? digits[0][j] : digits[1][j], 1);
+    }
+    if (dozen >= triple_dozens) return sum;
+    uint4* to = reinterpret_cast<uint4*>(triples + (dozen / 2 * kBatch + vector) * kStepBytes +
+                                         (odd ? kStepBytes / 2 : 0));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[i] =
+          odd ? make_uint4(other[2 * i], digits[1][2 * i], other[2 * i + 1], digits[1][2 * i + 1])
+              : make_uint4(digits[0][2 * i], other[2 * i], digits[0][2 * i + 1], other[2 * i + 1]);
+    }
+    return sum;
+  }
+
+  // Stores the digits of a dozen in the order of raw units: by quarter, half, and step.
+  __device__ __forceinline__ void store_raws(int dozen, int vector,
+                                             const u32 (&rounded)[kDozen]) const {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const int i = dozen * 3 + k;
+      if (i >= raw_words) break;
+      const Pair first(rounded[4 * k], rounded[4 * k + 1]);
+      const Pair second(rounded[4 * k + 2], rounded[4 * k + 3]);
+      u32* to = reinterpret_cast<u32*>(raws + (i / 8 * kBatch + vector) * kStepBytes + i % 4 * 8 +
+                                       i / 4 % 2 * 4);
+      to[0] = __byte_perm(first.high, second.high, 0x7531u) ^ 0x80808080u;
+      to[8] = __byte_perm(first.low, second.low, 0x6420u);
+    }
+  }
+};
+
+// What a block knows of the rounded vectors.
+struct Rounded {
+  float scale[kBatch];
+  int sum[kBatch];
+  u32 largest[2][THREADS / kLanes];
+};
+
+__device__ __forceinline__ u32 block_max(u32 value, u32* scratch) {
+  value = __reduce_max_sync(~0u, value);
+  if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
+  __syncthreads();
+  return __reduce_max_sync(~0u, scratch[threadIdx.x % (THREADS / kLanes)]);
+}
+
+// Rounds a vector and stores its digits. NaN and infinity make its scale NaN. The last warp takes no
+// part in it, and can do other work in meanwhile(), which all warps call when they have asked for
+// what they round. The block meets at a barrier in here, and must do so again before digits are read.
+template <class Meanwhile>
+__device__ __forceinline__ void round_vector(const Vector& x, int vector, const DigitsOut& out,
+                                             Rounded& rounded, Meanwhile meanwhile) {
+  constexpr int kThreads = THREADS - kLanes;
+  constexpr int kKept = 2;  // turns whose bits stay in registers
+  const int lane = threadIdx.x % kLanes;
+  const int dozens = max(out.triple_dozens, (out.raw_words + 2) / 3);
+  // Behind the end for the last warp.
+  const int first = threadIdx.x < kThreads ? threadIdx.x : dozens + kLanes + lane;
+  Vector::Bits kept[kKept][3];
+#pragma unroll
+  for (int turn = 0; turn < kKept; ++turn) x.read(first + turn * kThreads, kept[turn]);
+  meanwhile();
+  u32 largest_bits = 0;
+  const auto compare = [&](int dozen, const Vector::Bits(&bits)[3]) {
+    float values[kDozen];
+    x.scale(dozen, bits, values);
+#pragma unroll
+    for (float value : values) {
+      largest_bits = max(largest_bits, __float_as_uint(value) & 0x7fffffffu);
+    }
+  };
+  if (first - lane < dozens) compare(first, kept[0]);
+#pragma unroll 1
+  for (int i = first + kThreads; i - lane < dozens; i += kThreads) {
+    compare(i, kept[1]);
+    if (i - lane + kThreads < dozens) x.read(i + kThreads, kept[1]);
+  }
+  if (dozens > kKept * kThreads) x.read(first + kThreads, kept[1]);
+  largest_bits = block_max(largest_bits, rounded.largest[vector % 2]);
+  const bool finite = largest_bits <= kFinite;
+  const float largest = __uint_as_float(largest_bits);
+  // An exact power of two keeps the inverse of a tiny magnitude finite.
+  const bool tiny = largest < 0x1p-60f;
+  float inverse = 0;
+  if (finite && largest_bits != 0) inverse = kLargest / (tiny ? largest * 0x1p100f : largest);
+  u32 sum = 0;
+#pragma unroll 1
+  for (int i = first; i - lane < dozens; i += kThreads) {
+    float values[kDozen];
+    x.scale(i, kept[0], values);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) kept[0][k] = kept[1][k];
+    if (i - lane + kKept * kThreads < dozens) x.read(i + kKept * kThreads, kept[1]);
+    if (tiny) {
+#pragma unroll
+      for (float& value : values) value *= 0x1p100f;
+    }
+    u32 numbers[kDozen];
+#pragma unroll
+    for (int j = 0; j < kDozen; ++j) {
+      numbers[j] = __float_as_uint(__fmaf_rn(values[j], inverse, kToBits));
+    }
+    sum += out.store_triples(i, vector, numbers) - kDozen * kBias;
+    if (out.raw_words != 0) out.store_raws(i, vector, numbers);
+  }
+  const int total = __reduce_add_sync(~0u, static_cast<int>(sum));
+  if (lane == 0) atomicAdd(&rounded.sum[vector], total);
+  if (threadIdx.x == 0) {
+    rounded.scale[vector] = finite ? largest / kLargest : __int_as_float(0x7fc00000);
+  }
+}
