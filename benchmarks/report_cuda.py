@@ -24,6 +24,7 @@ def gpu_section() -> str:
 of a CUDA graph over at least 600 MB of distinct weights, one vector, all in one run. Random integers of the stated
 entropy; bits include everything that stays in GPU memory. The int8 baseline is hand-written (benchmarks/cuda/int8.cu),
 overlaps launches as ours does, and rounds its activations to 8 bits in the kernel, ours to 16. Goals in brackets.
+Commits: {_commits(gemv, generate)}.
 
 | rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 |
 |---|---|---|---|---|---|---|
@@ -38,6 +39,18 @@ A token of a Llama-shaped model at batch 1, the same loop in a CUDA graph (goal:
 {_generate_rows(generate)}
 {_transformers(generate)}{_memory()}{_peers()}
 [cuda.md](cuda.md) says what bounds these."""
+
+
+def _commits(gemv: dict[str, Any], generate: dict[str, Any]) -> str:
+    """Which commits the tables are of."""
+    found = [f"products {gemv['commit']}", f"our loop {generate['commit']}"]
+    found += [f"transformers {row['commit']}" for row in generate.get("transformers", [])[:1]]
+    for name, path in (("loading", RESULTS / "load.json"), ("other ways", RESULTS / "peers.json")):
+        if path.exists():
+            rows = json.loads(path.read_text())
+            commits = [row["commit"] for row in rows] if isinstance(rows, list) else [rows["commit"]]
+            found.append(f"{name} {' and '.join(commits)}")
+    return ", ".join(found)
 
 
 def _gemv_rows(result: dict[str, Any]) -> str:

@@ -196,14 +196,14 @@ def run_loop(shape: Shape, entropies: list[float]) -> list[dict[str, Any]]:
     return results
 
 
-def run_transformers(shape: Shape, entropies: list[float], eager: bool) -> list[dict[str, Any]]:
+def run_transformers(shape: Shape, entropies: list[float], eager: bool, unchecked: bool) -> list[dict[str, Any]]:
     """`generate` and prompts in transformers."""
     results = []
-    baseline = measure(shape.kind, None, eager, shape.sizes())
+    baseline = measure(shape.kind, None, eager, unchecked, shape.sizes())
     print(f"{shape.name} in transformers, bfloat16: {_summary(baseline)}", flush=True)
     for entropy in entropies:
         coded = Coded(entropy)
-        ours = measure(shape.kind, coded, eager, shape.sizes())
+        ours = measure(shape.kind, coded, eager, unchecked, shape.sizes())
         ratio = ours["static"]["tokens_per_s"] / baseline["static"]["tokens_per_s"]
         slower = ours["prefill"]["median_ms"] / baseline["prefill"]["median_ms"]
         print(
@@ -218,10 +218,10 @@ def run_transformers(shape: Shape, entropies: list[float], eager: bool) -> list[
 
 def _summary(found: dict[str, Any]) -> str:
     static = found["static"]
-    eager = f", eager {found['eager']['tokens_per_s']:.1f}" if "eager" in found else ""
+    others = "".join(f", {way} {found[way]['tokens_per_s']:.1f}" for way in ("eager", "unchecked") if way in found)
     return (
         f"{static['tokens_per_s']:.1f} tokens/s ({static['min']:.1f} - {static['max']:.1f}), "
-        f"whole calls {static['whole_call_tokens_per_s']:.1f}{eager}; first call {static['first_call_s']:.1f} s, "
+        f"whole calls {static['whole_call_tokens_per_s']:.1f}{others}; first call {static['first_call_s']:.1f} s, "
         f"{static['graphs']} graphs, {static['graph_breaks']} breaks, {static['cudagraph_skips']} skips; "
         f"prompt {found['prefill']['median_ms']:.1f} ms; held {found['held_bytes'] / 1e9:.2f} GB"
     )
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--entropies", type=_numbers, default=list(ENTROPIES), help="of the loop's weights")
     parser.add_argument("--hf-entropies", type=_numbers, default=[2.2], help="of the weights in transformers")
     parser.add_argument("--eager", action="store_true", help="time transformers without compilation, too")
+    parser.add_argument("--unchecked", action="store_true", help="time it with entrollm.hf.compile_config(), too")
     parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
     shapes = [shape for shape in SHAPES if shape.name in arguments.models.split(",")]
@@ -252,7 +253,7 @@ def main() -> None:
         row
         for shape in shapes
         if "transformers" in parts
-        for row in run_transformers(shape, arguments.hf_entropies, arguments.eager)
+        for row in run_transformers(shape, arguments.hf_entropies, arguments.eager, arguments.unchecked)
     ]
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from entrollm.hf import CodedWeight
+from entrollm.hf import CodedWeight, compile_config
 from entrollm.hf.cuda.matrix import CudaMatrix
 from entrollm.hf.joined import watch
 from entrollm.hf.modules import put_weight
@@ -120,7 +120,7 @@ def prefill(model: Any) -> dict[str, float]:
     return {"median_ms": statistics.median(times[2:]), "min_ms": min(times[2:]), "max_ms": max(times[2:])}
 
 
-def measure(kind: str, make: Make | None, eager: bool, sizes: dict[str, int]) -> dict[str, Any]:
+def measure(kind: str, make: Make | None, eager: bool, unchecked: bool, sizes: dict[str, int]) -> dict[str, Any]:
     """All figures of one model, which is gone from the GPU afterwards."""
     before = torch.cuda.memory_allocated(DEVICE)
     model = build(kind, make, **sizes)
@@ -129,7 +129,10 @@ def measure(kind: str, make: Make | None, eager: bool, sizes: dict[str, int]) ->
     found["prefill"] = prefill(model)
     if eager:
         found["eager"] = generate(model)
-    found["static"] = generate(model, cache_implementation="static", max_cache_len=CACHE_TOKENS)
+    static = {"cache_implementation": "static", "max_cache_len": CACHE_TOKENS}
+    found["static"] = generate(model, **static)
+    if unchecked:
+        found["unchecked"] = generate(model, **static, compile_config=compile_config())
     del model
     torch._dynamo.reset()
     gc.collect()

@@ -236,6 +236,31 @@ def test_static_cache_is_compiled_once(model: Any) -> None:
     assert backend.products == [PRODUCTS]
 
 
+def test_compiling_without_a_look_at_every_module(model: Any) -> None:
+    config = entrollm.hf.compile_config()
+    backend = Backend()
+
+    def compiled(*arguments: Any, options: dict[str, Any]) -> Any:
+        assert options == {"triton.cudagraphs": True}  # torch keeps the filter of guards to itself
+        return backend(*arguments)
+
+    config.backend = compiled
+    config._compile_all_devices = True
+    tokens = ids(5)
+    for _ in range(2):
+        found = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=8,
+            do_sample=False,
+            cache_implementation="static",
+            compile_config=config,
+        )
+        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
+        assert torch.equal(found, expected)
+    assert backend.products == [PRODUCTS]
+
+
 @pytest.fixture(scope="module")
 def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}

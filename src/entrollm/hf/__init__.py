@@ -2,6 +2,7 @@
 
 from entrollm.hf import check as _check  # noqa: F401 (first: it says what is missing)
 from entrollm.hf.config import EntroConfig
+from entrollm.hf.generation import compile_config
 from entrollm.hf.load import load, set_backend
 from entrollm.hf.modules import EntroEmbedding, EntroLinear
 from entrollm.hf.quantizer import EntroQuantizer
@@ -14,6 +15,7 @@ __all__ = [
     "EntroEmbedding",
     "EntroLinear",
     "EntroQuantizer",
+    "compile_config",
     "load",
     "set_backend",
 ]

@@ -38,6 +38,8 @@ _MAX_BOUNDS = 256
 # A GPU that matrices are cut for: blocks, and warps of each, which take a pair of segments at a time.
 _BLOCKS = 132
 _WARPS = 24
+# Of a chunk with the most segments.
+_STARTS_BYTES = 2 * MAX_SEGMENTS + MAX_SEGMENTS * STREAMS * LANES
 # With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
 _CHUNK_BYTES = 43 << 9
 # Of a tile, where each block of half a multiprocessor has one.
@@ -129,7 +131,7 @@ def choose_shape(
     most_chunks, fewest_turns = chunks, 1
 
     def held(count: int) -> int:
-        return slots(int(tile_bytes / count * 17 / 16) + _ROWS_BYTES)
+        return slots(int(tile_bytes / count * 1.1) + _STARTS_BYTES)
 
     if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
         # Two blocks share a multiprocessor; each has one tile.
