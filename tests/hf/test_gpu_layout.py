@@ -118,6 +118,17 @@ def test_chunks_fit_where_rows_are_long_or_memory_is_small(columns: int, room: i
         assert plan_of(1, columns, True, int(16 * columns * bits / 8 / shape.chunks * 1.05), room).fits
 
 
+def test_chunks_that_wait_for_room_fill_whole_turns_of_the_warps() -> None:
+    """4096 x 14336 at 2.4 bits: two tiles a multiprocessor, which does not hold all of their chunks."""
+    whole = choose_shape("tensor", 4096, 14336, 2.4)
+    assert 2 * whole.chunks * whole.segments // 2 == 24  # pairs of segments, one for each warp
+    cut = choose_shape("tensor", 4096, 14336, 2.4, slots=lambda size: (100 << 10) // size)
+    assert 2 * cut.chunks * cut.segments // 2 == 48
+    # Tiles by the dozen, of which few are held: enough segments of each to keep the warps busy.
+    many = choose_shape("tensor", 131072, 4096, 1.6, slots=lambda _: 6)
+    assert 6 * many.chunks * many.segments // 2 >= 18
+
+
 def test_rows_that_take_many_bits_are_cut_finer() -> None:
     """One table serves the matrix; what it does not hold is patched, in some rows nearly everything."""
     rng = np.random.default_rng(0)
@@ -167,7 +178,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sources_are_complete() -> None:
     for name in ("product.cu", "decode.cu"):
         text = kernels._read(name)
-        assert "#include" not in text and "struct Matrix" in text and "struct Ring" in text
+        assert "#include" not in text
+        assert text.count("struct Matrix {") == text.count("struct Ring {") == 1
 
 
 def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
