@@ -61,6 +61,11 @@ def test_every_command_has_help_with_examples() -> None:
         assert f"$ entrollm {command.name}" in result.stdout
 
 
+def test_the_package_runs_as_a_module() -> None:
+    result = subprocess.run([sys.executable, "-m", "entrollm", "--help"], capture_output=True, text=True, check=True)
+    assert "entrollm compress MODEL -o OUT --bits 4" in result.stdout
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     result = CliRunner().invoke(app, ["compres"])
     assert result.exit_code == 2

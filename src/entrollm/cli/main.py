@@ -66,7 +66,3 @@ app = _build_app()
 def run() -> None:
     """Run the command line; the console script's entry."""
     app()
-
-
-if __name__ == "__main__":
-    run()

@@ -1,0 +1,6 @@
+"""`python -m entrollm` is the `entrollm` command."""
+
+from entrollm.cli.main import run
+
+if __name__ == "__main__":
+    run()
