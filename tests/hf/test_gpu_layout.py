@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from entrollm.errors import UnsupportedError
 from entrollm.hf.cuda import compile as kernels
+from entrollm.hf.cuda import transcode
 from entrollm.hf.cuda.matrix import CudaMatrix
 from entrollm.hf.cuda.plan import chunk_limit, plan_of
-from entrollm.hf.cuda.transcode import Packed, Shape, choose_shape, pack, row_words
+from entrollm.hf.cuda.shape import Shape, choose_shape
+from entrollm.hf.cuda.transcode import Packed, pack, row_words
 from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
 
 
@@ -157,6 +159,14 @@ def test_activations_that_do_not_fit_leave_no_slots() -> None:
 def test_rows_that_are_too_long() -> None:
     with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 65535 columns, this has 65536"):
         choose_shape("tensor", 16, 65536, 3.0)
+
+
+def test_matrices_that_are_too_large() -> None:
+    code = choose_triple_code([1] * 256)
+    packer = transcode._Packer("tensor", Shape(16, 4096, 1, 2), code, torch.zeros(16, 3, dtype=torch.int32))
+    sizes = torch.full((1 << 15, 1, 3), 2000)  # tiles; rows of words of both streams, and patches
+    with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 8 GiB of a matrix, this has 1"):
+        packer.chunk_table(sizes)
 
 
 def test_kernels_refuse_other_devices() -> None:

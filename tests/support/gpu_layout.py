@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm.hf.cuda.transcode import Packed, Shape
+from entrollm.hf.cuda.shape import Shape
+from entrollm.hf.cuda.transcode import Packed
 from entrollm.hf.cuda.triples import TripleCode
 
 

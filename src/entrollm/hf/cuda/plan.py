@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from entrollm.hf.cuda.transcode import GROUP_COLUMNS, STEP_COLUMNS, TILE_ROWS, UNIT_COLUMNS
+from entrollm.hf.cuda.shape import GROUP_COLUMNS, STEP_COLUMNS, TILE_ROWS, UNIT_COLUMNS
 
 PRODUCT_THREADS = 768
 # The table lies at the second multiple of its size; the system and the kernels' variables take the first bytes of what

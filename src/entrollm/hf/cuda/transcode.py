@@ -5,161 +5,37 @@ Everything here is plain torch operations, so it runs, and is tested, on any dev
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
-from entrollm.hf.cuda.triples import HIGH_BITS, HIGH_PARTS, TripleCode
+from entrollm.hf.cuda.shape import (
+    GROUP_COLUMNS,
+    LANES,
+    MAX_SEGMENTS,
+    STEP_COLUMNS,
+    STREAMS,
+    TILE_ROWS,
+    UNIT_COLUMNS,
+    Shape,
+)
+from entrollm.hf.cuda.triples import HIGH_BITS, HIGH_PARTS, TRIPLE, TripleCode
 
-TILE_ROWS = 16
-GROUP_COLUMNS = 72
-STEP_COLUMNS = 24
-UNIT_COLUMNS = 64
-LANES = 32
-STREAMS = 2
-MAX_SEGMENTS = 8
-# What a tile's first chunk says of its rows.
-_ROWS_BYTES = TILE_ROWS * 12
-# Segments of a chunk that a warp decodes together.
-TOGETHER = 2
 WINDOW_BIT = 7
 RAW_SETS = (4, 2, 1)
 
+# What a tile's first chunk says of its rows.
+_ROWS_BYTES = TILE_ROWS * 12
 _TRIPLES = 6  # of one stream in a group
 _DELTA_BITS = 2
 _LARGEST_DELTA = 255
-_MAX_COLUMNS = 1 << 16
-_MAX_BOUNDS = 256
-# A GPU that matrices are cut for: blocks, and warps of each, which take a pair of segments at a time.
-_BLOCKS = 132
-_WARPS = 24
-# Of a chunk with the most segments.
-_STARTS_BYTES = 2 * MAX_SEGMENTS + MAX_SEGMENTS * STREAMS * LANES
-# With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
-_CHUNK_BYTES = 43 << 9
-# Of a tile, where each block of half a multiprocessor has one.
-_HALF_ROOM_BYTES = 40 << 10
-# What starting and ending a pair of segments costs, in pairs of groups, and what a chunk more than needed costs, of the
-# whole: fitted to measured times.
-_START_GROUPS = 3.0
-_CHUNK_COST = 0.05
-# Of a segment, where warps have too little to do; the second is for half a multiprocessor.
-_FEWEST_GROUPS = 3
-_HALF_FEWEST_GROUPS = 2
 # Weights whose temporary tensors are in memory at a time.
-_BATCH_WEIGHTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How a matrix is cut.
-
-    Attributes:
-        rows, columns: of the matrix.
-        chunks: ranges of columns of a tile.
-        segments: ranges of columns of a chunk.
-    """
-
-    rows: int
-    columns: int
-    chunks: int
-    segments: int
-
-    @property
-    def tiles(self) -> int:
-        """Sixteen rows each; the last may have fewer."""
-        return -(-self.rows // TILE_ROWS)
-
-    @property
-    def groups(self) -> int:
-        """72 columns each."""
-        return -(-self.columns // GROUP_COLUMNS)
-
-    def cut(self, chunks: int) -> Shape:
-        """The same matrix cut into so many chunks, or as many as there may be."""
-        chunks = min(chunks, self.groups // TOGETHER, _MAX_BOUNDS // self.segments)
-        most_pairs = max(1, self.groups // max(1, chunks) // (TOGETHER * _HALF_FEWEST_GROUPS))
-        return replace(self, chunks=chunks, segments=min(self.segments, most_pairs * TOGETHER))
-
-    def group_bounds(self) -> list[int]:
-        """Where every segment of every chunk begins, in groups, and where the last ends."""
-        bounds = [0]
-        for begin, end in self.chunk_groups():
-            bounds += [begin + (end - begin) * (i + 1) // self.segments for i in range(self.segments)]
-        return bounds
-
-    def chunk_groups(self) -> list[tuple[int, int]]:
-        """The range of groups of each chunk."""
-        edges = [self.groups * i // self.chunks for i in range(self.chunks + 1)]
-        return list(itertools.pairwise(edges))
-
-    def chunk_columns(self) -> list[tuple[int, int]]:
-        """The range of columns of each chunk."""
-        return [(begin * GROUP_COLUMNS, min(self.columns, end * GROUP_COLUMNS)) for begin, end in self.chunk_groups()]
-
-
-def choose_shape(
-    name: str,
-    rows: int,
-    columns: int,
-    bits: float,
-    chunk_limit: int = 0,
-    slots: Callable[[int], int] = lambda _: _WARPS,
-) -> Shape:
-    """Cut a matrix so that segments keep warps busy and chunks fit the shared memory.
-
-    Args:
-        bits: of a weight.
-        chunk_limit: bytes that chunks should not exceed, or 0.
-        slots: how many chunks of so many bytes a multiprocessor holds.
-    Raises:
-        UnsupportedError: rows are longer than exact sums allow.
-    """
-    if columns >= _MAX_COLUMNS:
-        raise UnsupportedError(f"{name}: the GPU kernels take at most {_MAX_COLUMNS - 1} columns, this has {columns}")
-    groups = -(-columns // GROUP_COLUMNS)
-    tile_bytes = TILE_ROWS * columns * bits / 8
-    most_pairs = MAX_SEGMENTS // TOGETHER
-    # Some chunks are larger than others, and all have more in them than codewords.
-    chunk_bytes = min(_CHUNK_BYTES, chunk_limit * 15 // 16) if chunk_limit else _CHUNK_BYTES
-    chunks = max(1, math.ceil(tile_bytes / chunk_bytes))
-    most_chunks, fewest_turns = chunks, 1
-
-    def held(count: int) -> int:
-        return slots(int(tile_bytes / count * 1.1) + _STARTS_BYTES)
-
-    if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
-        # Two blocks share a multiprocessor; each has one tile.
-        tiles, warps, fewest_groups = 1, _WARPS // 2, _HALF_FEWEST_GROUPS
-        chunks = max(chunks, min(warps // most_pairs, round(groups / (MAX_SEGMENTS * _FEWEST_GROUPS))))
-    else:
-        tiles, warps, fewest_groups = -(-rows // (TILE_ROWS * _BLOCKS)), _WARPS, _FEWEST_GROUPS
-        chunks = max(chunks, min(-(-most_pairs // tiles), groups // (MAX_SEGMENTS * _FEWEST_GROUPS)))
-        if tiles * chunks > held(chunks):
-            # Chunks must wait for room, so one turn of the warps is too few.
-            most_chunks, fewest_turns = 2 * chunks, 2
-    if chunks * TOGETHER > _MAX_BOUNDS:
-        raise UnsupportedError(f"{name}: its rows of {columns} weights are too long for the GPU kernels")
-
-    def cost(cut: tuple[int, int]) -> tuple[float, int]:
-        # Warps wait for the last of their block, so the last turn should be a full one.
-        shares = tiles * cut[0] * cut[1]
-        turns = max(fewest_turns, -(-shares // min(warps, held(cut[0]) * cut[1])))
-        turn = groups / (cut[0] * cut[1] * TOGETHER) + _START_GROUPS
-        return turns * turn * (1 + _CHUNK_COST * (cut[0] - chunks)), cut[0]
-
-    def pairs(count: int) -> range:
-        most = min(most_pairs, _MAX_BOUNDS // count // TOGETHER, groups // count // (TOGETHER * fewest_groups))
-        return range(1, max(1, most) + 1)
-
-    counts = range(chunks, max(chunks, min(most_chunks, groups // TOGETHER, _MAX_BOUNDS // TOGETHER)) + 1)
-    best = min(((count, pair) for count in counts for pair in pairs(count)), key=cost)
-    return Shape(rows, columns, best[0], best[1] * TOGETHER)
+_BATCH_WEIGHTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -218,13 +94,14 @@ def row_words(index: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def _batches(shape: Shape, code: TripleCode, read: SymbolReader) -> Iterator[tuple[int, Tensor]]:
-    """Tiles of padded symbols: (first tile, int32 (tiles, 16, groups * 72)), in which padding costs few bits."""
-    padding = code.base + (code.likeliest << code.raw_bits)
+    """Tiles of padded symbols: (first tile, uint8 (tiles, 16, groups * 72)), in which padding costs few bits."""
+    # Of the likeliest high part, some symbols exist.
+    padding = min(max(code.base + (code.likeliest << code.raw_bits), 0), 255)
     step = max(1, _BATCH_WEIGHTS // (TILE_ROWS * shape.columns))
     width = shape.groups * GROUP_COLUMNS
     for tile in range(0, shape.tiles, step):
         last = min(shape.tiles, tile + step)
-        symbols = read(tile * TILE_ROWS, min(shape.rows, last * TILE_ROWS)).to(torch.int32)
+        symbols = read(tile * TILE_ROWS, min(shape.rows, last * TILE_ROWS))
         padded = symbols.new_full(((last - tile) * TILE_ROWS, width), padding)
         padded[: len(symbols), : shape.columns] = symbols
         yield tile, padded.reshape(last - tile, TILE_ROWS, width)
@@ -244,9 +121,11 @@ class _Packer:
         self._shape = shape
         self._code = code
         self._device = device
-        self._lengths = torch.tensor(code.lengths.astype("int64"), device=device)
+        self._lengths = torch.tensor(code.lengths.astype("int32"), device=device)
         self._codewords = torch.tensor(code.codewords.astype("int64"), device=device)
-        self._stored = torch.tensor(code.stored, device=device)
+        shifts = HIGH_BITS * np.arange(TRIPLE - 1, -1, -1)
+        stored = code.stored[:, None] >> shifts & (HIGH_PARTS - 1)
+        self._stored = torch.tensor(stored.astype("uint8"), device=device)
         bounds = torch.tensor(shape.group_bounds(), device=device)
         self._bounds = bounds * _TRIPLES
         self._column_chunk = torch.bucketize(
@@ -260,9 +139,9 @@ class _Packer:
         shape = self._shape
         tiles = len(symbols)
         triples = self._triples(symbols)
-        ends = self._lengths[triples].cumsum(-1)
+        ends = _look_up(self._lengths, triples).cumsum(-1, dtype=torch.int32)
         ends = torch.nn.functional.pad(ends, (1, 0))
-        bits = ends[..., self._bounds].diff(dim=-1)  # (tiles, 2, 32, chunks * segments)
+        bits = ends[..., self._bounds].long().diff(dim=-1)  # (tiles, 2, 32, chunks * segments)
         bits = bits.reshape(tiles, STREAMS, LANES, shape.chunks, shape.segments).permute(0, 3, 4, 1, 2)
         starts = torch.zeros_like(bits)
         end = bits[:, :, 0]
@@ -289,7 +168,12 @@ class _Packer:
         size = -(-size // 16)
         offsets = size.reshape(-1).cumsum(0).reshape(size.shape) - size
         table = torch.stack([offsets, size, tail, sizes[..., 2] + (sizes[..., 0] << 16)], -1)
-        return table, int(size.sum()) * 16
+        total = int(size.sum()) * 16
+        if total >= 1 << 33:
+            raise UnsupportedError(
+                f"{self._name}: the GPU kernels take at most 8 GiB of a matrix, this has {total} bytes"
+            )
+        return table, total
 
     def write(self, tile: int, symbols: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
         """Write the chunks of some tiles, from the one at `tile`, into the words of the whole."""
@@ -319,40 +203,39 @@ class _Packer:
         return base[..., None, None]
 
     def _highs(self, symbols: Tensor) -> Tensor:
-        return (symbols - self._code.base) >> self._code.raw_bits
+        return (symbols.to(torch.int16) - self._code.base) >> self._code.raw_bits
 
     def _triples(self, symbols: Tensor) -> Tensor:
-        """Triples in the order in which lanes decode them: int64 (tiles, 2, 32, groups * 6)."""
-        highs = self._highs(symbols).clamp(0, HIGH_PARTS - 1)
+        """Triples in the order in which lanes decode them: int32 (tiles, 2, 32, groups * 6)."""
+        highs = self._highs(symbols).clamp_(0, HIGH_PARTS - 1)
         highs = highs.reshape(len(symbols), STREAMS, 8, -1, 4, 3)  # stream, lane's row, step and half, quarter
         triples = (highs[..., 0] << 2 * HIGH_BITS) + (highs[..., 1] << HIGH_BITS) + highs[..., 2]
-        return triples.permute(0, 1, 2, 4, 3).reshape(len(symbols), STREAMS, LANES, -1).long()
+        return triples.permute(0, 1, 2, 4, 3).reshape(len(symbols), STREAMS, LANES, -1).to(torch.int32)
 
     def _patches(self, symbols: Tensor, triples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Symbols that do not decode to themselves: tile, row, column, difference, in the order of tiles."""
-        stored = self._stored[triples].reshape(len(symbols), STREAMS, 8, 4, -1).permute(0, 1, 2, 4, 3)
-        shifts = torch.tensor([2 * HIGH_BITS, HIGH_BITS, 0], device=self._device)
-        decoded = (stored[..., None] >> shifts & (HIGH_PARTS - 1)).reshape(symbols.shape)
-        difference = (self._highs(symbols) - decoded) << self._code.raw_bits
+        stored = _look_up(self._stored, triples).reshape(len(symbols), STREAMS, 8, 4, -1, 3)
+        decoded = stored.permute(0, 1, 2, 4, 3, 5).reshape(symbols.shape)
+        difference = self._highs(symbols).sub_(decoded)
         tile, row, column = difference.nonzero(as_tuple=True)
-        return tile, row, column, difference[tile, row, column].long()
+        return tile, row, column, difference[tile, row, column].long() << self._code.raw_bits
 
     def _write_streams(self, triples: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
         shape = self._shape
-        lengths = self._lengths[triples]
-        begins = lengths.cumsum(-1) - lengths
+        lengths = _look_up(self._lengths, triples)
+        position = lengths.cumsum(-1, dtype=torch.int32).sub_(lengths)
         segments = self._bounds.diff()
-        first = begins[..., self._bounds[:-1].clamp(max=begins.shape[-1] - 1)]
+        first = position[..., self._bounds[:-1].clamp(max=position.shape[-1] - 1)]
         placed = starts.permute(0, 3, 4, 1, 2).flatten(-2)  # (tiles, 2, 32, chunks * segments)
-        position = begins + torch.repeat_interleave(placed - first, segments, -1) + WINDOW_BIT
+        position += torch.repeat_interleave((placed - first + WINDOW_BIT).to(torch.int32), segments, -1)
         origin = chunks[..., 0] * 4
         origin = torch.stack([origin, origin + sizes[..., 0] * LANES], 1)  # (tiles, 2, chunks)
         per_chunk = segments.reshape(shape.chunks, -1).sum(1)
-        origin = torch.repeat_interleave(origin, per_chunk, -1)[:, :, None]
-        lane = torch.arange(LANES, device=self._device)[:, None]
-        place = (origin + (position >> 5) * LANES + lane).reshape(-1)
-        bits = (self._codewords[triples] << (position & 31)).reshape(-1)
-        _scatter(words, place, bits & 0xFFFFFFFF)
+        origin = torch.repeat_interleave(origin.to(torch.int32), per_chunk, -1)[:, :, None]
+        lane = torch.arange(LANES, dtype=torch.int32, device=self._device)[:, None]
+        place = ((position >> 5) * LANES).add_(origin).add_(lane).reshape(-1)
+        bits = (_look_up(self._codewords, triples) << (position & 31)).reshape(-1)
+        _scatter(words, place, bits)
         spills = bits >> 32 != 0
         _scatter(words, place[spills] + LANES, bits[spills] >> 32)
 
@@ -370,7 +253,7 @@ class _Packer:
         """Write the raw bits of a chunk's columns, the first of which is column `left` of its unit."""
         raw_bits = self._code.raw_bits
         units = -(-(left + symbols.shape[-1]) // UNIT_COLUMNS)
-        raw = (symbols - self._code.base).long() & ((1 << raw_bits) - 1)
+        raw = ((symbols.to(torch.int16) - self._code.base) & ((1 << raw_bits) - 1)).to(torch.uint8)
         raw = torch.nn.functional.pad(raw, (left, units * UNIT_COLUMNS - left - raw.shape[-1]))
         # tile, half of the rows, lane's row, unit, step, half, quarter, byte -> tile, lane, unit, register, byte
         raw = raw.reshape(len(raw), 2, 8, units, 2, 2, 4, 4).permute(0, 2, 6, 3, 4, 5, 1, 7)
@@ -379,10 +262,11 @@ class _Packer:
             if not raw_bits & bits:
                 continue
             values = (raw >> (raw_bits & (bits - 1))) & ((1 << bits) - 1)
-            values = values.reshape(len(raw), LANES, units, bits, 8 // bits, 4)
-            turn = torch.arange(1, 8 // bits + 1, device=self._device)[:, None]
-            shifts = 8 * torch.arange(4, device=self._device) + 8 - bits * turn
-            content = (values << shifts).sum((-1, -2)).permute(0, 2, 3, 1).reshape(len(raw), -1)
+            values = values.reshape(len(raw), LANES, units, bits, 8 // bits, 4).to(torch.int32)
+            turn = torch.arange(1, 8 // bits + 1, dtype=torch.int32, device=self._device)[:, None]
+            shifts = 8 * torch.arange(4, dtype=torch.int32, device=self._device) + 8 - bits * turn
+            # A word's bits add up to all of an int32, its sign among them.
+            content = (values << shifts).sum((-1, -2), dtype=torch.int32).permute(0, 2, 3, 1).reshape(len(raw), -1)
             place = begin[:, None] + torch.arange(content.shape[-1], device=self._device)
             _scatter(words, place.reshape(-1), content.reshape(-1))
             begin = begin + content.shape[-1]
@@ -408,7 +292,11 @@ def _words(values: Tensor, width: int) -> Tensor:
     return (grouped << width * torch.arange(per_word, device=values.device)).sum(-1)
 
 
+def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of a table, without 64-bit copies of the indices: (*indices.shape, *table.shape[1:])."""
+    return table.index_select(0, indices.reshape(-1)).reshape(*indices.shape, *table.shape[1:])
+
+
 def _scatter(words: Tensor, place: Tensor, bits: Tensor) -> None:
-    """Add 32-bit values to words; no two have a bit in common."""
-    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
-    words.index_add_(0, place, signed)
+    """Add the low 32 bits of values to words; no two have a bit in common."""
+    words.index_add_(0, place, bits.to(torch.int32))
