@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +79,17 @@ def choose_triple_code(counts: Sequence[int]) -> TripleCode:
             break  # no split with more raw bits is better
         splits.append(_split(shares, raw_bits))
         limit = min(limit, splits[-1].bound + _NEAR_BITS)
-    return min((_price(split) for split in splits if split.bound <= limit), key=lambda code: code.bits)
+    tables = [table for split in splits if split.bound <= limit for table in _tables(split)]
+    best: tuple[float, _Table, NDArray[np.int64]] | None = None
+    for table in sorted(tables, key=lambda table: table.bound):
+        if best is not None and table.bound >= best[0]:
+            break  # nor is any after it better
+        lengths = _lengths(table.shares[table.held])
+        bits = table.bits(lengths)
+        if best is None or bits < best[0]:
+            best = bits, table, lengths
+    assert best is not None
+    return _code(best[1], best[2], best[0])
 
 
 @dataclass(frozen=True)
@@ -109,23 +119,43 @@ def _split(shares: NDArray[np.float64], raw_bits: int) -> _Split:
     return min(splits, key=lambda split: split.bound)
 
 
-def _price(split: _Split) -> TripleCode:
-    """The best table for a split."""
+@dataclass(frozen=True)
+class _Table:
+    """Triples that a code holds, of a split; without lengths."""
+
+    split: _Split
+    shares: NDArray[np.float64]  # of 512 triples
+    held: NDArray[np.int64]
+    stored: NDArray[np.int64]
+    extra: float  # bits of a weight besides its codeword's: raw ones and patches
+
+    @functools.cached_property
+    def bound(self) -> float:
+        """Bits of a weight at least."""
+        present = np.bincount(self.stored, self.shares)
+        present = present[present > 0]
+        entropy = float(-(present * np.log2(present)).sum())
+        return self.extra + max(entropy, 1.0) / TRIPLE
+
+    def bits(self, lengths: NDArray[np.int64]) -> float:
+        """Bits of a weight, with the lengths of the triples that are held."""
+        sizes = np.zeros(HIGH_PARTS**TRIPLE, np.int64)
+        sizes[self.held] = lengths
+        return self.extra + float((self.shares * sizes[self.stored]).sum()) / TRIPLE
+
+
+def _tables(split: _Split) -> list[_Table]:
+    """Tables of several sizes for a split."""
     highs = split.highs / split.highs.sum()
     triples = np.einsum("i,j,k->ijk", highs, highs, highs).reshape(-1)
     order = np.argsort(-triples, kind="stable")
-    best: TripleCode | None = None
     present = int((triples > 0).sum())
+    tables = []
     for size in sorted({min(size, present) for size in _TABLE_SIZES}):
-        held = order[:size]
-        stored = _replacements(held)
-        code = _code(split, held, _lengths(triples[held]), stored)
+        stored = _replacements(order[:size])
         patched = float((triples * _differences(stored)).sum()) / TRIPLE + 1 - float(split.highs.sum())
-        bits = split.raw_bits + float((triples * code.lengths).sum()) / TRIPLE + patched * PATCH_BITS
-        if best is None or bits < best.bits:
-            best = replace(code, bits=bits)
-    assert best is not None
-    return best
+        tables.append(_Table(split, triples, order[:size], stored, split.raw_bits + patched * PATCH_BITS))
+    return tables
 
 
 def _lengths(shares: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -160,8 +190,8 @@ def _replacements(held: NDArray[np.int64]) -> NDArray[np.int64]:
     return nearest
 
 
-def _code(split: _Split, held: NDArray[np.int64], lengths: NDArray[np.int64], stored: NDArray[np.int64]) -> TripleCode:
-    """The canonical code of these lengths, first bit lowest; its price is not known yet."""
+def _code(table: _Table, lengths: NDArray[np.int64], bits: float) -> TripleCode:
+    """The canonical code of these lengths, first bit lowest."""
     codewords = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
     sizes = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
     next_word = 0
@@ -169,10 +199,10 @@ def _code(split: _Split, held: NDArray[np.int64], lengths: NDArray[np.int64], st
     for i in np.argsort(lengths, kind="stable"):
         length = int(lengths[i])
         next_word <<= length - previous
-        codewords[held[i]] = int(f"{next_word:0{length}b}"[::-1], 2)
-        sizes[held[i]] = length
+        codewords[table.held[i]] = int(f"{next_word:0{length}b}"[::-1], 2)
+        sizes[table.held[i]] = length
         next_word += 1
         previous = length
-    return TripleCode(
-        split.raw_bits, split.base, codewords[stored], sizes[stored], stored, int(np.argmax(split.highs)), math.inf
-    )
+    split, stored = table.split, table.stored
+    likeliest = int(np.argmax(split.highs))
+    return TripleCode(split.raw_bits, split.base, codewords[stored], sizes[stored], stored, likeliest, bits)
