@@ -387,19 +387,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const DigitsOut out{dynamic.triples, matrix.groups * (kGroupColumns / kDozen), dynamic.raws,
                       launch.raw_bytes / (8 * kBatch)};
+  const auto vector = [&](int i) {
+    return Vector(launch.x, i, launch.columns, matrix.column_scale);
+  };
+  round_vector(vector(0), 0, out, state.rounded, [&] {
+    fetch(launch.early, asked);
+    if (thread < bound_count) state.ring.bounds[thread] = bound;
+    copies.store(table, 0);
+    for (int i = thread; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
+      (&state.sums[0][0][0][0])[i] = 0;
+    if (thread < kOpenTiles) state.tile_done[thread] = 0;
+  });
 #pragma unroll 1
-  for (int vector = 0; vector < kBatch; ++vector) {
-    round_vector(Vector(launch.x, vector, launch.columns, matrix.column_scale), vector, out,
-                 state.rounded, [&] {
-                   if (vector != 0) return;
-                   fetch(launch.early, asked);
-                   if (thread < bound_count) state.ring.bounds[thread] = bound;
-                   copies.store(table, 0);
-                   for (int i = thread; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
-                     (&state.sums[0][0][0][0])[i] = 0;
-                   if (thread < kOpenTiles) state.tile_done[thread] = 0;
-                 });
-  }
+  for (int i = 1; i < kBatch; ++i) round_vector(vector(i), i, out, state.rounded, [] {});
   __syncthreads();
 
   const int lane = threadIdx.x % kLanes;
