@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForSeq2SeqLM, CompileConfig
 
 import entrollm.hf
-from entrollm.hf import EntroLinear, ops
+from entrollm.hf import CodedWeight, EntroLinear, ops
 
 LAYERS = 2
 # Products of a token by a Llama: QKV, output, gate and up, down; and the head.
@@ -216,6 +216,29 @@ def test_compiled_code_has_one_product_for_each_group(model: Any) -> None:
         found = [compiled(tokens, use_cache=False).logits for _ in range(3)]
     assert equal(found, [logits(model, tokens)] * 3)
     assert backend.products == [PRODUCTS]
+
+
+def test_a_copy_compiles_to_products_of_its_own(model: Any) -> None:
+    tokens = ids(1)
+    expected = logits(model, tokens)
+    backend = Backend()
+    copied = copy.deepcopy(model)
+    numbers = {weight.number for weight in model.modules() if isinstance(weight, CodedWeight)}
+    places = [weight.place() for weight in copied.modules() if isinstance(weight, CodedWeight)]
+    assert len(places) == len(numbers) and not numbers & {number for number, _, _ in places}
+    compiled = torch.compile(copied, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        found = compiled(tokens, use_cache=False).logits
+    assert equal([found], [expected])
+    assert backend.products == [PRODUCTS]
+    # A matrix whose group is gone multiplies alone.
+    (query,) = [layer for name, layer in copied.named_modules() if name.endswith("0.self_attn.q_proj")]
+    weight = query.weight
+    assert len(weight.place()[2]) > 1
+    del copied, compiled, query
+    torch._dynamo.reset()
+    gc.collect()
+    assert weight.place() == (weight.number, 0, (weight.spec.rows,))
 
 
 def test_static_cache_is_compiled_once(model: Any) -> None:

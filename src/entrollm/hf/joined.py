@@ -73,11 +73,7 @@ class JoinedWeights:
 
 
 class Slot:
-    """The products that one group of a model has ready; groups take turns.
-
-    Compiled code writes an attribute back for each object that it has changed, which one slot for each group would make
-    a few percent of a token's time.
-    """
+    """The products that one group of a model has ready; groups take turns."""
 
     def __init__(self) -> None:
         # Whose, its input, the moment, and what layers have not come for yet. Set at once: threads may share a model.
@@ -86,8 +82,8 @@ class Slot:
     def empty(self) -> None:
         """Let go of products that nobody came for, unless another thread may."""
         unused = self.ready
-        if unused is not None and unused[2][0] == _thread():
-            unused[0].wasted += 1
+        if unused is not None and unused[2][0] == threading.get_ident():
+            unused[0].waste()
             self.ready = None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -104,7 +100,16 @@ class Group:
     def __init__(self, joined: JoinedWeights, slot: Slot) -> None:
         self._joined = joined
         self._slot = slot
-        self.wasted = 0
+        self._wasted = 0
+        for place, weight in enumerate(joined.weights):
+            weight.group = (joined.number, place, tuple(joined.rows))
+
+    def waste(self) -> None:
+        """Note that products were made that nobody used; after a few times, layers multiply apart."""
+        self._wasted += 1
+        if self._wasted == _WASTED_ROUNDS:
+            for weight in self._joined.weights:
+                weight.group = None
 
     def product(self, weight: CodedWeight, place: int, x: Tensor) -> Tensor:
         """The product of one layer: (..., in_features) -> (..., out_features) in the type of x.
@@ -129,9 +134,9 @@ class Group:
         return weight(x)  # type: ignore[no-any-return]
 
     def _serves(self, x: Tensor) -> bool:
-        if self.wasted >= _WASTED_ROUNDS or x.numel() > _MOST_VECTORS * x.shape[-1]:
+        if self._wasted >= _WASTED_ROUNDS or x.numel() > _MOST_VECTORS * x.shape[-1]:
             return False
-        return torch.compiler.is_compiling() or (not x.is_inference() and self._joined.are_together())
+        return not x.is_inference() and self._joined.are_together()
 
     def _multiply(self, x: Tensor) -> Tensor:
         parts = torch.split(self._joined.multiply(x), self._joined.rows, dim=-1)
@@ -141,8 +146,7 @@ class Group:
 
     def _finish(self) -> None:
         self._slot.ready = None
-        if self.wasted:
-            self.wasted = 0
+        self._wasted = 0
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Group, (self._joined, self._slot)
@@ -210,20 +214,47 @@ def watch(model: nn.Module) -> None:
 
 
 def _moment(x: Tensor) -> _Moment:
-    """The thread, and what changes when a tensor is written to, and when work is queued elsewhere or only recorded.
-
-    Code that is compiled cannot ask. Its input was not written to between the calls when the group was found.
-    """
-    if torch.compiler.is_compiling():
-        return (_thread(),)
+    """The thread, and what changes when a tensor is written to, and when work is queued elsewhere or only recorded."""
     if not x.is_cuda:
-        return _thread(), x._version
+        return threading.get_ident(), x._version
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    return _thread(), x._version, stream, torch.cuda.is_current_stream_capturing()
+    return threading.get_ident(), x._version, stream, torch.cuda.is_current_stream_capturing()
 
 
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+class _Traced:
+    """The products that a group has ready in code that is being compiled: its number, the input, and what is left."""
+
+    ready: tuple[int, Tensor, list[Tensor | None]] | None = None
+
+
+_traced = _Traced()
+
+
+def traced_product(weight: CodedWeight, x: Tensor) -> Tensor:
+    """The product of one layer in code that is compiled: (..., in_features) -> (..., out_features) in the type of x.
+
+    Compiled code looks at every attribute that it depends on before each call. Hence this asks for a number alone, and
+    for the rest while it is compiled. The input is taken not to be written to between the calls of a group's layers, as
+    it was not when the group was found.
+    """
+    found_place: ops.Place = ops.place_of(weight.number)
+    number, place, rows = found_place
+    gradients = x.requires_grad and torch.is_grad_enabled()
+    if len(rows) == 1 or gradients or x.numel() > _MOST_VECTORS * x.shape[-1]:
+        return ops.traced_product(x, weight.number, rows[place])
+    if place == 0:
+        product = ops.traced_product(x, number, sum(rows))
+        first, *others = [part.contiguous() for part in torch.split(product, list(rows), dim=-1)]
+        _traced.ready = (number, x, [None, *others])
+        return first
+    ready = _traced.ready
+    if ready is not None and ready[0] == number and ready[1] is x:
+        found, ready[2][place] = ready[2][place], None
+        if all(left is None for left in ready[2]):
+            _traced.ready = None
+        if found is not None:
+            return found
+    return ops.traced_product(x, weight.number, rows[place])
 
 
 def _nothing() -> None:

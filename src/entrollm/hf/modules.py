@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entrollm.errors import UnsupportedError
-from entrollm.hf.joined import Group, Watch
+from entrollm.hf.joined import Group, Watch, traced_product
 from entrollm.hf.weight import CodedStack, CodedWeight
 
 
@@ -57,12 +57,16 @@ class EntroLinear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
+        product = traced_product(self.weight, x) if torch.compiler.is_compiling() else self._product(x)
+        return product if self.bias is None else product + self.bias
+
+    def _product(self, x: Tensor) -> Tensor:
         watch = self.watch
         if watch is not None:
             watch.note(self, x)
         shared = self._shared
         product: Tensor = self.weight(x) if shared is None else shared[0].product(self.weight, shared[1], x)
-        return product if self.bias is None else product + self.bias
+        return product
 
     def share(self, group: Group | None, place: int) -> None:
         """Multiply together with the other layers of a group, in this place; or alone, without a group."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from entrollm.hf.backend import Matrix
 
+Place = tuple[int, int, tuple[int, ...]]
+"""The number of matrices that share a product, a matrix's place among them, and the rows of all."""
+
 
 class Operand(Protocol):
     """What operators multiply with: a coded matrix, or several one below the other."""
@@ -40,6 +43,18 @@ def register(weight: Operand) -> int:
     return number
 
 
+def is_known(number: int) -> bool:
+    """Whether the matrices with a number are still there."""
+    return number in _weights
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def place_of(number: int) -> Place:
+    """Where the product of a coded matrix comes from. Compiled code asks while it is compiled, and not again."""
+    place: Place = _weights[number].place()  # type: ignore[attr-defined]
+    return place
+
+
 def is_observed(x: Tensor) -> bool:
     """Whether calls with this input must go through operators: for gradients, tracing, compiling and other modes.
 
@@ -63,6 +78,12 @@ def product(x: Tensor, coded: Operand, out_features: int) -> Tensor:
     """Multiply: (..., in_features) -> (..., out_features) in the type and on the device of x."""
     vectors = x.reshape(-1, x.shape[-1])
     found = linear(vectors, coded.number, out_features) if is_observed(vectors) else multiply(vectors, coded)
+    return found.reshape(*x.shape[:-1], out_features)
+
+
+def traced_product(x: Tensor, number: int, out_features: int) -> Tensor:
+    """The same in code that is compiled, with matrices known by their number."""
+    found: Tensor = linear(x.reshape(-1, x.shape[-1]), number, out_features)
     return found.reshape(*x.shape[:-1], out_features)
 
 

@@ -17,7 +17,7 @@ from entrollm.hf.joined import JoinedWeights
 from entrollm.specs import TensorSpec
 
 # Attributes that belong to one object and are made anew in copies of it.
-_OWN = ("number", "_opened", "_opened_from")
+_OWN = ("number", "group", "_opened", "_opened_from")
 
 
 class CodedWeight(nn.Module):
@@ -37,6 +37,7 @@ class CodedWeight(nn.Module):
 
     anchor: Tensor
     number: int
+    group: ops.Place | None
     _opened: Matrix | None
     _opened_from: tuple[Any, ...]
 
@@ -118,6 +119,12 @@ class CodedWeight(nn.Module):
         self.backend = backend
         self._opened = None
 
+    def place(self) -> ops.Place:
+        """Its place in the group that it multiplies with in compiled code, or in one of its own."""
+        if self.group is not None and ops.is_known(self.group[0]):
+            return self.group
+        return self.number, 0, (self.spec.rows,)
+
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (..., in_features) -> (..., out_features) in the type of x."""
         return ops.product(x, self, self.spec.rows)
@@ -177,6 +184,7 @@ class CodedWeight(nn.Module):
 
     def _begin(self) -> None:
         self.number = ops.register(self)
+        self.group = None
         self._opened = None
         self._opened_from = ()
 
