@@ -9,9 +9,9 @@ from transformers import CompileConfig
 def compile_config() -> CompileConfig:
     """CUDA graphs, as `generate` compiles by itself with a static cache, but without a look at every module per token.
 
-    torch checks before each compiled call that no layer of the model has changed since, which takes the processor as
-    long as the GPU takes for a good part of a token. With this, a model must not be changed after its first token:
-    layers that are replaced, or moved to another device, may go unnoticed.
+    torch checks before each compiled call that no layer of the model has changed since, which takes the processor some
+    tenths of a millisecond. With this, a model must not be changed after its first token: layers that are replaced, or
+    moved to another device, may go unnoticed.
     """
     return CompileConfig(
         mode=None,  # type: ignore[arg-type]  # torch takes a mode or options; these are those of "reduce-overhead"
