@@ -42,15 +42,9 @@ A token of a Llama-shaped model at batch 1, the same loop in a CUDA graph (goal:
 
 
 def _commits(gemv: dict[str, Any], generate: dict[str, Any]) -> str:
-    """Which commits the tables are of."""
+    """Which commits the first tables are of."""
     found = [f"products {gemv['commit']}", f"our loop {generate['commit']}"]
-    found += [f"transformers {row['commit']}" for row in generate.get("transformers", [])[:1]]
-    for name, path in (("loading", RESULTS / "load.json"), ("other ways", RESULTS / "peers.json")):
-        if path.exists():
-            rows = json.loads(path.read_text())
-            commits = [row["commit"] for row in rows] if isinstance(rows, list) else [rows["commit"]]
-            found.append(f"{name} {' and '.join(commits)}")
-    return ", ".join(found)
+    return ", ".join(found + [f"transformers {row['commit']}" for row in generate.get("transformers", [])[:1]])
 
 
 def _gemv_rows(result: dict[str, Any]) -> str:
@@ -116,7 +110,8 @@ def _memory() -> str:
     if not path.exists():
         return ""
     lines = []
-    for row in json.loads(path.read_text()):
+    rows = json.loads(path.read_text())
+    for row in rows:
         file_bytes, held, peak = row["file_bytes"], row["load"]["held_bytes"], row["load"]["peak_bytes"]
         lines.append(
             f"| {row['layers']} | {row['weights'] / 1e9:.2f} | {file_bytes / 1e9:.2f} GB, {row['file_bits']:.2f} bits "
@@ -126,7 +121,7 @@ def _memory() -> str:
     return f"""
 `python benchmarks/cuda/load.py`: GPU memory after loading a random model of Llama-2-7B's shape with transformers, and
 over that the most while it loads, of which the largest matrix's integers are 0.13 GB (goals: 5 % over the file, and at
-most a layer more while it loads, which is 0.40 GB in bfloat16). The second row is a later commit.
+most a layer more while it loads, which is 0.40 GB in bfloat16). Commits: {", ".join(row["commit"] for row in rows)}.
 
 | layers | 10^9 weights | file | GPU memory, over the file | more while loading | loading |
 |---|---|---|---|---|---|
@@ -149,9 +144,9 @@ def _peers() -> str:
     ]
     missing = "".join(f" Left out: {reason}." for reason in result["missing"].values())
     return f"""
-`python benchmarks/cuda/peers.py --json FILE`: other ways, one vector, in one run. Those that decode to memory have
-cuBLAS behind them; nvCOMP's ANS, in a process of its own a few seconds later, decodes a byte for each weight, and a
-product would come on top.{missing}
+`python benchmarks/cuda/peers.py --json FILE`: other ways, one vector, in one run (commit {result["commit"]}). Those
+that decode to memory have cuBLAS behind them; nvCOMP's ANS, in a process of its own a few seconds later, decodes a
+byte for each weight, and a product would come on top.{missing}
 
 | rows x columns | | bits | decoding to memory | product |
 |---|---|---|---|---|

@@ -171,7 +171,6 @@ def test_groups_wider_than_a_row_are_one_group(folder: Path) -> None:
     assert contents(folder)["row.weight"]
 
 
-def test_a_flipped_bit_fails_its_checksum_or_is_refused(folder: Path) -> None:
-    file = folder / "model.safetensors"
+def test_a_flipped_bit_fails_its_checksum_or_is_refused(folder: Path, file: Path) -> None:
     generator = np.random.default_rng(6)
     harmless_flips(folder, file, generator.integers(8, file.stat().st_size, 300).tolist(), generator)

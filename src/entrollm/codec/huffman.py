@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 
 
-def entropy_bits(counts: Sequence[int]) -> float:
-    """Entropy of the empirical distribution, in bits per symbol; 0 for no or one distinct symbol."""
+def entropy_bits(counts: Sequence[float]) -> float:
+    """Entropy of counts, or of shares, in bits per symbol; 0 for no or one distinct symbol."""
     total = sum(counts)
     return sum(c / total * math.log2(total / c) for c in counts if c)
 

@@ -139,8 +139,7 @@ class Group:
         return not x.is_inference() and self._joined.are_together()
 
     def _multiply(self, x: Tensor) -> Tensor:
-        parts = torch.split(self._joined.multiply(x), self._joined.rows, dim=-1)
-        first, *others = [part.contiguous() for part in parts]
+        first, *others = _parts(self._joined.multiply(x), self._joined.rows)
         self._slot.ready = (self, x, _moment(x), [None, *others])
         return first
 
@@ -241,10 +240,9 @@ def traced_product(weight: CodedWeight, x: Tensor) -> Tensor:
     number, place, rows = found_place
     gradients = x.requires_grad and torch.is_grad_enabled()
     if len(rows) == 1 or gradients or x.numel() > _MOST_VECTORS * x.shape[-1]:
-        return ops.traced_product(x, weight.number, rows[place])
+        return ops.observed_product(x, weight.number, rows[place])
     if place == 0:
-        product = ops.traced_product(x, number, sum(rows))
-        first, *others = [part.contiguous() for part in torch.split(product, list(rows), dim=-1)]
+        first, *others = _parts(ops.observed_product(x, number, sum(rows)), rows)
         _traced.ready = (number, x, [None, *others])
         return first
     ready = _traced.ready
@@ -254,7 +252,12 @@ def traced_product(weight: CodedWeight, x: Tensor) -> Tensor:
             _traced.ready = None
         if found is not None:
             return found
-    return ops.traced_product(x, weight.number, rows[place])
+    return ops.observed_product(x, weight.number, rows[place])
+
+
+def _parts(product: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """What belongs to each of several matrices."""
+    return [part.contiguous() for part in torch.split(product, list(rows), dim=-1)]
 
 
 def _nothing() -> None:

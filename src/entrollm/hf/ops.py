@@ -76,13 +76,13 @@ def multiply(x: Tensor, coded: Operand) -> Tensor:
 
 def product(x: Tensor, coded: Operand, out_features: int) -> Tensor:
     """Multiply: (..., in_features) -> (..., out_features) in the type and on the device of x."""
-    vectors = x.reshape(-1, x.shape[-1])
-    found = linear(vectors, coded.number, out_features) if is_observed(vectors) else multiply(vectors, coded)
-    return found.reshape(*x.shape[:-1], out_features)
+    if is_observed(x):
+        return observed_product(x, coded.number, out_features)
+    return multiply(x.reshape(-1, x.shape[-1]), coded).reshape(*x.shape[:-1], out_features)
 
 
-def traced_product(x: Tensor, number: int, out_features: int) -> Tensor:
-    """The same in code that is compiled, with matrices known by their number."""
+def observed_product(x: Tensor, number: int, out_features: int) -> Tensor:
+    """The same through the operator, with matrices known by their number."""
     found: Tensor = linear(x.reshape(-1, x.shape[-1]), number, out_features)
     return found.reshape(*x.shape[:-1], out_features)
 

@@ -26,7 +26,7 @@ from entrollm.hf.cuda.launch import (
 )
 from entrollm.hf.cuda.plan import TABLE_END, Plan, chunk_limit, plan_of, slot_bytes
 from entrollm.hf.cuda.shape import GROUP_COLUMNS, TILE_ROWS, Shape, choose_shape
-from entrollm.hf.cuda.transcode import Packed, pack, row_words
+from entrollm.hf.cuda.transcode import BATCH_WEIGHTS, Packed, look_up, pack, row_words
 from entrollm.hf.cuda.triples import TripleCode, choose_triple_code
 from entrollm.threads import default_threads
 
@@ -35,8 +35,6 @@ MAX_BATCH = 8
 
 _DECODE_SLOTS = 8
 _DECODE_STATIC_BYTES = (DECODE_THREADS // 32 * GROUP_COLUMNS + _DECODE_SLOTS * 12) * TILE_ROWS + (2 << 10)
-# Weights whose temporary tensors are in memory at a time.
-_WEIGHTS_AT_ONCE = 1 << 23
 # Shared memory of a block that matrices are cut for where there is no GPU, which is Hopper's.
 _HOPPER_BYTES = 227 << 10
 
@@ -132,9 +130,8 @@ def _order(symbols: Tensor, code: TripleCode) -> Tensor:
     highs = torch.arange(256, device=symbols.device) - code.base >> code.raw_bits
     alone = torch.tensor(code.lengths.reshape(8, 8, 8).mean((1, 2)), dtype=torch.float32, device=symbols.device)
     lengths = alone[highs.clamp(0, 7)]
-    step = max(1, _WEIGHTS_AT_ONCE // symbols.shape[1])
-    parts = torch.split(symbols, step)
-    bits = [lengths.index_select(0, part.reshape(-1).int()).reshape(part.shape).sum(1) for part in parts]
+    parts = torch.split(symbols, max(1, BATCH_WEIGHTS // symbols.shape[1]))
+    bits = [look_up(lengths, part.int()).sum(1) for part in parts]
     return torch.argsort(torch.cat(bits), descending=True, stable=True)
 
 

@@ -24,8 +24,6 @@ _MAX_BOUNDS = 256
 # A GPU that matrices are cut for: blocks, and warps of each, which take a pair of segments at a time.
 _BLOCKS = 132
 _WARPS = 24
-# Of a chunk with the most segments.
-_STARTS_BYTES = 2 * MAX_SEGMENTS + MAX_SEGMENTS * STREAMS * LANES
 # With larger chunks, too few fit a block's shared memory at a time; each has starts, and lanes that end early.
 _CHUNK_BYTES = 43 << 9
 # Of a tile, where each block of half a multiprocessor has one.
@@ -87,6 +85,11 @@ class Shape:
         return [(begin * GROUP_COLUMNS, min(self.columns, end * GROUP_COLUMNS)) for begin, end in self.chunk_groups()]
 
 
+def starts_bytes(segments: int) -> int:
+    """What a chunk says of where its segments begin."""
+    return 2 * MAX_SEGMENTS + segments * STREAMS * LANES
+
+
 def choose_shape(
     name: str,
     rows: int,
@@ -115,7 +118,7 @@ def choose_shape(
     most_chunks, fewest_turns = chunks, 1
 
     def held(count: int) -> int:
-        return slots(int(tile_bytes / count * 1.1) + _STARTS_BYTES)
+        return slots(int(tile_bytes / count * 1.1) + starts_bytes(MAX_SEGMENTS))
 
     if rows <= 2 * TILE_ROWS * _BLOCKS and tile_bytes <= _HALF_ROOM_BYTES:
         # Two blocks share a multiprocessor; each has one tile.

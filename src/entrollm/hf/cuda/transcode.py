@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,19 +22,20 @@ from entrollm.hf.cuda.shape import (
     TILE_ROWS,
     UNIT_COLUMNS,
     Shape,
+    starts_bytes,
 )
-from entrollm.hf.cuda.triples import HIGH_BITS, HIGH_PARTS, TRIPLE, TripleCode
+from entrollm.hf.cuda.triples import HIGH_BITS, HIGH_PARTS, TripleCode, high_parts
 
 WINDOW_BIT = 7
 RAW_SETS = (4, 2, 1)
+# Weights whose temporary tensors are in memory at a time.
+BATCH_WEIGHTS = 1 << 23
 
 # What a tile's first chunk says of its rows.
 _ROWS_BYTES = TILE_ROWS * 12
 _TRIPLES = 6  # of one stream in a group
 _DELTA_BITS = 2
 _LARGEST_DELTA = 255
-# Weights whose temporary tensors are in memory at a time.
-_BATCH_WEIGHTS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _batches(shape: Shape, code: TripleCode, read: SymbolReader) -> Iterator[tup
     """Tiles of padded symbols: (first tile, uint8 (tiles, 16, groups * 72)), in which padding costs few bits."""
     # Of the likeliest high part, some symbols exist.
     padding = min(max(code.base + (code.likeliest << code.raw_bits), 0), 255)
-    step = max(1, _BATCH_WEIGHTS // (TILE_ROWS * shape.columns))
+    step = max(1, BATCH_WEIGHTS // (TILE_ROWS * shape.columns))
     width = shape.groups * GROUP_COLUMNS
     for tile in range(0, shape.tiles, step):
         last = min(shape.tiles, tile + step)
@@ -123,9 +123,7 @@ class _Packer:
         self._device = device
         self._lengths = torch.tensor(code.lengths.astype("int32"), device=device)
         self._codewords = torch.tensor(code.codewords.astype("int64"), device=device)
-        shifts = HIGH_BITS * np.arange(TRIPLE - 1, -1, -1)
-        stored = code.stored[:, None] >> shifts & (HIGH_PARTS - 1)
-        self._stored = torch.tensor(stored.astype("uint8"), device=device)
+        self._stored = torch.tensor(high_parts(code.stored).astype("uint8"), device=device)
         bounds = torch.tensor(shape.group_bounds(), device=device)
         self._bounds = bounds * _TRIPLES
         self._column_chunk = torch.bucketize(
@@ -139,7 +137,7 @@ class _Packer:
         shape = self._shape
         tiles = len(symbols)
         triples = self._triples(symbols)
-        ends = _look_up(self._lengths, triples).cumsum(-1, dtype=torch.int32)
+        ends = look_up(self._lengths, triples).cumsum(-1, dtype=torch.int32)
         ends = torch.nn.functional.pad(ends, (1, 0))
         bits = ends[..., self._bounds].long().diff(dim=-1)  # (tiles, 2, 32, chunks * segments)
         bits = bits.reshape(tiles, STREAMS, LANES, shape.chunks, shape.segments).permute(0, 3, 4, 1, 2)
@@ -163,7 +161,7 @@ class _Packer:
             raise UnsupportedError(f"{self._name}: a chunk has more than 65535 patches or rows of words")
         tail = (sizes[..., 0] + sizes[..., 1]) * LANES * 4
         raw = torch.tensor([self._raw_words(begin, end) * 4 for begin, end in self._shape.chunk_columns()])
-        size = tail + self._starts_bytes() + raw.to(self._device) + sizes[..., 2] * 4
+        size = tail + starts_bytes(self._shape.segments) + raw.to(self._device) + sizes[..., 2] * 4
         size[:, 0] += _ROWS_BYTES
         size = -(-size // 16)
         offsets = size.reshape(-1).cumsum(0).reshape(size.shape) - size
@@ -180,7 +178,7 @@ class _Packer:
         triples = self._triples(symbols)
         self._write_streams(triples, starts, sizes, chunks, words)
         self._write_starts(starts, chunks, words)
-        raw_begin = chunks[..., 0] * 4 + chunks[..., 2] // 4 + self._starts_bytes() // 4
+        raw_begin = chunks[..., 0] * 4 + chunks[..., 2] // 4 + starts_bytes(self._shape.segments) // 4
         rows = self._rows[tile * TILE_ROWS : (tile + len(symbols)) * TILE_ROWS].reshape(len(symbols), -1)
         place = raw_begin[:, :1] + torch.arange(rows.shape[1], device=self._device)
         _scatter(words, place.reshape(-1), rows.reshape(-1))
@@ -189,9 +187,6 @@ class _Packer:
             self._write_raw(symbols[:, :, begin:end], begin % UNIT_COLUMNS, raw_begin[:, chunk], words)
             raw_begin[:, chunk] += self._raw_words(begin, end)
         self._write_patches(symbols, triples, raw_begin, words)
-
-    def _starts_bytes(self) -> int:
-        return 2 * MAX_SEGMENTS + self._shape.segments * STREAMS * LANES
 
     def _raw_words(self, begin: int, end: int) -> int:
         return (-(-end // UNIT_COLUMNS) - begin // UNIT_COLUMNS) * self._code.raw_bits * LANES
@@ -214,7 +209,7 @@ class _Packer:
 
     def _patches(self, symbols: Tensor, triples: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Symbols that do not decode to themselves: tile, row, column, difference, in the order of tiles."""
-        stored = _look_up(self._stored, triples).reshape(len(symbols), STREAMS, 8, 4, -1, 3)
+        stored = look_up(self._stored, triples).reshape(len(symbols), STREAMS, 8, 4, -1, 3)
         decoded = stored.permute(0, 1, 2, 4, 3, 5).reshape(symbols.shape)
         difference = self._highs(symbols).sub_(decoded)
         tile, row, column = difference.nonzero(as_tuple=True)
@@ -222,7 +217,7 @@ class _Packer:
 
     def _write_streams(self, triples: Tensor, starts: Tensor, sizes: Tensor, chunks: Tensor, words: Tensor) -> None:
         shape = self._shape
-        lengths = _look_up(self._lengths, triples)
+        lengths = look_up(self._lengths, triples)
         position = lengths.cumsum(-1, dtype=torch.int32).sub_(lengths)
         segments = self._bounds.diff()
         first = position[..., self._bounds[:-1].clamp(max=position.shape[-1] - 1)]
@@ -234,7 +229,7 @@ class _Packer:
         origin = torch.repeat_interleave(origin.to(torch.int32), per_chunk, -1)[:, :, None]
         lane = torch.arange(LANES, dtype=torch.int32, device=self._device)[:, None]
         place = ((position >> 5) * LANES).add_(origin).add_(lane).reshape(-1)
-        bits = (_look_up(self._codewords, triples) << (position & 31)).reshape(-1)
+        bits = (look_up(self._codewords, triples) << (position & 31)).reshape(-1)
         _scatter(words, place, bits)
         spills = bits >> 32 != 0
         _scatter(words, place[spills] + LANES, bits[spills] >> 32)
@@ -292,7 +287,7 @@ def _words(values: Tensor, width: int) -> Tensor:
     return (grouped << width * torch.arange(per_word, device=values.device)).sum(-1)
 
 
-def _look_up(table: Tensor, indices: Tensor) -> Tensor:
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
     """Rows of a table, without 64-bit copies of the indices: (*indices.shape, *table.shape[1:])."""
     return table.index_select(0, indices.reshape(-1)).reshape(*indices.shape, *table.shape[1:])
 

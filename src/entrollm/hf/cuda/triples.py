@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.codec.huffman import limited_lengths
+from entrollm.codec.huffman import entropy_bits, limited_lengths
 
 MAX_LENGTH = 8
 HIGH_BITS = 3
@@ -58,7 +58,7 @@ class TripleCode:
         table = np.zeros(1 << MAX_LENGTH, np.uint32)
         for triple in np.unique(self.stored):
             length = int(self.lengths[triple])
-            highs = [int(triple) >> HIGH_BITS * (TRIPLE - 1 - i) & (HIGH_PARTS - 1) for i in range(TRIPLE)]
+            highs = high_parts(triple).tolist()
             entry = length + sum(high << self.raw_bits + 8 * (i + 1) for i, high in enumerate(highs))
             table[int(self.codewords[triple]) :: 1 << length] = entry
         return table
@@ -112,9 +112,7 @@ def _split(shares: NDArray[np.float64], raw_bits: int) -> _Split:
         first = int(np.argmax(windows.sum(1)))
         highs = np.pad(windows[first], (0, HIGH_PARTS - width))
         kept = float(highs.sum())
-        present = highs[highs > 0] / kept
-        entropy = float(-(present * np.log2(present)).sum())
-        bound = raw_bits + max(entropy, 1 / TRIPLE) + (1 - kept) * PATCH_BITS
+        bound = raw_bits + max(entropy_bits(highs.tolist()), 1 / TRIPLE) + (1 - kept) * PATCH_BITS
         splits.append(_Split(raw_bits, first * cell - phase, highs, bound))
     return min(splits, key=lambda split: split.bound)
 
@@ -132,10 +130,7 @@ class _Table:
     @functools.cached_property
     def bound(self) -> float:
         """Bits of a weight at least."""
-        present = np.bincount(self.stored, self.shares)
-        present = present[present > 0]
-        entropy = float(-(present * np.log2(present)).sum())
-        return self.extra + max(entropy, 1.0) / TRIPLE
+        return self.extra + max(entropy_bits(np.bincount(self.stored, self.shares).tolist()), 1.0) / TRIPLE
 
     def bits(self, lengths: NDArray[np.int64]) -> float:
         """Bits of a weight, with the lengths of the triples that are held."""
@@ -165,7 +160,8 @@ def _lengths(shares: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.asarray(limited_lengths(counts.tolist(), MAX_LENGTH), np.int64)
 
 
-def _parts(triples: NDArray[np.int64]) -> NDArray[np.int64]:
+def high_parts(triples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The three high parts of each triple: (...) -> (..., 3)."""
     shifts = HIGH_BITS * np.arange(TRIPLE - 1, -1, -1)
     parts: NDArray[np.int64] = triples[..., None] >> shifts & (HIGH_PARTS - 1)
     return parts
@@ -179,7 +175,7 @@ def _differences(stored: NDArray[np.int64]) -> NDArray[np.uint8]:
 @functools.cache
 def _all_differences() -> NDArray[np.uint8]:
     """High parts in which each triple differs from each."""
-    parts = _parts(np.arange(HIGH_PARTS**TRIPLE))
+    parts = high_parts(np.arange(HIGH_PARTS**TRIPLE))
     differing: NDArray[np.uint8] = (parts[:, None] != parts[None]).sum(2, dtype=np.uint8)
     return differing
 

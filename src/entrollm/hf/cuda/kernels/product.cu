@@ -10,8 +10,8 @@ namespace {
 // Columns of the matrix unit's result: two digits of a vector each, eight per instruction.
 constexpr int kPanels = (2 * kBatch + 7) / 8;
 // Steps whose digits lanes read at a time: one or two vectors leave columns of the matrix unit's
-// right side free, which hold those of the next steps. Each has sums of its own then, since only the
-// columns of a step's own digits mean anything.
+// right side free, which hold those of the next steps. Each has sums of its own then, since only
+// the columns of a step's own digits mean anything.
 constexpr int kPhases = kBatch == 1 ? 4 : kBatch == 2 ? 2 : 1;
 // Segments that a warp decodes side by side, to have enough loads in flight.
 constexpr int kTogether = 2;
@@ -34,7 +34,7 @@ struct Launch {
   int raw_bytes;     // activations in the order of raw units, or 0
   int in_front;      // 1: activations lie in front of the table and slots behind it
   int front_slots;   // slots in front of the table, if activations are not
-  int early;         // chunks to ask for before the kernel before has ended; with more, x comes late
+  int early;  // chunks to ask for before the kernel before has ended; with more, x comes late
 };
 
 // Static shared memory.
@@ -123,8 +123,7 @@ struct Accumulator {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[panel][i] = chosen ? other.sums[panel][i] : sums[panel][i];
+      for (int i = 0; i < 4; ++i) sums[panel][i] = chosen ? other.sums[panel][i] : sums[panel][i];
     }
   }
 };
@@ -136,9 +135,10 @@ __device__ __forceinline__ void multiply_groups(Stream (&streams)[kTogether][kSt
                                                 int groups, Accumulator (&sums)[kSums]) {
   constexpr int kStep = kStepBytes * kBatch;
   constexpr int kSteps = kGroupColumns / kStepColumns;
+  constexpr int kFirst = kPhases < kSteps ? kPhases : kSteps;
   const int lane = threadIdx.x % kLanes;
   // Of the first loads of a group, and of the last, which may be of fewer steps.
-  const u32 place = Digits::place<kPhases < kSteps ? kPhases : kSteps>(lane);
+  const u32 place = Digits::place<kFirst>(lane);
   const u32 last_place = Digits::place<(kSteps - 1) % kPhases + 1>(lane);
 #pragma unroll 1
   for (int i = 0; i < groups; ++i) {

@@ -11,7 +11,8 @@ struct Divisor {
   int value;
   float inverse;
 
-  __device__ __forceinline__ Divisor(int divisor) : value(divisor), inverse(__fdividef(1.0f, divisor)) {}
+  __device__ __forceinline__ Divisor(int divisor)
+      : value(divisor), inverse(__fdividef(1.0f, divisor)) {}
   __device__ __forceinline__ int divide(int x) const {
     return __float2int_rd((x + 0.5f) * inverse);
   }

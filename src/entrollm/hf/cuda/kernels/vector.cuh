@@ -1,6 +1,6 @@
 // x as the matrix unit takes it: rounded to 16 bits of its largest magnitude and split into two
-// signed digits, in the orders in which lanes hold weights. BATCH, TYPE and THREADS are defined when
-// this is compiled.
+// signed digits, in the orders in which lanes hold weights. BATCH, TYPE and THREADS are defined
+// when this is compiled.
 #pragma once
 
 #include "common.cuh"
@@ -183,9 +183,10 @@ __device__ __forceinline__ u32 block_max(u32 value, u32* scratch) {
   return __reduce_max_sync(~0u, scratch[threadIdx.x % (THREADS / kLanes)]);
 }
 
-// Rounds a vector and stores its digits. NaN and infinity make its scale NaN. The last warp takes no
-// part in it, and can do other work in meanwhile(), which all warps call when they have asked for
-// what they round. The block meets at a barrier in here, and must do so again before digits are read.
+// Rounds a vector and stores its digits. NaN and infinity make its scale NaN. The last warp takes
+// no part in it, and can do other work in meanwhile(), which all warps call when they have asked
+// for what they round. The block meets at a barrier in here, and must do so again before digits are
+// read.
 template <class Meanwhile>
 __device__ __forceinline__ void round_vector(const Vector& x, int vector, const DigitsOut& out,
                                              Rounded& rounded, Meanwhile meanwhile) {
