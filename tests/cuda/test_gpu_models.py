@@ -75,6 +75,46 @@ def test_static_cache_runs_in_cuda_graphs(folders: dict[int, Path], gpu: torch.d
     assert not stats["inductor"]["cudagraph_skips"]
 
 
+class Heard:
+    """A streamer that keeps the tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
+def test_stops_are_seen_late_but_not_passed(folders: dict[int, Path], gpu: torch.device) -> None:
+    prompt, expected = expected_tokens(folders[8])
+    model = entrollm.hf.load(folders[8], dtype=torch.float32, device=gpu)
+    tokens = torch.tensor([prompt], device=gpu)
+    for last in (TOKENS - 1, 20, 0, 41):
+        heard = Heard()
+        options = {"eos_token_id": expected[last], "pad_token_id": 0} if last < TOKENS - 1 else {"eos_token_id": None}
+        found = entrollm.hf.generate(
+            model,
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            streamer=heard,
+            **options,
+        )
+        count = expected.index(expected[last]) + 1 if last < TOKENS - 1 else TOKENS
+        assert found[0, len(prompt) :].tolist() == expected[:count]
+        assert heard.tokens == prompt + expected[:count]
+    assert model._compiled_call is not None
+    # Sequences that end at their own time.
+    both = torch.cat([tokens, tokens.roll(1, dims=1)])
+    options = {"attention_mask": torch.ones_like(both), "do_sample": False, "max_new_tokens": TOKENS}
+    options |= {"eos_token_id": [expected[20], expected[41]], "pad_token_id": 0}
+    assert torch.equal(entrollm.hf.generate(model, both, **options), model.generate(both, **options))
+
+
 def test_memory_is_that_of_the_coded_weights(folders: dict[int, Path], gpu: torch.device) -> None:
     """Within 5 % and 2 MB, which allocations of small tensors round up to, of what the matrices and norms take."""
     torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import ids
 
 import entrollm
@@ -50,3 +51,42 @@ def test_static_cache(coded: Path) -> None:
     model = entrollm.hf.load(coded, dtype=torch.float32)
     prompt = ids()[0].tolist()
     assert greedy(model, prompt, cache_implementation="static", disable_compile=True) == greedy(model, prompt)
+
+
+def test_generate_on_the_cpu_is_that_of_the_model(coded: Path) -> None:
+    model = entrollm.hf.load(coded, dtype=torch.float32)
+    tokens = ids()
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(entrollm.hf.generate(model, tokens, **options), model.generate(tokens, **options))
+
+
+class Recorder:
+    """In the place of a model on a GPU: what `generate` is called with, and whether stops may be seen late there."""
+
+    device = torch.device("cuda")
+
+    def generate(self, inputs: torch.Tensor | None, **options: Any) -> tuple[dict[str, Any], list[bool]]:
+        return options, late_stops()
+
+
+def late_stops() -> list[bool]:
+    """Whether checks are deferred on a GPU, and on the CPU."""
+    check = transformers.generation.utils.DeferredStopCheck.is_supported
+    return [check(torch.device(kind), None, False, is_assistant=False) for kind in ("cuda", "cpu")]
+
+
+def test_generate_on_a_gpu_chooses_a_static_cache() -> None:
+    model = Recorder()
+    prompt = torch.zeros(1, 500, dtype=torch.long)
+    options, late = entrollm.hf.generate(model, prompt, max_new_tokens=13)
+    assert late == [True, False] and late_stops() == [False, False]
+    config = options.pop("compile_config")
+    assert config == entrollm.hf.compile_config()
+    assert options == {"max_new_tokens": 13, "cache_implementation": "static", "max_cache_len": 1024}
+    for count, size in ((1, 512), (12, 512), (524, 1024), (525, 2048)):
+        assert entrollm.hf.generate(model, prompt, max_new_tokens=count)[0]["max_cache_len"] == size
+    assert entrollm.hf.generate(model, input_ids=prompt, max_new_tokens=13)[0]["max_cache_len"] == 1024
+    # What the caller chose stays.
+    assert entrollm.hf.generate(model, prompt, max_new_tokens=1, max_cache_len=600)[0]["max_cache_len"] == 600
+    for chosen in ({"cache_implementation": "offloaded"}, {"past_key_values": object()}, {"use_cache": False}):
+        assert entrollm.hf.generate(model, prompt, max_new_tokens=1, **chosen)[0] == {"max_new_tokens": 1, **chosen}

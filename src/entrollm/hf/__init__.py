@@ -2,7 +2,7 @@
 
 from entrollm.hf import check as _check  # noqa: F401 (first: it says what is missing)
 from entrollm.hf.config import EntroConfig
-from entrollm.hf.generation import compile_config
+from entrollm.hf.generation import compile_config, generate
 from entrollm.hf.load import load, set_backend
 from entrollm.hf.modules import EntroEmbedding, EntroLinear
 from entrollm.hf.quantizer import EntroQuantizer
@@ -16,6 +16,7 @@ __all__ = [
     "EntroLinear",
     "EntroQuantizer",
     "compile_config",
+    "generate",
     "load",
     "set_backend",
 ]
