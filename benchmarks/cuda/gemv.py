@@ -1,4 +1,4 @@
-"""Time fused decode + product against cuBLAS bfloat16 and an int8 product, one vector, over distinct weights.
+"""Time fused decode + product against cuBLAS bfloat16, int8 and int4 products, one vector, over distinct weights.
 
     python benchmarks/cuda/gemv.py --json results.json
     ncu --clock-control none -k regex:"multiply|decode" --section SpeedOfLight --section SchedulerStats \\
@@ -31,6 +31,10 @@ DEVICE = torch.device("cuda", 0)
 # Of weights in every measurement, so that the second-level cache holds none of them.
 DISTINCT_BYTES = 600 << 20
 REPLAYS = 15
+# Columns that share a scale of the int4 baseline.
+GROUP = 128
+# Divisions of work that baselines may take: warps a block, rows a warp, loads ahead, blocks a multiprocessor.
+UNCODED = ((8, 2, 2, 2), (8, 2, 4, 2), (8, 1, 4, 2), (8, 2, 7, 1), (8, 4, 2, 1), (8, 2, 4, 1))
 
 
 def commit() -> str:
@@ -88,34 +92,51 @@ def measure_bf16(rows: int, columns: int) -> dict[str, float]:
     return summary(graph_times(lambda i: torch.matmul(x, weights[i].T, out=y), copies))
 
 
-def measure_int8(rows: int, columns: int) -> dict[str, float]:
-    """The hand-written baseline, checked against float64."""
-    copies = max(4, DISTINCT_BYTES * 2 // (rows * columns))
-    weights = [torch.randint(-127, 128, (rows, columns), device=DEVICE, dtype=torch.int8) for _ in range(copies)]
-    scale = torch.rand(rows, device=DEVICE)
+def measure_uncoded(bits: int, rows: int, columns: int) -> dict[str, float]:
+    """The hand-written int8 or int4 product, checked against float64, with the fastest of several divisions of work."""
+    edge = 1 << bits - 1
+    weights = torch.randint(-edge, edge, (rows, columns), device=DEVICE, dtype=torch.int8)
+    first = _packed(weights) if bits == 4 else weights
+    copies = [first.clone() for _ in range(max(4, DISTINCT_BYTES * 2 // first.numel()))]
+    groups = columns // GROUP if bits == 4 else 1
+    scale = (torch.rand(rows, groups, device=DEVICE) + 0.5).to(torch.bfloat16 if bits == 4 else torch.float32)
     x = torch.randn(columns, device=DEVICE).bfloat16()
     y = torch.empty(rows, device=DEVICE).bfloat16()
-    cubin = kernels.compile_source(
-        (Path(__file__).parent / "int8.cu").read_text(), torch.cuda.get_device_capability(DEVICE), ()
-    )
+    expected = (weights.double() * scale.double().repeat_interleave(columns // groups, 1)) @ x.double()
+    values = [ctypes.c_void_p(0), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (scale, x, y))]
+    values += [ctypes.c_int(rows), ctypes.c_int(columns)]
+    found = []
+    for warps, warp_rows, ahead, blocks in UNCODED:
+        if columns * bits // 4096 % ahead:
+            continue
+        macros = (("BITS", bits), ("WARPS", warps), ("ROWS", warp_rows), ("AHEAD", ahead))
+        function = _uncoded(macros, columns)
+
+        def launch(i: int, function: Function = function, warps: int = warps, blocks: int = blocks) -> None:
+            values[0] = ctypes.c_void_p(copies[i].data_ptr())
+            grid = torch.cuda.get_device_properties(DEVICE).multi_processor_count * blocks
+            function.launch(values, grid, warps * 32, overlap=True)
+
+        y.zero_()
+        launch(0)
+        error = float((y.double() - expected).norm() / expected.norm())
+        assert error < 0.02, (macros, error)
+        found.append({**summary(graph_times(launch, len(copies))), "error": error, **dict(macros), "blocks": blocks})
+    return min(found, key=lambda row: row["median_us"])
+
+
+def _uncoded(macros: tuple[tuple[str, int], ...], columns: int) -> Function:
     from cuda.core import ObjectCode
 
-    function = Function(ObjectCode.from_cubin(cubin).get_kernel("multiply_int8"), DEVICE, columns)
-    values = [ctypes.c_void_p(0), *(ctypes.c_void_p(t.data_ptr()) for t in (scale, x, y))]
-    values += [ctypes.c_int(rows), ctypes.c_int(columns)]
+    source = (Path(__file__).parent / "uncoded.cu").read_text()
+    cubin = kernels.compile_source(source, torch.cuda.get_device_capability(DEVICE), macros)
+    return Function(ObjectCode.from_cubin(cubin).get_kernel("multiply_uncoded"), DEVICE, columns)
 
-    def run(blocks: int) -> dict[str, float]:
-        def launch(i: int) -> None:
-            values[0] = ctypes.c_void_p(weights[i].data_ptr())
-            function.launch(values, blocks, 256, overlap=True)
 
-        launch(0)
-        expected = weights[0].double() @ x.double() * scale
-        assert (y.double() - expected).norm() < 0.02 * expected.norm()
-        return summary(graph_times(launch, copies))
-
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    return min((run(processors * blocks) for blocks in (2, 3, 4)), key=lambda found: found["median_us"])
+def _packed(weights: Tensor) -> Tensor:
+    """Two 4-bit weights a byte, with 8 added: of eight in a row, byte i holds the ones at i and i + 4."""
+    eights = (weights + 8).to(torch.uint8).reshape(weights.shape[0], -1, 2, 4)
+    return (eights[:, :, 0] | eights[:, :, 1] << 4).contiguous()
 
 
 def launch_once(rows: int, columns: int, entropy: float) -> None:
@@ -183,19 +204,23 @@ def main() -> None:
         return
     results = []
     for rows, columns in SHAPES:
-        bf16, int8 = measure_bf16(rows, columns), measure_int8(rows, columns)
-        print(f"{rows} x {columns}: bf16 {bf16['median_us']:.2f} us, int8 {int8['median_us']:.2f} us", flush=True)
+        bf16 = measure_bf16(rows, columns)
+        int8, int4 = (measure_uncoded(bits, rows, columns) for bits in (8, 4))
+        others = ((bf16, "bf16"), (int8, "int8"), (int4, "int4"))
+        print(
+            f"{rows} x {columns}: " + ", ".join(f"{name} {of['median_us']:.2f} us" for of, name in others), flush=True
+        )
         for entropy in SOURCES:
             ours = measure_coded(rows, columns, entropy)
             us = ours["median_us"]
             print(
                 f"  {ours['bits']:.3f} bits {us:7.2f} us ({ours['min_us']:.2f} - {ours['max_us']:.2f}); "
-                f"x bf16 {bf16['median_us'] / us:.2f}, x int8 {int8['median_us'] / us:.2f}; "
-                f"to memory {ours['decode_us']:.1f} us; error {ours['error']:.1e}",
+                + "".join(f"x {name} {of['median_us'] / us:.2f}, " for of, name in others)
+                + f"to memory {ours['decode_us']:.1f} us; error {ours['error']:.1e}",
                 flush=True,
             )
             row = {"rows": rows, "columns": columns, "entropy": entropy}
-            results.append({**row, "bf16": bf16, "int8": int8, "ours": ours})
+            results.append({**row, "bf16": bf16, "int8": int8, "int4": int4, "ours": ours})
     if arguments.json:
         document = {"device": torch.cuda.get_device_name(DEVICE), "commit": commit(), "results": results}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")

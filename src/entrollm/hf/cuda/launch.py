@@ -15,6 +15,17 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_MATRICES = 4
 
 
+class DivisorStruct(ctypes.Structure):
+    """`Divisor` of common.cuh."""
+
+    _fields_ = (("value", ctypes.c_int), ("inverse", ctypes.c_uint))
+
+
+def divisor(value: int) -> DivisorStruct:
+    """A number that kernels divide by."""
+    return DivisorStruct(value, -(-(1 << 31) // value))
+
+
 class MatrixStruct(ctypes.Structure):
     """`Matrix` of common.cuh."""
 
@@ -27,13 +38,13 @@ class MatrixStruct(ctypes.Structure):
         ("rows", ctypes.c_int),
         ("tiles", ctypes.c_int),
         ("groups", ctypes.c_int),
-        ("tile_chunks", ctypes.c_int),
-        ("segments", ctypes.c_int),
+        ("tile_chunks", DivisorStruct),
+        ("segments", DivisorStruct),
         ("raw_bits", ctypes.c_int),
         ("base", ctypes.c_int),
         ("y_begin", ctypes.c_int),
         ("cta_begin", ctypes.c_int),
-        ("cta_count", ctypes.c_int),
+        ("cta_count", DivisorStruct),
     )
 
 
@@ -47,7 +58,7 @@ class ProductStruct(ctypes.Structure):
         ("count", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("y_stride", ctypes.c_int),
-        ("slots", ctypes.c_int),
+        ("slots", DivisorStruct),
         ("slot_bytes", ctypes.c_int),
         ("triple_bytes", ctypes.c_int),
         ("raw_bytes", ctypes.c_int),
@@ -68,7 +79,7 @@ class DecodeStruct(ctypes.Structure):
         ("items", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("type", ctypes.c_int),
-        ("slots", ctypes.c_int),
+        ("slots", DivisorStruct),
         ("slot_bytes", ctypes.c_int),
     )
 

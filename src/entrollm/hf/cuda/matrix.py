@@ -21,6 +21,7 @@ from entrollm.hf.cuda.launch import (
     Function,
     MatrixStruct,
     ProductStruct,
+    divisor,
     shared_bytes,
     shared_bytes_of_half,
 )
@@ -65,7 +66,7 @@ class DeviceMatrix:
         tensors += [] if self.column_scale is None else [self.column_scale]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def struct(self, y_begin: int = 0, cta_begin: int = 0, cta_count: int = 0) -> MatrixStruct:
+    def struct(self, y_begin: int = 0, cta_begin: int = 0, cta_count: int = 1) -> MatrixStruct:
         """What kernels take."""
         column_scale = None if self.column_scale is None else self.column_scale.data_ptr()
         return MatrixStruct(
@@ -77,13 +78,13 @@ class DeviceMatrix:
             self.shape.rows,
             self.shape.tiles,
             self.shape.groups,
-            self.shape.chunks,
-            self.shape.segments,
+            divisor(self.shape.chunks),
+            divisor(self.shape.segments),
             self.code.raw_bits,
             self.code.base,
             y_begin,
             cta_begin,
-            cta_count,
+            divisor(cta_count),
         )
 
 
@@ -279,7 +280,7 @@ class Product:
             count=len(parts),
             columns=_padded(parts[0].shape.columns),
             y_stride=y_begin,
-            slots=plan.slots,
+            slots=divisor(plan.slots),
             slot_bytes=plan.slot_bytes,
             triple_bytes=plan.triple_bytes,
             raw_bytes=plan.raw_bytes,
@@ -318,7 +319,7 @@ def _decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.d
         items=items,
         columns=part.shape.columns,
         type=TYPES[out.dtype],
-        slots=slots,
+        slots=divisor(slots),
         slot_bytes=slot_size,
     )
     used = TABLE_END + slots * slot_size

@@ -31,6 +31,16 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 constexpr int kStepBytes = 64;
 constexpr int kMaxMatrices = 4;
 
+// Divides by a number that stays the same, without the slow unit of conversions and reciprocals;
+// the product of both numbers is below 2^31.
+struct Divisor {
+  int value;
+  u32 inverse;  // 2^31 / value, rounded up
+
+  __device__ __forceinline__ operator int() const { return value; }
+  __device__ __forceinline__ int divide(int x) const { return __umulhi(2 * x, inverse); }
+};
+
 // One matrix. Pointers are to device memory; a chunk is {offset / 16, size / 16, offset of what
 // follows the streams, patches + 65536 * rows of words of the first stream}.
 struct Matrix {
@@ -42,13 +52,13 @@ struct Matrix {
   int rows;
   int tiles;
   int groups;
-  int tile_chunks;
-  int segments;
+  Divisor tile_chunks;
+  Divisor segments;
   int raw_bits;
   int base;     // of a symbol whose raw bits and high part are 0
   int y_begin;  // where its outputs begin in a vector of outputs
   int cta_begin;
-  int cta_count;
+  Divisor cta_count;
 };
 
 // A row of a tile.

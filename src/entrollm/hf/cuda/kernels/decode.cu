@@ -20,7 +20,7 @@ struct Launch {
   int items;              // tiles, or rows to decode
   int columns;
   int type;  // of out: 0 float32, 1 bfloat16, 2 float16
-  int slots;
+  Divisor slots;
   int slot_bytes;
 };
 
@@ -295,7 +295,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int items =
       block < launch.items ? (launch.items - 1 - block) / static_cast<int>(gridDim.x) + 1 : 0;
   const int chunks = items * matrix.tile_chunks;
-  const Divisors by{Divisor(matrix.segments), Divisor(launch.slots), Divisor(matrix.tile_chunks)};
   const auto item_of = [&](int i) { return block + i * static_cast<int>(gridDim.x); };
   // The place of an item's row among the tiles, or of its tile's first row.
   const auto place_of = [&](int i) {
@@ -303,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   };
   const auto stored_chunk = [&](int chunk) {
     if (chunk >= chunks) return StoredChunk{};
-    const int i = by.chunks.divide(chunk);
+    const int i = matrix.tile_chunks.divide(chunk);
     const uint4* first = &matrix.chunks[place_of(i) / kTileRows * matrix.tile_chunks];
     return StoredChunk{__ldg(first), __ldg(first + chunk - i * matrix.tile_chunks)};
   };
@@ -323,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   copies.store(table, (matrix.base & 255) * 0x01010100u);
   __syncthreads();
   for (int share = threadIdx.x / kLanes; share < chunks * matrix.segments; share += kWarps) {
-    const Place at(share, 1, by);
+    const Place at(share, matrix, launch.slots);
     const int ahead = at.chunk + launch.slots;
     const StoredChunk next = stored_chunk(ahead);
     const int place = place_of(at.tile);

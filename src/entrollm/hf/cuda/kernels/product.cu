@@ -28,7 +28,7 @@ struct Launch {
   int count;
   int columns;  // a multiple of 4; x has zeros where the matrix has no column
   int y_stride;
-  int slots;
+  Divisor slots;
   int slot_bytes;
   int triple_bytes;  // activations in the order of triples
   int raw_bytes;     // activations in the order of raw units, or 0
@@ -226,7 +226,7 @@ __device__ __forceinline__ void add_patch(u32 patch, const u8* triples, int (*ou
 // Decodes and multiplies kTogether segments of a chunk that lies in its slot.
 __device__ __forceinline__ void multiply_segments(const Launch& launch, const Matrix& matrix,
                                                   const Dynamic& dynamic, State& state,
-                                                  const Divisors& by, const Place& at) {
+                                                  const Place& at) {
   const int lane = threadIdx.x % kLanes;
   const u8* data = dynamic.slot(launch, at.slot);
   const u16* bounds = state.ring.bounds + at.in_tile * matrix.segments;
@@ -259,8 +259,8 @@ __device__ __forceinline__ void multiply_segments(const Launch& launch, const Ma
   if (bits != 0) {
     const int left = first_unit(bounds[0] * kGroupColumns);
     const int units = end_unit(min(bounds[matrix.segments] * kGroupColumns, launch.columns)) - left;
-    const int begin = by.shares.divide(units * (at.segment / kTogether));
-    const int end = by.shares.divide(units * (at.segment / kTogether + 1));
+    const int begin = matrix.segments.divide(units * at.segment);
+    const int end = matrix.segments.divide(units * (at.segment + kTogether));
     const u32 raws = shared_address(dynamic.raws) + left * 2 * kStepBytes * kBatch;
     if (bits & 4) {
       multiply_raw<4>(words, begin, end, raws, lane, bits & 3, parts);
@@ -300,15 +300,27 @@ __device__ __forceinline__ void multiply_segments(const Launch& launch, const Ma
       sums.add(parts[i], 0);
     }
   }
+  if constexpr (kBatch == 1) {
+    // Four lanes have sums of the same rows and digits; each takes one of them over, so that no two
+    // lanes meet at an address.
+    int (&mine)[4] = sums.sums[0];
+    const bool low = lane & 1;
+    const bool below = lane & 2;
+    const int upper = (low ? mine[1] : mine[0]) + __shfl_xor_sync(~0u, low ? mine[0] : mine[1], 1);
+    const int lower = (low ? mine[3] : mine[2]) + __shfl_xor_sync(~0u, low ? mine[2] : mine[3], 1);
+    const int sum = (below ? lower : upper) + __shfl_xor_sync(~0u, below ? upper : lower, 2);
+    atomicAdd(&out[(lane >> 2) + (below ? 8 : 0)][0][low], sum);
+  } else {
 #pragma unroll
-  for (int panel = 0; panel < kPanels; ++panel) {
-    const int vector = panel * 4 + (lane & 3) % kVectors;
-    if (vector < kBatch) {
-      const int row = lane >> 2;
-      atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
-      atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
-      atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
-      atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int vector = panel * 4 + (lane & 3) % kVectors;
+      if (vector < kBatch) {
+        const int row = lane >> 2;
+        atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
+        atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
+        atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
+        atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
+      }
     }
   }
 }
@@ -352,13 +364,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     ++index;
   const Matrix& matrix = launch.matrices[index];
   const int block = blockIdx.x - matrix.cta_begin;
-  const int tiles = block < matrix.tiles ? (matrix.tiles - 1 - block) / matrix.cta_count + 1 : 0;
+  const int tiles =
+      block < matrix.tiles ? matrix.cta_count.divide(matrix.tiles - 1 - block) + 1 : 0;
   const int chunks = tiles * matrix.tile_chunks;
   // The entry in the table of chunks, or anything for a chunk that is not there.
-  const Divisors by{Divisor(matrix.segments / kTogether), Divisor(launch.slots),
-                    Divisor(matrix.tile_chunks)};
   const auto stored_chunk = [&](int chunk) {
-    const int tile = by.chunks.divide(chunk);
+    const int tile = matrix.tile_chunks.divide(chunk);
     const int stored = (block + tile * matrix.cta_count - tile) * matrix.tile_chunks + chunk;
     return __ldg(&matrix.chunks[chunk < chunks ? stored : 0]);
   };
@@ -404,13 +415,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
   const int lane = threadIdx.x % kLanes;
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  const int shares = by.shares.value;
+  const int shares = matrix.segments / kTogether;
   for (int share = threadIdx.x / kLanes; share < chunks * shares; share += THREADS / kLanes) {
-    const Place at(share, kTogether, by);
+    const Place at(share * kTogether, matrix, launch.slots);
     // The chunk that takes the slot next.
     const int ahead = at.chunk + launch.slots;
-    const uint4 next = stored_chunk(ahead);
-    multiply_segments(launch, matrix, dynamic, state, by, at);
+    uint4 next;
+    if (ahead < chunks) next = stored_chunk(ahead);
+    multiply_segments(launch, matrix, dynamic, state, at);
     __syncwarp();
     const int open = at.tile % kOpenTiles;
     u32 last = 0;

@@ -6,24 +6,6 @@
 
 constexpr int kMaxBounds = 257;
 
-// Divides small numbers by one that stays the same.
-struct Divisor {
-  int value;
-  float inverse;
-
-  __device__ __forceinline__ Divisor(int divisor)
-      : value(divisor), inverse(__fdividef(1.0f, divisor)) {}
-  __device__ __forceinline__ int divide(int x) const {
-    return __float2int_rd((x + 0.5f) * inverse);
-  }
-};
-
-struct Divisors {
-  Divisor shares;  // of segments, in a chunk
-  Divisor slots;
-  Divisor chunks;  // in a tile
-};
-
 // Some segments that a warp takes at a time, among those that a block works on.
 struct Place {
   int chunk;
@@ -33,13 +15,14 @@ struct Place {
   int in_tile;  // the chunk's place in its tile
   int tile;     // counted from the block's first
 
-  __device__ __forceinline__ Place(int share, int together, const Divisors& by) {
-    chunk = by.shares.divide(share);
-    segment = (share - chunk * by.shares.value) * together;
-    round = by.slots.divide(chunk);
-    slot = chunk - round * by.slots.value;
-    tile = by.chunks.divide(chunk);
-    in_tile = chunk - tile * by.chunks.value;
+  // Counted in segments, from the block's first.
+  __device__ __forceinline__ Place(int first, const Matrix& matrix, const Divisor& slots) {
+    chunk = matrix.segments.divide(first);
+    segment = first - chunk * matrix.segments;
+    round = slots.divide(chunk);
+    slot = chunk - round * slots;
+    tile = matrix.tile_chunks.divide(chunk);
+    in_tile = chunk - tile * matrix.tile_chunks;
   }
 };
 

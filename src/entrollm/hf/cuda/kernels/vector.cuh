@@ -173,33 +173,35 @@ struct DigitsOut {
 struct Rounded {
   float scale[kBatch];
   int sum[kBatch];
-  u32 largest[2][THREADS / kLanes];
+  u32 largest[2][THREADS / kLanes - 1];
 };
 
-__device__ __forceinline__ u32 block_max(u32 value, u32* scratch) {
+// Threads that round: all but the last warp.
+constexpr int kRounding = THREADS - kLanes;
+
+// Of the threads that round, which meet at a barrier of their own.
+__device__ __forceinline__ u32 rounding_max(u32 value, u32* scratch) {
   value = __reduce_max_sync(~0u, value);
   if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
-  __syncthreads();
-  return __reduce_max_sync(~0u, scratch[threadIdx.x % (THREADS / kLanes)]);
+  asm volatile("bar.sync 1, %0;" ::"n"(kRounding) : "memory");
+  return __reduce_max_sync(~0u, scratch[threadIdx.x % kLanes % (kRounding / kLanes)]);
 }
 
 // Rounds a vector and stores its digits. NaN and infinity make its scale NaN. The last warp takes
 // no part in it, and can do other work in meanwhile(), which all warps call when they have asked
-// for what they round. The block meets at a barrier in here, and must do so again before digits are
-// read.
+// for what they round. The block must meet at a barrier before digits are read.
 template <class Meanwhile>
 __device__ __forceinline__ void round_vector(const Vector& x, int vector, const DigitsOut& out,
                                              Rounded& rounded, Meanwhile meanwhile) {
-  constexpr int kThreads = THREADS - kLanes;
   constexpr int kKept = 2;  // turns whose bits stay in registers
   const int lane = threadIdx.x % kLanes;
   const int dozens = max(out.triple_dozens, (out.raw_words + 2) / 3);
-  // Behind the end for the last warp.
-  const int first = threadIdx.x < kThreads ? threadIdx.x : dozens + kLanes + lane;
+  const int first = threadIdx.x;
   Vector::Bits kept[kKept][3];
 #pragma unroll
-  for (int turn = 0; turn < kKept; ++turn) x.read(first + turn * kThreads, kept[turn]);
+  for (int turn = 0; turn < kKept; ++turn) x.read(first + turn * kRounding, kept[turn]);
   meanwhile();
+  if (first >= kRounding) return;
   u32 largest_bits = 0;
   const auto compare = [&](int dozen, const Vector::Bits(&bits)[3]) {
     float values[kDozen];
@@ -211,12 +213,12 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
   };
   if (first - lane < dozens) compare(first, kept[0]);
 #pragma unroll 1
-  for (int i = first + kThreads; i - lane < dozens; i += kThreads) {
+  for (int i = first + kRounding; i - lane < dozens; i += kRounding) {
     compare(i, kept[1]);
-    if (i - lane + kThreads < dozens) x.read(i + kThreads, kept[1]);
+    if (i - lane + kRounding < dozens) x.read(i + kRounding, kept[1]);
   }
-  if (dozens > kKept * kThreads) x.read(first + kThreads, kept[1]);
-  largest_bits = block_max(largest_bits, rounded.largest[vector % 2]);
+  if (dozens > kKept * kRounding) x.read(first + kRounding, kept[1]);
+  largest_bits = rounding_max(largest_bits, rounded.largest[vector % 2]);
   const bool finite = largest_bits <= kFinite;
   const float largest = __uint_as_float(largest_bits);
   // An exact power of two keeps the inverse of a tiny magnitude finite.
@@ -225,12 +227,12 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
   if (finite && largest_bits != 0) inverse = kLargest / (tiny ? largest * 0x1p100f : largest);
   u32 sum = 0;
 #pragma unroll 1
-  for (int i = first; i - lane < dozens; i += kThreads) {
+  for (int i = first; i - lane < dozens; i += kRounding) {
     float values[kDozen];
     x.scale(i, kept[0], values);
 #pragma unroll
     for (int k = 0; k < 3; ++k) kept[0][k] = kept[1][k];
-    if (i - lane + kKept * kThreads < dozens) x.read(i + kKept * kThreads, kept[1]);
+    if (i - lane + kKept * kRounding < dozens) x.read(i + kKept * kRounding, kept[1]);
     if (tiny) {
 #pragma unroll
       for (float& value : values) value *= 0x1p100f;
