@@ -28,9 +28,10 @@ _WARPS = 24
 _CHUNK_BYTES = 43 << 9
 # Of a tile, where each block of half a multiprocessor has one.
 _HALF_ROOM_BYTES = 40 << 10
-# What starting and ending a pair of segments costs, in pairs of groups, and a turn of warps that waits for its chunks;
-# and what a chunk more than needed costs, of the whole: fitted to measured times.
-_START_GROUPS = 2.5
+# What starting and ending a pair of segments costs, in pairs of groups, and what a turn of warps costs whose chunks are
+# asked for when the turn before has ended; and what a chunk more than needed costs, of the whole: fitted to measured
+# times.
+_START_GROUPS = 3.0
 _WAIT_GROUPS = 6.0
 _CHUNK_COST = 0.03
 # Of a segment, where warps have too little to do; the second is for half a multiprocessor.
@@ -139,8 +140,8 @@ def choose_shape(
         shares, room = tiles * cut[0] * cut[1], held(cut[0]) * cut[1]
         turns = max(fewest_turns, -(-shares // min(warps, room)))
         turn = groups / (cut[0] * cut[1] * TOGETHER) + _START_GROUPS
-        # Chunks of the next turn that are not on their way during this one.
-        late = _WAIT_GROUPS * max(0.0, 1 - max(0, room - warps) / warps) if shares > room else 0.0
+        # All warps of one or two tiles end a turn at the same time; later they are spread.
+        late = _WAIT_GROUPS * min(1.0, 2 - room / warps) if tiles <= 2 and shares > room else 0.0
         return (turns * turn + late) * (1 + _CHUNK_COST * (cut[0] - chunks)), cut[0]
 
     def pairs(count: int) -> range:
