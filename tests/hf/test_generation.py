@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import ids
+from transformers import GenerationConfig
 
 import entrollm
 import entrollm.hf
@@ -90,3 +91,11 @@ def test_generate_on_a_gpu_chooses_a_static_cache() -> None:
     assert entrollm.hf.generate(model, prompt, max_new_tokens=1, max_cache_len=600)[0]["max_cache_len"] == 600
     for chosen in ({"cache_implementation": "offloaded"}, {"past_key_values": object()}, {"use_cache": False}):
         assert entrollm.hf.generate(model, prompt, max_new_tokens=1, **chosen)[0] == {"max_new_tokens": 1, **chosen}
+    # In a configuration, too, which is not changed itself.
+    config = GenerationConfig(max_new_tokens=13)
+    (option,) = entrollm.hf.generate(model, prompt, generation_config=config)[0].values()
+    assert (option.cache_implementation, option.max_cache_len, option.max_new_tokens) == ("static", 1024, 13)
+    assert option.compile_config == entrollm.hf.compile_config()
+    assert config.cache_implementation is None
+    config = GenerationConfig(use_cache=False)
+    assert entrollm.hf.generate(model, prompt, generation_config=config)[0] == {"generation_config": config}

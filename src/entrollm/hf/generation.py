@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from contextvars import ContextVar
 from typing import Any
@@ -48,17 +49,33 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """
     if model.device.type != "cuda":
         return model.generate(inputs, **options)
-    if not {"past_key_values", "cache_implementation"} & options.keys() and options.get("use_cache", True):
-        options |= {"cache_implementation": "static", "compile_config": options.get("compile_config", compile_config())}
-        tokens = options.get("input_ids") if inputs is None else inputs
-        if "max_new_tokens" in options and tokens is not None:
-            total = max(_SMALLEST_CACHE, tokens.shape[-1] + options["max_new_tokens"])
-            options.setdefault("max_cache_len", 1 << (total - 1).bit_length())
     token = _defers.set(True)
     try:
-        return model.generate(inputs, **options)
+        return model.generate(inputs, **_with_static_cache(inputs, options))
     finally:
         _defers.reset(token)
+
+
+def _with_static_cache(inputs: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a static cache, unless they choose another or none."""
+    config = copy.deepcopy(options.get("generation_config"))
+    asked = (
+        {} if config is None else {name: value for name, value in vars(config).items() if value is not None}
+    ) | options
+    if not asked.get("use_cache", True) or {"past_key_values", "cache_implementation"} & asked.keys():
+        return options
+    chosen: dict[str, Any] = {"cache_implementation": "static"}
+    chosen["compile_config"] = asked.get("compile_config", compile_config())
+    tokens = options.get("input_ids") if inputs is None else inputs
+    if "max_cache_len" in asked:
+        chosen["max_cache_len"] = asked["max_cache_len"]
+    elif "max_new_tokens" in asked and tokens is not None:
+        total = max(_SMALLEST_CACHE, tokens.shape[-1] + asked["max_new_tokens"])
+        chosen["max_cache_len"] = 1 << (total - 1).bit_length()
+    if config is None:
+        return options | chosen
+    config.update(**chosen)
+    return options | {"generation_config": config}
 
 
 def _let_generate_defer() -> None:
