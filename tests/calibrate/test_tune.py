@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_tuning_lowers_the_divergence_and_changes_scales_alone(
         post_fit=lambda folder: tuner(folder, lambda done, total: steps.append((done, total))),
     )
     tuned = tuner.result
-    assert tuned is not None and tuned.is_kept
+    assert tuned is not None and tuned.is_kept and result.is_refitted
     assert tuned.kl_after < 0.98 * tuned.kl_before
     assert tuned.predictions == 8 * 47
     assert steps == [(done, 80) for done in range(4, 81, 4)]
@@ -134,12 +135,22 @@ def test_tuning_that_does_not_help_changes_nothing(
 def test_a_size_limit_holds_for_the_tuned_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = Tuner(model, windows(40, 1), windows(4, 3))
     options = CompressOptions(target=Target(file_bytes=50_000), fine_scales=True)
-    assert 49_500 < compress(model, tmp_path / "out", options, post_fit=tuner).file_bytes <= 50_000
+    result = compress(model, tmp_path / "out", options, post_fit=tuner)
+    assert 49_500 < result.file_bytes <= 50_000
+    assert result.is_refitted
 
-    monkeypatch.setattr(pipeline, "_ROOM", -0.05)
-    with pytest.raises(EntroLLMError, match=r"the tuned files would take \d+ bytes, over the limit of 50000"):
-        compress(model, tmp_path / "grown", options, post_fit=tuner)
-    assert not (tmp_path / "grown").exists()
+    def noisy(folder: Path) -> dict[str, NDArray[Any]]:
+        tuned = tuner(folder)
+        random = np.random.default_rng(5)
+        noise = {name: random.integers(0, 256, array.nbytes, np.uint8) for name, array in tuned.items()}
+        return {name: noise[name].view(array.dtype).reshape(array.shape) for name, array in tuned.items()}
+
+    # Scales that take too much are left out.
+    monkeypatch.setattr(pipeline, "_ROOM", 0.0)
+    options = CompressOptions(target=Target(file_bytes=50_000))
+    result = compress(model, tmp_path / "grown", options, post_fit=noisy)
+    assert not result.is_refitted and result.file_bytes <= 50_000
+    assert shards(result.path) == shards(compress(model, tmp_path / "untuned", options).path)
 
 
 def test_an_interrupted_tuning_leaves_no_output_and_is_resumed(
@@ -157,7 +168,7 @@ def test_an_interrupted_tuning_leaves_no_output_and_is_resumed(
 
 
 @pytest.mark.parametrize("model", [True], indirect=True)
-def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--bpw", "3.0", "--calibration", "self", "--sampled", "16", "--tune", "--threads", "1"]
     shown = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "out"), *arguments])
     assert shown.exit_code == 0, shown.output
@@ -165,6 +176,12 @@ def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path) -> None:
         r"tuned: KL divergence [\d.]+ -> [\d.]+ nats, on 1,008 predictions that neither",
         " ".join(shown.stdout.split()),
     )
+    monkeypatch.setattr(pipeline, "_fits", lambda *_: False)
+    shown = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "large"), *arguments])
+    assert "tuned scales would take more than the asked size: they stay as they" in " ".join(shown.stdout.split())
+    found = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "json"), *arguments, "--json"])
+    tuning = json.loads(found.stdout)["tuning"]
+    assert tuning["kl_after"] < tuning["kl_before"] and not tuning["is_kept"]
 
 
 def test_tuning_of_a_grid_without_a_size_is_refused(model: Path, tmp_path: Path) -> None:

@@ -225,10 +225,10 @@ def command(
             tuner = Tuner(model, statistics.windows, held_out(model, text, device), threads)
         result = _compress(model, out, options, (statistics, tuner), overwrite, json_output)
     if json_output:
-        print_json(result.to_json() | _tuning(tuner))
+        print_json(result.to_json() | _tuning(tuner, result))
     else:
         _print_summary(result)
-        _print_tuning(tuner)
+        _print_tuning(tuner, result)
 
 
 def _compress(
@@ -287,10 +287,10 @@ def _compress_within(
             on_trial=show,
         )
     if quiet:
-        print_json(result.to_json() | _tuning(tuner))
+        print_json(result.to_json() | _tuning(tuner, result.compressed))
         return
     _print_summary(result.compressed)
-    _print_tuning(tuner)
+    _print_tuning(tuner, result.compressed)
     kl = result.divergence
     stdout.print(
         f"KL divergence from the original: mean [bold]{kl.mean:.4g}[/bold] of {max_kl:g} nats, 99th percentile "
@@ -309,17 +309,24 @@ def _with_bar(tuner: Tuner, quiet: bool, before: Callable[[], None] = lambda: No
     return post_fit
 
 
-def _tuning(tuner: Tuner | None) -> dict[str, Any]:
-    return {} if tuner is None or tuner.result is None else {"tuning": tuner.result.to_json()}
+def _tuning(tuner: Tuner | None, result: CompressResult) -> dict[str, Any]:
+    if tuner is None or tuner.result is None:
+        return {}
+    return {"tuning": {**tuner.result.to_json(), "is_kept": result.is_refitted}}
 
 
-def _print_tuning(tuner: Tuner | None) -> None:
+def _print_tuning(tuner: Tuner | None, result: CompressResult) -> None:
     if tuner is None or tuner.result is None:
         return
     tuned = tuner.result
     verdict = f"tuned: KL divergence {tuned.kl_before:.4g} -> [bold]{tuned.kl_after:.4g}[/bold] nats"
     if not tuned.is_kept:
         verdict = f"tuning did not help (KL divergence {tuned.kl_before:.4g} nats): the scales stay as they were"
+    elif not result.is_refitted:
+        verdict = (
+            f"tuned scales would take more than the asked size: they stay as they were (KL divergence "
+            f"{tuned.kl_before:.4g} nats, {tuned.kl_after:.4g} if tuned)"
+        )
     stdout.print(
         f"{verdict}, on {tuned.predictions:,} predictions that neither calibration nor tuning saw; "
         f"{tuned.elapsed_s:.1f} s"

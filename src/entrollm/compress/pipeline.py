@@ -70,6 +70,7 @@ class CompressResult:
         coded_bits: stored bits per coded weight: streams, sizes, scales and the header.
         elapsed_s: wall time of this run, without a post_fit; resumed_weights were finished by an earlier one.
         packed: what became of matrices that were quantized already; None where there were none.
+        is_refitted: whether the scales of a post_fit are stored; it may have had none, or they would take too much.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class CompressResult:
     elapsed_s: float
     resumed_weights: int
     packed: PackedSummary | None = None
+    is_refitted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """All fields, the path as text."""
@@ -120,19 +122,22 @@ def compress(
             _finish(checkpoint, folder, records, options, statistics is not None, small_files)
             elapsed_s = time.monotonic() - started
             scales = {} if post_fit is None else post_fit(folder.partial)
+            refit = Refit(folder.partial, checkpoint, scales, options.threads) if scales else None
+            is_refitted = refit is not None and _fits(records, refit.growth(), options)
             # From here on the shards are no longer what a resumed run could take over.
             for record in records:
                 (folder.partial / record["file"]).with_suffix(".json").unlink()
-            if scales:
-                refit = Refit(folder.partial, checkpoint, scales, options.threads)
+            if refit is not None and is_refitted:
                 for record, names in zip(records, shards, strict=True):
                     record["file_bytes"] = refit.shard(folder.partial / record["file"], names)
                 _write_index(folder, records)
-                _check_limit(records, options)
+                if not _fits(records, 0, options):
+                    # A number in a header has more digits than before, and there was no byte left.
+                    raise EntroLLMError("the tuned files would exceed the asked size by some bytes; leave out --tune")
             folder.publish()
         finally:
             folder.close()
-        return _summarize(checkpoint, options, Path(out), records, elapsed_s, run.resumed_weights)
+        return _summarize(checkpoint, options, Path(out), records, elapsed_s, run.resumed_weights, is_refitted)
 
 
 class _Run:
@@ -363,11 +368,10 @@ def _with_room(options: CompressOptions) -> CompressOptions:
     return options if limit is None else replace(options, target=Target(file_bytes=int(limit * (1 - _ROOM))))
 
 
-def _check_limit(records: list[dict[str, Any]], options: CompressOptions) -> None:
+def _fits(records: list[dict[str, Any]], growth: int, options: CompressOptions) -> bool:
+    """Whether files that grow by so many bytes stay within the limit."""
     limit = None if options.target is None else options.target.file_bytes
-    size = sum(record["file_bytes"] for record in records)
-    if limit is not None and size > limit:
-        raise EntroLLMError(f"the tuned files would take {size} bytes, over the limit of {limit}; leave out --tune")
+    return limit is None or sum(record["file_bytes"] for record in records) + growth <= limit
 
 
 def _write_index(folder: OutputFolder, records: list[dict[str, Any]]) -> None:
@@ -393,6 +397,7 @@ def _summarize(
     records: list[dict[str, Any]],
     elapsed_s: float,
     resumed: int,
+    is_refitted: bool,
 ) -> CompressResult:
     coded = sum(record["quantized_weights"] for record in records)
     file_bytes = sum(record["file_bytes"] for record in records)
@@ -415,4 +420,5 @@ def _summarize(
         packed=summarize_packed(
             checkpoint, taken, {name: matrix for record in records for name, matrix in record["matrices"].items()}
         ),
+        is_refitted=is_refitted,
     )

@@ -16,6 +16,7 @@ from entrollm.compress.tensor import relative_error
 from entrollm.container.packing import pack
 from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
 from entrollm.container.writer import ShardWriter
+from entrollm.specs import TensorSpec
 from entrollm.threads import default_threads
 
 _CHUNK_WEIGHTS = 1 << 22
@@ -39,6 +40,14 @@ class Refit:
         self._scales = scales
         self._pool = _core.ThreadPool(threads or default_threads())
 
+    def growth(self) -> int:
+        """Bytes that the entries take more than before, since other scales deflate to other sizes."""
+        total = 0
+        for name in self._model.specs:
+            old, new = (self._packed(name, scales)[1] for scales in ({}, self._scales))
+            total += sum(array.nbytes for array in new.values()) - sum(array.nbytes for array in old.values())
+        return total
+
     def shard(self, path: Path, names: Iterable[str]) -> int:
         """Write one shard of the folder again, which holds the tensors `names`; returns its bytes."""
         model = self._model
@@ -48,12 +57,15 @@ class Refit:
                     array = model.array(name)
                     writer.add_plain(name, model.dtype(name), array.shape, [array])
                     continue
-                arrays = model.unpacked_arrays(name)
-                arrays |= {s: self._scales[name + s] for s in arrays if name + s in self._scales}
-                spec, arrays = pack(dataclasses.replace(model.specs[name], parts=None), arrays)
+                spec, arrays = self._packed(name, self._scales)
                 error = self._error(open_matrix(name, spec, arrays))
                 writer.add_matrix(name, dataclasses.replace(spec, relative_error=error), arrays)
         return path.stat().st_size
+
+    def _packed(self, name: str, scales: Mapping[str, NDArray[Any]]) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
+        arrays = self._model.unpacked_arrays(name)
+        arrays |= {s: scales[name + s] for s in arrays if name + s in scales}
+        return pack(dataclasses.replace(self._model.specs[name], parts=None), arrays)
 
     def _error(self, matrix: CodedMatrix) -> float:
         error = energy = 0.0
