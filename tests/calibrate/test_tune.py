@@ -152,6 +152,12 @@ def test_a_size_limit_holds_for_the_tuned_files(model: Path, tmp_path: Path, mon
     assert not result.is_refitted and result.file_bytes <= 50_000
     assert shards(result.path) == shards(compress(model, tmp_path / "untuned", options).path)
 
+    monkeypatch.setattr(pipeline, "_ROOM", -0.05)
+    options = CompressOptions(target=Target(file_bytes=50_000), fine_scales=True)
+    with pytest.raises(EntroLLMError, match=r"the tuned files would take \d+ bytes, over the limit of 50000"):
+        compress(model, tmp_path / "exceeding", options, post_fit=tuner)
+    assert not (tmp_path / "exceeding").exists()
+
 
 def test_an_interrupted_tuning_leaves_no_output_and_is_resumed(
     model: Path, statistics: StoredStatistics, untuned: Path, tmp_path: Path
@@ -176,7 +182,7 @@ def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path, monkeypat
         r"tuned: KL divergence [\d.]+ -> [\d.]+ nats, on 1,008 predictions that neither",
         " ".join(shown.stdout.split()),
     )
-    monkeypatch.setattr(pipeline, "_fits", lambda *_: False)
+    monkeypatch.setattr(pipeline, "_has_room_for", lambda *_: False)
     shown = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "large"), *arguments])
     assert "tuned scales would take more than the asked size: they stay as they" in " ".join(shown.stdout.split())
     found = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "json"), *arguments, "--json"])

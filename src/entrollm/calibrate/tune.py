@@ -63,7 +63,7 @@ class TuneResult:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the tuned scales are better, and therefore stored."""
+        """Whether the tuned scales are better, and therefore to be stored."""
         return self.kl_after < self.kl_before
 
     def to_json(self) -> dict[str, Any]:

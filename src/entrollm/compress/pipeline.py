@@ -123,7 +123,7 @@ def compress(
             elapsed_s = time.monotonic() - started
             scales = {} if post_fit is None else post_fit(folder.partial)
             refit = Refit(folder.partial, checkpoint, scales, options.threads) if scales else None
-            is_refitted = refit is not None and _fits(records, refit.growth(), options)
+            is_refitted = refit is not None and _has_room_for(refit, records, options)
             # From here on the shards are no longer what a resumed run could take over.
             for record in records:
                 (folder.partial / record["file"]).with_suffix(".json").unlink()
@@ -131,9 +131,8 @@ def compress(
                 for record, names in zip(records, shards, strict=True):
                     record["file_bytes"] = refit.shard(folder.partial / record["file"], names)
                 _write_index(folder, records)
-                if not _fits(records, 0, options):
-                    # A number in a header has more digits than before, and there was no byte left.
-                    raise EntroLLMError("the tuned files would exceed the asked size by some bytes; leave out --tune")
+            if post_fit is not None:
+                _check_limit(records, options)
             folder.publish()
         finally:
             folder.close()
@@ -362,22 +361,37 @@ def _finish(
     _write_index(folder, records)
 
 
+def _limit(options: CompressOptions) -> int | None:
+    """The size that was asked for, if one was."""
+    return None if options.target is None else options.target.file_bytes
+
+
 def _with_room(options: CompressOptions) -> CompressOptions:
     """The options with room below a limit, since other scales may deflate less well."""
-    limit = None if options.target is None else options.target.file_bytes
+    limit = _limit(options)
     return options if limit is None else replace(options, target=Target(file_bytes=int(limit * (1 - _ROOM))))
 
 
-def _fits(records: list[dict[str, Any]], growth: int, options: CompressOptions) -> bool:
-    """Whether files that grow by so many bytes stay within the limit."""
-    limit = None if options.target is None else options.target.file_bytes
-    return limit is None or sum(record["file_bytes"] for record in records) + growth <= limit
+def _has_room_for(refit: Refit, records: list[dict[str, Any]], options: CompressOptions) -> bool:
+    """Whether the files stay within the limit with other scales, but for the digits of errors in their headers."""
+    limit = _limit(options)
+    return limit is None or _file_bytes(records) + refit.growth() <= limit
+
+
+def _check_limit(records: list[dict[str, Any]], options: CompressOptions) -> None:
+    limit, size = _limit(options), _file_bytes(records)
+    if limit is not None and size > limit:
+        raise EntroLLMError(f"the tuned files would take {size} bytes, over the limit of {limit}; leave out --tune")
+
+
+def _file_bytes(records: list[dict[str, Any]]) -> int:
+    return sum(record["file_bytes"] for record in records)
 
 
 def _write_index(folder: OutputFolder, records: list[dict[str, Any]]) -> None:
     if len(records) > 1:
         names = {entry: record["file"] for record in records for entry in record["entries"]}
-        write_index(folder, names, sum(record["file_bytes"] for record in records))
+        write_index(folder, names, _file_bytes(records))
 
 
 def _method_fields(checkpoint: Checkpoint, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
@@ -400,7 +414,7 @@ def _summarize(
     is_refitted: bool,
 ) -> CompressResult:
     coded = sum(record["quantized_weights"] for record in records)
-    file_bytes = sum(record["file_bytes"] for record in records)
+    file_bytes = _file_bytes(records)
     kept = sum(record["kept_bytes"] for record in records)
     weights = sum(_weights(info) for info in checkpoint.tensors.values())
     per_weight = max(1, coded)

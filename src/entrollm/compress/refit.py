@@ -42,11 +42,8 @@ class Refit:
 
     def growth(self) -> int:
         """Bytes that the entries take more than before, since other scales deflate to other sizes."""
-        total = 0
-        for name in self._model.specs:
-            old, new = (self._packed(name, scales)[1] for scales in ({}, self._scales))
-            total += sum(array.nbytes for array in new.values()) - sum(array.nbytes for array in old.values())
-        return total
+        model = self._model
+        return sum(_bytes(self._packed(name)[1]) - _bytes(model.stored_arrays(name)) for name in model.specs)
 
     def shard(self, path: Path, names: Iterable[str]) -> int:
         """Write one shard of the folder again, which holds the tensors `names`; returns its bytes."""
@@ -57,14 +54,14 @@ class Refit:
                     array = model.array(name)
                     writer.add_plain(name, model.dtype(name), array.shape, [array])
                     continue
-                spec, arrays = self._packed(name, self._scales)
+                spec, arrays = self._packed(name)
                 error = self._error(open_matrix(name, spec, arrays))
                 writer.add_matrix(name, dataclasses.replace(spec, relative_error=error), arrays)
         return path.stat().st_size
 
-    def _packed(self, name: str, scales: Mapping[str, NDArray[Any]]) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
+    def _packed(self, name: str) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
         arrays = self._model.unpacked_arrays(name)
-        arrays |= {s: scales[name + s] for s in arrays if name + s in scales}
+        arrays |= {s: self._scales[name + s] for s in arrays if name + s in self._scales}
         return pack(dataclasses.replace(self._model.specs[name], parts=None), arrays)
 
     def _error(self, matrix: CodedMatrix) -> float:
@@ -77,3 +74,7 @@ class Refit:
             energy += float(np.sum(np.square(weights, dtype=np.float64)))
         self._checkpoint.release(matrix.name)
         return relative_error(error, energy)
+
+
+def _bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays.values())

@@ -223,6 +223,44 @@ __device__ __forceinline__ void add_patch(u32 patch, const u8* triples, int (*ou
   }
 }
 
+// Adds a warp's sums to those of a tile.
+__device__ __forceinline__ void add_sums(Accumulator (&parts)[kSums], int (*out)[kBatch][2]) {
+  // A lane has both digits' sums of one vector, in the phase that its columns belong to.
+  constexpr int kVectors = 4 / kPhases;
+  const int lane = threadIdx.x % kLanes;
+  const int row = lane >> 2;
+  Accumulator& sums = parts[0];
+#pragma unroll
+  for (int i = 1; i < kSums; ++i) {
+    if (kPhases > 1) {
+      sums.take_if((lane & 3) / kVectors == i, parts[i]);
+    } else {
+      sums.add(parts[i], 0);
+    }
+  }
+  if constexpr (kBatch == 1) {
+    // Four lanes have sums of the same rows and digits; each takes one of them over, so that no two
+    // lanes meet at an address.
+    int (&mine)[4] = sums.sums[0];
+    const bool low = lane & 1;
+    const bool below = lane & 2;
+    const int upper = (low ? mine[1] : mine[0]) + __shfl_xor_sync(~0u, low ? mine[0] : mine[1], 1);
+    const int lower = (low ? mine[3] : mine[2]) + __shfl_xor_sync(~0u, low ? mine[2] : mine[3], 1);
+    const int sum = (below ? lower : upper) + __shfl_xor_sync(~0u, below ? upper : lower, 2);
+    atomicAdd(&out[row + (below ? 8 : 0)][0][low], sum);
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const int vector = panel * 4 + (lane & 3) % kVectors;
+      if (vector >= kBatch) continue;
+      atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
+      atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
+      atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
+      atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
+    }
+  }
+}
+
 // Decodes and multiplies kTogether segments of a chunk that lies in its slot.
 __device__ __forceinline__ void multiply_segments(const Launch& launch, const Matrix& matrix,
                                                   const Dynamic& dynamic, State& state,
@@ -289,40 +327,7 @@ __device__ __forceinline__ void multiply_segments(const Launch& launch, const Ma
        i += matrix.segments / kTogether * kLanes) {
     add_patch(words[i], dynamic.triples, out);
   }
-  // A lane has both digits' sums of one vector, in the phase that its columns belong to.
-  constexpr int kVectors = 4 / kPhases;
-  Accumulator& sums = parts[0];
-#pragma unroll
-  for (int i = 1; i < kSums; ++i) {
-    if (kPhases > 1) {
-      sums.take_if((lane & 3) / kVectors == i, parts[i]);
-    } else {
-      sums.add(parts[i], 0);
-    }
-  }
-  if constexpr (kBatch == 1) {
-    // Four lanes have sums of the same rows and digits; each takes one of them over, so that no two
-    // lanes meet at an address.
-    int (&mine)[4] = sums.sums[0];
-    const bool low = lane & 1;
-    const bool below = lane & 2;
-    const int upper = (low ? mine[1] : mine[0]) + __shfl_xor_sync(~0u, low ? mine[0] : mine[1], 1);
-    const int lower = (low ? mine[3] : mine[2]) + __shfl_xor_sync(~0u, low ? mine[2] : mine[3], 1);
-    const int sum = (below ? lower : upper) + __shfl_xor_sync(~0u, below ? upper : lower, 2);
-    atomicAdd(&out[(lane >> 2) + (below ? 8 : 0)][0][low], sum);
-  } else {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const int vector = panel * 4 + (lane & 3) % kVectors;
-      if (vector < kBatch) {
-        const int row = lane >> 2;
-        atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
-        atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
-        atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
-        atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
-      }
-    }
-  }
+  add_sums(parts, out);
 }
 
 // Scales the finished sums of a tile, writes them, and clears them for the tile that takes their
@@ -377,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   // What does not depend on the kernel before is asked for first: weights stream in while it still
   // runs. The last warp asks for them, so that the others need not wait for the table of chunks.
   const int thread = threadIdx.x;
-  const int slot = thread - (THREADS - kLanes);
+  const int slot = thread - kRounding;
   const int asked = min(launch.slots, chunks);
   uint4 chunk;
   if (slot >= 0) chunk = stored_chunk(slot);

@@ -169,15 +169,15 @@ struct DigitsOut {
   }
 };
 
+// Threads that round: all but the last warp.
+constexpr int kRounding = THREADS - kLanes;
+
 // What a block knows of the rounded vectors.
 struct Rounded {
   float scale[kBatch];
   int sum[kBatch];
-  u32 largest[2][THREADS / kLanes - 1];
+  u32 largest[2][kRounding / kLanes];
 };
-
-// Threads that round: all but the last warp.
-constexpr int kRounding = THREADS - kLanes;
 
 // Of the threads that round, which meet at a barrier of their own.
 __device__ __forceinline__ u32 rounding_max(u32 value, u32* scratch) {
