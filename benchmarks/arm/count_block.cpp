@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "codec/decode.hpp"
-#include "gemv/activations.hpp"
+#include "product/activations.hpp"
 
 using namespace entrollm;
 

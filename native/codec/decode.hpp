@@ -7,8 +7,8 @@
 #include <span>
 #include <vector>
 
-#include "codec/code.hpp"
-#include "isa/kernels.hpp"
+#include "format/code.hpp"
+#include "kernels/kernels.hpp"
 
 namespace entrollm {
 

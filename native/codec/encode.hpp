@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "codec/code.hpp"
-#include "codec/geometry.hpp"
+#include "format/code.hpp"
+#include "format/geometry.hpp"
 
 namespace entrollm {
 

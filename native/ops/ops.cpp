@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "isa/kernels.hpp"
+#include "kernels/kernels.hpp"
 
 namespace entrollm {
 namespace {

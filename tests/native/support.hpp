@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "codec/code.hpp"
-#include "isa/kernels.hpp"
+#include "format/code.hpp"
+#include "kernels/kernels.hpp"
 
 namespace entrollm::test {
 

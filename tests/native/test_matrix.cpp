@@ -2,9 +2,9 @@
 #include <cmath>
 
 #include "codec/encode.hpp"
-#include "gemv/grouped.hpp"
-#include "gemv/matrix.hpp"
-#include "gemv/product.hpp"
+#include "product/grouped.hpp"
+#include "product/matrix.hpp"
+#include "product/product.hpp"
 #include "support.hpp"
 
 using namespace entrollm;

@@ -2,7 +2,7 @@
 // instruction set and the same bits.
 #include <algorithm>
 
-#include "isa/float_kernels.hpp"
+#include "kernels/float_kernels.hpp"
 #include "support.hpp"
 
 using namespace entrollm;

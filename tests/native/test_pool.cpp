@@ -3,8 +3,8 @@
 #include <thread>
 
 #include "codec/encode.hpp"
-#include "gemv/matrix.hpp"
-#include "gemv/product.hpp"
+#include "product/matrix.hpp"
+#include "product/product.hpp"
 #include "support.hpp"
 #include "threads/pool.hpp"
 

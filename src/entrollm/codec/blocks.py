@@ -5,7 +5,7 @@ from __future__ import annotations
 from entrollm._core import MAX_BLOCK, MAX_BLOCK_COLUMNS, VECTOR
 from entrollm.specs import Blocks
 
-# A product sums at most this many columns in 32 bits; see kMaxBlockColumns in native/codec/geometry.hpp.
+# A product sums at most this many columns in 32 bits; see kMaxBlockColumns in native/format/geometry.hpp.
 _WIDEST = MAX_BLOCK_COLUMNS
 # Larger blocks spread the fixed cost of their lists over more weights; their symbols still fit the first-level cache.
 _TARGET = MAX_BLOCK

@@ -1,8 +1,0 @@
-#include "isa/float_kernels_of.hpp"
-
-namespace entrollm {
-
-const FloatKernels kAvx2FloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
-                                        rotate,       swiglu,       attend};
-
-}  // namespace entrollm

@@ -1,0 +1,234 @@
+// The float kernels, for the instruction set that the including file is compiled for. Nothing here
+// may call a function of the standard library that the linker could share with other files.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "kernels/float_kernels.hpp"
+#include "kernels/generic/float_lanes.hpp"
+
+namespace entrollm {
+namespace {
+
+std::int32_t largest_bits(const float* x, std::size_t count) {
+  std::int32_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int32_t bits = std::bit_cast<std::int32_t>(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+void split_digits(const float* x, std::size_t count, float lift, float inverse, std::int16_t* whole,
+                  std::int8_t* high, std::int8_t* low) {
+  // Adding and subtracting this rounds a float below 2^22 to an integer, ties to even.
+  constexpr float kRounder = 12582912.0f;
+  for (std::size_t i = 0; i < count; ++i) {
+    whole[i] = static_cast<std::int16_t>((x[i] * lift * inverse + kRounder) - kRounder);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    const int high_digit = (whole[i] + 128) >> 8;
+    high[i] = static_cast<std::int8_t>(high_digit);
+    low[i] = static_cast<std::int8_t>(whole[i] - high_digit * 256);
+  }
+}
+
+void scale_sums(const SumScaling& s) {
+  constexpr std::size_t kColumns = 8;
+  constexpr std::size_t kRows = 64;
+  float block[kRows][kColumns];  // so that results are written column by column
+  for (std::size_t first = 0; first < s.rows; first += kRows) {
+    const std::size_t rows = kRows < s.rows - first ? kRows : s.rows - first;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const double scale = s.scales[(first + row) * s.scale_step];
+      const double offset = s.offsets[(first + row) * s.offset_step];
+      const std::int64_t* sums = s.sums + (first + row) * kColumns;
+      for (std::size_t i = 0; i < kColumns; ++i) {
+        const double sum = scale * static_cast<double>(sums[i]) + offset * s.x_sums[i];
+        block[row][i] = static_cast<float>(sum * s.x_scales[i]);
+      }
+    }
+    for (std::size_t column = 0; column < s.columns; ++column) {
+      float* out = s.out + column * s.stride + first;
+      for (std::size_t row = 0; row < rows; ++row) out[row] = block[row][column];
+    }
+  }
+}
+
+void rms_norm(const float* x, const float* weight, std::size_t count, float eps, float* out) {
+  const std::size_t whole = count / kLanes * kLanes;
+  const std::size_t rest = count - whole;
+  Lanes squares = splat(0.0f);
+  for (std::size_t i = 0; i < whole; i += kLanes) {
+    const Lanes v = load_lanes(x + i);
+    squares = squares + v * v;
+  }
+  const Lanes last = load_some(x + whole, rest, 0.0f);
+  squares = squares + last * last;
+  const float root = std::sqrt(sum_of(squares) / static_cast<float>(count) + eps);
+  const Lanes divisor = splat(root);
+  for (std::size_t i = 0; i < whole; i += kLanes) {
+    store_lanes(out + i, load_lanes(x + i) / divisor * load_lanes(weight + i));
+  }
+  for (std::size_t i = whole; i < count; ++i) out[i] = x[i] / root * weight[i];
+}
+
+void rotate(float* x, const float* cosines, const float* sines, std::size_t half) {
+  for (std::size_t i = 0; i < half; ++i) {
+    const float first = x[i];
+    const float second = x[i + half];
+    x[i] = first * cosines[i] - second * sines[i];
+    x[i + half] = second * cosines[i] + first * sines[i];
+  }
+}
+
+Lanes swiglu_of(const Lanes& gate, const Lanes& up) {
+  return gate / (exp_of(splat(0.0f) - gate) + splat(1.0f)) * up;
+}
+
+void swiglu(const float* gate, const float* up, std::size_t count, float* out) {
+  const std::size_t whole = count / kLanes * kLanes;
+  const std::size_t rest = count - whole;
+  for (std::size_t i = 0; i < whole; i += kLanes) {
+    store_lanes(out + i, swiglu_of(load_lanes(gate + i), load_lanes(up + i)));
+  }
+  const Lanes last =
+      swiglu_of(load_some(gate + whole, rest, 0.0f), load_some(up + whole, rest, 0.0f));
+  store_some(out + whole, last, rest);
+}
+
+// Calls block<4>(at) for as many whole sets of four vectors as `count` floats have, then block<1>;
+// the last vector overlaps the one before it when they do not come out even. count >= kLanes.
+template <class Block>
+void for_blocks(std::size_t count, Block block) {
+  std::size_t at = 0;
+  for (; at + 4 * kLanes <= count; at += 4 * kLanes) block.template operator()<4>(at);
+  for (; at + kLanes <= count; at += kLanes) block.template operator()<1>(at);
+  if (at < count) block.template operator()<1>(count - kLanes);
+}
+
+// sums[row][i] += weights(row, k) * vector i of rows(k), for k below `terms`.
+template <std::size_t Rows, std::size_t Vectors, class Weight, class Load>
+inline void multiply_add(Lanes (&sums)[Rows][Vectors], std::size_t terms, Weight weight,
+                         Load load) {
+  for (auto& row : sums) {
+    for (auto& sum : row) sum = splat(0.0f);
+  }
+  for (std::size_t k = 0; k < terms; ++k) {
+    Lanes vectors[Vectors];
+    for (std::size_t i = 0; i < Vectors; ++i) vectors[i] = load(k, i);
+    for (std::size_t row = 0; row < Rows; ++row) {
+      const Lanes factor = splat(weight(row, k));
+      for (std::size_t i = 0; i < Vectors; ++i) {
+        sums[row][i] = sums[row][i] + factor * vectors[i];
+      }
+    }
+  }
+}
+
+// Scores of positions [base, base + count) into rows of `room` floats.
+template <std::size_t Rows>
+void score(const AttentionTile& tile, std::size_t base, std::size_t count, std::size_t room) {
+  const Lanes scale = splat(tile.scale);
+  const auto query = [&](std::size_t row, std::size_t k) { return tile.queries[row][k]; };
+  const float* keys = tile.keys + base;
+  if (count < kLanes) {
+    Lanes sums[Rows][1];
+    multiply_add(sums, tile.head_dim, query, [&](std::size_t k, std::size_t) {
+      return load_some(keys + k * tile.key_stride, count, 0.0f);
+    });
+    for (std::size_t row = 0; row < Rows; ++row) {
+      store_lanes(tile.scratch + row * room, sums[row][0] * scale);
+    }
+    return;
+  }
+  for_blocks(count, [&]<std::size_t Vectors>(std::size_t at) {
+    Lanes sums[Rows][Vectors];
+    multiply_add(sums, tile.head_dim, query, [&](std::size_t k, std::size_t i) {
+      return load_lanes(keys + k * tile.key_stride + at + i * kLanes);
+    });
+    for (std::size_t row = 0; row < Rows; ++row) {
+      for (std::size_t i = 0; i < Vectors; ++i) {
+        store_lanes(tile.scratch + row * room + at + i * kLanes, sums[row][i] * scale);
+      }
+    }
+  });
+}
+
+// Replaces scores by exp(score - largest), those outside [begin, end) by 0; returns their sum.
+float soften(float* scores, std::size_t begin, std::size_t end, std::size_t room) {
+  constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  for (std::size_t i = 0; i < begin; ++i) scores[i] = kHidden;
+  for (std::size_t i = end; i < room; ++i) scores[i] = kHidden;
+  Lanes largest = load_lanes(scores);
+  for (std::size_t i = kLanes; i < room; i += kLanes) {
+    largest = larger(largest, load_lanes(scores + i));
+  }
+  const Lanes top = splat(fold(largest, [](float a, float b) { return a > b ? a : b; }));
+  Lanes total = splat(0.0f);
+  for (std::size_t i = 0; i < room; i += kLanes) {
+    const Lanes weights = exp_of(load_lanes(scores + i) - top);
+    store_lanes(scores + i, weights);
+    total = total + weights;
+  }
+  return sum_of(total);
+}
+
+template <std::size_t Rows>
+void attend_rows(const AttentionTile& tile) {
+  std::size_t base = tile.firsts[0];
+  std::size_t end = tile.lasts[0];
+  for (std::size_t row = 1; row < Rows; ++row) {
+    base = tile.firsts[row] < base ? tile.firsts[row] : base;
+    end = tile.lasts[row] > end ? tile.lasts[row] : end;
+  }
+  const std::size_t count = end - base;
+  const std::size_t room = (count + kLanes - 1) / kLanes * kLanes;
+  score<Rows>(tile, base, count, room);
+  Lanes totals[Rows];
+  for (std::size_t row = 0; row < Rows; ++row) {
+    totals[row] = splat(
+        soften(tile.scratch + row * room, tile.firsts[row] - base, tile.lasts[row] - base, room));
+  }
+  const auto weight = [&](std::size_t row, std::size_t k) { return tile.scratch[row * room + k]; };
+  const std::size_t width = tile.head_dim;
+  const float* values = tile.values + base * width;
+  if (width < kLanes) {
+    Lanes sums[Rows][1];
+    multiply_add(sums, count, weight, [&](std::size_t k, std::size_t) {
+      return load_some(values + k * width, width, 0.0f);
+    });
+    for (std::size_t row = 0; row < Rows; ++row) {
+      store_some(tile.outputs[row], sums[row][0] / totals[row], width);
+    }
+    return;
+  }
+  for_blocks(width, [&]<std::size_t Vectors>(std::size_t at) {
+    Lanes sums[Rows][Vectors];
+    multiply_add(sums, count, weight, [&](std::size_t k, std::size_t i) {
+      return load_lanes(values + k * width + at + i * kLanes);
+    });
+    for (std::size_t row = 0; row < Rows; ++row) {
+      for (std::size_t i = 0; i < Vectors; ++i) {
+        store_lanes(tile.outputs[row] + at + i * kLanes, sums[row][i] / totals[row]);
+      }
+    }
+  });
+}
+
+void attend(const AttentionTile& tile) {
+  switch (tile.rows) {
+    case 1:
+      return attend_rows<1>(tile);
+    case 2:
+      return attend_rows<2>(tile);
+    case 3:
+      return attend_rows<3>(tile);
+    default:
+      return attend_rows<4>(tile);
+  }
+}
+
+}  // namespace
+}  // namespace entrollm

@@ -1,0 +1,8 @@
+#include "kernels/generic/float_kernels_of.hpp"
+
+namespace entrollm {
+
+const FloatKernels kAvx512FloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
+                                          rotate,       swiglu,       attend};
+
+}  // namespace entrollm

@@ -1,0 +1,122 @@
+#include "product/activations.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+
+namespace entrollm {
+namespace {
+
+// The largest magnitude whose two balanced digits both fit int8: 127 * 256 + 127.
+constexpr float kLargest = 32639.0f;
+
+constexpr std::int32_t kInfinity = 0x7f800000;
+
+// Four columns of one activation vector stand side by side in a group.
+constexpr std::size_t kRun = 4;
+
+// Bytes of digits, high and low, that `rows` need.
+std::size_t digit_bytes(const ActivationRows& rows, Activations::Layout layout) {
+  if (layout == Activations::Layout::kRows) return rows.batch * rows.padded;
+  return (rows.batch + kGroup - 1) / kGroup * (rows.padded / kVector) * kPanelStep;
+}
+
+// Bytes of digits of all columns side by side, where fused products may want them.
+std::size_t interleaved_bytes(const ActivationRows& rows, Activations::Layout layout) {
+  if (layout != Activations::Layout::kRows || rows.batch > kMostColumns) return 0;
+  if (kernels().cascade_product == nullptr) return 0;
+  return (rows.batch <= 2 ? rows.batch : kMostColumns) * 2 * rows.padded;
+}
+
+// Writes a vector's digits to its place in a group: runs of four lie 64 bytes apart.
+void spread(const std::int8_t* digits, std::size_t count, std::int8_t* out) {
+  for (std::size_t i = 0; i < count; i += kRun, out += kVector) std::memcpy(out, digits + i, kRun);
+}
+
+}  // namespace
+
+Activations::Activations(ThreadPool& pool, const ActivationRows& rows, Layout layout)
+    : padded_(rows.padded),
+      high_(digit_bytes(rows, layout)),
+      low_(layout == Layout::kRows ? rows.batch * rows.padded : 0),
+      whole_(layout == Layout::kRows ? rows.batch * rows.padded : 0),
+      interleaved_(interleaved_bytes(rows, layout)),
+      scales_(rows.batch),
+      sums_(rows.batch * (rows.padded / kVector + 1)) {
+  if (layout == Layout::kGroups) {
+    pool.run((rows.batch + kGroup - 1) / kGroup,
+             [&](std::size_t group, std::size_t) { fill_group(rows, group); });
+    return;
+  }
+  for (std::size_t row = 0; row < rows.batch; ++row) {
+    const std::size_t at = row * padded_;
+    fill_row(rows, row, {whole_.data() + at, high_.data() + at, low_.data() + at});
+  }
+  if (interleaved_.size() != 0) interleave();
+}
+
+void Activations::interleave() {
+  std::int8_t* out = interleaved_.data();
+  for (std::size_t at = 0; at < padded_; at += kVector) {
+    for (std::size_t column = 0; column < columns(); ++column, out += 2 * kVector) {
+      if (column < batch()) {
+        std::memcpy(out, high_.data() + column * padded_ + at, kVector);
+        std::memcpy(out + kVector, low_.data() + column * padded_ + at, kVector);
+      } else {
+        std::memset(out, 0, 2 * kVector);
+      }
+    }
+  }
+}
+
+void Activations::fill_group(const ActivationRows& rows, std::size_t group) {
+  const AlignedArray<std::int8_t> high(padded_), low(padded_);
+  const AlignedArray<std::int16_t> whole(padded_);
+  std::int8_t* out = high_.data() + group * (padded_ / kVector) * kPanelStep;
+  const std::size_t filled = std::min(kGroup, rows.batch - group * kGroup);
+  if (filled < kGroup) std::memset(out, 0, padded_ / kVector * kPanelStep);
+  for (std::size_t i = 0; i < filled; ++i) {
+    fill_row(rows, group * kGroup + i, {whole.data(), high.data(), low.data()});
+    spread(high.data(), padded_, out + i * kRun);
+    spread(low.data(), padded_, out + (kGroup + i) * kRun);
+  }
+}
+
+void Activations::fill_row(const ActivationRows& rows, std::size_t row, const Buffers& out) {
+  const std::size_t columns = rows.columns;
+  const float* x = rows.x + row * columns;
+  std::vector<float> scaled;
+  if (!rows.column_scale.empty()) {
+    scaled.resize(columns);
+    for (std::size_t i = 0; i < columns; ++i) scaled[i] = x[i] * rows.column_scale[i];
+    x = scaled.data();
+  }
+  const FloatKernels& floats = *kernels().floats;
+  const std::int32_t largest = floats.largest_bits(x, columns);
+  if (largest >= kInfinity || largest == 0) {
+    std::fill_n(out.high, padded_, std::int8_t{0});
+    std::fill_n(out.low, padded_, std::int8_t{0});
+    std::fill_n(out.whole, padded_, std::int16_t{0});
+    // NaN and infinity must not turn into plausible numbers.
+    if (largest >= kInfinity) scales_[row] = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  const auto magnitude = std::bit_cast<float>(largest);
+  scales_[row] = static_cast<double>(magnitude) / kLargest;
+  // An exact power of two keeps the inverse of a tiny magnitude finite.
+  const float lift = magnitude < 0x1p-60f ? 0x1p100f : 1.0f;
+  floats.split_digits(x, columns, lift, kLargest / (magnitude * lift), out.whole, out.high,
+                      out.low);
+  std::fill(out.high + columns, out.high + padded_, std::int8_t{0});
+  std::fill(out.low + columns, out.low + padded_, std::int8_t{0});
+  std::fill(out.whole + columns, out.whole + padded_, std::int16_t{0});
+  std::int64_t* sums = sums_.data() + row * (padded_ / kVector + 1);
+  for (std::size_t vector = 0; vector < padded_ / kVector; ++vector) {
+    std::int32_t sum = 0;
+    for (std::size_t i = 0; i < kVector; ++i) sum += out.whole[vector * kVector + i];
+    sums[vector + 1] = sums[vector] + sum;
+  }
+}
+
+}  // namespace entrollm

@@ -1,0 +1,178 @@
+#include "product/matrix.hpp"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "codec/decode.hpp"
+#include "kernels/kernels.hpp"
+#include "product/activations.hpp"
+
+namespace entrollm {
+namespace {
+
+void check_scale(std::span<const float> values, std::size_t rows, const char* name) {
+  if (values.size() != 1 && values.size() != rows) {
+    throw std::invalid_argument(std::string(name) + " needs one entry or one a row");
+  }
+}
+
+// The padding is part of the stream: it is what wide loads past its last block read.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
+  if (stored.size() == stored_bytes(size)) return;
+  throw std::invalid_argument("the " + std::string(name) + " stream has " +
+                              std::to_string(stored.size()) + " bytes, expected " +
+                              std::to_string(stored_bytes(size)));
+}
+
+// The code as a chain of fields, or no levels when it is none that a fused product runs.
+Cascade make_cascade(const Code& code) {
+  Cascade cascade{};
+  cascade.low_bits = code.low_bits();
+  if (cascade.low_bits > 4 || code.root().bits == 8) return Cascade{};
+  int index = 0;
+  while (index >= 0) {
+    const Node& node = code.nodes()[static_cast<std::size_t>(index)];
+    if (node.kind != NodeKind::kField || cascade.levels == kMaxLevels) return Cascade{};
+    cascade.bits[cascade.levels] = node.bits;
+    cascade.tables[cascade.levels] = node.table.data();
+    ++cascade.levels;
+    index = node.left;
+  }
+  return cascade;
+}
+
+}  // namespace
+
+void throw_corrupt(std::size_t block) {
+  throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
+}
+
+CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
+                         std::span<const std::uint8_t> sparse,
+                         std::span<const std::uint16_t> sparse_sizes, Scales scales)
+    : code_(std::move(code)), geometry_(geometry), dense_(dense), sparse_(sparse), scales_(scales) {
+  geometry_.validate();
+  check_scale(scales.scale, geometry_.rows, "scale");
+  if (!scales.offset.empty()) check_scale(scales.offset, geometry_.rows, "offset");
+  if (!scales.column_scale.empty() && scales.column_scale.size() != geometry_.columns) {
+    throw std::invalid_argument("column_scale needs one entry a column");
+  }
+  check_stream(dense, geometry_.dense_size(code_), "dense");
+  const std::size_t blocks = code_.has_sparse() ? geometry_.blocks() : 0;
+  if (sparse_sizes.size() != blocks) {
+    throw std::invalid_argument("there are " + std::to_string(sparse_sizes.size()) +
+                                " sparse block sizes, expected " + std::to_string(blocks));
+  }
+  sparse_offsets_.assign(blocks + 1, 0);
+  for (std::size_t i = 0; i < blocks; ++i) {
+    sparse_offsets_[i + 1] = sparse_offsets_[i] + sparse_sizes[i];
+  }
+  check_stream(sparse, sparse_offsets_.back(), "sparse");
+  part_offsets_.push_back(0);
+  for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+    part_offsets_.push_back(part_offsets_.back() +
+                            code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
+  }
+  if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
+}
+
+bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch& scratch) const {
+  const std::size_t parts = geometry_.blocks_per_group();
+  const std::size_t rows = geometry_.rows_in(group);
+  const std::size_t in_group = rows == geometry_.block_rows
+                                   ? part_offsets_[part]
+                                   : geometry_.dense_before(code_, rows, part);
+  const std::uint8_t* dense = dense_.data() + group * part_offsets_[parts] + in_group;
+  const std::size_t block = code_.has_sparse() ? group * parts + part : 0;
+  const auto sparse = code_.has_sparse()
+                          ? sparse_.subspan(sparse_offsets_[block],
+                                            sparse_offsets_[block + 1] - sparse_offsets_[block])
+                          : std::span<const std::uint8_t>();
+  return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
+                      scratch) == BlockStatus::kOk;
+}
+
+void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
+                            const std::uint8_t* block, std::uint8_t* out) const {
+  const std::size_t width = geometry_.columns_in(part);
+  const std::size_t first_column = part * geometry_.block_columns;
+  const std::size_t filled = std::min(width, geometry_.columns - first_column);
+  for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
+    const std::size_t i = group * geometry_.block_rows + row;
+    if (i < begin || i >= end) continue;
+    std::memcpy(out + (i - begin) * geometry_.columns + first_column, block + row * width, filled);
+  }
+}
+
+void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
+                         std::uint8_t* out) const {
+  if (begin > end || end > geometry_.rows) throw std::invalid_argument("rows out of range");
+  if (begin == end) return;
+  const std::size_t first = begin / geometry_.block_rows;
+  const std::size_t last = (end - 1) / geometry_.block_rows + 1;
+  const std::size_t parts = geometry_.blocks_per_group();
+  std::atomic<std::size_t> bad_block{SIZE_MAX};
+  pool.run(last - first, [&](std::size_t task, std::size_t) {
+    const std::size_t group = first + task;
+    DecodeScratch& scratch = thread_scratch(code_, max_block());
+    for (std::size_t part = 0; part < parts; ++part) {
+      if (!decode_part(group, part, scratch)) {
+        bad_block = group * parts + part;
+        return;
+      }
+      copy_rows(group, part, begin, end, scratch.block(), out);
+    }
+  });
+  if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
+}
+
+void CodedMatrix::dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const {
+  const float scale = scales_.scale_of(i);
+  const bool shifted = !scales_.offset.empty();
+  const float offset = scales_.offset_of(i);
+  for (std::size_t j = 0; j < geometry_.columns; ++j) {
+    // Rounded after the product and after the sum: the build forbids contraction to an FMA.
+    float value = static_cast<float>(symbols[j]) * scale;
+    if (shifted) value = value + offset;
+    if (!scales_.column_scale.empty()) value = value * scales_.column_scale[j];
+    out[j] = value;
+  }
+}
+
+void CodedMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> rows,
+                             float* out) const {
+  for (const std::int64_t row : rows) {
+    if (row < 0 || static_cast<std::size_t>(row) >= geometry_.rows) {
+      throw std::invalid_argument("row index out of range");
+    }
+  }
+  constexpr std::size_t kRowsPerTask = 64;
+  std::atomic<std::size_t> bad_group{SIZE_MAX};
+  pool.run((rows.size() + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task, std::size_t) {
+    // Runs of rows usually share their block: keep the last group decoded.
+    std::vector<std::uint8_t> symbols(geometry_.block_rows * geometry_.columns);
+    std::size_t decoded = SIZE_MAX;
+    DecodeScratch& scratch = thread_scratch(code_, max_block());
+    const std::size_t end = std::min(rows.size(), (task + 1) * kRowsPerTask);
+    for (std::size_t n = task * kRowsPerTask; n < end; ++n) {
+      const auto i = static_cast<std::size_t>(rows[n]);
+      const std::size_t group = i / geometry_.block_rows;
+      const std::size_t begin = group * geometry_.block_rows;
+      for (std::size_t part = 0; group != decoded && part < geometry_.blocks_per_group(); ++part) {
+        if (!decode_part(group, part, scratch)) {
+          bad_group = group;
+          return;
+        }
+        copy_rows(group, part, begin, begin + geometry_.rows_in(group), scratch.block(),
+                  symbols.data());
+      }
+      decoded = group;
+      dequantize_row(i, symbols.data() + (i - begin) * geometry_.columns,
+                     out + n * geometry_.columns);
+    }
+  });
+  if (bad_group != SIZE_MAX) throw_corrupt(bad_group * geometry_.blocks_per_group());
+}
+
+}  // namespace entrollm

@@ -1,0 +1,219 @@
+// The Python module entrollm._core: arrays in, arrays out, no Python in the loops.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+
+#include "codec/decode.hpp"
+#include "codec/encode.hpp"
+#include "format/code.hpp"
+#include "format/geometry.hpp"
+#include "kernels/kernels.hpp"
+#include "product/grouped.hpp"
+#include "product/matrix.hpp"
+#include "product/product.hpp"
+#include "python/module_arrays.hpp"
+#include "threads/pool.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace entrollm {
+namespace {
+
+template <class T>
+std::span<const T> view(const Vector<T>& array) {
+  return {array.data(), array.size()};
+}
+
+template <class T>
+nb::ndarray<nb::numpy, T> to_array(const std::vector<T>& values) {
+  T* data = allocate<T>(values.size());
+  std::memcpy(data, values.data(), values.size() * sizeof(T));
+  const std::size_t shape[1] = {values.size()};
+  return own(data, shape);
+}
+
+// Keeps the Python arrays alive for as long as the matrix reads them.
+struct PyMatrix {
+  Vector<std::uint8_t> dense;
+  Vector<std::uint8_t> sparse;
+  Vector<float> scale;
+  std::optional<Vector<float>> offset;
+  std::optional<Vector<float>> column_scale;
+  CodedMatrix matrix;
+};
+
+std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry geometry,
+                                      Vector<std::uint8_t> dense, Vector<std::uint8_t> sparse,
+                                      Vector<std::uint16_t> sparse_sizes, Vector<float> scale,
+                                      std::optional<Vector<float>> offset,
+                                      std::optional<Vector<float>> column_scale) {
+  const auto bytes = std::span(static_cast<const std::uint8_t*>(program.data()), program.size());
+  Scales scales{view(scale), offset ? view(*offset) : std::span<const float>(),
+                column_scale ? view(*column_scale) : std::span<const float>()};
+  CodedMatrix matrix(Code(bytes, low_bits), geometry, view(dense), view(sparse), view(sparse_sizes),
+                     scales);
+  return std::unique_ptr<PyMatrix>(
+      new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
+}
+
+nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& matrices,
+                                           Matrix<float> x, ThreadPool& pool) {
+  std::vector<const CodedMatrix*> coded;
+  std::size_t outputs = 0;
+  for (const PyMatrix* matrix : matrices) {
+    if (matrix == nullptr) throw nb::type_error("a matrix is None");
+    const Geometry& geometry = matrix->matrix.geometry();
+    if (x.shape(1) != geometry.columns) {
+      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                  " columns, the matrix has " + std::to_string(geometry.columns));
+    }
+    coded.push_back(&matrix->matrix);
+    outputs += geometry.rows;
+  }
+  const std::size_t shape[2] = {x.shape(0), outputs};
+  float* y = allocate<float>(shape[0] * shape[1]);
+  auto result = own(y, shape);
+  const nb::gil_scoped_release release;
+  multiply(pool, coded, x.data(), shape[0], y);
+  return result;
+}
+
+nb::ndarray<nb::numpy, float> multiply_groups(const PyMatrix& self, Matrix<float> x,
+                                              std::size_t size, Vector<float> scale,
+                                              std::optional<Vector<float>> shift,
+                                              std::optional<Vector<float>> values,
+                                              ThreadPool& pool) {
+  const Geometry& geometry = self.matrix.geometry();
+  if (x.shape(1) != geometry.columns) {
+    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                " columns, the matrix has " + std::to_string(geometry.columns));
+  }
+  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>(),
+                         values ? view(*values) : std::span<const float>()};
+  const std::size_t shape[2] = {x.shape(0), geometry.rows};
+  float* y = allocate<float>(shape[0] * shape[1]);
+  auto result = own(y, shape);
+  const nb::gil_scoped_release release;
+  multiply_grouped(pool, self.matrix, terms, x.data(), shape[0], y);
+  return result;
+}
+
+nb::ndarray<nb::numpy, std::uint8_t> decode(const PyMatrix& self, std::size_t begin,
+                                            std::size_t end, ThreadPool& pool) {
+  if (begin > end || end > self.matrix.geometry().rows) {
+    throw std::invalid_argument("rows out of range");
+  }
+  const std::size_t shape[2] = {end - begin, self.matrix.geometry().columns};
+  std::uint8_t* out = allocate<std::uint8_t>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  const nb::gil_scoped_release release;
+  self.matrix.decode(pool, begin, end, out);
+  return result;
+}
+
+nb::ndarray<nb::numpy, float> dequantize(const PyMatrix& self, Vector<std::int64_t> rows,
+                                         ThreadPool& pool) {
+  const std::size_t shape[2] = {rows.size(), self.matrix.geometry().columns};
+  float* out = allocate<float>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  const nb::gil_scoped_release release;
+  self.matrix.dequantize(pool, view(rows), out);
+  return result;
+}
+
+nb::tuple encode(nb::bytes program, int low_bits, Matrix<std::uint8_t> symbols,
+                 std::size_t block_rows, std::size_t block_columns) {
+  const auto bytes = std::span(static_cast<const std::uint8_t*>(program.data()), program.size());
+  const Code code(bytes, low_bits);
+  const Geometry geometry{symbols.shape(0), symbols.shape(1), block_rows, block_columns};
+  geometry.validate();
+  EncodedRows encoded;
+  {
+    const nb::gil_scoped_release release;
+    encoded = encode_rows(code, geometry, symbols.data());
+  }
+  return nb::make_tuple(to_array(encoded.dense), to_array(encoded.sparse),
+                        to_array(encoded.sparse_sizes));
+}
+
+nb::ndarray<nb::numpy, std::int64_t> histogram(Matrix<std::uint8_t> symbols) {
+  std::vector<std::int64_t> counts(256);
+  {
+    const nb::gil_scoped_release release;
+    // Four tables, so that runs of one symbol do not wait for their own increments.
+    std::vector<std::int64_t> tables(4 * 256);
+    const std::uint8_t* at = symbols.data();
+    for (std::size_t i = 0; i < symbols.size(); ++i) ++tables[(i % 4) * 256 + at[i]];
+    for (std::size_t i = 0; i < tables.size(); ++i) counts[i % 256] += tables[i];
+  }
+  return to_array(counts);
+}
+
+}  // namespace
+}  // namespace entrollm
+
+NB_MODULE(_core, m) {
+  using namespace entrollm;
+  nb::exception<CorruptBlock>(m, "CorruptBlockError", PyExc_ValueError);
+  m.attr("VECTOR") = kVector;
+  m.attr("SLACK_BYTES") = kSlack;
+  m.attr("MAX_BLOCK") = kMaxBlock;
+  m.attr("MAX_BLOCK_COLUMNS") = kMaxBlockColumns;
+  m.def("isa", [] { return kernels().name; }, "Name of the instruction set in use.");
+  m.def(
+      "isas",
+      [] {
+        nb::list found;
+        for (const auto& [kernels, runs] : built_kernels()) {
+          found.append(nb::make_tuple(kernels->name, runs));
+        }
+        return found;
+      },
+      "Names of the instruction sets in this build, fastest first, and whether the processor runs "
+      "each.");
+  nb::class_<ThreadPool>(m, "ThreadPool")
+      .def(
+          "__init__",
+          [](ThreadPool* self, std::size_t threads, std::uint32_t spin_us) {
+            new (self) ThreadPool(threads, std::chrono::microseconds(spin_us));
+          },
+          "threads"_a, "spin_us"_a = static_cast<std::uint32_t>(ThreadPool::kSpin.count()))
+      .def_prop_ro("size", &ThreadPool::size);
+  nb::class_<Geometry>(m, "Geometry")
+      .def(
+          "__init__",
+          [](Geometry* self, std::size_t rows, std::size_t columns, std::size_t block_rows,
+             std::size_t block_columns) {
+            Geometry geometry{rows, columns, block_rows, block_columns};
+            geometry.validate();
+            new (self) Geometry(geometry);
+          },
+          "rows"_a, "columns"_a, "block_rows"_a, "block_columns"_a)
+      .def_prop_ro("blocks", &Geometry::blocks);
+  nb::class_<PyMatrix>(m, "CodedMatrix")
+      .def(nb::new_(&make_matrix), "program"_a, "low_bits"_a, "geometry"_a, "dense"_a, "sparse"_a,
+           "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
+      .def(
+          "multiply",
+          [](const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
+            return multiply_all({&self}, x, pool);
+          },
+          "x"_a, "pool"_a)
+      .def("multiply_groups", &multiply_groups, "x"_a, "size"_a, "scale"_a, "shift"_a.none(),
+           "values"_a.none(), "pool"_a)
+      .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
+      .def("dequantize", &dequantize, "rows"_a, "pool"_a);
+  m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
+  m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
+        "block_columns"_a);
+  m.def("histogram", &histogram, "symbols"_a);
+  bind_ops(m);
+}

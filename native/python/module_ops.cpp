@@ -1,0 +1,125 @@
+// The part of entrollm._core that binds native/ops: arrays are checked here, once.
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "ops/ops.hpp"
+#include "python/module_arrays.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace entrollm {
+namespace {
+
+using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// Strides are in elements, and never negative.
+template <class Array>
+std::size_t stride(const Array& array, std::size_t axis) {
+  require(array.shape(axis) < 2 || array.stride(axis) >= 0, "an array runs backwards");
+  return static_cast<std::size_t>(array.stride(axis));
+}
+
+// Whether the two last axes lie one behind the other: head by head, or token by token.
+template <class Array>
+bool is_packed(const Array& array) {
+  return (array.shape(2) < 2 || array.stride(2) == 1) &&
+         (array.shape(1) < 2 || stride(array, 1) == array.shape(2));
+}
+
+nb::ndarray<nb::numpy, float> rms_norm(Floats x, Floats weight, float eps, ThreadPool& pool) {
+  require(x.ndim() >= 1 && x.ndim() <= 3 && weight.ndim() >= 1, "x has 1 to 3 axes");
+  const std::size_t features = x.shape(x.ndim() - 1);
+  require(features > 0 && weight.shape(weight.ndim() - 1) == features && weight.size() > 0,
+          "x and weight have other numbers of features");
+  std::size_t shape[3] = {1, 1, 1};
+  for (std::size_t axis = 0; axis < x.ndim(); ++axis) shape[axis] = x.shape(axis);
+  float* out = allocate<float>(x.size());
+  nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  nb::ndarray<nb::numpy, float> result(out, x.ndim(), shape, owner);
+  const nb::gil_scoped_release release;
+  run(pool, RmsNorm{x.data(), x.size() / features, features, weight.data(),
+                    weight.size() / features, eps, out});
+  return result;
+}
+
+void rotate(nb::ndarray<float, nb::ndim<3>, nb::device::cpu> x, Floats cosines, Floats sines,
+            ThreadPool& pool) {
+  require(is_packed(x), "the heads of x should lie one behind the other");
+  const std::size_t tokens = x.shape(0);
+  require(cosines.ndim() > 0 && cosines.size() == sines.size(), "as many sines as cosines");
+  const std::size_t half = cosines.shape(cosines.ndim() - 1);
+  require(cosines.size() == tokens * half && 2 * half <= x.shape(2),
+          "the angles do not fit x: (tokens, ..., at most half of head_dim)");
+  const Rotation op{x.data(),   tokens,         stride(x, 0), x.shape(1),
+                    x.shape(2), cosines.data(), sines.data(), half};
+  const nb::gil_scoped_release release;
+  run(pool, op);
+}
+
+nb::ndarray<nb::numpy, float> swiglu(Matrix<float> gate_up, ThreadPool& pool) {
+  require(gate_up.shape(1) % 2 == 0, "gate_up should have an even number of columns");
+  const std::size_t shape[2] = {gate_up.shape(0), gate_up.shape(1) / 2};
+  float* out = allocate<float>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  const nb::gil_scoped_release release;
+  run(pool, Swiglu{gate_up.data(), shape[0], shape[1], out});
+  return result;
+}
+
+nb::ndarray<nb::numpy, float> attention(Heads queries, Heads keys, Heads values,
+                                        std::optional<std::size_t> window, ThreadPool& pool) {
+  const std::size_t tokens = queries.shape(0);
+  const std::size_t heads = queries.shape(1);
+  const std::size_t kv_heads = keys.shape(0);
+  const std::size_t head_dim = keys.shape(1);
+  const std::size_t length = keys.shape(2);
+  require(is_packed(queries) && is_packed(values), "heads should lie one behind the other");
+  require(length < 2 || keys.stride(2) == 1, "the positions of keys should lie side by side");
+  require(queries.shape(2) == head_dim && values.shape(2) == head_dim && head_dim > 0,
+          "queries, keys and values have other numbers of features");
+  require(values.shape(0) == kv_heads && values.shape(1) == length && length >= tokens,
+          "keys and values do not hold the same positions, or fewer than there are queries");
+  require(kv_heads > 0 && heads % kv_heads == 0, "heads should be a multiple of kv_heads");
+  require(!window || *window > 0, "a window has at least one position");
+  const std::size_t shape[2] = {tokens, heads * head_dim};
+  float* out = allocate<float>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  Attention op{};
+  op.queries = queries.data();
+  op.tokens = tokens;
+  op.token_stride = stride(queries, 0);
+  op.heads = heads;
+  op.head_dim = head_dim;
+  op.keys = keys.data();
+  op.kv_heads = kv_heads;
+  op.length = length;
+  op.key_head_stride = stride(keys, 0);
+  op.key_stride = stride(keys, 1);
+  op.values = values.data();
+  op.value_head_stride = stride(values, 0);
+  op.window = window;
+  op.out = out;
+  const nb::gil_scoped_release release;
+  run(pool, op);
+  return result;
+}
+
+}  // namespace
+
+void bind_ops(nb::module_& m) {
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "pool"_a);
+  m.def("rotate", &rotate, "x"_a, "cosines"_a, "sines"_a, "pool"_a);
+  m.def("swiglu", &swiglu, "gate_up"_a, "pool"_a);
+  m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "window"_a.none(), "pool"_a);
+}
+
+}  // namespace entrollm
