@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import Prefer, choose_code
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.container.layout import padded_stream
-from entrollm.specs import Code
+from entrollm.format.blocks import block_count
+from entrollm.format.code import Code
+from entrollm.format.layout import padded_stream
 
 SEED = 20260
 NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from common import Coded, Samples, finish, source, timed, wait_for_idle
 from entrollm import _core
-from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.compress.describe import describe_code
+from entrollm.format.blocks import block_count
 
 ENTROPIES = (1.47, 2.2, 3.0, 3.6, 4.4, 5.6)
 COLUMNS = 4096

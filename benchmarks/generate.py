@@ -32,10 +32,11 @@ import llama_cpp
 from common import finish
 from entrollm import _core
 from entrollm.compress import CompressOptions, compress
-from entrollm.container.reader import CompressedModel, multiply
 from entrollm.engine import linear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import multiply
 from entrollm.threads import default_threads
 from llamacpp import TYPES, write_gguf
 from make_model import SHAPES, write_model

@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 
 from common import SEED, finish
 from entrollm import CompressOptions, _core, compress
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
+from entrollm.format.reader import CompressedModel
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0")

@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from common import environment
 from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
-from entrollm.engine.fields import Fields
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
-from entrollm.engine.models import read_config
 from entrollm.engine.weights import Embedding, Floats, Linear
 from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, evaluate, read_text
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
 from entrollm.quantize.paper import Granularity
 from entrollm.quantize.statistics import Statistics
 from quality_peers import Peer, Tensors, group_peers, llamacpp_peers

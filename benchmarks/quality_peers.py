@@ -14,7 +14,7 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from entrollm.engine.config import ModelConfig
+from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Statistics
 from llamacpp import TYPES, quantize
 

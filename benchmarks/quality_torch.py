@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entrollm import _core
-from entrollm.container.reader import CompressedModel
+from entrollm.format.reader import CompressedModel
 
 Floats = NDArray[np.float32]
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
-from isa_workers import InstructionSets
+
+from tests.support.isa_workers import InstructionSets
 
 # Shared machines stall for longer than any deadline that would say something about the code.
 settings.register_profile("project", deadline=None)

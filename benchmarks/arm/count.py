@@ -28,7 +28,7 @@ from entrollm import _core
 from entrollm.codec.choose import choose_code
 from entrollm.codec.shapes import rank
 from entrollm.compress.describe import describe_code
-from entrollm.specs import Code, Field, Node
+from entrollm.format.code import Code, Field, Node
 
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS = 2, 4096

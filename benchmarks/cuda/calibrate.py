@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 
 from entrollm.calibrate import DEFAULT_WINDOWS, measure, sample_windows
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.compress.pipeline import CompressProgress
-from entrollm.engine.fields import Fields
-from entrollm.engine.models import read_config
-from entrollm.hf.device import TorchDevice
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
+from entrollm.torch.device import TorchDevice
 from gemv import commit
 
 CONFIG = {

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrollm.hf.cuda import compile as kernels
-from entrollm.hf.cuda.launch import Function
-from entrollm.hf.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
+from entrollm.torch.cuda import compile as kernels
+from entrollm.torch.cuda.launch import Function
+from entrollm.torch.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
 
 SOURCES = (1.47, 2.2, 3.2, 5.6)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))

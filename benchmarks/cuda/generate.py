@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from hf_model import measure
 
-from entrollm.hf.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
+from entrollm.torch.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
 from gemv import DEVICE, commit, gaussian_deviation
 
 

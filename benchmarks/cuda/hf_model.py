@@ -15,11 +15,14 @@ import transformers
 from torch import Tensor, nn
 
 import entrollm.hf
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Leaf
+from entrollm.format.grid import GridKind
+from entrollm.format.spec import TensorSpec
 from entrollm.hf import CodedWeight
-from entrollm.hf.cuda.matrix import CudaMatrix
-from entrollm.hf.joined import watch
-from entrollm.hf.modules import put_weight
-from entrollm.specs import Blocks, Code, Leaf, TensorSpec
+from entrollm.torch.cuda.matrix import CudaMatrix
+from entrollm.torch.joined import watch
+from entrollm.torch.modules import put_weight
 from gemv import DEVICE
 
 PROMPT_TOKENS, NEW_TOKENS, CACHE_TOKENS = 128, 128, 512
@@ -33,7 +36,7 @@ class GivenWeight(CodedWeight):
 
     def __init__(self, matrix: CudaMatrix) -> None:
         rows, columns = matrix.shape
-        spec = TensorSpec(rows, columns, "BF16", "random", Code(Leaf(128), 0), Blocks(1, columns), 1.0, 0.0, 0.0, 0)
+        spec = TensorSpec(rows, columns, "BF16", "random", Code(Leaf(128), 0), Blocks(1, columns), GridKind(1.0, 0.0))
         super().__init__("random", spec, {}, torch.bfloat16, DEVICE)
         self._given = matrix
 

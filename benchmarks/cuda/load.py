@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibrate import write_model
 from transformers import AutoModelForCausalLM
 
-from calibrate import write_model
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.hf import CodedWeight
 from gemv import commit

@@ -25,8 +25,8 @@ import torch
 from df11 import BLOCK_BITS, THREADS, Encoded, encode
 from torch import Tensor
 
-from entrollm.hf.cuda.launch import Function
-from entrollm.hf.cuda.matrix import CudaMatrix
+from entrollm.torch.cuda.launch import Function
+from entrollm.torch.cuda.matrix import CudaMatrix
 from gemv import (
     DEVICE,
     DISTINCT_BYTES,

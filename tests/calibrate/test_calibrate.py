@@ -13,25 +13,23 @@ from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, 
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import held_out_windows
 from entrollm.calibrate.walk import Squares
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
 from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear, DenseWeights
 from entrollm.engine.model import Model
 from entrollm.errors import EntroLLMError, FormatError
 from entrollm.evaluate.divergence import token_divergences
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
-SENTENCES = Path(__file__).parents[2] / "examples" / "wikitext-2-test.txt"
+from entrollm.format.reader import CompressedModel
+from tests.support.paths import SENTENCES, TINY_LLAMA
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two narrow layers with random weights and the example's tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    config = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((TINY_LLAMA / "config.json").read_text(encoding="utf-8"))
     config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "float32"}
     generator = np.random.default_rng(11)
@@ -48,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shutil.copy(EXAMPLE / "tokenizer.json", folder)
+    shutil.copy(TINY_LLAMA / "tokenizer.json", folder)
     return folder
 
 
@@ -60,7 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_windows_are_spread_over_the_text(text: Path) -> None:
-    tokenizer = read_model_files(EXAMPLE).tokenizer
+    tokenizer = read_model_files(TINY_LLAMA).tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     windows = calibration_windows(tokenizer, text, 128, 3)
@@ -133,8 +131,8 @@ def test_a_calibrated_model_meets_its_size_and_verifies(model: Path, text: Path,
     assert result.file_bits == pytest.approx(4.0, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as compressed, Checkpoint.open(model) as original:
         assert verify(compressed, _core.ThreadPool(2), original).compared
-        assert compressed.specs["model.layers.0.mlp.up_proj.weight"].grid.startswith("feedback-")
-        assert compressed.specs["model.embed_tokens.weight"].grid.startswith("feedback-")
+        assert compressed.specs["model.layers.0.mlp.up_proj.weight"].grid_name.startswith("feedback-")
+        assert compressed.specs["model.embed_tokens.weight"].grid_name.startswith("feedback-")
 
 
 def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_dead_inputs_have_a_defined_result(model: Path, text: Path, tmp_path: Pa
 
 
 def test_windows_held_out_are_not_calibrated_on(model: Path, text: Path) -> None:
-    tokenizer = read_model_files(EXAMPLE).tokenizer
+    tokenizer = read_model_files(TINY_LLAMA).tokenizer
     assert tokenizer is not None
     seen = calibration_windows(tokenizer, text, 128, 1000, held_out=5)
     kept = held_out_windows(tokenizer, text, 128, 5)

@@ -9,15 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from entrollm.calibrate import CalibrationText, sample_windows
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
-from entrollm.engine.fields import Fields
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.engine.layers import LayerWalk
 from entrollm.engine.linear import DenseWeights
-from entrollm.engine.models import read_config
-from entrollm.engine.walk import LayerWalk
 from entrollm.errors import EntroLLMError
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+from entrollm.models import read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
+from tests.support.paths import TINY_LLAMA
 
 
 def config_of(folder: Path) -> ModelConfig:
@@ -25,8 +24,8 @@ def config_of(folder: Path) -> ModelConfig:
 
 
 def test_a_trained_model_writes_what_it_finds_likely() -> None:
-    with Checkpoint.open(EXAMPLE) as checkpoint:
-        config = config_of(EXAMPLE)
+    with Checkpoint.open(TINY_LLAMA) as checkpoint:
+        config = config_of(TINY_LLAMA)
         windows = sample_windows(checkpoint, config, (6, 40))
         assert windows.shape == (6, 40)
         assert len(np.unique(windows, axis=0)) == 6
@@ -45,8 +44,8 @@ def test_a_trained_model_writes_what_it_finds_likely() -> None:
 
 
 def test_equal_seeds_write_equal_text() -> None:
-    with Checkpoint.open(EXAMPLE) as checkpoint:
-        config = config_of(EXAMPLE)
+    with Checkpoint.open(TINY_LLAMA) as checkpoint:
+        config = config_of(TINY_LLAMA)
         first, again, other = (sample_windows(checkpoint, config, (2, 8), seed) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
@@ -54,11 +53,11 @@ def test_equal_seeds_write_equal_text() -> None:
 
 def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
     tensors = {}
-    for file in EXAMPLE.glob("*.safetensors"):
+    for file in TINY_LLAMA.glob("*.safetensors"):
         tensors |= load_file(file)
     tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
     save_file(tensors, tmp_path / "model.safetensors")
-    shutil.copy(EXAMPLE / "config.json", tmp_path)
+    shutil.copy(TINY_LLAMA / "config.json", tmp_path)
     with (
         Checkpoint.open(tmp_path) as checkpoint,
         pytest.raises(EntroLLMError, match=r"logits are not finite; its weights may be damaged"),
@@ -69,10 +68,10 @@ def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
 def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sysconf", lambda name: 1000)
     with (
-        Checkpoint.open(EXAMPLE) as checkpoint,
+        Checkpoint.open(TINY_LLAMA) as checkpoint,
         pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* --sampled 0"),
     ):
-        sample_windows(checkpoint, config_of(EXAMPLE), (1, 2))
+        sample_windows(checkpoint, config_of(TINY_LLAMA), (1, 2))
 
 
 def test_nothing_to_calibrate_on_is_refused() -> None:

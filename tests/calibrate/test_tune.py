@@ -7,24 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import write_random_llama
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from entrollm import _core
 from entrollm.calibrate import StoredStatistics, Tuner, measure, tune
 from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.main import app
 from entrollm.compress import CompressOptions, Target, compress, pipeline
 from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
-from entrollm.engine.fields import Fields
 from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
-from entrollm.engine.models import read_config
 from entrollm.errors import EntroLLMError
 from entrollm.evaluate import Windows, evaluate
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
+from tests.support.checkpoints import write_random_llama
 
 OPTIONS = CompressOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
 
@@ -78,7 +79,7 @@ def integers(folder: Path) -> dict[str, bytes]:
     """The symbols of all matrices, and the bytes of the other tensors."""
     pool = _core.ThreadPool(1)
     with CompressedModel.open(folder) as opened:
-        symbols = {name: opened.matrix(name).symbols(0, spec.rows, pool) for name, spec in opened.specs.items()}
+        symbols = {name: matrix_of(opened, name).symbols(0, spec.rows, pool) for name, spec in opened.specs.items()}
         kept = {name: opened.array(name) for name in opened.plain}
         return {name: array.tobytes() for name, array in (symbols | kept).items()}
 

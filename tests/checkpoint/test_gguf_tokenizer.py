@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_sources import GgufSource
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from entrollm.checkpoint import convert_tokenizer
+from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.errors import FormatError, UnsupportedError
+from tests.support.gguf_sources import GgufSource
 
 TEXTS = [
     "Once upon a time, there was a child.",

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
+from tests.support.paths import TINY_LLAMA
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 B = np.arange(8, dtype=np.float32).reshape(2, 4).astype(ml_dtypes.bfloat16)

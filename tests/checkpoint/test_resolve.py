@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from entrollm.checkpoint import resolve
+from entrollm.checkpoint.resolve import resolve
 
 # Which HTTP package the Hub client uses depends on its version; its errors only look at these.
 RESPONSE: Any = SimpleNamespace(headers={}, request=None)

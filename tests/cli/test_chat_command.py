@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 from entrollm.cli.main import app
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.load import load
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chat")
-    for file in EXAMPLE.iterdir():
+    for file in TINY_LLAMA.iterdir():
         (path / file.name).symlink_to(file)
     (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
@@ -108,6 +108,6 @@ def test_a_full_context_is_reported_and_the_dialogue_goes_on(folder: Path) -> No
 
 
 def test_a_model_without_a_template_is_refused() -> None:
-    result = chat(EXAMPLE, "Hello\n")
+    result = chat(TINY_LLAMA, "Hello\n")
     assert result.exit_code == 1
     assert "has no chat template, so it is not made for dialogue; use entrollm run" in result.stderr

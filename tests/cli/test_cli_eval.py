@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from entrollm.cli.main import app
+from tests.support.paths import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = str(EXAMPLES / "tiny-llama")
 TEXT = str(EXAMPLES / "wikitext-2-test.txt")
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from entrollm import CompressOptions, compress
 from entrollm.cli.main import app
 from entrollm.compress import Target
+from tests.support.paths import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = str(EXAMPLES / "tiny-llama")
 TEXT = str(EXAMPLES / "wikitext-2-test.txt")
 SHORT = ("--text", TEXT, "--window", "64", "--max-windows", "3")

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from entrollm.cli.main import app
+from tests.support.paths import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "tiny-llama"
 
 
@@ -155,6 +155,6 @@ def test_a_gpu_without_torch_for_it_is_refused(tmp_path: Path, monkeypatch: pyte
         patch.setattr("torch.version.cuda", None)
         result = invoke(*arguments, code=1)
     assert "is built without CUDA" in " ".join(result.output.split())
-    monkeypatch.setitem(sys.modules, "entrollm.hf.device", None)
+    monkeypatch.setitem(sys.modules, "entrollm.torch.device", None)
     assert "--device cuda: import of entrollm.hf" in " ".join(invoke(*arguments, code=1).output.split())
     assert not (tmp_path / "out").exists()

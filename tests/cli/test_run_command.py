@@ -1,25 +1,25 @@
 """`entrollm run`: text on stdout, everything else on stderr, and the options that reach the model."""
 
 import json
-from pathlib import Path
 
 from click.testing import Result
 from typer.testing import CliRunner
 
 from entrollm.cli.main import app
 from entrollm.engine.load import load
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tiny-llama")
+TINY_LLAMA = str(TINY_LLAMA)
 
 
 def run(*args: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, ["run", EXAMPLE, *args], input=stdin)
+    return CliRunner().invoke(app, ["run", TINY_LLAMA, *args], input=stdin)
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr() -> None:
     result = run("-p", "The king", "--max-tokens", "12")
     assert result.exit_code == 0
-    assert result.stdout == load(EXAMPLE).generate("The king", max_tokens=12).text + "\n"
+    assert result.stdout == load(TINY_LLAMA).generate("The king", max_tokens=12).text + "\n"
     assert "12 tokens at " in result.stderr
     assert "for 2 prompt tokens; --max-tokens reached" in result.stderr
 
@@ -27,7 +27,7 @@ def test_text_goes_to_stdout_and_speed_to_stderr() -> None:
 def test_json_is_one_object() -> None:
     result = run("-p", "The king", "--max-tokens", "5", "--temperature", "0.9", "--seed", "3", "--json")
     answer = json.loads(result.stdout)
-    expected = load(EXAMPLE).generate("The king", max_tokens=5, temperature=0.9, seed=3)
+    expected = load(TINY_LLAMA).generate("The king", max_tokens=5, temperature=0.9, seed=3)
     assert (answer["prompt"], answer["text"]) == ("The king", expected.text)
     assert answer["token_ids"] == list(expected.token_ids)
     assert (answer["finish_reason"], answer["prompt_tokens"]) == ("length", 2)

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import decode, store
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import Prefer, choose_code, stored_bits
 from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.specs import Code, Field, Leaf, Node
+from entrollm.format.blocks import block_count
+from entrollm.format.code import Code, Field, Leaf, Node
+from tests.support.matrices import decode, store
 
 # Entropy in bits to the alphabet of its grid.
 ENTROPIES = {1.4: 15, 2.2: 15, 3.0: 15, 4.4: 255, 5.6: 255}

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from isa_workers import InstructionSets
 
 from entrollm import _core
+from tests.support.isa_workers import InstructionSets
 
 _ASK = "from entrollm import _core; print(_core.isa())"
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isa_workers import InstructionSets
-from matrices import StoredMatrix, block_shapes, codes, decode, multiply, shapes, store, symbol_matrices
 from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.codec.choose import choose_code
-from entrollm.specs import Blocks, Code, Field
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field
+from tests.support.isa_workers import InstructionSets
+from tests.support.matrices import StoredMatrix, block_shapes, codes, decode, multiply, shapes, store, symbol_matrices
 
 shared = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Activations are rounded to multiples of the largest magnitude / 32639.

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isa_workers import InstructionSets
-from matrices import block_shapes, codes, multiply_groups, shapes, store, symbol_matrices
 from numpy.typing import NDArray
 
-from entrollm.specs import Code, Field
+from entrollm.format.code import Code, Field
+from tests.support.isa_workers import InstructionSets
+from tests.support.matrices import block_shapes, codes, multiply_groups, shapes, store, symbol_matrices
 
 RAW = Code(Field(8, ()))
 

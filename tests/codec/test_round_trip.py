@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isa_workers import InstructionSets
-from matrices import block_shapes, codes, decode, dequantize, encodable, shapes, store, symbol_matrices
 from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.codec import reference
-from entrollm.codec.blocks import block_count, choose_blocks, padded
+from entrollm.codec.blocks import choose_blocks
 from entrollm.errors import CorruptStreamError
-from entrollm.specs import MAX_DEPTH, MAX_NODES, Blocks, Code, Field, Leaf, Node, Split
+from entrollm.format.blocks import Blocks, block_count, padded
+from entrollm.format.code import MAX_DEPTH, MAX_NODES, Code, Field, Leaf, Node, Split
+from tests.support.isa_workers import InstructionSets
+from tests.support.matrices import block_shapes, codes, decode, dequantize, encodable, shapes, store, symbol_matrices
 
 quick = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 shared = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

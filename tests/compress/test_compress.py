@@ -8,19 +8,20 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import example_weights, write_checkpoint
 from safetensors.numpy import save_file
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.compress import CompressOptions, compress
 from entrollm.compress.pipeline import CompressProgress
 from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 from entrollm.quantize import BitsOverride
 from entrollm.quantize.paper import Granularity, make_grid, measure_range, quantize_rows
+from tests.support.checkpoints import example_weights, write_checkpoint
 
 MATRICES = [name for name, array in example_weights().items() if array.ndim == 2 and array.size]
 
@@ -49,7 +50,7 @@ def test_the_integers_are_those_of_the_grid(
             array = weights[name]
             grid = make_grid(measure_range([array], name), bits, granularity)
             symbols = quantize_rows(array, grid)
-            matrix = model.matrix(name)
+            matrix = matrix_of(model, name)
             spec = matrix.spec
             np.testing.assert_array_equal(matrix.symbols(0, len(array), pool), symbols, err_msg=name)
             rows = np.arange(len(array), dtype=np.int64)
@@ -58,7 +59,7 @@ def test_the_integers_are_those_of_the_grid(
             error = np.linalg.norm(expected - array.astype(np.float64))
             norm = np.linalg.norm(array.astype(np.float64))
             assert spec.relative_error == pytest.approx(error / norm if norm else 0, rel=1e-4, abs=1e-9)
-            assert spec.grid == f"paper-{grid.scheme}-{bits}-{granularity}"
+            assert spec.grid_name == f"paper-{grid.scheme}-{bits}-{granularity}"
         for name in model.plain:
             assert model.array(name).tobytes() == weights[name].tobytes()
             assert model.array(name).shape == weights[name].shape
@@ -96,7 +97,7 @@ def test_the_result_adds_up(checkpoint: Path, tmp_path: Path) -> None:
     entropy = huffman = 0.0
     with CompressedModel.open(tmp_path / "out") as model:
         for name, spec in model.specs.items():
-            counts = _core.histogram(model.matrix(name).symbols(0, spec.rows, _core.ThreadPool(1))).tolist()
+            counts = _core.histogram(matrix_of(model, name).symbols(0, spec.rows, _core.ThreadPool(1))).tolist()
             entropy += entropy_bits(counts) * spec.rows * spec.columns
             huffman += huffman_bits(counts) * spec.rows * spec.columns
     assert result.entropy_bits == pytest.approx(entropy / result.quantized_weights)
@@ -145,7 +146,7 @@ def test_overrides_change_the_plan(checkpoint: Path, tmp_path: Path) -> None:
     compress(checkpoint, tmp_path / "out", CompressOptions(overrides=overrides))
     with CompressedModel.open(tmp_path / "out") as model:
         assert "head.weight" in model.plain
-        grids = {name: spec.grid for name, spec in model.specs.items()}
+        grids = {name: spec.grid_name for name, spec in model.specs.items()}
         assert grids["layers.0.up.weight"] == "paper-asymmetric-8-tensor"
         assert grids["embed.weight"] == "paper-asymmetric-4-tensor"
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import example_weights, write_checkpoint
 from safetensors import safe_open
 
 from entrollm import _core
-from entrollm.checkpoint import DTYPES, Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import compress
 from entrollm.compress.export import export
-from entrollm.container.reader import CompressedModel
+from entrollm.files.dtypes import DTYPES
+from entrollm.format.reader import CompressedModel
+from tests.support.checkpoints import example_weights, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,12 @@ _LOAD = (
     _MEASURE
     + """
 from entrollm import _core
-from entrollm.container.reader import CompressedModel, multiply
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import multiply, matrix_of
 pool = _core.ThreadPool(2)
 before, anonymous = status("RssFile", "RssAnon"), status("RssAnon")
 model = CompressedModel.open(sys.argv[1])
-matrices = [model.matrix(name) for name in model.specs]
+matrices = [matrix_of(model, name) for name in model.specs]
 opened = status("RssAnon") - anonymous
 for matrix in matrices:
     multiply([matrix], np.ones((1, matrix.spec.columns), np.float32), pool)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import SHARDS, write_checkpoint
 
 from entrollm.compress import CompressOptions, compress
 from entrollm.compress.folder import OutputFolder
 from entrollm.compress.pipeline import CompressProgress
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import EntroLLMError
+from entrollm.format.reader import CompressedModel
+from tests.support.checkpoints import SHARDS, write_checkpoint
 
 OPTIONS = CompressOptions(shard_bytes=60_000)
 
@@ -110,7 +110,7 @@ def test_overwrite_replaces_when_complete(checkpoint: Path, tmp_path: Path) -> N
     assert files(out) == before
     assert compress(checkpoint, out, eight, overwrite=True).resumed_weights > 0
     with CompressedModel.open(out) as model:
-        assert model.specs["head.weight"].grid == "paper-asymmetric-8-tensor"
+        assert model.specs["head.weight"].grid_name == "paper-asymmetric-8-tensor"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 

@@ -8,18 +8,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
-from folders import Header, change_header, change_table
 
 from entrollm import CompressOptions, _core, compress
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.export import export
 from entrollm.compress.target import Target
 from entrollm.compress.verify import verify
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 from entrollm.quantize import BitsOverride
+from tests.support.checkpoints import write_checkpoint
+from tests.support.folders import Header, change_header, change_table
 
 STACK, LINEAR = "layers.0.experts.up_proj", "layers.0.gate.weight"
 
@@ -51,9 +52,9 @@ def test_matrices_of_a_stack_have_grids_of_their_own(source: Path, tmp_path: Pat
             compress(alone, tmp_path / f"coded{index}", CompressOptions(bits=8))
             with CompressedModel.open(tmp_path / f"coded{index}") as other:
                 assert np.array_equal(
-                    model.matrix(name).symbols(0, 40, pool), other.matrix("w.weight").symbols(0, 40, pool)
+                    matrix_of(model, name).symbols(0, 40, pool), matrix_of(other, "w.weight").symbols(0, 40, pool)
                 )
-                assert model.specs[name].scale == other.specs["w.weight"].scale
+                assert model.specs[name].kind == other.specs["w.weight"].kind
 
 
 @pytest.mark.parametrize("options", [CompressOptions(bits=4), CompressOptions(target=Target(6.0))], ids=["4", "6.0"])
@@ -63,7 +64,7 @@ def test_export_joins_what_was_split(source: Path, tmp_path: Path, options: Comp
     with CompressedModel.open(tmp_path / "coded") as model, Checkpoint.open(source) as original:
         assert verify(model, pool, original).compared
         export(model, tmp_path / "exported", pool)
-        expected = [model.matrix(f"{STACK}.{index}").dequantize(np.arange(40), pool) for index in range(3)]
+        expected = [matrix_of(model, f"{STACK}.{index}").dequantize(np.arange(40), pool) for index in range(3)]
     with Checkpoint.open(tmp_path / "exported") as exported, Checkpoint.open(source) as original:
         assert {name: (info.dtype, info.shape) for name, info in exported.tensors.items()} == {
             name: (info.dtype, info.shape) for name, info in original.tensors.items()

@@ -8,16 +8,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress, parse_size, plan
 from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import FormatError
+from entrollm.format.reader import CompressedModel
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
 from entrollm.quantize.statistics import Sensitivity
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
+from tests.support.paths import TINY_LLAMA
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +97,8 @@ def test_a_size_out_of_reach_is_refused_with_the_range(checkpoint: Path, tmp_pat
 
 def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
     options = CompressOptions(target=Target(bits_per_weight=3.0))
-    predicted = plan(EXAMPLE, options)
-    result = compress(EXAMPLE, tmp_path / "out", options)
+    predicted = plan(TINY_LLAMA, options)
+    result = compress(TINY_LLAMA, tmp_path / "out", options)
     assert predicted.file_bytes == pytest.approx(result.file_bytes, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as model:
         for tensor in predicted.tensors:

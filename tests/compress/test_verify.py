@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import example_weights, write_checkpoint
-from folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, compress
 from entrollm.compress.verify import VerifyResult, verify
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import CorruptStreamError, FormatError
+from entrollm.format.reader import CompressedModel
+from tests.support.checkpoints import example_weights, write_checkpoint
+from tests.support.folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
 
 OPTIONS = CompressOptions(granularity="row")
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from architectures import ARCHITECTURES
+
+from tests.engine.architectures import ARCHITECTURES
 
 
 @pytest.fixture(scope="session")

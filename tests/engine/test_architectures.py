@@ -6,7 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from architectures import (
+
+from entrollm.engine import decoder as decoder_module
+from entrollm.engine.decoder import Decoder
+from entrollm.engine.files import ModelFiles
+from entrollm.engine.model import Model
+from entrollm.engine.weights import Floats
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
+from tests.engine.architectures import (
     ARCHITECTURES,
     compare_with_transformers,
     load_reference,
@@ -15,17 +23,9 @@ from architectures import (
     reference_logits,
     relative_difference,
 )
-from dense import DenseWeights, load_dense, read_tensors
+from tests.engine.dense import DenseWeights, load_dense, read_tensors
+from tests.support.paths import TINY_LLAMA
 
-from entrollm.engine import decoder as decoder_module
-from entrollm.engine.decoder import Decoder
-from entrollm.engine.fields import Fields
-from entrollm.engine.files import ModelFiles
-from entrollm.engine.model import Model
-from entrollm.engine.models import read_config
-from entrollm.engine.weights import Floats
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 Checkpoint = Callable[[str], Path]
 
 # One of each way in which the computation of a later token can depend on earlier ones.
@@ -147,7 +147,7 @@ def test_yarn_stretches_the_context(checkpoint: Checkpoint) -> None:
 
 
 def test_example_equals_transformers() -> None:
-    model, reference = load_dense(EXAMPLE), load_reference(EXAMPLE)
+    model, reference = load_dense(TINY_LLAMA), load_reference(TINY_LLAMA)
     text = "The history of the world is"
     ids = model.encode(text)
     assert relative_difference(model.logits(ids), reference_logits(reference, ids)) < 1e-4

@@ -7,14 +7,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from dense import load_dense
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from entrollm.engine.chat import ChatTemplate
 from entrollm.engine.files import read_model_files
 from entrollm.errors import FormatError, UnsupportedError
+from tests.engine.dense import load_dense
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DIALOGUE = [
     {"role": "system", "content": "Be <brief> & kind."},
@@ -105,7 +105,7 @@ def test_malformed_messages(messages: object, error: type[Exception], message: s
 
 
 def copy_example(folder: Path) -> Path:
-    for path in EXAMPLE.iterdir():
+    for path in TINY_LLAMA.iterdir():
         (folder / path.name).symlink_to(path)
     return folder
 
@@ -124,7 +124,7 @@ def test_chat_generates_from_the_template(tmp_path: Path) -> None:
 
 def test_no_chat_template() -> None:
     with pytest.raises(UnsupportedError, match="this model has no chat template; use generate"):
-        load_dense(EXAMPLE).chat([{"role": "user", "content": "Hi"}])
+        load_dense(TINY_LLAMA).chat([{"role": "user", "content": "Hi"}])
 
 
 def write_template(folder: Path, name: str, text: str) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from architectures import (
+
+from entrollm import CompressOptions, Model, _core, compress, load
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.export import export
+from entrollm.compress.verify import verify
+from entrollm.format.reader import CompressedModel
+from tests.engine.architectures import (
     ARCHITECTURES,
     GREEDY_TOKENS,
     PROMPT_TOKENS,
@@ -16,14 +22,8 @@ from architectures import (
     reference_logits,
     relative_difference,
 )
+from tests.support.paths import TINY_LLAMA
 
-from entrollm import CompressOptions, Model, _core, compress, load
-from entrollm.checkpoint import Checkpoint
-from entrollm.compress.export import export
-from entrollm.compress.verify import verify
-from entrollm.container.reader import CompressedModel
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 TOLERANCE = 2e-3
 # Logits of one pass and of token-by-token passes differ only by the float32 sums of attention.
 SAME_WEIGHTS_TOLERANCE = 5e-4
@@ -78,7 +78,7 @@ def _compare_greedy(model: Model, reference: Any) -> None:
 
 
 def test_shipped_model_generates_the_same_tokens(tmp_path: Path) -> None:
-    compress(EXAMPLE, tmp_path / "coded", CompressOptions(bits=8))
+    compress(TINY_LLAMA, tmp_path / "coded", CompressOptions(bits=8))
     with CompressedModel.open(tmp_path / "coded") as opened:
         export(opened, tmp_path / "exported", _core.ThreadPool(1), "f32")
     model, reference = load(tmp_path / "coded"), load_reference(tmp_path / "exported")

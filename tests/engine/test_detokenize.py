@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers_for_tests import byte_ids, byte_level, sentence_piece
 
 from entrollm.engine.detokenize import Detokenizer, StopFinder
+from tests.engine.tokenizers_for_tests import byte_ids, byte_level, sentence_piece
 
 BYTE_LEVEL = byte_level()
 SENTENCE_PIECE = sentence_piece()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
-from dense import load_dense
-from tokenizers_for_tests import byte_level
 
 from entrollm.engine.cache import Cache
-from entrollm.engine.config import ModelConfig
 from entrollm.engine.detokenize import Detokenizer
-from entrollm.engine.fields import Fields
 from entrollm.engine.generate import Generation, GenerationResult
 from entrollm.engine.model import Model
-from entrollm.engine.models import read_config
 from entrollm.engine.options import GenerateKeywords, GenerationOptions, resolve_options
 from entrollm.engine.sampling import SamplingOptions
 from entrollm.engine.weights import Floats, Ids
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.models import read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
+from tests.engine.dense import load_dense
+from tests.engine.tokenizers_for_tests import byte_level
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 TOKENIZER = byte_level()
 EOS = 1
 CONTEXT = 32
@@ -73,7 +72,7 @@ def encode(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def example() -> Model:
-    return load_dense(EXAMPLE)
+    return load_dense(TINY_LLAMA)
 
 
 def test_end_token() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference_ops as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isa_workers import InstructionSets
 from numpy.typing import NDArray
 
 from entrollm import _core
+from tests.support import reference_ops as reference
+from tests.support.isa_workers import InstructionSets
 
 Floats = NDArray[np.float32]
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense import DenseWeights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entrollm.engine.config import ModelConfig
-from entrollm.engine.fields import Fields
 from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.model import Model
-from entrollm.engine.models import ARCHITECTURES, read_config
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
+from entrollm.models import ARCHITECTURES, read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
+from tests.engine.dense import DenseWeights
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 11,
@@ -210,7 +210,7 @@ def test_generation_without_a_tokenizer_has_no_text() -> None:
 
 
 def test_empty_prompt_without_start_token() -> None:
-    tokenizer = read_model_files(EXAMPLE).tokenizer
+    tokenizer = read_model_files(TINY_LLAMA).tokenizer
     model = Model(ModelFiles({**CONFIG, "bos_token_id": None}, tokenizer), DenseWeights(tensors()))
     with pytest.raises(ValueError, match="token ids should be a non-empty"):
         model.generate("")
@@ -244,7 +244,7 @@ def test_special_tokens_and_tokenizer_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<old>", "unk_token": {"content": "<unk>"}}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": null, "x": "y"}')
-    padded = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    padded = json.loads((TINY_LLAMA / "tokenizer.json").read_text())
     padded["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(padded))
     files = read_model_files(tmp_path)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_random_llama
 from numpy.typing import NDArray
 
 from entrollm.compress import CompressOptions, size_range
 from entrollm.engine.load import load
 from entrollm.evaluate import DivergenceLimit, Windows, compress_within, evaluate
 from entrollm.evaluate.search import smallest_size
+from tests.support.checkpoints import write_random_llama
 
 
 @pytest.fixture(scope="module")

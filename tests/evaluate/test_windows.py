@@ -10,8 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from entrollm.evaluate import Protocol, cut_windows, read_text
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.support.paths import EXAMPLES
 
 
 def number_tokenizer() -> Tokenizer:

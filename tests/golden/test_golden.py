@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import GOLDEN, golden_codes, golden_scales, write_golden
 
 from entrollm import _core
 from entrollm.codec import reference
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
+from tests.support.golden_cases import GOLDEN, golden_codes, golden_scales, write_golden
 
 V1, V2 = (Path(__file__).parent / version for version in ("v1", "v2"))
 SHA256_V2 = "6c5d96d69512eb02c59a1950112ba43e48e5811267d179f1612cd4d8fe82d773"
@@ -56,7 +57,7 @@ def test_the_integers_are_as_stated(name: str, folder: Path) -> None:
     symbols = golden.symbols()
     with CompressedModel.open(folder) as model:
         model.check_checksum(name + ".weight")
-        matrix = model.matrix(name + ".weight")
+        matrix = matrix_of(model, name + ".weight")
         assert matrix.spec.code == golden.code
         decoded = matrix.symbols(0, golden.shape[0], _core.ThreadPool(1))
         np.testing.assert_array_equal(decoded, symbols)
@@ -76,7 +77,7 @@ def test_some_integers_are_written_out() -> None:
 
 def test_codes_of_scales_are_as_stated() -> None:
     with CompressedModel.open(V2) as model:
-        values = model.matrix("rows.weight").dequantize(np.arange(7), _core.ThreadPool(1))
+        values = matrix_of(model, "rows.weight").dequantize(np.arange(7), _core.ThreadPool(1))
     codes = golden_codes()
     scale = np.float32(0.125) * (2.0 ** ((codes[layout.SCALE].astype(int) - 128) / 16)).astype(np.float32)
     columns = (2.0 ** ((codes[layout.COLUMN_SCALE].astype(int) - 128) / 64)).astype(np.float32)
@@ -94,8 +95,8 @@ def test_scales_and_plain_tensors_are_as_stated(folder: Path) -> None:
             layout.COLUMN_SCALE
         ]
         pool = _core.ThreadPool(1)
-        np.testing.assert_array_equal(model.matrix("rows.parts.weight").dequantize(np.arange(5), pool), expected)
-        flat = model.matrix("flat3.weight").dequantize(np.arange(3), pool)
+        np.testing.assert_array_equal(matrix_of(model, "rows.parts.weight").dequantize(np.arange(5), pool), expected)
+        flat = matrix_of(model, "flat3.weight").dequantize(np.arange(3), pool)
         np.testing.assert_array_equal(flat, GOLDEN["flat3"].symbols().astype(np.float32) * 0.125 - 0.5)
         assert model.array("norm.weight").tolist() == [1, 0.5, -2, 0]
         assert model.array("scalar") == 3

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_groups import CASES, COLUMNS, ROWS, SYMBOLS, expected_weight, write_golden_groups
 
 from entrollm import _core
-from entrollm.container.reader import CompressedModel, multiply
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of, multiply
+from tests.support.golden_groups import CASES, COLUMNS, ROWS, SYMBOLS, expected_weight, write_golden_groups
 
 GROUPS = Path(__file__).parent / "v1-groups"
 SHA256 = "3e1a484258fc43bf78cf8e8508be9d25dd1ee4c365952bff81b3c2839c2b86a2"
@@ -29,7 +30,7 @@ def test_the_weights_are_as_stated(name: str, tmp_path: Path) -> None:
     for folder in (GROUPS, tmp_path):
         with CompressedModel.open(folder) as model:
             model.check_checksum(name + ".weight")
-            matrix = model.matrix(name + ".weight")
+            matrix = matrix_of(model, name + ".weight")
             np.testing.assert_array_equal(matrix.symbols(0, ROWS, pool), SYMBOLS)
             np.testing.assert_array_equal(matrix.dequantize(np.arange(ROWS), pool), expected)
             np.testing.assert_array_equal(matrix.dequantize(np.array([2, 0, 2]), pool), expected[[2, 0, 2]])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import write_coded
 
 import entrollm.hf  # noqa: F401 (registers the quantization method)
+from tests.hf.models import write_coded
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from models import ids
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import entrollm.hf  # noqa: F401 (registers the quantization method)
 from entrollm.errors import UnsupportedError
 from entrollm.hf import CodedWeight
+from tests.hf.models import ids
 
 
 def main(out: Path, folders: list[Path]) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import difference, ids, write_coded
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from entrollm import CompressOptions, _core, compress
 from entrollm.compress.export import export
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedStack, CodedWeight, EntroConfig, EntroEmbedding, EntroLinear
 from entrollm.quantize import BitsOverride
+from tests.hf.models import difference, ids, write_coded
 
 # Name: class of the configuration, class of the model, and options.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from folders import change_entries, change_header, change_spec, read_entry
-from models import ids
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import entrollm.hf
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
-from entrollm.hf import EntroConfig, backend, check
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
+from entrollm.hf import EntroConfig, check
+from entrollm.torch import backend
+from tests.hf.models import ids
+from tests.support.folders import change_entries, change_header, change_spec, read_entry
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import ids
 from transformers import GenerationConfig
 
 import entrollm
 import entrollm.hf
 from entrollm import CompressOptions, compress
+from tests.hf.models import ids
+from tests.support.paths import TINY_LLAMA
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
 TOKENS = 24
 
 
@@ -37,7 +37,7 @@ def test_greedy_tokens_are_those_of_the_engine(name: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_example_model_writes_the_same_text(bits: int, tmp_path: Path) -> None:
-    compress(EXAMPLE, tmp_path / "coded", CompressOptions(bits=bits))
+    compress(TINY_LLAMA, tmp_path / "coded", CompressOptions(bits=bits))
     engine = entrollm.load(tmp_path / "coded", threads=1)
     prompt = engine.encode("The history of the city")
     expected = list(engine.generate(prompt, max_tokens=TOKENS, temperature=0.0).token_ids)

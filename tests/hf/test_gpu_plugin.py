@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import difference, ids, logits
 from transformers import AutoModelForCausalLM
 
 import entrollm.hf
 from entrollm.hf import CodedWeight, EntroConfig
+from tests.hf.models import difference, ids, logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 KERNELS = pytest.param(
     "auto",
     marks=pytest.mark.skipif(
-        importlib.util.find_spec("entrollm.hf.cuda") is None or importlib.util.find_spec("cuda") is None,
+        importlib.util.find_spec("entrollm.torch.cuda") is None or importlib.util.find_spec("cuda") is None,
         reason="needs the CUDA kernels and cuda-core",
     ),
 )

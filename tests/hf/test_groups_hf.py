@@ -9,20 +9,23 @@ import pytest
 import torch
 
 from entrollm import _core
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
-from entrollm.hf import CodedWeight, parallel
-from entrollm.hf.backend import Backend, to_tensor
+from entrollm.format.group_scales import GroupedKind
+from entrollm.format.reader import CompressedModel
+from entrollm.hf import CodedWeight
+from entrollm.torch import parallel
+from entrollm.torch.backend import Backend, to_tensor
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1-groups"
+GROUPS = GOLDEN / "v1-groups"
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("backend", ["auto", "plain"])
 def test_weights_are_those_of_the_folder(backend: Backend) -> None:
     pool = _core.ThreadPool(1)
-    with CompressedModel.open(GOLDEN) as stored:
-        assert any(spec.groups for spec in stored.specs.values())
+    with CompressedModel.open(GROUPS) as stored:
+        assert any(isinstance(spec.kind, GroupedKind) for spec in stored.specs.values())
         for name, spec in stored.specs.items():
             entries = {suffix: to_tensor(array) for suffix, array in stored.stored_arrays(name).items()}
             weight = CodedWeight(name, spec, entries, torch.float32, CPU)
@@ -37,8 +40,8 @@ def test_weights_are_those_of_the_folder(backend: Backend) -> None:
 
 
 def test_they_are_not_split(tmp_path: Path) -> None:
-    with CompressedModel.open(GOLDEN) as stored:
-        name = next(name for name, spec in stored.specs.items() if spec.groups)
+    with CompressedModel.open(GROUPS) as stored:
+        name = next(name for name, spec in stored.specs.items() if isinstance(spec.kind, GroupedKind))
         weight = parallel.without_entries(stored, name, torch.float32)
         with pytest.raises(UnsupportedError, match=rf"{name}: matrices with group scales are not split"):
             parallel._Cutter(stored, 0, 2).fill(weight, "colwise")

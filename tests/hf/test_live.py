@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ids, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import entrollm.hf
 from entrollm import CompressOptions, compress
-from entrollm.container import layout
-from entrollm.container.packing import pack, unpack
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
+from entrollm.format import layout
+from entrollm.format.entry import pack, unpack
+from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, EntroEmbedding, EntroLinear
+from tests.hf.models import ids, logits
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import difference, ids, logits
 from transformers import AutoModel, AutoModelForCausalLM
 
 import entrollm
 import entrollm.hf
 from entrollm import _core
 from entrollm.compress.export import export
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
+from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedWeight, EntroEmbedding, EntroLinear
+from tests.hf.models import difference, ids, logits
 
 # Activations are rounded to 16 bits.
 TOLERANCE = 1e-3

@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import difference, ids, logits, write_coded
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import compute_module_sizes, infer_auto_device_map
 
 import entrollm.hf
 from entrollm import _core
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
-from entrollm.hf import CodedWeight, EntroConfig, parallel
-from entrollm.hf.backend import open_native
-
-HERE = Path(__file__).parent
+from entrollm.format.reader import CompressedModel
+from entrollm.hf import CodedWeight, EntroConfig
+from entrollm.torch import parallel
+from entrollm.torch.backend import open_native
+from tests.hf.models import difference, ids, logits, write_coded
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,12 @@ def ranks(coded: Path, coded_untied: Path, experts: Path, tmp_path_factory: pyte
         port = free.getsockname()[1]
     workers = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "parallel_worker.py"), str(out), str(coded), str(coded_untied), str(experts)],
+            [sys.executable, "-m", "tests.hf.parallel_worker", str(out), str(coded), str(coded_untied), str(experts)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""},
             stderr=subprocess.PIPE,
+            cwd=ROOT,
             text=True,
         )
         for rank in range(2)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrices import scale_values
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code
 from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
+from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized
 from entrollm.quantize.rounding import ZERO, Rounding
-from entrollm.specs import Code, Field, Leaf, Split
+from tests.support.matrices import scale_values
 
 choose = functools.partial(choose_code, blocks=16)
 

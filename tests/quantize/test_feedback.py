@@ -4,17 +4,17 @@ import functools
 
 import numpy as np
 import pytest
-from matrices import scale_values
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code, stored_bits
 from entrollm.errors import FormatError
+from entrollm.format.log_scales import LogScales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized, Quantizer
 from entrollm.quantize.statistics import damped_factor
-from entrollm.scales import LogScales
+from tests.support.matrices import scale_values
 
 COLUMNS = 160
 choose = functools.partial(choose_code, blocks=8)

@@ -6,16 +6,16 @@ import functools
 
 import numpy as np
 import pytest
-from matrices import scale_values
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code
 from entrollm.codec.huffman import huffman_bits
+from entrollm.format.log_scales import octave_codes
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.grid import Grid, fit_grid, grid_choices
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO, Rounding
-from entrollm.scales import octave_codes
+from tests.support.matrices import scale_values
 
 choose = functools.partial(choose_code, blocks=16)
 FREE = grid_choices(fits_code=True, keeps_zero=False)

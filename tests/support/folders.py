@@ -12,15 +12,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from matrices import store
 from numpy.typing import NDArray
-from version1 import Version1Writer
 
 from entrollm import _core
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel, multiply
 from entrollm.errors import EntroLLMError
-from entrollm.specs import Blocks, Code, Field, Leaf, Split, TensorSpec
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field, Leaf, Split
+from entrollm.format.grid import GridKind
+from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
+from entrollm.matrix import matrix_of, multiply
+from tests.support.matrices import store
+from tests.support.version1 import Version1Writer
 
 Header = dict[str, Any]
 MULTI_ROW, SPLIT_ROW, CONSTANT, NORM, BIAS = "a.weight", "b.weight", "c.weight", "norm.weight", "b.bias"
@@ -65,13 +69,11 @@ def example_tensors() -> dict[str, tuple[TensorSpec, dict[str, NDArray[Any]]]]:
             rows=symbols.shape[0],
             columns=symbols.shape[1],
             dtype="BF16",
-            grid="example",
+            grid_name="example",
             code=code,
             blocks=Blocks(*stored.blocks),
-            scale=None if per_row else 0.25,
-            offset=-1.5 if name == MULTI_ROW else None,
+            kind=GridKind(scale=None if per_row else 0.25, offset=-1.5 if name == MULTI_ROW else None),
             relative_error=0.125,
-            checksum=0,
         )
         tensors[name] = (spec, arrays | (row_scales if per_row else {}))
     return tensors
@@ -233,7 +235,7 @@ def contents(path: Path) -> dict[str, bytes]:
     result = {}
     with CompressedModel.open(path) as model:
         for name, spec in model.specs.items():
-            matrix = model.matrix(name)
+            matrix = matrix_of(model, name)
             symbols = matrix.symbols(0, spec.rows, pool)
             rows = matrix.dequantize(np.arange(spec.rows, dtype=np.int64), pool)
             y = multiply([matrix], np.ones((2, spec.columns), np.float32), pool)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from quantized_sources import CONFIG, HIDDEN, LINEARS, VOCABULARY, plain_tensors
+
+from tests.support.quantized_sources import CONFIG, HIDDEN, LINEARS, VOCABULARY, plain_tensors
 
 F32 = np.float32
 TYPE_NUMBERS = {

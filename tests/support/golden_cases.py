@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from version1 import Version1Writer
 
 from entrollm import _core
 from entrollm.codec.reference import code_bits
-from entrollm.container import layout
-from entrollm.container.writer import ShardWriter
-from entrollm.specs import Blocks, Code, Field, Leaf, Node, Split, TensorSpec
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field, Leaf, Node, Split
+from entrollm.format.grid import GridKind
+from entrollm.format.spec import TensorSpec
+from entrollm.format.writer import ShardWriter
+from tests.support.version1 import Version1Writer
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,11 @@ def golden_spec(golden: Golden, per_row: bool) -> TensorSpec:
         rows=golden.shape[0],
         columns=golden.shape[1],
         dtype="F32",
-        grid="golden",
+        grid_name="golden",
         code=golden.code,
         blocks=golden.blocks,
-        scale=None if per_row else 0.125,
-        offset=None if per_row else -0.5,
+        kind=GridKind(scale=None if per_row else 0.125, offset=None if per_row else -0.5),
         relative_error=0.0,
-        checksum=0,
     )
 
 
@@ -110,7 +111,10 @@ def write_golden(path: Path, version: int = 1) -> None:
                 arrays |= golden_scales()
             spec = golden_spec(golden, per_row)
             if version > 1 and name == "rows":
-                spec, arrays = replace(spec, offset=None, zero=7.25, scales=SCALES), arrays | golden_codes()
+                spec, arrays = (
+                    replace(spec, kind=replace(spec.kind, offset=None, zero=7.25, stored=SCALES)),
+                    arrays | golden_codes(),
+                )
             writer.add_matrix(name + ".weight", spec, arrays)
         writer.add_plain("norm.weight", "F32", (4,), [np.array([1, 0.5, -2, 0], np.float32)])
         writer.add_plain("scalar", "F16", (), [np.array(3, np.float16)])

@@ -9,11 +9,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from version1 import Version1Writer
 
 from entrollm import _core
-from entrollm.container import layout
-from entrollm.specs import Blocks, Code, Field, Groups, TensorSpec
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field
+from entrollm.format.group_scales import GroupedKind
+from entrollm.format.spec import TensorSpec
+from tests.support.version1 import Version1Writer
 
 ROWS, COLUMNS = 3, 10
 CODE = Code(Field(1, (8,), Field(4, tuple(range(16)))))
@@ -79,10 +82,10 @@ def write_golden_groups(path: Path) -> None:
     with Version1Writer(path / "model.safetensors") as writer:
         for name, (form, zero, arrays) in CASES.items():
             dense, sparse, sizes = _core.encode(CODE.program(), 0, SYMBOLS, ROWS, 64)
-            groups = Groups(types={kind: _TYPES[str(array.dtype)] for kind, array in arrays.items()}, **form)
-            spec = TensorSpec(
-                ROWS, COLUMNS, "F32", "golden", CODE, Blocks(ROWS, 64), None, None, 0.0, 0, zero=zero, groups=groups
+            kind = GroupedKind(
+                zero=zero, types={kind: _TYPES[str(array.dtype)] for kind, array in arrays.items()}, **form
             )
+            spec = TensorSpec(ROWS, COLUMNS, "F32", "golden", CODE, Blocks(ROWS, 64), kind)
             stored: dict[str, NDArray[Any]] = {
                 layout.DENSE: layout.padded_stream([dense]),
                 layout.SPARSE: layout.padded_stream([sparse]),

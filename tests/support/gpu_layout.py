@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm.hf.cuda.shape import Shape
-from entrollm.hf.cuda.transcode import Packed
-from entrollm.hf.cuda.triples import TripleCode
+from entrollm.torch.cuda.shape import Shape
+from entrollm.torch.cuda.transcode import Packed
+from entrollm.torch.cuda.triples import TripleCode
 
 
 def _bits(words: np.ndarray, lane: int, position: int, count: int) -> int:

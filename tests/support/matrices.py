@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.blocks import choose_blocks, padded
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.reference import code_bits
-from entrollm.container.layout import padded_stream
-from entrollm.scales import LogScales, float_scales
-from entrollm.specs import MAX_BLOCK_WEIGHTS, Blocks, Code, Field, Leaf, Node, Split
+from entrollm.format.blocks import Blocks, padded
+from entrollm.format.code import Code, Field, Leaf, Node, Split
+from entrollm.format.layout import padded_stream
+from entrollm.format.log_scales import LogScales, float_scales
+from entrollm.format.spec import MAX_BLOCK_WEIGHTS
 
 WIDE = (384, 576, 960, 2048, 4096, 4097, 5000, 14336)
 _DEEPEST = 4

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from entrollm import _core
-from entrollm.container.reader import CompressedModel
+from entrollm.format.reader import CompressedModel
 
 Arrays = dict[str, NDArray[Any]]
 # Packs one linear layer: (generator, rows, columns) to its tensors by their last name, and its float32 weights.

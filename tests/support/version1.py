@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.container import layout
-from entrollm.container.layout import StoredEntry
-from entrollm.specs import TensorSpec
+from entrollm.format import layout
+from entrollm.format.layout import StoredEntry
+from entrollm.format.spec import TensorSpec
 
 
 class Version1Writer:

@@ -27,9 +27,9 @@ from entrollm.calibrate.layer import (
     causal_mask,
     rotation,
 )
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
+from entrollm.models.config import ModelConfig
 
 # The part of the correction that is applied, and the ridge over the mean square of an input.
 _TRUST = 0.6

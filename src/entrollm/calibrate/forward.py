@@ -17,11 +17,11 @@ from entrollm.calibrate.layer import (
     causal_mask,
     rotation,
 )
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.engine.layers import LayerWalk
 from entrollm.engine.linear import DenseWeights
-from entrollm.engine.walk import LayerWalk
 from entrollm.engine.weights import Embedding, Floats, Linear
+from entrollm.models.config import ModelConfig
 
 # Activations of so many tokens wait for one product, which costs less than many small ones.
 _TOKENS_PER_PRODUCT = 4096

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import Array, Device, functions, single
 from entrollm.calibrate.arithmetic import rms_norm, rotate, softmax, swiglu
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
-from entrollm.engine.rope import RopeTables
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError
+from entrollm.models.config import ModelConfig
+from entrollm.models.rope import RopeTables
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _DIRECT = ("BF16", "F16", "F32")

@@ -11,9 +11,9 @@ from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.arithmetic import rms_norm, softmax
 from entrollm.calibrate.backward import draw_labels
 from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, Tensors, rotation
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
+from entrollm.models.config import ModelConfig
 
 # Keys and values of the sequences that are written side by side: so much at least.
 _CACHE_BYTES = 1 << 30

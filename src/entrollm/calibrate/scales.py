@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.container import layout
-from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
 from entrollm.engine.linear import CodedWeights
 from entrollm.engine.weights import Floats, Ids, load_tensor
-from entrollm.scales import LogScales
+from entrollm.format import layout
+from entrollm.format.grid import GridKind
+from entrollm.format.log_scales import LogScales
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import CodedMatrix, matrix_of, open_matrix
 from entrollm.threads import default_threads
 
 
@@ -28,12 +30,14 @@ class ScaledWeights(CodedWeights):
         self._stored: dict[str, _Stored] = {}
         self.scales: dict[str, Floats] = {}
         for name, spec in model.specs.items():
-            arrays, matrix = model.unpacked_arrays(name), model.matrix(name)
+            arrays, matrix = model.unpacked_arrays(name), matrix_of(model, name)
             for suffix, values in ((layout.SCALE, matrix.scale), (layout.COLUMN_SCALE, matrix.column_scale)):
                 # A stored offset would have to follow its scale.
                 if values is not None and suffix in arrays and layout.OFFSET not in arrays:
-                    base = spec.scale if suffix == layout.SCALE else 1.0
-                    self._stored[name + suffix] = _Stored(arrays[suffix].dtype, spec.scales.get(suffix[1:]), base)
+                    kind = spec.kind
+                    assert isinstance(kind, GridKind)
+                    base = kind.scale if suffix == layout.SCALE else 1.0
+                    self._stored[name + suffix] = _Stored(arrays[suffix].dtype, kind.stored.get(suffix[1:]), base)
                     self.scales[name + suffix] = values
 
     def rounded(self) -> dict[str, NDArray[Any]]:
@@ -61,8 +65,10 @@ class ScaledWeights(CodedWeights):
     def _matrix(self, name: str) -> CodedMatrix:
         arrays, spec = self._model.unpacked_arrays(name), self._model.specs[name]
         present = {s: self.scales[name + s] for s in (layout.SCALE, layout.COLUMN_SCALE) if name + s in self.scales}
-        scale = None if layout.SCALE in present else spec.scale
-        plain = replace(spec, scales={}, parts=None, scale=scale)
+        kind = spec.kind
+        if isinstance(kind, GridKind):
+            kind = replace(kind, stored={}, scale=None if layout.SCALE in present else kind.scale)
+        plain = replace(spec, kind=kind, parts=None)
         return open_matrix(name, plain, arrays | present)
 
 

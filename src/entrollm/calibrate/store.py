@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.drift import DriftWalk
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity
 
 # Rows of a triangle that are stored together, up to the last column of the last of them.

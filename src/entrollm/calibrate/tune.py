@@ -21,16 +21,17 @@ from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
 from entrollm.calibrate.backward import LayerGradient
 from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, causal_mask, rotation
 from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
-from entrollm.checkpoint import Checkpoint, resolve
-from entrollm.container.reader import CompressedModel
-from entrollm.engine.config import ModelConfig
-from entrollm.engine.fields import Fields
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.files import read_model_files
+from entrollm.engine.layers import LayerWalk
 from entrollm.engine.linear import DenseWeights
-from entrollm.engine.models import read_config
-from entrollm.engine.walk import LayerWalk
 from entrollm.engine.weights import Floats, Ids, load_linear, load_tensor
 from entrollm.errors import EntroLLMError
+from entrollm.format.reader import CompressedModel
+from entrollm.models import read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
 
 # Windows that the gradient of one step is taken of.
 _BATCH = 4

@@ -22,9 +22,9 @@ from entrollm.calibrate.backward import LayerGradient, draw_labels
 from entrollm.calibrate.forward import Moments, start
 from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, Tensors, causal_mask, rotation
 from entrollm.calibrate.store import Spool, StoredStatistics
-from entrollm.checkpoint import Checkpoint
-from entrollm.engine.config import ModelConfig
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
+from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity, damped_factor
 
 # Windows that gradients are taken of; squares of gradients converge sooner than correlations of inputs.

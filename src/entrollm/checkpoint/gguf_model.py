@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.gguf_file import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
-from entrollm.checkpoint.safetensors_file import Entry
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
+from entrollm.files.safetensors import Entry
 
 # By llama.cpp's architecture, which is also the model type here; Mistral models are "llama" there.
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

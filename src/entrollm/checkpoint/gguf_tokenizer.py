@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from entrollm.checkpoint.gguf_file import open_gguf
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.gguf import open_gguf
 
 _PREFIX = "tokenizer.ggml."
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}

@@ -12,12 +12,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales
 from entrollm.checkpoint.gguf_model import open_gguf_model
-from entrollm.checkpoint.quantized import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
-from entrollm.checkpoint.safetensors_file import Entry, parse_json_object
-from entrollm.checkpoint.scales import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales, to_float32
-from entrollm.checkpoint.weight_files import is_gguf, open_weight_files
+from entrollm.checkpoint.imported import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.dtypes import to_float32
+from entrollm.files.safetensors import Entry, parse_json_object
+from entrollm.files.shards import is_gguf, open_weight_files
 
 _CONFIG = "config.json"
 _FP8_METHODS = ("fp8", "fbgemm_fp8")

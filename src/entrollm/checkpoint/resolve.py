@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from entrollm.checkpoint.weight_files import is_gguf
+from entrollm.files.shards import is_gguf
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _ALLOW_PATTERNS = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from entrollm.arrays import Device
     from entrollm.calibrate import CalibrationText, StoredStatistics, Tuner
     from entrollm.compress import CompressOptions, CompressResult, PostFit
-    from entrollm.compress.packed import PackedSummary
+    from entrollm.compress.imported import PackedSummary
 
 # Windows that --max-kl and --tune measure on.
 _HELD_OUT_WINDOWS = 16
@@ -353,7 +353,7 @@ def _open_device(name: DeviceName) -> Device:
 
         return HOST
     try:
-        from entrollm.hf.device import TorchDevice
+        from entrollm.torch.device import TorchDevice
     except ImportError as error:
         raise ValueError(f"--device {name.value}: {error}") from None
     return TorchDevice(name.value)

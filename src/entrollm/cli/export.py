@@ -41,7 +41,7 @@ def command(
     """Decode a compressed folder to a checkpoint that any Hugging Face tool reads."""
     from entrollm import _core
     from entrollm.compress.export import export
-    from entrollm.container.reader import CompressedModel
+    from entrollm.format.reader import CompressedModel
     from entrollm.report import format_bytes, format_count
     from entrollm.threads import default_threads
 

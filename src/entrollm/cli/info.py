@@ -19,8 +19,8 @@ def command(json_output: JsonOption = False) -> None:
     """
     from entrollm import _core
     from entrollm.engine.measure import product_speed
+    from entrollm.format.spec import FORMAT_VERSION
     from entrollm.report import format_rate
-    from entrollm.specs import FORMAT_VERSION
     from entrollm.threads import default_threads
 
     threads = default_threads()

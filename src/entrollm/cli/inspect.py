@@ -33,7 +33,7 @@ def command(
     """
     from entrollm import _core
     from entrollm.compress.describe import describe
-    from entrollm.container.reader import CompressedModel
+    from entrollm.format.reader import CompressedModel
     from entrollm.threads import default_threads
 
     with CompressedModel.open(model) as opened, progress_bar("decoding", "weights", quiet=json_output) as update:

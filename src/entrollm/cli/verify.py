@@ -33,9 +33,10 @@ def command(
     from contextlib import nullcontext
 
     from entrollm import _core
-    from entrollm.checkpoint import Checkpoint, resolve
+    from entrollm.checkpoint.model_folder import Checkpoint
+    from entrollm.checkpoint.resolve import resolve
     from entrollm.compress.verify import verify
-    from entrollm.container.reader import CompressedModel
+    from entrollm.format.reader import CompressedModel
     from entrollm.report import format_count, format_rate
     from entrollm.threads import default_threads
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from entrollm._core import MAX_BLOCK, MAX_BLOCK_COLUMNS, VECTOR
-from entrollm.specs import Blocks
+from entrollm._core import MAX_BLOCK, MAX_BLOCK_COLUMNS
+from entrollm.format.blocks import Blocks, padded
 
 # A product sums at most this many columns in 32 bits; see kMaxBlockColumns in native/format/geometry.hpp.
 _WIDEST = MAX_BLOCK_COLUMNS
@@ -11,11 +11,6 @@ _WIDEST = MAX_BLOCK_COLUMNS
 _TARGET = MAX_BLOCK
 # Dense fields are packed in groups of up to this many weights; blocks of whole groups waste nothing.
 _GROUP = 512
-
-
-def padded(columns: int) -> int:
-    """Columns rounded up to whole vectors of 64."""
-    return -(-columns // VECTOR) * VECTOR
 
 
 def choose_blocks(rows: int, columns: int) -> Blocks:
@@ -27,8 +22,3 @@ def choose_blocks(rows: int, columns: int) -> Blocks:
     most = max(1, min(rows, _TARGET // width))
     even = [n for n in range(1, most + 1) if n * width % _GROUP == 0 and n * width >= _TARGET // 2]
     return Blocks(even[-1] if even else most, width)
-
-
-def block_count(rows: int, columns: int, blocks: Blocks) -> int:
-    """Number of blocks of a matrix."""
-    return -(-rows // blocks.rows) * -(-padded(columns) // blocks.columns)

@@ -8,7 +8,7 @@ from typing import Literal
 from entrollm.codec.cost import MACHINES, CostModel, Processor
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
-from entrollm.specs import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
+from entrollm.format.code import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
 
 Prefer = Literal["size", "speed", "fixed"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.specs import RAW_BITS, Code, Field, Leaf, Node, Split
+from entrollm.format.code import RAW_BITS, Code, Field, Leaf, Node, Split
 
 _ABSENT = -1.0
 

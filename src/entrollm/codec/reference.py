@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from entrollm.codec.blocks import padded
 from entrollm.errors import CorruptStreamError
-from entrollm.specs import RAW_BITS, Blocks, Code, Field, Leaf, Node, Split, listed_symbols
+from entrollm.format.blocks import Blocks, padded
+from entrollm.format.code import RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
 
 _VECTOR = 64
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from entrollm.codec.cost import CostModel
 from entrollm.codec.huffman import limited_lengths
-from entrollm.specs import MAX_FIELD_BITS, RAW_BITS, Field, Node, Split
+from entrollm.format.code import MAX_FIELD_BITS, RAW_BITS, Field, Node, Split
 
 # Longer codes than this save nothing that can be measured and make trees deep.
 _MAX_LENGTH = 16

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.container.reader import CodedMatrix, CompressedModel
-from entrollm.specs import Code, Field, Leaf, Node, Split
+from entrollm.format.code import Code, Field, Leaf, Node, Split
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import CodedMatrix, matrix_of
 
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -119,7 +120,7 @@ def describe(
     done = 0
     reports = []
     for name in model.specs:
-        matrix = model.matrix(name)
+        matrix = matrix_of(model, name)
         reports.append(_describe_matrix(matrix, pool))
         model.release(name)
         done += reports[-1].weights
@@ -152,7 +153,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
     return TensorReport(
         name=matrix.name,
         shape=(spec.rows, spec.columns),
-        grid=spec.grid,
+        grid=spec.grid_name,
         code=describe_code(spec.code),
         symbols=sum(1 for c in histogram if c),
         entropy_bits=entropy_bits(histogram),

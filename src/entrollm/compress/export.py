@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import DTYPES
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.stacks import find_stacks
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
-from entrollm.container.writer import ShardWriter
 from entrollm.errors import FormatError
+from entrollm.files.dtypes import DTYPES
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
+from entrollm.format.writer import ShardWriter
+from entrollm.matrix import matrix_of
 
 ExportType = Literal["original", "bf16", "f16", "f32"]
 
@@ -134,7 +135,7 @@ def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPoo
     if name not in model.specs:
         yield model.array(name)
     else:
-        matrix = model.matrix(name)
+        matrix = matrix_of(model, name)
         step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)
         for begin in range(0, matrix.spec.rows, step):
             rows = np.arange(begin, min(matrix.spec.rows, begin + step), dtype=np.int64)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrollm.container import layout
-from entrollm.container.reader import is_compressed, read_config
 from entrollm.errors import EntroLLMError
+from entrollm.format import layout
+from entrollm.format.reader import is_compressed, read_config
 
 _PLAN = "plan.json"
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.arrays import Array
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.control import RateControl
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.rate import RateCurve

@@ -17,23 +17,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import DTYPES, Checkpoint, TensorInfo, convert_tokenizer, is_gguf, resolve, side_files
-from entrollm.checkpoint.safetensors_file import open_safetensors
+from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
+from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo, side_files
+from entrollm.checkpoint.resolve import resolve
 from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.imported import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods, has_drift
 from entrollm.compress.options import CompressOptions, PostFit
-from entrollm.compress.packed import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
 from entrollm.compress.refit import Refit
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.target import Target
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
-from entrollm.container import layout
-from entrollm.container.reader import CodedMatrix, CompressedModel
-from entrollm.container.writer import ShardWriter
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
+from entrollm.files.dtypes import DTYPES
+from entrollm.files.safetensors import open_safetensors
+from entrollm.files.shards import is_gguf
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import FORMAT_VERSION
+from entrollm.format.writer import ShardWriter
+from entrollm.matrix import CodedMatrix, matrix_of
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.quantize.statistics import Statistics
-from entrollm.specs import FORMAT_VERSION
 from entrollm.threads import default_threads
 
 _log = logging.getLogger(__name__)
@@ -200,7 +205,7 @@ class _Run:
         threads = self._options.threads or default_threads()
         with CompressedModel(path, {}, {path.name: open_safetensors(path)}) as model:
             for name, matrix in matrices.items():
-                weights = functools.partial(_dequantized, model.matrix(name), threads)
+                weights = functools.partial(_dequantized, matrix_of(model, name), threads)
                 self._methods.resume(name, matrix["stored_bytes"], weights)
 
     def _is_plain(self, name: str) -> bool:

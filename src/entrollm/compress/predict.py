@@ -11,19 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint, resolve
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.compress.methods import SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.pipeline import make_methods, plan_shards
 from entrollm.compress.target import Target
-from entrollm.container import layout
+from entrollm.format import layout
+from entrollm.format.log_scales import float_scales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
 from entrollm.quantize.statistics import Statistics
-from entrollm.scales import float_scales
 from entrollm.threads import default_threads
 
 _TIMED_WEIGHTS = 1 << 23

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entrollm.codec.blocks import block_count, choose_blocks, padded
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import Prefer, choose_code, stored_bits
 from entrollm.codec.huffman import entropy_bits
-from entrollm.container import layout
-from entrollm.container.packing import ROOM_BYTES
+from entrollm.format import layout
+from entrollm.format.blocks import block_count, padded
+from entrollm.format.code import Code
+from entrollm.format.entry import ROOM_BYTES
+from entrollm.format.grid import GridKind
+from entrollm.format.log_scales import LogScales
+from entrollm.format.spec import TensorSpec
 from entrollm.quantize.method import CodeChooser, Quantized, Scales
-from entrollm.scales import LogScales
-from entrollm.specs import Code, TensorSpec
 
 # Ratio of neighbouring steps of the table that predictions interpolate in; bits are nearly linear in log step.
 _RATIO = 1.35
@@ -88,7 +91,7 @@ class RateCurve:
         factor = self.weights / quantized.symbols.size
         counts = [math.ceil(int(c) * factor) for c in quantized.counts]
         code = choose_code(counts, count, self._prefer)
-        spec = TensorSpec(rows, columns, "BF16", quantized.grid, code, blocks, None, None, 0.123456789, 0, 128)
+        spec = TensorSpec(rows, columns, "BF16", quantized.grid, code, blocks, GridKind(zero=128), 0.123456789)
         scales = _scale_bytes(quantized.scale, rows)
         if quantized.column_scale is not None:
             scales += _scale_bytes(quantized.column_scale, columns)

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.tensor import relative_error
-from entrollm.container.packing import pack
-from entrollm.container.reader import CodedMatrix, CompressedModel, open_matrix
-from entrollm.container.writer import ShardWriter
-from entrollm.specs import TensorSpec
+from entrollm.format.entry import pack
+from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
+from entrollm.format.writer import ShardWriter
+from entrollm.matrix import CodedMatrix, open_matrix
 from entrollm.threads import default_threads
 
 _CHUNK_WEIGHTS = 1 << 22

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from entrollm.checkpoint import Checkpoint
-from entrollm.container import layout
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError
+from entrollm.format import layout
 from entrollm.quantize.select import TensorPlan
 
 

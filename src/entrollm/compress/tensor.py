@@ -13,17 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import Checkpoint
-from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import Prefer, choose_code
 from entrollm.codec.cost import Processor
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.container import layout
-from entrollm.container.packing import pack
 from entrollm.errors import FormatError
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks, block_count
+from entrollm.format.code import Code
+from entrollm.format.entry import pack
+from entrollm.format.grid import GridKind
+from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
+from entrollm.format.spec import TensorSpec
 from entrollm.quantize.method import CodeChooser, Quantized, Quantizer, Scales
-from entrollm.scales import LogScales, float_scales, zero_offsets
-from entrollm.specs import Blocks, Code, TensorSpec
 
 Result = TypeVar("Result")
 
@@ -104,21 +107,15 @@ class TensorCompressor:
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
-        groups = quantized.groups
         spec = TensorSpec(
             rows=rows,
             columns=columns,
             dtype=stored_dtype(self._checkpoint, name),
-            grid=quantized.grid,
+            grid_name=quantized.grid,
             code=code,
             blocks=blocks,
-            scale=None if groups is not None else _scale_of_all(quantized.scale),
-            offset=None if layout.OFFSET in arrays or quantized.offset is None else float(quantized.offset[0]),
+            kind=quantized.groups.form if quantized.groups is not None else _grid_kind(quantized),
             relative_error=relative_error(quantized.error, quantized.energy),
-            checksum=0,
-            zero=quantized.zero if groups is None else groups.zero,
-            groups=None if groups is None else groups.form,
-            scales=_codes_per_octave(quantized),
         )
         spec, arrays = pack(spec, arrays)
         return CompressedTensor(spec, arrays, entropy_bits(counts), huffman_bits(counts))
@@ -199,6 +196,17 @@ def _stored(scales: Scales) -> NDArray[Any]:
 def _codes_per_octave(quantized: Quantized) -> dict[str, str | int]:
     named = {"scale": quantized.scale, "column_scale": quantized.column_scale}
     return {kind: scales.per_octave for kind, scales in named.items() if isinstance(scales, LogScales)}
+
+
+def _grid_kind(quantized: Quantized) -> GridKind:
+    # Offsets per row are among the arrays that `_scale_arrays` makes.
+    offset = quantized.offset if len(quantized.scale) == 1 else None
+    return GridKind(
+        scale=_scale_of_all(quantized.scale),
+        offset=None if offset is None else float(offset[0]),
+        zero=quantized.zero,
+        stored=_codes_per_octave(quantized),
+    )
 
 
 def _scale_of_all(scale: Scales) -> float | None:

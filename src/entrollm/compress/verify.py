@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.checkpoint import DTYPES, Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.describe import symbol_chunks
 from entrollm.compress.stacks import find_stacks
 from entrollm.compress.tensor import stored_dtype
-from entrollm.container import layout
-from entrollm.container.reader import CodedMatrix, CompressedModel
 from entrollm.errors import CorruptStreamError, FormatError
+from entrollm.files.dtypes import DTYPES
+from entrollm.format import layout
+from entrollm.format.grid import GridKind
+from entrollm.format.group_scales import GroupedKind
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import CodedMatrix, matrix_of
 from entrollm.quantize.paper import Grid, quantize_rows
 
 # The stored error was summed in another order.
@@ -75,7 +79,7 @@ def verify(
         _compare_names(model, original)
     for name, spec in model.specs.items():
         model.check_checksum(name)
-        matrix = model.matrix(name)
+        matrix = matrix_of(model, name)
         stored = model.unpacked_arrays(name)
         _check_coding(matrix, stored, pool)
         _check_end(matrix, model.stored_arrays(name))
@@ -146,8 +150,8 @@ def _compare_matrix(
     if original.tensors[name].shape != (spec.rows, spec.columns):
         shape = (spec.rows, spec.columns)
         raise FormatError(f"{name}: the original has shape {original.tensors[name].shape}, not {shape}")
-    is_exact = spec.groups is not None
-    grid = _stored_grid(matrix, stored) if spec.grid.startswith(_PAPER_PREFIX) else None
+    is_exact = isinstance(spec.kind, GroupedKind)
+    grid = _stored_grid(matrix, stored) if spec.grid_name.startswith(_PAPER_PREFIX) else None
     error = energy = 0.0
     for begin, symbols in symbol_chunks(matrix, pool):
         weights = original.read_float32(name, begin, begin + len(symbols))
@@ -167,9 +171,10 @@ def _compare_matrix(
 
 def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
     """The paper grid of a matrix; 8 bits, since its integers need no clipping."""
-    spec = matrix.spec
-    scale = np.array([spec.scale], np.float32) if spec.scale is not None else stored[layout.SCALE]
-    offset = np.array([spec.offset], np.float32) if spec.offset is not None else stored.get(layout.OFFSET)
+    kind = matrix.spec.kind
+    assert isinstance(kind, GridKind)
+    scale = np.array([kind.scale], np.float32) if kind.scale is not None else stored[layout.SCALE]
+    offset = np.array([kind.offset], np.float32) if kind.offset is not None else stored.get(layout.OFFSET)
     return Grid("symmetric" if offset is None else "asymmetric", 8, scale, offset)
 
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from entrollm import _core
-from entrollm.engine.config import ModelConfig
 from entrollm.engine.weights import Floats
+from entrollm.models.config import ModelConfig
 
 _INITIAL_POSITIONS = 256
 # Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.

@@ -6,9 +6,9 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.engine.cache import Attention, Cache
-from entrollm.engine.config import ModelConfig
-from entrollm.engine.rope import RopeTables
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
+from entrollm.models.config import ModelConfig
+from entrollm.models.rope import RopeTables
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
 _TOKENS_PER_PASS = 512

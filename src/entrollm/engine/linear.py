@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint import to_float32
-from entrollm.container.reader import CodedMatrix, CompressedModel, multiply
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.files.dtypes import to_float32
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import CodedMatrix, matrix_of, multiply
 from entrollm.threads import default_threads, spin_us
 
 if TYPE_CHECKING:
-    from entrollm.checkpoint import Checkpoint
+    from entrollm.checkpoint.model_folder import Checkpoint
 
 
 class CodedLinear:
@@ -103,7 +104,7 @@ class CodedWeights:
 
     def _matrix(self, name: str) -> CodedMatrix:
         if name not in self._coded:
-            self._coded[name] = self._model.matrix(name)
+            self._coded[name] = matrix_of(self._model, name)
         return self._coded[name]
 
     def _kept(self, name: str) -> DenseLinear:

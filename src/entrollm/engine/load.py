@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entrollm.checkpoint import is_gguf, resolve
-from entrollm.container.reader import CompressedModel, is_compressed, read_config
+from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.linear import CodedWeights, DenseWeights
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Weights
+from entrollm.files.shards import is_gguf
+from entrollm.format.reader import CompressedModel, is_compressed, read_config
 from entrollm.threads import default_threads
 
 
@@ -32,7 +33,7 @@ def load(model: str | Path, threads: int | None = None) -> Model:
     if not is_gguf(path) and is_compressed(read_config(path)):
         weights = CodedWeights(CompressedModel.open(path), threads or default_threads())
         return Model(read_model_files(path), weights)
-    from entrollm.checkpoint import Checkpoint  # what runs compressed models starts without
+    from entrollm.checkpoint.model_folder import Checkpoint  # what runs compressed models starts without
 
     checkpoint = Checkpoint.open(path)
     weights = DenseWeights(checkpoint, threads)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm import _core
-from entrollm.codec.blocks import block_count, choose_blocks
+from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
-from entrollm.container.layout import padded_stream
+from entrollm.format.blocks import block_count
+from entrollm.format.layout import padded_stream
 
 # Columns of a common width; the coded rows stay in cache, so that decoding is measured and not memory.
 _ROWS, _COLUMNS = 512, 4096

@@ -9,16 +9,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from entrollm.engine.cache import Cache
-from entrollm.engine.config import ModelConfig
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
-from entrollm.engine.fields import Fields
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.generate import Generation, GenerationResult
-from entrollm.engine.models import read_config
 from entrollm.engine.options import GenerateKeywords, resolve_options
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
+from entrollm.models import read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
 
 if TYPE_CHECKING:
     from entrollm.engine.chat import ChatTemplate, Message

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar
 
-from entrollm.engine.fields import Fields
 from entrollm.engine.sampling import SamplingOptions
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.models.config_fields import Fields
 
 _T = TypeVar("_T")
 

@@ -1,8 +1,8 @@
 """Measure models on a text: perplexity, and divergence from a reference model."""
 
 from entrollm.evaluate.divergence import Divergence
+from entrollm.evaluate.evaluation import Evaluation, LanguageModel, evaluate
 from entrollm.evaluate.perplexity import Perplexity
-from entrollm.evaluate.run import Evaluation, LanguageModel, evaluate
 from entrollm.evaluate.search import DivergenceLimit, SearchResult, Trial, compress_within
 from entrollm.evaluate.size import ModelSize, model_size
 from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text

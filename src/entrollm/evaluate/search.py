@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from entrollm.compress import CompressOptions, CompressResult, PostFit, Target, check_output, compress, size_range
 from entrollm.engine.load import load
 from entrollm.evaluate.divergence import Divergence
-from entrollm.evaluate.run import evaluate
+from entrollm.evaluate.evaluation import evaluate
 from entrollm.evaluate.windows import Windows
 from entrollm.quantize.statistics import Statistics
 

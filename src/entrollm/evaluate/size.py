@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from entrollm.checkpoint import Checkpoint, is_gguf, resolve
-from entrollm.container.reader import CompressedModel, is_compressed, read_config
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.resolve import resolve
+from entrollm.files.shards import is_gguf
+from entrollm.format.reader import CompressedModel, is_compressed, read_config
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from entrollm.hf import check as _check  # noqa: F401 (first: it says what is mi
 from entrollm.hf.config import EntroConfig
 from entrollm.hf.generation import compile_config, generate
 from entrollm.hf.load import load, set_backend
-from entrollm.hf.modules import EntroEmbedding, EntroLinear
 from entrollm.hf.quantizer import EntroQuantizer
-from entrollm.hf.weight import CodedStack, CodedWeight
+from entrollm.torch.modules import EntroEmbedding, EntroLinear
+from entrollm.torch.weight import CodedStack, CodedWeight
 
 __all__ = [
     "CodedStack",

@@ -12,12 +12,12 @@ from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.target import Target, parse_size
-from entrollm.container import layout
-from entrollm.container.header import versions_read
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format import layout
+from entrollm.format.header import versions_read
+from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS
 from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 from entrollm.quantize.select import BitsOverride
-from entrollm.specs import FORMAT_VERSION, READ_VERSIONS
 
 Method = Literal["paper", "ecsq", "feedback", "imported"]
 DEFAULT_BITS = 4

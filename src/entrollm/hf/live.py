@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor
-from entrollm.container.header import TensorTable
-from entrollm.container.writer import matrix_bytes
 from entrollm.errors import EntroLLMError
-from entrollm.hf.backend import resting_place, to_tensor
+from entrollm.format.header import TensorTable
+from entrollm.format.writer import matrix_bytes
 from entrollm.hf.config import DEFAULT_BITS
 from entrollm.hf.names import Place, find_places
-from entrollm.hf.weight import CodedWeight
 from entrollm.quantize.select import TensorPlan, plan_tensors
 from entrollm.threads import default_threads
+from entrollm.torch.backend import resting_place, to_tensor
+from entrollm.torch.weight import CodedWeight
 
 
 class LiveCoder:

@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import nn
 
-from entrollm.checkpoint import resolve
-from entrollm.container.reader import CompressedModel
+from entrollm.checkpoint.resolve import resolve
 from entrollm.errors import FormatError
-from entrollm.hf.backend import Backend, default_backend
-from entrollm.hf.weight import CodedWeight
+from entrollm.format.reader import CompressedModel
+from entrollm.torch.backend import Backend, default_backend
+from entrollm.torch.weight import CodedWeight
 
 
 def load(

@@ -20,8 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from entrollm.compress.stacks import find_stacks
-from entrollm.container import layout
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format import layout
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from entrollm.container import layout
-from entrollm.container.reader import CompressedModel
 from entrollm.errors import UnsupportedError
-from entrollm.hf.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
+from entrollm.format import layout
+from entrollm.format.reader import CompressedModel
 from entrollm.hf.config import EntroConfig
-from entrollm.hf.joined import watch
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
-from entrollm.hf.modules import put_weight
 from entrollm.hf.names import Place, StoredEntries, around, find_places
-from entrollm.hf.parallel import is_parallel, load_parts, mark_local, without_entries
 from entrollm.hf.save import save_pretrained
-from entrollm.hf.weight import CodedStack, CodedWeight
+from entrollm.matrix import matrix_of
+from entrollm.torch.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
+from entrollm.torch.joined import watch
+from entrollm.torch.modules import put_weight
+from entrollm.torch.parallel import is_parallel, load_parts, mark_local, without_entries
+from entrollm.torch.weight import CodedStack, CodedWeight
 
 # Begins the names of entries that transformers is not to load; no tensor has such a name.
 _LEFT_OUT = "entrollm left out "
@@ -216,7 +217,7 @@ def _map_entries(files: Iterable[Path], names: Container[str]) -> dict[str, Tens
 
 def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:
     """A matrix whose entries are yet to be loaded; those in the file are checked here."""
-    stored.matrix(name)
+    matrix_of(stored, name)
     entries: dict[str, Tensor] = {}
     for suffix, array in stored.stored_arrays(name).items():
         entries[suffix] = torch.empty(array.shape, dtype=to_tensor(array[:0]).dtype, device="meta")

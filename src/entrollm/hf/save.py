@@ -15,11 +15,11 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from entrollm.compress.target import parse_size
-from entrollm.container import layout
-from entrollm.container.writer import ShardWriter
 from entrollm.errors import UnsupportedError
-from entrollm.hf.backend import to_array
-from entrollm.hf.weight import CodedWeight
+from entrollm.format import layout
+from entrollm.format.writer import ShardWriter
+from entrollm.torch.backend import to_array
+from entrollm.torch.weight import CodedWeight
 
 _DTYPES = {
     torch.float64: "F64",

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.errors import FormatError
+from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, sum_counts
 from entrollm.quantize.rounding import Rounding
-from entrollm.scales import LogScales, octave_codes, short_base, snap
 
 PRICE = 0.07
 """Squared steps per bit in rounding: less than the slope of the rate-distortion curve, since weights that are all

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.arrays import HOST, Array, Device, double, functions, like, single
 from entrollm.errors import FormatError
+from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.ecsq import PRICE
 from entrollm.quantize.grid import PLAIN_GRID, Grid, fit_grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
 from entrollm.quantize.rounding import ZERO, Rounding, to_integers
-from entrollm.scales import LogScales, octave_codes, short_base, snap
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5

@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.groups import GroupScales
-from entrollm.scales import LogScales, float_scales, zero_offsets
-from entrollm.specs import Code
+from entrollm.format.code import Code
+from entrollm.format.group_scales import GroupScales
+from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
 
 Float32 = NDArray[np.float32]
 Result = TypeVar("Result")

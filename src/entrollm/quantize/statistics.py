@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.arrays import Array, Device, functions, like, single
-from entrollm.checkpoint import Checkpoint
+from entrollm.checkpoint.model_folder import Checkpoint
 
 
 @dataclass(frozen=True)

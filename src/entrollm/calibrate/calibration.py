@@ -1,0 +1,114 @@
+"""Calibrate a checkpoint on a text, on what the model itself writes, or on both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from entrollm.arrays import HOST, Device
+from entrollm.calibrate.sample import sample_windows
+from entrollm.calibrate.store import StoredStatistics
+from entrollm.calibrate.text import calibration_windows, held_out_windows
+from entrollm.calibrate.walk import measure
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.resolve import resolve
+from entrollm.engine.files import read_model_files
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
+
+DEFAULT_WINDOWS = 64
+_WINDOW = 512
+_FEWEST_WINDOWS = 8
+# The calibration's own windows have another seed.
+_HELD_OUT_SEED = 1
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """What a model is calibrated on.
+
+    Attributes:
+        file: a UTF-8 text; None to use sampled windows alone.
+        windows: windows of 512 tokens, or the model's context if less, spread over the text.
+        sampled: windows that the model writes itself; see `sample_windows` for the memory they take, 0 for none.
+        held_out: windows that `held_out_windows` gives and calibration does not see: the last ones of the file.
+    """
+
+    file: str | Path | None
+    windows: int = DEFAULT_WINDOWS
+    sampled: int = DEFAULT_WINDOWS
+    held_out: int = 0
+
+    def __post_init__(self) -> None:
+        if self.file is None and self.sampled < _FEWEST_WINDOWS:
+            raise ValueError(
+                f"calibration needs a text or at least {_FEWEST_WINDOWS} sampled windows, found {self.sampled}"
+            )
+
+
+def calibrate(
+    model: str | Path,
+    text: CalibrationText,
+    folder: Path,
+    progress: Callable[[str, float, float], None] | None = None,
+    device: Device = HOST,
+) -> StoredStatistics:
+    """Measure what the matrices of a checkpoint see of a text, and how much their errors matter.
+
+    Args:
+        model: a checkpoint folder or a Hub id.
+        text: what it reads.
+        folder: where the result is kept; see `measure` for its size.
+        progress: called with what is being done, and how much of it is done and in all.
+        device: what computes.
+    Raises:
+        EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
+        UnsupportedError: the engine does not run this model.
+        ValueError: the model has no tokenizer.
+    """
+
+    def report(action: str) -> Callable[[float, float], None] | None:
+        return None if progress is None else lambda done, total: progress(action, done, total)
+
+    source = _Source(model)
+    parts = []
+    if text.file is not None:
+        parts.append(calibration_windows(source.tokenizer(), text.file, source.tokens, text.windows, text.held_out))
+    with Checkpoint.open(source.path) as checkpoint:
+        if text.sampled:
+            shape = (text.sampled, source.tokens)
+            parts.append(sample_windows(checkpoint, source.config, shape, progress=report("writing"), device=device))
+        return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
+
+
+def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
+    """Windows, shape (text.held_out, tokens), that a calibration on `text` does not see.
+
+    Args and errors as for `calibrate`.
+    """
+    source = _Source(model)
+    if text.file is not None:
+        return held_out_windows(source.tokenizer(), text.file, source.tokens, text.held_out)
+    with Checkpoint.open(source.path) as checkpoint:
+        shape = (text.held_out, source.tokens)
+        return sample_windows(checkpoint, source.config, shape, _HELD_OUT_SEED, device=device)
+
+
+class _Source:
+    """A checkpoint's configuration and tokenizer."""
+
+    def __init__(self, model: str | Path) -> None:
+        self.path = resolve(model)
+        self._files = read_model_files(self.path)
+        self.config = read_config(Fields(self._files.config, "config.json"))
+        self.tokens = min(_WINDOW, self.config.context_length)
+
+    def tokenizer(self) -> Tokenizer:
+        if self._files.tokenizer is None:
+            raise ValueError(f"{self.path} has no tokenizer.json, which reading a calibration text needs")
+        return self._files.tokenizer

@@ -1,0 +1,205 @@
+"""What the readers of quantized checkpoints have in common: packed matrices in, symbols and group scales out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.dtypes import DTYPES
+from entrollm.files.safetensors import Entry
+from entrollm.format.group_scales import GroupedKind, GroupScales
+
+FLOAT_TYPES = ("F16", "BF16", "F32")
+_TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """The integers of one matrix and their scales.
+
+    Attributes:
+        symbols: uint8, shape (rows, columns), columns in stored order.
+        groups: how they become weights.
+    """
+
+    symbols: NDArray[np.uint8]
+    groups: GroupScales
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix of a quantized checkpoint.
+
+    Attributes:
+        name: the weight's name in a checkpoint that is not quantized.
+        shape: (rows, columns), each at least 1.
+        dtype: the safetensors type that its own runtime dequantizes it to.
+        parts: the tensors of the checkpoint that it consists of.
+        read: unpacks it; raises FormatError where it is malformed.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    parts: tuple[str, ...]
+    read: Callable[[], StoredMatrix]
+
+
+class RawTensors(Protocol):
+    """The tensors of a checkpoint as they are stored."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """All tensors by name."""
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of one."""
+
+
+class Format(Protocol):
+    """A way in which checkpoints are quantized: one module of this package each."""
+
+    def recognise(self, quantization: Mapping[str, Any]) -> bool:
+        """Whether a quantization_config is of this format."""
+
+    def matrices(self, quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
+        """The packed matrices of a checkpoint.
+
+        Raises:
+            FormatError: a matrix is malformed; the message names the tensor.
+            UnsupportedError: the checkpoint uses a variant that is not read.
+        """
+
+
+def matrix_shape(tensors: RawTensors, name: str, dtypes: tuple[str, ...]) -> tuple[int, int]:
+    """The shape of a tensor that must be a matrix of one of these types, with at least one element.
+
+    Raises:
+        FormatError: it is missing or something else.
+    """
+    entry = tensors.entries.get(name)
+    if entry is None:
+        raise FormatError(f"{name}: the tensor is missing, though the parts that belong to it are there")
+    if entry.dtype not in dtypes or len(entry.shape) != 2 or 0 in entry.shape:
+        raise FormatError(
+            f"{name}: expected a matrix of type {' or '.join(dtypes)}, found {entry.dtype} {list(entry.shape)}"
+        )
+    return entry.shape[0], entry.shape[1]
+
+
+def integer_option(quantization: Mapping[str, Any], key: str, allowed: tuple[int, ...]) -> int:
+    """An integer of a quantization_config.
+
+    Raises:
+        FormatError: it is missing or no integer.
+        UnsupportedError: it is none of those allowed.
+    """
+    value = quantization.get(key)
+    if type(value) is not int:
+        raise FormatError(f"config.json: quantization_config has {key} {value!r:.80}, expected an integer")
+    if value not in allowed:
+        raise UnsupportedError(f"config.json: quantization_config has {key} {value}; read are {allowed}")
+    return value
+
+
+def is_method(quantization: Mapping[str, Any], method: str) -> bool:
+    """Whether a quantization_config names a method, under its usual key or gptqmodel's."""
+    return bool(quantization.get("quant_method", quantization.get("method")) == method)
+
+
+def layout_option(quantization: Mapping[str, Any], keys: tuple[str, ...], allowed: tuple[str, ...]) -> str:
+    """The layout that the first of some keys names, in lower case; by default the first one that is allowed.
+
+    Raises:
+        UnsupportedError: it is none of those allowed.
+    """
+    layout = next((quantization[key] for key in keys if key in quantization), allowed[0])
+    if not isinstance(layout, str) or layout.lower() not in allowed:
+        raise UnsupportedError(f"config.json: quantized weights in the layout {layout!r:.80}; read are {allowed}")
+    return layout.lower()
+
+
+def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]:
+    """Split rows of 32-bit words into fields, lowest bits first; a field may straddle two words.
+
+    Args:
+        words: int32 or uint32, shape (n, words), with at least `count * bits` bits in a row.
+        bits: 1 to 8.
+        count: fields of a row.
+    Returns:
+        uint8, shape (n, count).
+    """
+    rows = len(words)
+    octets = np.ascontiguousarray(words).view(np.uint8).reshape(rows, words.shape[1] * 4)
+    if bits == 8:
+        return octets[:, :count].copy()
+    if bits in (1, 2, 4):
+        fields = octets[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)
+        fields &= np.uint8((1 << bits) - 1)
+        return fields.reshape(rows, -1)[:, :count]
+    planes = np.unpackbits(octets, axis=1, count=count * bits, bitorder="little").reshape(rows, count, bits)
+    return np.packbits(planes, axis=2, bitorder="little").reshape(rows, count)
+
+
+def floats(tensors: RawTensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Scales or float zeros in their own type, checked to be finite and reshaped from an equal number of elements.
+
+    Raises:
+        FormatError: the tensor is missing, no 16- or 32-bit float, of another shape or not finite.
+    """
+    entry = tensors.entries.get(name)
+    if entry is None:
+        raise FormatError(f"{name}: the tensor is missing, though the parts that belong to it are there")
+    if entry.dtype not in FLOAT_TYPES or entry.shape != shape:
+        raise FormatError(
+            f"{name}: expected shape {list(shape)} of {', '.join(FLOAT_TYPES)}, found {entry.dtype} {list(entry.shape)}"
+        )
+    values = tensors.array(name)
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise FormatError(f"{name}: it has a value that is not finite")
+    return values
+
+
+def group_scales(form: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], zero: int | None = None) -> GroupScales:
+    """Group scales whose types are those of the arrays.
+
+    Args:
+        form: the fields of GroupedKind without its types and its zero.
+        arrays: by a name of GROUP_ARRAY_TYPES. Group zeros that are all equal become one zero.
+        zero: the zero of all groups; None where the arrays hold zeros or there is none.
+    """
+    kept = dict(arrays)
+    zeros = kept.get("group_zero")
+    if zeros is not None and zeros.dtype == np.uint8 and (zeros == zeros.flat[0]).all():
+        zero = int(kept.pop("group_zero").flat[0])
+    types = {name: _TYPE_NAMES[array.dtype] for name, array in kept.items()}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in kept.items()}
+    return GroupScales(GroupedKind(types=types, zero=zero, **form), contiguous)
+
+
+def sort_groups(name: str, group_index: NDArray[Any], groups: int) -> tuple[int, NDArray[np.uint32] | None]:
+    """The size of the groups of columns that an index names, and the order of columns that makes them contiguous.
+
+    Args:
+        name: the index tensor, for errors.
+        group_index: integers, shape (columns,).
+        groups: how many there are.
+    Returns:
+        The size, and None where the columns are in order already.
+    Raises:
+        FormatError: a group is out of range.
+        UnsupportedError: groups are not of one size, but for the last one.
+    """
+    if group_index.min() < 0 or group_index.max() >= groups:
+        raise FormatError(f"{name}: group {group_index.max()} is out of range, there are {groups}")
+    counts = np.bincount(group_index, minlength=groups)
+    size = int(counts[0])
+    if (counts[:-1] != size).any() or not 0 < counts[-1] <= size:
+        raise UnsupportedError(f"{name}: its groups have {counts.min()} to {counts.max()} columns, expected one size")
+    order = np.argsort(group_index, kind="stable").astype(np.uint32)
+    return size, None if (np.diff(group_index) >= 0).all() else order

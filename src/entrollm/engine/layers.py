@@ -1,0 +1,42 @@
+"""Run many token windows through a model one layer at a time, so that one layer's weights are in memory at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from entrollm.engine.cache import LayerCache
+from entrollm.engine.decoder import Layer
+from entrollm.engine.weights import Floats, Ids, Weights, load_embedding
+from entrollm.models.config import ModelConfig
+from entrollm.models.rope import RopeTables
+
+
+class LayerWalk:
+    """The hidden states of windows of tokens between two layers.
+
+    Args:
+        config: the model's.
+        weights: its tensors; only the embedding is read here.
+        windows: int64, shape (windows, tokens), each window from an empty context.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, windows: Ids) -> None:
+        self._config = config
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = load_embedding(weights, "model.embed_tokens.weight", shape)
+        tokens = windows.shape[1]
+        self._rope = RopeTables(config.rope).rows(0, tokens, config.rope.is_long(tokens))
+        self.hidden: list[Floats] = [embedding.rows(ids) for ids in windows]
+
+    def step(self, index: int, weights: Weights) -> None:
+        """Run layer `index`, which is the next one, on all windows.
+
+        Raises:
+            FormatError: a tensor of the layer is missing or has the wrong shape.
+        """
+        config = self._config
+        layer = Layer(config, weights, index)
+        cosines, sines = self._rope
+        for number, x in enumerate(self.hidden):
+            cache = LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
+            self.hidden[number] = np.asarray(layer(x, cosines, sines, cache))

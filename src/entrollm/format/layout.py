@@ -1,0 +1,192 @@
+"""Byte layout of a compressed safetensors file: entry names, alignment, header; see docs/format.md."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm._core import SLACK_BYTES
+from entrollm.errors import CorruptStreamError
+from entrollm.files.dtypes import DTYPES
+from entrollm.format.group_scales import GROUP_ARRAY_TYPES
+
+ALIGNMENT_BYTES = 64
+QUANT_METHOD = "entrollm"
+INDEX_NAME = "model.safetensors.index.json"
+# Keys of __metadata__ that are not tensor names; PLAIN_KEY is of version 1, TENSORS_KEY of later ones.
+VERSION_KEY = "entrollm.version"
+PLAIN_KEY = "entrollm.plain"
+TENSORS_KEY = "entrollm.tensors"
+FORMAT_KEY = "format"
+RESERVED_KEYS = frozenset({VERSION_KEY, PLAIN_KEY, FORMAT_KEY})
+
+# A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum. One entry holds what
+# version 1 has in six.
+CODED = ".coded"
+DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
+    ".dense",
+    ".sparse",
+    ".sparse_sizes",
+    ".scale",
+    ".offset",
+    ".column_scale",
+)
+# What group scales consist of; these entries are deflated, see `pack_array`.
+GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
+SUFFIXES = (CODED, *_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
+# The entries that a file may have, in version 1 and in later ones.
+VERSION_1_SUFFIXES = (*_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
+PACKED_SUFFIXES = (CODED, *GROUP_SUFFIXES)
+# The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
+SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
+    CODED: ("U8",),
+    DENSE: ("U8",),
+    SPARSE: ("U8",),
+    SPARSE_SIZES: ("U16",),
+    SCALE: ("F32", "BF16"),
+    OFFSET: ("F32",),
+    COLUMN_SCALE: ("F32", "BF16"),
+    **dict.fromkeys(GROUP_SUFFIXES, ("U8",)),
+}
+# A deflated byte stands for at most this many.
+_MAX_INFLATION = 1032
+_INDEX_DIGITS = 9
+_CHECKSUM_TAIL = ',"crc32":"00000000"}'
+# Streams that the engine reads in place; small arrays are copied at load.
+STREAMS = (DENSE, SPARSE)
+
+
+def entry_dtype(suffix: str, array: NDArray[Any]) -> str:
+    """The safetensors type that an array of a matrix is stored as.
+
+    Raises:
+        TypeError: the entry cannot have the array's type.
+    """
+    for name in SUFFIX_DTYPES[suffix]:
+        if array.dtype == DTYPES[name]:
+            return name
+    raise TypeError(f"{suffix[1:]} is stored as {' or '.join(SUFFIX_DTYPES[suffix])}, not {array.dtype}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """One tensor of a safetensors file that is being written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Join the parts of a stream and pad it: wide loads may run past its end, and the next stream must be aligned.
+
+    An empty stream stays empty and is not stored.
+    """
+    chunks = list(parts)
+    size = sum(chunk.size for chunk in chunks)
+    if size == 0:
+        return np.zeros(0, np.uint8)
+    return np.concatenate([*chunks, np.zeros(padded_size(size) - size, np.uint8)])
+
+
+def padded_size(size: int) -> int:
+    """Bytes that a stream of `size` bytes is stored in."""
+    return -(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if size else 0
+
+
+def deflate(arrays: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
+    """Deflate arrays into one stream, of each the first bytes of all elements first: those of scales are alike."""
+    octets = (np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).T.tobytes() for array in arrays)
+    return np.frombuffer(zlib.compress(b"".join(octets), 9), np.uint8)
+
+
+def pack_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Deflate one array."""
+    return deflate([array])
+
+
+def inflate(name: str, stored: NDArray[np.uint8], forms: Sequence[tuple[str, int]]) -> list[NDArray[Any]]:
+    """Undo `deflate`.
+
+    Args:
+        name: the entry, for errors.
+        stored: its bytes.
+        forms: type and number of the elements of each array.
+    Raises:
+        CorruptStreamError: the entry is not exactly one deflated stream of these arrays.
+    """
+    what = " and ".join(f"{count} numbers of type {dtype}" for dtype, count in forms)
+    size = sum(count * DTYPES[dtype].itemsize for dtype, count in forms)
+    if size > stored.size * _MAX_INFLATION:
+        raise CorruptStreamError(f"{name}: {stored.size} bytes cannot hold {what}")
+    decompressor = zlib.decompressobj()
+    try:
+        octets = decompressor.decompress(stored.tobytes(), size + 1)
+    except zlib.error as error:
+        raise CorruptStreamError(f"{name}: {error}; the file is damaged, compress or fetch it again") from None
+    if len(octets) != size or not decompressor.eof or decompressor.unused_data:
+        raise CorruptStreamError(f"{name}: it does not hold exactly {what}")
+    arrays, at = [], 0
+    for dtype, count in forms:
+        itemsize = DTYPES[dtype].itemsize
+        planes = np.frombuffer(octets, np.uint8, count * itemsize, at).reshape(itemsize, count)
+        arrays.append(np.ascontiguousarray(planes.T).view(DTYPES[dtype]).reshape(count))
+        at += count * itemsize
+    return arrays
+
+
+def unpack_array(name: str, stored: NDArray[np.uint8], dtype: str, count: int) -> NDArray[Any]:
+    """Undo `pack_array`, with the errors of `inflate`."""
+    return inflate(name, stored, [(dtype, count)])[0]
+
+
+def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 over a matrix: name, JSON spec up to the checksum at its end, arrays in the order of SUFFIXES."""
+    value = zlib.crc32((name + spec_text[: -len(_CHECKSUM_TAIL)]).encode())
+    for suffix in SUFFIXES:
+        if suffix in arrays:
+            value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)
+    return value
+
+
+def entry_bytes(name: str, suffix: str, array: NDArray[Any]) -> int:
+    """What an entry of a matrix adds to its file, its place in the header included, to within a few bytes."""
+    entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
+    return array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
+
+
+def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file whose data starts at a multiple of ALIGNMENT_BYTES."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for entry in entries:
+        end = begin + entry.size_bytes
+        fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def stack_member(name: str) -> tuple[str, int] | None:
+    """The tensor of three axes that a coded matrix is one matrix of, and which; None for a tensor of its own."""
+    stack, _, index = name.rpartition(".")
+    is_number = len(index) <= _INDEX_DIGITS and index.isascii() and index.isdigit() and str(int(index)) == index
+    return (stack, int(index)) if stack and is_number else None
+
+
+def member_name(stack: str, index: int) -> str:
+    """The name that matrix `index` of a tensor of three axes is coded under."""
+    return f"{stack}.{index}"
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file name of shard `index` (from 0) of `count`, as transformers names them."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

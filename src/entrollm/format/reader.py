@@ -1,0 +1,170 @@
+"""Open a compressed model folder: every structure is checked once here, code bytes stay in the memory map."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
+from entrollm.files.safetensors import SafetensorsFile, parse_json_object
+from entrollm.files.shards import open_weight_files
+from entrollm.format import layout
+from entrollm.format.entry import unpack
+from entrollm.format.header import parse_specs, read_tensors, versions_read
+from entrollm.format.spec import READ_VERSIONS, TensorSpec
+
+_NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
+_NO_SIZES = np.zeros(0, np.uint16)
+_ONE = np.ones(1, np.float32)
+
+
+class CompressedModel:
+    """A folder written by `entrollm compress`; make it with `CompressedModel.open`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
+        self.path = path
+        self.config = config
+        self._files: dict[str, SafetensorsFile] = {}
+        self._spec_texts: dict[str, str] = {}
+        specs: dict[str, TensorSpec] = {}
+        plain: dict[str, int] = {}
+        for file in files.values():
+            coded, kept = read_tensors(file)
+            specs.update(parse_specs(file, coded))
+            plain.update(kept)
+            self._spec_texts.update(coded)
+            for name in [*coded, *file.tensors]:
+                if self._files.setdefault(name, file) is not file:
+                    raise FormatError(f"{path}: tensor {name!r} is in two shards")
+        self.specs: Mapping[str, TensorSpec] = MappingProxyType(specs)
+        self.plain = tuple(plain)
+        self._plain_checksums = plain
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a compressed model folder.
+
+        Raises:
+            FormatError: the folder, a shard or a spec is malformed; the message names it.
+            UnsupportedError: the folder was written by a newer version.
+            ValueError: the path is not a folder of a compressed model.
+        """
+        path = Path(path)
+        config = read_config(path)
+        if not is_compressed(config):
+            raise ValueError(f"{path} is not a compressed model; `entrollm compress {path} -o OUT` makes one")
+        version = config["quantization_config"].get("version")
+        if type(version) is not int or version not in READ_VERSIONS:
+            raise UnsupportedError(
+                f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads {versions_read()}"
+            )
+        return cls(path, config, open_weight_files(path))
+
+    def unpacked_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """What a matrix consists of, by suffix, whether it is stored in one entry or in several.
+
+        Raises:
+            FormatError: the stored entries do not match the spec.
+        """
+        return unpack(name, self.specs[name], self.stored_arrays(name))
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor that was kept in its own type, as a read-only view of the file."""
+        return self._files[name].array(name)
+
+    def dtype(self, name: str) -> str:
+        """The safetensors dtype of a tensor that was kept."""
+        return self._files[name].tensors[name].dtype
+
+    def stored_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The stored entries of a matrix, by suffix.
+
+        Raises:
+            FormatError: an entry has the wrong type or nothing in it.
+        """
+        file = self._files[name]
+        arrays = {}
+        for suffix in layout.SUFFIXES:
+            entry = file.tensors.get(name + suffix)
+            if entry is None:
+                continue
+            if entry.dtype not in layout.SUFFIX_DTYPES[suffix] or len(entry.shape) != 1:
+                raise FormatError(
+                    f"{file.path}: {name + suffix!r} is {entry.dtype} {list(entry.shape)}, "
+                    f"expected one axis of {' or '.join(layout.SUFFIX_DTYPES[suffix])}"
+                )
+            if entry.size_bytes <= (_core.SLACK_BYTES if suffix in layout.STREAMS else 0):
+                raise FormatError(f"{file.path}: {name + suffix!r} is empty; empty entries are left out")
+            arrays[suffix] = file.array(name + suffix)
+        return arrays
+
+    def check_checksum(self, name: str) -> None:
+        """Compare the bytes of a matrix, or of a tensor that was kept, with their checksum.
+
+        Raises:
+            KeyError: no tensor has this name.
+            CorruptStreamError: they differ.
+        """
+        if name in self.specs:
+            expected = self.specs[name].checksum
+            found = layout.checksum(name, self._spec_texts[name], self.stored_arrays(name))
+        else:
+            expected = self._plain_checksums[name]
+            found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
+        if found != expected:
+            raise CorruptStreamError(
+                f"{self._files[name].path}: the bytes of {name!r} have CRC-32 {found:08x}, expected {expected:08x}; "
+                "the file is damaged, compress or fetch it again"
+            )
+
+    def file_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(file.size_bytes for file in {id(f): f for f in self._files.values()}.values())
+
+    def release(self, name: str) -> None:
+        """Tell the system that the bytes of a matrix or a kept tensor need not stay resident."""
+        file = self._files[name]
+        for entry in (name, *(name + suffix for suffix in layout.SUFFIXES)):
+            if entry in file.tensors:
+                file.release(entry)
+
+    def close(self) -> None:
+        """Let go of the files; matrices and views stay valid."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        FormatError: it is missing or malformed.
+        ValueError: the path is not a folder.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is {'a file' if path.exists() else 'missing'}; expected a model folder")
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise FormatError(f"{path} has no config.json; expected a model folder")
+    return parse_json_object(config_path, config_path.read_bytes(), "the configuration")
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json belongs to a folder that `entrollm compress` wrote."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD

@@ -1,0 +1,242 @@
+"""Matrices that stay coded: where Python meets the native product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm import _core
+from entrollm.errors import CorruptStreamError, FormatError
+from entrollm.format import layout
+from entrollm.format.entry import unpack
+from entrollm.format.grid import GridKind
+from entrollm.format.group_scales import GroupedKind, GroupScales
+from entrollm.format.log_scales import decode_scales, zero_offsets
+from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import Kind, TensorSpec
+
+_NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
+_NO_SIZES = np.zeros(0, np.uint16)
+_ONE = np.ones(1, np.float32)
+
+
+class _Scales(NamedTuple):
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32] | None
+    column_scale: NDArray[np.float32] | None
+    groups: GroupScales | None
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix that is read straight from its coded bytes.
+
+    Attributes:
+        name: the tensor's name.
+        spec: what it is.
+        stored_bytes: all its bytes in the file, without its share of the header.
+        native: what multiplies and decodes it; where there are groups, of the integers alone.
+        scale: float32, shape (1,) or (rows,); of no use where there are groups.
+        offset: float32, the shape of scale; None for none.
+        column_scale: float32, shape (columns,); None for none.
+        groups: its group scales; None for none.
+    """
+
+    name: str
+    spec: TensorSpec
+    stored_bytes: int
+    native: _core.CodedMatrix
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32] | None
+    column_scale: NDArray[np.float32] | None
+    groups: GroupScales | None = None
+
+    def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
+        """Decode rows [begin, end): uint8 (end - begin, columns).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            return self.native.decode(begin, end, pool)
+        except _core.CorruptBlockError as error:
+            raise self.corrupt(error) from None
+
+    def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
+        """Decode and dequantize some rows: float32 (len(rows), columns).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            values = self.native.dequantize(rows, pool)
+        except _core.CorruptBlockError as error:
+            raise self.corrupt(error) from None
+        return values if self.groups is None else self.groups.apply(values, rows)
+
+    def corrupt(self, error: Exception) -> CorruptStreamError:
+        """The error for a block that does not decode."""
+        return CorruptStreamError(f"{self.name}: {error}; the file is damaged, compress or fetch it again")
+
+
+def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> CodedMatrix:
+    """Open a matrix over its stored entries, checking that streams, blocks and code fit together.
+
+    Args:
+        name: the tensor's name, for errors.
+        spec: what it is.
+        arrays: its stored entries by suffix; the streams are read in place, the others are copied.
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    stored_bytes = sum(array.nbytes for array in arrays.values())
+    arrays = unpack(name, spec, arrays)
+    _check_entries(name, spec.kind, arrays)
+    if isinstance(spec.kind, GroupedKind):
+        scales = _Scales(_ONE, None, None, _read_groups(name, spec, spec.kind, arrays))
+    else:
+        scales = _read_grid(name, spec.kind, arrays)
+    try:
+        native = _core.CodedMatrix(
+            spec.code.program(),
+            spec.code.low_bits,
+            _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
+            arrays.get(layout.DENSE, _NO_STREAM),
+            arrays.get(layout.SPARSE, _NO_STREAM),
+            _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
+            scales.scale,
+            scales.offset,
+            scales.column_scale,
+        )
+    except ValueError as error:
+        raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
+    return CodedMatrix(
+        name, spec, stored_bytes, native, scales.scale, scales.offset, scales.column_scale, scales.groups
+    )
+
+
+def matrix_of(model: CompressedModel, name: str) -> CodedMatrix:
+    """Open one matrix of a folder, checking that its streams, blocks and code fit together.
+
+    Raises:
+        KeyError: no matrix has this name.
+        FormatError: the stored entries do not match the spec.
+    """
+    return open_matrix(name, model.specs[name], model.stored_arrays(name))
+
+
+def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
+
+    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact, with group scales those of
+    each group. There, products are of the weights before they are rounded to half precision, and sums of fp8 values are
+    in double precision.
+
+    Raises:
+        CorruptStreamError: a block does not decode.
+    """
+    if any(matrix.groups is not None for matrix in matrices):
+        return np.concatenate([_multiply_grouped(matrix, x, pool) for matrix in matrices], axis=1)
+    try:
+        return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
+    except _core.CorruptBlockError as error:
+        names = ", ".join(matrix.name for matrix in matrices)
+        raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
+
+
+def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    groups = matrix.groups
+    if groups is None:
+        return multiply([matrix], x, pool)
+    order = groups.arrays.get("column_order")
+    stored = np.ascontiguousarray(x if order is None else x[:, order])
+    try:
+        return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
+    except _core.CorruptBlockError as error:
+        raise matrix.corrupt(error) from None
+
+
+def _check_entries(name: str, kind: Kind, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Check that the stored arrays are those that the kind declares.
+
+    Raises:
+        FormatError: one is missing or not declared.
+    """
+    expected = tuple("." + entry for entry in kind.entry_names)
+    stray = [s for s in arrays if s in layout.GROUP_SUFFIXES and s not in expected]
+    if isinstance(kind, GroupedKind):
+        stray += [s for s in (layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE) if s in arrays]
+    missing = [suffix for suffix in expected if suffix not in arrays]
+    if missing:
+        raise FormatError(f"{name}: it lacks {missing[0][1:]}, which its spec declares")
+    if stray:
+        raise FormatError(f"{name}: it has {stray[0][1:]}, which its spec does not declare")
+
+
+def _read_groups(name: str, spec: TensorSpec, kind: GroupedKind, arrays: Mapping[str, NDArray[Any]]) -> GroupScales:
+    """The group scales of a matrix, inflated and checked.
+
+    Raises:
+        FormatError: an array is malformed, or holds what no weight can be made of.
+    """
+    found = {}
+    for array, count in kind.lengths(spec.rows, spec.columns).items():
+        values = layout.unpack_array(f"{name}.{array}", arrays["." + array], kind.types[array], count)
+        if values.dtype.kind not in "ui" and not np.isfinite(values.astype(np.float32)).all():
+            raise FormatError(f"{name}: its {array} has a value that is not finite")
+        found[array] = values if array == "column_order" else values.reshape(spec.rows, -1)
+    order = found.get("column_order")
+    if order is not None and not np.array_equal(np.sort(order), np.arange(spec.columns, dtype=np.uint32)):
+        raise FormatError(f"{name}: its column_order does not name every column once")
+    return GroupScales(kind, found)
+
+
+def _read_grid(name: str, kind: GridKind, arrays: Mapping[str, NDArray[Any]]) -> _Scales:
+    """The scales of rows and columns; finite, in aligned memory.
+
+    Raises:
+        FormatError: an array is missing, stored twice, or has a value that is not finite.
+    """
+    scale = _stored_scales(name, "scale", kind.scale, kind, arrays)
+    if scale is None:
+        raise FormatError(f"{name}: neither its spec nor the entry {name + layout.SCALE!r} gives its scale")
+    column_scale = _stored_scales(name, "column_scale", None, kind, arrays)
+    if kind.zero is None:
+        return _Scales(scale, _stored_scales(name, "offset", kind.offset, kind, arrays), column_scale, None)
+    if layout.OFFSET in arrays:
+        raise FormatError(f"{name}: it has a zero symbol and stored offsets too")
+    offset = zero_offsets(scale, kind.zero)
+    if not np.isfinite(offset).all():
+        raise FormatError(f"{name}: its zero gives an offset that is not finite")
+    return _Scales(scale, offset, column_scale, None)
+
+
+def _stored_scales(
+    name: str, which: str, value: float | None, kind: GridKind, arrays: Mapping[str, NDArray[Any]]
+) -> NDArray[np.float32] | None:
+    """One array of scales: the value of the spec, or what is stored; None if absent."""
+    stored = arrays.get(f".{which}")
+    form = kind.stored.get(which)
+    if stored is not None and isinstance(form, int):
+        base = 1.0 if which == "column_scale" else value
+        if base is None:
+            raise FormatError(f"{name}: its {which} is stored as codes, and the spec has no {which} that they multiply")
+        found = decode_scales(stored, form, base)
+    elif stored is None:
+        return None if value is None else np.array([value], np.float32)
+    elif value is not None:
+        raise FormatError(f"{name}: its {which} is both in the spec and stored")
+    else:
+        found = stored.astype(np.float32)  # a copy in aligned memory; safetensors only aligns what it happens to
+    if not np.isfinite(found).all():
+        raise FormatError(f"{name}: its {which} has a value that is not finite")
+    return found
+
+
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy in aligned memory; safetensors only aligns what it happens to."""
+    return np.array(array)

@@ -1,0 +1,17 @@
+"""Llama 1 to 3 and the models that share its architecture, such as SmolLM and TinyLlama."""
+
+from dataclasses import replace
+
+from entrollm.models.config import ModelConfig, read_decoder
+from entrollm.models.config_fields import Fields
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """Read a llama config.json."""
+    attention_bias = fields.flag("attention_bias", False)
+    return replace(
+        read_decoder(fields),
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=fields.flag("mlp_bias", False),
+    )

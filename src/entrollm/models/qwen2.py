@@ -1,0 +1,12 @@
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and sliding windows in the upper layers."""
+
+from dataclasses import replace
+
+from entrollm.models.config import ModelConfig, layered_windows, read_decoder
+from entrollm.models.config_fields import Fields
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """Read a qwen2 config.json."""
+    config = read_decoder(fields)
+    return replace(config, qkv_bias=True, windows=layered_windows(fields, config.num_layers))

@@ -1,0 +1,19 @@
+"""Qwen3 (dense): normalised queries and keys, a head size of its own, sliding windows in the upper layers."""
+
+from dataclasses import replace
+
+from entrollm.models.config import Defaults, ModelConfig, layered_windows, read_decoder
+from entrollm.models.config_fields import Fields
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """Read a qwen3 config.json."""
+    config = read_decoder(fields, Defaults(head_dim=128))
+    attention_bias = fields.flag("attention_bias", False)
+    return replace(
+        config,
+        qk_norm=True,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        windows=layered_windows(fields, config.num_layers),
+    )

@@ -1,0 +1,200 @@
+"""Rotary position embeddings: the frequencies of each variant and their tables of cosines and sines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrollm.engine.weights import Floats
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.models.config_fields import MAX_FACTOR, Fields
+
+_MAX_CONTEXT = 2**31
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Which angles a model rotates its queries and keys by.
+
+    Attributes:
+        frequencies: float32 (rotary_dim / 2,), radians per position.
+        scale: factor on the cosines and sines.
+        long_frequencies: used instead, for every position, once the sequence is longer than `switch_length` (longrope).
+        switch_length: tokens.
+        context_factor: how far this variant stretches max_position_embeddings.
+    """
+
+    frequencies: Floats
+    scale: float = 1.0
+    long_frequencies: Floats | None = None
+    switch_length: int = 0
+    context_factor: float = 1.0
+
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens uses the long frequencies."""
+        return self.long_frequencies is not None and length > self.switch_length
+
+
+class RopeTables:
+    """Cosines and sines per position, computed once and extended as sequences grow."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._tables: dict[bool, tuple[Floats, Floats]] = {}
+
+    def rows(self, start: int, count: int, is_long: bool) -> tuple[Floats, Floats]:
+        """Return (cosines, sines), each float32 (count, 1, rotary_dim / 2), of the positions from `start`."""
+        stop = start + count
+        table = self._tables.get(is_long)
+        if table is None or len(table[0]) < stop:
+            table = self._compute(max(256, 2 * stop), is_long)
+            self._tables[is_long] = table
+        return table[0][start:stop], table[1][start:stop]
+
+    def _compute(self, length: int, is_long: bool) -> tuple[Floats, Floats]:
+        long = self._rope.long_frequencies
+        frequencies = long if is_long and long is not None else self._rope.frequencies
+        # Angles are rounded to float32 before the cosine, as in the models' training code.
+        angles = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
+        scale = np.float32(self._rope.scale)
+        return np.cos(angles) * scale, np.sin(angles) * scale
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A rope section with what the variants take from the rest of config.json."""
+
+    fields: Fields
+    theta: float
+    rotary_dim: int
+    original_length: int
+    stretch: float
+
+    def frequencies(self) -> Floats:
+        """theta ** (-2 i / rotary_dim), rounded to float32 at each step as in the models' training code."""
+        exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
+        powers: Floats = np.float32(self.theta) ** exponents
+        return np.reciprocal(powers)
+
+
+def read_rope(config: Fields, head_dim: int, *, partial: bool, aliases: Mapping[str, str]) -> Rope:
+    """Read the rotary embedding of config.json, in today's form (rope_parameters) or the older one (rope_scaling).
+
+    Args:
+        config: the whole of config.json.
+        head_dim: features per attention head.
+        partial: whether the architecture honours partial_rotary_factor.
+        aliases: names of rope types that mean another one in this architecture.
+    Raises:
+        FormatError: a value is of the wrong type or out of range.
+        UnsupportedError: the rope type, or a partial rotation, is not implemented for this architecture.
+    """
+    fields = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    written_kind = fields.text("rope_type", fields.text("type", "default"))
+    kind = aliases.get(written_kind, written_kind)
+    if kind not in _VARIANTS:
+        supported = ", ".join(sorted(_VARIANTS))
+        raise UnsupportedError(f"{fields.source}: rope type {kind!r} is not supported; supported: {supported}")
+    holder = fields if "partial_rotary_factor" in fields else config
+    factor = holder.number("partial_rotary_factor", 1.0, high=1.0)
+    if factor != 1.0 and not partial:
+        raise UnsupportedError(f"{holder.source}: partial_rotary_factor {factor} is not supported for this model type")
+    rotary_dim = int(head_dim * factor)
+    if not 0 < rotary_dim + rotary_dim % 2 <= head_dim:
+        raise FormatError(f"{holder.source}: {rotary_dim} of {head_dim} features per head cannot be rotated in pairs")
+    theta = (fields if "rope_theta" in fields else config).number("rope_theta", 10000.0, low=1.0, high=MAX_FACTOR)
+    context_length = config.integer("max_position_embeddings", high=_MAX_CONTEXT)
+    original = context_length
+    if kind != "default":
+        holder = config if "original_max_position_embeddings" in config else fields
+        # Where longrope switches is no guess: phi3 and the others would assume different lengths.
+        assumed = None if kind == "longrope" else context_length
+        original = holder.integer("original_max_position_embeddings", assumed, high=_MAX_CONTEXT)
+    return _VARIANTS[kind](_Source(fields, theta, rotary_dim, original, context_length / original))
+
+
+def _default(source: _Source) -> Rope:
+    return Rope(source.frequencies())
+
+
+def _linear(source: _Source) -> Rope:
+    return Rope(source.frequencies() / np.float32(source.fields.factor("factor")))
+
+
+def _llama3(source: _Source) -> Rope:
+    fields = source.fields
+    factor, low, high = (fields.factor(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise FormatError(f"{fields.source}: low_freq_factor {low} should be below high_freq_factor {high}")
+    frequencies = source.frequencies()
+    rotations = source.original_length * frequencies / np.float32(2 * math.pi)
+    # Below `low` rotations per original context a frequency is divided, above `high` it is kept.
+    kept = np.clip((rotations - np.float32(low)) / np.float32(high - low), 0, 1)
+    return Rope(_mixed(frequencies / np.float32(factor), frequencies, kept))
+
+
+def _mixed(first: Floats, second: Floats, share: Floats) -> Floats:
+    """`share` of the second, the rest of the first."""
+    return first + share * (second - first)
+
+
+def _yarn(source: _Source) -> Rope:
+    fields = source.fields
+    factor = fields.factor("factor", source.stretch)
+    frequencies = source.frequencies()
+    fast = fields.factor("beta_fast", 32.0)
+    slow = fields.factor("beta_slow", 1.0)
+
+    def dimension(rotations: float) -> float:
+        ratio = source.original_length / (rotations * 2 * math.pi)
+        return source.rotary_dim * math.log(ratio) / (2 * math.log(source.theta))
+
+    if source.theta == 1.0:
+        raise fields.error("rope_theta", "a number other than 1 for the rope type yarn")
+    low, high = dimension(fast), dimension(slow)
+    if fields.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, source.rotary_dim - 1)
+    if low == high:
+        high += 0.001
+    divided = np.clip((np.arange(len(frequencies)) - low) / (high - low), 0, 1)
+    mixed = _mixed(frequencies, frequencies / np.float32(factor), divided.astype(np.float32))
+    return Rope(mixed, _yarn_scale(fields, factor), context_factor=max(1.0, factor / source.stretch))
+
+
+def _yarn_scale(fields: Fields, factor: float) -> float:
+    if "attention_factor" in fields:
+        return fields.number("attention_factor")
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    numerator, denominator = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    return magnitude(numerator) / magnitude(denominator) if numerator and denominator else magnitude(1.0)
+
+
+def _longrope(source: _Source) -> Rope:
+    fields = source.fields
+    frequencies = source.frequencies()
+    factor = fields.factor("factor", source.stretch)
+    if "attention_factor" in fields:
+        scale = fields.number("attention_factor")
+    elif factor <= 1 or source.original_length == 1:
+        scale = 1.0
+    else:
+        scale = math.sqrt(1 + math.log(factor) / math.log(source.original_length))
+    short: Floats = np.array(fields.factors("short_factor", len(frequencies)), dtype=np.float32)
+    long: Floats = np.array(fields.factors("long_factor", len(frequencies)), dtype=np.float32)
+    return Rope(frequencies / short, scale, long_frequencies=frequencies / long, switch_length=source.original_length)
+
+
+_VARIANTS: Mapping[str, Callable[[_Source], Rope]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

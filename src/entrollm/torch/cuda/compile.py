@@ -1,0 +1,118 @@
+"""Compile the kernels with NVRTC when they are first needed, and keep the result on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from entrollm.errors import UnsupportedError
+
+# Bulk copies with barriers need Hopper.
+MIN_CAPABILITY = (9, 0)
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+
+
+def check_installed() -> None:
+    """Check that the packages of the `cuda` extra are there.
+
+    Raises:
+        UnsupportedError: one is missing.
+    """
+    try:
+        import cuda.bindings.nvrtc
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(f"the GPU kernels need {error.name}; install it: pip install 'entrollm[cuda]'") from None
+
+
+def kernel(source: str, name: str, capability: tuple[int, int], macros: tuple[tuple[str, int], ...]) -> Any:
+    """The compiled function `name` of kernels/`source`, for the current device; a cuda.core Kernel.
+
+    Raises:
+        UnsupportedError: the device is too old, or the compiler is missing or fails.
+    """
+    if capability < MIN_CAPABILITY:
+        raise UnsupportedError(
+            f"the GPU kernels need compute capability {_dotted(MIN_CAPABILITY)} or later, this is {_dotted(capability)}"
+        )
+    check_installed()
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(_cubin(source, capability, macros)).get_kernel(name)
+
+
+@functools.cache
+def _cubin(source: str, capability: tuple[int, int], macros: tuple[tuple[str, int], ...]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    text = _read(source)
+    _, major, minor = nvrtc.nvrtcVersion()
+    key = hashlib.sha256(repr((text, capability, macros, major, minor)).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{Path(source).stem}-{key}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = compile_source(text, capability, macros)
+    _write(path, cubin)
+    return cubin
+
+
+def compile_source(text: str, capability: tuple[int, int], macros: tuple[tuple[str, int], ...]) -> bytes:
+    """Compile to a cubin; no GPU is needed.
+
+    Raises:
+        UnsupportedError: NVRTC is missing or does not take the source; its log is in the message.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch=f"sm_{capability[0]}{capability[1]}",
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in macros] or None,
+    )
+    try:
+        return bytes(Program(text, "c++", options).compile("cubin").code)
+    except RuntimeError as error:
+        raise UnsupportedError(f"NVRTC cannot compile the GPU kernels: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ENTROLLM_CACHE, or entrollm in the user's cache folder."""
+    chosen = os.environ.get("ENTROLLM_CACHE")
+    if chosen:
+        return Path(chosen) / "cuda"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entrollm" / "cuda"
+
+
+def _read(name: str, seen: set[str] | None = None) -> str:
+    """A source with the project's own headers in place of their names; each is included once."""
+    seen = {name} if seen is None else seen
+    text = (resources.files("entrollm.torch.cuda") / "kernels" / name).read_text()
+
+    def header(match: re.Match[str]) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return _read(match[1], seen)
+
+    return _INCLUDE.sub(header, text).replace("#pragma once\n", "")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write whole or not at all; a folder that cannot be written to costs a compilation per process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)
+    except OSError:
+        return
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,194 @@
+"""Coded matrices in plain torch operations, on any device: slow, and equal to `codec/reference.py` bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from entrollm.errors import CorruptStreamError, UnsupportedError
+from entrollm.format import layout
+from entrollm.format.blocks import padded
+from entrollm.format.entry import unpack_with
+from entrollm.format.grid import GridKind
+from entrollm.format.log_scales import decode_scales
+from entrollm.format.spec import TensorSpec
+from entrollm.torch.bit_fields import DenseFields, Node, Stream, children, decode_lists, dense_bytes, width_of
+
+# Weights that are decoded at once: index tensors take a few hundred bytes for each 16 weights.
+_CHUNK_WEIGHTS = 1 << 20
+_KNOWN = frozenset(
+    {layout.CODED, layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES}
+    | {layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE}
+)
+
+
+class PlainMatrix:
+    """A coded matrix that decodes with torch operations on the device where its stored entries are.
+
+    Args:
+        name: the tensor's name, for errors.
+        spec: what it is; the entries are known to match it.
+        entries: its stored entries by suffix, on the device.
+        device: where it decodes.
+    Raises:
+        UnsupportedError: an entry has no meaning here.
+    """
+
+    def __init__(self, name: str, spec: TensorSpec, entries: Mapping[str, Tensor], device: torch.device) -> None:
+        if unknown := sorted(set(entries) - _KNOWN):
+            raise UnsupportedError(f"{name}: its entry {unknown[0][1:]} is not decoded by plain torch operations")
+        self.shape = (spec.rows, spec.columns)
+        self._name = name
+        self._spec = spec
+        slices, small = unpack_with(name, spec, entries, lambda side: side.cpu().numpy())
+        self._entries: dict[str, Tensor] = {**slices, **{suffix: _to_device(a, device) for suffix, a in small.items()}}
+        self._device = device
+        self._padded = padded(spec.columns)
+        self._tree: Node = spec.code.tree
+        sizes = self._entries.get(layout.SPARSE_SIZES)
+        # Plain 16-bit integers are signed on some devices.
+        self._sizes = None if sizes is None else sizes.view(torch.int16).to(torch.int64) & 0xFFFF
+        self._starts = None if self._sizes is None else torch.cumsum(self._sizes, 0) - self._sizes
+        kind = spec.kind
+        if not isinstance(kind, GridKind):
+            raise UnsupportedError(f"{name}: matrices with group scales are not decoded by plain torch operations")
+        self._forms = kind.stored
+        self._scale = self._scales(layout.SCALE, kind.scale)
+        self._offset = self._scales(layout.OFFSET, kind.offset)
+        if kind.zero is not None and self._scale is not None:
+            self._offset = self._scale * -float(kind.zero)
+        self._column_scale = self._scales(layout.COLUMN_SCALE, None)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        parts = [functional.linear(x, self._weights(chunk).to(x.dtype)) for chunk in self._chunks()]
+        return torch.cat(parts, dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up: integers (n,) -> float32 (n, in_features).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+            IndexError: an id is outside of the matrix.
+        """
+        if ids.numel() == 0:
+            return torch.empty((0, self.shape[1]), device=self._device)
+        if not bool(((ids >= 0) & (ids < self.shape[0])).all()):
+            raise IndexError(f"{self._name}: a row is looked up that is outside of its {self.shape[0]} rows")
+        block_rows = self._spec.blocks.rows
+        groups, place = torch.unique(ids // block_rows, return_inverse=True)
+        # A last group of fewer rows sorts last, so the rows of all others are where whole groups put them.
+        return self._weights(groups)[place * block_rows + ids % block_rows]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All weights: (out_features, in_features).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        return torch.cat([self._weights(chunk).to(dtype) for chunk in self._chunks()])
+
+    def symbols(self, groups: Tensor) -> Tensor:
+        """Decode row groups, given by ascending numbers: uint8 (their rows, in_features).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        spec = self._spec
+        last_rows = spec.rows - (self._row_groups() - 1) * spec.blocks.rows
+        has_short = last_rows < spec.blocks.rows and int(groups[-1]) == self._row_groups() - 1
+        whole = groups[:-1] if has_short else groups
+        decoded = [self._decode_groups(whole, spec.blocks.rows)] if len(whole) else []
+        if has_short:
+            decoded.append(self._decode_groups(groups[-1:], last_rows))
+        return torch.cat(decoded)
+
+    def _chunks(self) -> tuple[Tensor, ...]:
+        groups = torch.arange(self._row_groups(), device=self._device)
+        chunk = max(1, _CHUNK_WEIGHTS // (self._spec.blocks.rows * self._padded))
+        chunks: tuple[Tensor, ...] = torch.split(groups, chunk)
+        return chunks
+
+    def _row_groups(self) -> int:
+        return -(-self._spec.rows // self._spec.blocks.rows)
+
+    def _weights(self, groups: Tensor) -> Tensor:
+        """The rows of some groups in float32, rounded after each operation as the format says."""
+        symbols = self.symbols(groups)
+        weights = symbols.to(torch.float32)
+        rows = slice(0, 1)
+        offsets = torch.arange(self._spec.blocks.rows, device=self._device)
+        ids = (groups[:, None] * self._spec.blocks.rows + offsets).reshape(-1)[: len(symbols)]
+        for values, operation in ((self._scale, torch.mul), (self._offset, torch.add)):
+            if values is not None:
+                weights = operation(weights, values[rows if len(values) == 1 else ids][:, None])
+        return weights if self._column_scale is None else weights * self._column_scale
+
+    def _scales(self, suffix: str, value: float | None) -> Tensor | None:
+        stored = self._entries.get(suffix)
+        form = self._forms.get(suffix[1:])
+        if stored is not None and isinstance(form, int):
+            base = 1.0 if value is None else value
+            return torch.from_numpy(decode_scales(stored.cpu().numpy(), form, base)).to(self._device)
+        if value is not None:
+            return torch.tensor([value], dtype=torch.float32, device=self._device)
+        return None if stored is None else stored.to(torch.float32)
+
+    def _decode_groups(self, groups: Tensor, rows: int) -> Tensor:
+        """Groups of `rows` rows each: uint8 (groups * rows, in_features)."""
+        width = self._spec.blocks.columns
+        parts = -(-self._padded // width)
+        whole_group = self._dense_size(self._spec.blocks.rows, self._padded)
+        at = 0
+        decoded = []
+        for part in range(parts):
+            columns = min(width, self._padded - part * width)
+            blocks = groups * parts + part
+            symbols = self._decode_blocks(blocks, groups * whole_group + at, rows * columns)
+            decoded.append(symbols.reshape(len(groups), rows, columns))
+            at += self._block_size(rows * columns)
+        joined = torch.cat(decoded, dim=2).reshape(len(groups) * rows, self._padded)
+        return joined[:, : self.shape[1]]
+
+    def _dense_size(self, rows: int, columns: int) -> int:
+        width = self._spec.blocks.columns
+        return sum(self._block_size(rows * min(width, columns - begin)) for begin in range(0, columns, width))
+
+    def _block_size(self, count: int) -> int:
+        return dense_bytes(count, width_of(self._tree)) + dense_bytes(count, self._spec.code.low_bits)
+
+    def _decode_blocks(self, blocks: Tensor, dense_starts: Tensor, count: int) -> Tensor:
+        """Blocks of `count` symbols each: uint8 (blocks, count)."""
+        dense = self._entries.get(layout.DENSE)
+        root = DenseFields(dense, dense_starts, count, width_of(self._tree))
+        low = DenseFields(
+            dense, dense_starts + dense_bytes(count, width_of(self._tree)), count, self._spec.code.low_bits
+        )
+        sparse = None
+        if children(self._tree):
+            assert self._sizes is not None and self._starts is not None
+            sparse = Stream(self._entries[layout.SPARSE], self._starts[blocks], self._sizes[blocks])
+        symbols = decode_lists(self._tree, root, sparse)
+        if symbols is None:
+            raise CorruptStreamError(
+                f"{self._name}: the lists of a block do not fit it; the file is damaged, compress or fetch it again"
+            )
+        return symbols | low.values()
+
+
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A small array as a tensor; 16-bit integers as signed ones, which all devices have."""
+    if array.dtype == ml_dtypes.bfloat16:
+        array = array.astype(np.float32)
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device)

@@ -1,0 +1,205 @@
+"""The GPU's layout, packed and read back on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entrollm.errors import UnsupportedError
+from entrollm.torch.cuda import compile as kernels
+from entrollm.torch.cuda import transcode
+from entrollm.torch.cuda.matrix import CudaMatrix
+from entrollm.torch.cuda.plan import chunk_limit, plan_of
+from entrollm.torch.cuda.shape import Shape, choose_shape
+from entrollm.torch.cuda.transcode import Packed, pack, row_words
+from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
+from tests.support.gpu_layout import unpack
+
+
+def packed(symbols: np.ndarray, shape: Shape | None = None) -> tuple[Packed, Shape, TripleCode]:
+    code = choose_triple_code(np.bincount(symbols.reshape(-1), minlength=256).tolist())
+    shape = shape or choose_shape("tensor", *symbols.shape, code.bits)
+    rows = torch.zeros(len(symbols), 3, dtype=torch.int32)
+    return pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end])), shape, code
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 330),
+    st.floats(0, 60),
+    st.integers(0, 255),
+    st.integers(0, 2**32 - 1),
+)
+def test_symbols_survive(rows: int, columns: int, deviation: float, middle: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    symbols = np.clip(np.rint(rng.standard_t(3, (rows, columns)) * deviation) + middle, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(unpack(*packed(symbols)), symbols)
+
+
+@pytest.mark.parametrize("chunks, segments", [(1, 2), (1, 8), (3, 4), (7, 2)])
+def test_every_way_to_cut(chunks: int, segments: int) -> None:
+    rng = np.random.default_rng(0)
+    symbols = np.clip(np.rint(rng.normal(100, 3, (20, 1100))), 0, 255).astype(np.uint8)
+    shape = Shape(20, 1100, chunks, segments)
+    np.testing.assert_array_equal(unpack(*packed(symbols, shape)), symbols)
+
+
+def test_lanes_of_very_different_lengths_wait_for_each_other() -> None:
+    """A row of long codewords between rows of short ones: starts are more than 8 bits apart."""
+    rng = np.random.default_rng(0)
+    symbols = np.full((16, 2880), 128, np.uint8)
+    symbols[3] = rng.integers(124, 132, 2880)
+    symbols[12, 1000:] = rng.integers(125, 131, 1880)
+    found, shape, code = packed(symbols, Shape(16, 2880, 2, 8))
+    np.testing.assert_array_equal(unpack(found, shape, code), symbols)
+
+
+@pytest.mark.parametrize("deviation", [0.2, 0.7, 1.1, 2.0, 4.0, 12.0])
+def test_expected_bits_are_those_of_the_chunks(deviation: float) -> None:
+    rng = np.random.default_rng(0)
+    symbols = np.clip(np.rint(rng.normal(128, deviation, (64, 4096))), 0, 255).astype(np.uint8)
+    code = choose_triple_code(np.bincount(symbols.reshape(-1), minlength=256).tolist())
+    cut = choose_shape("tensor", 14336, 4096, code.bits)  # few rows would be cut into shorter segments
+    found, _, _ = packed(symbols, replace(cut, rows=64))
+    bits = found.data.numel() * 8 / symbols.size
+    counts = np.bincount(symbols.reshape(-1), minlength=256) / symbols.size
+    entropy = -(counts[counts > 0] * np.log2(counts[counts > 0])).sum()
+    assert code.bits < 1.09 * max(entropy, 0.4) + 0.02
+    assert code.bits < bits < 1.08 * code.bits + 0.15  # starts of segments, rows, and ragged ends
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=256, max_size=256).filter(any))
+@settings(max_examples=30, deadline=None)
+def test_tables_are_prefix_codes(counts: list[int]) -> None:
+    code = choose_triple_code(counts)
+    table = code.table()
+    held = np.unique(code.stored)
+    np.testing.assert_array_equal(code.stored[held], held)
+    spent = 0
+    for triple in held:
+        length = int(code.lengths[triple])
+        entries = table[int(code.codewords[triple]) :: 1 << length]
+        assert len(set(entries.tolist())) == 1 and int(entries[0]) & 255 == length
+        spent += 256 >> length
+    assert spent <= 256
+    assert 0 <= code.raw_bits <= 7 and (int(table.max()) >> 24) < 256
+
+
+def test_row_words_keep_every_bit() -> None:
+    scale = torch.tensor([1.5, -2.0])
+    words = row_words(torch.tensor([7, 3]), scale, scale / 3)
+    assert words[:, 0].tolist() == [7, 3]
+    assert torch.equal(words[:, 1].contiguous().view(torch.float32), scale)
+
+
+@pytest.mark.parametrize("columns, raw", [(576, True), (4096, False), (4096, True), (14336, True)])
+def test_one_vector_fits_the_shared_memory(columns: int, raw: bool) -> None:
+    """With room for several chunks, on a GPU with 227 KB for a block."""
+    room = 227 << 10
+    plan = plan_of(1, columns, raw, 18 << 10, room)
+    assert plan.slots >= 3
+    assert plan.shared_bytes + 16 * 16 * 20 + 2048 <= room
+
+
+@pytest.mark.parametrize("columns", [4096, 14336, 28672])
+@pytest.mark.parametrize("room", [99 << 10, 227 << 10])
+def test_chunks_fit_where_rows_are_long_or_memory_is_small(columns: int, room: int) -> None:
+    for bits in (1.7, 4.0, 7.5):
+        limit = chunk_limit(columns, True, room)
+        if limit == 0:
+            assert room < 227 << 10 and columns > 4096
+            continue
+        shape = choose_shape("tensor", 64, columns, bits, limit)
+        assert plan_of(1, columns, True, int(16 * columns * bits / 8 / shape.chunks * 1.05), room).fits
+
+
+def test_chunks_that_wait_for_room_fill_whole_turns_of_the_warps() -> None:
+    """4096 x 14336 at 2.4 bits: two tiles a multiprocessor, which does not hold all of their chunks."""
+    whole = choose_shape("tensor", 4096, 14336, 2.4)
+    assert 2 * whole.chunks * whole.segments // 2 == 24  # pairs of segments, one for each warp
+    cut = choose_shape("tensor", 4096, 14336, 2.4, slots=lambda size: (100 << 10) // size)
+    assert 2 * cut.chunks * cut.segments // 2 == 48
+    # Tiles by the dozen, of which few are held: enough segments of each to keep the warps busy.
+    many = choose_shape("tensor", 131072, 4096, 1.6, slots=lambda _: 6)
+    assert 6 * many.chunks * many.segments // 2 >= 18
+
+
+def test_rows_that_take_many_bits_are_cut_finer() -> None:
+    """One table serves the matrix; what it does not hold is patched, in some rows nearly everything."""
+    rng = np.random.default_rng(0)
+    symbols = rng.normal(128, 1.0, (320, 2048))
+    symbols[:20] = rng.normal(128, 25.0, (20, 2048))
+    symbols = np.clip(np.rint(symbols), 0, 255).astype(np.uint8)
+    limit = 12 << 10
+    whole, shape, code = packed(symbols)
+    assert whole.chunk_bytes > limit
+    rows = torch.zeros(len(symbols), 3, dtype=torch.int32)
+    found = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), limit)
+    assert found.chunk_bytes <= limit
+    assert found.shape.chunks > shape.chunks
+    np.testing.assert_array_equal(unpack(found, found.shape, code), symbols)
+    # As fine as can be, where no cut is fine enough.
+    least = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), 16)
+    assert least.shape.chunks == least.shape.groups // 2
+    np.testing.assert_array_equal(unpack(least, least.shape, code), symbols)
+
+
+def test_activations_that_do_not_fit_leave_no_slots() -> None:
+    assert plan_of(8, 14336, True, 18 << 10, 227 << 10).slots == 0
+    assert plan_of(1, 57344, True, 18 << 10, 227 << 10).slots == 0
+
+
+def test_rows_that_are_too_long() -> None:
+    with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 65535 columns, this has 65536"):
+        choose_shape("tensor", 16, 65536, 3.0)
+
+
+def test_matrices_that_are_too_large() -> None:
+    code = choose_triple_code([1] * 256)
+    packer = transcode._Packer("tensor", Shape(16, 4096, 1, 2), code, torch.zeros(16, 3, dtype=torch.int32))
+    sizes = torch.full((1 << 15, 1, 3), 2000)  # tiles; rows of words of both streams, and patches
+    with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 8 GiB of a matrix, this has 1"):
+        packer.chunk_table(sizes)
+
+
+def test_kernels_refuse_other_devices() -> None:
+    with pytest.raises(UnsupportedError, match="the fused kernels run on NVIDIA GPUs, not on cpu"):
+        CudaMatrix([], torch.device("cpu"))
+
+
+def test_old_gpus_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"need compute capability 9\.0 or later, this is 8\.6"):
+        kernels.kernel("product.cu", "multiply", (8, 6), ())
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
+    with pytest.raises(UnsupportedError, match=r"pip install 'entrollm\[cuda\]'"):
+        kernels.check_installed()
+
+
+def test_sources_are_complete() -> None:
+    for name in ("product.cu", "decode.cu"):
+        text = kernels._read(name)
+        assert "#include" not in text
+        assert text.count("struct Matrix {") == text.count("struct Ring {") == 1
+
+
+def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC needs no GPU; a second use takes the file, and a folder that cannot be written to is no error."""
+    pytest.importorskip("cuda.core")
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path))
+    kernels._cubin.cache_clear()
+    found = kernels._cubin("decode.cu", (9, 0), (("THREADS", 768),))
+    (kept,) = (tmp_path / "cuda").iterdir()
+    assert kept.read_bytes() == found
+    with pytest.raises(UnsupportedError, match="NVRTC cannot compile"):
+        kernels.compile_source("not a kernel", (9, 0), ())
