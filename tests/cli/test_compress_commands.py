@@ -156,5 +156,5 @@ def test_a_gpu_without_torch_for_it_is_refused(tmp_path: Path, monkeypatch: pyte
         result = invoke(*arguments, code=1)
     assert "is built without CUDA" in " ".join(result.output.split())
     monkeypatch.setitem(sys.modules, "entrollm.torch.device", None)
-    assert "--device cuda: import of entrollm.hf" in " ".join(invoke(*arguments, code=1).output.split())
+    assert "--device cuda: import of entrollm.torch" in " ".join(invoke(*arguments, code=1).output.split())
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from entrollm.compress import compress
 from entrollm.compress.export import export
 from entrollm.files.dtypes import DTYPES
 from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 from tests.support.checkpoints import example_weights, write_checkpoint
 
 
@@ -35,7 +36,7 @@ def test_the_weights_are_the_dequantized_ones(folder: Path, tmp_path: Path, dtyp
             for name, spec in model.specs.items():
                 stored = spec.dtype if dtype == "original" else dtype.upper()
                 assert exported.tensors[name].dtype == stored
-                values = model.matrix(name).dequantize(np.arange(spec.rows, dtype=np.int64), pool)
+                values = matrix_of(model, name).dequantize(np.arange(spec.rows, dtype=np.int64), pool)
                 expected = values.astype(DTYPES[stored])
                 assert exported.read(name).tobytes() == expected.tobytes(), name
             for name in model.plain:

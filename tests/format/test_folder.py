@@ -232,7 +232,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_a_key_error(tmp_path: Path) -> None:
     with CompressedModel.open(write_example(tmp_path / "model")) as model:
-        for call in (model.matrix, model.array, model.dtype, model.stored_arrays, model.check_checksum):
+        for call in (
+            lambda name: matrix_of(model, name),
+            model.array,
+            model.dtype,
+            model.stored_arrays,
+            model.check_checksum,
+        ):
             with pytest.raises(KeyError):
                 call("nothing")
 

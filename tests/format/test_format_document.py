@@ -18,6 +18,7 @@ from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
 from entrollm.format.writer import ShardWriter
+from entrollm.matrix import matrix_of
 from tests.support.folders import check_all, read_safetensors, write_config
 from tests.support.paths import ROOT
 
@@ -49,5 +50,5 @@ def test_the_file_is_as_shown(tmp_path: Path) -> None:
     assert header["w.weight.coded"]["shape"] == [320]
     check_all(tmp_path)
     with CompressedModel.open(tmp_path) as model:
-        values = model.matrix("w.weight").dequantize(np.array([0]), _core.ThreadPool(1))
+        values = matrix_of(model, "w.weight").dequantize(np.array([0]), _core.ThreadPool(1))
     assert values[0, 0] == 0.25

@@ -139,9 +139,13 @@ def test_missing_and_stray_entries_are_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     scale = np.ones(1, np.float32)
     for name, entry, message in (
-        (NESTED + ".group_minimum", None, "nested.weight: it lacks group_minimum, which its spec tells of"),
-        (NESTED + ".group_zero", ("U8", layout.pack_array(scale)), "it has group_zero, which its spec does not tell"),
-        (NESTED + ".scale", ("F32", scale), "it has scale, which its spec does not tell of"),
+        (NESTED + ".group_minimum", None, "nested.weight: it lacks group_minimum, which its spec declares"),
+        (
+            NESTED + ".group_zero",
+            ("U8", layout.pack_array(scale)),
+            "it has group_zero, which its spec does not",
+        ),
+        (NESTED + ".scale", ("F32", scale), "it has scale, which its spec does not"),
     ):
         content = file.read_bytes()
         change_entries(file, {name: entry})
@@ -167,7 +171,7 @@ def test_values_that_no_weight_is_made_of_are_refused(folder: Path) -> None:
 
 def test_scales_of_groups_without_groups_are_refused(folder: Path) -> None:
     change_spec(folder / "model.safetensors", NESTED, groups=None, scale=1.0)
-    with pytest.raises(FormatError, match=r"nested.weight: it has group_scale, which its spec does not tell of"):
+    with pytest.raises(FormatError, match=r"nested.weight: it has group_scale, which its spec does not declare"):
         contents(folder)
 
 

@@ -172,7 +172,7 @@ def test_few_scales_are_no_spec_of_their_own(tmp_path: Path) -> None:
     arrays |= {layout.SCALE: np.array([0.5], np.float32), layout.OFFSET: np.array([2], np.float32)}
     with ShardWriter(tmp_path / "model.safetensors") as writer:
         written = writer.add_matrix("w", spec, arrays)
-    assert (written.scale, written.offset, dict(written.scales)) == (0.5, 2.0, {"column_scale": "F32"})
+    assert written.kind == GridKind(0.5, 2.0, stored={"column_scale": "F32"})
 
 
 BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {

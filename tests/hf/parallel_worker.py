@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 import entrollm.hf  # noqa: F401 (registers the quantization method)
 from entrollm.errors import UnsupportedError
 from entrollm.hf import CodedWeight
-from tests.hf.models import ids
+from tests.torch.models import ids
 
 
 def main(out: Path, folders: list[Path]) -> None:

@@ -20,7 +20,7 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedStack, CodedWeight, EntroConfig, EntroEmbedding, EntroLinear
 from entrollm.quantize import BitsOverride
-from tests.hf.models import difference, ids, write_coded
+from tests.torch.models import difference, ids, write_coded
 
 # Name: class of the configuration, class of the model, and options.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -22,8 +22,8 @@ from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, check
 from entrollm.torch import backend
-from tests.hf.models import ids
 from tests.support.folders import change_entries, change_header, change_spec, read_entry
+from tests.torch.models import ids
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 

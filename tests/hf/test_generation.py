@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 import entrollm
 import entrollm.hf
 from entrollm import CompressOptions, compress
-from tests.hf.models import ids
 from tests.support.paths import TINY_LLAMA
+from tests.torch.models import ids
 
 TOKENS = 24
 

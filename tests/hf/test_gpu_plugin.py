@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import entrollm.hf
 from entrollm.hf import CodedWeight, EntroConfig
-from tests.hf.models import difference, ids, logits
+from tests.torch.models import difference, ids, logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 KERNELS = pytest.param(

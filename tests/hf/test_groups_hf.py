@@ -13,6 +13,7 @@ from entrollm.errors import UnsupportedError
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedWeight
+from entrollm.matrix import matrix_of
 from entrollm.torch import parallel
 from entrollm.torch.backend import Backend, to_tensor
 from tests.support.paths import GOLDEN
@@ -30,7 +31,7 @@ def test_weights_are_those_of_the_folder(backend: Backend) -> None:
             entries = {suffix: to_tensor(array) for suffix, array in stored.stored_arrays(name).items()}
             weight = CodedWeight(name, spec, entries, torch.float32, CPU)
             weight.set_backend(backend)
-            expected = stored.matrix(name).dequantize(np.arange(spec.rows), pool)
+            expected = matrix_of(stored, name).dequantize(np.arange(spec.rows), pool)
             assert weight.dequantize().numpy().tobytes() == expected.tobytes()
             x = torch.randn(3, spec.columns)
             product = x @ torch.from_numpy(expected).T

@@ -20,7 +20,7 @@ from entrollm.format import layout
 from entrollm.format.entry import pack, unpack
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, EntroEmbedding, EntroLinear
-from tests.hf.models import ids, logits
+from tests.torch.models import ids, logits
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from entrollm.compress.export import export
 from entrollm.errors import UnsupportedError
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedWeight, EntroEmbedding, EntroLinear
-from tests.hf.models import difference, ids, logits
+from tests.torch.models import difference, ids, logits
 
 # Activations are rounded to 16 bits.
 TOLERANCE = 1e-3

@@ -22,10 +22,11 @@ from entrollm import _core
 from entrollm.errors import UnsupportedError
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedWeight, EntroConfig
+from entrollm.matrix import matrix_of
 from entrollm.torch import parallel
 from entrollm.torch.backend import open_native
-from tests.hf.models import difference, ids, logits, write_coded
 from tests.support.paths import ROOT
+from tests.torch.models import difference, ids, logits, write_coded
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_parts_have_the_weights_of_the_whole(coded: Path, style: str, rank: int,
             weight = parallel.without_entries(stored, name, torch.float32)
             weight.anchor = torch.empty(0)
             parallel._Cutter(stored, rank, size).fill(weight, style)
-            whole = stored.matrix(name).dequantize(np.arange(spec.rows), pool)
+            whole = matrix_of(stored, name).dequantize(np.arange(spec.rows), pool)
             axis = 0 if style == "colwise" else 1
             step = -(-whole.shape[axis] // size)
             expected = (

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from entrollm import _core
 from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 
 Arrays = dict[str, NDArray[Any]]
 # Packs one linear layer: (generator, rows, columns) to its tensors by their last name, and its float32 weights.
@@ -91,7 +92,7 @@ def imported_weights(folder: Path) -> dict[str, NDArray[np.float32]]:
     with CompressedModel.open(folder) as model:
         pool = _core.ThreadPool(1)
         return {
-            name: model.matrix(name).dequantize(np.arange(spec.rows, dtype=np.int64), pool)
+            name: matrix_of(model, name).dequantize(np.arange(spec.rows, dtype=np.int64), pool)
             for name, spec in model.specs.items()
         }
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, CompileConfig
 import entrollm.hf
 from entrollm.hf import CodedWeight, EntroLinear
 from entrollm.torch import operators
-from tests.hf.models import ids, logits, write_coded
+from tests.torch.models import ids, logits, write_coded
 
 LAYERS = 2
 # Products of a token by a Llama: QKV, output, gate and up, down; and the head.

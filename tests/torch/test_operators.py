@@ -16,7 +16,7 @@ from torch.nn import functional
 import entrollm.hf
 from entrollm.hf import CodedWeight, EntroLinear
 from entrollm.torch import operators
-from tests.hf.models import difference, ids, logits
+from tests.torch.models import difference, ids, logits
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_awq
-import test_bitsandbytes
-import test_compressed_tensors
-import test_fp8
-import test_gptq
-import test_hqq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
+from tests.checkpoint.imported import (
+    test_awq,
+    test_bitsandbytes,
+    test_compressed_tensors,
+    test_fp8,
+    test_gptq,
+    test_hqq,
+)
 from tests.support.quantized_sources import Arrays, Packer, change_tensors, write_source
 
 LAYER = "model.layers.0.mlp.down_proj."
