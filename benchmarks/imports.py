@@ -251,7 +251,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         work = Path(temporary)
         path = random_checkpoint(work / "random") if arguments.random else arguments.checkpoint
-        print("| source | its bits | stored | entropy | saved |\n|---|---:|---:|---:|---:|")
+        print("| source | source bits | stored | entropy | saved |\n|---|---:|---:|---:|---:|")
         with Checkpoint.open(path) as original:
             for name in [*FORMATS, *(f"GGUF {kind}" for kind in GGUF_TYPES)]:
                 folder = work / "source"

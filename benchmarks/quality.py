@@ -221,14 +221,14 @@ def page(results: dict[str, Any]) -> str:
             f"| {row['name']} | {row['file_bits']:.3f} | {row['kl_mean']:.4f} | {row['kl_p99']:.3f} | "
             f"{100 * row['top1']:.1f} % | {row['perplexity']:.2f} |"
         )
-    lines += ["", "Fewer file bits at the KL of each (negative: more; -: outside of the curve):", ""]
+    lines += ["", "How many fewer file bits we need at the same KL (negative: more; -: outside the curve):", ""]
     lines += [f"| at the KL of | its file bits | {' | '.join(ours)} |", "|---|---|" + "---|" * len(ours)]
     for entry in results["savings"]:
         shares = ("-" if entry[family] is None else f"{entry[family]:.1f} %" for family in ours)
         lines.append(f"| {entry['name']} | {entry['file_bits']:.3f} | {' | '.join(shares)} |")
     notes = [f"{row['name']}: {row['note']}" for row in results["models"] if row["note"]]
     if notes:
-        lines += ["", "What llama.cpp's types are made of here (rows of no multiple of 256 get other types): "]
+        lines += ["", "What llama.cpp's types consist of here (rows that are not a multiple of 256 fall back to other types): "]
         lines[-1] += "; ".join(notes) + "."
     return "\n".join(lines) + "\n"
 
