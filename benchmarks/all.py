@@ -1,4 +1,4 @@
-"""Run every benchmark into benchmarks/results, then make docs/benchmarks.md and its plot.
+"""Run every benchmark into benchmarks/results, then make docs/research/benchmarks.md and its plot.
 
 usage: python benchmarks/all.py [--folder FOLDER] [--threads N] [--shapes SHAPE ...] [--build NAME=FOLDER ...]
        python benchmarks/all.py --quick [--folder FOLDER] [--threads N]

@@ -1,4 +1,4 @@
-"""Make docs/benchmarks.md and its plot from the JSON files of benchmarks/results.
+"""Make docs/research/benchmarks.md and its plot from the JSON files of benchmarks/results.
 
 usage: python benchmarks/report.py [--results FOLDER] [--out FOLDER]
 """

@@ -1,4 +1,4 @@
-"""The section of docs/benchmarks.md on GPUs, from the JSON files of benchmarks/cuda/results."""
+"""The section of docs/research/benchmarks.md on GPUs, from the JSON files of benchmarks/cuda/results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The primitives that every instruction set implements; see docs/format.md for the byte layout they
+// The primitives that every instruction set implements; see docs/reference/format.md for the byte layout they
 // read.
 #pragma once
 

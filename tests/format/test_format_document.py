@@ -1,4 +1,4 @@
-"""The example in docs/format.md is what the code writes."""
+"""The example in docs/reference/format.md is what the code writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from entrollm.matrix import matrix_of
 from tests.support.folders import check_all, read_safetensors, write_config
 from tests.support.paths import ROOT
 
-DOCUMENT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "reference" / "format.md").read_text(encoding="utf-8")
 ROW = [13, 12, 9, 14, 16, 12, 201, 15, 5, 12]
 CODE = Code(Field(1, (12,), Field(2, (8, 16, 4), Field(8, ()))), low_bits=2)
 

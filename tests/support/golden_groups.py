@@ -96,7 +96,7 @@ def write_golden_groups(path: Path) -> None:
 
 
 def expected_weight(name: str, row: int, column: int) -> float:
-    """One weight of a case by the formula of docs/format.md, a number at a time."""
+    """One weight of a case by the formula of docs/reference/format.md, a number at a time."""
     form, zero, arrays = CASES[name]
     rounded = {"F16": _F16, "BF16": _BF16}.get(form.get("arithmetic", "F32"), _F32)
     order = arrays.get("column_order", np.arange(COLUMNS)).tolist()

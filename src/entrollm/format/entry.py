@@ -1,4 +1,4 @@
-"""A matrix in one entry: its streams, then its small arrays, deflated; see docs/format.md."""
+"""A matrix in one entry: its streams, then its small arrays, deflated; see docs/reference/format.md."""
 
 from __future__ import annotations
 

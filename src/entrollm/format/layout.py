@@ -1,4 +1,4 @@
-"""Byte layout of a compressed safetensors file: entry names, alignment, header; see docs/format.md."""
+"""Byte layout of a compressed safetensors file: entry names, alignment, header; see docs/reference/format.md."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class EntroConfig(QuantizationConfigMixin):
         return self.bits or self.bpw or _PLANNED_BITS
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json stores: the form of docs/format.md, options that have their default left out."""
+        """What config.json stores: the form of docs/reference/format.md, options that have their default left out."""
         stored: dict[str, Any] = {
             "quant_method": self.quant_method,
             "version": FORMAT_VERSION,

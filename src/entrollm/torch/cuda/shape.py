@@ -1,4 +1,4 @@
-"""How a matrix is cut for the GPU: tiles, chunks, and segments; docs/cuda.md describes them."""
+"""How a matrix is cut for the GPU: tiles, chunks, and segments; docs/research/cuda.md describes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turn symbols into the layout that the kernels decode; docs/cuda.md describes it.
+"""Turn symbols into the layout that the kernels decode; docs/research/cuda.md describes it.
 
 Everything here is plain torch operations, so it runs, and is tested, on any device.
 """

@@ -1,4 +1,4 @@
-// What the kernels share: the layout of a matrix on the GPU (docs/cuda.md) and a few instructions.
+// What the kernels share: the layout of a matrix on the GPU (docs/research/cuda.md) and a few instructions.
 //
 // A tile is 16 rows. A group is 72 columns of a tile: three matrix-unit steps of 24 columns. In a
 // step, lane 4 g + q holds rows g and g + 8 and the columns 12 h + 3 q + {0, 1, 2} of half h =
