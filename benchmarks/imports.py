@@ -3,7 +3,8 @@
 usage: python benchmarks/imports.py [CHECKPOINT] [--random] [--folder FOLDER] [--threads N] [--json FILE]
 
 Weights are rounded to nearest, with the extremes of each group at the ends of its grid; GPTQ's and AWQ's own choices
-of integers have about the same entropy. GGUF files are llama.cpp's own. The table is Markdown, as in docs/guide/importing.md.
+of integers have about the same entropy. GGUF files are llama.cpp's own. The table is Markdown, as in
+docs/guide/importing.md.
 """
 
 from __future__ import annotations

@@ -228,7 +228,10 @@ def page(results: dict[str, Any]) -> str:
         lines.append(f"| {entry['name']} | {entry['file_bits']:.3f} | {' | '.join(shares)} |")
     notes = [f"{row['name']}: {row['note']}" for row in results["models"] if row["note"]]
     if notes:
-        lines += ["", "What llama.cpp's types consist of here (rows that are not a multiple of 256 fall back to other types): "]
+        lines += [
+            "",
+            "What llama.cpp's types consist of here (rows that are not a multiple of 256 fall back to other types): ",
+        ]
         lines[-1] += "; ".join(notes) + "."
     return "\n".join(lines) + "\n"
 

@@ -30,10 +30,10 @@ def main() -> None:
     """Write the page and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "research")
     arguments = parser.parse_args()
     # quality.py makes its own page.
-    paths = [path for path in sorted(arguments.results.glob("*.json")) if path.stem != "quality"]
+    paths = [path for path in sorted(arguments.results.glob("*.json")) if not path.stem.startswith("quality")]
     results = {path.stem: json.loads(path.read_text()) for path in paths}
     if not results:
         raise SystemExit(f"{arguments.results} has no results; run benchmarks/all.py first")
@@ -57,29 +57,29 @@ def _conditions(results: dict[str, Any]) -> str:
     dates = ", ".join(sorted({environment["date"] for environment in environments}))
     return f"""# Benchmarks
 
-`pip install -r benchmarks/requirements.txt && python benchmarks/all.py` makes the files of `benchmarks/results`, and
-this page and its plot from them.
+`pip install -r benchmarks/requirements.txt && python benchmarks/all.py` makes the files in `benchmarks/results`, and
+from them this page and its plot.
 
 - Hardware: {first["processor"]}, {first["cores"]} vCPUs of a shared server, {first["memory_bytes"] / 2**30:.0f} GiB of
   memory, kernels for {first["isa"]}; Python {first["python"]} on {first["system"]}.
 - Commit {commits}, {dates}.
-- Other work shared the vCPUs at a lower priority, and other guests share the server: absolute figures move by tens of
-  percent from hour to hour, and ratios too, though less. The sides of a comparison take turns in the same run,
-  unless a note says otherwise. **Best** is the fastest run, the closest to an undisturbed
-  machine; **median** is over all runs. A star marks figures during which other processes took more than
-  {100 * DISTURBED:.0f} % of the cores beyond those that the benchmark left to them.
-- Weights are random, of a stated entropy (bits per weight of a uniform grid over Gaussian weights). "Bits" are stored
-  bits per weight with everything included. Codes are those of `--prefer speed` unless stated.
-- The weights in the GGUF files are random too, blocks of a few quantized rows repeated; which tensor has which type is
-  llama.cpp's own choice. Where rows do not fill its superblocks of 256, as in the 135M shape, it falls back to larger
+- Other work shared the vCPUs at a lower priority, and other guests share the server. Absolute figures vary by tens of
+  percent from hour to hour; ratios vary too, but less. Both sides of a comparison take turns in the same run, unless a
+  note says otherwise. **Best** is the fastest run, the closest to an undisturbed machine; **median** is over all runs.
+  A star marks figures during which other processes took more than {100 * DISTURBED:.0f} % of the cores beyond those
+  that the benchmark left to them.
+- Weights are random, of a stated entropy H (bits per weight of a uniform grid over Gaussian weights). "Bits" are stored
+  bits per weight with everything included. Codes are those of `--prefer speed` unless stated otherwise.
+- The weights in the GGUF files are random too: blocks of a few quantized rows, repeated. llama.cpp itself chooses which
+  tensor has which type. Where rows do not fill its superblocks of 256, as in the 135M shape, it falls back to larger
   types, and "equal quality" does not hold.
-- llama.cpp's CPU library was built with GCC 12 twice: with AMX, where `_tile_loadconfig` was replaced (that compiler
-  drops stores to its operand, GCC bug 114098, and the stock build crashes on this processor), and with
-  AVX-512 (VNNI, VBMI, BF16) alone.{_missing(results)}
-- Every timed result is checked first: products against float64, decoded symbols against the source, generated text
+- llama.cpp's CPU library was built with GCC 12 twice: once with AMX, and once with AVX-512 (VNNI, VBMI, BF16) alone. In
+  the first build, `_tile_loadconfig` was replaced, because that compiler drops stores to its operand (GCC bug 114098)
+  and the stock build crashes on this processor.{_missing(results)}
+- Every timed result is checked first: products against float64, decoded symbols against the source, and generated text
   against that of the other runs.
 
-![tokens per second and weights per second over stored bits](benchmarks.png)"""
+![Tokens per second and weights per second over stored bits](benchmarks.png)"""
 
 
 def _missing(results: dict[str, Any]) -> str:
@@ -128,25 +128,24 @@ def _generate(result: dict[str, Any]) -> str:
     ours = [row["prompt_rate"] for row in result["rows"] if row["ours"]]
     prompts = (
         f"\nA prompt of 512 tokens runs at {min(ours) / int8['prompt_rate']:.2f} to "
-        f"{max(ours) / int8['prompt_rate']:.2f} of the speed of llama.cpp Q8_0 (goal 1.0)."
+        f"{max(ours) / int8['prompt_rate']:.2f} times the speed of llama.cpp Q8_0 (goal 1.0)."
         if int8 and ours
         else ""
     )
     return f"""## Generation, {result["shape"]} shape
 
-{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} run(s) of each;
-llama.cpp from llama-cpp-python {result["llama_cpp_python"]}, builds {builds}, of which the faster one counts for each
-type.
-"Outside products" is the share of a token spent on everything but the coded products (goal: at
-most {100 * result["goal_outside"]:.0f} %; here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).
-Prompts have 512 tokens.{_note(result)}
+{result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} runs of each. Prompts have
+512 tokens. llama.cpp is from llama-cpp-python {result["llama_cpp_python"]}, in the builds {builds}; for each type, the
+faster build counts. "Outside products" is the share of a token's time spent on everything except the coded products
+(goal: at most {100 * result["goal_outside"]:.0f} %;
+here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).{_note(result)}
 
 {table}
 
-Our model over a llama.cpp type. The pairs are those of the goals, taken to be of equal quality; that they have the same
-KL divergence has not been measured. llama.cpp ran on a shared, busy machine, {runs} time(s) a type, so its best may be
-well below what an undisturbed machine gives: a goal that is reached is "not settled" unless every build of llama.cpp
-was timed at least three times, and "provisional" then.
+The next table compares our tokens per second with those of a llama.cpp type. The pairs are those of the goals and are
+assumed to be of equal quality; their KL divergences have not been compared. llama.cpp ran on a shared, busy machine,
+{runs} times per type, so an undisturbed machine may be much faster than its best. A goal that is reached is therefore
+"provisional", or "not settled" unless every build of llama.cpp was timed at least three times.
 
 {compared}
 {prompts}""".rstrip()
@@ -195,9 +194,9 @@ def _gemv(result: dict[str, Any]) -> str:
         )
     return f"""## Fused decoding and product, batch 1
 
-{result["int8_bytes"] / 2**30:.0f} GiB of int8 weights, the same number of coded ones; rows of {result["columns"]};
-activations of 16 bits as two int8 digits (the int8 and int4 baselines have one). "Of read" is the share of the
-bandwidth of a plain read.
+{result["int8_bytes"] / 2**30:.0f} GiB of int8 weights and the same number of coded weights, in rows of
+{result["columns"]}. Activations have 16 bits, as two int8 digits (one digit in the int8 and int4 baselines). "Of read"
+is the share of the bandwidth of a plain read.
 
 """ + "\n\n".join(parts)
 
@@ -225,8 +224,8 @@ def _batch(result: dict[str, Any]) -> str:
     columns = ("matrix", "code", *(f"batch {n}, ms" for n in batches), *(f"{n} over 1" for n in batches[1:]))
     return f"""## Batches
 
-Products with the matrices of the 1.1B shape, {result["threads"]} threads, H = {result["entropy_bits"]}; milliseconds at
-best. Goal: batches up to 8 cost at most {GOAL_BATCH} of batch 1.
+Products with the matrices of the 1.1B shape, {result["threads"]} threads, H = {result["entropy_bits"]}; best times in
+milliseconds. Goal: batches of up to 8 cost at most {GOAL_BATCH} times batch 1.
 
 {_table(columns, rows)}"""
 
@@ -255,9 +254,9 @@ def _decode(result: dict[str, Any]) -> str:
     columns = ("H", "coder", "code", "bits", "decode Gw/s", "median", "GB/s read", "encode Gw/s", "choice, ms")
     return f"""## Decoding to bytes, and encoding
 
-{result["threads"]} thread, {result["rows"][0]["weights"] / 2**20:.0f} Mi symbols. "zstd literals" is zstd kept from
-looking for matches, so that all its time is its Huffman coder's (huff0). Encoding is from symbols to streams; the
-choice of a code is made once per tensor. The slowest code encodes {slowest:.2f} Gweights/s (goal {GOAL_ENCODE}).
+{result["threads"]} thread, {result["rows"][0]["weights"] / 2**20:.0f} Mi symbols. "zstd literals" is zstd without its
+search for matches, so that all its time goes to its Huffman coder (huff0). Encoding is from symbols to streams; the
+code is chosen once per tensor. The slowest code encodes {slowest:.2f} Gweights/s (goal {GOAL_ENCODE}).
 
 {_table(columns, rows)}"""
 
@@ -272,12 +271,12 @@ def _load(result: dict[str, Any]) -> str:
     return f"""## From the start of Python to the first token
 
 {result["shape"]} shape, {result["file_bytes"] / 1e6:.0f} MB file in the page cache, {result["threads"]} threads,
-{result["runs"]} runs; torch is not imported. Goal: {1e3 * result["goal_s"]:.0f} ms in all, found
-{1e3 * total["best_s"]:.0f} ms at best, {1e3 * total["median_s"]:.0f} ms in the median.
+{result["runs"]} runs; torch is not imported. The goal is {1e3 * result["goal_s"]:.0f} ms in total; measured were
+{1e3 * total["best_s"]:.0f} ms at best and {1e3 * total["median_s"]:.0f} ms in the median.
 
 {_table(("part", "best, ms", "median", "third quartile"), rows)}
 
-Resident after opening, before the first token: {memory["RssAnon"] / 1e6:.0f} MB of its own and
+Resident memory after opening, before the first token: {memory["RssAnon"] / 1e6:.0f} MB of its own and
 {memory["RssFile"] / 1e6:.0f} MB of mapped files (libraries, and pages of the model that were touched)."""
 
 
@@ -291,8 +290,8 @@ def _bounds(results: dict[str, Any]) -> str:
         worst = min(rows, key=lambda row: row["x_int8"] / row["goal"])
         lines.append(
             f"**Products**: {len(rows) - len(missed)} of {len(rows)} goals are met. The coded products read at most "
-            f"{100 * most:.0f} % of the bandwidth of a plain read: what bounds them is instructions (unpacking, "
-            f"look-ups, expansions, two digit products), more than memory. Furthest from its goal is `{worst['code']}`."
+            f"{100 * most:.0f} % of the bandwidth of a plain read. Instructions (unpacking, look-ups, expansions, two "
+            f"digit products) bound them more than memory does. `{worst['code']}` is furthest from its goal."
         )
     for shape in reversed(SHAPES):
         if f"generate-{shape}" in results:
@@ -302,16 +301,16 @@ def _bounds(results: dict[str, Any]) -> str:
         small = {n: model[n] / model["1"] for n in model if 1 < int(n) <= 8}
         over = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in small.items())
         lines.append(
-            f"**Batches** cost {over} times a single vector (goal {GOAL_BATCH}). One, two and "
-            "four vectors have kernels that never store what they decode, and every vector pays two digit products; "
-            "with AMX, three vectors and more are multiplied by the matrix unit while the next rows are decoded."
+            f"**Batches** cost {over} times a single vector (goal {GOAL_BATCH}). For one, two and four vectors there "
+            "are kernels that never store what they decode; every vector costs two digit products. With AMX, the "
+            "matrix unit multiplies three vectors or more while the next rows are decoded."
         )
     if "load" in results:
         parts = {name: times["median_s"] for name, times in results["load"]["parts"].items()}
         total = parts.pop("total")
         shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in parts.items())
-        lines.append(f"**Load**: of the median, {shares}.")
-    return "## Goals, and what bounds them\n\n" + "\n".join(f"- {line}" for line in lines)
+        lines.append(f"**Load**: of the median time, {shares}.")
+    return "## Goals, and what bounds speed\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _generation_bounds(result: dict[str, Any]) -> str:
@@ -323,8 +322,9 @@ def _generation_bounds(result: dict[str, Any]) -> str:
         f"{verdict} against {', '.join(names)}" for verdict, names in verdicts.items()
     )
     return (
-        f"{text}. Outside the products goes {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a token: norms, "
-        "rotations, attention and the calls from Python between them, as many in a small model as in a large one."
+        f"{text}. {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a token's time is spent outside the "
+        "products: norms, rotations, attention and the calls from Python between them, as many in a small model as in a "
+        "large one."
     )
 
 

@@ -21,11 +21,13 @@ def gpu_section() -> str:
     generate = json.loads((RESULTS / "generate.json").read_text())
     return f"""## GPU: {gemv["device"]}
 
-`python benchmarks/cuda/gemv.py --json FILE`; medians of 15 replays of a CUDA graph over at least 600 MB of distinct
-weights, one vector, all in one run (commit {gemv["commit"]}). Random integers of the stated entropy; bits include
-everything that stays in GPU memory. The int8 and int4 products are hand-written (benchmarks/cuda/uncoded.cu), int4 with
-a scale for every 128 columns; both overlap launches as ours does, and round activations to 8 bits in the kernel, ours
-to 16. Goals in brackets.
+### Products
+
+`python benchmarks/cuda/gemv.py --json FILE`: medians of 15 replays of a CUDA graph over at least 600 MB of distinct
+weights, one vector, all in one run (commit {gemv["commit"]}). The integers are random, of the stated entropy. Bits
+include everything that stays in GPU memory. The int8 and int4 products are hand-written (`benchmarks/cuda/uncoded.cu`);
+int4 has a scale for every 128 columns. Both overlap launches as ours does. They round activations to 8 bits in the
+kernel, ours rounds to 16. Goals are in brackets.
 
 | rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 | x int4 |
 |---|---|---|---|---|---|---|---|
@@ -33,7 +35,7 @@ to 16. Goals in brackets.
 
 cuBLAS bf16, int8 and int4 took {_baselines(gemv)}.
 {_generation(generate)}{_memory()}{_peers()}
-[cuda.md](cuda.md) says what bounds these."""
+[GPU kernels](cuda.md#what-bounds-it) says what bounds these."""
 
 
 def _gemv_rows(result: dict[str, Any]) -> str:
@@ -75,12 +77,14 @@ def _generation(result: dict[str, Any]) -> str:
             f"| {ours['held_bytes'] / 1e9:.2f} of {dense['held_bytes'] / 1e9:.2f} GB |"
         )
     return f"""
+### Generation in transformers
+
 `python benchmarks/cuda/generate.py --json FILE`: tokens per second of Llama-shaped models in transformers at batch 1,
 by the median time between tokens after a prompt of 128 (commit {result["commit"]}). "static" is transformers'
-`generate` with `cache_implementation="static"`, which runs a token as a CUDA graph, "fast" is `entrollm.hf.generate`,
-which takes uncoded models too. A prompt of 2,048 tokens is not compiled. Goals at 2.4 bits: 2 x what transformers does
-with bfloat16 and CUDA graphs, which is "fast over static bf16", and 1.15 x the time of a prompt. GPU memory is held by
-the weights, the embedding in bfloat16 among them.
+`generate` with `cache_implementation="static"`, which runs a token as a CUDA graph. "fast" is `entrollm.hf.generate`,
+which also accepts uncoded models. The prompt has 2,048 tokens and is not compiled. Goals at 2.4 bits: twice the rate of
+transformers with bfloat16 and CUDA graphs ("fast over static bf16"), and 1.15 times the time of a prompt. The GPU
+memory is that of the weights, the embedding in bfloat16 included.
 
 | model | GPU bits | static | static bf16 | ratio | fast | fast bf16 | fast over static bf16 | fast over fast bf16 \
 | prompt | x bf16 | GPU memory |
@@ -104,9 +108,12 @@ def _memory() -> str:
             f"| {row['load']['seconds']:.0f} s, {row['weights'] / row['load']['seconds'] / 1e6:.0f} Mweights/s |"
         )
     return f"""
+### Loading
+
 `python benchmarks/cuda/load.py`: GPU memory after loading a random model of Llama-2-7B's shape with transformers, and
-over that the most while it loads, of which the largest matrix's integers are 0.13 GB (goals: 5 % over the file, and at
-most a layer more while it loads, which is 0.40 GB in bfloat16). Commits: {", ".join(row["commit"] for row in rows)}.
+how much more is in use at most while it loads, of which the integers of the largest matrix are 0.13 GB. Goals: 5 % over
+the file, and at most one layer more while it loads, which is 0.40 GB in bfloat16. Commit
+{", ".join(row["commit"] for row in rows)}.
 
 | layers | 10^9 weights | file | GPU memory, over the file | more while loading | loading |
 |---|---|---|---|---|---|
@@ -129,9 +136,11 @@ def _peers() -> str:
     ]
     missing = "".join(f" Left out: {reason}." for reason in result["missing"].values())
     return f"""
-`python benchmarks/cuda/peers.py --json FILE`: other ways, one vector, in one run (commit {result["commit"]}). Those
-that decode to memory have cuBLAS behind them; nvCOMP's ANS, in a process of its own a few seconds later, decodes a
-byte for each weight, and a product would come on top.{missing}
+### Other ways to multiply
+
+`python benchmarks/cuda/peers.py --json FILE`: one vector, in one run (commit {result["commit"]}). Peers that decode to
+memory are followed by cuBLAS. nvCOMP's ANS ran in a process of its own a few seconds later; it decodes one byte per
+weight, and a product would come on top.{missing}
 
 | rows x columns | | bits | decoding to memory | product |
 |---|---|---|---|---|
