@@ -323,8 +323,8 @@ def _generation_bounds(result: dict[str, Any]) -> str:
     )
     return (
         f"{text}. {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a token's time is spent outside the "
-        "products: norms, rotations, attention and the calls from Python between them, as many in a small model as in a "
-        "large one."
+        "products: norms, rotations, attention and the calls from Python between them, as many in a small model as in "
+        "a large one."
     )
 
 
