@@ -14,8 +14,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "comma
 exclude_patterns = ["_extensions"]
 # Docstrings write code in single backquotes; names that Sphinx knows become links.
 default_role = "py:obj"
-# Keep the hyphens of options as they are.
-smartquotes = False
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -37,7 +37,7 @@ BYTE_VALUES = {
 
 @dataclass(frozen=True, slots=True)
 class GroupedKind:
-    """The form of a matrix whose scales belong to groups of columns; see docs/format.md.
+    """The form of a matrix whose scales belong to groups of columns; see docs/reference/format.md.
 
     Attributes:
         size: columns of a scale group; the last one of a row may be cut short.

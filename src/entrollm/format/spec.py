@@ -46,7 +46,7 @@ class TensorSpec:
         code, blocks: how the symbols are stored.
         kind: what the symbols mean.
         relative_error: RMS quantization error over the RMS of the original weights.
-        checksum: CRC-32 over the name, this spec and all stored entries of the matrix; see docs/format.md.
+        checksum: CRC-32 over the name, this spec and all stored entries of the matrix; see docs/reference/format.md.
         parts: bytes of the dense stream, of the sparse stream and of the small arrays in the one entry that holds
             them; None if each has an entry of its own.
     """
