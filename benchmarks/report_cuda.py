@@ -29,7 +29,7 @@ include everything that stays in GPU memory. The int8 and int4 products are hand
 int4 has a scale for every 128 columns. Both overlap launches as ours does. They round activations to 8 bits in the
 kernel, ours rounds to 16. Goals are in brackets.
 
-| rows x columns | entropy | GPU bits | us | spread | x bf16 | x int8 | x int4 |
+| rows x columns | entropy | GPU bits | µs | spread | x bf16 | x int8 | x int4 |
 |---|---|---|---|---|---|---|---|
 {_gemv_rows(gemv)}
 
@@ -57,7 +57,7 @@ def _gemv_rows(result: dict[str, Any]) -> str:
 def _baselines(result: dict[str, Any]) -> str:
     found = {(row["rows"], row["columns"]): row for row in result["results"]}
     return "; ".join(
-        ", ".join(f"{row[name]['median_us']:.1f}" for name in BASELINES) + f" us for {rows} x {columns}"
+        ", ".join(f"{row[name]['median_us']:.1f}" for name in BASELINES) + f" µs for {rows} x {columns}"
         for (rows, columns), row in found.items()
     )
 
@@ -164,11 +164,11 @@ def _of(found: dict[str, Any], key: str) -> str:
     apart = found.get("to_memory", found)
     if "decoded_gb_per_s" not in apart:
         return "-"
-    return f"{apart.get(key, apart)['median_us']:.0f} us, {apart['decoded_gb_per_s']:.0f} GB/s"
+    return f"{apart.get(key, apart)['median_us']:.0f} µs, {apart['decoded_gb_per_s']:.0f} GB/s"
 
 
 def _product_us(name: str, found: dict[str, Any]) -> str:
     if name.startswith("nvcomp"):
         return "-"
-    text = f"{found['median_us']:.1f} us"
-    return text + (f"; through memory {found['to_memory']['median_us']:.1f} us" if "to_memory" in found else "")
+    text = f"{found['median_us']:.1f} µs"
+    return text + (f"; through memory {found['to_memory']['median_us']:.1f} µs" if "to_memory" in found else "")
