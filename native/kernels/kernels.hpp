@@ -1,5 +1,5 @@
-// The primitives that every instruction set implements; see docs/reference/format.md for the byte layout they
-// read.
+// The primitives that every instruction set implements; docs/reference/format.md has the byte
+// layout that they read.
 #pragma once
 
 #include <cstddef>
