@@ -44,8 +44,8 @@ MACHINES: dict[Processor, Machine] = {
         group=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
     ),
     # NEON: instructions counted under an emulator (docs/research/arm.md), eight to a cycle. In the time of eight
-    # instructions a small board's memory delivers to each of its cores what it delivers to a wide core in a cycle, about
-    # four bytes.
+    # instructions a small board's memory delivers to each of its cores what it delivers to a wide core in a cycle,
+    # about four bytes.
     "arm": Machine(
         group=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
     ),
