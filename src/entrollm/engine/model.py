@@ -61,7 +61,7 @@ class Model:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether chat works: the model says how a dialogue is laid out."""
+        """Whether the model has a chat template, which chat needs."""
         return self._template is not None
 
     def new_cache(self) -> Cache:
