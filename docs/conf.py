@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "EntroLLM"
-copyright = "The EntroLLM authors"
+copyright = "The EntroLLM contributors"
 version = release = importlib.metadata.version("entrollm")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_line"]
