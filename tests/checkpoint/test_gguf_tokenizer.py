@@ -126,17 +126,17 @@ def test_sentence_piece_tokenizers_are_converted(begins: bool, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": "bert"}, UnsupportedError, "a tokenizer of kind 'bert' is not converted"),
-        ({"tokens": None}, UnsupportedError, "there is no tokenizer in it"),
-        ({"pre": "other"}, UnsupportedError, "that splits text as 'other' is not converted"),
-        ({"pre": None}, UnsupportedError, "that splits text as None is not converted"),
-        ({"tokens": "x"}, FormatError, "tokens is no list of str"),
-        ({"tokens": ["a", "a"]}, FormatError, "tokens has a token twice"),
+        ({"model": "bert"}, UnsupportedError, "a tokenizer of kind 'bert' cannot be converted"),
+        ({"tokens": None}, UnsupportedError, "the file has no tokenizer"),
+        ({"pre": "other"}, UnsupportedError, "that splits text as 'other' cannot be converted"),
+        ({"pre": None}, UnsupportedError, "that splits text as None cannot be converted"),
+        ({"tokens": "x"}, FormatError, "tokens is not a list of str"),
+        ({"tokens": ["a", "a"]}, FormatError, "tokens has the same token twice"),
         ({"token_type": [1]}, FormatError, "token_type has 1 elements, expected 3"),
-        ({"merges": ["ab"]}, FormatError, "a merge of tokenizer.ggml.merges is no pair of tokens"),
+        ({"merges": ["ab"]}, FormatError, "a merge of tokenizer.ggml.merges is not a pair of tokens"),
         ({"merges": ["x y"]}, FormatError, "its vocabulary is malformed: .*Token `x` out of vocabulary"),
         ({"add_bos_token": "x"}, FormatError, "add_bos_token is 'x', expected true or false"),
-        ({"model": "llama"}, FormatError, "scores is no list of float"),
+        ({"model": "llama"}, FormatError, "scores is not a list of float"),
     ],
 )
 def test_other_tokenizers_are_refused(changes: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: Hugging Face's names, row order and config.json for llama.cpp's."""
+"""Present a GGUF file as a checkpoint, with Hugging Face's tensor names, row order and config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
 from entrollm.files.safetensors import Entry
 
-# By llama.cpp's architecture, which is also the model type here; Mistral models are "llama" there.
+# By llama.cpp's name of the architecture, which is also the model type. Its Mistral models are "llama".
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INNER = {
@@ -34,7 +34,7 @@ _INNER = {
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
-# How Llama 3 stretches its rotation; the files hold only the factors that follow.
+# How Llama 3 stretches its rotation. The files hold only the factors that result.
 _LLAMA3_FACTORS = (8.0, 32.0)
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
@@ -42,9 +42,12 @@ _NO_SCALING = ("none", "")
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under Hugging Face's names; blocks are U8 (rows, bytes of a row).
+    """The tensors of a GGUF file under Hugging Face's names; quantized ones are U8 (rows, bytes of a row).
 
-    `names` has the file's name of each.
+    Attributes:
+        path, size_bytes: the file.
+        tensors: the tensors by name.
+        names: the name in the file of each tensor.
     """
 
     def __init__(self, file: GgufFile, heads: Mapping[str, int]) -> None:
@@ -60,14 +63,14 @@ class GgufTensors:
         )
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor in Hugging Face's order of rows; only queries and keys of the llama architecture are copied."""
+        """A tensor in Hugging Face's row order; a view, except for queries and keys of the llama architecture."""
         array = self._file.array(self.names[name])
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
         if len(array) % (2 * heads):
             raise FormatError(f"{self.path}: tensor {name!r} has {len(array)} rows, which {heads} heads do not share")
-        # llama.cpp rotates neighbouring rows of a head, transformers those half a head apart.
+        # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
         apart = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
         return np.ascontiguousarray(apart).reshape(array.shape)
 
@@ -76,16 +79,18 @@ class GgufTensors:
         self._file.release(self.names[name])
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
-    """Open a GGUF file: its config.json, with a quantization_config that names each tensor's blocks, and its tensors.
+    """Open a GGUF file.
 
+    Returns:
+        a config.json, whose quantization_config names the block type of each quantized tensor, and the tensors.
     Raises:
         FormatError: the file is malformed or lacks a value.
-        UnsupportedError: its architecture, or an option of it, is not implemented.
+        UnsupportedError: its architecture, or an option of the architecture, is not implemented.
     """
     file = open_gguf(path)
     if file.metadata.get("split.count", 1) not in (0, 1):
@@ -109,7 +114,7 @@ def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
 
 
 class _Metadata:
-    """Typed access to the values of a file, with errors that name the key."""
+    """Typed access to the metadata of a file, with errors that name the key."""
 
     def __init__(self, file: GgufFile) -> None:
         self._path = file.path
@@ -117,7 +122,8 @@ class _Metadata:
         architecture = self._values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
             raise UnsupportedError(
-                f"{file.path}: architecture {architecture!r:.80} is not read; read are {', '.join(_ARCHITECTURES)}"
+                f"{file.path}: architecture {architecture!r:.80} is not supported; supported are "
+                f"{', '.join(_ARCHITECTURES)}"
             )
         self.architecture = architecture
 
@@ -131,7 +137,7 @@ class _Metadata:
         value = self._values.get(f"{self.architecture}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FormatError(f"{self._path}: {self.architecture}.{key} is {value!r:.80}, expected a number")
-        return float(str(np.float32(value)))  # the decimal that was meant: the file has it in 32 bits
+        return float(str(np.float32(value)))  # the file rounded a decimal number to 32 bits; this restores it
 
     def text(self, key: str) -> str:
         value = self._values.get(f"{self.architecture}.{key}", "")
@@ -145,7 +151,7 @@ class _Metadata:
 
 
 def _config(reader: _Metadata, file: GgufFile) -> dict[str, Any]:
-    """The config.json that a model of these values and tensors had."""
+    """The config.json of the model that the file was made from."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise FormatError(f"{file.path}: there is no matrix token_embd.weight")
@@ -184,7 +190,9 @@ def _rope(reader: _Metadata, file: GgufFile) -> dict[str, Any]:
     scaling = reader.text("rope.scaling.type")
     if scaling not in _NO_SCALING:
         if scaling not in ("linear", "yarn"):
-            raise UnsupportedError(f"{file.path}: rope scaling {scaling!r:.80} is not read; read are linear, yarn")
+            raise UnsupportedError(
+                f"{file.path}: rope scaling {scaling!r:.80} is not supported; supported are linear, yarn"
+            )
         rope |= {"rope_type": scaling, "factor": reader.number("rope.scaling.factor")}
         if scaling == "yarn":
             rope["original_max_position_embeddings"] = reader.integer("rope.scaling.original_context_length")
@@ -195,7 +203,7 @@ def _rope(reader: _Metadata, file: GgufFile) -> dict[str, Any]:
 
 
 def _llama3(path: Path, theta: float, factors: NDArray[np.float64]) -> dict[str, Any]:
-    """The parameters of Llama 3 that give these divisors of the frequencies."""
+    """The rope parameters of Llama 3 that divide the frequencies by `factors`."""
     frequencies = theta ** -(np.arange(len(factors)) / len(factors))
     wavelengths = 2 * np.pi / frequencies
     smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - 1) / (4 - 1), 0, 1)
@@ -203,7 +211,7 @@ def _llama3(path: Path, theta: float, factors: NDArray[np.float64]) -> dict[str,
         expected = 1 / ((1 - smooth) / factor + smooth)
         if np.allclose(factors, expected, rtol=1e-3):
             return {**_LLAMA3, "factor": factor, "original_max_position_embeddings": _LLAMA3_CONTEXT}
-    raise UnsupportedError(f"{path}: {_ROPE_FACTORS} holds other factors than those of Llama 3")
+    raise UnsupportedError(f"{path}: {_ROPE_FACTORS} holds factors that are not those of Llama 3")
 
 
 def _rename(path: Path, name: str) -> str:
@@ -214,7 +222,7 @@ def _rename(path: Path, name: str) -> str:
             return f"{_OUTER[part]}.{kind}"
         if layer is not None and part in _INNER:
             return f"model.layers.{int(layer)}.{_INNER[part]}.{kind}"
-    raise UnsupportedError(f"{path}: tensor {name!r:.80} has no place in the architectures that are read")
+    raise UnsupportedError(f"{path}: tensor {name!r:.80} is not part of a supported architecture")
 
 
 def _entry(tensor: GgufTensor) -> Entry:

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as tokenizer.json: byte-level BPE of known kinds, and SentencePiece BPE."""
+"""Convert the tokenizer of a GGUF file to tokenizer.json: byte-level BPE of known kinds, and SentencePiece BPE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from entrollm.files.gguf import open_gguf
 _PREFIX = "tokenizer.ggml."
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-# How text is split before it is encoded, by llama.cpp's name of it.
+# The expression that splits text into words, and llama.cpp's names of the ways of splitting.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,11 +25,11 @@ _QWEN2, _SMOLLM, _GPT2 = "qwen2", "smollm", "gpt-2"
 
 
 def convert_tokenizer(path: Path) -> dict[str, str]:
-    """The tokenizer files of a GGUF file: tokenizer.json and tokenizer_config.json, as text.
+    """The text of tokenizer.json and tokenizer_config.json for a GGUF file, by file name.
 
     Raises:
         FormatError: the vocabulary is malformed.
-        UnsupportedError: it is of a kind that is not converted.
+        UnsupportedError: the tokenizer is of a kind that cannot be converted.
     """
     vocabulary = _read(path)
     kind = vocabulary.metadata.get(_PREFIX + "model")
@@ -38,7 +38,7 @@ def convert_tokenizer(path: Path) -> dict[str, str]:
     elif kind == "llama":
         tokenizer = _sentence_piece(vocabulary)
     else:
-        raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} is not converted")
+        raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {name: token for role, name in _ROLES.items() if (token := vocabulary.special(role)) is not None}
     template = vocabulary.metadata.get("tokenizer.chat_template")
@@ -51,7 +51,7 @@ def convert_tokenizer(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Tokens by id, and the type of each as llama.cpp numbers them."""
+    """The tokens by id, and the type of each, as llama.cpp numbers types."""
 
     path: Path
     metadata: Any
@@ -59,7 +59,7 @@ class _Vocabulary:
     types: list[int]
 
     def special(self, role: str) -> str | None:
-        """The text of a token that has a role, such as bos."""
+        """The text of the token that has a role, such as bos; None if absent."""
         number = self.metadata.get(f"{_PREFIX}{role}_token_id")
         return self.tokens[number] if type(number) is int and 0 <= number < len(self.tokens) else None
 
@@ -71,10 +71,10 @@ class _Vocabulary:
         return value
 
     def list_of(self, key: str, kind: type, count: int | None = None) -> list[Any]:
-        """A list of the tokenizer, of as many elements as stated."""
+        """A list of the tokenizer, with `count` elements if that is given."""
         values = self.metadata.get(_PREFIX + key)
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise FormatError(f"{self.path}: {_PREFIX}{key} is no list of {kind.__name__}")
+            raise FormatError(f"{self.path}: {_PREFIX}{key} is not a list of {kind.__name__}")
         if count is not None and len(values) != count:
             raise FormatError(f"{self.path}: {_PREFIX}{key} has {len(values)} elements, expected {count}")
         return values
@@ -85,20 +85,20 @@ def _read(path: Path) -> _Vocabulary:
     metadata = file.metadata
     empty = _Vocabulary(path, metadata, [], [])
     if _PREFIX + "tokens" not in metadata:
-        raise UnsupportedError(f"{path}: there is no tokenizer in it")
+        raise UnsupportedError(f"{path}: the file has no tokenizer")
     tokens = empty.list_of("tokens", str)
     if len(set(tokens)) != len(tokens):
-        raise FormatError(f"{path}: {_PREFIX}tokens has a token twice")
+        raise FormatError(f"{path}: {_PREFIX}tokens has the same token twice")
     types = empty.list_of("token_type", int, len(tokens)) if _PREFIX + "token_type" in metadata else [1] * len(tokens)
     return _Vocabulary(path, metadata, tokens, types)
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    """BPE over bytes, as in Llama 3, Qwen and SmolLM."""
+    """A byte-level BPE tokenizer, as in Llama 3, Qwen and SmolLM."""
     pre = vocabulary.metadata.get(_PREFIX + "pre")
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
-        raise FormatError(f"{vocabulary.path}: a merge of {_PREFIX}merges is no pair of tokens")
+        raise FormatError(f"{vocabulary.path}: a merge of {_PREFIX}merges is not a pair of tokens")
     tokenizer = _make(vocabulary, merges, ignore_merges=pre in _LLAMA3)
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -113,13 +113,13 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     elif pre == _GPT2:
         tokenizer.pre_tokenizer = bytes_of_text
     else:
-        raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} is not converted")
+        raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} cannot be converted")
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _sentence_piece(vocabulary: _Vocabulary) -> Tokenizer:
-    """SentencePiece BPE with bytes for what is in no piece, as in Llama 2 and Mistral."""
+    """A SentencePiece BPE tokenizer that falls back to bytes, as in Llama 2 and Mistral."""
     scores = vocabulary.list_of("scores", float, len(vocabulary.tokens))
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     merges: list[tuple[float, int, str, str]] = []
@@ -149,7 +149,7 @@ def _make(vocabulary: _Vocabulary, merges: list[Any], **options: Any) -> Tokeniz
 
 
 def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Mark the tokens that are found in text as wholes; control tokens are left out of decoded text."""
+    """Mark the tokens that are never split. Control tokens are left out of decoded text."""
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if kind in (_CONTROL, _UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -158,7 +158,7 @@ def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 
 def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, starts: bool) -> None:
-    """Put the start and end tokens where the file wants them."""
+    """Add the start and end tokens to encoded text as the file says."""
     bos = vocabulary.special("bos") if vocabulary.flag("add_bos_token", starts) else None
     eos = vocabulary.special("eos") if vocabulary.flag("add_eos_token", False) else None
     used = [token for token in (bos, eos) if token is not None]

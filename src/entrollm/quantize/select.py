@@ -13,12 +13,12 @@ class TensorPlan:
 
     bits: int | None
     granularity: Granularity = "tensor"
-    is_packed: bool = False
+    is_imported: bool = False
 
     @property
     def is_kept(self) -> bool:
         """Whether the tensor keeps its type."""
-        return self.bits is None and not self.is_packed
+        return self.bits is None and not self.is_imported
 
 
 @dataclass(frozen=True, slots=True)
