@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from entrollm.compress.predict import SizePlan, plan, size_range
     from entrollm.compress.progress import CompressProgress
     from entrollm.compress.result import CompressResult
-    from entrollm.quantize.statistics import Statistics
+    from entrollm.compress.statistics import Statistics
 
 __all__ = [
     "CompressOptions",

@@ -164,7 +164,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
 
 
 def describe_code(code: Code) -> str:
-    """A code in words: the field widths of a cascade, such as "flat 2-3 + 1 raw", or the size of a tree, "tree of 12"."""
+    """A code in words: the field widths of a cascade, "flat 2-3 + 1 raw", or the nodes of a tree, "tree of 12"."""
     low = f" + {code.low_bits} raw" if code.low_bits else ""
     if isinstance(code.tree, Leaf):
         return "constant" + low

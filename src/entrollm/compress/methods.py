@@ -12,10 +12,10 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.sized import SizedMethods
+from entrollm.compress.statistics import Statistics
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, Quantizer, RowSource, sum_counts
 from entrollm.quantize.paper import PaperQuantizer
 from entrollm.quantize.select import TensorPlan
-from entrollm.quantize.statistics import Statistics
 
 _GRID_PREFIX = "imported-"
 

@@ -24,12 +24,12 @@ from entrollm.compress.refit import Refit
 from entrollm.compress.result import CompressResult, Run, summarize
 from entrollm.compress.shard import RECORD_VERSION, ShardMaker, ShardRecord
 from entrollm.compress.sized import has_drift
+from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
 from entrollm.format.spec import FORMAT_VERSION
-from entrollm.quantize.statistics import Statistics
 
 # The share of a size limit that is left free for a post_fit, whose scales may deflate less well.
 _ROOM = 0.001

@@ -18,13 +18,13 @@ from entrollm.codec.choose import choose_code
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.planning import make_plan
 from entrollm.compress.sized import SizedMethods
+from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.format import layout
 from entrollm.format.log_scales import float_scales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
-from entrollm.quantize.statistics import Statistics
 from entrollm.threads import default_threads
 
 _TIMED_WEIGHTS = 1 << 23
@@ -150,7 +150,7 @@ def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions) -> float:
-    """Weights per second of the product with a Gaussian matrix at the model's median step, in the best of a few runs."""
+    """Weights per second of a product with a Gaussian matrix at the model's median step; the best of a few runs."""
     steps = sorted(methods.control.step(name) for name in methods.curves)
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
     weights = np.random.default_rng(0).standard_normal(shape, np.float32)

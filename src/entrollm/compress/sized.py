@@ -17,12 +17,13 @@ from entrollm.compress.control import RateControl
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.rate import RateCurve
+from entrollm.compress.statistics import Drift, Statistics
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.method import ArraySource, CodeChooser, Float32, Quantized, Quantizer, RowSource
-from entrollm.quantize.statistics import Drift, Sensitivity, Statistics
+from entrollm.quantize.statistics import Sensitivity
 
 # The rate of a matrix is predicted from about this many of its weights, and at least this many rows.
 _SAMPLE_WEIGHTS = 1 << 16
@@ -113,7 +114,7 @@ class SizedMethods:
         return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
 
     def _factor(self, name: str) -> Array | None:
-        """The factor of a matrix; kept until another is asked for, since a matrix is quantized at several steps in turn."""
+        """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in a row."""
         if self._statistics is None:
             return None
         if name != self._last[0]:

@@ -1,6 +1,6 @@
 """Matrices whose scales belong to scale groups, as imported checkpoints have them.
 
-A scale group is a run of columns that share a scale. The arithmetic here is exactly that of the checkpoint's own runtime.
+A scale group is a run of columns that share a scale. The arithmetic is exactly that of the checkpoint's own runtime.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class GroupScales:
         return self._rounded(values)
 
     def _rounded(self, values: Float32) -> Float32:
-        """Round to the type of the arithmetic; float32 holds the result of one operation on 16-bit floats closely enough."""
+        """Round to the type of the arithmetic. Rounding to float32 first does no harm after one operation."""
         dtype = _ROUNDED.get(self.form.arithmetic)
         if dtype is not None:
             values[...] = values.astype(dtype)

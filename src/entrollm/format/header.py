@@ -23,7 +23,7 @@ _CODED, _PLAIN = "coded", "plain"
 
 
 class TensorTable:
-    """The table of a file's tensors while the file is written. It is deflated as it grows, so that its size is known."""
+    """The table of a file's tensors while the file is written; deflated as it grows, so that its size is known."""
 
     def __init__(self) -> None:
         self._deflate = zlib.compressobj(9)

@@ -20,6 +20,7 @@ from entrollm.format.entry import split_entries
 from entrollm.format.header import parse_specs, read_tensors, versions_read
 from entrollm.format.spec import READ_VERSIONS, TensorSpec
 
+
 class CompressedModel:
     """A folder that `entrollm compress` wrote, open for reading; made by `CompressedModel.open`.
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.models.config_fields import MAX_FACTOR, Fields
 
+Floats = NDArray[np.float32]
 _MAX_CONTEXT = 2**31
 
 

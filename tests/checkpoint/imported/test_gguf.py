@@ -89,7 +89,7 @@ def test_the_numbers_are_printed(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_folder_of_gguf_files_asks_for_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds GGUF files; name the one that is meant: .*model\.gguf"):
+    with pytest.raises(ValueError, match=r"holds GGUF files; name the file, such as: .*model\.gguf"):
         Checkpoint.open(tmp_path)
 
 
@@ -157,7 +157,11 @@ def test_other_architectures_have_their_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"general.architecture": "mamba"}, UnsupportedError, "architecture 'mamba' is not supported; supported are llama"),
+        (
+            {"general.architecture": "mamba"},
+            UnsupportedError,
+            "architecture 'mamba' is not supported; supported are llama",
+        ),
         ({"general.architecture": None}, UnsupportedError, "architecture None is not supported"),
         ({"llama.block_count": None}, FormatError, "llama.block_count is None, expected a positive integer"),
         ({"llama.context_length": 0}, FormatError, "llama.context_length is 0, expected a positive integer"),
@@ -178,7 +182,11 @@ def test_other_models_are_refused(values: dict[str, Any], error: type, message: 
     [
         (("blk.0.ssm_in.weight", (2, 2), 0, bytes(16)), UnsupportedError, "is not part of a supported architecture"),
         (("output_norm.weight", (32,), 8, bytes(34)), UnsupportedError, r"of shape \[32\] is Q8_0"),
-        (("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes()), UnsupportedError, "holds factors that are not those"),
+        (
+            ("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes()),
+            UnsupportedError,
+            "holds factors that are not those",
+        ),
     ],
 )
 def test_other_tensors_are_refused(tensor: Any, error: type, message: str, tmp_path: Path) -> None:

@@ -109,7 +109,12 @@ def test_the_engine_runs_imported_models(tmp_path: Path) -> None:
     [
         ("axis", np.array(0, np.int32), UnsupportedError, "groups run down the columns; only axis 1"),
         ("axis", None, FormatError, r"axis: expected 1 integer\(s\), found None"),
-        ("quant_zero", np.array(1, np.uint8), UnsupportedError, "scales that are quantized themselves are not supported"),
+        (
+            "quant_zero",
+            np.array(1, np.uint8),
+            UnsupportedError,
+            "scales that are quantized themselves are not supported",
+        ),
         ("shape", np.array([0, 128], np.int64), FormatError, "0 x 128 is not the shape of a matrix"),
         ("shape", np.array([1, 2, 3], np.int64), FormatError, r"expected 2 integer\(s\)"),
         ("group_size", np.array(48, np.int32), UnsupportedError, "groups of 48 do not divide the 128 columns"),

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from entrollm.checkpoint.imported import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq
+from entrollm.checkpoint.imported.formats import Format, ImportedMatrix, ImportedWeights, RawTensors
 from entrollm.checkpoint.imported.fp8 import fp8_matrix
-from entrollm.checkpoint.imported.formats import Format, ImportedMatrix, RawTensors, ImportedWeights
 
-__all__ = ["FORMATS", "Format", "ImportedMatrix", "RawTensors", "ImportedWeights", "find_format", "fp8_matrix"]
+__all__ = ["FORMATS", "Format", "ImportedMatrix", "ImportedWeights", "RawTensors", "find_format", "fp8_matrix"]
 
 FORMATS: Mapping[str, Format] = {
     "GPTQ": gptq,

@@ -15,8 +15,8 @@ import numpy as np
 
 from entrollm.checkpoint.imported.formats import (
     ImportedMatrix,
-    RawTensors,
     ImportedWeights,
+    RawTensors,
     floats,
     group_scales,
     matrix_shape,
@@ -55,7 +55,9 @@ def _check_format(layer: str, tensors: RawTensors) -> None:
         return
     stored = tensors.array(layer + "weight_format")
     if stored.size != 1 or stored.reshape(-1)[0] != _ROW_FORMAT:
-        raise UnsupportedError(f"{layer}weight_format: {stored.tolist()}; only weights in rows, format 0, are supported")
+        raise UnsupportedError(
+            f"{layer}weight_format: {stored.tolist()}; only weights in rows, format 0, are supported"
+        )
 
 
 def _read(layer: str, rows: int, columns: int, tensors: RawTensors) -> ImportedWeights:

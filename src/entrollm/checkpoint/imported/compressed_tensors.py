@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
     ImportedMatrix,
-    RawTensors,
     ImportedWeights,
+    RawTensors,
     floats,
     group_scales,
     matrix_shape,
@@ -100,7 +100,7 @@ def _matrix(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) 
 
 
 def _fits(scale: tuple[int, ...], shape: tuple[int, int]) -> bool:
-    """Whether the scales are one for the tensor, one for each row, or one for each row and each of some equal groups."""
+    """Whether there is one scale, one for each row, or one for each row and each of some groups of equal size."""
     rows, columns = shape
     if scale in ((), (1,), (1, 1), (rows,)):
         return True

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from entrollm.checkpoint.fp8 import BlockScales
-from entrollm.checkpoint.imported.formats import ImportedMatrix, RawTensors, ImportedWeights, group_scales
+from entrollm.checkpoint.imported.formats import ImportedMatrix, ImportedWeights, RawTensors, group_scales
 from entrollm.errors import FormatError
 from entrollm.format.group_scales import BYTE_VALUES
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.formats import ImportedMatrix, RawTensors, ImportedWeights, group_scales
+from entrollm.checkpoint.imported.formats import ImportedMatrix, ImportedWeights, RawTensors, group_scales
 from entrollm.errors import FormatError
 from entrollm.format.group_scales import GroupScales
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
     ImportedMatrix,
-    RawTensors,
     ImportedWeights,
+    RawTensors,
     floats,
     group_scales,
     integer_option,

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint.imported.formats import (
     ImportedMatrix,
-    RawTensors,
     ImportedWeights,
+    RawTensors,
     floats,
     group_scales,
     matrix_shape,
@@ -68,7 +68,9 @@ class _Layer:
         """The quantized matrix; its tensors are checked against each other."""
         name, tensors = self._name, self._tensors
         if self._integers("axis", 1) != (1,):
-            raise UnsupportedError(f"{name}axis: groups run down the columns; only axis 1, along the rows, is supported")
+            raise UnsupportedError(
+                f"{name}axis: groups run down the columns; only axis 1, along the rows, is supported"
+            )
         for option in ("quant_scale", "quant_zero"):
             if name + option in tensors.entries and self._integers(option, 1) != (0,):
                 raise UnsupportedError(f"{name}{option}: scales that are quantized themselves are not supported")
