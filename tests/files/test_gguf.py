@@ -92,7 +92,7 @@ GOOD = tiny_gguf().to_bytes()
         (tensor(kind=10), UnsupportedError, "is of type Q2_K; supported are"),
         (tensor(kind=99), UnsupportedError, "is of type number 99"),
         (tensor(name="output_norm.weight"), FormatError, "occurs twice"),
-        (tensor(shape=(3, 32)), FormatError, "begins at 96, which is not aligned or lies in another tensor"),
+        (tensor(shape=(3, 32)), FormatError, "begins at 96, which is not aligned, or lies in another tensor"),
         (tiny_gguf({"general.alignment": 12}).to_bytes(), FormatError, "general.alignment is 12, expected a power"),
         (tiny_gguf({"general.alignment": 0}).to_bytes(), FormatError, "general.alignment is 0"),
         (tiny_gguf({"general.alignment": "x"}).to_bytes(), FormatError, "general.alignment is 'x'"),

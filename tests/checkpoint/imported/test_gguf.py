@@ -70,7 +70,7 @@ def test_a_tokenizer_is_converted_or_asked_for(tmp_path: Path) -> None:
     said = " ".join(result.stderr.split())
     assert result.exit_code == 1 and "splits text as 'strange' cannot be converted; add --tokenizer FOLDER" in said
     result = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path)])
-    assert result.exit_code == 1 and "is no folder with a tokenizer.json" in " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "is not a folder with a tokenizer.json" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     write_gguf(tmp_path / "known.gguf", "Q8_0", {"tokenizer.ggml.pre": "gpt-2"})
     compress(tmp_path / "known.gguf", tmp_path / "out")
@@ -89,7 +89,7 @@ def test_the_numbers_are_printed(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_folder_of_gguf_files_asks_for_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds GGUF files; name the file, such as: .*model\.gguf"):
+    with pytest.raises(ValueError, match=r"holds GGUF files; name the file, such as .*model\.gguf"):
         Checkpoint.open(tmp_path)
 
 
