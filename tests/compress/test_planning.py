@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_shards_hold_consecutive_tensors_that_fit(source: Path) -> None:
         sizes = [[checkpoint.tensors[name].size_bytes for name in shard] for shard in plan.shards]
     assert tuple(name for shard in plan.shards for name in shard) == tuple(plan.tensors)
     assert len(plan.shards) > 1 and all(sum(shard) <= 100 or len(shard) == 1 for shard in sizes)
-    for shard, after in zip(sizes, sizes[1:], strict=False):
+    for shard, after in itertools.pairwise(sizes):
         assert sum(shard) + after[0] > 100
 
 
