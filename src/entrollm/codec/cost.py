@@ -43,9 +43,9 @@ MACHINES: dict[Processor, Machine] = {
     "x86": Machine(
         group=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
     ),
-    # NEON. Instructions were counted under an emulator (docs/research/arm.md) and are taken as eight to a cycle: in the time of
-    # eight instructions, the memory of a small board delivers about four bytes to each core, as much as the memory of
-    # a large machine delivers in a cycle.
+    # NEON. Instructions were counted under an emulator (docs/research/arm.md) and are taken as eight to a cycle: in the
+    # time of eight instructions, the memory of a small board delivers about four bytes to each core, as much as the
+    # memory of a large machine delivers in a cycle.
     "arm": Machine(
         group=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
     ),
