@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/kernels.hpp"
+
 namespace entrollm {
 namespace {
 

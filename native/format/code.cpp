@@ -2,8 +2,6 @@
 
 #include <stdexcept>
 
-#include "kernels/kernels.hpp"
-
 namespace entrollm {
 namespace {
 

@@ -7,9 +7,10 @@
 #include <span>
 #include <vector>
 
+#include "format/layout.hpp"
+
 namespace entrollm {
 
-inline constexpr int kMaxLowBits = 6;
 inline constexpr std::size_t kMaxNodes = 511;
 inline constexpr int kMaxDepth = 64;
 

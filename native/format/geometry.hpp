@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include "format/code.hpp"
-#include "kernels/kernels.hpp"
+#include "format/layout.hpp"
 
 namespace entrollm {
 

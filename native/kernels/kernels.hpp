@@ -6,17 +6,10 @@
 #include <cstdint>
 #include <span>
 
+#include "format/layout.hpp"
 #include "kernels/float_kernels.hpp"
 
 namespace entrollm {
-
-// Weights are processed in vectors of this many symbols; block sizes are multiples of it.
-inline constexpr std::size_t kVector = 64;
-
-// A kernel may read this many bytes past the last byte it needs, and write as many past the last
-// byte it produces. Scratch buffers and the stored streams are padded accordingly (checked at
-// load).
-inline constexpr std::size_t kSlack = 64;
 
 // Escaped symbols are taken from `child` in order; `child` is null when the node has no escape.
 // `table` maps a field to a byte and has 64 entries; it is unused when bits == 8 (raw bytes).
@@ -182,23 +175,6 @@ struct Kernels {
   const EncodeKernels* encode = &kScalarEncodeKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
-
-// Bytes that `count` dense fields of `bits` bits take: groups of 4, 2 and 1 bits, or raw bytes.
-constexpr std::size_t dense_bytes(std::size_t count, int bits) {
-  if (bits == 8) return count;
-  std::size_t total = 0;
-  if (bits & 4) total += (count + 127) / 128 * 64;
-  if (bits & 2) total += (count + 255) / 256 * 64;
-  if (bits & 1) total += count / 8;
-  return total;
-}
-
-// Bytes of a stored stream of `size` bytes with its padding.
-constexpr std::size_t stored_bytes(std::size_t size) { return (size + kSlack + 63) / 64 * 64; }
-
-constexpr std::size_t sparse_bytes(std::size_t count, int bits) {
-  return bits == 8 ? count : static_cast<std::size_t>(bits) * ((count + 7) / 8);
-}
 
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;

@@ -9,6 +9,7 @@
 
 #include "format/code.hpp"
 #include "format/geometry.hpp"
+#include "kernels/kernels.hpp"
 #include "threads/pool.hpp"
 
 namespace entrollm {
