@@ -2,8 +2,9 @@
 // ARMv8.2 (Cortex-A76).
 #include "kernels/arm/neon_dot.hpp"
 #include "kernels/arm/neon_vectors.hpp"
-#include "kernels/generic/byte_kernels_of.hpp"
+#include "kernels/generic/dense_kernels_of.hpp"
 #include "kernels/generic/dot_kernels_of.hpp"
+#include "kernels/generic/sparse_kernels_of.hpp"
 #include "kernels/kernels.hpp"
 
 namespace entrollm {
@@ -40,8 +41,7 @@ struct NeonProducts {
     }
 
     std::int64_t total(const Digits&, std::size_t) const {
-      return vaddlvq_s32(sum[0]) + vaddlvq_s32(sum[1]) + vaddlvq_s32(sum[2]) +
-             vaddlvq_s32(sum[3]);
+      return vaddlvq_s32(sum[0]) + vaddlvq_s32(sum[1]) + vaddlvq_s32(sum[2]) + vaddlvq_s32(sum[3]);
     }
   };
 };

@@ -1,5 +1,6 @@
-// What byte_kernels_of.hpp needs, for NEON: a vector of 64 symbols is four quarters of 16. Escapes
-// are merged by TBX, with indices from a table of 256 bit patterns. Everything has internal linkage.
+// What the kernels in generic/ need, for NEON: a vector of 64 symbols is four quarters of 16.
+// Escapes are merged by TBX, with indices from a table of 256 bit patterns. Everything has internal
+// linkage.
 #pragma once
 
 #include <arm_neon.h>
@@ -49,9 +50,7 @@ struct NeonVectors {
   static std::uint64_t counts_up_to(uint8x8_t bits) {
     return vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(bits)), 0) * 0x0101010101010101u;
   }
-  static std::size_t count_ones(std::uint64_t word) {
-    return counts_up_to(vcreate_u8(word)) >> 56;
-  }
+  static std::size_t count_ones(std::uint64_t word) { return counts_up_to(vcreate_u8(word)) >> 56; }
 
   using Plane = uint8x16_t;  // of which the first eight bytes count
   static Plane load_plane(const std::uint8_t* p) { return vld1q_u8(p); }

@@ -18,7 +18,7 @@ struct Instantiations {
 };
 
 // The function pointer that Make().operator()<value>() returns; Make is a lambda without captures.
-// `value` must be between First and Last: callers rely on the checks of class Code.
+// `value` must be between First and Last. Widths are: class Code has checked them.
 template <int First, int Last, class Make>
 [[gnu::always_inline]] inline auto instantiation(int value, Make) {
   static constexpr Instantiations<First, Last, Make> kTable(

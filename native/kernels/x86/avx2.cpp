@@ -1,6 +1,7 @@
 // The kernels of AVX2 and, in a second table, those with the products of AVX-VNNI.
-#include "kernels/generic/byte_kernels_of.hpp"
+#include "kernels/generic/dense_kernels_of.hpp"
 #include "kernels/generic/dot_kernels_of.hpp"
+#include "kernels/generic/sparse_kernels_of.hpp"
 #include "kernels/kernels.hpp"
 #include "kernels/x86/avx2_products.hpp"
 #include "kernels/x86/avx2_vectors.hpp"

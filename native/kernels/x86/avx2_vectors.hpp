@@ -1,4 +1,4 @@
-// What byte_kernels_of.hpp needs, for AVX2 (with BMI2 and POPCNT): a vector of 64 symbols is two
+// What the kernels in generic/ need, for AVX2 (with BMI2 and POPCNT): a vector of 64 symbols is two
 // halves of 32. Escapes are merged in lanes of 16 symbols by a byte shuffle, whose indices are
 // prefix counts of the escape mask. Everything has internal linkage: code compiled for AVX2 must
 // not be shared by the linker with code for lesser processors.
@@ -152,11 +152,9 @@ struct Avx2Vectors {
 
     // The list's symbols where marked, zero elsewhere: the shuffle's indices are negative there.
     __m256i marked(std::size_t part, __m256i counts, const std::uint8_t* next) const {
-      const __m256i last =
-          _mm256_or_si256(masks_[part], _mm256_set1_epi8(static_cast<char>(0x80)));
-      return _mm256_shuffle_epi8(
-          load_lanes(next + before_[2 * part], next + before_[2 * part + 1]),
-          _mm256_sub_epi8(last, counts));
+      const __m256i last = _mm256_or_si256(masks_[part], _mm256_set1_epi8(static_cast<char>(0x80)));
+      return _mm256_shuffle_epi8(load_lanes(next + before_[2 * part], next + before_[2 * part + 1]),
+                                 _mm256_sub_epi8(last, counts));
     }
 
     Mask masks_[kParts];

@@ -1,43 +1,34 @@
-// The kernels that decode lists, written once over the vectors of an instruction set.
+// The kernels of lists in the sparse layout, written once over the vectors of an instruction set.
 //
 // A vector of kVector symbols is processed as V::kParts parts. V is a class without data, such as
 // Avx2Vectors; scalar.cpp says what the kernels compute, and this is what they need of V:
 //
-//   Part, kParts, kPartBytes    some symbols, the number of them in a vector, and their size
+//   Part, kParts, kPartBytes    some symbols; how many of them a vector has; their size
 //   load(p), store(p, parts)    loads one part; stores all parts of a vector
 //   Mask, both(a, b)            for each symbol of a part, whether it is marked; marked in both
 //   Plane, load_plane(p)        kVector bits, one for each symbol of a vector
-//   BitSpreader().mask(plane, part)   the Mask of those symbols whose bit is set
+//   BitSpreader().mask(plane, part)   the Mask of the symbols whose bit is set
 //   fields_of(masks)            symbols whose bit i is set where masks[i] marks them
 //   Table<Bits, Escape>         a look-up table: at(fields), and at_bit(mask) if Bits is 1. With an
-//                               escape, its last entry has no meaning
+//                               escape, what it has for the highest field is not used
 //   Flags                       a bit for each symbol of a vector, in whatever form is at hand
-//   all_of(planes)              the Flags of those symbols whose bit is set in every plane
-//   flags_of(masks)             the Flags of those symbols that the Masks of all parts mark
-//   Merge(flags, masks)         the marked symbols, and the list from which they are taken:
-//     count(), word()           how many they are; their 64 bits
-//     into(symbols, part, next) `symbols`, which come from a Table with an escape, with the
-//                               marked ones replaced by the list's, which continues at `next`
-//     between(left, right, part)   the marked symbols from one list and the others from another
-//   count_ones(word)            of 64 bits
-//   OnesCounter                 counts in kBits bits at a time; see count_all_ones_of()
+//   all_of(planes)              the Flags of the symbols whose bit is set in every plane
+//   Merge(flags, masks)         takes marked symbols from a list. Flags and the Masks of all parts
+//                               mark the same symbols
+//     count(), word()           the number of marked symbols; their 64 bits
+//     into(symbols, part, next) `symbols`, from a Table with an escape, with the marked ones
+//                               replaced by those of the list, which continues at `next`
+//     between(left, right, part)   the marked symbols from `right` and the others from `left`
+//   count_ones(word)            the number of ones in 64 bits
+//   OnesCounter                 counts ones, kBits bits at a time: load(p), add(loaded), total()
 //
-// Instruction sets that read the dense layout by DenseReader also have
-//
-//   kHoldsPacked                whether there are registers enough to hold packed vectors
-//   field<Width, Index>(part)   field number Index of Width bits in each byte
-//   bit(mask)                   1 where marked, else 0
-//   append<Width>(high, low)    high << Width | low
-//   append_bit(high, mask)      high << 1 | bit(mask)
-//   either(a, b)                a | b
-//   equal(part, value)          a Mask
+// An instruction set with a better kernel of its own leaves out what only that kernel needs.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "format/layout.hpp"
-#include "kernels/generic/dense_reader_of.hpp"
 #include "kernels/generic/instantiations.hpp"
 #include "kernels/generic/words.hpp"
 #include "kernels/kernels.hpp"
@@ -88,66 +79,26 @@ std::size_t sparse_field_of(const FieldArgs& args, std::uint8_t* out) {
   return static_cast<std::size_t>(child - args.child) - V::count_ones(excess);
 }
 
-template <class V, int Bits, bool Escape>
-std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
-  DenseReader<V, Bits> reader(args.fields, args.count);
-  const typename V::template Table<Bits, Escape> table(args.table);
-  const std::uint8_t* child = args.child;
-  for_each_vector(args.count, [&]<int Step>() __attribute__((always_inline)) {
-    typename V::Part symbols[V::kParts];
-    typename V::Mask escapes[V::kParts];
-    reader.template next<Step>(symbols);
-    for (std::size_t part = 0; part < V::kParts; ++part) {
-      escapes[part] = V::equal(symbols[part], (1 << Bits) - 1);
-      symbols[part] = table.at(symbols[part]);
-    }
-    if constexpr (Escape) {
-      const typename V::Merge merge(V::flags_of(escapes), escapes);
-      for (std::size_t part = 0; part < V::kParts; ++part) {
-        symbols[part] = merge.into(symbols[part], part, child);
-      }
-      child += merge.count();
-    }
-    V::store(out, symbols);
-    out += kVector;
-  });
-  return static_cast<std::size_t>(child - args.child);
-}
-
-inline std::size_t copy_raw_fields(const FieldArgs& args, std::uint8_t* out) {
-  __builtin_memcpy(out, args.fields, args.count);
-  return 0;
+// Decodes fields of any width by the function that Make().operator()<bits, escape>() returns.
+template <class Make>
+std::size_t decode_fields(const FieldArgs& args, Make, std::uint8_t* out) {
+  if (args.bits == kRawBits) {
+    __builtin_memcpy(out, args.fields, args.count);
+    return 0;
+  }
+  const auto decode =
+      args.child != nullptr
+          ? instantiation<1, kMaxFieldBits>(
+                args.bits, []<int Bits>() { return Make().template operator()<Bits, true>(); })
+          : instantiation<1, kMaxFieldBits>(
+                args.bits, []<int Bits>() { return Make().template operator()<Bits, false>(); });
+  return decode(args, out);
 }
 
 template <class V>
 std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
-  if (args.bits == kRawBits) return copy_raw_fields(args, out);
-  const auto decode =
-      args.child != nullptr
-          ? instantiation<1, kMaxFieldBits>(
-                args.bits, []<int Bits>() { return &sparse_field_of<V, Bits, true>; })
-          : instantiation<1, kMaxFieldBits>(
-                args.bits, []<int Bits>() { return &sparse_field_of<V, Bits, false>; });
-  return decode(args, out);
-}
-
-// Fields of one bit look the same in both layouts.
-template <class V, int Bits, bool Escape>
-constexpr auto dense_field_for() {
-  if constexpr (Bits == 1) return &sparse_field_of<V, Bits, Escape>;
-  if constexpr (Bits != 1) return &dense_field_of<V, Bits, Escape>;
-}
-
-template <class V>
-std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
-  if (args.bits == kRawBits) return copy_raw_fields(args, out);
-  const auto decode =
-      args.child != nullptr
-          ? instantiation<1, kMaxFieldBits>(
-                args.bits, []<int Bits>() { return dense_field_for<V, Bits, true>(); })
-          : instantiation<1, kMaxFieldBits>(
-                args.bits, []<int Bits>() { return dense_field_for<V, Bits, false>(); });
-  return decode(args, out);
+  return decode_fields(
+      args, []<int Bits, bool Escape>() { return &sparse_field_of<V, Bits, Escape>; }, out);
 }
 
 template <class V>
@@ -169,26 +120,6 @@ void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* lef
     right += ones.count();
     left += kVector - ones.count();
   }
-}
-
-template <class V, int Bits>
-void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
-  DenseReader<V, Bits> reader(fields, count);
-  for_each_vector(count, [&]<int Step>() __attribute__((always_inline)) {
-    typename V::Part symbols[V::kParts];
-    reader.template next<Step>(symbols);
-    for (std::size_t part = 0; part < V::kParts; ++part) {
-      symbols[part] = V::either(symbols[part], V::load(out + part * V::kPartBytes));
-    }
-    V::store(out, symbols);
-    out += kVector;
-  });
-}
-
-template <class V>
-void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {
-  instantiation<1, kMaxLowBits>(bits, []<int Bits>() { return &or_low_bits_of<V, Bits>; })(
-      fields, count, out);
 }
 
 template <class V, int Bits>

@@ -1,11 +1,23 @@
-// Reads fields in the dense layout, for instruction sets whose vectors are described in
-// byte_kernels_of.hpp.
+// The kernels of fields in the dense layout, written once over the vectors of an instruction set.
+// They need of V what sparse_kernels_of.hpp lists, and
+//
+//   kHoldsPacked                whether there are registers enough to hold packed vectors
+//   field<Width, Index>(part)   field number Index of Width bits in each byte
+//   bit(mask)                   1 where marked, else 0
+//   append<Width>(high, low)    high << Width | low
+//   append_bit(high, mask)      high << 1 | bit(mask)
+//   either(a, b)                a | b
+//   equal(part, value)          the Mask of the symbols that are `value`
+//   flags_of(masks)             the Flags of the symbols that the Masks of all parts mark
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "format/layout.hpp"
+#include "kernels/generic/instantiations.hpp"
+#include "kernels/generic/sparse_kernels_of.hpp"
+#include "kernels/kernels.hpp"
 
 namespace entrollm {
 namespace {  // every instruction set compiles its own
@@ -112,6 +124,63 @@ template <class Body>
   if (left > 0) step.template operator()<0>();
   if (left > 1) step.template operator()<1>();
   if (left > 2) step.template operator()<2>();
+}
+
+template <class V, int Bits, bool Escape>
+std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
+  DenseReader<V, Bits> reader(args.fields, args.count);
+  const typename V::template Table<Bits, Escape> table(args.table);
+  const std::uint8_t* child = args.child;
+  for_each_vector(args.count, [&]<int Step>() __attribute__((always_inline)) {
+    typename V::Part symbols[V::kParts];
+    typename V::Mask escapes[V::kParts];
+    reader.template next<Step>(symbols);
+    for (std::size_t part = 0; part < V::kParts; ++part) {
+      escapes[part] = V::equal(symbols[part], (1 << Bits) - 1);
+      symbols[part] = table.at(symbols[part]);
+    }
+    if constexpr (Escape) {
+      const typename V::Merge merge(V::flags_of(escapes), escapes);
+      for (std::size_t part = 0; part < V::kParts; ++part) {
+        symbols[part] = merge.into(symbols[part], part, child);
+      }
+      child += merge.count();
+    }
+    V::store(out, symbols);
+    out += kVector;
+  });
+  return static_cast<std::size_t>(child - args.child);
+}
+
+template <class V>
+std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
+  return decode_fields(
+      args,
+      []<int Bits, bool Escape>() {
+        // Fields of one bit look the same in both layouts.
+        return Bits == 1 ? &sparse_field_of<V, Bits, Escape> : &dense_field_of<V, Bits, Escape>;
+      },
+      out);
+}
+
+template <class V, int Bits>
+void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t* out) {
+  DenseReader<V, Bits> reader(fields, count);
+  for_each_vector(count, [&]<int Step>() __attribute__((always_inline)) {
+    typename V::Part symbols[V::kParts];
+    reader.template next<Step>(symbols);
+    for (std::size_t part = 0; part < V::kParts; ++part) {
+      symbols[part] = V::either(symbols[part], V::load(out + part * V::kPartBytes));
+    }
+    V::store(out, symbols);
+    out += kVector;
+  });
+}
+
+template <class V>
+void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {
+  instantiation<1, kMaxLowBits>(bits, []<int Bits>() { return &or_low_bits_of<V, Bits>; })(
+      fields, count, out);
 }
 
 }  // namespace
