@@ -2,9 +2,7 @@
 // ARMv8.2 (Cortex-A76).
 #include "kernels/arm/neon_dot.hpp"
 #include "kernels/arm/neon_vectors.hpp"
-#include "kernels/generic/dense_kernels_of.hpp"
-#include "kernels/generic/dot_kernels_of.hpp"
-#include "kernels/generic/sparse_kernels_of.hpp"
+#include "kernels/generic/kernels_of.hpp"
 #include "kernels/kernels.hpp"
 
 namespace entrollm {
@@ -46,24 +44,18 @@ struct NeonProducts {
   };
 };
 
+constexpr Kernels kTable = kernels_of<NeonVectors, NeonProducts>("neon");
+
 }  // namespace
 
-constinit const Kernels kNeonKernels = {.name = "neon",
-                                        .sparse_field = sparse_field<NeonVectors>,
-                                        .dense_field = dense_field<NeonVectors>,
-                                        .split = split<NeonVectors>,
-                                        .or_low_bits = or_low_bits<NeonVectors>,
-                                        .count_all_ones = count_all_ones<NeonVectors>,
-                                        .dot = dot<NeonProducts>,
-                                        .dot_tile = dot_tile<NeonProducts>};
+constinit const Kernels kNeonKernels = kTable;
 
-constinit const Kernels kNeonDotKernels = {.name = "neon-dot",
-                                           .sparse_field = sparse_field<NeonVectors>,
-                                           .dense_field = dense_field<NeonVectors>,
-                                           .split = split<NeonVectors>,
-                                           .or_low_bits = or_low_bits<NeonVectors>,
-                                           .count_all_ones = count_all_ones<NeonVectors>,
-                                           .dot = neon_dot_dot,
-                                           .dot_tile = neon_dot_dot_tile};
+constinit const Kernels kNeonDotKernels = [] {
+  Kernels kernels = kTable;
+  kernels.name = "neon-dot";
+  kernels.dot = neon_sdot;
+  kernels.dot_tile = neon_sdot_tile;
+  return kernels;
+}();
 
 }  // namespace entrollm

@@ -39,12 +39,12 @@ struct SdotProducts {
 
 }  // namespace
 
-std::int64_t neon_dot_dot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
+std::int64_t neon_sdot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
   return dot<SdotProducts>(weights, x, count);
 }
 
-void neon_dot_dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count,
-                       std::int64_t* out) {
+void neon_sdot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count,
+                    std::int64_t* out) {
   dot_tile<SdotProducts>(weights, x, count, out);
 }
 

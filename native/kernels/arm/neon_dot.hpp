@@ -5,8 +5,8 @@
 
 namespace entrollm {
 
-std::int64_t neon_dot_dot(const std::uint8_t* weights, const Digits& x, std::size_t count);
-void neon_dot_dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count,
-                       std::int64_t* out);
+std::int64_t neon_sdot(const std::uint8_t* weights, const Digits& x, std::size_t count);
+void neon_sdot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count,
+                    std::int64_t* out);
 
 }  // namespace entrollm

@@ -1,6 +1,7 @@
 // The kernels of fields in the dense layout, written once over the vectors of an instruction set.
 // They need of V what sparse_kernels_of.hpp lists, and
 //
+//   kPartBytes, load(p)         the size of a part; loads one
 //   kHoldsPacked                whether there are registers enough to hold packed vectors
 //   field<Width, Index>(part)   field number Index of Width bits in each byte
 //   bit(mask)                   1 where marked, else 0

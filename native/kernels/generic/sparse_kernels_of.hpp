@@ -3,8 +3,8 @@
 // A vector of kVector symbols is processed as V::kParts parts. V is a class without data, such as
 // Avx2Vectors; scalar.cpp says what the kernels compute, and this is what they need of V:
 //
-//   Part, kParts, kPartBytes    some symbols; how many of them a vector has; their size
-//   load(p), store(p, parts)    loads one part; stores all parts of a vector
+//   Part, kParts                some symbols, and the number of such parts in a vector
+//   store(p, parts)             stores all parts of a vector
 //   Mask, both(a, b)            for each symbol of a part, whether it is marked; marked in both
 //   Plane, load_plane(p)        kVector bits, one for each symbol of a vector
 //   BitSpreader().mask(plane, part)   the Mask of the symbols whose bit is set

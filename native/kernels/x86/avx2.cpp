@@ -1,7 +1,5 @@
 // The kernels of AVX2 and, in a second table, those with the products of AVX-VNNI.
-#include "kernels/generic/dense_kernels_of.hpp"
-#include "kernels/generic/dot_kernels_of.hpp"
-#include "kernels/generic/sparse_kernels_of.hpp"
+#include "kernels/generic/kernels_of.hpp"
 #include "kernels/kernels.hpp"
 #include "kernels/x86/avx2_products.hpp"
 #include "kernels/x86/avx2_vectors.hpp"
@@ -35,26 +33,22 @@ struct Avx2Products {
   };
 };
 
+constexpr Kernels kTable = [] {
+  Kernels kernels = kernels_of<Avx2Vectors, Avx2Products>("avx2");
+  kernels.floats = &kAvx2FloatKernels;
+  return kernels;
+}();
+
 }  // namespace
 
-constinit const Kernels kAvx2Kernels = {.name = "avx2",
-                                        .sparse_field = sparse_field<Avx2Vectors>,
-                                        .dense_field = dense_field<Avx2Vectors>,
-                                        .split = split<Avx2Vectors>,
-                                        .or_low_bits = or_low_bits<Avx2Vectors>,
-                                        .count_all_ones = count_all_ones<Avx2Vectors>,
-                                        .dot = dot<Avx2Products>,
-                                        .dot_tile = dot_tile<Avx2Products>,
-                                        .floats = &kAvx2FloatKernels};
+constinit const Kernels kAvx2Kernels = kTable;
 
-constinit const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
-                                            .sparse_field = sparse_field<Avx2Vectors>,
-                                            .dense_field = dense_field<Avx2Vectors>,
-                                            .split = split<Avx2Vectors>,
-                                            .or_low_bits = or_low_bits<Avx2Vectors>,
-                                            .count_all_ones = count_all_ones<Avx2Vectors>,
-                                            .dot = avx2_vnni_dot,
-                                            .dot_tile = avx2_vnni_dot_tile,
-                                            .floats = &kAvx2FloatKernels};
+constinit const Kernels kAvx2VnniKernels = [] {
+  Kernels kernels = kTable;
+  kernels.name = "avx2-vnni";
+  kernels.dot = avx2_vnni_dot;
+  kernels.dot_tile = avx2_vnni_dot_tile;
+  return kernels;
+}();
 
 }  // namespace entrollm

@@ -9,7 +9,8 @@
 namespace entrollm {
 namespace {
 
-// Products of weights with the digits of one, two or four activation vectors.
+// Products of weights with the digits of one, two or four activation vectors. Packs are expanded in
+// member functions: in a lambda that captures `this`, GCC 12 keeps the sums in memory.
 template <std::size_t Columns>
 class ColumnSums {
  public:
@@ -18,28 +19,23 @@ class ColumnSums {
 
   template <int Step>
   void add(__m512i weights, const std::int8_t* digits) {
-    const auto add_column = [&]<std::size_t Column>() __attribute__((always_inline)) {
-      const std::int8_t* high = digits + Step * kDigits + Column * 2 * kVector;
-      sums_.add<Step * Columns % 4 + Column>(weights, high, high + kVector);
-    };
-    for_columns(add_column, kColumns);
+    add_columns<Step>(weights, digits + Step * kDigits, std::make_index_sequence<Columns>());
   }
 
   // Adds the totals to `sums`, one for each column.
-  void add_to(std::int64_t* sums) const {
-    const auto add_total = [&]<std::size_t Column>() __attribute__((always_inline)) {
-      sums[Column] += sums_.total<Columns, Column>();
-    };
-    for_columns(add_total, kColumns);
-  }
+  void add_to(std::int64_t* sums) const { add_totals(sums, std::make_index_sequence<Columns>()); }
 
  private:
-  static constexpr auto kColumns = std::make_index_sequence<Columns>();
+  template <int Step, std::size_t... Column>
+  void add_columns(__m512i weights, const std::int8_t* digits, std::index_sequence<Column...>) {
+    (sums_.add<Step * Columns % 4 + Column>(weights, digits + Column * 2 * kVector,
+                                            digits + (Column * 2 + 1) * kVector),
+     ...);
+  }
 
-  template <class Body, std::size_t... Column>
-  [[gnu::always_inline]] static inline void for_columns(const Body& body,
-                                                        std::index_sequence<Column...>) {
-    (body.template operator()<Column>(), ...);
+  template <std::size_t... Column>
+  void add_totals(std::int64_t* sums, std::index_sequence<Column...>) const {
+    ((sums[Column] += sums_.total<Columns, Column>()), ...);
   }
 
   DigitSums sums_;
