@@ -1,4 +1,5 @@
-// Sizes that the stored form of a matrix prescribes. docs/reference/format.md has the bytes themselves.
+// Sizes that the stored form of a matrix prescribes. docs/reference/format.md has the bytes
+// themselves.
 #pragma once
 
 #include <cstddef>

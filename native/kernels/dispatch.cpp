@@ -79,8 +79,7 @@ const Kernels& select_kernels(const char* name) {
   for (const auto& [kernels, runs] : built_kernels()) {
     if (wanted.empty() ? runs : wanted == kernels->name) {
       if (!runs)
-        throw std::invalid_argument("ENTROLLM_ISA=" + wanted +
-                                    ": this processor does not have these instructions");
+        throw std::invalid_argument("ENTROLLM_ISA=" + wanted + ": this processor lacks it");
       return *kernels;
     }
     known += std::string(known.empty() ? "" : ", ") + kernels->name;
