@@ -83,12 +83,26 @@ bool runs_dot_product() {
 }
 #endif
 
+#ifdef ENTROLLM_HAVE_AMX
+Kernels make_amx_kernels() {
+  Kernels kernels = kAvx512Kernels;
+  kernels.name = "amx";
+  kernels.cascade_panels = cascade_panels;
+  kernels.panel_product = panel_product;
+  kernels.cascade_groups = cascade_groups;
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 std::span<const BuiltKernels> built_kernels() {
+#ifdef ENTROLLM_HAVE_AMX
+  static const Kernels amx_kernels = make_amx_kernels();
+#endif
   static const BuiltKernels kernels[] = {
 #ifdef ENTROLLM_HAVE_AMX
-      {&kAmxKernels, runs_avx512() && runs_amx()},
+      {&amx_kernels, runs_avx512() && runs_amx()},
 #endif
 #ifdef ENTROLLM_HAVE_X86
       {&kAvx512Kernels, runs_avx512()},

@@ -204,7 +204,6 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2VnniKernels;  // the AVX2 kernels with AVX-VNNI products
 extern const Kernels kAvx512Kernels;
-extern const Kernels kAmxKernels;  // the AVX-512 kernels with products of panels
 extern const Kernels kNeonKernels;
 extern const Kernels kNeonDotKernels;  // the NEON kernels with the ARMv8.2 dot product
 

@@ -101,6 +101,8 @@ void multiply_range(const PanelProduct& product, std::size_t first, std::size_t 
   }
 }
 
+}  // namespace
+
 void panel_product(const PanelProduct& product) {
   thread_local std::vector<Sums> sums;
   const std::size_t pairs = (product.groups + 1) / 2;
@@ -123,8 +125,6 @@ void panel_product(const PanelProduct& product) {
   }
 }
 
-}  // namespace
-
 // Linux lends the tile registers to processes that ask.
 bool runs_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -135,14 +135,5 @@ bool runs_amx() {
   constexpr long kRequest = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
-
-const Kernels kAmxKernels = [] {
-  Kernels kernels = kAvx512Kernels;
-  kernels.name = "amx";
-  kernels.cascade_panels = cascade_panels;
-  kernels.panel_product = panel_product;
-  kernels.cascade_groups = cascade_groups;
-  return kernels;
-}();
 
 }  // namespace entrollm

@@ -1,6 +1,7 @@
 // Decodes cascades into panels, for products that use every weight several times.
 #include "kernels/x86/amx_panels.hpp"
 
+#include "kernels/x86/amx_support.hpp"
 #include "kernels/x86/avx512_cascade.hpp"
 
 namespace entrollm {

@@ -5,10 +5,6 @@
 #include "kernels/x86/amx.hpp"
 
 namespace entrollm {
-
-std::size_t cascade_panels(const CascadeRun& run, std::uint8_t* panels);
-std::size_t cascade_groups(const CascadeRun& run, const GroupProduct& product);
-
 namespace {
 
 // Multiplies some panels with all groups of a product, of which there are one or two. Tiles must be
