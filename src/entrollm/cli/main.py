@@ -8,6 +8,8 @@ A command that can print JSON takes `json_output: JsonOption`, through which its
 import importlib
 import importlib.metadata
 import inspect
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -65,4 +67,9 @@ app = _build_app()
 
 def run() -> None:
     """Run the command line; the console script's entry."""
+    if sys.platform == "win32":
+        # Pipes have the legacy code page there, which lacks most of what a model may read or write.
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
     app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.system import memory_bytes
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -67,7 +67,7 @@ class TorchDevice:
         """Free bytes of the GPU, or those of the machine."""
         if self._is_cuda:
             return int(torch.cuda.mem_get_info(self._device)[0])
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

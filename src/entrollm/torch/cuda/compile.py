@@ -92,7 +92,7 @@ def cache_folder() -> Path:
 def _read(name: str, seen: set[str] | None = None) -> str:
     """A source with the project's own headers in place of their names; each is included once."""
     seen = {name} if seen is None else seen
-    text = (resources.files("entrollm.torch.cuda") / "kernels" / name).read_text()
+    text = (resources.files("entrollm.torch.cuda") / "kernels" / name).read_text(encoding="utf-8")
 
     def header(match: re.Match[str]) -> str:
         if match[1] in seen:
