@@ -17,7 +17,8 @@ from entrollm.compress.planning import make_plan
 from entrollm.errors import EntroLLMError
 from entrollm.format.header import TensorTable
 from entrollm.hf.names import Place, find_places
-from entrollm.torch.backend import resting_place, to_tensor
+from entrollm.torch.backend import storage_device
+from entrollm.torch.entries import to_tensor
 from entrollm.torch.weight import CodedWeight
 
 
@@ -66,8 +67,8 @@ class LiveCoder:
     def _code(self, name: str, dtype: torch.dtype, device: torch.device) -> CodedWeight:
         matrix = self._coder.code(name, self._table).matrix
         self._table.add_matrix(matrix)
-        place = resting_place(device)
-        entries = {suffix: to_tensor(array).to(place) for suffix, array in matrix.entries.items()}
+        stored_on = storage_device(device)
+        entries = {suffix: to_tensor(array).to(stored_on) for suffix, array in matrix.entries.items()}
         return CodedWeight(name, matrix.spec, entries, dtype, device)
 
 

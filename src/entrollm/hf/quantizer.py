@@ -17,15 +17,18 @@ from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.hf.config import EntroConfig
+from entrollm.hf.experts import serve_experts
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.names import Place, StoredEntries, around, find_places
+from entrollm.hf.parallel import is_parallel, load_parts, mark_local
 from entrollm.hf.save import save_pretrained
 from entrollm.matrix import matrix_of
-from entrollm.torch.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
-from entrollm.torch.joined import watch
-from entrollm.torch.modules import put_weight
-from entrollm.torch.parallel import is_parallel, load_parts, mark_local, without_entries
-from entrollm.torch.weight import CodedStack, CodedWeight
+from entrollm.torch.backend import check_cuda_packages, default_backend, uses_cuda_kernels
+from entrollm.torch.entries import to_tensor
+from entrollm.torch.layers import put_weight, watch_inputs
+from entrollm.torch.parallel import without_entries
+from entrollm.torch.stack import CodedStack
+from entrollm.torch.weight import CodedWeight
 
 # Begins the names of entries that transformers is not to load; no tensor has such a name.
 _LEFT_OUT = "entrollm left out "
@@ -125,7 +128,7 @@ class EntroQuantizer(HfQuantizer):
             with CompressedModel.open(self._files[0].parent) as stored:
                 load_parts(model, stored)
         self._open_for_kernels(model)
-        watch(model)
+        watch_inputs(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
@@ -176,12 +179,18 @@ def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> lis
         weight = CodedStack([[weights[name] for name in parts] for parts in place.matrices])
     else:
         weight = weights[place.matrices[0][0]]
-    put_weight(model, place.path, weight)
+    _put(model, place.path, weight, owns=True)
     tied = [target for target, source in model.all_tied_weights_keys.items() if source == place.path]
     for target in tied:
         del model.all_tied_weights_keys[target]
-        put_weight(model, target, weight, owns=False)
+        _put(model, target, weight, owns=False)
     return [place.path, *tied]
+
+
+def _put(model: Any, path: str, weight: CodedWeight | CodedStack, owns: bool) -> None:
+    put_weight(model, path, weight, owns)
+    if isinstance(weight, CodedStack):
+        serve_experts(model.get_submodule(path.rpartition(".")[0]))
 
 
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:

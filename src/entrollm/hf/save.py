@@ -19,7 +19,7 @@ from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
-from entrollm.torch.backend import to_array
+from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
 _DTYPES = {
