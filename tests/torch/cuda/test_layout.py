@@ -16,6 +16,7 @@ from entrollm.errors import UnsupportedError
 from entrollm.torch.cuda import chunks, layout
 from entrollm.torch.cuda import compile as kernels
 from entrollm.torch.cuda.chunks import Chunks, row_words, write_chunks
+from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.gpu import Gpu, typical_gpu
 from entrollm.torch.cuda.launch import MAX_MATRICES
 from entrollm.torch.cuda.matrix import CudaMatrix
@@ -180,6 +181,15 @@ def test_rows_that_are_too_long() -> None:
         choose_shape("tensor", 16, 65536, 3.0, ROOMY)
 
 
+def test_rows_whose_activations_leave_no_room_are_cut_all_the_same() -> None:
+    """No product runs then, but the matrix must be there to be decoded to memory."""
+    symbols = np.random.default_rng(0).integers(120, 136, (16, 60_000)).astype(np.uint8)
+    assert chunk_limit(typical_gpu(HOPPER), 60_000, True) == 0
+    matrix = transcode("tensor", torch.from_numpy(symbols), torch.ones(16))
+    order = np.argsort(matrix.positions.numpy())
+    np.testing.assert_array_equal(unpack(matrix.chunks, matrix.shape, matrix.code), symbols[order])
+
+
 def test_matrices_that_are_too_large() -> None:
     code = choose_triple_code([1] * 256)
     writer = chunks._Writer("tensor", Shape(16, 4096, 1, 2), code, torch.zeros(16, 3, dtype=torch.int32))
@@ -246,10 +256,8 @@ def test_sizes_are_those_of_the_kernels() -> None:
     assert constant("kMaxMatrices") == str(MAX_MATRICES)
     assert constant("kTableBytes") == "kTableEntries * kLanes * 4"
     assert int(constant("kTableEntries")) * layout.LANES * 4 == layout.TABLE_BYTES
-    assert (
-        len(re.findall(r"(?:int|float) \w+;", re.findall(r"struct Row {.*?};", text, re.DOTALL)[0])) * 4
-        == layout.ROW_BYTES
-    )
+    (row,) = set(re.findall(r"struct Row {(.*?)};", text, re.DOTALL))
+    assert 4 * len(re.findall(r"(?:int|float) \w+;", row)) == layout.ROW_BYTES
 
 
 @pytest.mark.parametrize("tuning", FAMILIES, ids=lambda tuning: tuning.family)

@@ -90,11 +90,14 @@ class Room:
     slots: Callable[[int], int] | None = None
 
     def chunks_held(self, tile_bytes: float, chunks: int) -> int:
-        """How many chunks it holds at a time where a tile of `tile_bytes` is cut into `chunks` chunks."""
+        """How many chunks it holds at a time where a tile of `tile_bytes` is cut into `chunks` chunks; at least 1.
+
+        If it has no room for any, no product runs: the matrix is always decoded to memory, and any cut will do.
+        """
         if self.slots is None:
             return self.tuning.warps
         # Some chunks are larger than others, and all have starts of segments besides codewords.
-        return self.slots(int(tile_bytes / chunks * 1.1) + starts_bytes(MAX_SEGMENTS))
+        return max(1, self.slots(int(tile_bytes / chunks * 1.1) + starts_bytes(MAX_SEGMENTS)))
 
 
 @dataclass(frozen=True)
