@@ -1,6 +1,6 @@
 """EntroLLM for transformers: importing this package registers the quantization method "entrollm"."""
 
-from entrollm.hf import check as _check  # noqa: F401 (first: it says what is missing)
+from entrollm.hf import check as _check  # noqa: F401 (first, because it reports what is missing)
 from entrollm.hf.config import EntroConfig
 from entrollm.hf.generation import compile_config, generate
 from entrollm.hf.load import load, set_backend

@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       fence_block();
     }
     if (__shfl_sync(~0u, last, 0)) {
-      __syncwarp();  // makes what lane 0's fence made visible visible to the other lanes
+      __syncwarp();  // shows the other lanes what lane 0's fence made visible
       finish_tile(launch, matrix, state, open, block + at.tile * matrix.cta_count);
       if (lane == 0) state.tile_done[open] = 0;
       __syncwarp();

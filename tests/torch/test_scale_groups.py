@@ -12,11 +12,11 @@ from entrollm import _core
 from entrollm.errors import UnsupportedError
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
-from entrollm.hf import CodedWeight
 from entrollm.matrix import matrix_of
 from entrollm.torch import parallel
 from entrollm.torch.backend import Backend
 from entrollm.torch.entries import to_tensor
+from entrollm.torch.weight import CodedWeight
 from tests.support.paths import GOLDEN
 
 GROUPS = GOLDEN / "v1-groups"
