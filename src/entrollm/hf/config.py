@@ -1,4 +1,4 @@
-"""The quantization_config of transformers: what `entrollm compress` takes as options, and what its folders store."""
+"""The quantization_config of transformers: the options of `entrollm compress`, in the form that its folders store."""
 
 from __future__ import annotations
 
