@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from entrollm.errors import EntroLLMError
+from entrollm.cli.flags import write_flags
+from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
 
 __all__ = [
@@ -84,13 +85,14 @@ def warn(text: str) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in one line what went wrong; operating system errors lead with the file that they are about."""
+    """Say in one line what went wrong, with options as flags; operating system errors begin with their file."""
     if isinstance(error, OSError) and error.errno is not None:
         reason = os.strerror(error.errno)
         if error.errno == errno.ENOSPC:
             reason = "the disk is full; free some space and run the command again"
         return f"{error.filename}: {reason}" if error.filename else reason
-    return " ".join(str(error).split()) or type(error).__name__
+    text = error.describe(write_flags) if isinstance(error, EntroLLMError) else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -113,7 +115,9 @@ def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]
             if os.environ.get(_TRACEBACK_VARIABLE) == "1":
                 raise
             if kwargs.get("json_output"):
-                print_json({"error": {"type": type(error).__name__, "message": describe_error(error)}})
+                # Scripts know every wrong option as a ValueError.
+                kind = "ValueError" if isinstance(error, OptionError) else type(error).__name__
+                print_json({"error": {"type": kind, "message": describe_error(error)}})
             stderr.print(Text.assemble(("error: ", "bold red"), (describe_error(error), "red")), soft_wrap=True)
             raise typer.Exit(1) from None
 

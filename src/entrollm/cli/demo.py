@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, print_json, progress_bar, stdout
+from entrollm.cli.progress import ProgressBars
 
 if TYPE_CHECKING:
     from entrollm.codec.choose import Prefer
-    from entrollm.compress import CompressResult
     from entrollm.evaluate import Evaluation
+    from entrollm.recipes.result import CompressResult
     from entrollm.report import QualityRow
 
 EXAMPLES = (
@@ -67,11 +68,11 @@ def command(
 
 
 def _compress(model: Path, out: Path, bits: int, prefer: Prefer, threads: int | None, quiet: bool) -> CompressResult:
-    from entrollm.compress import CompressOptions, compress
+    from entrollm.recipes import CompressOptions, compress
 
-    with progress_bar(f"compressing to {out.name}", "weights", quiet=quiet) as update:
-        options = CompressOptions(bits=bits, prefer=prefer, threads=threads)
-        return compress(model, out, options, on_progress=lambda p: update(p.weights_done, p.weights))
+    options = CompressOptions(bits=bits, prefer=prefer, threads=threads)
+    with ProgressBars(quiet, compressing=f"compressing to {out.name}") as progress:
+        return compress(model, out, options, progress=progress)
 
 
 def _evaluate(

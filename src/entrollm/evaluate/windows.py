@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from entrollm.errors import Message, Option, OptionError
+
 DEFAULT_WINDOW = 512
 
 
@@ -60,7 +62,10 @@ def cut_windows(tokenizer: Tokenizer, text: str, protocol: Protocol) -> Windows:
     wanted = protocol.window if protocol.bos_id is None else protocol.window - 1
     count = len(ids) // wanted
     if count == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, and one window takes {wanted}; use a shorter --window")
+        raise OptionError(
+            f"the text has {len(ids)} tokens, and one window takes {wanted}",
+            hint=Message("use a longer text or a smaller {}", Option("window")),
+        )
     if protocol.max_windows is not None:
         count = min(count, protocol.max_windows)
     windows = ids[: count * wanted].reshape(count, wanted)

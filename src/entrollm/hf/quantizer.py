@@ -65,7 +65,7 @@ class EntroQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_stored(model, folder)
         else:
-            self._coder = LiveCoder(folder, model, self.quantization_config.options())
+            self._coder = LiveCoder(folder, model, self.quantization_config.options().coding())
         # A layer's entries, or those of a tied embedding, are of no use on different devices.
         model._no_split_modules = {*(model._no_split_modules or ()), "EntroLinear", "EntroEmbedding", "CodedWeight"}
 
