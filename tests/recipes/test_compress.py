@@ -130,7 +130,9 @@ def test_a_missing_torch_is_named(model: Path, tmp_path: Path, monkeypatch: pyte
     options = CompressOptions(bpw=3.0, calibration="self", device="cuda")
     with pytest.raises(OptionError, match=r"^device='cuda': import of entrollm\.torch\.device halted") as raised:
         entrollm.compress(model, tmp_path / "out", options)
-    assert describe_error(raised.value).startswith("--device cuda: import of entrollm.torch.device halted")
+    shown = describe_error(raised.value)
+    assert shown.startswith("--device cuda: import of entrollm.torch.device halted")
+    assert shown.endswith("; install torch with: pip install 'entrollm[hf]'")
 
 
 def test_a_plan_is_that_of_the_command(model: Path) -> None:

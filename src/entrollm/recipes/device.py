@@ -19,5 +19,6 @@ def open_device(name: DeviceName) -> Device:
     try:
         from entrollm.torch.device import TorchDevice
     except ImportError as error:
-        raise OptionError(Message("{}: {}", Option("device", name), error)) from None
+        hint = Message("install torch with: pip install 'entrollm[hf]'")
+        raise OptionError(Message("{}: {}", Option("device", name), error), hint=hint) from None
     return TorchDevice(name)
