@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales
 from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.imported import FORMATS, ImportedMatrix, ImportedWeights, find_format, fp8_matrix
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
 from entrollm.files.shards import is_gguf, open_weight_files
@@ -244,7 +244,8 @@ class Checkpoint:
                 continue
             if info.dtype in FP8_DTYPES or info.dtype not in _FLOAT_DTYPES:
                 raise UnsupportedError(
-                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded; keep it in its type (--keep)"
+                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded",
+                    hint=Message("keep it in its type with {}", Option("keep", [name])),
                 )
             if len(stacks[name]) != info.shape[0]:
                 raise FormatError(f"{self.path}: {name!r} has {info.shape[0]} matrices, not {len(stacks[name])}")

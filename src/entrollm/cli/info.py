@@ -1,4 +1,4 @@
-"""`entrollm info`: what this installation runs on."""
+"""`entrollm info`: show what this installation runs on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 from entrollm.cli.console import JsonOption, print_json, stdout
 
-EXAMPLES = (("entrollm info", "version, processor, instruction set and its speed"),)
+EXAMPLES = (
+    ("entrollm info", "version, processor, instruction set and its speed"),
+    ("entrollm info --json", "the same for scripts"),
+)
 
 
 def command(json_output: JsonOption = False) -> None:
-    """Show the version, the processor, and the instruction set that the kernels use with its speed.
+    """Show the version, the processor, the instruction set that the kernels use, and its speed.
 
-    The environment variable ENTROLLM_ISA forces another one of those listed: ENTROLLM_ISA=scalar entrollm run ...
+    The environment variable ENTROLLM_ISA selects another of the instruction sets listed, as in: ENTROLLM_ISA=scalar
+    entrollm run ...
     """
     from entrollm import _core
     from entrollm.engine.measure import product_speed

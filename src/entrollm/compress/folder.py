@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, Message, Option, OptionError
 from entrollm.format import layout
 from entrollm.format.reader import is_compressed, read_config
 from entrollm.system import FolderLock, sync_folder
@@ -110,7 +110,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not ours:
         raise ValueError(f"{path} exists and is not a compressed model; name a folder that does not exist yet")
     if not overwrite:
-        raise ValueError(f"{path} exists; name another folder, or pass --overwrite to replace it")
+        raise OptionError(
+            f"{path} exists", hint=Message("name another folder, or pass {} to replace it", Option("overwrite", True))
+        )
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:

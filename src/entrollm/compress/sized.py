@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.control import RateControl
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.rate import RateCurve
 from entrollm.compress.statistics import Drift, Statistics
@@ -46,7 +46,7 @@ class SizedMethods:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, options: CompressOptions, statistics: Statistics | None = None
+        self, checkpoint: Checkpoint, plan: Plan, options: CodingOptions, statistics: Statistics | None = None
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
@@ -138,7 +138,7 @@ class _Corrected:
         return quantized
 
 
-def has_drift(options: CompressOptions) -> bool:
+def has_drift(options: CodingOptions) -> bool:
     """Whether matrices with statistics must be quantized in the order in which the model multiplies with them."""
     return options.drift and options.method == "feedback"
 

@@ -12,7 +12,7 @@ from transformers.core_model_loading import ConversionOps
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.methods import make_methods
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import make_plan
 from entrollm.errors import EntroLLMError
 from entrollm.format.header import TensorTable
@@ -34,7 +34,7 @@ class LiveCoder:
         ValueError: an option does not suit the checkpoint, such as a size that cannot be reached.
     """
 
-    def __init__(self, folder: Path, model: Any, options: CompressOptions) -> None:
+    def __init__(self, folder: Path, model: Any, options: CodingOptions) -> None:
         self._checkpoint = Checkpoint.open(folder)
         plan = make_plan(self._checkpoint, options)
         infos = {name: self._checkpoint.tensors[name] for name in plan.coded}

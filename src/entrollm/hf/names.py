@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from entrollm.compress.stacks import find_stacks
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.format import layout
 
 
@@ -112,8 +112,8 @@ def _parameter(path: str, names: Mapping[str | None, list[str]], converters: Map
     if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
         rearranged = ", ".join(kind.__name__ for kind, _ in operations)
         raise UnsupportedError(
-            f"{_flat(names)[0]}: transformers makes {path} of it by {rearranged}, which coded matrices cannot follow; "
-            "keep it in its type (--keep, or keep=[...] of EntroConfig)"
+            f"{_flat(names)[0]}: transformers makes {path} of it by {rearranged}, which coded matrices cannot follow",
+            hint=Message("keep it in its type with {}", Option("keep", [_flat(names)[0]])),
         )
     ordered = [names.get(pattern, []) for pattern in converter.source_patterns]
     if len({len(members) for members in ordered}) != 1:

@@ -68,7 +68,7 @@ class EntroQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_stored(model, folder)
         else:
-            self._coder = LiveCoder(folder, model, self.quantization_config.options())
+            self._coder = LiveCoder(folder, model, self.quantization_config.options().coding())
         # The entries of a layer must be on one device.
         model._no_split_modules = {*(model._no_split_modules or ()), "EntroLinear", "EntroEmbedding", "CodedWeight"}
 
