@@ -42,7 +42,7 @@ class FolderLock:
             raise BlockingIOError(f"{folder} is locked by another process")
 
     def release(self) -> None:
-        """Give up the lock; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
