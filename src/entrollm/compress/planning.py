@@ -95,8 +95,8 @@ def _plan_imported(
             "{} quantizes the tensors that it left alone"
         )
         sizes = Option("bits"), Option("bpw"), Option("size")
-        override = Option("overrides", {Placeholder("GLOB"): Placeholder("N")})
-        raise OptionError(Message(alternatives, where, *sizes, override))
+        some = Option("overrides", {Placeholder("GLOB"): Placeholder("N")})
+        raise OptionError(Message(alternatives, where, *sizes, some))
     others = {name: info.shape for name, info in checkpoint.tensors.items() if name not in imported}
     for override in options.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in others):
