@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "kernels/flat_kernels.hpp"
 #include "kernels/float_kernels.hpp"
 
 namespace entrollm {
@@ -180,6 +181,7 @@ struct Kernels {
   std::size_t (*cascade_groups)(const CascadeRun& run, const GroupProduct& product) = nullptr;
 
   const EncodeKernels* encode = &kScalarEncodeKernels;
+  const FlatKernels* flat = &kScalarFlatKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
 

@@ -504,7 +504,8 @@ const Kernels kNeonKernels = {.name = "neon",
                               .or_low_bits = or_low_bits,
                               .count_all_ones = count_all_ones,
                               .dot = dot,
-                              .dot_tile = dot_tile};
+                              .dot_tile = dot_tile,
+                              .flat = &kNeonFlatKernels};
 
 const Kernels kNeonDotKernels = {.name = "neon-dot",
                                  .sparse_field = sparse_field,
@@ -513,6 +514,7 @@ const Kernels kNeonDotKernels = {.name = "neon-dot",
                                  .or_low_bits = or_low_bits,
                                  .count_all_ones = count_all_ones,
                                  .dot = dot_by_sdot,
-                                 .dot_tile = dot_tile_by_sdot};
+                                 .dot_tile = dot_tile_by_sdot,
+                                 .flat = &kNeonFlatKernels};
 
 }  // namespace entrollm

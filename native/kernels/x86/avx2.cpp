@@ -475,6 +475,7 @@ const Kernels kAvx2Kernels = {.name = "avx2",
                               .count_all_ones = count_all_ones,
                               .dot = dot,
                               .dot_tile = dot_tile,
+                              .flat = &kAvx2FlatKernels,
                               .floats = &kAvx2FloatKernels};
 
 const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
@@ -485,6 +486,7 @@ const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .count_all_ones = count_all_ones,
                                   .dot = vnni_dot,
                                   .dot_tile = vnni_dot_tile,
+                                  .flat = &kAvx2FlatKernels,
                                   .floats = &kAvx2FloatKernels};
 
 }  // namespace entrollm

@@ -131,6 +131,7 @@ const Kernels kAvx512Kernels = {.name = "avx512",
                                 .dot_tile_pair = dot_tile_pair,
                                 .cascade_product = cascade_product,
                                 .encode = &kAvx512EncodeKernels,
+                                .flat = &kAvx512FlatKernels,
                                 .floats = &kAvx512FloatKernels};
 
 }  // namespace entrollm
