@@ -515,6 +515,6 @@ const Kernels kNeonDotKernels = {.name = "neon-dot",
                                  .count_all_ones = count_all_ones,
                                  .dot = dot_by_sdot,
                                  .dot_tile = dot_tile_by_sdot,
-                                 .flat = &kNeonFlatKernels};
+                                 .flat = &kNeonDotFlatKernels};
 
 }  // namespace entrollm

@@ -48,7 +48,7 @@ template <class Body>
 // Calls body.operator()<Register>() for each register of a chunk.
 template <class Lanes, class Body>
 [[gnu::always_inline]] inline void for_flat_registers(const Body& body) {
-  [&]<std::size_t... I>(std::index_sequence<I...>) {
+  [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
     (body.template operator()<I>(), ...);
   }(std::make_index_sequence<kVector / Lanes::kLanes>());
 }
@@ -56,12 +56,12 @@ template <class Lanes, class Body>
 template <class Lanes>
 void unpack_flat(const std::uint8_t* fields, std::size_t chunks, int bits, std::uint8_t base,
                  std::uint8_t* symbols) {
-  with_flat_width(bits, [&]<int Bits>() {
+  with_flat_width(bits, [&]<int Bits>() __attribute__((always_inline)) {
     const auto bases = Lanes::splat(base);
     const std::uint8_t* chunk = fields;
     std::uint8_t* out = symbols;
     for (std::size_t i = 0; i < chunks; ++i, chunk += flat_chunk_bytes(Bits), out += kVector) {
-      for_flat_registers<Lanes>([&]<std::size_t Register>() {
+      for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
         Lanes::store(out + Register * Lanes::kLanes,
                      Lanes::add(Lanes::template fields<Bits, Register>(chunk), bases));
       });
@@ -107,7 +107,7 @@ template <int Bits>
 
 inline void pack_flat(const std::uint8_t* symbols, std::size_t chunks, int bits, std::uint8_t base,
                       std::uint8_t* fields) {
-  with_flat_width(bits, [&]<int Bits>() {
+  with_flat_width(bits, [&]<int Bits>() __attribute__((always_inline)) {
     const std::uint8_t* in = symbols;
     std::uint8_t* out = fields;
     for (std::size_t i = 0; i < chunks; ++i, in += kVector, out += flat_chunk_bytes(Bits)) {

@@ -486,7 +486,7 @@ const Kernels kAvx2VnniKernels = {.name = "avx2-vnni",
                                   .count_all_ones = count_all_ones,
                                   .dot = vnni_dot,
                                   .dot_tile = vnni_dot_tile,
-                                  .flat = &kAvx2FlatKernels,
+                                  .flat = &kAvx2VnniFlatKernels,
                                   .floats = &kAvx2FloatKernels};
 
 }  // namespace entrollm
