@@ -1,6 +1,7 @@
 // Activation vectors as balanced base-256 digits, ready for int8 products.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -42,22 +43,31 @@ struct ActivationRows {
 
 class Activations {
  public:
-  enum class Layout { kRows, kGroups };
+  // Vectors one behind the other; the same, and at most kMostFlatVectors also side by side; or
+  // groups of vectors for products of panels.
+  enum class Layout { kRows, kSideBySide, kGroups };
 
   // Rounds each row, times column_scale when given, to 16 bits of the row's largest magnitude.
   Activations(ThreadPool& pool, const ActivationRows& rows, Layout layout);
 
   std::size_t batch() const { return scales_.size(); }
 
-  // Of Layout::kRows: one activation vector from a column on.
+  // Of all but Layout::kGroups: one activation vector from a column on.
   Digits digits(std::size_t row, std::size_t column) const {
     const std::size_t at = row * padded_;
     return Digits{high_.data() + at, low_.data() + at, whole_.data() + at, sums(row)}.from(column);
   }
-  // Of Layout::kRows with at most kMostColumns rows: 1, 2 or 4 columns, and their digits side by
-  // side; see CascadeRun.
-  std::size_t columns() const { return batch() <= 2 ? batch() : kMostColumns; }
+
+  // Of Layout::kSideBySide: 1, 2, 4 or 8 columns, those past the batch being zero, and their
+  // digits; see CascadeRun and FlatVectors.
+  std::size_t columns() const { return std::bit_ceil(batch()); }
   const std::int8_t* interleaved() const { return interleaved_.data(); }
+
+  // Likewise, whole: (padded columns, columns()). Null before interleave_whole().
+  const std::int16_t* interleaved_whole() const {
+    return columns() == 1 ? whole_.data() : interleaved_whole_.data();
+  }
+  void interleave_whole();
 
   // Of Layout::kGroups: the groups from `group` on; see kGroup.
   const std::int8_t* packed(std::size_t group) const {
@@ -85,6 +95,7 @@ class Activations {
   AlignedArray<std::int8_t> low_;
   AlignedArray<std::int16_t> whole_;
   AlignedArray<std::int8_t> interleaved_;
+  AlignedArray<std::int16_t> interleaved_whole_{0};
   std::vector<double> scales_;
   // Of the rounded integers before each vector, and of all: (batch, padded / kVector + 1).
   std::vector<std::int64_t> sums_;

@@ -32,6 +32,13 @@ struct Scales {
   }
 };
 
+// Throws std::invalid_argument unless all rows are the matrix's.
+void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows);
+
+// The values of a row from its symbols, one a column.
+void dequantize_row(const Scales& scales, std::size_t row, std::span<const std::uint8_t> symbols,
+                    float* out);
+
 class CodedMatrix {
  public:
   // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
@@ -47,7 +54,7 @@ class CodedMatrix {
   CodedMatrix& operator=(CodedMatrix&&) = default;
 
   const Geometry& geometry() const { return geometry_; }
-  std::span<const float> column_scale() const { return scales_.column_scale; }
+  const Scales& scales() const { return scales_; }
 
   // Symbols of rows [begin, end) into out (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
@@ -56,11 +63,11 @@ class CodedMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
-  friend class Product;
+  friend class CodedProduct;
+  friend class FlatMatrix;
   friend class GroupedProduct;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
-  void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
   void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 
