@@ -7,6 +7,7 @@
 #include <span>
 
 #include "format/layout.hpp"
+#include "kernels/flat_kernels.hpp"
 #include "kernels/float_kernels.hpp"
 
 namespace entrollm {
@@ -182,6 +183,7 @@ struct Kernels {
                                       const FusedPanelProduct& product) = nullptr;
 
   const EncodeKernels* encode = &kScalarEncodeKernels;
+  const FlatKernels* flat = &kScalarFlatKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
 

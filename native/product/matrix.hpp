@@ -33,6 +33,13 @@ struct Scales {
   }
 };
 
+// Throws std::invalid_argument unless all rows are the matrix's.
+void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows);
+
+// The values of a row from its symbols, one a column.
+void dequantize_row(const Scales& scales, std::size_t row, std::span<const std::uint8_t> symbols,
+                    float* out);
+
 class CodedMatrix {
  public:
   // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
@@ -48,7 +55,7 @@ class CodedMatrix {
   CodedMatrix& operator=(CodedMatrix&&) = default;
 
   const Geometry& geometry() const { return geometry_; }
-  std::span<const float> column_scale() const { return scales_.column_scale; }
+  const Scales& scales() const { return scales_; }
 
   // Writes the symbols of rows [begin, end) to out, (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
@@ -57,12 +64,12 @@ class CodedMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
-  friend class Product;
+  friend class CodedProduct;
+  friend class FlatMatrix;
   friend class GroupedProduct;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
-  bool decode_part(std::size_t row_block, std::size_t part, class DecodeScratch& scratch) const;
-  void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
-  void copy_rows(std::size_t row_block, std::size_t part, std::size_t begin, std::size_t end,
+  bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 
   Code code_;

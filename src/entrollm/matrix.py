@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +33,13 @@ class _Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """A matrix that is read straight from its coded bytes.
+    """A matrix that is read straight from its coded bytes, or in the flat form that memory holds.
 
     Attributes:
         name: the tensor's name.
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
-        native: what multiplies and decodes it; where there are groups, of the integers alone.
+        native: what multiplies and decodes it, coded or flat; where there are groups, of the integers alone.
         scale: float32, shape (1,) or (rows,); of no use where there are groups.
         offset: float32, the shape of scale; None for none.
         column_scale: float32, shape (columns,); None for none.
@@ -49,11 +49,38 @@ class CodedMatrix:
     name: str
     spec: TensorSpec
     stored_bytes: int
-    native: _core.CodedMatrix
+    native: _core.CodedMatrix | _core.FlatMatrix
     scale: NDArray[np.float32]
     offset: NDArray[np.float32] | None
     column_scale: NDArray[np.float32] | None
     groups: GroupScales | None = None
+
+    @property
+    def can_be_flat(self) -> bool:
+        """Whether the flat form exists for it: where there are no group scales."""
+        return self.groups is None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is in the flat form, which needs no bytes of the file."""
+        return isinstance(self.native, _core.FlatMatrix)
+
+    def to_flat(self, pool: _core.ThreadPool) -> CodedMatrix:
+        """The same matrix transcoded to the flat form: the same integers, the same products bit for bit.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+            MemoryError: the memory does not suffice.
+            ValueError: it has group scales.
+        """
+        if self.groups is not None:
+            raise ValueError(f"{self.name}: matrices with group scales have no flat form")
+        if isinstance(self.native, _core.FlatMatrix):
+            return self
+        try:
+            return replace(self, native=_core.FlatMatrix(self.native, pool))
+        except _core.CorruptBlockError as error:
+            raise self.corrupt(error) from None
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
         """Decode rows [begin, end): uint8 (end - begin, columns).
@@ -150,7 +177,7 @@ def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _cor
 
 def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
     groups = matrix.groups
-    if groups is None:
+    if groups is None or isinstance(matrix.native, _core.FlatMatrix):  # only matrices without groups are flat
         return multiply([matrix], x, pool)
     order = groups.arrays.get("column_order")
     stored = np.ascontiguousarray(x if order is None else x[:, order])

@@ -90,6 +90,7 @@ constexpr Kernels kTable = {.name = "avx512",
                             .dot_tile_pair = dot_tile_pair,
                             .cascade_product = cascade_product,
                             .encode = &kAvx512EncodeKernels,
+                            .flat = &kAvx512FlatKernels,
                             .floats = &kAvx512FloatKernels};
 
 }  // namespace

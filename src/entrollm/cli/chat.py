@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from entrollm.cli.console import JsonOption, ThreadsOption, describe_error, message, print_json, stderr, stdout
+from entrollm.cli.console import (
+    JsonOption,
+    MemoryOption,
+    ThreadsOption,
+    describe_error,
+    message,
+    print_json,
+    stderr,
+    stdout,
+)
 from entrollm.cli.run import (
     MaxTokensOption,
     MinPOption,
@@ -56,6 +65,7 @@ def command(
     seed: SeedOption = None,
     stop: StopOption = None,
     threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Talk with a model that has a chat template.
@@ -64,9 +74,10 @@ def command(
     progress. With --json, each line of the input is a question, and the whole dialogue is printed at the end.
     """
     from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    loaded = load(model, threads=threads)
+    loaded = load(model, threads=threads, memory=check_memory(memory))
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {

@@ -27,6 +27,7 @@ from entrollm.report.numbers import format_bytes, format_count, format_rate
 
 __all__ = [
     "JsonOption",
+    "MemoryOption",
     "Stopwatch",
     "ThreadsOption",
     "describe_error",
@@ -56,7 +57,16 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; messages and progress go to stderr.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; one for each core by default.")
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Worker threads; by default one for each performance core."),
+]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        metavar="auto|file|fast",
+        help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
+    ),
 ]
 
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, print_json
+from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, json_safe, print_json
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
 
 EXAMPLES = (
@@ -30,6 +30,7 @@ def command(
     max_windows: MaxWindowsOption = None,
     bos: BosOption = False,
     threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and the divergence from a reference model.
@@ -41,7 +42,7 @@ def command(
     Bits per byte are nats per token / ln 2 x tokens / bytes of the text. File bits are the bits of all weight files per
     weight, everything included.
     """
-    measured = measure(models, against, TextOptions(text, window, max_windows, bos), threads, json_output)
+    measured = measure(models, against, TextOptions(text, window, max_windows, bos), threads, json_output, memory)
     if json_output:
         print_json(json_safe(measured.to_json()))
     else:

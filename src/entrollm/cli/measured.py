@@ -110,7 +110,12 @@ class Measured:
 
 
 def measure(
-    models: Sequence[str], against: str | None, options: TextOptions, threads: int | None, quiet: bool
+    models: Sequence[str],
+    against: str | None,
+    options: TextOptions,
+    threads: int | None,
+    quiet: bool,
+    memory: str = "auto",
 ) -> Measured:
     """Run models over a text, and the reference once for all of them.
 
@@ -120,16 +125,18 @@ def measure(
         options: the text.
         threads: worker threads; `None` for one per core.
         quiet: show no progress.
+        memory: where coded weights are multiplied; see `entrollm.load`.
     Raises:
         EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
     """
     from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
     from entrollm.evaluate import cut_windows, evaluate, model_size, read_text
 
     content = read_text(options.text)
-    loaded = [load(model, threads=threads) for model in models]
-    reference = None if against is None else load(against, threads=threads)
+    loaded = [load(model, threads=threads, memory=check_memory(memory)) for model in models]
+    reference = None if against is None else load(against, threads=threads, memory=check_memory(memory))
     every = loaded if reference is None else [*loaded, reference]
     tokenizer = next((model.tokenizer for model in every if model.tokenizer is not None), None)
     if tokenizer is None:
