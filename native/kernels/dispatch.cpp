@@ -57,9 +57,9 @@ bool has_all(unsigned word, std::initializer_list<unsigned> bits) {
 }
 
 bool runs_avx2() {
-  return has_all(features().saved_states, {1, 2})      // SSE and AVX registers
-         && has_all(features().leaf1_ecx, {23})        // POPCNT
-         && has_all(features().leaf7_ebx, {3, 5, 8});  // BMI1, AVX2, BMI2
+  return has_all(features().saved_states, {1, 2})        // SSE and AVX registers
+         && has_all(features().leaf1_ecx, {12, 23, 29})  // FMA, POPCNT, F16C
+         && has_all(features().leaf7_ebx, {3, 5, 8});    // BMI1, AVX2, BMI2
 }
 
 bool has_avx_vnni() { return has_all(features().leaf7_1_eax, {4}); }

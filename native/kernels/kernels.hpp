@@ -9,6 +9,7 @@
 #include "format/layout.hpp"
 #include "kernels/flat_kernels.hpp"
 #include "kernels/float_kernels.hpp"
+#include "kernels/grouped_kernels.hpp"
 
 namespace entrollm {
 
@@ -184,6 +185,7 @@ struct Kernels {
 
   const EncodeKernels* encode = &kScalarEncodeKernels;
   const FlatKernels* flat = &kScalarFlatKernels;
+  const GroupedKernels* grouped = &kScalarGroupedKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
 

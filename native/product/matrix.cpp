@@ -116,6 +116,19 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
                       scratch) == BlockStatus::kOk;
 }
 
+std::size_t CodedMatrix::for_blocks(std::size_t begin, std::size_t end,
+                                    const std::function<void(const DecodedBlock&)>& take) const {
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  for (std::size_t row_block = begin; row_block < end; ++row_block) {
+    for (std::size_t part = 0; part < geometry_.parts(); ++part) {
+      if (!decode_part(row_block, part, scratch)) return row_block * geometry_.parts() + part;
+      take({scratch.block(), row_block * geometry_.block_rows, geometry_.rows_in(row_block),
+            part * geometry_.block_columns, geometry_.columns_in(part)});
+    }
+  }
+  return SIZE_MAX;
+}
+
 void CodedMatrix::copy_rows(std::size_t row_block, std::size_t part, std::size_t begin,
                             std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
   const std::size_t width = geometry_.columns_in(part);

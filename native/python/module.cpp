@@ -17,10 +17,10 @@
 #include "format/geometry.hpp"
 #include "kernels/kernels.hpp"
 #include "product/flat_matrix.hpp"
-#include "product/grouped.hpp"
 #include "product/matrix.hpp"
 #include "product/product.hpp"
 #include "python/module_arrays.hpp"
+#include "python/module_matrix.hpp"
 #include "threads/pool.hpp"
 
 namespace nb = nanobind;
@@ -30,27 +30,12 @@ namespace entrollm {
 namespace {
 
 template <class T>
-std::span<const T> view(const Vector<T>& array) {
-  return {array.data(), array.size()};
-}
-
-template <class T>
 nb::ndarray<nb::numpy, T> to_array(const std::vector<T>& values) {
   T* data = allocate<T>(values.size());
   std::memcpy(data, values.data(), values.size() * sizeof(T));
   const std::size_t shape[1] = {values.size()};
   return own(data, shape);
 }
-
-// Keeps the Python arrays alive for as long as the matrix reads them.
-struct PyMatrix {
-  Vector<std::uint8_t> dense;
-  Vector<std::uint8_t> sparse;
-  Vector<float> scale;
-  std::optional<Vector<float>> offset;
-  std::optional<Vector<float>> column_scale;
-  CodedMatrix matrix;
-};
 
 std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry geometry,
                                       Vector<std::uint8_t> dense, Vector<std::uint8_t> sparse,
@@ -105,26 +90,6 @@ nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matri
   auto result = own(y, shape);
   const nb::gil_scoped_release release;
   multiply(pool, all, x.data(), shape[0], y);
-  return result;
-}
-
-nb::ndarray<nb::numpy, float> multiply_groups(const PyMatrix& self, Matrix<float> x,
-                                              std::size_t size, Vector<float> scale,
-                                              std::optional<Vector<float>> shift,
-                                              std::optional<Vector<float>> values,
-                                              ThreadPool& pool) {
-  const Geometry& geometry = self.matrix.geometry();
-  if (x.shape(1) != geometry.columns) {
-    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                " columns, the matrix has " + std::to_string(geometry.columns));
-  }
-  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>(),
-                         values ? view(*values) : std::span<const float>()};
-  const std::size_t shape[2] = {x.shape(0), geometry.rows};
-  float* y = allocate<float>(shape[0] * shape[1]);
-  auto result = own(y, shape);
-  const nb::gil_scoped_release release;
-  multiply_grouped(pool, self.matrix, terms, x.data(), shape[0], y);
   return result;
 }
 
@@ -231,8 +196,6 @@ NB_MODULE(_core, m) {
             return multiply_all({&self}, x, pool);
           },
           "x"_a, "pool"_a)
-      .def("multiply_groups", &multiply_groups, "x"_a, "size"_a, "scale"_a, "shift"_a.none(),
-           "values"_a.none(), "pool"_a)
       .def("decode", &decode<PyMatrix>, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize<PyMatrix>, "rows"_a, "pool"_a);
   nb::class_<PyFlatMatrix>(m, "FlatMatrix")
@@ -260,5 +223,6 @@ NB_MODULE(_core, m) {
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
+  bind_grouped(m);
   bind_ops(m);
 }

@@ -39,15 +39,6 @@ class CodedMatrix:
         column_scale: NDArray[np.float32] | None,
     ) -> None: ...
     def multiply(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
-    def multiply_groups(
-        self,
-        x: NDArray[np.float32],
-        size: int,
-        scale: NDArray[np.float32],
-        shift: NDArray[np.float32] | None,
-        values: NDArray[np.float32] | None,
-        pool: ThreadPool,
-    ) -> NDArray[np.float32]: ...
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
     def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
 
@@ -71,6 +62,46 @@ class FlatMatrix:
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
     def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
 
+class GroupedMatrix:
+    """A coded matrix with scales of groups of columns.
+
+    Args:
+        coded: its symbols.
+        size: columns of a scale group.
+        ratio: scale groups that share a super scale.
+        arrays: by a name of `group_scales.GROUP_ARRAY_TYPES`, the bytes of an array and the safetensors name of its
+            type.
+        zero: the symbol that stands for 0, where the arrays hold none.
+        factor: multiplies all weights.
+        values: what the 256 symbols stand for; None if they stand for themselves.
+    """
+
+    def __init__(
+        self,
+        coded: CodedMatrix,
+        size: int,
+        ratio: int,
+        arrays: dict[str, tuple[NDArray[np.uint8], str]],
+        zero: float,
+        factor: float,
+        values: NDArray[np.float32] | None,
+    ) -> None: ...
+    def flatten(self, pool: ThreadPool) -> None:
+        """Copy the symbols to memory in the flat form, which products are faster from; keeps odd sizes coded."""
+    @property
+    def can_flatten(self) -> bool: ...
+    @property
+    def is_flat(self) -> bool: ...
+    @property
+    def bits(self) -> int:
+        """The width of the flat fields; 0 while coded."""
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the flat fields."""
+
+def multiply_grouped(
+    matrices: list[GroupedMatrix], x: NDArray[np.float32], pool: ThreadPool
+) -> NDArray[np.float32]: ...
 def multiply(
     matrices: list[CodedMatrix | FlatMatrix], x: NDArray[np.float32], pool: ThreadPool
 ) -> NDArray[np.float32]: ...

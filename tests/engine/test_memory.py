@@ -16,8 +16,12 @@ from entrollm.engine.linear import CodedWeights
 from entrollm.engine.memory import MemoryPlan, check_memory, is_faster_flat, is_fused
 from entrollm.engine.memory_report import report_memory
 from entrollm.errors import CorruptStreamError
+from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf, Split
+from entrollm.format.grid import GridKind
+from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import Kind, TensorSpec
 from entrollm.matrix import matrix_of
 from tests.engine.architectures import random_ids
 from tests.support.folders import write_example
@@ -156,17 +160,23 @@ def test_what_is_fused() -> None:
     assert is_fused(Code(Field(2, (0, 1, 2), Field(8, ()))))
 
 
+def spec_of(code: Code, kind: Kind) -> TensorSpec:
+    return TensorSpec(8, 64, "BF16", "any", code, Blocks(8, 64), kind)
+
+
 def test_what_is_faster_flat() -> None:
+    cascade, tree = spec_of(CASCADE, GridKind(1.0)), spec_of(TREE, GridKind(1.0))
+    grouped = spec_of(CASCADE, GroupedKind(32, {"group_scale": "F16"}))
     for isa in ("avx2", "avx2-vnni", "neon", "neon-dot"):
-        assert is_faster_flat(CASCADE, 4.5, isa) and is_faster_flat(TREE, 2.0, isa)
+        assert is_faster_flat(cascade, 4.5, isa) and is_faster_flat(tree, 2.0, isa)
     for isa in ("avx512", "amx"):
-        assert is_faster_flat(CASCADE, 3.2, isa) and not is_faster_flat(CASCADE, 4.5, isa)
-        assert is_faster_flat(TREE, 4.5, isa)
-    assert not is_faster_flat(TREE, 4.5, "scalar")
+        assert is_faster_flat(cascade, 3.2, isa) and not is_faster_flat(cascade, 4.5, isa)
+        assert is_faster_flat(tree, 4.5, isa) and is_faster_flat(grouped, 4.5, isa)
+    assert not is_faster_flat(tree, 4.5, "scalar") and not is_faster_flat(grouped, 4.5, "scalar")
 
 
 def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda code, bits, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, bits, isa: True)
     with CompressedModel.open(folder) as model:
         assert MemoryPlan(model, "file").flat == frozenset()
         assert MemoryPlan(model, "auto").flat == frozenset(model.specs)
@@ -181,7 +191,7 @@ def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_estimate_of_auto_is_no_less_than_what_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda code, bits, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, bits, isa: True)
     with CompressedModel.open(folder) as model:
         report = report_memory(model, _core.ThreadPool(2))
         assert report.memory_bytes("fast")[0] <= 1.02 * MemoryPlan(model, "auto").flat_bytes

@@ -34,10 +34,22 @@ void check_products(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& p
   }
 }
 
+GroupScales scales_of(std::size_t size, std::size_t groups, const std::vector<float>& scale,
+                      const std::vector<float>& minimum, const std::vector<float>& values) {
+  GroupScales scales{size, {}, values};
+  scales.terms.groups = groups;
+  scales.terms.scale.values = scale.data();
+  if (!minimum.empty()) scales.terms.minimum.values = minimum.data();
+  return scales;
+}
+
 // Group scales at the edges of exact-size arrays.
 void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
   const Geometry& geometry = c.geometry;
-  const std::size_t size = 1 + random.below(random.coin() ? 200 : 2 * geometry.columns);
+  constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 192, 512, 1024};
+  const std::size_t size = random.coin()   ? kSizes[random.below(std::size(kSizes))]
+                           : random.coin() ? 1 + random.below(200)
+                                           : 1 + random.below(2 * geometry.columns);
   const std::size_t groups = (geometry.columns - 1) / size + 1;
   std::vector<float> scale(geometry.rows * groups), shift(random.coin() ? scale.size() : 0);
   for (auto& value : scale) value = static_cast<float>(random.byte()) / 64 - 1;
@@ -45,7 +57,9 @@ void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& poo
   std::vector<float> values(random.coin() ? 256 : 0);
   for (auto& value : values) value = static_cast<float>(random.byte()) / 16 - 9;
   std::vector<float> y(c.batch * geometry.rows);
-  multiply_grouped(pool, matrix, {size, scale, shift, values}, c.x.data(), c.batch, y.data());
+  GroupedMatrix grouped(matrix, scales_of(size, groups, scale, shift, values));
+  const GroupedMatrix* const matrices[] = {&grouped};
+  multiply_grouped(pool, matrices, c.x.data(), c.batch, y.data());
   for (std::size_t b = 0; b < c.batch; ++b) {
     const float* x = c.x.data() + b * geometry.columns;
     double largest = 0;
@@ -61,7 +75,7 @@ void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& poo
         const double value =
             values.empty() ? static_cast<double>(symbol) : static_cast<double>(values[symbol]);
         const double weight =
-            value * scale[group] + (shift.empty() ? 0.0 : static_cast<double>(shift[group]));
+            value * scale[group] - (shift.empty() ? 0.0 : static_cast<double>(shift[group]));
         sum += weight * x[j];
         bound += std::fabs(weight) * largest / 65000;
       }
@@ -69,10 +83,15 @@ void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& poo
       require(std::fabs(y[b * geometry.rows + i] - sum) <= bound, "the grouped product is close");
     }
   }
-  scale.pop_back();
+  const std::vector<float> before = y;
+  grouped.flatten(pool);
+  require(grouped.is_flat() == grouped.can_flatten(),
+          "it is flat if it can be");
+  multiply_grouped(pool, matrices, c.x.data(), c.batch, y.data());
+  require(before == y, "the flat form has the same products");
   try {
-    multiply_grouped(pool, matrix, {size, scale, {}, {}}, c.x.data(), c.batch, y.data());
-    require(false, "too few scales are refused");
+    GroupedMatrix(matrix, scales_of(size, groups + 1, scale, shift, values));
+    require(false, "another number of groups is refused");
   } catch (const std::invalid_argument&) {
   }
 }

@@ -91,6 +91,7 @@ constexpr Kernels kTable = {.name = "avx512",
                             .cascade_product = cascade_product,
                             .encode = &kAvx512EncodeKernels,
                             .flat = &kAvx512FlatKernels,
+                            .grouped = &kAvx512GroupedKernels,
                             .floats = &kAvx512FloatKernels};
 
 }  // namespace

@@ -12,7 +12,9 @@ from typing import Literal, get_args
 from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
+from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
 
 Memory = Literal["auto", "file", "fast"]
@@ -57,17 +59,19 @@ def is_fused(code: Code) -> bool:
     return node is None and levels <= _MAX_FUSED_LEVELS and code.low_bits <= _MAX_FUSED_LOW_BITS
 
 
-def is_faster_flat(code: Code, stored_bits: float, isa: str) -> bool:
+def is_faster_flat(spec: TensorSpec, stored_bits: float, isa: str) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
-        code: of the matrix.
+        spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
         stored_bits: bits per weight in the file.
         isa: the name of the instruction set, as `_core.isa()` has it.
     """
     if isa == "scalar":
         return False
-    return isa not in _FUSED_ISAS or not is_fused(code) or stored_bits < _FUSED_FROM_BITS
+    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
+        return True
+    return not is_fused(spec.code) or stored_bits < _FUSED_FROM_BITS
 
 
 class MemoryPlan:
@@ -88,8 +92,8 @@ class MemoryPlan:
         sizes = {}
         for name, spec in model.specs.items():
             weights = spec.rows * spec.columns
-            bits = sum(array.nbytes for array in model.stored_arrays(name).values()) * 8 / weights
-            if memory == "fast" or (memory == "auto" and is_faster_flat(spec.code, bits, _core.isa())):
+            bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
+            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, bits, _core.isa())):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
         fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes

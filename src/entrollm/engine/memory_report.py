@@ -78,17 +78,16 @@ def report_memory(
     found = []
     for name, spec in model.specs.items():
         matrix = matrix_of(model, name)
-        flat = matrix.to_flat(pool).native if matrix.can_be_flat else None
-        is_flat = isinstance(flat, _core.FlatMatrix)
+        flat = matrix.to_flat(pool) if matrix.can_be_flat else matrix
         found.append(
             MatrixForms(
                 name=name,
                 weights=spec.rows * spec.columns,
                 code=spec.code,
                 file_bytes=matrix.stored_bytes,
-                flat_bytes=flat.size_bytes if isinstance(flat, _core.FlatMatrix) else None,
-                flat_rows=flat.rows_by_bits if isinstance(flat, _core.FlatMatrix) else {},
-                is_flat=is_flat and name in plan.flat,
+                flat_bytes=flat.flat_bytes,
+                flat_rows=flat.flat_rows,
+                is_flat=flat.is_flat and name in plan.flat,
             )
         )
         model.release(name)
