@@ -74,8 +74,9 @@ class JoinedLayers:
         self.weights = weights
         self._ready = ready
         self._wasted = 0
-        self._index = {weight.number: index for index, weight in enumerate(weights.weights)}
-        for number in self._index:
+        self.index = {weight.number: index for index, weight in enumerate(weights.weights)}
+        """The index of each layer by its weight's number."""
+        for number in self.index:
             _joined_layers[number] = self
 
     @property
@@ -83,22 +84,18 @@ class JoinedLayers:
         """Whether products made for all layers have been used by all of them, at least now and then."""
         return self._wasted < _MAX_WASTED
 
-    def index(self, weight: CodedWeight) -> int | None:
-        """The index of the layer with this weight, or `None` if it is not one of these layers."""
-        return self._index.get(weight.number)
-
     def product(self, layer: Layer, x: Tensor) -> Tensor:
         """The product of one of the layers: (..., in_features) -> (..., out_features) in the type of x."""
-        alone: Callable[[Tensor], Tensor] = layer.weight
-        index = self.index(layer.weight)
+        weight = layer.weight
+        index = self.index.get(weight.number)
         if index is None or (x.requires_grad and torch.is_grad_enabled()):
-            return alone(x)
+            return weight(x)  # type: ignore[no-any-return]
         if index == 0:
             self._drop_unused()
-            return self._multiply_for_all(x) if self._can_serve(x) else alone(x)
+            return self._multiply_for_all(x) if self._can_serve(x) else weight(x)
         product = self._ready.take(self, x, _moment(x), index)
         if product is None:
-            return alone(x)
+            return weight(x)  # type: ignore[no-any-return]
         if self._ready.current is None:
             self._wasted = 0
         return product
@@ -148,8 +145,7 @@ class Watch:
         self._note(layer, x)
         if isinstance(layer.joining, JoinedLayers):
             return layer.joining.product(layer, x)
-        alone: Callable[[Tensor], Tensor] = layer.weight
-        return alone(x)
+        return layer.weight(x)  # type: ignore[no-any-return]
 
     def _note(self, layer: Layer, x: Tensor) -> None:
         """Note that a layer is given an input."""
@@ -225,4 +221,4 @@ def _source_of(number: int) -> _Source:
     joined = _joined_layers.get(number)
     if joined is None or not joined.is_useful:
         return number, 0, (operators.out_features(number),)
-    return joined.weights.number, joined._index[number], tuple(joined.weights.rows)
+    return joined.weights.number, joined.index[number], tuple(joined.weights.rows)

@@ -16,7 +16,6 @@ typedef unsigned long long u64;
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStreams = 2;
-constexpr int kTripleColumns = 3;
 constexpr int kStepColumns = 24;
 constexpr int kSpanColumns = 72;
 constexpr int kSpanTriples = 6;   // of one stream
