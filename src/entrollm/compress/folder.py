@@ -125,5 +125,3 @@ def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int
     """
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(names)}
     folder.write_text(layout.INDEX_NAME, json.dumps(index, indent=1) + "\n")
-
-
