@@ -114,7 +114,9 @@ def test_widths_beside_a_size_are_refused_when_they_would_be_used(size: dict[str
     assert describe_error(raised.value) == "give one of --bits, --bpw and --fit; they all decide the size"
 
 
-@pytest.mark.parametrize(("size", "message"), [({"bpw": -1}, "must be above 0"), ({"size": "big"}, "is not a valid file size")])
+@pytest.mark.parametrize(
+    ("size", "message"), [({"bpw": -1}, "must be above 0"), ({"size": "big"}, "is not a valid file size")]
+)
 def test_a_size_that_is_none_is_refused(size: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompressOptions(**size)
