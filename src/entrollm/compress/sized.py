@@ -167,8 +167,8 @@ class _Sampler:
 
     def quantize(self, step: float, choose: CodeChooser) -> Quantized:
         if self._rows is None:
-            parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
-            self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
+            rows = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
+            self._rows = np.concatenate(rows).astype(_sample_type(self._checkpoint, self._name))
             self._checkpoint.release(self._name)
         quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)
