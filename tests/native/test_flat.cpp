@@ -38,7 +38,7 @@ void check_definition() {
 void check_packing(const Kernels& kernels, Random& random) {
   const std::string name = kernels.name;
   for (int bits = kMinFlatBits; bits <= kMaxFlatBits; ++bits) {
-    for (std::size_t chunks = 0; chunks < 6; ++chunks) {
+    for (std::size_t chunks = 1; chunks < 6; ++chunks) {
       const auto base = static_cast<std::uint8_t>(random.below(257 - (std::size_t{1} << bits)));
       Guarded symbols(chunks * kVector, random.coin());
       for (std::size_t i = 0; i < symbols.size(); ++i) symbols.data()[i] = random.byte();

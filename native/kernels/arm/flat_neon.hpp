@@ -19,7 +19,9 @@ struct FlatLanes {
     if constexpr (has_flat_part(Bits, 4)) bytes = nibbles<Register>(chunk);
     if constexpr (has_flat_part(Bits, 2)) {
       constexpr int kAt = flat_part_shift(Bits, 2);
-      bytes = insert<3, kAt>(bytes, pairs<kAt, Register>(chunk + flat_part_offset(Bits, 2)));
+      const Bytes more = pairs<kAt, Register>(chunk + flat_part_offset(Bits, 2));
+      // The highest pair shifts nothing else in.
+      bytes = kAt == 0 && Register == 3 ? more : insert<3, kAt>(bytes, more);
     }
     if constexpr (has_flat_part(Bits, 1)) {
       constexpr int kAt = flat_part_shift(Bits, 1);

@@ -8,8 +8,10 @@ namespace {
 
 struct FlatProducts : FlatTotals {
   static constexpr std::size_t kMostVectors = 8;
-  static constexpr std::size_t rows(std::size_t vectors) {
-    return vectors <= 2 ? 4 : vectors == 4 ? 2 : 1;
+  static constexpr std::size_t kUnroll = 1;
+  // Widths with a part of single bits need more registers a row.
+  static constexpr std::size_t rows(int bits, std::size_t vectors) {
+    return vectors <= 2 && bits % 2 == 0 ? 4 : vectors <= 4 ? 2 : 1;
   }
 
   template <int Bits>

@@ -5,7 +5,9 @@
 //     using Lanes = FlatLanes;
 //     using Sums;                             // a register of 32-bit sums
 //     static constexpr std::size_t kMostVectors;          // that share the unpacking of a row
-//     static constexpr std::size_t rows(std::size_t vectors);  // that share loads of activations
+//     static constexpr std::size_t kUnroll;  // chunks that the loop repeats its code for
+//     // Rows that share loads of activations.
+//     static constexpr std::size_t rows(int bits, std::size_t vectors);
 //     static Lanes::Bytes load(const std::int8_t*);
 //     // Four totals over all lanes.
 //     static void total(Sums, Sums, Sums, Sums, std::int32_t* out);
@@ -65,12 +67,16 @@ class FlatTile {
     const std::int8_t* digits = cut_.digits;
     for (; left >= kRun; left -= kRun) {
       fetch(fields);
-      for_constants<kRun>([&]<std::size_t Chunk>() __attribute__((always_inline)) {
-        add_chunk(fields + Chunk * kChunkBytes, digits + Chunk * cut_.digits_step);
-      });
+      constexpr std::size_t kUnrolled = kRun < Products::kUnroll ? kRun : Products::kUnroll;
+#pragma GCC unroll 1
+      for (std::size_t chunk = 0; chunk < kRun; chunk += kUnrolled) {
+        for_constants<kUnrolled>([&]<std::size_t Chunk>() __attribute__((always_inline)) {
+          add_chunk(fields + Chunk * kChunkBytes, digits + Chunk * cut_.digits_step);
+        });
+        fields += kUnrolled * kChunkBytes;
+        digits += kUnrolled * cut_.digits_step;
+      }
       widen();
-      fields += kRun * kChunkBytes;
-      digits += kRun * cut_.digits_step;
     }
     for (; left > 0; --left, fields += kChunkBytes, digits += cut_.digits_step) {
       add_chunk(fields, digits);
@@ -187,7 +193,7 @@ void multiply_flat_vectors(const FlatRows& rows, const FlatVectors& x, std::int6
     cut.fields = rows.fields + flat_row_bytes(first, Bits);
     for (std::size_t vector = 0; vector < Vectors; vector += kTogether) {
       cut.digits = x.digits + first * cut.digits_step + 2 * vector * kVector;
-      multiply_flat_cut<Products, Bits, Products::rows(kTogether), kTogether>(
+      multiply_flat_cut<Products, Bits, Products::rows(Bits, kTogether), kTogether>(
           cut, rows.rows, sums + vector, Vectors);
     }
   }
@@ -211,6 +217,30 @@ void multiply_flat(const FlatRows& rows, const FlatVectors& x, std::int64_t* sum
   });
 }
 
+// The sums of a run of patches with each vector.
+template <std::size_t Vectors>
+struct PatchSums {
+  std::int32_t lanes[Vectors] = {};
+
+  [[gnu::always_inline]] inline void add(std::int32_t difference, const std::int16_t* x) {
+    for (std::size_t i = 0; i < Vectors; ++i) lanes[i] += difference * x[i];
+  }
+};
+
+// Compilers make a vector of eight sums by themselves, but not of four.
+template <>
+struct PatchSums<4> {
+  using Shorts = std::int16_t __attribute__((vector_size(8)));
+  using Ints = std::int32_t __attribute__((vector_size(16)));
+  Ints lanes = {};
+
+  [[gnu::always_inline]] inline void add(std::int32_t difference, const std::int16_t* x) {
+    Shorts whole;
+    std::memcpy(&whole, x, sizeof whole);
+    lanes += __builtin_convertvector(whole, Ints) * difference;
+  }
+};
+
 template <std::size_t Vectors, class Column>
 void add_flat_patches_at(const FlatPatches& patches, const Column* columns, std::size_t rows,
                          const std::int16_t* whole, std::int64_t* sums) {
@@ -219,13 +249,11 @@ void add_flat_patches_at(const FlatPatches& patches, const Column* columns, std:
     const std::size_t end = patches.first[row + 1];
     while (at < end) {
       const std::size_t stop = end - at < kPatchRun ? end : at + kPatchRun;
-      std::int32_t run[Vectors] = {};
+      PatchSums<Vectors> run;
       for (; at < stop; ++at) {
-        const std::int32_t difference = patches.differences[at];
-        const std::int16_t* x = whole + std::size_t{columns[at]} * Vectors;
-        for (std::size_t i = 0; i < Vectors; ++i) run[i] += difference * x[i];
+        run.add(patches.differences[at], whole + std::size_t{columns[at]} * Vectors);
       }
-      for (std::size_t i = 0; i < Vectors; ++i) sums[i] += run[i];
+      for (std::size_t i = 0; i < Vectors; ++i) sums[i] += run.lanes[i];
     }
   }
 }

@@ -9,7 +9,8 @@ struct FlatProducts {
   using Lanes = FlatLanes;
   using Sums = __m512i;
   static constexpr std::size_t kMostVectors = 4;
-  static constexpr std::size_t rows(std::size_t vectors) {
+  static constexpr std::size_t kUnroll = 4;
+  static constexpr std::size_t rows(int, std::size_t vectors) {
     return vectors <= 2 ? 4 : vectors == 4 ? 2 : 1;
   }
 
