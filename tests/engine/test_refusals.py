@@ -117,8 +117,8 @@ def test_unsupported(changes: dict[str, object], message: str) -> None:
             r"long_factor should be a list of 1 numbers from 1e-06 to 1e\+12, found \[1\.0, 2\.0\]",
         ),
         (
-            {"model_type": "phi3", "rope_scaling": {**LONGROPE, "original_max_position_embeddings": None}},
-            "original_max_position_embeddings should be an integer .* found None",
+            {"model_type": "phi3", "rope_scaling": LONGROPE, "original_max_position_embeddings": 0},
+            "original_max_position_embeddings should be an integer .* found 0",
         ),
         ({"head_dim": 1}, "1 of 1 features per head cannot be rotated in pairs"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window should be an integer from 1 .* found 0"),
