@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales
 from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.imported import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
+from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
@@ -57,35 +58,22 @@ class TensorInfo:
     size_bytes: int
 
 
-class WeightFile(Protocol):
-    """What holds tensors: a safetensors file, or a GGUF file in the guise of one."""
-
-    path: Path
-    size_bytes: int
-    tensors: Mapping[str, Entry]
-
-    def array(self, name: str) -> NDArray[Any]:
-        """A read-only view of a tensor."""
-
-    def release(self, name: str) -> None:
-        """Let a tensor's pages go."""
-
-    def close(self) -> None:
-        """Let go of the file."""
-
-
 class Checkpoint:
     """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
+
+    Tensors of a decoder have their names in a causal model, whatever prefix the files give them; see
+    `names.canonical_names`.
 
     Where it is quantized already, `quantization` names the format and `packed` holds the matrices that are; they are
     in `tensors` under the names that their weights have in a checkpoint that is not. `fp8` holds matrices of fp8 with
     scales, whose bytes can be taken over in the same way, though they are also read as ordinary numbers.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, NamedTensors]) -> None:
         self.path = path
         self.config = config
         self.files = tuple(file.path for file in files.values())
+        files = _rename(path, config, files)
         self._files = {name: file for file in files.values() for name in file.tensors}
         self._members: dict[str, tuple[str, int]] = {}
         entries = {name: file.tensors[name] for file in files.values() for name in file.tensors}
@@ -199,6 +187,17 @@ class Checkpoint:
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
         return name in self._scale_names
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same type and the same values, bit for bit.
+
+        Raises:
+            KeyError: the checkpoint lacks one of them.
+        """
+        if first in self.packed or second in self.packed:
+            return False
+        ours, theirs = self.read(first), self.read(second)
+        return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor has been used; its pages leave resident memory, views stay valid."""
@@ -320,6 +319,18 @@ def side_files(folder: Path) -> tuple[Path, ...]:
             if file.is_file():
                 found.append(file)
     return tuple(found)
+
+
+def _rename(path: Path, config: Mapping[str, Any], files: Mapping[str, NamedTensors]) -> Mapping[str, NamedTensors]:
+    """The files with the names that a causal model has."""
+    stored = [name for file in files.values() for name in file.tensors]
+    try:
+        names = canonical_names(stored, is_tied=config.get("tie_word_embeddings") is True)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    if all(name == theirs for name, theirs in names.items()):
+        return files
+    return {key: RenamedFile(file, names) for key, file in files.items()}
 
 
 def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout, warn
 from entrollm.cli.targets import BpwOption, FitOption, parse_target
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ def command(
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise ValueError(f"--max-kl must be above 0 and finite, found {max_kl}")
     check_output(out, overwrite)
+    _warn_of_engine(model)
     device = _open_device(device_name)
     if max_kl is not None:
         if target is not None or bits or text is None:
@@ -229,6 +230,15 @@ def command(
     else:
         _print_summary(result)
         _print_tuning(tuner, result)
+
+
+def _warn_of_engine(model: str) -> None:
+    """Say before the work begins if `entrollm run` will not load the result."""
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.check import why_not_run
+
+    if reason := why_not_run(resolve(model)):
+        warn(f"entrollm run will not load the result: {reason}; transformers may, through entrollm.hf")
 
 
 def _compress(

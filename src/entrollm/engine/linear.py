@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrollm import _core
+from entrollm.checkpoint.names import canonical_names
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
@@ -73,20 +74,26 @@ class _SideBySide:
 
 
 class CodedWeights:
-    """The tensors of a compressed folder. Matrices that were kept in their type are dense."""
+    """The tensors of a compressed folder. Matrices that were kept in their type are dense.
+
+    Raises:
+        FormatError: two tensors have the same name in a causal model.
+    """
 
     def __init__(self, model: CompressedModel, threads: int) -> None:
         self._model = model
+        is_tied = model.config.get("tie_word_embeddings") is True
+        self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = _core.ThreadPool(threads, spin_us())
         self._coded: dict[str, CodedMatrix] = {}
         self._dense: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._model.specs or name in self._model.plain
+        return name in self._names
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
-        if all(name in self._model.specs for name in names):
+        if all(self._names[name] in self._model.specs for name in names):
             return CodedLinear([self._matrix(name) for name in names], self.pool)
         if len(names) > 1:
             return _SideBySide([self.linear(name) for name in names])
@@ -94,17 +101,17 @@ class CodedWeights:
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
-        if name in self._model.specs:
+        if self._names[name] in self._model.specs:
             return CodedEmbedding(self._matrix(name), self.pool)
         return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
-        return to_float32(self._model.array(name))
+        return to_float32(self._model.array(self._names[name]))
 
     def _matrix(self, name: str) -> CodedMatrix:
         if name not in self._coded:
-            self._coded[name] = matrix_of(self._model, name)
+            self._coded[name] = matrix_of(self._model, self._names[name])
         return self._coded[name]
 
     def _kept(self, name: str) -> DenseLinear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
 from entrollm.compress.options import CompressOptions
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.tensor import TensorCompressor
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.format.header import TensorTable
 from entrollm.format.writer import matrix_bytes
 from entrollm.hf.config import DEFAULT_BITS
@@ -47,8 +47,13 @@ class LiveCoder:
         plans = split_stacks(self._checkpoint, plans)
         shapes = {name: self._checkpoint.tensors[name].shape for name in plans}
         matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}
-        self.places = find_places(model, matrices, [name for name in plans if name not in matrices])
+        kept = [name for name in plans if name not in matrices]
+        self.places = find_places(model, matrices, kept, self._checkpoint.are_equal)
         self._methods = self._make_methods(plans)
+        # Of tied parameters, transformers asks for the one whose name is in the files.
+        tied = {target: self.places[source] for target, source in _ties(model) if source in self.places}
+        self.places = tied | self.places
+        self._coded: set[str] = set()
         self._table = TensorTable()  # of the file that they would make
         self.failed: EntroLLMError | None = None
 
@@ -67,7 +72,25 @@ class LiveCoder:
         threads = self._options.threads or default_threads()
         with ThreadPoolExecutor(threads) as executor:
             compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
+            self._coded.add(place.path)
             return {name: self._code(compressor, name, dtype, device) for name in place.names()}
+
+    def is_done(self, place: Place) -> bool:
+        """Whether the matrices of a parameter have been coded."""
+        return place.path in self._coded
+
+    def check_complete(self) -> None:
+        """Check that transformers has asked for every matrix: it names tensors by rules of its own.
+
+        Raises:
+            UnsupportedError: a parameter was left with random values.
+        """
+        left = [place for place in self.places.values() if not self.is_done(place)]
+        if left and self.failed is None:
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: transformers does not find {left[0].path}, stored as {left[0].names()[0]}; "
+                "compress the checkpoint with `entrollm compress`, which gives tensors their names in the model"
+            )
 
     def close(self) -> None:
         """Let go of the checkpoint."""
@@ -115,6 +138,8 @@ class QuantizeWhileLoading(ConversionOps):
         tensor = found[0] if isinstance(found, list) else found
         model, missing = kwargs["model"], kwargs.get("missing_keys")
         place = self._coder.places[kwargs["full_layer_name"]]
+        if self._coder.is_done(place):  # an equal copy of a tied parameter
+            return {}
         dtype = model.get_parameter(place.path).dtype
         try:
             weights = self._coder.code(place, dtype, tensor.device)
@@ -125,6 +150,12 @@ class QuantizeWhileLoading(ConversionOps):
         if missing is not None:
             missing.difference_update(done)
         return {}
+
+
+def _ties(model: Any) -> Iterable[tuple[str, str]]:
+    """Pairs of a parameter and the one that it is tied to."""
+    pairs: Mapping[str, str] = model.all_tied_weights_keys
+    return pairs.items()
 
 
 def _is_coded(plan: TensorPlan, shape: tuple[int, ...]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,13 +43,17 @@ class Place:
         return [name for parts in self.matrices for name in parts]
 
 
-def find_places(model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str]) -> dict[str, Place]:
+def find_places(
+    model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str], are_equal: Callable[[str, str], bool]
+) -> dict[str, Place]:
     """Find the parameters that matrices of a checkpoint belong to; matrices that the model lacks are left out.
 
     Args:
-        model: on the meta device, its parameters not yet replaced.
+        model: on the meta device, its parameters not yet replaced. Parameters that its configuration ties, and that the
+            checkpoint has twice with different values, are untied.
         shapes: the matrices by name.
         kept: the checkpoint's other tensors.
+        are_equal: whether two matrices of the checkpoint have the same values.
     Returns:
         the places by the parameter that transformers loads the matrices as.
     Raises:
@@ -86,13 +90,26 @@ def find_places(model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterabl
         place = _place(path, names, by_pattern)
         _check_shapes(place, shapes, tuple(parameters[path].shape))
         places[path] = place
-    for target, source in model.all_tied_weights_keys.items():
-        if target in places:
-            # The configuration decides, as in the engine: a stored copy of a tied matrix is not read.
-            place = places.pop(target)
-            if source not in places and source not in kept_paths:
-                places[target] = replace(place, path=source)
+    _settle_ties(model, places, kept_paths, are_equal)
     return places
+
+
+def _settle_ties(
+    model: Any, places: dict[str, Place], kept_paths: Container[str], are_equal: Callable[[str, str], bool]
+) -> None:
+    """Do what transformers does with tied parameters: one that is stored serves both, two that differ are untied."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in places and source not in places and source not in kept_paths:
+            places[target] = replace(places[target], path=source)
+        elif target in places and source in places:
+            names = places[target].names(), places[source].names()
+            if len(names[0]) == len(names[1]) and all(are_equal(*pair) for pair in zip(*names, strict=True)):
+                del places[target]
+            else:
+                del model.all_tied_weights_keys[target]
+        elif (target in places and source in kept_paths) or (target in kept_paths and source in places):
+            # One is rounded and the other is not.
+            del model.all_tied_weights_keys[target]
 
 
 def _place(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> Place:

@@ -74,7 +74,7 @@ class EntroQuantizer(HfQuantizer):
         with CompressedModel.open(folder) as stored:
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
             make = without_entries if self._is_parallel else _on_meta
-            for place in find_places(model, shapes, stored.plain).values():
+            for place in find_places(model, shapes, stored.plain, stored.are_equal).values():
                 dtype = model.get_parameter(place.path).dtype
                 install(model, place, {name: make(stored, name, dtype) for name in place.names()})
             if self._is_parallel:
@@ -119,6 +119,7 @@ class EntroQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._coder is not None:
+            self._coder.check_complete()
             self._coder.close()
             self._coder = None
         if self._is_parallel:
