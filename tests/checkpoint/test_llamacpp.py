@@ -80,20 +80,6 @@ def check_config(path: Path, found: dict[str, Any]) -> None:
     assert sorted(ends if isinstance(ends, list) else [ends]) == found["ends"]
 
 
-def with_vocabulary(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
-    """Metadata of a tokenizer, filled up to the rows of the embedding."""
-    tokens, types = tokenizer["tokenizer.ggml.tokens"], tokenizer["tokenizer.ggml.token_type"]
-    fill = [f"[unused{number}]" for number in range(size - len(tokens))]
-    filled = {
-        **tokenizer,
-        "tokenizer.ggml.tokens": [*tokens, *fill],
-        "tokenizer.ggml.token_type": [*types, *(5 for _ in fill)],
-    }
-    if "tokenizer.ggml.scores" in filled:
-        filled["tokenizer.ggml.scores"] = [*filled["tokenizer.ggml.scores"], *(-1000.0 for _ in fill)]
-    return filled
-
-
 def model(values: dict[str, Any], rows: int, architecture: str = "llama") -> GgufSource:
     """The small model with an embedding of so many rows and weights that are not all alike."""
     made = whole(architecture, {**values, "tokenizer.ggml.add_bos_token": values.get("tokenizer.ggml.add_bos_token")})

@@ -185,11 +185,28 @@ def test_scales_per_tensor_and_per_row_multiply(tmp_path: Path, shape: tuple[int
     np.testing.assert_array_equal(checkpoint.read_float32("x.weight", 2, 4), (weight.astype(np.float32) * column)[2:])
 
 
-def test_fp8_without_scales_is_its_own_value(tmp_path: Path) -> None:
+def test_fp8_without_scales_is_its_own_value_where_nothing_speaks_of_any(tmp_path: Path) -> None:
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(2, 128)
-    checkpoint = Checkpoint.open(save_fp8(tmp_path / "m", {"w": every}))
+    folder = save_fp8(tmp_path / "m", {"w": every})
+    write_config(folder)
+    checkpoint = Checkpoint.open(folder)
     assert not checkpoint.has_scales("w")
     np.testing.assert_array_equal(checkpoint.read_float32("w"), every.astype(np.float32))
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+@pytest.mark.parametrize("scale", ["a.scale", "a.weight_scales", "a.weight.scale", "a.scale_weight", None])
+def test_fp8_weights_need_a_scale_of_a_known_name(tmp_path: Path, scale: str | None, is_described: bool) -> None:
+    tensors = {"a.weight": fp8(np.ones((2, 3))), "b.weight": fp8(np.ones((2, 3))), "b.weight_scale": np.float32([2])}
+    folder = save_fp8(tmp_path / "m", tensors | ({scale: np.float32([2])} if scale else {}))
+    if not is_described:
+        write_config(folder)
+    if scale is None and not is_described:
+        assert "a.weight" in Checkpoint.open(folder).tensors  # a cast model, whose values are what they are
+        return
+    message = rf"'a\.weight' is F8_E4M3 and needs its scale in a\.weight_scale_inv.*{scale or 'found no scale'}"
+    with pytest.raises(FormatError, match=message):
+        Checkpoint.open(folder)
 
 
 def test_one_scale_fits_any_number_of_axes(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_
 from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.imported import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
 from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
+from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
 from entrollm.files.shards import is_gguf, open_weight_files
 
 _CONFIG = "config.json"
-_FP8_METHODS = ("fp8", "fbgemm_fp8")
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
 
 _SIDE_FILES = frozenset(
@@ -85,6 +85,7 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
+        check_fp8(path, config, entries, scale_names)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
         self.packed = self._find_packed()
@@ -114,8 +115,7 @@ class Checkpoint:
         if not config_path.is_file():
             raise FormatError(f"{path} has no {_CONFIG}; a checkpoint is a folder as save_pretrained writes it")
         config = parse_json_object(config_path, config_path.read_bytes(), "the configuration")
-        _check_quantization(config_path, config.get("quantization_config"))
-        return cls(path, config, open_weight_files(path))
+        return cls(path, find_description(config_path, config), open_weight_files(path))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
@@ -237,6 +237,15 @@ class Checkpoint:
                 self._members[member] = (name, index)
         self.tensors = MappingProxyType(tensors)
 
+    def check_integers(self, kept: tuple[str, ...] = ()) -> None:
+        """Refuse integers where weights belong, unless a glob of `kept` matches their name.
+
+        Raises:
+            UnsupportedError: there are some, and config.json does not describe them.
+        """
+        plain = {name: (info.dtype, info.shape) for name, info in self.tensors.items() if name not in self.packed}
+        check_integers(self.path, plain, kept)
+
     def side_files(self) -> tuple[Path, ...]:
         """List the files that a derived model must carry: configuration, tokenizer, chat template, licences.
 
@@ -338,40 +347,6 @@ def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
     return slice(start, stop)
-
-
-def _check_quantization(config_path: Path, quantization: object) -> None:
-    """Refuse checkpoints that are quantized in a way that is not read."""
-    if quantization is None:
-        return
-    if not isinstance(quantization, dict):
-        raise FormatError(f"{config_path}: quantization_config must be an object, found {type(quantization).__name__}")
-    method = quantization.get("quant_method")
-    if method == "entrollm":
-        raise UnsupportedError(
-            f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
-        )
-    # "GGUF" is what the blocks of a GGUF file go by; no folder has them.
-    if (
-        find_format(quantization) not in (None, "GGUF")
-        or method in _FP8_METHODS
-        or (method == "compressed-tensors" and _stores_fp8(quantization))
-    ):
-        return
-    raise UnsupportedError(
-        f"{config_path}: the weights are quantized by {method!r}, which is not read; "
-        f"use the original checkpoint, or one in bf16, f16, f32, fp8, {', '.join(FORMATS)}"
-    )
-
-
-def _stores_fp8(quantization: dict[str, Any]) -> bool:
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        return bool(quantization.get("format") == "float-quantized")
-    schemes = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
-    return all(
-        isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8 for scheme in schemes
-    )
 
 
 def _check_link(folder: Path, file: Path) -> None:

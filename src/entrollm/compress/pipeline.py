@@ -275,6 +275,7 @@ def plan_shards(
     Tensors come in the given order, the others after them in that of the checkpoint. A shard holds consecutive tensors
     whose source bytes fit `options.shard_bytes`; a larger tensor has its own.
     """
+    checkpoint.check_integers(tuple(override.pattern for override in options.overrides if override.bits is None))
     if taken := taken_over(checkpoint, options):
         plans = plan_packed(checkpoint, taken, options)
     else:

@@ -41,6 +41,7 @@ class LiveCoder:
 
     def __init__(self, folder: Path, model: Any, options: CompressOptions) -> None:
         self._checkpoint = Checkpoint.open(folder)
+        self._checkpoint.check_integers(tuple(choice.pattern for choice in options.overrides if choice.bits is None))
         self._options = options
         shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
         plans = plan_tensors(shapes, options.bits or DEFAULT_BITS, options.overrides, options.granularity)
