@@ -16,7 +16,7 @@ from entrollm.compress.describe import symbol_chunks
 from entrollm.compress.stacks import find_stacks
 from entrollm.compress.tensor import stored_dtype
 from entrollm.errors import CorruptStreamError, FormatError
-from entrollm.files.dtypes import DTYPES
+from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.format import layout
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
@@ -57,10 +57,10 @@ def verify(
 ) -> VerifyResult:
     """Check every tensor.
 
-    A kept tensor passes when its bytes have their checksum; a matrix when, besides, every block decodes to its stated
-    length and encoding the integers again gives the stored bytes. With the original, the integers of a paper grid must
-    be those that quantizing it again gives, imported weights must be the original's bit for bit, the error of any grid
-    must be the stored one, and kept tensors be equal.
+    A kept tensor passes when its bytes have their checksum and its values are finite; a matrix when, besides, every
+    block decodes to its stated length and encoding the integers again gives the stored bytes. With the original, the
+    integers of a paper grid must be those that quantizing it again gives, imported weights must be the original's bit
+    for bit, the error of any grid must be the stored one, and kept tensors be equal.
 
     Args:
         model: the folder.
@@ -92,6 +92,7 @@ def verify(
             on_progress(done, total)
     for name in model.plain:
         model.check_checksum(name)
+        check_finite(name, model.array(name))
         if original is not None:
             _compare_kept(model, name, original)
     return VerifyResult(len(model.specs), len(model.plain), total, original is not None)
