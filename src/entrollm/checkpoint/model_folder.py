@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.imported import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
 from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
 from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
+from entrollm.checkpoint.side_files import side_files
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
@@ -24,24 +24,6 @@ from entrollm.files.shards import is_gguf, open_weight_files
 
 _CONFIG = "config.json"
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
-
-_SIDE_FILES = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    }
-)
-_LICENCE_PATTERN = re.compile(r"(licen[cs]e|notice|copying|use_policy)([-_. ].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +229,7 @@ class Checkpoint:
         check_integers(self.path, plain, kept)
 
     def side_files(self) -> tuple[Path, ...]:
-        """List the files that a derived model must carry: configuration, tokenizer, chat template, licences.
+        """The files besides the weights that a derived model must carry, as `side_files.side_files` lists them.
 
         Raises:
             FormatError: one of them is a link that leads out of the checkpoint.
@@ -315,21 +297,6 @@ class Checkpoint:
         return self._scales[name]
 
 
-def side_files(folder: Path) -> tuple[Path, ...]:
-    """The small files of a model folder that a derived model must carry; none of a GGUF file.
-
-    Raises:
-        FormatError: one of them is a link that leads out of the folder.
-    """
-    found = []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
-            _check_link(folder, file)
-            if file.is_file():
-                found.append(file)
-    return tuple(found)
-
-
 def _rename(path: Path, config: Mapping[str, Any], files: Mapping[str, NamedTensors]) -> Mapping[str, NamedTensors]:
     """The files with the names that a causal model has."""
     stored = [name for file in files.values() for name in file.tensors]
@@ -347,15 +314,3 @@ def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
     return slice(start, stop)
-
-
-def _check_link(folder: Path, file: Path) -> None:
-    """Refuse a link out of the folder; the Hub's cache may link from snapshots/<revision> to its own blobs."""
-    if not file.is_symlink():
-        return
-    target = file.resolve()
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise FormatError(f"{file} is a link to {target}, outside of the checkpoint; put the file in its place")

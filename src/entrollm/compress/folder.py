@@ -24,6 +24,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+        path = real_place(path)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._replaced = path.with_name(path.name + ".replaced")
@@ -83,7 +84,10 @@ class OutputFolder:
             return
         # The plan goes last: without one, the rest would be taken for somebody else's.
         for file in sorted(self.partial.iterdir(), key=lambda file: file.name == _PLAN):
-            file.unlink()
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
         self.write_text(_PLAN, _plan_text(plan))
 
     def _was_ours(self) -> bool:
@@ -92,12 +96,25 @@ class OutputFolder:
         return _PLAN in names or names <= {_PLAN + ".tmp"}
 
 
+def real_place(path: Path) -> Path:
+    """Where a folder at `path` will lie: the target of a link, which stays one.
+
+    Raises:
+        ValueError: the current folder lies in it, and a folder that is replaced must not be anyone's current one.
+    """
+    place = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(f"{path} is the current folder or holds it; name another folder, such as {place.name}-out")
+    return place
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Check that a model folder may be made at `path`, before work that takes long.
 
     Raises:
         ValueError: something is there, and it is no compressed model or may not be replaced.
     """
+    path = real_place(path)
     if not path.exists():
         return
     if not path.is_dir():

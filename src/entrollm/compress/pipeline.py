@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
-from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo, side_files
+from entrollm.checkpoint.model_folder import Checkpoint, TensorInfo
 from entrollm.checkpoint.resolve import resolve
+from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.imported import PackedMethods, PackedSummary, plan_packed, summarize_packed, taken_over
 from entrollm.compress.methods import Methods, PaperMethods, SizedMethods, has_drift
@@ -29,7 +30,7 @@ from entrollm.compress.stacks import split_stacks
 from entrollm.compress.target import Target
 from entrollm.compress.tensor import TensorCompressor, stored_dtype
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
-from entrollm.files.dtypes import DTYPES
+from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.files.safetensors import open_safetensors
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
@@ -322,7 +323,9 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo, dtype: str) -> Iterator[ND
     step = max(1, _COPY_ROWS_BYTES * rows // max(1, info.size_bytes))
     for begin in range(0, rows, step):
         part = (info.name, begin, min(rows, begin + step)) if info.shape else (info.name,)
-        yield checkpoint.read(*part) if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
+        stored = checkpoint.read(*part)
+        check_finite(info.name, stored)
+        yield stored if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
 
 
 def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, bytes]:
@@ -341,8 +344,12 @@ def _side_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, b
             ) from None
     if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{options.tokenizer} is no folder with a tokenizer.json")
-    files = checkpoint.side_files() if options.tokenizer is None else side_files(options.tokenizer)
-    return {file.name: file.read_bytes() for file in files if file.name != "config.json"}
+    found = {}
+    if checkpoint.path.is_dir():
+        found = {file.relative_to(checkpoint.path).as_posix(): file for file in side_files(checkpoint.path)}
+    if options.tokenizer is not None:
+        found |= {file.relative_to(options.tokenizer).as_posix(): file for file in tokenizer_files(options.tokenizer)}
+    return {name: file.read_bytes() for name, file in found.items() if name != "config.json"}
 
 
 def _finish(
@@ -355,6 +362,7 @@ def _finish(
 ) -> None:
     """Write what surrounds the shards: index, configuration, tokenizer files."""
     for name, content in small_files.items():
+        (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.partial / name).write_bytes(content)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = {
