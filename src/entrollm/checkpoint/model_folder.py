@@ -20,7 +20,7 @@ from entrollm.checkpoint.side_files import side_files
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
-from entrollm.files.shards import is_gguf, open_weight_files
+from entrollm.files.shards import ADAPTER, is_gguf, open_weight_files
 
 _CONFIG = "config.json"
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
@@ -94,6 +94,8 @@ class Checkpoint:
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
         config_path = path / _CONFIG
+        if not config_path.is_file() and (path / "adapter_config.json").is_file():
+            raise UnsupportedError(f"{path} has no {_CONFIG}; it holds {ADAPTER}")
         if not config_path.is_file():
             raise FormatError(f"{path} has no {_CONFIG}; a checkpoint is a folder as save_pretrained writes it")
         config = parse_json_object(config_path, config_path.read_bytes(), "the configuration")

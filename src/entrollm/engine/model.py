@@ -41,6 +41,7 @@ class Model:
         self._config = read_config(Fields(files.config, "config.json"))
         self._decoder = Decoder(self._config, weights)
         self._tokenizer = files.tokenizer
+        self._no_tokenizer = files.no_tokenizer
         self._generation_config = Fields(files.generation_config, "generation_config.json")
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
@@ -145,6 +146,8 @@ class Model:
         """
         ids = self._encode(text, add_special_tokens=True)
         start = next(iter(self._generation_config.token_ids("bos_token_id")), self._config.bos_token_id)
+        if not ids and start is None:
+            raise ValueError("the prompt is empty, and the model names no start token to begin with; give a prompt")
         if not ids and start is not None:
             ids = [start]
         return self._checked_list(ids)
@@ -169,7 +172,7 @@ class Model:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer.json; give token ids in place of text")
+            raise ValueError(self._no_tokenizer)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
