@@ -211,10 +211,10 @@ def measure(source: Path, out: Path, threads: int) -> dict[str, Any]:
     result = compress(source, out, CompressOptions(tokenizer=tokenizer, threads=threads))
     with CompressedModel.open(out) as model, Checkpoint.open(source) as original:
         verify(model, _core.ThreadPool(threads), original)
-    if result.packed is None:
+    if result.imported is None:
         raise AssertionError(f"{source} was quantized, not imported")
     bits = ("source_bits", "stored_bits", "entropy_bits")
-    return {"weights": result.packed.weights, **{key: getattr(result.packed, key) for key in bits}}
+    return {"weights": result.imported.weights, **{key: getattr(result.imported, key) for key in bits}}
 
 
 def random_checkpoint(folder: Path) -> Path:

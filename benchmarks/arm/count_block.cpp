@@ -33,7 +33,8 @@ int main(int argc, char** argv) {
   const auto dense = read(folder + "/dense");
   const auto sparse = read(folder + "/sparse");
   const std::vector<float> values(columns, 1.0f);
-  const Activations x(values.data(), 1, columns, columns, {});
+  ThreadPool pool(1);
+  const Activations x(pool, {values.data(), 1, columns, columns, {}}, Activations::Layout::kRows);
   const Kernels& kernels = select_kernels(std::getenv("ENTROLLM_ISA"));
   DecodeScratch& scratch = thread_scratch(code, rows * columns);
   if (decode_block(kernels, code, dense.data(), {sparse.data(), std::stoul(argv[5])},

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from entrollm.calibrate import DEFAULT_WINDOWS, measure, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
-from entrollm.compress.pipeline import CompressProgress
+from entrollm.compress.progress import CompressProgress
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.torch.device import TorchDevice

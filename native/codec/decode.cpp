@@ -11,9 +11,10 @@ std::size_t list_capacity(std::size_t count) {
   return (count + kVector - 1) / kVector * kVector + kSlack;
 }
 
-// Lengths and stream positions of all lists, top-down: a list is as long as the escapes (or ones)
-// in its parent. Every length is at most `count`, so the bump allocation in decode_lists() stays
-// within the scratch; the total must be exactly the sparse part.
+// Finds the lengths and stream positions of all lists, from the root down: a list is as long as its
+// parent has escapes (or ones). Every length is at most `count`, so that the lists that
+// decode_lists() writes one after the other fit the scratch. Together they must take exactly the
+// sparse part.
 BlockStatus measure_lists(const Kernels& kernels, const Code& code,
                           std::span<const std::uint8_t> sparse, std::size_t count,
                           DecodeScratch& scratch) {
@@ -44,7 +45,8 @@ BlockStatus measure_lists(const Kernels& kernels, const Code& code,
   return at == sparse.size() ? BlockStatus::kOk : BlockStatus::kCorrupt;
 }
 
-// Preorder puts children after their parent, so going backwards finds every child list ready.
+// Nodes are in preorder, where children follow their parent. Going backwards, every child's list is
+// ready when its parent needs it.
 void decode_lists(const Kernels& kernels, const Code& code, std::span<const std::uint8_t> sparse,
                   DecodeScratch& scratch) {
   const auto& nodes = code.nodes();
@@ -78,12 +80,12 @@ void DecodeScratch::reserve(const Code& code, std::size_t max_block) {
     stream_offsets_.resize(nodes);
     outputs_.resize(nodes);
   }
-  // The last list may be read a whole block past its start when a corrupt stream has more escapes
-  // than its header says, hence one spare list beside the block and the lists.
+  // If a corrupt stream has more escapes than its header says, the last list may be read a whole
+  // block past its start. One spare list makes room for that.
   const std::size_t size = list_capacity(max_block) * (nodes + 1);
   list_begin_ = list_capacity(max_block);
   if (size <= size_) return;
-  // Zeroed, and untouched pages cost nothing.
+  // With zeroed memory, damaged streams give repeatable results. Untouched pages cost nothing.
   memory_.reset(static_cast<std::uint8_t*>(std::calloc(size, 1)));
   size_ = memory_ == nullptr ? 0 : size;
   if (memory_ == nullptr) throw std::bad_alloc();

@@ -1,4 +1,4 @@
-// Decodes one block: sparse lists bottom-up, then the root's dense fields over them.
+// Decodes one block: first the sparse lists, the lowest first, then the root's dense fields.
 #pragma once
 
 #include <cstddef>
@@ -14,11 +14,11 @@ namespace entrollm {
 
 enum class BlockStatus { kOk, kCorrupt };
 
-// Buffers of one thread, sized for the worst block of `code`, so that no kernel can leave them
-// whatever the stream says.
+// Buffers of one thread. They are sized for the worst block of a code, so that no kernel can leave
+// them, whatever the stream contains.
 class DecodeScratch {
  public:
-  // Grows the buffers to what blocks of up to `max_block` symbols of `code` need.
+  // Grows the buffers to the size that blocks of up to `max_block` symbols of `code` need.
   void reserve(const Code& code, std::size_t max_block);
 
   std::uint8_t* block() { return memory_.get(); }  // decoded symbols, max_block + slack bytes

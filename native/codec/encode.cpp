@@ -6,16 +6,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/kernels.hpp"
+
 namespace entrollm {
 namespace {
 
 using SymbolMap = std::array<std::uint8_t, 256>;
 
-// For every node, the field that each symbol below it gets; kAbsent elsewhere.
+// The field of a symbol that is not below a node.
 constexpr std::uint8_t kAbsent = 0xff;
 
 struct CodeMaps {
-  std::vector<SymbolMap> fields;
+  std::vector<SymbolMap> fields;   // for every node, the field of each symbol below it
   std::array<bool, 256> listed{};  // symbols that a field names; a raw field takes only the others
 };
 
@@ -26,13 +28,13 @@ std::vector<std::uint8_t> map_subtree(const Code& code, int index, CodeMaps& map
   map.fill(kAbsent);
   std::vector<std::uint8_t> symbols;
   const auto add = [&](std::uint8_t symbol, unsigned field) {
-    if (map[symbol] != kAbsent) return;  // the first place that names a symbol codes it
+    if (map[symbol] != kAbsent) return;  // the first node that names a symbol codes it
     map[symbol] = static_cast<std::uint8_t>(field);
     symbols.push_back(symbol);
   };
   if (node.kind == NodeKind::kLeaf) {
     add(node.table[0], 0);
-  } else if (node.bits == 8) {
+  } else if (node.bits == kRawBits) {
     for (unsigned symbol = 0; symbol < 256; ++symbol) {
       if (!maps.listed[symbol]) add(static_cast<std::uint8_t>(symbol), symbol);
     }
@@ -50,7 +52,7 @@ std::vector<std::uint8_t> map_subtree(const Code& code, int index, CodeMaps& map
   return symbols;
 }
 
-// Bits of a symbol's code; only for symbols that map_subtree() returned for the root.
+// The length of a symbol's code in bits. map_subtree() must have returned the symbol for the root.
 int code_length(const Code& code, const CodeMaps& maps, std::uint8_t symbol) {
   int length = 0;
   for (std::size_t index = 0;;) {
@@ -64,7 +66,7 @@ int code_length(const Code& code, const CodeMaps& maps, std::uint8_t symbol) {
   }
 }
 
-// The symbols that pass one node, with room for vector stores past their end.
+// The symbols that pass through one node, with room for vector stores past their end.
 struct List {
   std::vector<std::uint8_t> symbols = std::vector<std::uint8_t>(kMaxBlock + kSlack);
   std::size_t count = 0;
@@ -80,7 +82,7 @@ class BlockEncoder {
         lists_(code.nodes().size()) {
     maps_.fields.resize(code.nodes().size());
     for (const Node& node : code.nodes()) {
-      if (node.kind != NodeKind::kField || node.bits == 8) continue;
+      if (node.kind != NodeKind::kField || node.bits == kRawBits) continue;
       const std::size_t values = (std::size_t{1} << node.bits) - (node.left >= 0);
       for (std::size_t i = 0; i < values; ++i) maps_.listed[node.table[i]] = true;
     }
@@ -94,7 +96,8 @@ class BlockEncoder {
     }
   }
 
-  // Zero weights would do as padding as well; the cheapest symbol costs least.
+  // The symbol of padded columns. Any symbol would do, since their activations are zero; this one
+  // has the shortest code.
   std::uint8_t pad() const { return pad_; }
 
   // `symbols` has kSlack readable bytes past its end.
@@ -120,7 +123,7 @@ class BlockEncoder {
     const std::uint8_t seen = isa_.map_symbols(list.symbols.data(), list.count, keep,
                                                maps_.fields[index].data(), fields_.data());
     // Fields have at most 6 bits, so only kAbsent sets the top one.
-    if (node.bits != 8 && (seen & 0x80) != 0) {
+    if (node.bits != kRawBits && (seen & 0x80) != 0) {
       throw std::invalid_argument("a symbol is not in the code");
     }
     if (index == 0) {
@@ -136,7 +139,7 @@ class BlockEncoder {
     }
   }
 
-  // Hands the symbols that this node does not finish down to its child lists.
+  // Passes the symbols that this node does not finish to its child lists.
   void distribute(const Node& node, const List& list) {
     if (node.left < 0) return;
     const bool is_split = node.kind == NodeKind::kSplit;
@@ -155,16 +158,16 @@ class BlockEncoder {
     const std::size_t begin = out_.dense.size();
     out_.dense.resize(begin + dense_bytes(count, bits));
     std::uint8_t* at = out_.dense.data() + begin;
-    if (bits == 8) {
+    if (bits == kRawBits) {
       std::memcpy(at, fields, count);
       return;
     }
     if (bits & 4) {
-      isa_.pack_group(fields, count, bits & 3 ? (bits & 3) / 2 + 1 : 0, 4, at);
+      isa_.pack_fields(fields, count, bits & 3 ? (bits & 3) / 2 + 1 : 0, 4, at);
       at += dense_bytes(count, 4);
     }
     if (bits & 2) {
-      isa_.pack_group(fields, count, bits & 1, 2, at);
+      isa_.pack_fields(fields, count, bits & 1, 2, at);
       at += dense_bytes(count, 2);
     }
     if (bits & 1) isa_.pack_plane(fields, count, 0, at);
@@ -174,7 +177,7 @@ class BlockEncoder {
     const std::size_t begin = out_.sparse.size();
     out_.sparse.resize(begin + sparse_bytes(count, bits));
     std::uint8_t* at = out_.sparse.data() + begin;
-    if (bits == 8) {
+    if (bits == kRawBits) {
       std::memcpy(at, fields_.data(), count);
       return;
     }
@@ -198,15 +201,16 @@ EncodedRows encode_rows(const Code& code, const Geometry& geometry, const std::u
   EncodedRows out;
   BlockEncoder encoder(code, out);
   std::vector<std::uint8_t> block;
-  for (std::size_t group = 0; group < geometry.row_groups(); ++group) {
-    for (std::size_t part = 0; part < geometry.blocks_per_group(); ++part) {
+  for (std::size_t row_block = 0; row_block < geometry.row_blocks(); ++row_block) {
+    const std::size_t rows = geometry.rows_in(row_block);
+    for (std::size_t part = 0; part < geometry.parts(); ++part) {
       const std::size_t width = geometry.columns_in(part);
       const std::size_t begin = part * geometry.block_columns;
       const std::size_t filled = std::min(width, geometry.columns - begin);
-      block.assign(geometry.rows_in(group) * width, encoder.pad());
-      for (std::size_t row = 0; row < geometry.rows_in(group); ++row) {
+      block.assign(rows * width, encoder.pad());
+      for (std::size_t row = 0; row < rows; ++row) {
         std::memcpy(block.data() + row * width,
-                    symbols + (group * geometry.block_rows + row) * geometry.columns + begin,
+                    symbols + (row_block * geometry.block_rows + row) * geometry.columns + begin,
                     filled);
       }
       encoder.encode(block.data(), block.size());

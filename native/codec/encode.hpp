@@ -1,4 +1,4 @@
-// Encodes whole row groups of a matrix; the inverse of decode_block().
+// Encodes whole matrices; the inverse of decode_block().
 #pragma once
 
 #include <cstddef>
@@ -13,10 +13,10 @@ namespace entrollm {
 struct EncodedRows {
   std::vector<std::uint8_t> dense;
   std::vector<std::uint8_t> sparse;
-  std::vector<std::uint16_t> sparse_sizes;  // bytes, one a block
+  std::vector<std::uint16_t> sparse_sizes;  // bytes, one entry for each block
 };
 
-// `symbols` is row-major (geometry.rows, geometry.columns). Throws std::invalid_argument when a
+// Encodes `symbols`, row-major (geometry.rows, geometry.columns). Throws std::invalid_argument if a
 // symbol is not in the code.
 EncodedRows encode_rows(const Code& code, const Geometry& geometry, const std::uint8_t* symbols);
 

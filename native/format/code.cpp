@@ -2,8 +2,6 @@
 
 #include <stdexcept>
 
-#include "kernels/kernels.hpp"
-
 namespace entrollm {
 namespace {
 
@@ -39,8 +37,8 @@ int Code::parse(std::span<const std::uint8_t> program, std::size_t& at, int dept
       node.kind = NodeKind::kField;
       node.bits = next_byte(program, at);
       const std::uint8_t escape = next_byte(program, at);
-      const bool raw = node.bits == 8;
-      if (escape > 1 || (raw ? escape != 0 : node.bits < 1 || node.bits > 6)) {
+      const bool raw = node.bits == kRawBits;
+      if (escape > 1 || (raw ? escape != 0 : node.bits < 1 || node.bits > kMaxFieldBits)) {
         throw std::invalid_argument("a field node of the code tree has an impossible width");
       }
       const std::size_t values = raw ? 0 : (std::size_t{1} << node.bits) - escape;

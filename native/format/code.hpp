@@ -7,16 +7,22 @@
 #include <span>
 #include <vector>
 
+#include "format/layout.hpp"
+
 namespace entrollm {
 
-inline constexpr int kMaxLowBits = 6;
 inline constexpr std::size_t kMaxNodes = 511;
 inline constexpr int kMaxDepth = 64;
 
-// Program bytes, preorder: leaf = 0, value; field = 1, bits, escape flag, values, [escape subtree];
-// split = 2, left subtree, right subtree. A field node of 1-6 bits lists 2^bits values (one fewer
-// with an escape); one of 8 bits lists none, its fields are the symbols themselves. A leaf stands
-// only at the root, where it is the whole code.
+// A program has the nodes in preorder, as bytes:
+//
+//   leaf    0, value
+//   field   1, bits, 1 if it has an escape else 0, values, [escape subtree]
+//   split   2, left subtree, right subtree
+//
+// A field node of 1 to 6 bits lists 2^bits values, or one fewer with an escape. One of 8 bits lists
+// none: its fields are the symbols themselves. Only the root may be a leaf, which is then the whole
+// code.
 enum class NodeKind : std::uint8_t { kLeaf = 0, kField = 1, kSplit = 2 };
 
 struct Node {
@@ -29,15 +35,16 @@ struct Node {
 
 class Code {
  public:
-  // Throws std::invalid_argument when the program is not exactly one well-formed tree.
+  // Throws std::invalid_argument if the program is not exactly one well-formed tree.
   Code(std::span<const std::uint8_t> program, int low_bits);
 
   const std::vector<Node>& nodes() const { return nodes_; }  // preorder, root first
   const Node& root() const { return nodes_.front(); }
   int low_bits() const { return low_bits_; }
 
-  // Every block starts its sparse part with the length of the root's first child list.
+  // Whether blocks have a sparse part. It starts with the length of the root's first child list.
   bool has_sparse() const { return root().left >= 0; }
+  // Bytes of the dense part of a block of `count` symbols.
   std::size_t dense_size(std::size_t count) const;
 
  private:

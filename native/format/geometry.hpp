@@ -1,4 +1,4 @@
-// How the weights of one matrix are cut into blocks, and where each block's dense bytes lie.
+// How the weights of one matrix are divided into blocks, and where each block's dense bytes lie.
 #pragma once
 
 #include <algorithm>
@@ -6,23 +6,26 @@
 #include <stdexcept>
 
 #include "format/code.hpp"
-#include "kernels/kernels.hpp"
+#include "format/layout.hpp"
 
 namespace entrollm {
 
 inline constexpr std::size_t kMaxBlock = 8192;
 
-// kMaxBlockColumns bounds one dot product: see reduce() of the AVX-512 kernels.
+// Bounds a dot product, whose 32-bit sums must not overflow: see reduce_digits() of AVX-512 and
+// Sums of AVX2 and NEON.
 inline constexpr std::size_t kMaxBlockColumns = 64 * kVector;
 
-// A block holds the same `block_columns` columns of `block_rows` rows, which are padded to kVector.
+// The matrix is a column of row blocks, of `block_rows` rows each, which are decoded together. A
+// row block is divided into parts of `block_columns` columns. One part of a row block is a block.
+// Columns are padded to a multiple of kVector.
 struct Geometry {
   std::size_t rows;
   std::size_t columns;
   std::size_t block_rows;
   std::size_t block_columns;
 
-  // Throws std::invalid_argument unless the sizes fit together; all later arithmetic then fits in
+  // Throws std::invalid_argument unless the sizes fit together. All later arithmetic then fits in
   // 64 bits.
   void validate() const {
     constexpr std::size_t kLimit = std::size_t{1} << 31;
@@ -43,15 +46,13 @@ struct Geometry {
   }
 
   std::size_t padded_columns() const { return (columns + kVector - 1) / kVector * kVector; }
-  std::size_t row_groups() const { return (rows + block_rows - 1) / block_rows; }
-  std::size_t blocks_per_group() const {
-    return (padded_columns() + block_columns - 1) / block_columns;
+  std::size_t row_blocks() const { return (rows + block_rows - 1) / block_rows; }
+  std::size_t parts() const { return (padded_columns() + block_columns - 1) / block_columns; }
+  std::size_t blocks() const { return row_blocks() * parts(); }
+  std::size_t rows_in(std::size_t row_block) const {
+    return std::min(block_rows, rows - row_block * block_rows);
   }
-  std::size_t blocks() const { return row_groups() * blocks_per_group(); }
-  std::size_t rows_in(std::size_t group) const {
-    return std::min(block_rows, rows - group * block_rows);
-  }
-  // Rows of groups [begin, end), of which the last may be short.
+  // Rows of row blocks [begin, end), of which the last may be short.
   std::size_t rows_between(std::size_t begin, std::size_t end) const {
     return std::min(rows, end * block_rows) - begin * block_rows;
   }
@@ -59,17 +60,16 @@ struct Geometry {
     return std::min(block_columns, padded_columns() - part * block_columns);
   }
 
-  // Dense bytes of a group of `group_rows` rows, and of the parts before `part` in it.
-  std::size_t dense_before(const Code& code, std::size_t group_rows, std::size_t part) const {
-    const std::size_t whole = std::min(part, blocks_per_group() - 1);
-    const std::size_t last = part == whole ? 0 : code.dense_size(group_rows * columns_in(whole));
-    return whole * code.dense_size(group_rows * block_columns) + last;
+  // Dense bytes of the parts before `part` in a row block of `rows_here` rows.
+  std::size_t dense_before(const Code& code, std::size_t rows_here, std::size_t part) const {
+    const std::size_t whole = std::min(part, parts() - 1);
+    const std::size_t last = part == whole ? 0 : code.dense_size(rows_here * columns_in(whole));
+    return whole * code.dense_size(rows_here * block_columns) + last;
   }
   std::size_t dense_size(const Code& code) const {
-    const std::size_t parts = blocks_per_group();
-    const std::size_t last_rows = rows_in(row_groups() - 1);
-    return (row_groups() - 1) * dense_before(code, block_rows, parts) +
-           dense_before(code, last_rows, parts);
+    const std::size_t last_rows = rows_in(row_blocks() - 1);
+    return (row_blocks() - 1) * dense_before(code, block_rows, parts()) +
+           dense_before(code, last_rows, parts());
   }
 };
 

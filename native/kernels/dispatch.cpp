@@ -8,7 +8,7 @@
 #include <cpuid.h>
 #endif
 #ifdef ENTROLLM_HAVE_AMX
-#include "kernels/x86/amx_support.hpp"
+#include "kernels/x86/amx_parts.hpp"
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -24,7 +24,7 @@ bool runs_avx2() {
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
-// Clang knows no name for it before version 16.
+// __builtin_cpu_supports() of Clang knows no name for it before version 16.
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
@@ -45,7 +45,7 @@ bool runs_dot_product() {
 #if defined(__linux__)
   return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #elif defined(__APPLE__)
-  return true;  // every 64-bit Mac has it
+  return true;  // every 64-bit ARM Mac has it
 #else
   return false;
 #endif

@@ -9,10 +9,11 @@
 namespace entrollm {
 namespace {
 
-// Less work than this is done sooner than it is shared. In floats read, or as slow.
+// Less work than this is done sooner by one thread than it is shared. The unit is the time to read
+// a float.
 constexpr std::size_t kShared = 1 << 15;
 
-// Calls body(begin, end) over ranges of `rows`, each of which costs `cost`.
+// Calls body(begin, end) for ranges that cover `rows` rows. A row costs `cost` units.
 template <class Body>
 void for_rows(ThreadPool& pool, std::size_t rows, std::size_t cost, Body body) {
   if (pool.size() == 1 || rows * cost < kShared) return body(std::size_t{0}, rows);
@@ -22,15 +23,16 @@ void for_rows(ThreadPool& pool, std::size_t rows, std::size_t cost, Body body) {
   });
 }
 
-// One tile of a group's queries: rows [begin, end) of its (tokens, heads per group).
+// Computes one tile of the queries that share a key-value head: rows [begin, end) of its
+// (tokens, query heads).
 void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, std::size_t end) {
   thread_local std::vector<float> scratch;
-  const std::size_t group = op.heads / op.kv_heads;
+  const std::size_t sharing = op.heads / op.kv_heads;  // query heads of a key-value head
   AttentionTile tile{};
   tile.rows = end - begin;
   for (std::size_t row = begin; row < end; ++row) {
-    const std::size_t token = row / group;
-    const std::size_t head = kv_head * group + row % group;
+    const std::size_t token = row / sharing;
+    const std::size_t head = kv_head * sharing + row % sharing;
     const std::size_t last = op.length - op.tokens + token + 1;
     tile.queries[row - begin] = op.queries + token * op.token_stride + head * op.head_dim;
     tile.outputs[row - begin] = op.out + (token * op.heads + head) * op.head_dim;

@@ -1,4 +1,4 @@
-// What a decoder computes between its matrix products, over rows of float32.
+// The operations of a decoder between its matrix products, on rows of float32.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +44,7 @@ struct Swiglu {
 };
 void run(ThreadPool& pool, const Swiglu& op);
 
-// Causal attention of the last `tokens` of `length` positions, query heads in groups that share a
+// Causal attention of the last `tokens` of `length` positions. heads / kv_heads query heads share a
 // key-value head.
 struct Attention {
   const float* queries;  // (tokens, heads, head_dim), tokens `token_stride` apart
@@ -59,7 +59,7 @@ struct Attention {
   std::size_t key_stride;  // floats between features
   const float* values;     // (kv_heads, length, head_dim)
   std::size_t value_head_stride;
-  std::optional<std::size_t> window;  // positions that a token sees, itself included; at least 1
+  std::optional<std::size_t> window;  // positions that a token sees, with its own; at least 1
   float* out;                         // (tokens, heads, head_dim)
 };
 void run(ThreadPool& pool, const Attention& op);

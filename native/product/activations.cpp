@@ -13,23 +13,23 @@ constexpr float kLargest = 32639.0f;
 
 constexpr std::int32_t kInfinity = 0x7f800000;
 
-// Four columns of one activation vector stand side by side in a group.
+// Columns of one activation vector that lie side by side in a digit group.
 constexpr std::size_t kRun = 4;
 
-// Bytes of digits, high and low, that `rows` need.
+// Bytes of the high digits of `rows`, or of all their digits in digit groups.
 std::size_t digit_bytes(const ActivationRows& rows, Activations::Layout layout) {
   if (layout == Activations::Layout::kRows) return rows.batch * rows.padded;
-  return (rows.batch + kGroup - 1) / kGroup * (rows.padded / kVector) * kPanelStep;
+  return (rows.batch + kDigitGroup - 1) / kDigitGroup * (rows.padded / kVector) * kPanelStep;
 }
 
-// Bytes of digits of all columns side by side, where fused products may want them.
+// Bytes of the digits of all activation vectors side by side, if fused products may need them.
 std::size_t interleaved_bytes(const ActivationRows& rows, Activations::Layout layout) {
   if (layout != Activations::Layout::kRows || rows.batch > kMostColumns) return 0;
   if (kernels().cascade_product == nullptr) return 0;
   return (rows.batch <= 2 ? rows.batch : kMostColumns) * 2 * rows.padded;
 }
 
-// Writes a vector's digits to its place in a group: runs of four lie 64 bytes apart.
+// Writes a vector's digits to its place in a digit group, where runs of four lie 64 bytes apart.
 void spread(const std::int8_t* digits, std::size_t count, std::int8_t* out) {
   for (std::size_t i = 0; i < count; i += kRun, out += kVector) std::memcpy(out, digits + i, kRun);
 }
@@ -44,9 +44,9 @@ Activations::Activations(ThreadPool& pool, const ActivationRows& rows, Layout la
       interleaved_(interleaved_bytes(rows, layout)),
       scales_(rows.batch),
       sums_(rows.batch * (rows.padded / kVector + 1)) {
-  if (layout == Layout::kGroups) {
-    pool.run((rows.batch + kGroup - 1) / kGroup,
-             [&](std::size_t group, std::size_t) { fill_group(rows, group); });
+  if (layout == Layout::kDigitGroups) {
+    pool.run((rows.batch + kDigitGroup - 1) / kDigitGroup,
+             [&](std::size_t group, std::size_t) { fill_digit_group(rows, group); });
     return;
   }
   for (std::size_t row = 0; row < rows.batch; ++row) {
@@ -70,16 +70,17 @@ void Activations::interleave() {
   }
 }
 
-void Activations::fill_group(const ActivationRows& rows, std::size_t group) {
+void Activations::fill_digit_group(const ActivationRows& rows, std::size_t group) {
   const AlignedArray<std::int8_t> high(padded_), low(padded_);
   const AlignedArray<std::int16_t> whole(padded_);
   std::int8_t* out = high_.data() + group * (padded_ / kVector) * kPanelStep;
-  const std::size_t filled = std::min(kGroup, rows.batch - group * kGroup);
-  if (filled < kGroup) std::memset(out, 0, padded_ / kVector * kPanelStep);
+  const std::size_t first = group * kDigitGroup;
+  const std::size_t filled = std::min(kDigitGroup, rows.batch - first);
+  if (filled < kDigitGroup) std::memset(out, 0, padded_ / kVector * kPanelStep);
   for (std::size_t i = 0; i < filled; ++i) {
-    fill_row(rows, group * kGroup + i, {whole.data(), high.data(), low.data()});
+    fill_row(rows, first + i, {whole.data(), high.data(), low.data()});
     spread(high.data(), padded_, out + i * kRun);
-    spread(low.data(), padded_, out + (kGroup + i) * kRun);
+    spread(low.data(), padded_, out + (kDigitGroup + i) * kRun);
   }
 }
 
@@ -98,7 +99,7 @@ void Activations::fill_row(const ActivationRows& rows, std::size_t row, const Bu
     std::fill_n(out.high, padded_, std::int8_t{0});
     std::fill_n(out.low, padded_, std::int8_t{0});
     std::fill_n(out.whole, padded_, std::int16_t{0});
-    // NaN and infinity must not turn into plausible numbers.
+    // NaN and infinity must not become plausible numbers.
     if (largest >= kInfinity) scales_[row] = std::numeric_limits<double>::quiet_NaN();
     return;
   }

@@ -13,7 +13,7 @@
 
 namespace entrollm {
 
-// An array that begins a cache line: loads of 64 bytes then never straddle two.
+// An array that begins at a cache line, so that aligned loads of 64 bytes touch one line only.
 template <class T>
 class AlignedArray {
  public:
@@ -31,36 +31,37 @@ class AlignedArray {
   std::unique_ptr<T, Free> data_;
 };
 
-// The rows of x (batch, columns) that are multiplied with a matrix.
+// The rows of x, (batch, columns), that are multiplied with a matrix.
 struct ActivationRows {
   const float* x;
   std::size_t batch;
   std::size_t columns;
-  std::size_t padded;                   // columns up to whole vectors; the added ones are zero
+  std::size_t padded;                   // columns, rounded up to whole vectors with zeros
   std::span<const float> column_scale;  // may be empty
 };
 
 class Activations {
  public:
-  enum class Layout { kRows, kGroups };
+  enum class Layout { kRows, kDigitGroups };
 
-  // Rounds each row, times column_scale when given, to 16 bits of the row's largest magnitude.
+  // Multiplies each row by column_scale, if given, and rounds it to 16 bits of its largest
+  // magnitude.
   Activations(ThreadPool& pool, const ActivationRows& rows, Layout layout);
 
   std::size_t batch() const { return scales_.size(); }
 
-  // Of Layout::kRows: one activation vector from a column on.
+  // One activation vector from a column on. Needs Layout::kRows.
   Digits digits(std::size_t row, std::size_t column) const {
     const std::size_t at = row * padded_;
     return Digits{high_.data() + at, low_.data() + at, whole_.data() + at, sums(row)}.from(column);
   }
-  // Of Layout::kRows with at most kMostColumns rows: 1, 2 or 4 columns, and their digits side by
-  // side; see CascadeRun.
+  // The number of activation vectors, 1, 2 or 4, and their digits side by side as CascadeRun has
+  // them. Needs Layout::kRows and at most kMostColumns rows.
   std::size_t columns() const { return batch() <= 2 ? batch() : kMostColumns; }
   const std::int8_t* interleaved() const { return interleaved_.data(); }
 
-  // Of Layout::kGroups: the groups from `group` on; see kGroup.
-  const std::int8_t* packed(std::size_t group) const {
+  // The digit groups from number `group` on. Needs Layout::kDigitGroups.
+  const std::int8_t* digit_groups(std::size_t group) const {
     return high_.data() + group * (padded_ / kVector) * kPanelStep;
   }
 
@@ -75,18 +76,18 @@ class Activations {
   };
   void fill_row(const ActivationRows& rows, std::size_t row, const Buffers& out);
   void interleave();
-  void fill_group(const ActivationRows& rows, std::size_t group);
+  void fill_digit_group(const ActivationRows& rows, std::size_t group);
   const std::int64_t* sums(std::size_t row) const {
     return sums_.data() + row * (padded_ / kVector + 1);
   }
 
   std::size_t padded_;
-  AlignedArray<std::int8_t> high_;  // or the packed groups
+  AlignedArray<std::int8_t> high_;  // or the digit groups
   AlignedArray<std::int8_t> low_;
   AlignedArray<std::int16_t> whole_;
   AlignedArray<std::int8_t> interleaved_;
   std::vector<double> scales_;
-  // Of the rounded integers before each vector, and of all: (batch, padded / kVector + 1).
+  // (batch, padded / kVector + 1): the sums of the rounded integers before each vector, and of all.
   std::vector<std::int64_t> sums_;
 };
 

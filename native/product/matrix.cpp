@@ -17,7 +17,7 @@ void check_scale(std::span<const float> values, std::size_t rows, const char* na
   }
 }
 
-// The padding is part of the stream: it is what wide loads past its last block read.
+// The padding is part of the stream, since wide loads read past its last block.
 void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
   if (stored.size() == stored_bytes(size)) return;
   throw std::invalid_argument("the " + std::string(name) + " stream has " +
@@ -25,11 +25,11 @@ void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const 
                               std::to_string(stored_bytes(size)));
 }
 
-// The code as a chain of fields, or no levels when it is none that a fused product runs.
+// The code as a chain of fields. It has no levels if fused products cannot run the code.
 Cascade make_cascade(const Code& code) {
   Cascade cascade{};
   cascade.low_bits = code.low_bits();
-  if (cascade.low_bits > 4 || code.root().bits == 8) return Cascade{};
+  if (cascade.low_bits > kMaxCascadeLowBits || code.root().bits == kRawBits) return Cascade{};
   int index = 0;
   while (index >= 0) {
     const Node& node = code.nodes()[static_cast<std::size_t>(index)];
@@ -70,21 +70,22 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
   }
   check_stream(sparse, sparse_offsets_.back(), "sparse");
   part_offsets_.push_back(0);
-  for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+  for (std::size_t part = 0; part < geometry_.parts(); ++part) {
     part_offsets_.push_back(part_offsets_.back() +
                             code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
   }
   if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
 }
 
-bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch& scratch) const {
-  const std::size_t parts = geometry_.blocks_per_group();
-  const std::size_t rows = geometry_.rows_in(group);
-  const std::size_t in_group = rows == geometry_.block_rows
-                                   ? part_offsets_[part]
-                                   : geometry_.dense_before(code_, rows, part);
-  const std::uint8_t* dense = dense_.data() + group * part_offsets_[parts] + in_group;
-  const std::size_t block = code_.has_sparse() ? group * parts + part : 0;
+bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
+                              DecodeScratch& scratch) const {
+  const std::size_t parts = geometry_.parts();
+  const std::size_t rows = geometry_.rows_in(row_block);
+  const std::size_t before = rows == geometry_.block_rows
+                                 ? part_offsets_[part]
+                                 : geometry_.dense_before(code_, rows, part);
+  const std::uint8_t* dense = dense_.data() + row_block * part_offsets_[parts] + before;
+  const std::size_t block = code_.has_sparse() ? row_block * parts + part : 0;
   const auto sparse = code_.has_sparse()
                           ? sparse_.subspan(sparse_offsets_[block],
                                             sparse_offsets_[block + 1] - sparse_offsets_[block])
@@ -93,13 +94,13 @@ bool CodedMatrix::decode_part(std::size_t group, std::size_t part, DecodeScratch
                       scratch) == BlockStatus::kOk;
 }
 
-void CodedMatrix::copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
-                            const std::uint8_t* block, std::uint8_t* out) const {
+void CodedMatrix::copy_rows(std::size_t row_block, std::size_t part, std::size_t begin,
+                            std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
   const std::size_t width = geometry_.columns_in(part);
   const std::size_t first_column = part * geometry_.block_columns;
   const std::size_t filled = std::min(width, geometry_.columns - first_column);
-  for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
-    const std::size_t i = group * geometry_.block_rows + row;
+  for (std::size_t row = 0; row < geometry_.rows_in(row_block); ++row) {
+    const std::size_t i = row_block * geometry_.block_rows + row;
     if (i < begin || i >= end) continue;
     std::memcpy(out + (i - begin) * geometry_.columns + first_column, block + row * width, filled);
   }
@@ -111,17 +112,17 @@ void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
   if (begin == end) return;
   const std::size_t first = begin / geometry_.block_rows;
   const std::size_t last = (end - 1) / geometry_.block_rows + 1;
-  const std::size_t parts = geometry_.blocks_per_group();
+  const std::size_t parts = geometry_.parts();
   std::atomic<std::size_t> bad_block{SIZE_MAX};
   pool.run(last - first, [&](std::size_t task, std::size_t) {
-    const std::size_t group = first + task;
+    const std::size_t row_block = first + task;
     DecodeScratch& scratch = thread_scratch(code_, max_block());
     for (std::size_t part = 0; part < parts; ++part) {
-      if (!decode_part(group, part, scratch)) {
-        bad_block = group * parts + part;
+      if (!decode_part(row_block, part, scratch)) {
+        bad_block = row_block * parts + part;
         return;
       }
-      copy_rows(group, part, begin, end, scratch.block(), out);
+      copy_rows(row_block, part, begin, end, scratch.block(), out);
     }
   });
   if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
@@ -148,31 +149,31 @@ void CodedMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> row
     }
   }
   constexpr std::size_t kRowsPerTask = 64;
-  std::atomic<std::size_t> bad_group{SIZE_MAX};
+  std::atomic<std::size_t> bad_block{SIZE_MAX};
   pool.run((rows.size() + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task, std::size_t) {
-    // Runs of rows usually share their block: keep the last group decoded.
+    // Neighbouring rows usually share a row block, so that the last one is kept decoded.
     std::vector<std::uint8_t> symbols(geometry_.block_rows * geometry_.columns);
     std::size_t decoded = SIZE_MAX;
     DecodeScratch& scratch = thread_scratch(code_, max_block());
     const std::size_t end = std::min(rows.size(), (task + 1) * kRowsPerTask);
     for (std::size_t n = task * kRowsPerTask; n < end; ++n) {
       const auto i = static_cast<std::size_t>(rows[n]);
-      const std::size_t group = i / geometry_.block_rows;
-      const std::size_t begin = group * geometry_.block_rows;
-      for (std::size_t part = 0; group != decoded && part < geometry_.blocks_per_group(); ++part) {
-        if (!decode_part(group, part, scratch)) {
-          bad_group = group;
+      const std::size_t row_block = i / geometry_.block_rows;
+      const std::size_t begin = row_block * geometry_.block_rows;
+      for (std::size_t part = 0; row_block != decoded && part < geometry_.parts(); ++part) {
+        if (!decode_part(row_block, part, scratch)) {
+          bad_block = row_block * geometry_.parts() + part;
           return;
         }
-        copy_rows(group, part, begin, begin + geometry_.rows_in(group), scratch.block(),
+        copy_rows(row_block, part, begin, begin + geometry_.rows_in(row_block), scratch.block(),
                   symbols.data());
       }
-      decoded = group;
+      decoded = row_block;
       dequantize_row(i, symbols.data() + (i - begin) * geometry_.columns,
                      out + n * geometry_.columns);
     }
   });
-  if (bad_group != SIZE_MAX) throw_corrupt(bad_group * geometry_.blocks_per_group());
+  if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
 }
 
 }  // namespace entrollm

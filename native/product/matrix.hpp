@@ -1,4 +1,4 @@
-// A matrix whose weights stay coded: y = W x, and rows of W, straight from the stored bytes.
+// A matrix whose weights stay coded. Products and rows are computed from the stored bytes.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,7 @@
 
 #include "format/code.hpp"
 #include "format/geometry.hpp"
+#include "kernels/kernels.hpp"
 #include "threads/pool.hpp"
 
 namespace entrollm {
@@ -20,7 +21,7 @@ struct CorruptBlock : std::runtime_error {
 [[noreturn]] void throw_corrupt(std::size_t block);
 
 // W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j]. `scale` and `offset` have one
-// entry, or one a row; `offset` and `column_scale` may be empty.
+// entry, or one for each row; `offset` and `column_scale` may be empty.
 struct Scales {
   std::span<const float> scale;
   std::span<const float> offset;
@@ -35,12 +36,12 @@ struct Scales {
 class CodedMatrix {
  public:
   // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
-  // Throws std::invalid_argument when a size does not match the code and the geometry.
+  // Throws std::invalid_argument if a size does not match the code and the geometry.
   CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
               std::span<const std::uint8_t> sparse, std::span<const std::uint16_t> sparse_sizes,
               Scales scales);
 
-  // Not copyable: the cascade points into the code's nodes, which move along but are not shared.
+  // Not copyable, because the cascade points into the code's nodes. Moving leaves them in place.
   CodedMatrix(const CodedMatrix&) = delete;
   CodedMatrix& operator=(const CodedMatrix&) = delete;
   CodedMatrix(CodedMatrix&&) = default;
@@ -49,29 +50,30 @@ class CodedMatrix {
   const Geometry& geometry() const { return geometry_; }
   std::span<const float> column_scale() const { return scales_.column_scale; }
 
-  // Symbols of rows [begin, end) into out (end - begin, columns). Throws CorruptBlock.
+  // Writes the symbols of rows [begin, end) to out, (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
 
-  // Dequantized values of the given rows into out (rows.size(), columns). Throws CorruptBlock.
+  // Writes the dequantized values of `rows` to out, (rows.size(), columns). Throws CorruptBlock.
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
   friend class Product;
   friend class GroupedProduct;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
-  bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  bool decode_part(std::size_t row_block, std::size_t part, class DecodeScratch& scratch) const;
   void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
-  void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
+  void copy_rows(std::size_t row_block, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 
   Code code_;
   Geometry geometry_;
   std::span<const std::uint8_t> dense_;
   std::span<const std::uint8_t> sparse_;
-  std::vector<std::uint64_t> sparse_offsets_;  // bytes, blocks + 1 entries; one without lists
-  std::vector<std::size_t> part_offsets_;      // dense bytes before each part of a full row group
+  std::vector<std::uint64_t>
+      sparse_offsets_;  // bytes; blocks + 1 entries, or one if there are no lists
+  std::vector<std::size_t> part_offsets_;  // dense bytes before each part of a full row block
   Scales scales_;
-  Cascade cascade_{};  // levels == 0 when the code is no cascade or has no fused product
+  Cascade cascade_{};  // no levels if there is no fused product for the code
 };
 
 }  // namespace entrollm

@@ -12,13 +12,14 @@
 namespace entrollm {
 namespace {
 
-// Rows that are decoded before they are multiplied with a batch, and the vectors of the batch that
-// share one decoding: the tile fits the first-level cache and the vectors the second.
+// The number of rows that are decoded before they are multiplied with a batch, and the number of
+// the batch's vectors that share one decoding. The rows fit the first-level cache and the vectors
+// the second.
 constexpr std::size_t kTileRows = 8;
 constexpr std::size_t kTileBatch = 128;
 
-// Where there are products of panels and many vectors: panels of so many rows stay in the
-// second-level cache while the vectors pass, and so do the sums of so many vectors at a time.
+// In products of panels with many vectors, panels of kManyRows rows stay in the second-level cache
+// while the vectors pass, and so do the sums of kPanelBatch vectors at a time.
 constexpr std::size_t kManyRows = 8 * kPanelRows;
 constexpr std::size_t kPanelBatch = 64;
 
@@ -44,29 +45,29 @@ Buffers& thread_buffers() {
   return buffers;
 }
 
-// Whether products with `batch` vectors decode to panels: two vectors are faster without.
+// Whether products with `batch` vectors decode to panels. Two vectors are faster without.
 bool uses_panels(std::size_t batch) { return batch > 2 && kernels().panel_product != nullptr; }
 
 }  // namespace
 
-// One matrix times the batch; `y` points at the matrix's first output in rows of `y_stride`.
+// One matrix times the batch. `y` points to the matrix's first output in rows of `y_stride` floats.
 class Product {
  public:
   Product(const CodedMatrix& matrix, const Activations& x, float* y, std::size_t y_stride)
       : matrix_(matrix), geometry_(matrix.geometry()), x_(x), y_(y), y_stride_(y_stride) {}
 
-  std::size_t groups() const { return geometry_.row_groups(); }
+  std::size_t row_blocks() const { return geometry_.row_blocks(); }
 
-  // Row groups that are best multiplied together.
-  std::size_t unit() const { return uses_panels(x_.batch()) ? groups_of(2 * kPanelRows) : 1; }
+  // The number of row blocks that are best multiplied together.
+  std::size_t unit() const { return uses_panels(x_.batch()) ? row_blocks_of(2 * kPanelRows) : 1; }
 
-  // Multiplies row groups [begin, end). Returns a block that does not decode, or kNone.
+  // Multiplies row blocks [begin, end). Returns a block that does not decode, or kNone.
   std::size_t run(std::size_t begin, std::size_t end) const {
     if (begin == end) return kNone;
     const bool is_cascade = matrix_.cascade_.levels != 0;
     if (uses_panels(x_.batch())) {
-      const bool is_few = x_.batch() <= kMostFedGroups * kGroup;
-      return is_few && is_cascade ? run_groups(begin, end) : run_panels(begin, end);
+      const bool is_few = x_.batch() <= kMostFusedDigitGroups * kDigitGroup;
+      return is_few && is_cascade ? run_fused_panels(begin, end) : run_panels(begin, end);
     }
     return x_.batch() <= kMostColumns && is_cascade ? run_fused(begin, end) : run_tiles(begin, end);
   }
@@ -81,13 +82,13 @@ class Product {
     run.digits = x_.interleaved();
     run.columns = x_.columns();
     const std::size_t done = kernels().cascade_product(run, sums.data());
-    if (done != run.groups * run.parts) return begin * run.parts + done;
+    if (done != run.row_blocks * run.parts) return begin * run.parts + done;
     write(first_row, rows, {sums.data(), x_.columns()}, 0, x_.batch());
     return kNone;
   }
 
   CascadeRun cascade_run(std::size_t begin, std::size_t end) const {
-    const std::size_t parts = geometry_.blocks_per_group();
+    const std::size_t parts = geometry_.parts();
     DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
     CascadeRun run{};
     run.code = &matrix_.cascade_;
@@ -95,7 +96,7 @@ class Product {
     run.sparse = matrix_.sparse_.data();
     run.sparse_offsets =
         matrix_.sparse_offsets_.data() + (matrix_.code_.has_sparse() ? begin * parts : 0);
-    run.groups = end - begin;
+    run.row_blocks = end - begin;
     run.parts = parts;
     run.block_rows = geometry_.block_rows;
     run.last_rows = geometry_.rows_in(end - 1);
@@ -106,67 +107,67 @@ class Product {
     return run;
   }
 
-  // Row groups to decode at a time, of about `rows` rows.
-  std::size_t groups_of(std::size_t rows) const {
+  // The number of row blocks that have about `rows` rows, at least one.
+  std::size_t row_blocks_of(std::size_t rows) const {
     return std::max<std::size_t>(1, rows / geometry_.block_rows);
   }
 
   std::size_t row_vectors() const { return geometry_.padded_columns() / kVector; }
 
-  // A few vectors: decodes and multiplies in one pass.
-  std::size_t run_groups(std::size_t begin, std::size_t end) const {
-    const std::size_t unit = groups_of(kPanelRows);
+  // Decodes and multiplies in one pass, for a few vectors.
+  std::size_t run_fused_panels(std::size_t begin, std::size_t end) const {
+    const std::size_t unit = row_blocks_of(kPanelRows);
     const std::size_t size = 2 * panel_bytes(unit * geometry_.block_rows, row_vectors());
     std::uint8_t* panels = thread_buffers().reserve_panels(size);
     const PanelProduct product =
         new_product(panels, geometry_.rows_between(begin, end), 0, x_.batch());
     const CascadeRun run = cascade_run(begin, end);
-    const std::size_t done =
-        kernels().cascade_groups(run, {product.packed, product.groups, unit, panels, product.sums});
-    if (done != run.groups * run.parts) return begin * run.parts + done;
+    const std::size_t done = kernels().cascade_digit_groups(
+        run, {product.digits, product.digit_groups, unit, panels, product.sums});
+    if (done != run.row_blocks * run.parts) return begin * run.parts + done;
     write_panels(product, begin * geometry_.block_rows, 0);
     return kNone;
   }
 
-  // Many vectors: panels of many rows pass them in turns.
+  // Decodes panels of many rows and multiplies them with all vectors, for many vectors.
   std::size_t run_panels(std::size_t begin, std::size_t end) const {
-    const std::size_t step = groups_of(kManyRows);
+    const std::size_t step = row_blocks_of(kManyRows);
     std::uint8_t* panels =
         thread_buffers().reserve_panels(panel_bytes(step * geometry_.block_rows, row_vectors()));
-    for (std::size_t group = begin; group < end; group += step) {
-      const std::size_t last = std::min(end, group + step);
-      const std::size_t bad = decode_panels(group, last, panels);
+    for (std::size_t row_block = begin; row_block < end; row_block += step) {
+      const std::size_t last = std::min(end, row_block + step);
+      const std::size_t bad = decode_panels(row_block, last, panels);
       if (bad != kNone) return bad;
       for (std::size_t first = 0; first < x_.batch(); first += kPanelBatch) {
         const std::size_t batch = std::min(kPanelBatch, x_.batch() - first);
         const PanelProduct product =
-            new_product(panels, geometry_.rows_between(group, last), first, batch);
+            new_product(panels, geometry_.rows_between(row_block, last), first, batch);
         kernels().panel_product(product);
-        write_panels(product, group * geometry_.block_rows, first);
+        write_panels(product, row_block * geometry_.block_rows, first);
       }
     }
     return kNone;
   }
 
-  // Decodes row groups; returns a block that does not decode, or kNone.
+  // Decodes row blocks. Returns a block that does not decode, or kNone.
   std::size_t decode_panels(std::size_t begin, std::size_t end, std::uint8_t* panels) const {
-    const std::size_t parts = geometry_.blocks_per_group();
+    const std::size_t parts = geometry_.parts();
     if (matrix_.cascade_.levels != 0) {
       const std::size_t done = kernels().cascade_panels(cascade_run(begin, end), panels);
       return done == (end - begin) * parts ? kNone : begin * parts + done;
     }
     DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
-    for (std::size_t group = begin; group < end; ++group) {
+    for (std::size_t row_block = begin; row_block < end; ++row_block) {
       for (std::size_t part = 0; part < parts; ++part) {
-        if (!matrix_.decode_part(group, part, scratch)) return group * parts + part;
-        copy_to_panels(scratch.block(), (group - begin) * geometry_.block_rows,
-                       geometry_.rows_in(group), part, panels);
+        if (!matrix_.decode_part(row_block, part, scratch)) return row_block * parts + part;
+        copy_to_panels(scratch.block(), (row_block - begin) * geometry_.block_rows,
+                       geometry_.rows_in(row_block), part, panels);
       }
     }
     return kNone;
   }
 
-  // Copies a decoded block of `rows` rows, from `first_row` of the panels on.
+  // Copies a decoded block of `rows` rows to the panels, from row `first_row` on.
   void copy_to_panels(const std::uint8_t* block, std::size_t first_row, std::size_t rows,
                       std::size_t part, std::uint8_t* panels) const {
     const std::size_t first = part * geometry_.block_columns / kVector;
@@ -179,19 +180,19 @@ class Product {
     }
   }
 
-  // Panels times vectors [first, first + batch), with sums in the thread's buffer; `first` is a
-  // multiple of kGroup.
+  // The product of panels with vectors [first, first + batch), whose sums are in the thread's
+  // buffer. `first` is a multiple of kDigitGroup.
   PanelProduct new_product(const std::uint8_t* panels, std::size_t rows, std::size_t first,
                            std::size_t batch) const {
-    const std::size_t groups = (batch + kGroup - 1) / kGroup;
+    const std::size_t digit_groups = (batch + kDigitGroup - 1) / kDigitGroup;
     auto& sums = thread_buffers().sums;
-    sums.assign(groups * rows * kGroup, 0);
-    return {panels, rows,       geometry_.padded_columns() / kVector, x_.packed(first / kGroup),
-            groups, sums.data()};
+    sums.assign(digit_groups * rows * kDigitGroup, 0);
+    const std::int8_t* digits = x_.digit_groups(first / kDigitGroup);
+    return {panels, rows, row_vectors(), digits, digit_groups, sums.data()};
   }
 
-  // Scales the sums of a product whose rows begin at `first_row` of the matrix and whose vectors
-  // begin at `first`, and writes them.
+  // Scales and writes the sums of a product. Its rows begin at `first_row` of the matrix, its
+  // vectors at `first` of the batch.
   void write_panels(const PanelProduct& product, std::size_t first_row, std::size_t first) const {
     static constexpr float kNoOffset = 0.0f;
     const Scales& scales = matrix_.scales_;
@@ -203,15 +204,15 @@ class Product {
     scaling.offsets =
         scales.offset.empty() ? &kNoOffset : scales.offset.data() + first_row * scaling.offset_step;
     scaling.stride = y_stride_;
-    for (std::size_t group = 0; group < product.groups; ++group) {
-      double x_sums[kGroup] = {}, x_scales[kGroup] = {};
-      const std::size_t begin = first + group * kGroup;
-      scaling.columns = std::min(kGroup, x_.batch() - begin);
+    for (std::size_t group = 0; group < product.digit_groups; ++group) {
+      double x_sums[kDigitGroup] = {}, x_scales[kDigitGroup] = {};
+      const std::size_t begin = first + group * kDigitGroup;
+      scaling.columns = std::min(kDigitGroup, x_.batch() - begin);
       for (std::size_t i = 0; i < scaling.columns; ++i) {
         x_sums[i] = static_cast<double>(x_.sum(begin + i));
         x_scales[i] = x_.scale(begin + i);
       }
-      scaling.sums = product.sums + group * product.rows * kGroup;
+      scaling.sums = product.sums + group * product.rows * kDigitGroup;
       scaling.x_sums = x_sums;
       scaling.x_scales = x_scales;
       scaling.out = y_ + begin * y_stride_ + first_row;
@@ -228,24 +229,24 @@ class Product {
     return kNone;
   }
 
-  // Multiplies row groups [begin, end) with vectors [first, first + batch).
+  // Multiplies row blocks [begin, end) with vectors [first, first + batch).
   std::size_t run_batch(std::size_t begin, std::size_t end, std::size_t first,
                         std::size_t batch) const {
     const std::size_t step = std::max<std::size_t>(1, kTileRows / geometry_.block_rows);
     DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
     Buffers& buffers = thread_buffers();
     buffers.tile.resize(step * matrix_.max_block() + kSlack);
-    for (std::size_t group = begin; group < end; group += step) {
-      const std::size_t last = std::min(end, group + step);
-      const std::size_t first_row = group * geometry_.block_rows;
-      const std::size_t rows = geometry_.rows_between(group, last);
+    for (std::size_t row_block = begin; row_block < end; row_block += step) {
+      const std::size_t last = std::min(end, row_block + step);
+      const std::size_t first_row = row_block * geometry_.block_rows;
+      const std::size_t rows = geometry_.rows_between(row_block, last);
       buffers.sums.assign(rows * batch, 0);
-      for (std::size_t part = 0; part < geometry_.blocks_per_group(); ++part) {
+      for (std::size_t part = 0; part < geometry_.parts(); ++part) {
         const std::size_t width = geometry_.columns_in(part);
         std::uint8_t* tile = buffers.tile.data();
-        for (std::size_t i = group; i < last; ++i) {
+        for (std::size_t i = row_block; i < last; ++i) {
           if (!matrix_.decode_part(i, part, scratch)) {
-            return i * geometry_.blocks_per_group() + part;
+            return i * geometry_.parts() + part;
           }
           const std::size_t size = geometry_.rows_in(i) * width;
           std::memcpy(tile, scratch.block(), size);
@@ -292,13 +293,12 @@ class Product {
     }
   }
 
-  // Sums by row, and how many a row has.
   struct RowSums {
     const std::int64_t* data;
-    std::size_t stride;
+    std::size_t stride;  // sums of a row
   };
 
-  // Scales the sums of vectors [first, first + batch), the first ones of each row, and writes them.
+  // Scales and writes the sums of vectors [first, first + batch), which come first in each row.
   void write(std::size_t first_row, std::size_t rows, const RowSums& sums, std::size_t first,
              std::size_t batch) const {
     const Scales& scales = matrix_.scales_;
@@ -339,7 +339,7 @@ void multiply(ThreadPool& pool, std::span<const CodedMatrix* const> matrices, co
           pool,
           ActivationRows{x, batch, geometry.columns, geometry.padded_columns(),
                          matrix->column_scale()},
-          uses_panels(batch) ? Activations::Layout::kGroups : Activations::Layout::kRows);
+          uses_panels(batch) ? Activations::Layout::kDigitGroups : Activations::Layout::kRows);
       if (!own) shared = &activations.back();
     }
     products.emplace_back(*matrix, own ? activations.back() : *shared, y + first_output, outputs);
@@ -353,12 +353,12 @@ void multiply(ThreadPool& pool, std::span<const CodedMatrix* const> matrices, co
   const std::size_t wanted = pool.size() == 1 ? 1 : pool.size() * kTasksPerThread;
   std::vector<Task> tasks;
   for (const Product& product : products) {
-    const std::size_t groups = product.groups(), unit = product.unit();
-    const std::size_t units = (groups + unit - 1) / unit;
+    const std::size_t row_blocks = product.row_blocks(), unit = product.unit();
+    const std::size_t units = (row_blocks + unit - 1) / unit;
     const std::size_t count = std::min(units, (wanted - 1) / matrices.size() + 1);
     for (std::size_t i = 0; i < count; ++i) {
-      tasks.push_back(
-          {&product, units * i / count * unit, std::min(groups, units * (i + 1) / count * unit)});
+      tasks.push_back({&product, units * i / count * unit,
+                       std::min(row_blocks, units * (i + 1) / count * unit)});
     }
   }
   std::atomic<std::size_t> corrupt{kNone};

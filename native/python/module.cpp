@@ -1,4 +1,4 @@
-// The Python module entrollm._core: arrays in, arrays out, no Python in the loops.
+// The Python module entrollm._core. It takes and returns arrays; its loops run without Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -148,7 +148,7 @@ nb::ndarray<nb::numpy, std::int64_t> histogram(Matrix<std::uint8_t> symbols) {
   std::vector<std::int64_t> counts(256);
   {
     const nb::gil_scoped_release release;
-    // Four tables, so that runs of one symbol do not wait for their own increments.
+    // With four tables, runs of one symbol do not wait for their own increments.
     std::vector<std::int64_t> tables(4 * 256);
     const std::uint8_t* at = symbols.data();
     for (std::size_t i = 0; i < symbols.size(); ++i) ++tables[(i % 4) * 256 + at[i]];

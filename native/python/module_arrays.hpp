@@ -1,4 +1,4 @@
-// NumPy arrays in and out of the module's functions.
+// NumPy arrays as arguments and results of the module's functions.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,13 +15,13 @@ template <class T>
 using Matrix =
     nanobind::ndarray<const T, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 
-// Room for `size` elements of a new array, for the caller to fill.
+// Memory for `size` elements of a new array, which the caller fills.
 template <class T>
 T* allocate(std::size_t size) {
   return new T[size == 0 ? 1 : size];
 }
 
-// A new array that owns what allocate() returned.
+// A new array that owns memory from allocate().
 template <class T, std::size_t N>
 nanobind::ndarray<nanobind::numpy, T> own(T* data, const std::size_t (&shape)[N]) {
   nanobind::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });

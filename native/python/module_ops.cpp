@@ -1,4 +1,4 @@
-// The part of entrollm._core that binds native/ops: arrays are checked here, once.
+// The part of entrollm._core that binds native/ops. Arrays are checked here, and only here.
 #include <nanobind/stl/optional.h>
 
 #include <optional>
@@ -21,14 +21,14 @@ void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-// Strides are in elements, and never negative.
+// The stride of an axis in elements, which is never negative.
 template <class Array>
 std::size_t stride(const Array& array, std::size_t axis) {
   require(array.shape(axis) < 2 || array.stride(axis) >= 0, "an array runs backwards");
   return static_cast<std::size_t>(array.stride(axis));
 }
 
-// Whether the two last axes lie one behind the other: head by head, or token by token.
+// Whether the last two axes are contiguous.
 template <class Array>
 bool is_packed(const Array& array) {
   return (array.shape(2) < 2 || array.stride(2) == 1) &&

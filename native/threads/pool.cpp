@@ -3,7 +3,7 @@
 namespace entrollm {
 namespace {
 
-// Waiting threads keep their core for so many looks; then others that want it go first.
+// A waiting thread looks this often before it lets other threads use its core.
 constexpr int kPatience = 2000;
 
 void relax() {
@@ -29,8 +29,9 @@ ThreadPool::ThreadPool(std::size_t threads, std::chrono::microseconds spin) : sp
     for (std::size_t worker = 1; worker < threads; ++worker) {
       workers_.emplace_back([this, worker] { work(worker); });
     }
-  } catch (
-      ...) {  // the system has no more threads: end those that started before the error goes on
+  } catch (...) {
+    // The system has no more threads. Those that have started must end before the error is passed
+    // on.
     stop();
     throw;
   }
@@ -64,7 +65,8 @@ void ThreadPool::run(std::size_t tasks, const std::function<void(std::size_t, st
   }
   wake_.notify_all();
   drain(0);
-  // The last tasks end within microseconds, unless other programs hold their cores: let those run.
+  // The last tasks end within microseconds, unless other programs use their cores. Those should
+  // run.
   for (int looks = 0; busy_.load() != 0; ++looks) wait_a_little(looks);
 }
 
@@ -75,8 +77,8 @@ void ThreadPool::drain(std::size_t worker) {
 void ThreadPool::work(std::size_t worker) {
   std::uint64_t seen = 0;
   while (true) {
-    // Products of one token follow each other within microseconds; a worker that slept in between
-    // would cost more to wake than the product takes.
+    // Products of one token follow each other within microseconds. Waking a worker that sleeps in
+    // between would take longer than the product.
     const auto deadline = std::chrono::steady_clock::now() + spin_;
     for (int looks = 0; generation_.load() == seen && std::chrono::steady_clock::now() < deadline;
          ++looks) {

@@ -1,4 +1,4 @@
-// A fixed set of worker threads that share the iterations of one loop at a time.
+// A fixed set of threads that share the iterations of one loop at a time.
 #pragma once
 
 #include <atomic>
@@ -15,10 +15,10 @@ namespace entrollm {
 
 class ThreadPool {
  public:
-  // How long workers look for the next loop before they sleep.
+  // The time for which workers look for the next loop before they sleep.
   static constexpr std::chrono::microseconds kSpin{200};
 
-  // `threads` counts the calling thread, which works too.
+  // `threads` includes the calling thread, which works too.
   explicit ThreadPool(std::size_t threads, std::chrono::microseconds spin = kSpin);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -26,8 +26,8 @@ class ThreadPool {
 
   std::size_t size() const { return workers_.size() + 1; }
 
-  // Calls body(task, worker) for every task below `tasks`; worker is below size(). Returns when all
-  // are done. The body must not throw. Calls from several threads take turns.
+  // Calls body(task, worker) for every task below `tasks`, where worker is below size(). Returns
+  // when all tasks are done. The body must not throw. Calls from several threads take turns.
   void run(std::size_t tasks, const std::function<void(std::size_t, std::size_t)>& body);
 
  private:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
-from entrollm.format.entry import unpack
+from entrollm.format.entry import split_entries
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind, GroupScales
 from entrollm.format.log_scales import decode_scales, zero_offsets
@@ -94,7 +94,7 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
         FormatError: the entries do not match the spec.
     """
     stored_bytes = sum(array.nbytes for array in arrays.values())
-    arrays = unpack(name, spec, arrays)
+    arrays = split_entries(name, spec, arrays)
     _check_entries(name, spec.kind, arrays)
     if isinstance(spec.kind, GroupedKind):
         scales = _Scales(_ONE, None, None, _read_groups(name, spec, spec.kind, arrays))
@@ -126,7 +126,7 @@ def matrix_of(model: CompressedModel, name: str) -> CodedMatrix:
         KeyError: no matrix has this name.
         FormatError: the stored entries do not match the spec.
     """
-    return open_matrix(name, model.specs[name], model.stored_arrays(name))
+    return open_matrix(name, model.specs[name], model.entries(name))
 
 
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
@@ -185,7 +185,7 @@ def _read_groups(name: str, spec: TensorSpec, kind: GroupedKind, arrays: Mapping
     """
     found = {}
     for array, count in kind.lengths(spec.rows, spec.columns).items():
-        values = layout.unpack_array(f"{name}.{array}", arrays["." + array], kind.types[array], count)
+        values = layout.inflate_array(f"{name}.{array}", arrays["." + array], kind.types[array], count)
         if values.dtype.kind not in "ui" and not np.isfinite(values.astype(np.float32)).all():
             raise FormatError(f"{name}: its {array} has a value that is not finite")
         found[array] = values if array == "column_order" else values.reshape(spec.rows, -1)

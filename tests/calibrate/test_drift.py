@@ -18,7 +18,7 @@ from entrollm.calibrate.forward import start
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CompressOptions, Target, compress
-from entrollm.compress.pipeline import CompressProgress
+from entrollm.compress.progress import CompressProgress
 from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
 from entrollm.errors import EntroLLMError

@@ -213,9 +213,9 @@ def test_other_biases_are_refused(architecture: str, biases: list[Tensor], tmp_p
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (tensor("blk.0.attn_q_norm.weight", 32), "has no place in the architecture llama"),
+        (tensor("blk.0.attn_q_norm.weight", 32), "is not part of the architecture llama"),
         (tensor("blk.1.ffn_up.weight", 256, 128), "is beyond the 1 layers of the model"),
-        (tensor("blk.0.attn_sub_norm.weight", 128), "has no place in the architectures that are read"),
+        (tensor("blk.0.attn_sub_norm.weight", 128), "is not part of a supported architecture"),
     ],
 )
 def test_tensors_that_would_not_be_read_are_refused(extra: Tensor, message: str, tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_a_shard_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None
 
 def test_a_second_single_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": A}, write_sharded(tmp_path, [{"a": A}]) / "model.safetensors")
-    with pytest.raises(FormatError, match="an index that does not name it; remove the one that is stale"):
+    with pytest.raises(FormatError, match="an index that does not name it; remove the stale one"):
         Checkpoint.open(tmp_path)
 
 

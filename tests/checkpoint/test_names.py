@@ -23,9 +23,10 @@ from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.hf import EntroConfig
-from tests.hf.models import ids, write_model
+from tests.torch.models import ids, write_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LLAMA = [
@@ -195,7 +196,7 @@ def test_a_compressed_folder_with_other_names_runs(source: Path, tmp_path: Path)
         ShardWriter(tmp_path / "bare" / "model.safetensors") as writer,
     ):
         for name, spec in model.specs.items():
-            writer.add_matrix(name.removeprefix("model."), spec, model.stored_arrays(name))
+            writer.add_matrix(store_matrix(name.removeprefix("model."), spec, model.entries(name)))
         for name in model.plain:
             array = model.array(name)
             writer.add_plain(name.removeprefix("model."), model.dtype(name), array.shape, [array])

@@ -70,7 +70,7 @@ def test_two_descriptions_that_differ_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_a_nested_description_is_checked(key: str, tmp_path: Path) -> None:
     write_folder(tmp_path, WORDS, {**CONFIG, "text_config": {key: {"quant_method": "aqlm"}}})
-    with pytest.raises(UnsupportedError, match="the weights are quantized by 'aqlm', which is not read"):
+    with pytest.raises(UnsupportedError, match="the weights are quantized by 'aqlm', which is not supported"):
         Checkpoint.open(tmp_path)
 
 
@@ -88,7 +88,7 @@ def test_a_nested_description_is_checked(key: str, tmp_path: Path) -> None:
 )
 def test_refusals_name_what_was_found(description: dict[str, Any], name: str, tmp_path: Path) -> None:
     write_folder(tmp_path, WORDS, {**CONFIG, "quantization_config": description})
-    with pytest.raises(UnsupportedError, match=f"quantized by .*{name}.*, which is not read; use the original"):
+    with pytest.raises(UnsupportedError, match=f"quantized by .*{name}.*, which is not supported; use the original"):
         Checkpoint.open(tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_gptq_bits_may_differ_between_layers(dynamic: dict[str, Any], tmp_path: 
     ("dynamic", "message"),
     [
         ({"+:.*mlp.*": {"bits": 2}}, "words do not hold .* of 2 bits"),
-        ({"+:.*mlp.*": {"bits": 5}}, r"quantization_config has bits 5; read are \(2, 3, 4, 8\)"),
+        ({"+:.*mlp.*": {"bits": 5}}, r"quantization_config has bits 5; supported are \(2, 3, 4, 8\)"),
         ({"-:.*mlp.*": {}}, "is quantized, and dynamic in config.json says it is not"),
         ({"+:(": {"bits": 8}}, r"dynamic '\+:\(' of quantization_config"),
         ({"+:.*": 8}, "is not an object"),

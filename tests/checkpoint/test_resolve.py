@@ -77,7 +77,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         (errors.RepositoryNotFoundError("no", response=RESPONSE), ValueError, "the Hub has no such public model"),
         (errors.GatedRepoError("no", response=RESPONSE), ValueError, "it is gated: accept its licence"),
         (errors.RevisionNotFoundError("no", response=RESPONSE), ValueError, "no revision 'v2'"),
-        (errors.HFValidationError("bad id"), ValueError, "it is no Hub id: bad id"),
+        (errors.HFValidationError("bad id"), ValueError, "it is not a Hub id: bad id"),
         (errors.LocalEntryNotFoundError("offline"), ConnectionError, "the Hub cannot be reached"),
         (errors.HfHubHTTPError("500", response=RESPONSE), ConnectionError, "the Hub refused to send it"),
     ],

@@ -14,7 +14,7 @@ from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.compress import CompressOptions, compress
-from entrollm.compress.pipeline import CompressProgress
+from entrollm.compress.progress import CompressProgress
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
@@ -122,7 +122,7 @@ def test_shards_hold_the_same_tensors(checkpoint: Path, tmp_path: Path) -> None:
         assert dict(one.specs) == dict(many.specs)
         assert set(one.plain) == set(many.plain)
         for name in one.specs:
-            expected, found = one.stored_arrays(name), many.stored_arrays(name)
+            expected, found = one.entries(name), many.entries(name)
             assert {s: a.tobytes() for s, a in expected.items()} == {s: a.tobytes() for s, a in found.items()}
 
 

@@ -68,5 +68,5 @@ def test_an_unknown_type_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_existing_folder_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine.txt").write_text("mine")
-    with CompressedModel.open(folder) as model, pytest.raises(ValueError, match="exists and is no compressed model"):
+    with CompressedModel.open(folder) as model, pytest.raises(ValueError, match="exists and is not a compressed model"):
         export(model, tmp_path / "plain", _core.ThreadPool(1))

@@ -63,7 +63,7 @@ def test_verify_and_the_engine_refuse_them_in_a_folder(tmp_path: Path, monkeypat
     """Folders of earlier versions may hold some."""
     source = write(tmp_path / "source", NORM, np.nan, np.float32)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["entrollm.compress.pipeline"], "check_finite", lambda name, values: None)
+        patch.setattr(sys.modules["entrollm.compress.shard"], "check_finite", lambda name, values: None)
         compress(source, tmp_path / "out", CompressOptions(bits=8))
     with CompressedModel.open(tmp_path / "out") as model, Checkpoint.open(source) as original:
         for other in (None, original):

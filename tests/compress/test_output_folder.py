@@ -15,7 +15,7 @@ import pytest
 
 from entrollm.compress import CompressOptions, compress
 from entrollm.compress.folder import OutputFolder
-from entrollm.compress.pipeline import CompressProgress
+from entrollm.compress.progress import CompressProgress
 from entrollm.errors import EntroLLMError
 from entrollm.format.reader import CompressedModel
 from tests.support.checkpoints import SHARDS, write_checkpoint
@@ -116,7 +116,7 @@ def test_overwrite_replaces_when_complete(checkpoint: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_no_output_is_never_replaced(checkpoint: Path, tmp_path: Path, overwrite: bool) -> None:
-    with pytest.raises(ValueError, match="exists and is no compressed model"):
+    with pytest.raises(ValueError, match="exists and is not a compressed model"):
         compress(checkpoint, checkpoint, overwrite=overwrite)
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="notes is a file; name a folder that does not exist yet"):

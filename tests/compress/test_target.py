@@ -44,7 +44,7 @@ def test_sizes_are_parsed(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "1.9 TBs", "-3MB", "1,9GB"])
 def test_text_that_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no file size"):
+    with pytest.raises(ValueError, match="is not a valid file size"):
         parse_size(text)
 
 

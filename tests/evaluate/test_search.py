@@ -69,7 +69,7 @@ def test_an_existing_output_is_refused_before_the_search(
     model: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is no compressed model"):
+    with pytest.raises(ValueError, match="exists and is not a compressed model"):
         compress_within(model, tmp_path, CompressOptions(), DivergenceLimit(0.1, windows))
 
 

@@ -171,7 +171,9 @@ def test_a_file_without_a_length_is_refused(tmp_path: Path, size_bytes: int) -> 
 def test_an_absurd_header_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(FormatError, match="at most 100000000 are allowed; this is no safetensors file, or a Git LFS"):
+    with pytest.raises(
+        FormatError, match="at most 100000000 are allowed; this is not a safetensors file, or it is a Git LFS"
+    ):
         open_safetensors(path)
 
 

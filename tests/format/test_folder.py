@@ -19,6 +19,7 @@ from entrollm.format.blocks import Blocks
 from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of, multiply
 from tests.support.folders import (
@@ -108,7 +109,7 @@ def test_streams_are_aligned_in_the_file(tmp_path: Path) -> None:
 
 def test_streams_are_not_copied(tmp_path: Path) -> None:
     with CompressedModel.open(write_example(tmp_path / "model")) as model:
-        first, second = model.stored_arrays(SPLIT_ROW), model.stored_arrays(SPLIT_ROW)
+        first, second = model.entries(SPLIT_ROW), model.entries(SPLIT_ROW)
         for suffix in layout.STREAMS:
             assert not first[suffix].flags.owndata and np.shares_memory(first[suffix], second[suffix])
 
@@ -159,18 +160,19 @@ def test_any_matrix_round_trips_through_a_file(tmp_path_factory: pytest.TempPath
     arrays = {layout.DENSE: stored.dense, layout.SPARSE: stored.sparse, layout.SPARSE_SIZES: stored.sizes}
     name = data.draw(st.text('abc./"\\é\n', min_size=1)) + "weight"
     with ShardWriter(path / "model.safetensors") as writer:
-        written = writer.add_matrix(name, spec, arrays)
+        matrix = store_matrix(name, spec, arrays)
+        writer.add_matrix(matrix)
         writer.add_plain("empty", "F16", (0, 5), [])
         writer.add_plain("scalar", "F32", (), [np.array(2.5, np.float32)])
     with CompressedModel.open(path) as model:
-        assert model.specs[name] == written
+        assert model.specs[name] == matrix.spec
         decoded = matrix_of(model, name).symbols(0, rows, _core.ThreadPool(1))
         np.testing.assert_array_equal(decoded, symbols)
         assert model.array("empty").shape == (0, 5)
         assert model.array("scalar") == 2.5
         for each in (name, "empty", "scalar"):
             model.check_checksum(each)
-        found = model.unpacked_arrays(name)
+        found = model.matrix_arrays(name)
         streams = [found[s].tobytes() if s in found else b"" for s in layout.STREAMS]
         sizes = found[layout.SPARSE_SIZES].tolist() if layout.SPARSE_SIZES in found else []
     assert reference.decode_matrix(code, (rows, columns), blocks, *streams, sizes) == symbols.tolist()
@@ -210,13 +212,13 @@ def test_two_entries_of_one_name_are_refused(tmp_path: Path) -> None:
     spec, arrays = example_tensors()[CONSTANT]
     one = [np.ones(1, np.float32)]
     writer = ShardWriter(tmp_path / "model.safetensors")
-    writer.add_matrix("w", spec, arrays)
+    writer.add_matrix(store_matrix("w", spec, arrays))
     # No scale is stored for w, yet a reader would take this for it.
     for name in ("w", "w.scale", "w.dense"):
         with pytest.raises(ValueError, match=f"two entries are called '{name}'"):
             writer.add_plain(name, "F32", (1,), one)
     with pytest.raises(ValueError, match="two entries are called 'w'"):
-        writer.add_matrix("w", spec, arrays)
+        writer.add_matrix(store_matrix("w", spec, arrays))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_an_unknown_name_is_a_key_error(tmp_path: Path) -> None:
             lambda name: matrix_of(model, name),
             model.array,
             model.dtype,
-            model.stored_arrays,
+            model.entries,
             model.check_checksum,
         ):
             with pytest.raises(KeyError):

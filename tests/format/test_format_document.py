@@ -17,6 +17,7 @@ from entrollm.format.code import Code, Field
 from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
 from tests.support.folders import check_all, read_safetensors, write_config
@@ -43,7 +44,7 @@ def test_the_file_is_as_shown(tmp_path: Path) -> None:
     write_config(tmp_path)
     with ShardWriter(tmp_path / "model.safetensors") as writer:
         arrays = {layout.DENSE: layout.padded_stream([dense]), layout.SPARSE: layout.padded_stream([sparse])}
-        writer.add_matrix("w.weight", spec, arrays | {layout.SPARSE_SIZES: sizes})
+        writer.add_matrix(store_matrix("w.weight", spec, arrays | {layout.SPARSE_SIZES: sizes}))
     header, _ = read_safetensors(tmp_path / "model.safetensors")
     table = json.loads(zlib.decompress(base64.b64decode(header["__metadata__"]["entrollm.tensors"])))
     assert f"\n    {table['coded']['w.weight']}\n" in DOCUMENT and table["plain"] == {}

@@ -112,7 +112,7 @@ def test_other_forms_are_refused(groups: Any, more: dict[str, Any], message: str
 )
 def test_arrays_survive_packing(array: np.ndarray[Any, Any]) -> None:
     name = next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
-    assert layout.unpack_array("w", layout.pack_array(array), name, array.size).tobytes() == array.tobytes()
+    assert layout.inflate_array("w", layout.deflate_array(array), name, array.size).tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -127,12 +127,12 @@ def test_arrays_survive_packing(array: np.ndarray[Any, Any]) -> None:
 )
 def test_arrays_that_do_not_inflate_are_refused(stored: bytes, message: str) -> None:
     with pytest.raises(CorruptStreamError, match=message):
-        layout.unpack_array("w", np.frombuffer(stored, np.uint8), "F16", 15)
+        layout.inflate_array("w", np.frombuffer(stored, np.uint8), "F16", 15)
 
 
 def test_a_huge_claim_takes_no_memory() -> None:
     with pytest.raises(CorruptStreamError, match="11 bytes cannot hold 1099511627776 numbers of type F32"):
-        layout.unpack_array("w", np.zeros(11, np.uint8), "F32", 2**40)
+        layout.inflate_array("w", np.zeros(11, np.uint8), "F32", 2**40)
 
 
 def test_missing_and_stray_entries_are_refused(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_missing_and_stray_entries_are_refused(folder: Path) -> None:
         (NESTED + ".group_minimum", None, "nested.weight: it lacks group_minimum, which its spec declares"),
         (
             NESTED + ".group_zero",
-            ("U8", layout.pack_array(scale)),
+            ("U8", layout.deflate_array(scale)),
             "it has group_zero, which its spec does not",
         ),
         (NESTED + ".scale", ("F32", scale), "it has scale, which its spec does not"),
@@ -163,7 +163,7 @@ def test_values_that_no_weight_is_made_of_are_refused(folder: Path) -> None:
         ("integer.zeros.weight.column_order", order, "its column_order does not name every column once"),
     ):
         content = file.read_bytes()
-        change_entries(file, {name: ("U8", layout.pack_array(array))})
+        change_entries(file, {name: ("U8", layout.deflate_array(array))})
         with pytest.raises(FormatError, match=message):
             contents(folder)
         file.write_bytes(content)

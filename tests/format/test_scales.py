@@ -17,6 +17,7 @@ from entrollm.format.code import Code, Field
 from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
 
@@ -36,7 +37,7 @@ SYMBOLS = np.arange(128, dtype=np.uint8).reshape(2, 64) % 4
 def write(folder: Path, spec: TensorSpec, extra: dict[str, NDArray[Any]]) -> CompressedModel:
     dense, _, _ = _core.encode(spec.code.program(), 0, SYMBOLS, spec.blocks.rows, spec.blocks.columns)
     with ShardWriter(folder / "model.safetensors") as writer:
-        writer.add_matrix("w", spec, {layout.DENSE: layout.padded_stream([dense]), **extra})
+        writer.add_matrix(store_matrix("w", spec, {layout.DENSE: layout.padded_stream([dense]), **extra}))
     version = '{"quantization_config": {"quant_method": "entrollm", "version": 2}}'
     (folder / "config.json").write_text(version)
     return CompressedModel.open(folder)

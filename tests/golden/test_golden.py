@@ -44,7 +44,7 @@ def test_what_is_written_reads_like_version_2(tmp_path: Path) -> None:
     with CompressedModel.open(V2) as golden, CompressedModel.open(tmp_path) as model:
         assert golden.plain == model.plain and list(golden.specs) == list(model.specs)
         for name in golden.specs:
-            stored, written = golden.unpacked_arrays(name), model.unpacked_arrays(name)
+            stored, written = golden.matrix_arrays(name), model.matrix_arrays(name)
             assert stored.keys() == written.keys()
             for suffix in stored.keys() - set(layout.STREAMS):
                 np.testing.assert_array_equal(stored[suffix], written[suffix])
@@ -61,7 +61,7 @@ def test_the_integers_are_as_stated(name: str, folder: Path) -> None:
         assert matrix.spec.code == golden.code
         decoded = matrix.symbols(0, golden.shape[0], _core.ThreadPool(1))
         np.testing.assert_array_equal(decoded, symbols)
-        stored = model.unpacked_arrays(name + ".weight")
+        stored = model.matrix_arrays(name + ".weight")
         streams = [stored[s].tobytes() if s in stored else b"" for s in layout.STREAMS]
         sizes = stored[layout.SPARSE_SIZES].tolist() if layout.SPARSE_SIZES in stored else []
     assert reference.decode_matrix(golden.code, golden.shape, golden.blocks, *streams, sizes) == symbols.tolist()

@@ -172,7 +172,7 @@ def test_wrong_options() -> None:
         EntroConfig(bpw=-1)
     with pytest.raises(ValueError, match="threads must be at least 1"):
         EntroConfig(threads=0)
-    with pytest.raises(ValueError, match="is no file size"):
+    with pytest.raises(ValueError, match="is not a valid file size"):
         EntroConfig(size="big")
     with pytest.raises(ValueError, match="bits must be 2 to 8"):
         EntroConfig(overrides={"*": 9})

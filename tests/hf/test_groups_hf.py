@@ -28,7 +28,7 @@ def test_weights_are_those_of_the_folder(backend: Backend) -> None:
     with CompressedModel.open(GROUPS) as stored:
         assert any(isinstance(spec.kind, GroupedKind) for spec in stored.specs.values())
         for name, spec in stored.specs.items():
-            entries = {suffix: to_tensor(array) for suffix, array in stored.stored_arrays(name).items()}
+            entries = {suffix: to_tensor(array) for suffix, array in stored.entries(name).items()}
             weight = CodedWeight(name, spec, entries, torch.float32, CPU)
             weight.set_backend(backend)
             expected = matrix_of(stored, name).dequantize(np.arange(spec.rows), pool)

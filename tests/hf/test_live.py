@@ -17,7 +17,7 @@ import entrollm.hf
 from entrollm import CompressOptions, compress
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
-from entrollm.format.entry import pack, unpack
+from entrollm.format.entry import join_arrays, split_entries
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, EntroEmbedding, EntroLinear
 from tests.torch.models import ids, logits
@@ -170,10 +170,10 @@ def test_rows_have_scales_that_follow_loaded_states(checkpoint: Path) -> None:
     before = layer(x)
     spec = layer.weight.spec
     assert spec.parts is not None
-    arrays = unpack("up_proj", spec, {layout.CODED: layer.weight.coded.numpy()})
+    arrays = split_entries("up_proj", spec, {layout.CODED: layer.weight.coded.numpy()})
     arrays = {suffix: -array if array.dtype == np.float32 else array for suffix, array in arrays.items()}
     arrays[layout.SPARSE] = arrays[layout.SPARSE][: layout.padded_size(spec.parts[1])]
-    negated, entries = pack(replace(spec, parts=None), arrays)
+    negated, entries = join_arrays(replace(spec, parts=None), arrays)
     assert negated.parts == spec.parts
     layer.load_state_dict({"weight.coded": torch.from_numpy(entries[layout.CODED])})
     assert np.array_equal(layer(x).numpy(), -before.numpy())

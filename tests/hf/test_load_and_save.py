@@ -67,7 +67,7 @@ def test_state_has_the_stored_entries_under_their_names(coded: Path) -> None:
     state = model.state_dict()
     with CompressedModel.open(coded) as stored:
         for name in stored.specs:
-            for suffix, array in stored.stored_arrays(name).items():
+            for suffix, array in stored.entries(name).items():
                 tensor = state[name + suffix]
                 assert np.array_equal(tensor.view(torch.uint8).numpy(), array.view(np.uint8))
         assert set(stored.plain) < set(state)

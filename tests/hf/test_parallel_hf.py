@@ -169,7 +169,7 @@ def test_sizes_for_device_maps_are_those_of_the_coded_bytes(coded_untied: Path) 
     model = AutoModelForCausalLM.from_pretrained(coded_untied, dtype=torch.bfloat16)
     found = compute_module_sizes(model, model.hf_quantizer)[0][""]
     with CompressedModel.open(coded_untied) as stored:
-        entries = sum(array.nbytes for name in stored.specs for array in stored.stored_arrays(name).values())
+        entries = sum(array.nbytes for name in stored.specs for array in stored.entries(name).values())
         entries += sum(stored.array(name).nbytes for name in stored.plain)
     assert found == pytest.approx(entries, rel=0.01)
 

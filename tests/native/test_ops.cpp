@@ -25,7 +25,8 @@ Floats random_floats(Random& random, std::size_t size) {
 template <class Body>
 void agree(const char* what, const Floats& out, std::size_t size, Body body) {
   std::vector<float> expected;
-  for (const Kernels* isa : all_kernels()) {
+  static const std::vector<const Kernels*> kKernels = all_kernels();
+  for (const Kernels* isa : kKernels) {
     const Floats found(new float[size]);
     std::copy_n(out.get(), size, found.get());
     body(*isa->floats, found.get());

@@ -17,6 +17,7 @@ from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf, Node, Split
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from tests.support.version1 import Version1Writer
 
@@ -115,7 +116,10 @@ def write_golden(path: Path, version: int = 1) -> None:
                     replace(spec, kind=replace(spec.kind, offset=None, zero=7.25, stored=SCALES)),
                     arrays | golden_codes(),
                 )
-            writer.add_matrix(name + ".weight", spec, arrays)
+            if isinstance(writer, Version1Writer):
+                writer.add_matrix(name + ".weight", spec, arrays)
+            else:
+                writer.add_matrix(store_matrix(name + ".weight", spec, arrays))
         writer.add_plain("norm.weight", "F32", (4,), [np.array([1, 0.5, -2, 0], np.float32)])
         writer.add_plain("scalar", "F16", (), [np.array(3, np.float16)])
 

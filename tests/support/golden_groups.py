@@ -91,7 +91,7 @@ def write_golden_groups(path: Path) -> None:
                 layout.SPARSE: layout.padded_stream([sparse]),
                 layout.SPARSE_SIZES: sizes,
             }
-            stored |= {f".{kind}": layout.pack_array(array) for kind, array in arrays.items()}
+            stored |= {f".{kind}": layout.deflate_array(array) for kind, array in arrays.items()}
             writer.add_matrix(name + ".weight", spec, stored)
 
 

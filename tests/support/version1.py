@@ -13,27 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.format import layout
-from entrollm.format.layout import StoredEntry
+from entrollm.format.layout import FileEntry
 from entrollm.format.spec import TensorSpec
 
 
 class Version1Writer:
-    """What `container.writer.ShardWriter` was: coded matrices first, then plain tensors."""
+    """What `format.writer.ShardWriter` was: coded matrices first, then plain tensors."""
 
     def __init__(self, path: Path) -> None:
-        self.entries: list[StoredEntry] = []
+        self.entries: list[FileEntry] = []
         self._path = path
         self._specs: dict[str, str] = {}
         self._plain: dict[str, str] = {}
-        self._streams: list[tuple[StoredEntry, bytes]] = []
-        self._others: list[tuple[StoredEntry, bytes]] = []
+        self._streams: list[tuple[FileEntry, bytes]] = []
+        self._others: list[tuple[FileEntry, bytes]] = []
 
     def add_matrix(self, name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Add a coded matrix; empty arrays are left out."""
         stored = {suffix: arrays[suffix] for suffix in layout.SUFFIXES if suffix in arrays and arrays[suffix].size}
         spec = dataclasses.replace(spec, checksum=layout.checksum(name, spec.to_json(), stored))
         for suffix, array in stored.items():
-            entry = StoredEntry(name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
+            entry = FileEntry(name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
             where = self._streams if suffix in layout.STREAMS else self._others
             where.append((entry, array.tobytes()))
         self._specs[name] = spec.to_json()
@@ -42,7 +42,7 @@ class Version1Writer:
         """Add a tensor in its own type."""
         data = b"".join(np.ascontiguousarray(chunk).tobytes() for chunk in chunks)
         self._plain[name] = f"{zlib.crc32(data):08x}"
-        self._others.append((StoredEntry(name, dtype, shape, len(data)), data))
+        self._others.append((FileEntry(name, dtype, shape, len(data)), data))
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,5 @@
-// The float kernels, for the instruction set that the including file is compiled for. Nothing here
-// may call a function of the standard library that the linker could share with other files.
+// The float kernels, for the instruction set that the including file is compiled for. They must not
+// call functions of the standard library that the linker could share with other files.
 #pragma once
 
 #include <bit>
@@ -7,6 +7,7 @@
 
 #include "kernels/float_kernels.hpp"
 #include "kernels/generic/float_lanes.hpp"
+#include "kernels/generic/instantiations.hpp"
 
 namespace entrollm {
 namespace {
@@ -98,8 +99,9 @@ void swiglu(const float* gate, const float* up, std::size_t count, float* out) {
   store_some(out + whole, last, rest);
 }
 
-// Calls block<4>(at) for as many whole sets of four vectors as `count` floats have, then block<1>;
-// the last vector overlaps the one before it when they do not come out even. count >= kLanes.
+// Calls block<4>(at) for each whole set of four vectors in `count` floats, then block<1>(at) for
+// the vectors that are left. If `count` is no multiple of kLanes, the last vector overlaps the one
+// before it. `count` is at least kLanes.
 template <class Block>
 void for_blocks(std::size_t count, Block block) {
   std::size_t at = 0;
@@ -127,7 +129,7 @@ inline void multiply_add(Lanes (&sums)[Rows][Vectors], std::size_t terms, Weight
   }
 }
 
-// Scores of positions [base, base + count) into rows of `room` floats.
+// Writes the scores of positions [base, base + count) to rows of `room` floats.
 template <std::size_t Rows>
 void score(const AttentionTile& tile, std::size_t base, std::size_t count, std::size_t room) {
   const Lanes scale = splat(tile.scale);
@@ -218,16 +220,8 @@ void attend_rows(const AttentionTile& tile) {
 }
 
 void attend(const AttentionTile& tile) {
-  switch (tile.rows) {
-    case 1:
-      return attend_rows<1>(tile);
-    case 2:
-      return attend_rows<2>(tile);
-    case 3:
-      return attend_rows<3>(tile);
-    default:
-      return attend_rows<4>(tile);
-  }
+  instantiation<1, kAttentionRows>(static_cast<int>(tile.rows),
+                                   []<int Rows>() { return &attend_rows<Rows>; })(tile);
 }
 
 }  // namespace

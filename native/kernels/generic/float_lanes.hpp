@@ -1,5 +1,6 @@
-// Sixteen floats as whatever vectors the including file is compiled for. Internal linkage: code for
-// one instruction set must not be shared by the linker with code for another.
+// Sixteen floats, in the vectors of the instruction set that the including file is compiled for.
+// Internal linkage: code for one instruction set must not be shared by the linker with code for
+// another.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +45,7 @@ inline Lanes load_lanes(const float* p) {
 
 inline void store_lanes(float* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
 
-// The first `count` of the lanes, at most kLanes; the others are `rest`.
+// Loads the first `count` lanes, at most kLanes; the others are `rest`.
 inline Lanes load_some(const float* p, std::size_t count, float rest) {
   float some[kLanes];
   for (float& value : some) value = rest;
@@ -96,10 +97,11 @@ inline float sum_of(const Lanes& v) {
   return fold(v, [](float a, float b) { return a + b; });
 }
 
-// exp to about two units in the last place: 0 below -87, where results would be denormal, and
-// infinity above 88. NaN stays NaN.
+// exp(x) to about two units in the last place. It is 0 below -87, where results would be denormal,
+// and infinity above 88. NaN stays NaN.
 inline NativeFloats exp_part(NativeFloats x) {
-  constexpr float kRounder = 12582912.0f;  // adding it rounds to an integer, in the lowest bits
+  constexpr float kRounder =
+      12582912.0f;  // adding it rounds to an integer, which is then in the lowest bits
   const NativeFloats shifted = x * 1.44269504f + kRounder;
   const NativeFloats n = shifted - kRounder;
   const NativeFloats r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts

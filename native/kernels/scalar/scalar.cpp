@@ -1,4 +1,4 @@
-// Portable kernels: the plain statement of what the vector versions compute.
+// Portable kernels, which define what the vector versions compute.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -12,29 +12,30 @@ unsigned plane_bit(const std::uint8_t* plane, std::size_t i) {
   return (plane[i / 8] >> (i % 8)) & 1u;
 }
 
-// Field i of the packed groups of `width` bits; vector v of a group sits at bit v * width.
-unsigned group_field(const std::uint8_t* groups, std::size_t i, int width) {
-  const std::size_t per_group = kVector * 8 / static_cast<std::size_t>(width);
-  const std::size_t in_group = i % per_group;
-  const std::uint8_t byte = groups[i / per_group * kVector + in_group % kVector];
-  return (byte >> (in_group / kVector * static_cast<std::size_t>(width))) & ((1u << width) - 1);
+// Field i of `width` bits in packed vectors: the fields of a byte belong to successive vectors.
+unsigned packed_field(const std::uint8_t* packed, std::size_t i, int width) {
+  const auto bits = static_cast<std::size_t>(width);
+  const std::size_t shared = 8 / bits;  // vectors of symbols to a packed one
+  const std::size_t vector = i / kVector;
+  const std::uint8_t byte = packed[vector / shared * kVector + i % kVector];
+  return (byte >> (vector % shared * bits)) & ((1u << width) - 1);
 }
 
 unsigned dense_value(const std::uint8_t* fields, std::size_t count, std::size_t i, int bits) {
   unsigned value = 0;
   if (bits & 4) {
-    value = group_field(fields, i, 4);
+    value = packed_field(fields, i, 4);
     fields += dense_bytes(count, 4);
   }
   if (bits & 2) {
-    value = value << 2 | group_field(fields, i, 2);
+    value = value << 2 | packed_field(fields, i, 2);
     fields += dense_bytes(count, 2);
   }
   if (bits & 1) value = value << 1 | plane_bit(fields, i);
   return value;
 }
 
-// The shared tail of both field kernels: look a field up, or take the next escaped symbol.
+// Looks fields up, or takes the next escaped symbol. `read(i)` is field i.
 template <class ReadField>
 std::size_t expand_fields(const FieldArgs& args, ReadField read, std::uint8_t* out) {
   const unsigned escape = (1u << args.bits) - 1;
@@ -51,7 +52,7 @@ std::size_t expand_fields(const FieldArgs& args, ReadField read, std::uint8_t* o
 }
 
 std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
-  if (args.bits == 8) {
+  if (args.bits == kRawBits) {
     std::memcpy(out, args.fields, args.count);
     return 0;
   }
@@ -69,7 +70,7 @@ std::size_t sparse_field(const FieldArgs& args, std::uint8_t* out) {
 }
 
 std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
-  if (args.bits == 8) {
+  if (args.bits == kRawBits) {
     std::memcpy(out, args.fields, args.count);
     return 0;
   }
@@ -138,17 +139,17 @@ void pack_plane(const std::uint8_t* fields, std::size_t count, int bit, std::uin
   }
 }
 
-void pack_group(const std::uint8_t* fields, std::size_t count, int shift, int width,
-                std::uint8_t* out) {
+void pack_fields(const std::uint8_t* fields, std::size_t count, int shift, int width,
+                 std::uint8_t* out) {
   const std::size_t per_byte = 8 / static_cast<std::size_t>(width);
   const auto mask = static_cast<std::uint8_t>((1 << width) - 1);
   for (std::size_t vector = 0; vector < count / kVector; ++vector) {
-    std::uint8_t* group = out + vector / per_byte * kVector;
+    std::uint8_t* packed = out + vector / per_byte * kVector;
     const auto up = static_cast<int>(vector % per_byte) * width;
-    if (up == 0) std::memset(group, 0, kVector);
+    if (up == 0) std::memset(packed, 0, kVector);
     for (std::size_t lane = 0; lane < kVector; ++lane) {
       const auto part = static_cast<std::uint8_t>(fields[vector * kVector + lane] >> shift) & mask;
-      group[lane] = static_cast<std::uint8_t>(group[lane] | part << up);
+      packed[lane] = static_cast<std::uint8_t>(packed[lane] | part << up);
     }
   }
 }
@@ -165,9 +166,15 @@ std::size_t select(const std::uint8_t* symbols, const std::uint8_t* fields, std:
 
 }  // namespace
 
-const EncodeKernels kScalarEncodeKernels = {map_symbols, pack_plane, pack_group, select};
+const EncodeKernels kScalarEncodeKernels = {map_symbols, pack_plane, pack_fields, select};
 
-const Kernels kScalarKernels = {"scalar",       sparse_field, dense_field, split,   or_low_bits,
-                                count_all_ones, dot,          dot_tile,    nullptr, nullptr};
+constinit const Kernels kScalarKernels = {.name = "scalar",
+                                          .sparse_field = sparse_field,
+                                          .dense_field = dense_field,
+                                          .split = split,
+                                          .or_low_bits = or_low_bits,
+                                          .count_all_ones = count_all_ones,
+                                          .dot = dot,
+                                          .dot_tile = dot_tile};
 
 }  // namespace entrollm

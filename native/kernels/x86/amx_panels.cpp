@@ -1,6 +1,7 @@
-// Decodes cascades into panels, for products that use every weight several times.
+// Decodes cascade codes into panels, for products that use every weight several times.
 #include "kernels/x86/amx_panels.hpp"
 
+#include "kernels/x86/amx_parts.hpp"
 #include "kernels/x86/avx512_cascade.hpp"
 
 namespace entrollm {
@@ -10,8 +11,8 @@ namespace {
 struct PanelRows {
   std::uint8_t* panels;
   std::size_t row_vectors;   // of a whole row of the matrix
-  std::size_t first_row;     // of the panels
-  std::size_t first_vector;  // of the row
+  std::size_t first_row;     // in the panels
+  std::size_t first_vector;  // in the row
 
   std::uint8_t* at(std::size_t row) const {
     return panels + panel_offset(first_row + row, first_vector, row_vectors);
@@ -22,8 +23,8 @@ std::size_t row_vectors_of(const CascadeRun& run) {
   return ((run.parts - 1) * run.block_columns + run.last_columns) / kVector;
 }
 
-// Four vectors are decoded in a quarter of the time that the matrix unit has for a step: a panel
-// takes as many steps as a row has vectors, and has sixteen rows.
+// A panel has sixteen rows, and multiplying it takes as many steps as a row has vectors. So sixteen
+// vectors are decoded for each step, and four of them for a quarter of it.
 template <int Step>
 [[gnu::always_inline]] inline void feed(std::size_t eight, PanelFeeder& feeder) {
   if constexpr (Step % 4 == 3) feeder.quarter(eight % 2 * 2 + Step / 4);
@@ -47,7 +48,7 @@ struct Store {
     return root.escapes;
   }
 
-  // Rows that end inside a group of eight vectors.
+  // Rows that end inside an eight.
   static std::size_t uneven(const CascadeBlock& block, const PanelRows& out, PanelFeeder& feeder) {
     RootDecoder<Bits, Escape, Low> root(block.root, block.low_fields);
     std::size_t row = 0;
@@ -78,16 +79,17 @@ std::size_t cascade_panels(const CascadeRun& run, std::uint8_t* panels) {
   });
 }
 
-std::size_t cascade_groups(const CascadeRun& run, const GroupProduct& product) {
+std::size_t cascade_digit_groups(const CascadeRun& run, const FusedPanelProduct& product) {
   const Tiles tiles;
   const std::size_t row_vectors = row_vectors_of(run);
-  const std::size_t rows = (run.groups - 1) * run.block_rows + run.last_rows;
-  PanelFeeder feeder({nullptr, rows, row_vectors, product.packed, product.groups, product.sums});
+  const std::size_t rows = (run.row_blocks - 1) * run.block_rows + run.last_rows;
+  PanelFeeder feeder(
+      {nullptr, rows, row_vectors, product.digits, product.digit_groups, product.sums});
   const auto store_block = choose_action<Store>(*run.code);
   const std::size_t unit_rows = product.unit * run.block_rows;
   std::uint8_t* panels = product.panels;
   std::uint8_t* others = product.panels + panel_bytes(unit_rows, row_vectors);
-  std::size_t first_row = 0;  // of the unit that is being decoded
+  std::size_t first_row = 0;  // of the unit that is decoded now
   const auto end_unit = [&](std::size_t end) {
     feeder.finish();
     feeder.begin({panels, first_row, end});

@@ -1,9 +1,13 @@
-// AVX-512 kernels (VBMI, VBMI2, VNNI, GFNI): 64 symbols a step, escapes merged with one VPEXPANDB.
+// The kernels of AVX-512 and, in a second table, those with the products of AMX.
 #include <utility>
 
+#include "kernels/generic/instantiations.hpp"
+#include "kernels/generic/sparse_kernels_of.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/x86/avx512_common.hpp"
+#include "kernels/x86/amx_parts.hpp"
 #include "kernels/x86/avx512_parts.hpp"
+#include "kernels/x86/avx512_root.hpp"
+#include "kernels/x86/avx512_sums.hpp"
 
 namespace entrollm {
 namespace {
@@ -17,41 +21,9 @@ std::size_t dense_field_of(const FieldArgs& args, std::uint8_t* out) {
   return root.escapes;
 }
 
-template <bool Escape>
-std::size_t dense_field_with(const FieldArgs& args, std::uint8_t* out) {
-  switch (args.bits) {
-    case 1:
-      return dense_field_of<1, Escape>(args, out);
-    case 2:
-      return dense_field_of<2, Escape>(args, out);
-    case 3:
-      return dense_field_of<3, Escape>(args, out);
-    case 4:
-      return dense_field_of<4, Escape>(args, out);
-    case 5:
-      return dense_field_of<5, Escape>(args, out);
-    case 6:
-      return dense_field_of<6, Escape>(args, out);
-    default:
-      return copy_bytes(args, out);
-  }
-}
-
 std::size_t dense_field(const FieldArgs& args, std::uint8_t* out) {
-  return args.child != nullptr ? dense_field_with<true>(args, out)
-                               : dense_field_with<false>(args, out);
-}
-
-void split(const std::uint8_t* plane, std::size_t count, const std::uint8_t* left,
-           const std::uint8_t* right, std::uint8_t* out) {
-  for (std::size_t i = 0; i < count; i += kVector) {
-    const __mmask64 mask = load_mask(plane + i / 8);
-    const __m512i lefts = _mm512_maskz_expand_epi8(~mask, load(left));
-    store(out + i, _mm512_mask_expand_epi8(lefts, mask, load(right)));
-    const std::size_t taken = popcount(mask);
-    right += taken;
-    left += kVector - taken;
-  }
+  return decode_fields(
+      args, []<int Bits, bool Escape>() { return &dense_field_of<Bits, Escape>; }, out);
 }
 
 template <int Bits>
@@ -64,28 +36,17 @@ void or_low_bits_of(const std::uint8_t* fields, std::size_t count, std::uint8_t*
 }
 
 void or_low_bits(const std::uint8_t* fields, std::size_t count, int bits, std::uint8_t* out) {
-  switch (bits) {
-    case 1:
-      return or_low_bits_of<1>(fields, count, out);
-    case 2:
-      return or_low_bits_of<2>(fields, count, out);
-    case 3:
-      return or_low_bits_of<3>(fields, count, out);
-    case 4:
-      return or_low_bits_of<4>(fields, count, out);
-    case 5:
-      return or_low_bits_of<5>(fields, count, out);
-    default:
-      return or_low_bits_of<6>(fields, count, out);
-  }
+  instantiation<1, kMaxLowBits>(bits, []<int Bits>() { return &or_low_bits_of<Bits>; })(fields,
+                                                                                        count, out);
 }
 
 std::int64_t dot(const std::uint8_t* weights, const Digits& x, std::size_t count) {
-  DotSums sums;
+  DigitSums sums;
   for_vectors(count / kVector, [&]<int Step>(std::size_t eight) {
-    sums.add<Step>(load(weights + (eight * 8 + Step) * kVector), x, eight);
+    const std::size_t at = (eight * 8 + Step) * kVector;
+    sums.add<Step % 4>(load(weights + at), x.high + at, x.low + at);
   });
-  return sums.total();
+  return sums.total<1, 0>();
 }
 
 // Rows x kColumnTile products at once; 16 accumulators leave room for the operands. Indices are
@@ -118,19 +79,32 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
   dot_tile_of<2>(weights, stride, x, count, out, std::make_index_sequence<2 * kColumnTile>());
 }
 
+constexpr Kernels kTable = {.name = "avx512",
+                            .sparse_field = sparse_field<Avx512Vectors>,
+                            .dense_field = dense_field,
+                            .split = split<Avx512Vectors>,
+                            .or_low_bits = or_low_bits,
+                            .count_all_ones = count_all_ones,
+                            .dot = dot,
+                            .dot_tile = dot_tile,
+                            .dot_tile_pair = dot_tile_pair,
+                            .cascade_product = cascade_product,
+                            .encode = &kAvx512EncodeKernels,
+                            .floats = &kAvx512FloatKernels};
+
 }  // namespace
 
-const Kernels kAvx512Kernels = {.name = "avx512",
-                                .sparse_field = sparse_field_any,
-                                .dense_field = dense_field,
-                                .split = split,
-                                .or_low_bits = or_low_bits,
-                                .count_all_ones = count_ones,
-                                .dot = dot,
-                                .dot_tile = dot_tile,
-                                .dot_tile_pair = dot_tile_pair,
-                                .cascade_product = cascade_product,
-                                .encode = &kAvx512EncodeKernels,
-                                .floats = &kAvx512FloatKernels};
+constinit const Kernels kAvx512Kernels = kTable;
+
+#ifdef ENTROLLM_HAVE_AMX
+constinit const Kernels kAmxKernels = [] {
+  Kernels kernels = kTable;
+  kernels.name = "amx";
+  kernels.cascade_panels = cascade_panels;
+  kernels.panel_product = panel_product;
+  kernels.cascade_digit_groups = cascade_digit_groups;
+  return kernels;
+}();
+#endif
 
 }  // namespace entrollm

@@ -1,27 +1,30 @@
-// Walks the blocks of a cascade-coded matrix: lists are decoded to memory, and an action takes the
-// root's symbols from registers.
+// Goes through the blocks of a matrix with a cascade code. Lists are decoded to memory; an action
+// decodes the root and takes its symbols from registers.
 #pragma once
 
-#include "kernels/x86/avx512_common.hpp"
+#include "kernels/generic/instantiations.hpp"
+#include "kernels/generic/sparse_kernels_of.hpp"
+#include "kernels/x86/avx512_root.hpp"
 
 namespace entrollm {
 namespace {
 
-// How far ahead of their use stream bytes are requested. Many streams of a few kilobytes defeat the
-// hardware prefetcher.
+// Stream bytes are requested this far ahead of their use. The hardware prefetcher does not keep up
+// with many streams of a few kilobytes.
 constexpr std::size_t kPrefetchBytes = 3072;
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Where the lists of one block are: positions are offsets in its sparse part.
+// Where the lists of one block are.
 struct Lists {
   std::size_t counts[kMaxLevels];
-  std::size_t begins[kMaxLevels];
+  std::size_t begins[kMaxLevels];  // offsets in the block's sparse part
   bool valid;
 };
 
-// Lengths of a block's lists, top-down; see measure_lists() in codec/decode.cpp for the reasons.
-// The result is written in place: a copy would wait until it has reached the cache.
+// Finds the lengths of a block's lists from the root down; measure_lists() in codec/decode.cpp says
+// why they are safe to use. The result is written in place, because reading a copy would have to
+// wait until the copy has reached the cache.
 inline void measure(const Cascade& code, const std::uint8_t* sparse, std::size_t size,
                     std::size_t count, Lists& lists) {
   lists.valid = false;
@@ -35,12 +38,14 @@ inline void measure(const Cascade& code, const std::uint8_t* sparse, std::size_t
     lists.begins[level] = at;
     at += sparse_bytes(length, bits);
     if (at > size) return;
-    if (level + 1 < code.levels) length = count_ones(sparse + lists.begins[level], length, bits);
+    if (level + 1 < code.levels) {
+      length = count_all_ones(sparse + lists.begins[level], length, bits);
+    }
   }
   lists.valid = at == size;
 }
 
-// Decodes the lists bottom-up into `scratch` and returns the first level's symbols.
+// Decodes the lists into `scratch`, the lowest level first, and returns the first level's symbols.
 inline const std::uint8_t* decode_lists(const Cascade& code, const Lists& lists,
                                         const std::uint8_t* sparse, std::uint8_t* scratch) {
   const std::uint8_t* child = nullptr;
@@ -48,37 +53,37 @@ inline const std::uint8_t* decode_lists(const Cascade& code, const Lists& lists,
     const std::size_t count = lists.counts[level];
     const FieldArgs args{sparse + lists.begins[level], count, code.bits[level], code.tables[level],
                          child};
-    sparse_field_any(args, scratch);
+    sparse_field<Avx512Vectors>(args, scratch);
     child = scratch;
     scratch += (count + kVector - 1) / kVector * kVector + kSlack;
   }
   return child;
 }
 
-// One block with its lists decoded.
+// One block whose lists are decoded.
 struct CascadeBlock {
   FieldArgs root;
   const std::uint8_t* low_fields;
-  std::size_t first_row;  // of the run
+  std::size_t first_row;  // counted from the run's first row
   std::size_t rows;
   std::size_t part;
   std::size_t vectors;  // of a row in this part
 };
 
-// Calls action(block), which returns the escapes it met in the root's fields, for every block.
+// Calls action(block), which returns the number of escapes in the root's fields, for every block.
 // Returns the number of blocks, or the first block that does not decode to its stated length.
 template <class Action>
 std::size_t for_blocks_of(const CascadeRun& run, Action action) {
   const Cascade& code = *run.code;
   const bool has_lists = code.levels > 1;
   const std::uint8_t* dense = run.dense;
-  const auto rows_of = [&](std::size_t group) {
-    return group + 1 == run.groups ? run.last_rows : run.block_rows;
+  const auto rows_of = [&](std::size_t row_block) {
+    return row_block + 1 == run.row_blocks ? run.last_rows : run.block_rows;
   };
   const auto columns_of = [&](std::size_t part) {
     return part + 1 == run.parts ? run.last_columns : run.block_columns;
   };
-  const std::size_t blocks = run.groups * run.parts;
+  const std::size_t blocks = run.row_blocks * run.parts;
   Lists lists_of[2];  // of this block and of the next
   const auto measure_block = [&](std::size_t block) {
     const std::size_t count = rows_of(block / run.parts) * columns_of(block % run.parts);
@@ -88,8 +93,8 @@ std::size_t for_blocks_of(const CascadeRun& run, Action action) {
   };
   if (has_lists) measure_block(0);
   std::size_t block = 0;
-  for (std::size_t group = 0; group < run.groups; ++group) {
-    const std::size_t rows = rows_of(group);
+  for (std::size_t row_block = 0; row_block < run.row_blocks; ++row_block) {
+    const std::size_t rows = rows_of(row_block);
     for (std::size_t part = 0; part < run.parts; ++part, ++block) {
       const std::size_t columns = columns_of(part);
       const std::size_t count = rows * columns;
@@ -102,7 +107,8 @@ std::size_t for_blocks_of(const CascadeRun& run, Action action) {
         for (std::size_t at = 0; at < size; at += 64) {
           prefetch(sparse + size + kPrefetchBytes / 2 + at);
         }
-        // The next block's lengths are a chain of short waits: start it before this block's work.
+        // Each length of the next block waits for the one before it. Started now, that chain runs
+        // beside this block's work.
         if (block + 1 < blocks) measure_block(block + 1);
         child = decode_lists(code, lists, sparse, run.lists);
       }
@@ -110,7 +116,7 @@ std::size_t for_blocks_of(const CascadeRun& run, Action action) {
       const std::size_t escapes =
           action(CascadeBlock{{dense, count, code.bits[0], code.tables[0], child},
                               dense + root_bytes,
-                              group * run.block_rows,
+                              row_block * run.block_rows,
                               rows,
                               part,
                               columns / kVector});
@@ -121,8 +127,8 @@ std::size_t for_blocks_of(const CascadeRun& run, Action action) {
   return blocks;
 }
 
-// Calls step<Step>(eight) for the vectors of `eights` sets of eight, requesting what the next ones
-// read.
+// Calls step.operator()<Step>(eight) for the vectors of `eights` eights from `first` on, and
+// requests the bytes that later ones read.
 template <int Bits, int Low, class Step>
 inline void for_eights(const std::uint8_t* fields, std::size_t first, std::size_t eights,
                        Step step) {
@@ -130,56 +136,22 @@ inline void for_eights(const std::uint8_t* fields, std::size_t first, std::size_
   const std::uint8_t* ahead = fields + kPrefetchBytes + first * kStepBytes;
   for (std::size_t eight = first; eight < first + eights; ++eight, ahead += kStepBytes) {
     for (std::size_t line = 0; line < kStepBytes; line += 64) prefetch(ahead + line);
-    step.template operator()<0>(eight);
-    step.template operator()<1>(eight);
-    step.template operator()<2>(eight);
-    step.template operator()<3>(eight);
-    step.template operator()<4>(eight);
-    step.template operator()<5>(eight);
-    step.template operator()<6>(eight);
-    step.template operator()<7>(eight);
+    for_steps(eight, step, EightSteps());
   }
 }
 
-// Action<Bits, Escape, Low>::run for a code's root; all of them have the same type.
-template <template <int, bool, int> class Action, int Bits, bool Escape>
-auto choose_low(int low_bits) {
-  switch (low_bits) {
-    case 0:
-      return &Action<Bits, Escape, 0>::run;
-    case 1:
-      return &Action<Bits, Escape, 1>::run;
-    case 2:
-      return &Action<Bits, Escape, 2>::run;
-    case 3:
-      return &Action<Bits, Escape, 3>::run;
-    default:
-      return &Action<Bits, Escape, 4>::run;
-  }
-}
-
-template <template <int, bool, int> class Action, bool Escape>
-auto choose_bits(int bits, int low_bits) {
-  switch (bits) {
-    case 1:
-      return choose_low<Action, 1, Escape>(low_bits);
-    case 2:
-      return choose_low<Action, 2, Escape>(low_bits);
-    case 3:
-      return choose_low<Action, 3, Escape>(low_bits);
-    case 4:
-      return choose_low<Action, 4, Escape>(low_bits);
-    case 5:
-      return choose_low<Action, 5, Escape>(low_bits);
-    default:
-      return choose_low<Action, 6, Escape>(low_bits);
-  }
-}
-
+// Action<Bits, Escape, Low>::run for a code's root. All of them have the same type.
 template <template <int, bool, int> class Action>
 auto choose_action(const Cascade& code) {
-  return code.levels > 1 ? choose_bits<Action, true>(code.bits[0], code.low_bits)
-                         : choose_bits<Action, false>(code.bits[0], code.low_bits);
+  // make_cascade() has checked that the root has field bits, and few low bits.
+  constexpr int kLows = kMaxCascadeLowBits + 1;
+  constexpr int kLast = kMaxFieldBits * kLows - 1;
+  const int index = (code.bits[0] - 1) * kLows + code.low_bits;
+  return code.levels > 1
+             ? instantiation<0, kLast>(
+                   index, []<int I>() { return &Action<I / kLows + 1, true, I % kLows>::run; })
+             : instantiation<0, kLast>(
+                   index, []<int I>() { return &Action<I / kLows + 1, false, I % kLows>::run; });
 }
 
 }  // namespace

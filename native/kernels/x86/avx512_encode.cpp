@@ -1,6 +1,6 @@
 // The steps of encoding, 64 symbols at a time.
-#include "kernels/x86/avx512_common.hpp"
 #include "kernels/x86/avx512_parts.hpp"
+#include "kernels/x86/avx512_vectors.hpp"
 
 namespace entrollm {
 namespace {
@@ -11,7 +11,7 @@ std::uint8_t map_symbols(const std::uint8_t* in, std::size_t count, std::uint8_t
   const __m512i quarter[4] = {load(map), load(map + 64), load(map + 128), load(map + 192)};
   __m512i seen = _mm512_setzero_si512();
   for (std::size_t i = 0; i < count; i += kVector) {
-    // Past the end of the list only the low lanes count.
+    // In the last vector, only the lanes below the end of the list count.
     const __mmask64 used = below(count - i);
     const __m512i symbol = _mm512_and_si512(load(in + i), keep);
     // Two look-ups of 128 entries each, by the low seven bits; the top bit chooses between them.
@@ -41,28 +41,28 @@ void pack_plane(const std::uint8_t* fields, std::size_t count, int bit, std::uin
 }
 
 template <int Width>
-void pack_group_of(const std::uint8_t* fields, std::size_t count, int shift, std::uint8_t* out) {
+void pack_fields_of(const std::uint8_t* fields, std::size_t count, int shift, std::uint8_t* out) {
   constexpr std::size_t kPerByte = 8 / Width;
   const __m512i mask = _mm512_set1_epi8((1 << Width) - 1);
   const std::size_t vectors = count / kVector;
   for (std::size_t vector = 0; vector < vectors; vector += kPerByte) {
-    __m512i group = _mm512_setzero_si512();
+    __m512i packed = _mm512_setzero_si512();
     for (std::size_t i = 0; i < kPerByte && vector + i < vectors; ++i) {
       const __m512i field = load(fields + (vector + i) * kVector);
       const __m512i part =
           _mm512_and_si512(_mm512_srli_epi16(field, static_cast<unsigned>(shift)), mask);
-      group = _mm512_or_si512(group, _mm512_slli_epi16(part, static_cast<unsigned>(i) * Width));
+      packed = _mm512_or_si512(packed, _mm512_slli_epi16(part, static_cast<unsigned>(i) * Width));
     }
-    store(out + vector / kPerByte * kVector, group);
+    store(out + vector / kPerByte * kVector, packed);
   }
 }
 
-void pack_group(const std::uint8_t* fields, std::size_t count, int shift, int width,
-                std::uint8_t* out) {
+void pack_fields(const std::uint8_t* fields, std::size_t count, int shift, int width,
+                 std::uint8_t* out) {
   if (width == 4) {
-    pack_group_of<4>(fields, count, shift, out);
+    pack_fields_of<4>(fields, count, shift, out);
   } else {
-    pack_group_of<2>(fields, count, shift, out);
+    pack_fields_of<2>(fields, count, shift, out);
   }
 }
 
@@ -80,6 +80,6 @@ std::size_t select(const std::uint8_t* symbols, const std::uint8_t* fields, std:
 
 }  // namespace
 
-const EncodeKernels kAvx512EncodeKernels = {map_symbols, pack_plane, pack_group, select};
+const EncodeKernels kAvx512EncodeKernels = {map_symbols, pack_plane, pack_fields, select};
 
 }  // namespace entrollm

@@ -1,4 +1,4 @@
-// The parts of the AVX-512 kernels that have a file of their own.
+// Those AVX-512 kernels that have a file of their own.
 #pragma once
 
 #include "kernels/kernels.hpp"

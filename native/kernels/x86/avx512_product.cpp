@@ -1,32 +1,25 @@
-// Decode and multiply in one pass: the root's symbols go from registers into the dot products, and
-// only the short lists below it are written to memory.
+// Decodes and multiplies in one pass. The root's symbols go from registers into the dot products;
+// only the short lists below the root are written to memory.
 #include <utility>
 
 #include "kernels/x86/avx512_cascade.hpp"
 #include "kernels/x86/avx512_parts.hpp"
+#include "kernels/x86/avx512_sums.hpp"
 
 namespace entrollm {
 namespace {
 
-// Products of weights with the digits of one, two or four activation vectors. Eight accumulators do
-// not wait for each other; indices are constants throughout, which keeps them in registers.
+// Products of weights with the digits of one, two or four activation vectors. Packs are expanded in
+// member functions: in a lambda that captures `this`, GCC 12 keeps the sums in memory.
 template <std::size_t Columns>
-struct ColumnSums {
-  static constexpr std::size_t kSets = 4 / Columns;  // of accumulators, taken in turn
+class ColumnSums {
+ public:
   // Bytes of digits for a vector of weights, and so from a step to the next.
   static constexpr std::size_t kDigits = Columns * 2 * kVector;
-  __m512i high[4];
-  __m512i low[4];
-
-  ColumnSums()
-      : high{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-             _mm512_setzero_si512()},
-        low{_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-            _mm512_setzero_si512()} {}
 
   template <int Step>
   void add(__m512i weights, const std::int8_t* digits) {
-    add_columns<Step>(weights, digits, std::make_index_sequence<Columns>());
+    add_columns<Step>(weights, digits + Step * kDigits, std::make_index_sequence<Columns>());
   }
 
   // Adds the totals to `sums`, one for each column.
@@ -35,24 +28,17 @@ struct ColumnSums {
  private:
   template <int Step, std::size_t... Column>
   void add_columns(__m512i weights, const std::int8_t* digits, std::index_sequence<Column...>) {
-    constexpr std::size_t kSet = Step % kSets * Columns;
-    const std::int8_t* at = digits + Step * kDigits;
-    ((add_products(high[kSet + Column], weights, load(at + Column * 2 * kVector)),
-      add_products(low[kSet + Column], weights, load(at + (Column * 2 + 1) * kVector))),
+    (sums_.add<Step * Columns % 4 + Column>(weights, digits + Column * 2 * kVector,
+                                            digits + (Column * 2 + 1) * kVector),
      ...);
   }
 
   template <std::size_t... Column>
   void add_totals(std::int64_t* sums, std::index_sequence<Column...>) const {
-    ((sums[Column] += reduce_digits(total<Column>(high), total<Column>(low))), ...);
+    ((sums[Column] += sums_.total<Columns, Column>()), ...);
   }
 
-  template <std::size_t Column>
-  static __m512i total(const __m512i (&v)[4]) {
-    if constexpr (Columns == 4) return v[Column];
-    if constexpr (Columns == 2) return _mm512_add_epi32(v[Column], v[Column + 2]);
-    return _mm512_add_epi32(_mm512_add_epi32(v[0], v[1]), _mm512_add_epi32(v[2], v[3]));
-  }
+  DigitSums sums_;
 };
 
 template <std::size_t Columns>
@@ -80,7 +66,7 @@ struct For {
       return root.escapes;
     }
 
-    // Rows that end inside a group of eight vectors: decode the block first.
+    // Rows that end inside an eight: the whole block is decoded before it is multiplied.
     static std::size_t buffered(const CascadeBlock& block, const std::int8_t* digits,
                                 std::uint8_t* buffer, std::int64_t* sums) {
       RootDecoder<Bits, Escape, Low> root(block.root, block.low_fields);

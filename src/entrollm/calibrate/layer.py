@@ -56,7 +56,7 @@ class Tensors:
 
     def _is_direct(self, name: str) -> bool:
         """Whether the file has the weights as they are; others are read in float32."""
-        return self._checkpoint.tensors[name].dtype in _DIRECT and name not in self._checkpoint.packed
+        return self._checkpoint.tensors[name].dtype in _DIRECT and name not in self._checkpoint.imported
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
         if name not in self._checkpoint.tensors:

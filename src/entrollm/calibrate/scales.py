@@ -30,7 +30,7 @@ class ScaledWeights(CodedWeights):
         self._stored: dict[str, _Stored] = {}
         self.scales: dict[str, Floats] = {}
         for name, spec in model.specs.items():
-            arrays, matrix = model.unpacked_arrays(name), matrix_of(model, name)
+            arrays, matrix = model.matrix_arrays(name), matrix_of(model, name)
             for suffix, values in ((layout.SCALE, matrix.scale), (layout.COLUMN_SCALE, matrix.column_scale)):
                 # A stored offset would have to follow its scale.
                 if values is not None and suffix in arrays and layout.OFFSET not in arrays:
@@ -63,7 +63,7 @@ class ScaledWeights(CodedWeights):
         return load_tensor(self, name, shape)
 
     def _matrix(self, name: str) -> CodedMatrix:
-        arrays, spec = self._model.unpacked_arrays(name), self._model.specs[name]
+        arrays, spec = self._model.matrix_arrays(name), self._model.specs[name]
         present = {s: self.scales[name + s] for s in (layout.SCALE, layout.COLUMN_SCALE) if name + s in self.scales}
         kind = spec.kind
         if isinstance(kind, GridKind):

@@ -1,4 +1,4 @@
-"""fp8 weights: which tensors are their scales, and the exact float32 values of dtypes.
+"""fp8 weights and the tensors that scale them.
 
 DeepSeek and transformers store `<weight>_scale_inv`, one float for each block of (usually) 128 x 128;
 compressed-tensors and FBGEMM store `<weight>_scale`, one float per tensor or per row. Both multiply.
@@ -24,7 +24,7 @@ _ACTIVATION_SCALES = (".input_scale", ".activation_scale")
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of one fp8 weight: each multiplies a block of the last two axes.
+    """The scales of one fp8 weight. Each multiplies a block of rows and columns.
 
     Attributes:
         scale: float32, shape (row blocks, column blocks).
@@ -35,11 +35,11 @@ class BlockScales:
     block_shape: tuple[int, int]
 
     def apply(self, values: Float32, first_row: int) -> None:
-        """Multiply rows of the weight, in place.
+        """Multiply rows of the weight by their scales, in place.
 
         Args:
             values: shape (rows, columns).
-            first_row: which row of the weight values[0] is.
+            first_row: the row of the weight that values[0] is.
         """
         block_rows, block_columns = self.block_shape
         rows, columns = values.shape
@@ -52,13 +52,13 @@ class BlockScales:
 
 
 def find_scales(dtypes: Mapping[str, str]) -> tuple[dict[str, str], frozenset[str]]:
-    """Find the tensors that only serve fp8 weights.
+    """Find the tensors that belong to fp8 weights.
 
     Args:
         dtypes: every tensor's name and safetensors dtype.
     Returns:
-        The scale tensor of each scaled fp8 weight, and the names of all tensors that are no weights: these scales,
-        and the activation scales of the same layers, which weights do not need.
+        the scale tensor of each fp8 weight that has one, and the names of all tensors that are not weights: these
+        scales, and the activation scales of the same layers, which weights do not need.
     Raises:
         FormatError: a weight has scales of both kinds.
     """
@@ -79,15 +79,15 @@ def find_scales(dtypes: Mapping[str, str]) -> tuple[dict[str, str], frozenset[st
 
 
 def read_scales(name: str, shape: Sequence[int], scale: NDArray[Any], block_shape: object) -> BlockScales:
-    """Give an fp8 weight's scale tensor its meaning.
+    """Interpret the scale tensor of an fp8 weight.
 
     Args:
         name: the weight, for errors.
         shape: the weight's shape.
         scale: a scalar, (1,), (rows,), (rows, 1) or (row blocks, column blocks).
-        block_shape: `weight_block_size` of the checkpoint's quantization_config, or None for 128 x 128.
+        block_shape: `weight_block_size` of the checkpoint's quantization_config; None for 128 x 128.
     Raises:
-        FormatError: the scale's shape fits none of these.
+        FormatError: the scale has another shape.
         UnsupportedError: a weight that is not a matrix has more than one scale.
     """
     scale = to_float32(scale)

@@ -150,7 +150,8 @@ class _Metadata:
         architecture = self._values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise UnsupportedError(
-                f"{file.path}: architecture {architecture!r:.80} is not read; read are {', '.join(ARCHITECTURES)}"
+                f"{file.path}: architecture {architecture!r:.80} is not supported; supported are "
+                f"{', '.join(ARCHITECTURES)}"
             )
         self.architecture = architecture
 
@@ -223,12 +224,12 @@ def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str,
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0)) or 1.0
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
     if kind not in _SCALINGS:
-        raise UnsupportedError(f"{file.path}: rope scaling {kind!r:.80} is not read; read are linear, yarn")
+        raise UnsupportedError(f"{file.path}: rope scaling {kind!r:.80} is not supported; supported are linear, yarn")
     if attention != 1.0 and kind != "yarn":
         raise metadata.unsupported("rope.scaling.attn_factor")
     if ROPE_FACTORS in file.tensors:
         if metadata.architecture != "llama" or (factor != 1.0 and kind != "none"):
-            raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} and a scaling of rotations are not read together")
+            raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} and a scaling of rotations are not supported together")
         factors = file.array(ROPE_FACTORS).astype(np.float64).reshape(-1)
         return {**_llama3(file.path, theta, factors), "rope_theta": theta}
     return rope | _SCALINGS[kind](metadata, factor, context_length)
@@ -272,4 +273,4 @@ def _llama3(path: Path, theta: float, factors: NDArray[np.float64]) -> dict[str,
         expected = 1 / ((1 - smooth) / factor + smooth)
         if np.allclose(factors, expected, rtol=1e-3):
             return {**_LLAMA3, "factor": factor, "original_max_position_embeddings": _LLAMA3_CONTEXT}
-    raise UnsupportedError(f"{path}: {ROPE_FACTORS} holds other factors than those of Llama 3")
+    raise UnsupportedError(f"{path}: {ROPE_FACTORS} holds factors that are not those of Llama 3")

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: Hugging Face's names, row order and config.json for llama.cpp's."""
+"""Present a GGUF file as a checkpoint, with Hugging Face's tensor names, row order and config.json."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ _LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.")
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under Hugging Face's names; blocks are U8 (rows, bytes of a row).
+    """The tensors of a GGUF file under Hugging Face's names; quantized ones are U8 (rows, bytes of a row).
 
-    `names` has the file's name of each.
+    Attributes:
+        path, size_bytes: the file.
+        tensors: the tensors by name.
+        names: the name in the file of each tensor.
     """
 
     def __init__(self, file: GgufFile, heads: Mapping[str, int]) -> None:
@@ -54,14 +57,14 @@ class GgufTensors:
         )
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor in Hugging Face's order of rows; only queries and keys of the llama architecture are copied."""
+        """A tensor in Hugging Face's row order; a view, except for queries and keys of the llama architecture."""
         array = self._file.array(self.names[name])
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
         if len(array) % (2 * heads):
             raise FormatError(f"{self.path}: tensor {name!r} has {len(array)} rows, which {heads} heads do not share")
-        # llama.cpp rotates neighbouring rows of a head, transformers those half a head apart.
+        # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
         apart = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
         return np.ascontiguousarray(apart).reshape(array.shape)
 
@@ -70,16 +73,18 @@ class GgufTensors:
         self._file.release(self.names[name])
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
-    """Open a GGUF file: its config.json, with a quantization_config that names each tensor's blocks, and its tensors.
+    """Open a GGUF file.
 
+    Returns:
+        a config.json, whose quantization_config names the block type of each quantized tensor, and the tensors.
     Raises:
         FormatError: the file is malformed or lacks a value.
-        UnsupportedError: its architecture, or an option of it, is not implemented.
+        UnsupportedError: its architecture, or an option of the architecture, is not implemented.
     """
     file = open_gguf(path)
     if file.metadata.get("split.count", 1) not in (0, 1):
@@ -115,7 +120,7 @@ def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any
         if match is not None and int(match["index"]) >= layers:
             raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is beyond the {layers} layers of the model")
         if "_norm.weight" in name and ".self_attn." in name and architecture != "qwen3":
-            raise UnsupportedError(f"{path}: tensor {theirs!r:.80} has no place in the architecture {architecture}")
+            raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is not part of the architecture {architecture}")
 
 
 def _biases(path: Path, names: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, bool]:
@@ -132,10 +137,11 @@ def _biases(path: Path, names: Mapping[str, str], config: Mapping[str, Any]) -> 
     left = {name for name in names if name.endswith(".bias")}
     found = {}
     for key, parts in groups.items():
-        complete = {f"model.layers.{index}.{part}.bias" for index in range(layers) for part in parts}
-        found[key] = complete <= left
-        if found[key]:
-            left -= complete
+        found[key] = False
+        if layers * len(parts) <= len(left):  # the number of layers is what the file claims
+            complete = {f"model.layers.{index}.{part}.bias" for index in range(layers) for part in parts}
+            found[key] = complete <= left
+            left -= complete if found[key] else set()
     if left:
         raise UnsupportedError(
             f"{path}: tensor {names[min(left)]!r:.80} is a bias that {architecture} does not have, or that other "
@@ -152,7 +158,7 @@ def _rename(path: Path, name: str) -> str:
             return f"{_OUTER[part]}.{kind}"
         if layer is not None and part in _INNER:
             return f"model.layers.{int(layer)}.{_INNER[part]}.{kind}"
-    raise UnsupportedError(f"{path}: tensor {name!r:.80} has no place in the architectures that are read")
+    raise UnsupportedError(f"{path}: tensor {name!r:.80} is not part of a supported architecture")
 
 
 def _entry(tensor: GgufTensor) -> Entry:

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as tokenizer.json: byte-level BPE of known kinds, and SentencePiece BPE."""
+"""Convert the tokenizer of a GGUF file to tokenizer.json: byte-level BPE of known kinds, and SentencePiece BPE."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {"add_sep_token": (False,), "suppress_tokens": ([],), "precompiled_charsmap": ([],)}
 )
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-# How text is split before it is encoded, by llama.cpp's name of it.
+# The expression that splits text into words, and llama.cpp's names of the ways of splitting.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,12 +50,12 @@ def convert_tokenizer(path: Path) -> dict[str, str]:
 
     Raises:
         FormatError: the vocabulary is malformed.
-        UnsupportedError: it is of a kind that is not converted.
+        UnsupportedError: the tokenizer is of a kind that cannot be converted.
     """
     file = open_gguf(path)
     vocabulary = Vocabulary.read(file)
     if not vocabulary.tokens:
-        raise UnsupportedError(f"{path}: there is no tokenizer in it")
+        raise UnsupportedError(f"{path}: the file has no tokenizer")
     _check_keys(vocabulary)
     kind = vocabulary.kind
     if kind == BYTE_LEVEL:
@@ -63,7 +63,7 @@ def convert_tokenizer(path: Path) -> dict[str, str]:
     elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
     else:
-        raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} is not converted")
+        raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {name: token for role, name in _ROLES.items() if (token := vocabulary.special(role)) is not None}
     if (template := _templates(vocabulary)) is not None:
@@ -106,7 +106,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     pre = vocabulary.metadata.get(PREFIX + "pre")
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
-        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is no pair of tokens")
+        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
     tokenizer = _make(vocabulary, merges, ignore_merges=pre in LLAMA3_SPLITS)
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -121,7 +121,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     elif pre == _GPT2:
         tokenizer.pre_tokenizer = bytes_of_text
     else:
-        raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} is not converted")
+        raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} cannot be converted")
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

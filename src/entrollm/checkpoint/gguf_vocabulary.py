@@ -51,7 +51,7 @@ class Vocabulary:
             return empty
         tokens = empty.list_of("tokens", str)
         if len(set(tokens)) != len(tokens):
-            raise FormatError(f"{file.path}: {PREFIX}tokens has a token twice")
+            raise FormatError(f"{file.path}: {PREFIX}tokens has the same token twice")
         types = [1] * len(tokens)
         if PREFIX + "token_type" in file.metadata:
             types = empty.list_of("token_type", int, len(tokens))
@@ -93,7 +93,7 @@ class Vocabulary:
         """A list of the tokenizer, of as many elements as stated."""
         values = self.metadata.get(PREFIX + key)
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise FormatError(f"{self.path}: {PREFIX}{key} is no list of {kind.__name__}")
+            raise FormatError(f"{self.path}: {PREFIX}{key} is not a list of {kind.__name__}")
         if count is not None and len(values) != count:
             raise FormatError(f"{self.path}: {PREFIX}{key} has {len(values)} elements, expected {count}")
         return values

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: its config, its tensors one at a time, and the files beside them."""
+"""Read a Hugging Face checkpoint folder: its config, its tensors one at a time, and the files beside them."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales
 from entrollm.checkpoint.gguf_model import open_gguf_model
-from entrollm.checkpoint.imported import FORMATS, PackedMatrix, StoredMatrix, find_format, fp8_matrix
+from entrollm.checkpoint.imported import FORMATS, ImportedMatrix, ImportedWeights, find_format, fp8_matrix
 from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
 from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
 from entrollm.checkpoint.side_files import side_files
@@ -28,9 +28,13 @@ _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint; `dtype` is safetensors' name, for a packed matrix of what it dequantizes to.
+    """One tensor of a checkpoint.
 
-    `size_bytes` is what it takes in the checkpoint; the parts of a packed matrix may be in more files than `file`.
+    Attributes:
+        name, shape: the tensor.
+        dtype: its type by its safetensors name; of an imported matrix, the type that it dequantizes to.
+        file: the file that holds it, or the first of its sources.
+        size_bytes: what it takes in the checkpoint.
     """
 
     name: str
@@ -39,16 +43,26 @@ class TensorInfo:
     file: Path
     size_bytes: int
 
+    @property
+    def weights(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
 
 class Checkpoint:
-    """A checkpoint folder, read one tensor or a range of rows at a time; make it with `Checkpoint.open`.
+    """A checkpoint that is read one tensor or a range of rows at a time; made by `Checkpoint.open`.
 
     Tensors of a decoder have their names in a causal model, whatever prefix the files give them; see
     `names.canonical_names`.
 
-    Where it is quantized already, `quantization` names the format and `packed` holds the matrices that are; they are
-    in `tensors` under the names that their weights have in a checkpoint that is not. `fp8` holds matrices of fp8 with
-    scales, whose bytes can be taken over in the same way, though they are also read as ordinary numbers.
+    Attributes:
+        path, config, files: the folder, its config.json, and its weight files.
+        tensors: all tensors by name. An imported matrix has the name that its weights have in an ordinary checkpoint.
+        entries: all tensors of the files by name, sources of imported matrices included.
+        quantization: the format of a quantized checkpoint; None if it is not quantized.
+        imported: the imported matrices, by name.
+        fp8: the matrices of fp8 with scales, by name. Their bytes can be taken over too, though they are also read as
+            ordinary numbers.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, NamedTensors]) -> None:
@@ -70,21 +84,21 @@ class Checkpoint:
         check_fp8(path, config, entries, scale_names)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
-        self.packed = self._find_packed()
+        self.imported = self._find_imported()
         self.fp8 = self._find_fp8()
         if self.fp8 and self.quantization is None:
             self.quantization = "fp8"
-        self._unpacked: tuple[str, StoredMatrix] | None = None
+        self._last_read: tuple[str, ImportedWeights] | None = None
         self.tensors = self._describe(consumed)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a folder with config.json and model.safetensors, or shards and their index; or a GGUF file.
+        """Open a GGUF file, or a folder with config.json and model.safetensors, or shards and their index.
 
         Raises:
             FormatError: the folder, a shard or the index is malformed; the message names the file.
-            UnsupportedError: the weights are PyTorch pickles or quantized by a method that is not read here.
-            ValueError: the path is neither.
+            UnsupportedError: the weights are PyTorch pickles, or quantized by a method that is not supported.
+            ValueError: the path is not a folder or a GGUF file.
         """
         path = Path(path)
         if is_gguf(path):
@@ -102,16 +116,16 @@ class Checkpoint:
         return cls(path, find_description(config_path, config), open_weight_files(path))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return rows [start, stop) of a tensor as a read-only view of the file: its own dtype, fp8 scales not applied.
+        """Rows [start, stop) of a tensor as a read-only view of the file, in its own type, without fp8 scales.
 
         Args:
-            name: a name of `tensors`, not of a packed matrix.
+            name: a tensor that is not imported.
             start, stop: rows of the first axis; by default all. A scalar has no rows and is read whole.
         Raises:
             KeyError: the checkpoint has no such tensor.
             ValueError: the rows are outside the tensor.
         """
-        if name not in self.tensors or name in self.packed:
+        if name not in self.tensors or name in self.imported:
             raise KeyError(name)
         array = self.array(name)
         if start == 0 and stop is None:
@@ -119,17 +133,17 @@ class Checkpoint:
         return array[_row_range(name, array.shape[0] if array.ndim else 0, start, stop)]
 
     def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Return rows [start, stop) as a new float32 array, fp8 scales applied.
+        """Rows [start, stop) of a tensor as a new float32 array, with fp8 scales applied.
 
         Raises:
             KeyError, ValueError: as for `read`.
             FormatError: an fp8 weight's scales do not fit its shape.
             UnsupportedError: the tensor is not of a floating type.
         """
-        if name in self.packed:
-            stored = self.read_packed(name)
-            picked = _row_range(name, len(stored.symbols), start, stop)
-            return stored.groups.apply(stored.symbols[picked].astype(np.float32), picked)
+        if name in self.imported:
+            found = self.read_imported(name)
+            picked = _row_range(name, len(found.symbols), start, stop)
+            return found.groups.apply(found.symbols[picked].astype(np.float32), picked)
         rows = self.read(name, start, stop)
         dtype = self.tensors[name].dtype
         if dtype not in _FLOAT_DTYPES:
@@ -140,23 +154,25 @@ class Checkpoint:
             self._block_scales(name).apply(values.reshape(values.shape[0], columns), start)
         return values
 
-    def read_packed(self, name: str) -> StoredMatrix:
-        """Unpack a matrix of `packed` or `fp8`; the last one is kept, since it is often read a few rows at a time.
+    def read_imported(self, name: str) -> ImportedWeights:
+        """The integers and scales of a matrix of `imported` or `fp8`.
+
+        The last matrix is kept in memory, since matrices are often read a few rows at a time.
 
         Raises:
-            KeyError: the checkpoint has no such packed matrix.
-            FormatError: its parts are malformed; the message names the tensor.
+            KeyError: there is no such matrix.
+            FormatError: its sources are malformed; the message names the tensor.
         """
-        if self._unpacked is None or self._unpacked[0] != name:
-            self._unpacked = None  # before the next one takes memory
-            self._unpacked = (name, (self.packed.get(name) or self.fp8[name]).read())
-        return self._unpacked[1]
+        if self._last_read is None or self._last_read[0] != name:
+            self._last_read = None  # frees memory for the next matrix
+            self._last_read = (name, (self.imported.get(name) or self.fp8[name]).read())
+        return self._last_read[1]
 
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view of an entry of the files, be it a tensor or a part of one.
+        """A read-only view of a tensor of the files, or of a matrix of a stack.
 
         Raises:
-            KeyError: the files have no such entry.
+            KeyError: there is no such tensor.
         """
         if name in self._members:
             stack, index = self._members[name]
@@ -169,7 +185,7 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.files)
 
     def has_scales(self, name: str) -> bool:
-        """Whether a tensor is fp8 with scales, so that only `read_float32` gives its values."""
+        """Whether a tensor is fp8 with scales, so that only `read_float32` returns its values."""
         return name in self._scale_names
 
     def are_equal(self, first: str, second: str) -> bool:
@@ -178,26 +194,30 @@ class Checkpoint:
         Raises:
             KeyError: the checkpoint lacks one of them.
         """
-        if first in self.packed or second in self.packed:
+        if first in self.imported or second in self.imported:
             return False
         ours, theirs = self.read(first), self.read(second)
         return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
+    def plain_dtype(self, name: str) -> str:
+        """The type of a tensor that is not coded: its own, but BF16 for fp8 with scales, which belong together."""
+        return "BF16" if self.has_scales(name) else self.tensors[name].dtype
+
     def release(self, name: str) -> None:
-        """Tell the system that a tensor has been used; its pages leave resident memory, views stay valid."""
-        if self._unpacked is not None and self._unpacked[0] == name:
-            self._unpacked = None
+        """Tell the system that a tensor's pages need not stay resident; views stay valid."""
+        if self._last_read is not None and self._last_read[0] == name:
+            self._last_read = None
         stored = self._members[name][0] if name in self._members else name
-        for part in self.packed[stored].parts if stored in self.packed else (stored,):
-            self._files[part].release(part)
+        for source in self.imported[stored].sources if stored in self.imported else (stored,):
+            self._files[source].release(source)
 
     def split(self, stacks: Mapping[str, Sequence[str]]) -> None:
-        """Show tensors of three axes as their matrices, under names of their own.
+        """List tensors of three axes as matrices with names of their own.
 
         Args:
-            stacks: the names of the matrices, by that of the tensor.
+            stacks: the names of the matrices of each tensor, by the name of the tensor.
         Raises:
-            FormatError: a tensor has another number of matrices, or another tensor the name of one.
+            FormatError: a tensor has another number of matrices, or a matrix has the name of another tensor.
             UnsupportedError: a tensor is not of a plain floating type.
         """
         tensors: dict[str, TensorInfo] = {}
@@ -227,19 +247,19 @@ class Checkpoint:
         Raises:
             UnsupportedError: there are some, and config.json does not describe them.
         """
-        plain = {name: (info.dtype, info.shape) for name, info in self.tensors.items() if name not in self.packed}
+        plain = {name: (info.dtype, info.shape) for name, info in self.tensors.items() if name not in self.imported}
         check_integers(self.path, plain, kept)
 
     def side_files(self) -> tuple[Path, ...]:
         """The files besides the weights that a derived model must carry, as `side_files.side_files` lists them.
 
         Raises:
-            FormatError: one of them is a link that leads out of the checkpoint.
+            FormatError: one of them is a link out of the checkpoint.
         """
         return side_files(self.path)
 
     def close(self) -> None:
-        """Let go of every file; views that were read stay valid."""
+        """Close every file; views stay valid."""
         for file in self._files.values():
             file.close()
 
@@ -251,20 +271,20 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _find_packed(self) -> Mapping[str, PackedMatrix]:
+    def _find_imported(self) -> Mapping[str, ImportedMatrix]:
         if self.quantization is None:
             return MappingProxyType({})
         found = FORMATS[self.quantization].matrices(self.config["quantization_config"], self)
-        packed: dict[str, PackedMatrix] = {}
+        imported: dict[str, ImportedMatrix] = {}
         for matrix in found:
-            if matrix.name in packed or (matrix.name in self.entries and matrix.name not in matrix.parts):
-                raise FormatError(f"{self.path}: {matrix.name!r} is stored twice, packed and plain")
-            packed[matrix.name] = matrix
-        if not packed:
-            raise FormatError(f"{self.path}: config.json tells of {self.quantization} weights, but there are none")
-        return MappingProxyType(packed)
+            if matrix.name in imported or (matrix.name in self.entries and matrix.name not in matrix.sources):
+                raise FormatError(f"{self.path}: {matrix.name!r} is stored twice, quantized and plain")
+            imported[matrix.name] = matrix
+        if not imported:
+            raise FormatError(f"{self.path}: config.json declares {self.quantization} weights, but there are none")
+        return MappingProxyType(imported)
 
-    def _find_fp8(self) -> Mapping[str, PackedMatrix]:
+    def _find_fp8(self) -> Mapping[str, ImportedMatrix]:
         found = {}
         for name, scale_name in self._scale_names.items():
             shape = self.entries[name].shape
@@ -274,23 +294,23 @@ class Checkpoint:
         return MappingProxyType(found)
 
     def _describe(self, consumed: frozenset[str]) -> Mapping[str, TensorInfo]:
-        """All tensors; a packed matrix comes where its first part does."""
+        """All tensors; an imported matrix comes where its first source does."""
         position = {name: number for number, name in enumerate(self.entries)}
-        first = {min(matrix.parts, key=position.__getitem__): matrix for matrix in self.packed.values()}
-        consumed |= {part for matrix in self.packed.values() for part in matrix.parts}
+        first = {min(matrix.sources, key=position.__getitem__): matrix for matrix in self.imported.values()}
+        consumed |= {source for matrix in self.imported.values() for source in matrix.sources}
         tensors = {}
         for name, entry in self.entries.items():
             file = self._files[name].path
             if name in first:
                 matrix = first[name]
-                size_bytes = sum(self.entries[part].size_bytes for part in matrix.parts)
+                size_bytes = sum(self.entries[source].size_bytes for source in matrix.sources)
                 tensors[matrix.name] = TensorInfo(matrix.name, matrix.dtype, matrix.shape, file, size_bytes)
             elif name not in consumed:
                 tensors[name] = TensorInfo(name, entry.dtype, entry.shape, file, entry.size_bytes)
         return MappingProxyType(tensors)
 
     def _block_scales(self, name: str) -> BlockScales:
-        """The scales of an fp8 weight that has some."""
+        """The scales of an fp8 weight that has scales."""
         if name not in self._scales:
             quantization = self.config.get("quantization_config") or {}
             scale = self.array(self._scale_names[name])

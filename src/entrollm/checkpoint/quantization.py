@@ -133,7 +133,7 @@ def _check_method(config_path: Path, description: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
         )
-    # "GGUF" is what the blocks of a GGUF file go by; no folder has them.
+    # "GGUF" stands for the blocks of a GGUF file, which no folder has.
     if (
         find_format(description) not in (None, "GGUF")
         or method in _FP8_METHODS
@@ -141,7 +141,7 @@ def _check_method(config_path: Path, description: dict[str, Any]) -> None:
     ):
         return
     raise UnsupportedError(
-        f"{config_path}: the weights are quantized by {_name(description)}, which is not read; use the original "
+        f"{config_path}: the weights are quantized by {_name(description)}, which is not supported; use the original "
         f"checkpoint, or one in {_READ}"
     )
 

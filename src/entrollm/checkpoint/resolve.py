@@ -1,4 +1,4 @@
-"""Find a model: a local folder, or a repository of the Hugging Face Hub."""
+"""Find a model: a local folder or GGUF file, or a repository on the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -18,13 +18,13 @@ _IGNORE_PATTERNS = (
 
 
 def resolve(model: str | Path) -> Path:
-    """Return the folder of a model, fetching it from the Hub where it is not a folder here, or its GGUF file.
+    """The folder or GGUF file of a model, fetched from the Hub if it is not local.
 
     Args:
         model: a folder, a .gguf file, or a Hub id: 'owner/name', or 'owner/name@revision'.
     Raises:
-        ValueError: it is neither; the message says what was tried.
-        ConnectionError: it is not in the local cache and the Hub cannot be reached.
+        ValueError: the model is none of these; the message says what was tried.
+        ConnectionError: the model is not in the local cache, and the Hub cannot be reached.
     """
     if not str(model):
         raise ValueError("the model's name is empty; give a folder or a Hub id")
@@ -42,7 +42,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    # Imported here: it takes longer than all else that a local model needs.
+    # Imported here, because the import takes longer than everything else that a local model needs.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -66,7 +66,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     except RevisionNotFoundError:
         raise ValueError(f"{tried}, and on the Hub it has no revision {revision!r}") from None
     except HFValidationError as error:
-        raise ValueError(f"{tried}, and it is no Hub id: {error}") from None
+        raise ValueError(f"{tried}, and it is not a Hub id: {error}") from None
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"{tried}, nor in the Hub's local cache, and the Hub cannot be reached: {error}"

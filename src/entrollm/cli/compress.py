@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from entrollm.arrays import Device
     from entrollm.calibrate import CalibrationText, StoredStatistics, Tuner
     from entrollm.compress import CompressOptions, CompressResult, PostFit
-    from entrollm.compress.imported import PackedSummary
+    from entrollm.compress.result import ImportedSummary
 
 # Windows that --max-kl and --tune measure on.
 _HELD_OUT_WINDOWS = 16
@@ -250,7 +250,7 @@ def _compress(
     quiet: bool,
 ) -> CompressResult:
     from entrollm.compress import compress
-    from entrollm.compress.pipeline import CompressProgress
+    from entrollm.compress.progress import CompressProgress
 
     statistics, tuner = calibrated
     with ExitStack() as shown:
@@ -376,7 +376,7 @@ def _calibrate(model: str, text: CalibrationText, folder: Path, device: Device, 
         return calibrate(model, text, folder, progress=lambda action, done, total: update(done, total), device=device)
 
 
-def _remark(packed: PackedSummary) -> str:
+def _remark(packed: ImportedSummary) -> str:
     if packed.stored_bits < _LITTLE * packed.source_bits:
         return ""
     return ": its grids use nearly all of their integers, so little can be removed"
@@ -395,8 +395,8 @@ def _print_summary(result: CompressResult) -> None:
         f"coded weights: entropy {result.entropy_bits:.3f}, Huffman optimum {result.huffman_bits:.3f}, "
         f"in the file {result.coded_bits:.3f} bits"
     )
-    if result.packed is not None:
-        packed = result.packed
+    if result.imported is not None:
+        packed = result.imported
         stdout.print(
             f"{packed.format}: {format_count(packed.weights)} weights keep their integers; source "
             f"{packed.source_bits:.3f} bits/weight, stored {packed.stored_bits:.3f}; the integers' entropy is "

@@ -1,4 +1,4 @@
-"""How a matrix is cut into blocks: about 8192 weights, a few rows of up to 4096 columns."""
+"""Choose the blocks of a matrix: about 8192 weights each, a few rows of up to 4096 columns."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from entrollm.format.blocks import Blocks, padded
 _WIDEST = MAX_BLOCK_COLUMNS
 # Larger blocks spread the fixed cost of their lists over more weights; their symbols still fit the first-level cache.
 _TARGET = MAX_BLOCK
-# Dense fields are packed in groups of up to this many weights; blocks of whole groups waste nothing.
-_GROUP = 512
+# The dense layout fills whole bytes with runs of up to this many fields; blocks of whole runs waste nothing.
+_RUN = 512
 
 
 def choose_blocks(rows: int, columns: int) -> Blocks:
@@ -18,7 +18,7 @@ def choose_blocks(rows: int, columns: int) -> Blocks:
     width = padded(columns)
     if width > _WIDEST:
         parts = -(-width // _WIDEST)
-        width = min(-(-width // parts // _GROUP) * _GROUP, _WIDEST)
+        width = min(-(-width // parts // _RUN) * _RUN, _WIDEST)
     most = max(1, min(rows, _TARGET // width))
-    even = [n for n in range(1, most + 1) if n * width % _GROUP == 0 and n * width >= _TARGET // 2]
+    even = [n for n in range(1, most + 1) if n * width % _RUN == 0 and n * width >= _TARGET // 2]
     return Blocks(even[-1] if even else most, width)

@@ -1,4 +1,4 @@
-"""Choose the code for a tensor: which tree, and how many low bits to leave raw."""
+"""Choose the code of a matrix: its tree, and the number of low bits that stay raw."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from entrollm.format.code import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, F
 
 Prefer = Literal["size", "speed", "fixed"]
 
-# What one cycle per 64 weights is worth in bits per weight. A core that streams 4 bytes a cycle spends two cycles on
-# a bit of 64 weights; size asks for the fewest bits and lets time break ties.
+# What one cycle per 64 weights is worth, in bits per weight. A core that streams 4 bytes a cycle spends two cycles on
+# one bit of 64 weights. "size" minimizes bits, and time only breaks ties.
 _BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.12}
-# The promise of `speed`: at most this many bits per weight above the Huffman optimum, and how closely to approach it:
-# the estimate of padding is good to a hundredth of a bit.
+# "speed" promises at most this many bits per weight above the Huffman optimum. The margin is the accuracy of the
+# estimated padding.
 _SPEED_EXCESS_BITS = 0.25
 _MARGIN_BITS = 0.01
 
 
 def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", processor: Processor = "x86") -> Code:
-    """The best code for a histogram.
+    """The best code for a histogram of symbols.
 
     Args:
-        counts: 256 entries, how often each symbol occurs; padding is not counted.
-        blocks: blocks of the tensor, each of which costs a little.
+        counts: 256 entries, how often each symbol occurs, without padding.
+        blocks: the number of blocks of the matrix; each has a small fixed cost.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
-            Huffman optimum, "fixed" for fixed-width integers, which entropy coding is compared with.
-        processor: what will decode.
+            Huffman optimum, "fixed" for fixed-width integers, for comparison with entropy coding.
+        processor: the kind of processor that will decode.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
@@ -62,7 +62,7 @@ def _fixed_width(largest: int) -> Field:
 
 
 def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:
-    """Predicted stored bits per weight of a tensor with this histogram, headers and padding included."""
+    """Predict the stored bits per weight of a matrix with this histogram, block headers and padding included."""
     weights = sum(counts)
     model = CostModel(0.0, weights, blocks)
     high = _high_histogram(counts, code.low_bits)
@@ -74,7 +74,7 @@ def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:
 
 def _candidates(counts: Sequence[int], model: CostModel) -> Iterator[tuple[float, Code]]:
     distinct = sum(1 for c in counts if c)
-    # Raw low bits only pay on wide alphabets, where the low bits are close to uniform.
+    # Raw low bits pay only for large alphabets, whose low bits are close to uniform.
     most = max(0, min(MAX_LOW_BITS, distinct.bit_length() - 3))
     for low_bits in range(most + 1):
         ranked = rank(_high_histogram(counts, low_bits))
@@ -104,7 +104,7 @@ def _high_histogram(counts: Sequence[int], low_bits: int) -> list[int]:
 
 
 def _tree_bits(node: Node, counts: Sequence[int], rest: int, model: CostModel, root: bool) -> tuple[float, int]:
-    """Stored bits at and below `node`, and how many symbols pass it; `rest` is the count that a raw field codes."""
+    """Stored bits at and below `node`, and the length of its list; no field lists `rest` of the symbols."""
     if isinstance(node, Leaf):
         return 0.0, counts[node.symbol]
     if isinstance(node, Split):

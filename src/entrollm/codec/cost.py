@@ -1,4 +1,4 @@
-"""What a code costs: stored bits and modelled decode cycles, the currency in which code shapes are compared."""
+"""The cost of a code: stored bits and modelled decoding cycles, by which trees are compared."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Machine:
     """Cycles per 64 symbols that a processor needs to decode and multiply.
 
     Attributes:
-        group: a packed group (8, 4 or 2 bits) of the root's fields or of the low bits.
-        root_plane: a bit plane of these.
-        root_escape: merging the root's escapes.
-        fields: a list of fields, whatever their width.
-        plane: a bit plane of a list.
-        escape: merging the escapes of a list.
-        raw: a list of raw bytes.
-        split: a split.
-        node: the fixed cost of a list, once a block.
+        group: for a sub-field of 8, 4 or 2 bits of the root's fields or of the low bits.
+        root_plane: for a sub-field of 1 bit of these.
+        root_escape: to merge the root's escapes.
+        fields: for a list of fields, whatever their width.
+        plane: for a bit plane of a list.
+        escape: to merge the escapes of a list.
+        raw: for a list of raw bytes.
+        split: for a split.
+        node: for a list, once in each block.
     """
 
     group: float
@@ -38,31 +38,31 @@ class Machine:
 
 
 MACHINES: dict[Processor, Machine] = {
-    # AVX-512 VBMI2 and GFNI: fitted (RMS error 0.65) to 82 cascades over Gaussian sources, decoded and multiplied from
-    # the first-level cache. Lists with and without escapes cost about the same.
+    # AVX-512 with VBMI2 and GFNI. Fitted, with an RMS error of 0.65, to 82 cascades over Gaussian sources that were
+    # decoded and multiplied from the first-level cache. Lists with and without escapes cost about the same.
     "x86": Machine(
         group=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
     ),
-    # NEON: instructions counted under an emulator (docs/research/arm.md), eight to a cycle. In the time of eight
-    # instructions a small board's memory delivers to each of its cores what it delivers to a wide core in a cycle,
-    # about four bytes.
+    # NEON. Instructions were counted under an emulator (docs/research/arm.md) and are taken as eight to a cycle: in the
+    # time of eight instructions, the memory of a small board delivers about four bytes to each core, as much as the
+    # memory of a large machine delivers in a cycle.
     "arm": Machine(
         group=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
     ),
 }
-# A list of bits ends in the middle of a byte: half a byte is lost per plane.
+# A bit plane ends inside a byte, which wastes about half a byte.
 _PADDING_BITS = 3.5
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Linear cost of a node: bits, plus `bits_per_cycle` times the cycles per 64 weights it takes.
+    """The cost of a node: its bits, plus `bits_per_cycle` times its cycles per 64 weights.
 
     Attributes:
         bits_per_cycle: what a cycle per 64 weights is worth, in bits per weight.
-        weights: weights in the tensor.
-        blocks: blocks in the tensor; each pays padding and a fixed time for every list.
-        machine: what decodes.
+        weights: weights of the matrix.
+        blocks: blocks of the matrix; each pays padding and a fixed time for every list.
+        machine: the processor that decodes.
     """
 
     bits_per_cycle: float
@@ -74,7 +74,7 @@ class CostModel:
         return self.bits_per_cycle * cycles * count
 
     def sparse_list(self, bits: int, count: float, escape: bool) -> float:
-        """Cost of a list of `count` fields below the root, in bits over the whole tensor."""
+        """Cost of a list of `count` fields below the root, in bits over the whole matrix."""
         machine = self.machine
         planes = 0 if bits == 8 else bits
         used_blocks = min(self.blocks, count)
@@ -93,7 +93,7 @@ class CostModel:
         return count + padding + self._cycles(self.machine.split, count) + fixed
 
     def root(self, bits: int, escape: bool, is_split: bool) -> float:
-        """Cost of the root's dense fields, with the two 16-bit numbers that each block with lists stores."""
+        """Cost of the root's dense fields and of the two 16-bit numbers that each block with lists stores."""
         cycles = self.machine.split if is_split else self._dense(bits) + self.machine.root_escape * escape
         return self.weights * bits + 32 * self.blocks * (escape or is_split) + self._cycles(cycles, self.weights)
 
@@ -102,6 +102,6 @@ class CostModel:
         return self.weights * bits + self._cycles(self._dense(bits), self.weights)
 
     def _dense(self, bits: int) -> float:
-        """Cycles to read 64 dense fields: packed groups of 8, 4 and 2 bits, and a plane of single bits."""
+        """Cycles to read 64 dense fields, which are sub-fields of 8, 4, 2 and 1 bits."""
         groups = (bits & 8) // 8 + (bits & 4) // 4 + (bits & 2) // 2
         return self.machine.group * groups + self.machine.root_plane * (bits & 1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def entropy_bits(counts: Sequence[float]) -> float:
-    """Entropy of counts, or of shares, in bits per symbol; 0 for no or one distinct symbol."""
+    """The entropy of counts, or of shares, in bits per symbol; 0 for at most one distinct symbol."""
     total = sum(counts)
     return sum(c / total * math.log2(total / c) for c in counts if c)
 
@@ -59,7 +59,7 @@ def limited_lengths(counts: Sequence[int], limit: int) -> list[int]:
             (merged[i][0] + merged[i + 1][0], merged[i][1] + merged[i + 1][1]) for i in range(0, len(merged) - 1, 2)
         ]
     lengths = [0] * len(counts)
-    # The last round paired the candidates, so the first n - 1 pairs are the 2n - 2 cheapest coins.
+    # The last round paired the candidates, so the first n - 1 pairs hold the 2n - 2 cheapest.
     for _, members in packages[: len(counts) - 1]:
         for member in members:
             lengths[member] += 1
@@ -67,7 +67,7 @@ def limited_lengths(counts: Sequence[int], limit: int) -> list[int]:
 
 
 def huffman_bits(counts: Sequence[int]) -> float:
-    """Mean length of the optimal prefix code, in bits per symbol; the optimum that stored bits are compared with."""
+    """The mean length of an optimal prefix code in bits per symbol, with which stored bits are compared."""
     present = [c for c in counts if c]
     if len(present) < 2:
         return 0.0

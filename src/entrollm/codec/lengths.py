@@ -1,4 +1,4 @@
-"""Code lengths of a code tree, for quantizers that round by what a symbol costs."""
+"""The code lengths of a code tree, for quantizers that round by the cost of symbols."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ABSENT = -1.0
 
 
 def code_lengths(code: Code) -> NDArray[np.float64]:
-    """Bits that each symbol takes in a code.
+    """The bits that each symbol takes in a code.
 
-    Symbols that the code does not hold get the longest length and four bits more: a code made for a histogram with
-    them would make room for them.
+    Symbols that are not in the code get the longest length plus four bits, since a code for a histogram that had them
+    would include them.
 
     Returns:
         float64, shape (256,).
@@ -33,7 +33,7 @@ def _visit(node: Node, above: float, lengths: NDArray[np.float64]) -> None:
         _visit(node.left, above + 1, lengths)
         _visit(node.right, above + 1, lengths)
     elif node.bits == RAW_BITS:
-        # Named symbols keep their own length; the tree is left to the end for a raw field.
+        # A raw field codes the symbols that no field lists; fields that are visited later overwrite their lengths.
         lengths[lengths == _ABSENT] = above + RAW_BITS
     else:
         _visit_field(node, above + node.bits, lengths)

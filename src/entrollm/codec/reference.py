@@ -1,4 +1,4 @@
-"""The codec in plain Python, one symbol at a time: what every fast path is tested against."""
+"""The codec in plain Python, one symbol at a time. Every fast path is tested against it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def encode_block(code: Code, symbols: Sequence[int]) -> tuple[bytes, bytes]:
     """Encode one block.
 
     Args:
-        symbols: a whole number of vectors of 64 symbols, all in the code.
+        code: the code.
+        symbols: all in the code; their number is a multiple of 64.
     Returns:
         the dense and the sparse bytes of the block.
     Raises:
@@ -41,7 +42,7 @@ def encode_block(code: Code, symbols: Sequence[int]) -> tuple[bytes, bytes]:
 
 
 def decode_block(code: Code, dense: bytes, sparse: bytes, count: int) -> list[int]:
-    """Decode one block of `count` symbols, the inverse of encode_block.
+    """Decode one block of `count` symbols; undoes `encode_block`.
 
     Raises:
         CorruptStreamError: the streams do not hold exactly `count` symbols.
@@ -70,11 +71,11 @@ def decode_block(code: Code, dense: bytes, sparse: bytes, count: int) -> list[in
 
 
 def encode_matrix(code: Code, rows: Sequence[Sequence[int]], blocks: Blocks) -> tuple[bytes, bytes, list[int]]:
-    """Encode a matrix of symbols, all of its blocks in order.
+    """Encode a matrix of symbols, block by block.
 
     Returns:
-        the dense and the sparse stream without their final padding, and the sparse bytes of each block, which are
-        stored only when the code has lists.
+        the dense and the sparse stream without their final padding, and the size of each block's sparse part; sizes
+        are stored only if the code has lists.
     """
     width = padded(len(rows[0]))
     padding = padding_symbol(code)
@@ -97,7 +98,7 @@ def encode_matrix(code: Code, rows: Sequence[Sequence[int]], blocks: Blocks) -> 
 def decode_matrix(
     code: Code, shape: tuple[int, int], blocks: Blocks, dense: bytes, sparse: bytes, sizes: Sequence[int]
 ) -> list[list[int]]:
-    """Decode a matrix, the inverse of encode_matrix; the streams may have padding at their ends.
+    """Decode a matrix; undoes `encode_matrix`. The streams may end in padding.
 
     Raises:
         CorruptStreamError: a block does not hold exactly its symbols.
@@ -121,7 +122,7 @@ def decode_matrix(
 
 
 def code_bits(node: Node, symbol: int) -> int | None:
-    """The length of a symbol's code below `node`, in bits; None when it has none."""
+    """The length of a symbol's code below `node` in bits; None if it has no code there."""
     if isinstance(node, Leaf):
         return 0 if symbol == node.symbol else None
     (field,), lists = _fields(node, [symbol])
@@ -134,7 +135,7 @@ def code_bits(node: Node, symbol: int) -> int | None:
 
 
 def padding_symbol(code: Code) -> int:
-    """What rows are padded with to whole vectors: the symbol with the shortest code, of several the smallest."""
+    """The symbol that pads rows to a multiple of 64: the smallest of those with the shortest code."""
     lengths = [
         (bits, symbol)
         for symbol in range(0, 256, 1 << code.low_bits)
@@ -158,7 +159,7 @@ def _has_raw(node: Node) -> bool:
 
 
 def _fields(node: Field | Split, symbols: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-    """The field of every symbol at `node`, and the symbols that go on to each child."""
+    """The field of each symbol at `node`, and the symbols that pass to each child."""
     if isinstance(node, Split):
         left, right = listed_symbols(node.left), listed_symbols(node.right)
         rest = 0 if _has_raw(node.left) else 1
@@ -228,7 +229,7 @@ def _unpack_planes(stored: bytes, count: int, width: int) -> list[int]:
 
 
 def _sub_fields(width: int) -> list[tuple[int, int]]:
-    """(bits, shift) of the packed groups that make up a dense field of `width` bits, most significant first."""
+    """(bits, shift) of the sub-fields of a dense field of `width` bits, most significant first."""
     parts = []
     for bits in (4, 2, 1):
         if width & bits:

@@ -1,4 +1,4 @@
-"""Code trees for a histogram: cascades of fields (flat + escape), and Huffman trees (pivot-coded)."""
+"""Make code trees for a histogram: cascades of fields (flat + escape), and Huffman trees (pivot-coded)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from entrollm.codec.cost import CostModel
 from entrollm.codec.huffman import limited_lengths
 from entrollm.format.code import MAX_FIELD_BITS, RAW_BITS, Field, Node, Split
 
-# Longer codes than this save nothing that can be measured and make trees deep.
+# Codes longer than this save nothing that can be measured, and make trees deep.
 _MAX_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Distinct symbols by falling count, and tails[i], the count of all symbols from rank i on."""
+    """The distinct symbols by falling count.
+
+    Attributes:
+        symbols, counts: in order of rank.
+        tails: tails[i] is the count of all symbols from rank i on; the last one is 0.
+    """
 
     symbols: tuple[int, ...]
     counts: tuple[int, ...]
@@ -23,7 +28,7 @@ class Ranked:
 
 
 def rank(counts: Sequence[int]) -> Ranked:
-    """Order the symbols of a 256-entry histogram."""
+    """Rank the symbols of a histogram of 256 entries."""
     order = sorted((s for s, c in enumerate(counts) if c), key=lambda s: (-counts[s], s))
     tails = [0]
     for symbol in reversed(order):
@@ -32,10 +37,10 @@ def rank(counts: Sequence[int]) -> Ranked:
 
 
 class Cascades:
-    """Cheapest cascade of fields for every tail of a ranking, by dynamic programming from the last symbol.
+    """The cheapest cascade of fields for every tail of a ranking, by dynamic programming from the last symbol.
 
-    A cascade gives the next 2**k - 1 symbols a field of k bits and escapes the rest to the next level. Its last level
-    has no escape.
+    A level of a cascade gives the next 2**k - 1 symbols a field of k bits and escapes the others to the next level. The
+    last level has no escape.
     """
 
     def __init__(self, ranked: Ranked, model: CostModel) -> None:
@@ -63,11 +68,11 @@ class Cascades:
         return options
 
     def cost(self, start: int) -> float:
-        """Cost of the best cascade below the root for the symbols from rank `start` on."""
+        """The cost of the best cascade below the root for the symbols from rank `start` on."""
         return self._costs[start]
 
     def tree(self, start: int) -> Node:
-        """The cascade that `cost` prices."""
+        """The cascade whose cost `cost` returns."""
         return self._level(start, self._widths[start])
 
     def root(self) -> tuple[float, Node]:
@@ -80,7 +85,7 @@ class Cascades:
         if width == -RAW_BITS:
             return Field(RAW_BITS, ())
         if width < 0:
-            # Unused field values repeat the last symbol: every value decodes to something.
+            # Unused field values repeat the last symbol, so that every value decodes to a symbol.
             return Field(-width, symbols + symbols[-1:] * (2**-width - len(symbols)))
         taken = 2**width - 1
         return Field(width, symbols[:taken], self.tree(start + taken))
@@ -88,7 +93,7 @@ class Cascades:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A subtree waiting for a parent; `symbol` is set for leaves, `node` otherwise."""
+    """A subtree without a parent yet; `symbol` is set for leaves, `node` for others."""
 
     count: int
     cost: float
@@ -99,14 +104,17 @@ class _Item:
 def huffman_shape(ranked: Ranked, kept: int, cascades: Cascades, model: CostModel) -> tuple[float, Node]:
     """A tree with the Huffman lengths of the first `kept` symbols and one escape for the others.
 
-    Any tree with these lengths is as short, so siblings are chosen for decoding: 2**k siblings of which at most one is
-    not a leaf become one field, a leaf next to a subtree one escape; two subtrees need a split, the dearest merge.
+    All trees with these lengths take the same bits, so siblings are chosen for fast decoding: 2**k siblings, of which
+    at most one is not a leaf, become one field, and a leaf beside a subtree becomes a field with an escape. Two
+    subtrees need a split, which is the most expensive node to decode.
 
     Args:
         ranked: at least two symbols.
-        kept: 1 to len(ranked.symbols); the rest is coded by its best cascade.
+        kept: 1 to len(ranked.symbols); the best cascade codes the other symbols.
+        cascades: the cascades of `ranked`.
+        model: the cost of nodes.
     Returns:
-        the cost in bits over the whole tensor, and the tree.
+        the cost in bits over the whole matrix, and the tree.
     """
     items = [_Item(c, 0.0, symbol=s) for s, c in zip(ranked.symbols[:kept], ranked.counts[:kept], strict=True)]
     if kept < len(ranked.symbols):
@@ -123,7 +131,7 @@ def huffman_shape(ranked: Ranked, kept: int, cascades: Cascades, model: CostMode
 
 
 def _group_level(levels: dict[int, list[_Item]], depth: int, model: CostModel) -> None:
-    """Give every item at `depth` a parent, one or more levels up."""
+    """Give every item at `depth` a parent, which is one or more levels above."""
     items = levels.pop(depth, [])
     leaves = sorted((item for item in items if item.symbol is not None), key=lambda item: item.count)
     subtrees = sorted((item for item in items if item.symbol is None), key=lambda item: item.count)

@@ -1,7 +1,6 @@
-"""Compress checkpoints to coded model folders, check them, and decode them back.
+"""Compress checkpoints to coded model folders, check these, and decode them back.
 
-What runs a model imports this package too, by way of `entrollm`: the parts that compress are imported when they are
-first used.
+The inference path also imports this package, so the modules that compress are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from entrollm.compress.target import Target, parse_size
 
 if TYPE_CHECKING:
     from entrollm.compress.folder import check_output
-    from entrollm.compress.pipeline import CompressProgress, CompressResult
     from entrollm.compress.predict import SizePlan, plan, size_range
-    from entrollm.quantize.statistics import Statistics
+    from entrollm.compress.progress import CompressProgress
+    from entrollm.compress.result import CompressResult
+    from entrollm.compress.statistics import Statistics
 
 __all__ = [
     "CompressOptions",
+    "CompressProgress",
     "CompressResult",
     "PostFit",
     "SizePlan",
@@ -34,7 +35,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompressResult": "pipeline",
+    "CompressProgress": "progress",
+    "CompressResult": "result",
     "SizePlan": "predict",
     "check_output": "folder",
     "plan": "predict",
@@ -54,23 +56,23 @@ def compress(
 ) -> CompressResult:
     """Quantize a checkpoint, entropy-code it and write a model folder.
 
-    Memory stays below twice the largest tensor in float32. The folder appears only when it is complete; a run that
-    was interrupted is resumed by calling this again with the same arguments.
+    Memory stays below twice the largest tensor in float32. The folder appears when it is complete. After an
+    interruption, a call with the same arguments resumes the run.
 
     Args:
-        model: a checkpoint folder or a Hub id.
+        model: a checkpoint folder, a GGUF file or a Hub id.
         out: the folder to make.
         options: what to make; by default the paper's 4-bit grids, coded for size.
-        statistics: what calibration measured of this model; needs options with a target.
-        post_fit: called with the finished folder before it appears; returns other values for stored scales, by entry
-            of the file and in its type, or none; needs options with a target.
+        statistics: what calibration measured of this model; needs options with a target. None if absent.
+        post_fit: called with the finished folder before it appears; returns new values for stored scales, by entry
+            of the file and in its type. It needs options with a target. None if absent.
         overwrite: replace an earlier output.
         on_progress: called from worker threads.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
         UnsupportedError: the checkpoint uses something that is not implemented.
         ValueError: an option or a path is wrong.
-        OSError: reading or writing failed; what is finished is kept for the next run.
+        OSError: reading or writing failed; files that are finished are kept for the next run.
     """
     from entrollm.compress import pipeline
 

@@ -1,4 +1,4 @@
-"""Hit an asked file size: one number, the coarseness, sets the steps of all matrices still to come."""
+"""Meet a file size: one number, the coarseness, sets the steps of all matrices that are not coded yet."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ MIN_COARSENESS = 0.004
 MAX_COARSENESS = 2.5
 MIN_STEP = 0.002
 MAX_STEP = 4.0
-# A Gaussian of unit variance takes about this many bits less log2 of the step.
+# A Gaussian of unit variance takes about this many bits minus log2 of the step.
 _BITS_AT_STEP_1 = 2.1
 _CLOSE_BITS = 2e-4
 _ITERATIONS = 60
-# How far below the target a size may be; the promise is 0.005.
+# The share of the target that a size may fall short of; the promise is 0.005.
 _SLACK = 0.002
 _TRIES = 16
-# Predictions are scaled by what they missed so far, within reason.
+# Predictions are corrected by the ratio of actual to predicted sizes so far, at most by this factor.
 _LARGEST_CORRECTION = 1.03
 
 
 class RateControl:
-    """Gives each matrix its step, in the order in which they are coded, so that the whole meets the target.
+    """Gives each matrix its step, in the order of coding, so that the whole model meets the target.
 
-    Steps are relative_step * coarseness. After each matrix the coarseness of the others is found again from the bytes
-    that are really left, so that errors of the prediction do not add up; the last matrix is coded again until the
-    size fits.
+    A step is relative_step * coarseness. After each matrix, the coarseness of the others is computed again from the
+    bytes that are left, so that errors of the predictions do not add up. The last matrix is coded again until the size
+    fits.
 
     Args:
         curves: the matrices, in the order of coding.
         relative_steps: from `importance.relative_steps`.
-        fixed_bytes: everything in the files but the matrices.
-        weights: of the whole model, kept tensors included.
-        target: what is asked for.
+        fixed_bytes: bytes of the files without the matrices.
+        weights: weights of the whole model, kept tensors included.
+        target: the size to meet.
     Raises:
-        ValueError: no step reaches the target; the message has the feasible range.
+        ValueError: no step meets the target; the message states the possible range.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class RateControl:
         self._limit = target.limit_bytes(weights)
         self._spent = self._expected = 0.0
         self._nudge = 1.0
-        self._too_fine = self._too_coarse = 0.0  # nudges of the last matrix that gave too much and too little
+        self._too_fine = self._too_coarse = 0.0  # nudges at which the last matrix was too large and too small
         self._best = 0.0, 0.0  # the largest size within the limit, and its nudge
         self._tries = 0
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
         self._check_feasible(target.file_bytes or self._aim)
 
     def step(self, name: str) -> float:
-        """The step of a matrix over its RMS."""
+        """The step of a matrix, over the RMS of the matrix."""
         return min(MAX_STEP, max(MIN_STEP, self.coarseness * self._relative[name] * self._nudge))
 
     def predicted_bytes(self) -> float:
@@ -73,10 +73,10 @@ class RateControl:
         return self._fixed + self._spent + self._predict(self.coarseness)
 
     def settle(self, name: str, stored_bytes: int) -> bool:
-        """Take note of what a matrix took.
+        """Record the size of a matrix that was coded.
 
         Returns:
-            False: it is the last one and the size is off; code it again with the new `step`.
+            False if it is the last matrix and the total misses the target: code it again with its new `step`.
         Raises:
             EntroLLMError: the limit cannot be met.
         """
@@ -97,7 +97,7 @@ class RateControl:
         if self._best[0] < total <= self._limit:
             self._best = total, self._nudge
         if self._tries > _TRIES:
-            # A tiny matrix may have no step that comes near: the largest size below the limit has to do.
+            # A tiny matrix may have no step that comes near. The largest size below the limit has to do.
             if not self._best[1]:
                 raise EntroLLMError(f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}")
             if self._nudge == self._best[1]:
@@ -127,8 +127,8 @@ class RateControl:
     def _solve(self, coarseness: float) -> float:
         """The coarseness at which the remaining matrices take the remaining bytes, or the nearest in range.
 
-        Bits fall by about one per doubling of the steps, by three at the most where a code changes its shape on a small
-        matrix; moving by half of the excess converges for all.
+        When steps double, bits fall by about one, and by at most three for a small matrix whose code changes its shape.
+        Moving by half of the excess converges in all cases.
         """
         wanted = self._aim - self._fixed - self._spent
         weights = max(1, self._coded_weights())
@@ -141,17 +141,17 @@ class RateControl:
         return coarseness
 
     def size_range(self) -> tuple[float, float]:
-        """The smallest and the largest size of all files, in bytes, before any matrix is settled."""
+        """The smallest and the largest size of all files in bytes; valid before any matrix is settled."""
         return self._fixed + self._predict(MAX_COARSENESS), self._fixed + self._predict(MIN_COARSENESS)
 
-    def _check_feasible(self, asked_bytes: float) -> None:
+    def _check_feasible(self, requested_bytes: float) -> None:
         predicted = self.predicted_bytes()
         if abs(predicted - self._aim) <= 0.005 * self._aim:
             return
         smallest, largest = self.size_range()
         bits = 8 / self._weights
         raise ValueError(
-            f"this model cannot take {asked_bytes:.0f} bytes ({asked_bytes * bits:.3f} bits per weight); "
+            f"this model cannot take {requested_bytes:.0f} bytes ({requested_bytes * bits:.3f} bits per weight); "
             f"it can take {smallest:.0f} to {largest:.0f} bytes ({smallest * bits:.3f} to {largest * bits:.3f} bits)"
         )
 

@@ -1,4 +1,4 @@
-"""What a compressed folder holds, tensor by tensor, measured from its bytes."""
+"""Describe a compressed folder tensor by tensor, measured from its bytes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TensorReport:
 
     Attributes:
         name, shape, grid: what it is and how it was quantized.
-        code: the shape of its code, such as "raw 2 + huffman, 12 nodes".
-        symbols: distinct integers that occur.
-        entropy_bits, huffman_bits: of the integers' histogram.
-        file_bits: stored, without a share of the file's header.
+        code: the form of its code, as `describe_code` states it.
+        symbols: the number of distinct symbols that occur.
+        entropy_bits, huffman_bits: of the histogram of its symbols.
+        file_bits: stored bits, without a share of the file's header.
         relative_error: RMS quantization error over the RMS of the original weights.
     """
 
@@ -53,8 +53,8 @@ class ModelReport:
 
     Attributes:
         tensors: the coded matrices.
-        kept: names of the tensors in their own type, which hold kept_weights in kept_bytes.
-        file_bytes: all weight files, headers included; file_bits are per weight of the whole model.
+        kept: names of the plain tensors, which have kept_weights weights in kept_bytes bytes.
+        file_bytes: size of all weight files, headers included.
     """
 
     tensors: tuple[TensorReport, ...]
@@ -85,7 +85,7 @@ class ModelReport:
 
     @property
     def coded_bits(self) -> float:
-        """Stored bits per coded weight: all of the files but the kept tensors."""
+        """Stored bits per coded weight: the files without the plain tensors."""
         return (self.file_bytes - self.kept_bytes) * 8 / max(1, self.coded_weights)
 
     @property
@@ -94,7 +94,7 @@ class ModelReport:
         return self.file_bytes * 8 / max(1, self.weights)
 
     def to_json(self) -> dict[str, Any]:
-        """Totals and tensors."""
+        """All totals and tensors."""
         totals = ("weights", "coded_weights", "kept_weights", "kept_bytes", "file_bytes")
         bits = ("file_bits", "coded_bits", "entropy_bits", "huffman_bits")
         return {
@@ -107,12 +107,12 @@ class ModelReport:
 def describe(
     model: CompressedModel, pool: _core.ThreadPool, on_progress: Callable[[float, float], None] | None = None
 ) -> ModelReport:
-    """Decode every matrix once and report what its integers and its bytes are.
+    """Decode every matrix once and report on its symbols and its bytes.
 
     Args:
         model: the folder.
         pool: threads to decode on.
-        on_progress: called with the weights done and the weights in all.
+        on_progress: called with the weights that are done and all weights.
     Raises:
         FormatError: a matrix is malformed or does not decode.
     """
@@ -137,7 +137,7 @@ def describe(
 
 
 def symbol_chunks(matrix: CodedMatrix, pool: _core.ThreadPool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode a matrix in runs of whole row groups: (first row, symbols)."""
+    """Decode a matrix in runs of whole row blocks; yields (first row, symbols)."""
     spec = matrix.spec
     step = max(1, _CHUNK_WEIGHTS // (spec.columns * spec.blocks.rows)) * spec.blocks.rows
     for begin in range(0, spec.rows, step):
@@ -164,7 +164,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
 
 
 def describe_code(code: Code) -> str:
-    """The shape of a code in words: a cascade's field widths, or a tree and its nodes."""
+    """A code in words: the field widths of a cascade, "flat 2-3 + 1 raw", or the nodes of a tree, "tree of 12"."""
     low = f" + {code.low_bits} raw" if code.low_bits else ""
     if isinstance(code.tree, Leaf):
         return "constant" + low

@@ -33,7 +33,7 @@ _CHUNK_WEIGHTS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """An exported checkpoint: its folder, weights and the bytes of its weight files."""
+    """An exported checkpoint: its folder, its number of weights, and the size of its weight files."""
 
     path: Path
     weights: int
@@ -55,11 +55,11 @@ def export(
 
     Args:
         model: the folder to decode.
-        out: the folder to make; it appears only when complete.
+        out: the folder to make; it appears when it is complete.
         pool: threads to decode on.
-        dtype: type of the decoded matrices; "original" is each tensor's type before compression. f32 holds the
-            dequantized values exactly, the others round them.
-        on_progress: called with the weights done and the weights in all.
+        dtype: the type of the decoded matrices; "original" is the type that each had before compression. f32 holds
+            the dequantized values exactly, the others round them.
+        on_progress: called with the weights that are done and all weights.
     Raises:
         FormatError: a matrix is malformed or does not decode.
         ValueError: `out` exists, or the dtype is unknown.
@@ -98,7 +98,7 @@ def export(
 
 
 def _members(model: CompressedModel) -> dict[str, list[str]]:
-    """The tensors of the checkpoint, and what each consists of: itself, or the matrices of a stack."""
+    """The tensors of the checkpoint, each with what it is made of: itself, or the matrices of a stack."""
     stacks = find_stacks(model.specs)
     stack_of = {member: stack for stack, members in stacks.items() for member in members}
     names = (stack_of.get(name, name) for name in (*model.specs, *model.plain))

@@ -1,4 +1,4 @@
-"""The output folder of a run: built beside its place, resumable, and moved there only when complete."""
+"""The output folder of a run. It is built beside its final path, can be resumed, and is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -18,25 +18,33 @@ _PLAN = "plan.json"
 
 
 class OutputFolder:
-    """A folder that appears at `path` when `publish` is called; until then its files are in `path`.partial.
+    """A folder that appears at `path` when `publish` is called. Until then its files are in `path`.partial.
 
-    A later run with the same plan goes on where an interrupted one stopped.
+    A later run with the same fingerprint continues where an interrupted one stopped.
+
+    Args:
+        path: the folder.
+        fingerprint: a JSON object, equal for runs that may continue each other.
+        overwrite: replace an earlier output.
+    Raises:
+        EntroLLMError: another run is writing the folder.
+        ValueError: something else is at the path or beside it.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
         path = real_place(path)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._replaced = path.with_name(path.name + ".replaced")
         self._overwrite = overwrite
-        self._check_place()
+        self._check_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._adopt(json.loads(json.dumps(plan)))
+        self._adopt(json.dumps(fingerprint, indent=1, sort_keys=True))
 
     def publish(self) -> None:
-        """Sync the folder and give it its name, replacing an earlier output where that was allowed."""
+        """Sync the folder and rename it to its path, replacing an earlier output if that is allowed."""
         sync_folder(self.partial)
-        self._check_place()
+        self._check_path()
         if self.path.exists():
             self.path.rename(self._replaced)
         self.partial.rename(self.path)
@@ -45,7 +53,7 @@ class OutputFolder:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def close(self) -> None:
-        """Give up the lock; what is not published stays for another run."""
+        """Release the lock; files that are not published stay for another run."""
         os.close(self._lock)
 
     def write_text(self, name: str, text: str) -> None:
@@ -57,15 +65,15 @@ class OutputFolder:
             os.fsync(out.fileno())
         temporary.replace(self.partial / name)
 
-    def _check_place(self) -> None:
+    def _check_path(self) -> None:
         if self._replaced.exists():
             raise ValueError(
                 f"{self._replaced} holds an earlier output that a stopped run was replacing; remove it or rename it"
             )
         check_output(self.path, self._overwrite)
 
-    def _adopt(self, plan: dict[str, Any]) -> None:
-        """Make the partial folder this run's: continue one with the same plan, clear one with another."""
+    def _adopt(self, fingerprint: str) -> None:
+        """Lock the partial folder; keep its files if it has the same fingerprint, remove them if it has another."""
         if self.partial.exists() and not self._was_ours():
             raise ValueError(f"{self.partial} is in the way and was not left by an interrupted run; move it")
         self.partial.mkdir(exist_ok=True)
@@ -80,18 +88,18 @@ class OutputFolder:
             os.close(self._lock)
             raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder")
         plan_file = self.partial / _PLAN
-        if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == _plan_text(plan):
+        if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == fingerprint:
             return
-        # The plan goes last: without one, the rest would be taken for somebody else's.
+        # The plan goes last: without it, the folder would no longer be known as one of ours.
         for file in sorted(self.partial.iterdir(), key=lambda file: file.name == _PLAN):
             if file.is_dir() and not file.is_symlink():
                 shutil.rmtree(file)
             else:
                 file.unlink()
-        self.write_text(_PLAN, _plan_text(plan))
+        self.write_text(_PLAN, fingerprint)
 
     def _was_ours(self) -> bool:
-        """Whether a folder in the place of the partial one holds nothing or a plan, perhaps a half-written one."""
+        """Whether the folder that exists is empty or has a plan, possibly a half-written one."""
         names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
         return _PLAN in names or names <= {_PLAN + ".tmp"}
 
@@ -109,10 +117,10 @@ def real_place(path: Path) -> Path:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Check that a model folder may be made at `path`, before work that takes long.
+    """Check that a model folder may be made at `path`; for use before long work.
 
     Raises:
-        ValueError: something is there, and it is no compressed model or may not be replaced.
+        ValueError: something that is not a compressed model, or that may not be replaced, is at `path`.
     """
     path = real_place(path)
     if not path.exists():
@@ -123,25 +131,27 @@ def check_output(path: Path, overwrite: bool) -> None:
         return
     ours = (path / "config.json").is_file() and is_compressed(read_config(path))
     if not ours:
-        raise ValueError(f"{path} exists and is no compressed model; name a folder that does not exist yet")
+        raise ValueError(f"{path} exists and is not a compressed model; name a folder that does not exist yet")
     if not overwrite:
         raise ValueError(f"{path} exists; name another folder, or pass --overwrite to replace it")
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:
-    """Write the index of a folder with several shards: entry name to file."""
+    """Write the index of a folder with several shards.
+
+    Args:
+        folder: the folder.
+        names: the file of each entry.
+        total_bytes: of all files.
+    """
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(names)}
     folder.write_text(layout.INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames in a folder durable."""
+    """Make renames in a folder survive a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _plan_text(plan: dict[str, Any]) -> str:
-    return json.dumps(plan, indent=1, sort_keys=True)

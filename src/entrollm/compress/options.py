@@ -1,4 +1,4 @@
-"""What a user may ask of a compression run."""
+"""The options of compression."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
 Method = Literal["feedback", "gptq"]
 PostFit = Callable[[Path], Mapping[str, NDArray[Any]]]
-"""From a compressed folder to other values for some of its stored scales, by their entry in the file."""
+"""Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
+DEFAULT_BITS = 4
+"""Bits of a grid if neither bits nor a size are given."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompressOptions:
-    """Options of `compress`; all but `threads` decide the result.
+    """Options of `compress`. All but `threads` affect the result.
 
     Attributes:
-        bits: width of the grid of a matrix, 2 to 8; None for 4, or the integers that a checkpoint has already.
-        target: a size to meet; the grids then follow from it, not from `bits` and `granularity`.
-        fine_scales: scales are stored about 2 bits finer than pays by itself, for a post_fit to move them.
-        method: what a calibrated matrix is quantized by: "feedback", or "gptq" to compare with.
-        drift: whether a matrix that is calibrated, by "feedback", makes up for what those before it have become.
+        bits: width of the grid of a matrix, 2 to 8; None for 4, or for the integers that a quantized checkpoint has.
+        target: a size to meet, which then sets the grids in place of `bits` and `granularity`; None if absent.
+        method: how calibrated matrices are quantized: "feedback", or "gptq" for comparison.
+        drift: whether "feedback" makes each calibrated matrix compensate for the errors of those before it.
+        fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.
         granularity: one grid per tensor, as in the paper, or one per row.
-        overrides: bits per tensor by glob, or None to keep the tensor's type; a later match wins.
+        overrides: bits of the tensors that match a glob, or None for those that keep their type; the last match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind whose decoding times count.
-        shard_bytes: source bytes that share an output file; an interrupted run resumes after the last whole one.
-        tokenizer: a folder whose tokenizer files go with the model in place of its own.
+        processor: the kind of processor whose decoding times count.
+        shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
+        tokenizer: a folder whose tokenizer files replace those of the model; None if absent.
         threads: worker threads; None for one per core.
     """
 

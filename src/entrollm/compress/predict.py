@@ -1,4 +1,4 @@
-"""Predict what compressing to a size would give, without writing anything."""
+"""Predict the result of compressing to a size, without writing anything."""
 
 from __future__ import annotations
 
@@ -15,28 +15,37 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
-from entrollm.compress.methods import SizedMethods
 from entrollm.compress.options import CompressOptions
-from entrollm.compress.pipeline import make_methods, plan_shards
+from entrollm.compress.planning import make_plan
+from entrollm.compress.sized import SizedMethods
+from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.format import layout
 from entrollm.format.log_scales import float_scales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
-from entrollm.quantize.statistics import Statistics
 from entrollm.threads import default_threads
 
 _TIMED_WEIGHTS = 1 << 23
 _TIMED_COLUMNS = 4096
 _TIMED_RUNS = 5
-# A size that every model can take whose weights are mostly quantized.
+# Every model whose weights are mostly quantized can take this size.
 _PROBE_BITS = 4.0
+# The share by which an actual size may differ from the predicted one.
+_UNCERTAINTY = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEstimate:
-    """One matrix: its step over its RMS, file bits per weight, and RMS error over the RMS of its weights."""
+    """A prediction for one matrix.
+
+    Attributes:
+        name, shape: the matrix.
+        step: over the RMS of the matrix.
+        file_bits: per weight, its share of the header included.
+        relative_error: RMS error over the RMS of the weights.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -47,15 +56,15 @@ class TensorEstimate:
 
 @dataclass(frozen=True, slots=True)
 class SizePlan:
-    """A prediction.
+    """A prediction for a whole model.
 
     Attributes:
         tensors: the matrices.
-        weights: of the whole model.
-        file_bytes, file_bits: of all weight files, everything included, and per weight.
-        load_bytes: memory that the loaded model takes; its code bytes are file cache that the system may drop.
-        compress_bytes: bound on the memory of compressing it.
-        tokens_per_s: at one sequence, from the measured speed of a product on this machine.
+        weights: weights of the whole model.
+        file_bytes: of all weight files, everything included; file_bits, the same per weight.
+        load_bytes: memory of the loaded model; its code bytes are file cache, which the system may drop.
+        compress_bytes: a bound on the memory that compressing takes.
+        tokens_per_s: for one sequence, from the measured speed of a product on this machine.
     """
 
     tensors: tuple[TensorEstimate, ...]
@@ -76,19 +85,17 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
 
     Args:
         model: a checkpoint folder or a Hub id.
-        options: with a target.
+        options: of compression, with a target.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
-        ValueError: there is no target, it is out of reach, or another option is wrong.
+        ValueError: the target is absent or out of reach, or another option is wrong.
     """
     if options.target is None:
         raise ValueError("a plan needs a size: bits per weight or bytes")
     with Checkpoint.open(resolve(model)) as checkpoint:
-        plans, shards = plan_shards(checkpoint, options)
-        methods = make_methods(checkpoint, plans, options, len(shards))
-        assert isinstance(methods, SizedMethods)
+        methods = SizedMethods(checkpoint, make_plan(checkpoint, options), options)
         tensors = tuple(_estimate(methods, name) for name in methods.curves)
-        weights = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+        weights = sum(info.weights for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
     file_bytes = round(methods.control.predicted_bytes())
     multiplied = sum(t.shape[0] * t.shape[1] for t in tensors) - embeddings
@@ -108,25 +115,22 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
 def size_range(
     model: str | Path, options: CompressOptions, statistics: Statistics | None = None
 ) -> tuple[float, float]:
-    """The smallest and the largest bits per weight that `compress` meets, everything included.
+    """The smallest and the largest bits per weight that `compress` can meet, everything included.
 
     Args:
         model: a checkpoint folder or a Hub id.
-        options: their target is not used.
-        statistics: what calibration measured.
+        options: of compression; the target is ignored.
+        statistics: what calibration measured; None if absent.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
         ValueError: an option is wrong.
     """
     options = replace(options, target=Target(bits_per_weight=_PROBE_BITS))
     with Checkpoint.open(resolve(model)) as checkpoint:
-        plans, shards = plan_shards(checkpoint, options)
-        methods = make_methods(checkpoint, plans, options, len(shards), statistics)
-        assert isinstance(methods, SizedMethods)
-        weights = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+        methods = SizedMethods(checkpoint, make_plan(checkpoint, options), options, statistics)
+        weights = sum(info.weights for info in checkpoint.tensors.values())
         smallest, largest = methods.control.size_range()
-    # Sizes are predictions, good to half a per cent.
-    return smallest * 1.005 * 8 / weights, largest * 0.995 * 8 / weights
+    return smallest * (1 + _UNCERTAINTY) * 8 / weights, largest * (1 - _UNCERTAINTY) * 8 / weights
 
 
 def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:
@@ -137,7 +141,7 @@ def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:
 
 
 def _is_looked_up(name: str, methods: SizedMethods) -> bool:
-    """Whether a token reads one row only: the embedding of a model with a head of its own."""
+    """Whether a token reads only one row of a matrix: the embedding of a model that has a separate head."""
     return "embed_tokens" in name and any("lm_head" in other for other in methods.curves)
 
 
@@ -146,7 +150,7 @@ def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions) -> float:
-    """Weights per second of products with a Gaussian matrix at the model's median step; the best of a few runs."""
+    """Weights per second of a product with a Gaussian matrix at the model's median step; the best of a few runs."""
     steps = sorted(methods.control.step(name) for name in methods.curves)
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
     weights = np.random.default_rng(0).standard_normal(shape, np.float32)

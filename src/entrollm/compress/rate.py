@@ -1,4 +1,4 @@
-"""What a matrix costs at a step, predicted from a sample of its rows."""
+"""Predict the size of a matrix at any step from a sample of its rows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from entrollm.format.log_scales import LogScales
 from entrollm.format.spec import TensorSpec
 from entrollm.quantize.method import CodeChooser, Quantized, Scales
 
-# Ratio of neighbouring steps of the table that predictions interpolate in; bits are nearly linear in log step.
+# The ratio of neighbouring steps that are measured. Between them bits are nearly linear in the log of the step.
 _RATIO = 1.35
-# An entry's fields in the header, and what deflating leaves of a spec that is like those before.
+# Bytes of an entry's item in the header, and the share that deflating leaves of a spec that resembles those before.
 _ENTRY_BYTES = 75
 _SPEC_SHARE = 0.15
 _DEFLATE_BYTES = 40
@@ -30,14 +30,19 @@ _DEFLATE_BYTES = 40
 
 @dataclass(frozen=True, slots=True)
 class RatePoint:
-    """A matrix at one step: bytes in the file, its share of the header included, and its relative squared error."""
+    """A matrix at one step.
+
+    Attributes:
+        stored_bytes: what it takes in the file, its share of the header included.
+        error: squared error over the squares of the weights.
+    """
 
     stored_bytes: float
     error: float
 
 
 class RateCurve:
-    """Cost and error of one matrix by step; points are measured when they are first needed.
+    """Size and error of one matrix as functions of the step. Points are measured when they are first needed.
 
     Args:
         name, shape: the matrix.
@@ -64,7 +69,7 @@ class RateCurve:
         return self.shape[0] * self.shape[1]
 
     def at(self, step: float) -> RatePoint:
-        """The prediction at a step, interpolated between two measured ones."""
+        """The prediction at a step, interpolated between two measured steps."""
         position = math.log(step) / math.log(_RATIO)
         below = math.floor(position)
         share = position - below
@@ -83,7 +88,7 @@ class RateCurve:
         count = block_count(rows, columns, blocks)
 
         def choose(counts: Sequence[int]) -> Code:
-            # A sample's counts as if of the whole matrix: the share of fixed costs decides between codes.
+            # Counts are scaled to the whole matrix, because fixed costs affect the choice between codes.
             factor = self.weights / max(1, sum(counts))
             return choose_code([math.ceil(c * factor) for c in counts], count, self._prefer)
 
@@ -97,14 +102,14 @@ class RateCurve:
             scales += _scale_bytes(quantized.column_scale, columns)
         header = _SPEC_SHARE * len(spec.to_json()) + len(self.name) + _ENTRY_BYTES
         side = max(scales, ROOM_BYTES) + layout.ALIGNMENT_BYTES / 2
-        # Columns of padding hold the symbol that is cheapest.
+        # Padding columns hold the cheapest symbol.
         counts[int(np.argmax(counts))] += rows * (padded(columns) - columns)
         stored = stored_bits(code, counts, count) * sum(counts) / 8 + side + header
         return RatePoint(stored, quantized.error / quantized.energy if quantized.energy else 0.0)
 
 
 def _scale_bytes(scales: Scales, count: int) -> float:
-    """What the scales of all rows or columns take, given those of some."""
+    """Predict the bytes of `count` scales from a sample of them."""
     if isinstance(scales, LogScales):
         return entropy_bits(np.bincount(scales.codes).tolist()) / 8 * count + _DEFLATE_BYTES
     return scales.itemsize * count

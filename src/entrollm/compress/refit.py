@@ -1,4 +1,4 @@
-"""Replace the scales of a compressed folder that is not published yet."""
+"""Replace the scales of a compressed folder before it is published."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress.tensor import relative_error
-from entrollm.format.entry import pack
+from entrollm.compress.coder import relative_error
+from entrollm.format.entry import join_arrays
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import StoredMatrix
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import CodedMatrix, open_matrix
 from entrollm.threads import default_threads
@@ -24,12 +25,12 @@ _CHUNK_WEIGHTS = 1 << 22
 
 
 class Refit:
-    """Writes the shards of a compressed folder again, with other scales; all else stays as it is.
+    """Writes the shards of a compressed folder again with other scales; all else stays as it is.
 
     Args:
         folder: a complete compressed folder.
-        checkpoint: what it was made from, for the errors in the specs.
-        scales: by entry, of the stored types and sizes.
+        checkpoint: what it was made from; the specs state the error against it.
+        scales: by entry, in their stored types and sizes.
         threads: to decode on; None for one per core.
     """
 
@@ -42,12 +43,19 @@ class Refit:
         self._pool = _core.ThreadPool(threads or default_threads())
 
     def growth(self) -> int:
-        """Bytes that the entries take more than before, since other scales deflate to other sizes."""
+        """How many bytes the entries grow by, since other scales deflate to other sizes."""
         model = self._model
-        return sum(_bytes(self._packed(name)[1]) - _bytes(model.stored_arrays(name)) for name in model.specs)
+        return sum(_bytes(self._joined(name)[1]) - _bytes(model.entries(name)) for name in model.specs)
 
     def shard(self, path: Path, names: Iterable[str]) -> int:
-        """Write one shard of the folder again, which holds the tensors `names`; returns its bytes."""
+        """Write one shard of the folder again.
+
+        Args:
+            path: the shard.
+            names: its tensors.
+        Returns:
+            its new size in bytes.
+        """
         model = self._model
         with ShardWriter(path) as writer:
             for name in sorted(names, key=lambda name: name not in model.specs):
@@ -55,15 +63,16 @@ class Refit:
                     array = model.array(name)
                     writer.add_plain(name, model.dtype(name), array.shape, [array])
                     continue
-                spec, arrays = self._packed(name)
-                error = self._error(open_matrix(name, spec, arrays))
-                writer.add_matrix(name, dataclasses.replace(spec, relative_error=error), arrays)
+                spec, entries = self._joined(name)
+                error = self._error(open_matrix(name, spec, entries))
+                writer.add_matrix(StoredMatrix.seal(name, dataclasses.replace(spec, relative_error=error), entries))
         return path.stat().st_size
 
-    def _packed(self, name: str) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
-        arrays = self._model.unpacked_arrays(name)
+    def _joined(self, name: str) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
+        """A matrix with its new scales, as `join_arrays` returns it."""
+        arrays = self._model.matrix_arrays(name)
         arrays |= {s: self._scales[name + s] for s in arrays if name + s in self._scales}
-        return pack(dataclasses.replace(self._model.specs[name], parts=None), arrays)
+        return join_arrays(dataclasses.replace(self._model.specs[name], parts=None), arrays)
 
     def _error(self, matrix: CodedMatrix) -> float:
         error = energy = 0.0

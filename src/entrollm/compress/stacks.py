@@ -1,4 +1,4 @@
-"""Fused experts: tensors of three axes, which are coded matrix by matrix."""
+"""Stacks: tensors of three axes, such as fused experts, which are coded matrix by matrix."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from entrollm.quantize.select import TensorPlan
 
 
 def split_stacks(checkpoint: Checkpoint, plans: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
-    """Show the stacks of a checkpoint that are to be coded as their matrices, each with the plan of its stack.
+    """Split the stacks that are to be coded into their matrices, each with the plan of its stack.
 
     Args:
-        checkpoint: the model; it is changed.
-        plans: of all its tensors.
+        checkpoint: the model; its `tensors` list the matrices afterwards.
+        plans: the plans of its tensors.
     Returns:
-        the plans of what the checkpoint then has.
+        the plans of its tensors afterwards.
     Raises:
-        UnsupportedError: a stack has a type that is not read by matrix.
+        UnsupportedError: a stack has a type that cannot be read by matrix.
     """
     names = {}
     for name, plan in plans.items():
@@ -31,10 +31,12 @@ def split_stacks(checkpoint: Checkpoint, plans: Mapping[str, TensorPlan]) -> dic
 
 
 def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
-    """The stacks that coded matrices belong to, with their members in order.
+    """The stacks that coded matrices belong to.
 
     Args:
-        names: of all coded matrices of a folder.
+        names: the names of all coded matrices of a folder.
+    Returns:
+        the names of the matrices of each stack, in order, by the name of the stack.
     Raises:
         FormatError: a member of a stack is missing.
     """

@@ -1,11 +1,11 @@
-"""The size that a user asks for, in bits per weight or in bytes."""
+"""The requested size of a model, in bits per weight or in bytes."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# Sizes are aimed at a little below a limit, so that rounding in the last tensor stays below it.
+# Below a limit, this share is left free, so that the rounding of the last tensor does not exceed the limit.
 _FIT_MARGIN = 0.001
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
@@ -16,8 +16,8 @@ class Target:
     """A size of the weight files, everything included.
 
     Attributes:
-        bits_per_weight: over all weights of the model; None where a file size is asked for.
-        file_bytes: not to be exceeded; None where bits per weight are asked for.
+        bits_per_weight: over all weights of the model; None if a file size is requested.
+        file_bytes: the limit of the size; None if bits per weight are requested.
     """
 
     bits_per_weight: float | None = None
@@ -31,32 +31,27 @@ class Target:
         if self.file_bytes is not None and self.file_bytes < 1:
             raise ValueError(f"a file size must be at least 1 byte, found {self.file_bytes}")
 
-    @property
-    def is_limit(self) -> bool:
-        """Whether the size must not be exceeded."""
-        return self.file_bytes is not None
-
     def aim_bytes(self, weights: int) -> float:
-        """The size to aim at for a model of so many weights."""
+        """The size to aim at for a model of `weights` weights."""
         if self.file_bytes is not None:
             return self.file_bytes * (1 - _FIT_MARGIN)
         assert self.bits_per_weight is not None
         return self.bits_per_weight * weights / 8
 
     def limit_bytes(self, weights: int) -> float:
-        """The largest size that meets the target."""
+        """The largest size that meets the target for a model of `weights` weights."""
         if self.file_bytes is not None:
             return self.file_bytes
         return self.aim_bytes(weights) * 1.004
 
 
 def parse_size(text: str) -> int:
-    """Parse a file size such as 1.9GB, 900MB or 1.5GiB (decimal and binary units) into bytes.
+    """Parse a file size in decimal or binary units, such as 1.9GB, 900MB or 1.5GiB, into bytes.
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: `text` is not a valid file size.
     """
     match = _SIZE.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no file size; write 1.9GB, 900MB or 1.5GiB")
+        raise ValueError(f"{text!r} is not a valid file size; write 1.9GB, 900MB or 1.5GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -14,7 +14,6 @@ from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.describe import symbol_chunks
 from entrollm.compress.stacks import find_stacks
-from entrollm.compress.tensor import stored_dtype
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.format import layout
@@ -24,7 +23,7 @@ from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of
 from entrollm.quantize.paper import Grid, quantize_rows
 
-# The stored error was summed in another order.
+# The stored error was added up in another order.
 _ERROR_TOLERANCE = 1e-3
 _PAPER_PREFIX = "paper-"
 
@@ -34,9 +33,9 @@ class VerifyResult:
     """What was checked; a failed check raises instead.
 
     Attributes:
-        matrices, kept: coded matrices and tensors in their own type.
-        weights: coded weights decoded, encoded again and found equal.
-        compared: whether an original was compared as well.
+        matrices, kept: the numbers of coded matrices and of plain tensors.
+        weights: coded weights that were decoded, encoded again and found equal.
+        compared: whether the folder was compared with its original.
     """
 
     matrices: int
@@ -57,19 +56,19 @@ def verify(
 ) -> VerifyResult:
     """Check every tensor.
 
-    A kept tensor passes when its bytes have their checksum and its values are finite; a matrix when, besides, every
-    block decodes to its stated length and encoding the integers again gives the stored bytes. With the original, the
-    integers of a paper grid must be those that quantizing it again gives, imported weights must be the original's bit
-    for bit, the error of any grid must be the stored one, and kept tensors be equal.
+    A plain tensor passes if its bytes have their checksum and its values are finite. A coded matrix passes if, in
+    addition, every block decodes to its stated length and encoding the symbols again gives the stored bytes. If there
+    is an original, quantizing it again must give the symbols of every paper grid, imported weights must equal the
+    original's bit for bit, the error of every matrix must be the stored one, and plain tensors must be equal.
 
     Args:
         model: the folder.
         pool: threads to decode on.
-        original: the checkpoint that the folder was made from.
-        on_progress: called with the weights done and the weights in all.
+        original: the checkpoint that the folder was made from; None if absent.
+        on_progress: called with the weights that are done and all weights.
     Raises:
         CorruptStreamError: bytes differ from their checksum or do not decode exactly.
-        FormatError: a structure is wrong, or the original differs.
+        FormatError: a structure is malformed, or the original differs.
     """
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
@@ -80,9 +79,9 @@ def verify(
     for name, spec in model.specs.items():
         model.check_checksum(name)
         matrix = matrix_of(model, name)
-        stored = model.unpacked_arrays(name)
+        stored = model.matrix_arrays(name)
         _check_coding(matrix, stored, pool)
-        _check_end(matrix, model.stored_arrays(name))
+        _check_end(matrix, model.entries(name))
         if original is not None:
             _compare_matrix(matrix, stored, original, pool)
             original.release(name)
@@ -99,7 +98,7 @@ def verify(
 
 
 def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _core.ThreadPool) -> None:
-    """Decode, encode again and compare with the stored streams."""
+    """Decode a matrix, encode it again, and compare the result with the stored streams."""
     spec = matrix.spec
     ends = dict.fromkeys((layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES), 0)
     empty = np.zeros(0, np.uint8)
@@ -112,7 +111,7 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
             raise CorruptStreamError(f"{matrix.name}: rows from {begin} on: {error}") from None
         for suffix, part in zip(ends, parts, strict=True):
             if suffix == layout.SPARSE_SIZES and not ends[layout.SPARSE]:
-                continue  # a code without lists stores no sizes
+                continue  # a code without lists has no sizes
             found = stored.get(suffix, empty)[ends[suffix] : ends[suffix] + part.size]
             if not np.array_equal(found, part):
                 raise CorruptStreamError(
@@ -123,7 +122,7 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
 
 
 def _check_padding(matrix: CodedMatrix, stored: Mapping[str, NDArray[Any]], ends: Mapping[str, int]) -> None:
-    # In one entry, other parts follow a stream, in place of padding.
+    # In an entry with parts, the next part follows a stream in place of padding.
     sizes = dict(zip(layout.STREAMS, matrix.spec.parts or (), strict=False))
     for suffix in layout.STREAMS:
         stream = stored.get(suffix, np.zeros(0, np.uint8))
@@ -171,7 +170,7 @@ def _compare_matrix(
 
 
 def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
-    """The paper grid of a matrix; 8 bits, since its integers need no clipping."""
+    """The paper grid of a matrix, with 8 bits, since its symbols need no clipping."""
     kind = matrix.spec.kind
     assert isinstance(kind, GridKind)
     scale = np.array([kind.scale], np.float32) if kind.scale is not None else stored[layout.SCALE]
@@ -180,7 +179,7 @@ def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
 
 
 def _compare_kept(model: CompressedModel, name: str, original: Checkpoint) -> None:
-    dtype = stored_dtype(original, name)
+    dtype = original.plain_dtype(name)
     theirs = original.read(name) if dtype == original.tensors[name].dtype else original.read_float32(name)
     ours = model.array(name)
     same = ours.shape == theirs.shape and ours.tobytes() == theirs.astype(DTYPES[dtype]).tobytes()

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.compress import CompressOptions, CompressResult, PostFit, Target, check_output, compress, size_range
+from entrollm.compress.statistics import Statistics
 from entrollm.engine.load import load
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.evaluation import evaluate
 from entrollm.evaluate.windows import Windows
-from entrollm.quantize.statistics import Statistics
 
 # Where the search starts, and how fast ln KL falls with bits: an error falls to a quarter per bit.
 _START_BITS, _START_KL = 4.0, 0.05

@@ -38,7 +38,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 _FLOAT_TYPES = frozenset(
     np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64, ml_dtypes.float8_e8m0fnu)
 )
-# All 256 values of a type; a look-up is four times as fast as the cast of ml_dtypes.
+# All 256 values of each fp8 type; looking them up is four times as fast as the cast of ml_dtypes.
 _FP8_VALUES = {
     np.dtype(dtype): np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
@@ -68,7 +68,7 @@ def check_finite(name: str, values: NDArray[Any]) -> None:
 
 
 def to_float32(values: NDArray[Any]) -> Float32:
-    """Convert any floating type of a checkpoint to a new float32 array; exact except from float64.
+    """Convert an array of any floating type of a checkpoint to a new float32 array; exact, except from float64.
 
     Raises:
         TypeError: the values are not of a floating type.

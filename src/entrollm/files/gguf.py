@@ -1,8 +1,8 @@
-"""A strict reader of one GGUF file: header and tensor table are checked whole, tensors are views of one memory map.
+"""A strict reader of GGUF files: header and tensor table are fully checked, tensors are views of one memory map.
 
-The layout, version 2 and 3, all little-endian: `GGUF` | u32 version | u64 tensors | u64 pairs | key-value pairs |
-tensor table | padding to the alignment | data. Strings and arrays begin with a 64-bit length, which is never trusted
-further than the bytes that are there.
+The layout of versions 2 and 3, little-endian: `GGUF` | u32 version | u64 tensors | u64 pairs | key-value pairs |
+tensor table | padding to the alignment | data. Strings and arrays begin with a 64-bit length, which is checked against
+the bytes that are left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_AXES = 4
 _STRING, _ARRAY = 8, 9
-# struct codes of the fixed-size value types, by their number.
+# The struct codes of value types of fixed size, by ggml's number of the type.
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_ARRAY_BYTES = 2**63 - 1
 
@@ -39,14 +39,14 @@ FLOAT_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """A way of storing weights: `weights` of a row in `size_bytes` bytes."""
+    """A type of quantized block: `weights` weights of a row in `size_bytes` bytes."""
 
     name: str
     weights: int
     size_bytes: int
 
 
-# By ggml's number of the type; the floats are blocks of one weight.
+# The block types by ggml's number; floats are blocks of one weight.
 BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
     {
         0: BlockType("F32", 1, 4),
@@ -72,7 +72,13 @@ _OTHER_TYPES: Mapping[int, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """One tensor; `shape` has rows first, `begin` and `end` are absolute byte offsets."""
+    """One tensor of a file.
+
+    Attributes:
+        type: the type of its blocks.
+        shape: rows first.
+        begin, end: byte offsets from the start of the file.
+    """
 
     type: BlockType
     shape: tuple[int, ...]
@@ -81,7 +87,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """One memory-mapped GGUF file; make it with `open_gguf`. Views keep the map alive."""
+    """A memory-mapped GGUF file; made by `open_gguf`. Views stay valid after `close`."""
 
     def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], data: mmap.mmap) -> None:
         self.path = path
@@ -91,7 +97,7 @@ class GgufFile:
         self._data: mmap.mmap | None = data
 
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view: of its float type and shape, or uint8 (rows, bytes of a row) for blocks.
+        """A read-only view of a tensor: in its float type and shape, or uint8 (rows, bytes of a row) for blocks.
 
         Raises:
             KeyError: the file has no tensor of this name.
@@ -107,24 +113,24 @@ class GgufFile:
         return octets.reshape(math.prod(tensor.shape[:-1]), -1)
 
     def release(self, name: str) -> None:
-        """Tell the system that a tensor's pages need not stay resident; views of it stay valid."""
+        """Tell the system that a tensor's pages need not stay resident; views stay valid."""
         tensor = self.tensors[name]
         begin = tensor.begin - tensor.begin % mmap.PAGESIZE
         if self._data is not None and tensor.end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._data.madvise(mmap.MADV_DONTNEED, begin, tensor.end - begin)
 
     def close(self) -> None:
-        """Let go of the map; it is unmapped when the last view is gone."""
+        """Close the file; it is unmapped when the last view is gone."""
         self._data = None
 
 
 def open_gguf(path: str | Path) -> GgufFile:
-    """Open a GGUF file: check its header and tensor table and map its data.
+    """Open a GGUF file: check its header and tensor table, and map its data.
 
     Raises:
         FormatError: the file is malformed or truncated; the message names it.
-        UnsupportedError: its version or the type of a tensor is not read.
-        OSError: it cannot be opened.
+        UnsupportedError: its version, or the type of a tensor, is not supported.
+        OSError: the file cannot be opened.
     """
     path = Path(path)
     with path.open("rb") as stream:
@@ -137,7 +143,7 @@ def open_gguf(path: str | Path) -> GgufFile:
 
 
 class _Header:
-    """Reads values one after another; every length is checked against the bytes that are left."""
+    """Reads values one after another, and checks every length against the bytes that are left."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
@@ -146,16 +152,16 @@ class _Header:
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         if self._take(4) != _MAGIC:
-            raise FormatError(f"{self._path}: it does not begin with GGUF; this is no GGUF file")
+            raise FormatError(f"{self._path}: it does not begin with GGUF; this is not a GGUF file")
         version = self._number("I")
         if version not in _VERSIONS:
-            raise UnsupportedError(f"{self._path}: GGUF version {version}; read are {_VERSIONS}")
+            raise UnsupportedError(f"{self._path}: GGUF version {version}; supported are {_VERSIONS}")
         tensors, pairs = self._count(24), self._count(13)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._string()
             if key in metadata:
-                raise FormatError(f"{self._path}: the key {key!r:.80} is there twice")
+                raise FormatError(f"{self._path}: the key {key!r:.80} occurs twice")
             metadata[key] = self._value(self._number("I"))
         table = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -181,7 +187,7 @@ class _Header:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
 
     def _count(self, item_bytes: int) -> int:
-        """A 64-bit count of items that take at least so many bytes each."""
+        """A 64-bit count of items that take at least `item_bytes` bytes each."""
         count: int = self._number("Q")
         self._need(count * item_bytes)
         return count
@@ -204,7 +210,9 @@ class _Header:
         if kind == _STRING:
             return [self._string() for _ in range(self._count(8))]
         if kind not in _FIXED:
-            raise FormatError(f"{self._path}: an array before byte {self._at} is of type {kind}, which is not read")
+            raise FormatError(
+                f"{self._path}: an array before byte {self._at} is of type {kind}, which is not supported"
+            )
         count = self._count(struct.calcsize("<" + _FIXED[kind]))
         code = f"<{count}{_FIXED[kind]}"
         return list(struct.unpack(code, self._take(struct.calcsize(code))))
@@ -219,7 +227,7 @@ class _Header:
         if number not in BLOCK_TYPES:
             found = _OTHER_TYPES.get(number, f"number {number}")
             known = ", ".join(kind.name for kind in BLOCK_TYPES.values())
-            raise UnsupportedError(f"{self._path}: tensor {name!r:.80} is of type {found}; read are {known}")
+            raise UnsupportedError(f"{self._path}: tensor {name!r:.80} is of type {found}; supported are {known}")
         return name, shape, BLOCK_TYPES[number], offset
 
     def _place(
@@ -230,12 +238,12 @@ class _Header:
         for name, shape, kind, offset in sorted(table, key=lambda entry: entry[3]):
             where = f"{self._path}: tensor {name!r:.80}"
             if name in tensors:
-                raise FormatError(f"{where} is there twice")
+                raise FormatError(f"{where} occurs twice")
             if 0 in shape or math.prod(shape) > _MAX_ARRAY_BYTES or shape[-1] % kind.weights:
                 raise FormatError(f"{where} has shape {list(shape)}, expected rows of whole {kind.name} blocks")
             size_bytes = math.prod(shape) // kind.weights * kind.size_bytes
             if offset % alignment or begin + offset < end_of_last:
-                raise FormatError(f"{where} begins at {offset}, which is not aligned or in another tensor")
+                raise FormatError(f"{where} begins at {offset}, which is not aligned, or lies in another tensor")
             end_of_last = begin + offset + size_bytes
             if end_of_last > len(self._data):
                 raise FormatError(

@@ -1,7 +1,7 @@
-"""A strict reader of one safetensors file: the header is checked whole, tensors are views of one memory map.
+"""A strict reader of safetensors files: the header is fully checked, tensors are views of one memory map.
 
-The layout is `u64 little-endian header size | JSON header | data`. The `safetensors` package hides the offsets that
-zero-copy views need, so the header is parsed here; whatever the format forbids is refused with a named error.
+The layout is `u64 little-endian header size | JSON header | data`. The header is parsed here, because the `safetensors`
+package hides the offsets that zero-copy views need. Everything that the format forbids is refused with an error.
 """
 
 import json
@@ -23,7 +23,7 @@ from entrollm.files.dtypes import DTYPES
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
-# numpy 1 arrays have at most 32 axes, and numpy sizes are signed 64-bit.
+# Arrays of NumPy 1 have at most 32 axes, and sizes in NumPy are signed 64-bit integers.
 _MAX_AXES = 32
 _MAX_ARRAY_BYTES = 2**63 - 1
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
@@ -31,7 +31,13 @@ _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file; `begin` and `end` are absolute byte offsets in the file, `dtype` a key of DTYPES."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: a key of DTYPES.
+        shape: its shape.
+        begin, end: byte offsets from the start of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,15 +46,12 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the tensor's data takes."""
+        """Size of the tensor's data."""
         return self.end - self.begin
 
 
 class SafetensorsFile:
-    """One memory-mapped safetensors file; make it with `open_safetensors`.
-
-    Views from `array` keep the map alive, so they stay valid after `close`.
-    """
+    """A memory-mapped safetensors file; made by `open_safetensors`. Views stay valid after `close`."""
 
     def __init__(self, path: Path, metadata: dict[str, str], tensors: dict[str, Entry], data: mmap.mmap) -> None:
         self.path = path
@@ -58,7 +61,7 @@ class SafetensorsFile:
         self._data: mmap.mmap | None = data
 
     def array(self, name: str) -> NDArray[Any]:
-        """Return a read-only view of a tensor, without reading or copying its bytes.
+        """A read-only view of a tensor; its bytes are neither read nor copied.
 
         Raises:
             KeyError: the file has no tensor of this name.
@@ -66,19 +69,19 @@ class SafetensorsFile:
         """
         entry = self.tensors[name]
         dtype = DTYPES[entry.dtype]
-        # open_safetensors has checked that [begin, end) lies in the file and holds exactly this shape.
+        # `open_safetensors` has checked that [begin, end) lies in the file and has exactly the size of this shape.
         flat = np.frombuffer(self._map(), dtype=dtype, count=entry.size_bytes // dtype.itemsize, offset=entry.begin)
         return flat.reshape(entry.shape)
 
     def release(self, name: str) -> None:
-        """Tell the system that a tensor's pages need not stay resident; views of it stay valid."""
+        """Tell the system that a tensor's pages need not stay resident; views stay valid."""
         entry = self.tensors[name]
         begin = entry.begin - entry.begin % mmap.PAGESIZE
         if entry.end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._map().madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
 
     def close(self) -> None:
-        """Let go of the map; it is unmapped when the last view is gone."""
+        """Close the file; it is unmapped when the last view is gone."""
         self._data = None
 
     def _map(self) -> mmap.mmap:
@@ -96,7 +99,7 @@ class SafetensorsFile:
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:
-    """Open a safetensors file: check its header and map its data.
+    """Open a safetensors file: check its header, and map its data.
 
     Raises:
         FormatError: the file is not exactly one safetensors file; the message names the file and the tensor.
@@ -117,14 +120,14 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
 
 
 def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON that must be one object without duplicate keys or NaN.
+    """Parse UTF-8 JSON that must be one object without duplicate keys and without NaN.
 
     Args:
-        path: the file to name in errors.
-        text: the JSON bytes.
+        path: the file, for errors.
+        text: the JSON.
         what: what the text is, for errors, such as 'the header'.
     Raises:
-        FormatError: the text is anything else.
+        FormatError: the text is not such an object.
     """
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
 
     try:
         parsed = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an endless integer, endless nesting
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too long an integer, too deep nesting
         raise FormatError(f"{path}: {what} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{path}: {what} must be a JSON object, found {type(parsed).__name__}")
@@ -147,7 +150,7 @@ def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
 
 
 def _read_header(path: Path, stream: BinaryIO, size_bytes: int) -> tuple[dict[str, Any], int]:
-    """Return the parsed header and the offset at which the data begins."""
+    """The parsed header, and the offset at which the data begins."""
     if size_bytes < _LENGTH_BYTES:
         raise FormatError(
             f"{path}: a safetensors file begins with an 8-byte length, found a file of {size_bytes} bytes; "
@@ -157,7 +160,7 @@ def _read_header(path: Path, stream: BinaryIO, size_bytes: int) -> tuple[dict[st
     if header_bytes > _MAX_HEADER_BYTES:
         raise FormatError(
             f"{path}: the header claims {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are allowed; "
-            "this is no safetensors file, or a Git LFS pointer in place of one"
+            "this is not a safetensors file, or it is a Git LFS pointer in place of one"
         )
     data_begin = _LENGTH_BYTES + header_bytes
     if data_begin > size_bytes:
@@ -167,7 +170,9 @@ def _read_header(path: Path, stream: BinaryIO, size_bytes: int) -> tuple[dict[st
         )
     text = stream.read(header_bytes)
     if not text.startswith(b"{"):
-        raise FormatError(f"{path}: the header must begin with '{{', found {text[:1]!r}; this is no safetensors file")
+        raise FormatError(
+            f"{path}: the header must begin with '{{', found {text[:1]!r}; this is not a safetensors file"
+        )
     return parse_json_object(path, text, "the header"), data_begin
 
 
@@ -183,7 +188,7 @@ def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
 
 
 def _check_entry(path: Path, name: str, fields: object, data_begin: int) -> Entry:
-    """Check one tensor by itself; Python integers do not overflow, so no size can wrap."""
+    """Check one tensor by itself. Python integers do not overflow, so no size can wrap around."""
     where = f"{path}: tensor {name!r}"
     if not isinstance(fields, dict) or fields.keys() != _ENTRY_KEYS:
         found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
@@ -201,7 +206,7 @@ def _check_entry(path: Path, name: str, fields: object, data_begin: int) -> Entr
     if begin > end:
         raise FormatError(f"{where} has data_offsets {offsets!r}, which end before they begin")
     itemsize = DTYPES[dtype].itemsize
-    # An axis of length 0 must not hide another one that no array can have.
+    # An axis of length 0 must not hide another axis that is too long for an array.
     if math.prod(max(length, 1) for length in shape) * itemsize > _MAX_ARRAY_BYTES:
         raise FormatError(f"{where} has shape {shape!r}, which is more than an array can hold")
     size_bytes = math.prod(shape) * itemsize
@@ -215,7 +220,7 @@ def _is_count(value: object) -> bool:
 
 
 def _check_cover(path: Path, ordered: dict[str, Entry], data_begin: int, size_bytes: int) -> None:
-    """Check that the tensors, in order of offset, fill the file without holes or overlaps."""
+    """Check that the tensors, in order of offset, fill the file without holes and overlaps."""
     expected = data_begin
     for name, entry in ordered.items():
         if entry.begin < expected:

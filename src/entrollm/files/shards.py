@@ -20,17 +20,25 @@ ADAPTER = (
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file, which holds a whole model."""
+    """Whether a path is a GGUF file, which holds a whole model."""
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
-    """Open the checkpoint's one file, or every shard that its index names."""
+    """Open the one weight file of a folder, or every shard that its index names.
+
+    Returns:
+        the files by name.
+    Raises:
+        FormatError: a file or the index is missing or malformed, or they do not agree.
+        UnsupportedError: the weights are PyTorch pickles.
+        ValueError: the folder holds GGUF files, which are models of their own.
+    """
     index_path, single_path = path / _INDEX, path / _SINGLE
     if index_path.is_file():
         weight_map = _read_index(index_path)
         if single_path.is_file() and _SINGLE not in weight_map.values():
-            raise FormatError(f"{path} has {_SINGLE} and an index that does not name it; remove the one that is stale")
+            raise FormatError(f"{path} has {_SINGLE} and an index that does not name it; remove the stale one")
         return _open_shards(path, weight_map)
     if single_path.is_file():
         return {_SINGLE: open_safetensors(single_path)}
@@ -52,14 +60,14 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
             f"{path} holds PyTorch pickles ({pickles[0]}), which can run code when they are read; convert them to "
             "safetensors: load with transformers and call save_pretrained"
         )
-    packed = [name for name in present if name.endswith(".gguf")]
-    if packed:
-        raise ValueError(f"{path} holds GGUF files; name the one that is meant: {path / packed[0]}")
+    gguf = [name for name in present if name.endswith(".gguf")]
+    if gguf:
+        raise ValueError(f"{path} holds GGUF files; name the file, such as {path / gguf[0]}")
     raise FormatError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and its shards")
 
 
 def _read_index(index_path: Path) -> dict[str, str]:
-    """Return the index's map from tensor to shard."""
+    """The shard of each tensor, as the index maps it."""
     weight_map = parse_json_object(index_path, index_path.read_bytes(), "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{index_path}: weight_map must be an object that maps tensors to shards")

@@ -1,4 +1,4 @@
-"""How the weights of a matrix are cut into blocks."""
+"""The blocks that the weights of a matrix are cut into."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from entrollm._core import VECTOR
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A block holds up to `columns` columns (a multiple of 64) of `rows` rows."""
+    """The size of a block: `rows` rows of `columns` columns, a multiple of 64. Blocks at the edges are smaller."""
 
     rows: int
     columns: int
 
 
 def padded(columns: int) -> int:
-    """Columns rounded up to whole vectors of 64."""
+    """`columns` rounded up to a multiple of 64."""
     return -(-columns // VECTOR) * VECTOR
 
 
 def block_count(rows: int, columns: int, blocks: Blocks) -> int:
-    """Number of blocks of a matrix."""
+    """The number of blocks of a matrix."""
     return -(-rows // blocks.rows) * -(-padded(columns) // blocks.columns)

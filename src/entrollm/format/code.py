@@ -1,4 +1,4 @@
-"""Prefix codes as trees of fixed-width fields: their form in Python, in JSON and in the bytes that native code runs."""
+"""Prefix codes as trees of fixed-width fields: in Python, in JSON, and as the bytes that native code runs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _LEAF, _FIELD, _SPLIT = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A code of one symbol, which needs no bits; stands only at the root."""
+    """A code of one symbol, which takes no bits. It may stand only at the root."""
 
     symbol: int
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field of `bits` bits per symbol that passes.
+    """A node that stores one field of `bits` bits for each symbol of its list.
 
-    Field value i means `symbols[i]`; with an `escape` subtree the all-ones value means "decoded there". A field of
-    8 bits is raw: it lists no symbols, its values are the symbols.
+    Field value i means `symbols[i]`. With an `escape` subtree, the value of all ones means that the subtree codes the
+    symbol. A field of 8 bits is raw: it lists no symbols, because its values are the symbols.
     """
 
     bits: int
@@ -38,7 +38,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One bit per symbol that passes: 0 continues in `left`, 1 in `right`; neither is a leaf."""
+    """A node that stores one bit for each symbol of its list: 0 sends it to `left`, 1 to `right`. Neither is a leaf."""
 
     left: Node
     right: Node
@@ -48,7 +48,7 @@ Node: TypeAlias = Leaf | Field | Split
 
 
 def listed_symbols(node: Node) -> frozenset[int]:
-    """The symbols that a subtree names; any other symbol is coded by its raw field, if it has one."""
+    """The symbols that a subtree lists. Its raw field, if it has one, codes all others."""
     if isinstance(node, Leaf):
         return frozenset((node.symbol,))
     if isinstance(node, Split):
@@ -59,16 +59,18 @@ def listed_symbols(node: Node) -> frozenset[int]:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A prefix code for symbols 0..255: a tree for the high bits, and `low_bits` raw bits below them.
+    """A prefix code for the symbols 0 to 255.
 
-    Symbols in the tree have their `low_bits` lowest bits clear.
+    Attributes:
+        tree: codes the symbols with their `low_bits` lowest bits cleared.
+        low_bits: how many low bits of each symbol are stored as they are.
     """
 
     tree: Node
     low_bits: int = 0
 
     def program(self) -> bytes:
-        """The tree as preorder bytes, the form that the native code validates and runs."""
+        """The tree in preorder, as the bytes that native code validates and runs."""
         return bytes(_program(self.tree))
 
 
@@ -99,13 +101,13 @@ def tree_from_json(value: Any, name: str) -> Node:
     """Parse and check the JSON form of a tree.
 
     Raises:
-        FormatError: the value is not a tree; `name` names the tensor.
+        FormatError: the value is not a code tree; the message begins with `name`.
     """
     return _node_from_json(value, name, 0)[0]
 
 
 def _node_from_json(value: Any, name: str, depth: int, nodes: int = 0) -> tuple[Node, int]:
-    """The node, and how many nodes have been read so far."""
+    """The node, and the number of nodes that have been read so far."""
     nodes += 1
     if depth > MAX_DEPTH or nodes > MAX_NODES:
         raise FormatError(f"{name}: the code tree is too large")

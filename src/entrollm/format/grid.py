@@ -1,4 +1,4 @@
-"""The kind of matrix whose scales belong to rows and columns."""
+"""Matrices whose scales belong to rows and columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from entrollm.format.json_fields import JsonFields, is_int, whole_or_float
 
-# Arrays of scales that are stored with a matrix, the types of their elements, and how many codes an octave may have.
+# Names of the arrays of scales, and how many codes an octave may have where they are stored as codes.
 SCALE_ARRAYS = ("scale", "offset", "column_scale")
 OCTAVE_CODES = (1, 2, 4, 8, 16, 32, 64)
 _SCALE_TYPES = ("F32", "BF16")
@@ -19,11 +19,12 @@ class GridKind:
     """W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j].
 
     Attributes:
-        scale, offset: those of the whole matrix; None if they are stored per row (the offset may also be absent).
-        zero: the symbol that stands for 0, perhaps between two symbols, where offset[i] = -zero * scale[i] and no
-            offset is stored; None if absent.
-        stored: by a name of SCALE_ARRAYS, the type of a stored array, or if it is stored as bytes, how many of their
-            codes make an octave; see `log_scales.decode_scales`.
+        scale: the scale of all rows, or the base of their codes; None if the rows store numbers of their own.
+        offset: the offset of all rows; None if the rows store their own, or absent.
+        zero: the symbol that stands for weight 0, possibly between two symbols; then offset[i] = -zero * scale[i] and
+            no offset is stored. None if absent.
+        stored: the form of each stored array, by a name of SCALE_ARRAYS: the type of its numbers, or for codes, which
+            are bytes, the number of codes in an octave; see `log_scales.decode_scales`.
     """
 
     scale: float | None = None
@@ -33,7 +34,7 @@ class GridKind:
 
     @property
     def entry_names(self) -> tuple[str, ...]:
-        """The arrays that are stored in entries of their own: none, they are in the matrix's one entry."""
+        """The arrays that have entries of their own: none, since the one entry of the matrix holds them."""
         return ()
 
     def to_json(self) -> dict[str, Any]:
@@ -51,10 +52,10 @@ class GridKind:
 
     @classmethod
     def from_json(cls, spec: JsonFields) -> GridKind:
-        """Parse and check the keys of a spec that has no other kind.
+        """Parse and check the keys of a spec that is of no other kind.
 
         Raises:
-            FormatError: they do not describe scales of rows and columns.
+            FormatError: the keys do not describe scales of rows and columns.
         """
         scale, offset, zero = spec.number("scale"), spec.number("offset"), spec.zero()
         if zero is not None and offset is not None:

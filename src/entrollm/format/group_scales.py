@@ -1,4 +1,7 @@
-"""Scales of groups of columns, as imported checkpoints have them, and the exact arithmetic that applies them."""
+"""Matrices whose scales belong to scale groups, as imported checkpoints have them.
+
+A scale group is a run of columns that share a scale. The arithmetic is exactly that of the checkpoint's own runtime.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from entrollm.format.json_fields import JsonFields, is_int
 Float32 = NDArray[np.float32]
 
 _MAX_AXIS = 2**31
-# The arrays that a matrix with group scales may have, and the types of each.
+# The arrays of group scales, and the types that each may have.
 _FLOAT_TYPES = ("F16", "BF16", "F32")
 GROUP_ARRAY_TYPES: Mapping[str, tuple[str, ...]] = {
     "group_scale": (*_FLOAT_TYPES, "U8", "I8"),
@@ -28,7 +31,7 @@ GROUP_ARRAY_TYPES: Mapping[str, tuple[str, ...]] = {
 }
 _KEYS = frozenset({"size", "super_size", "types", "arithmetic", "values", "factor"})
 _ROUNDED: Mapping[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# The number that each byte stands for.
+# The number that each of the 256 bytes stands for.
 BYTE_VALUES = {
     "F8_E4M3": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32),
     "F8_E5M2": np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e5m2).astype(np.float32),
@@ -37,16 +40,16 @@ BYTE_VALUES = {
 
 @dataclass(frozen=True, slots=True)
 class GroupedKind:
-    """The form of a matrix whose scales belong to groups of columns; see docs/reference/format.md.
+    """The form of a matrix with group scales; see docs/reference/format.md.
 
     Attributes:
         size: columns of a scale group; the last one of a row may be cut short.
         types: the safetensors type of each stored array, by a name of GROUP_ARRAY_TYPES; there is a group_scale.
         super_size: columns that share a super_scale and a super_minimum; None if there are none.
-        arithmetic: F32, or the type to which every operation is rounded.
-        values: F8_E4M3 or F8_E5M2 if symbols are the bytes of that type; None if they are integers.
+        arithmetic: the type that every operation on weights rounds to.
+        values: F8_E4M3 or F8_E5M2 if the symbols are bytes of that type; None if they are integers.
         factor: a float32 that multiplies all weights, last; None if absent.
-        zero: the symbol that stands for 0 in every group; None if absent or stored per group.
+        zero: the symbol that stands for weight 0 in every group; None if absent or stored per group.
     """
 
     size: int
@@ -59,11 +62,11 @@ class GroupedKind:
 
     @property
     def entry_names(self) -> tuple[str, ...]:
-        """The arrays that are stored in entries of their own."""
+        """The arrays that have entries of their own."""
         return tuple(self.types)
 
     def lengths(self, rows: int, columns: int) -> dict[str, int]:
-        """How many elements each stored array of a matrix has."""
+        """The number of elements of each stored array, for a matrix of this shape."""
         per_row = {"group": -(-columns // self.size), "super": -(-columns // (self.super_size or columns))}
         return {
             name: columns if name == "column_order" else rows * per_row[name.partition("_")[0]] for name in self.types
@@ -83,7 +86,7 @@ class GroupedKind:
         """Parse and check the keys of a spec that has `groups`.
 
         Raises:
-            FormatError: they do not describe group scales.
+            FormatError: the keys do not describe group scales.
         """
         value = spec.require("groups")
         if not isinstance(value, dict) or value.keys() - _KEYS or not value.keys() >= {"size", "types"}:
@@ -97,7 +100,7 @@ class GroupedKind:
         if arithmetic not in _FLOAT_TYPES or values not in (None, "F8_E4M3", "F8_E5M2"):
             raise spec.error(f"unknown arithmetic {arithmetic!r:.20} or values {values!r:.20} of groups")
         for part in ("scale", "minimum"):
-            # An integer has a meaning only as a multiple of a super scale, and a super scale needs its integers.
+            # Integer scales are multiples of a super scale; neither has a meaning without the other.
             nested = f"super_{part}" in types
             if nested != (types.get(f"group_{part}") in ("U8", "I8")) or (nested and super_size is None):
                 raise spec.error(f"group_{part} and super_{part} do not go together: {value!r:.80}")
@@ -118,13 +121,14 @@ class GroupedKind:
 class GroupScales:
     """The scales of one matrix: W[i, j] = ((value[i, j] - zero[i, g]) * scale[i, g] - minimum[i, g]) * factor.
 
-    g is the group of column j in stored order; value is the symbol, or what it means as an fp8 byte. What is absent is
-    left out. Where there are super scales, scale[i, g] = super_scale[i, s] * group_scale[i, g], and likewise for the
-    minimum. Every operation is rounded to float32, those on weights also to the type `form.arithmetic`.
+    g is the group of column j in stored order; value is the symbol, or the number that it stands for as an fp8 byte.
+    An operation whose operand is absent is left out. With super scales, scale[i, g] = super_scale[i, s] *
+    group_scale[i, g], and likewise for the minimum. Every operation rounds to float32; operations on weights then
+    round to `form.arithmetic`.
 
     Attributes:
-        form: sizes of groups, arithmetic.
-        arrays: by a name of `form.types`, shape (rows, groups) or (rows, supers); column_order: (columns,).
+        form: sizes of groups, types and arithmetic.
+        arrays: by a name of `form.types`, shape (rows, groups) or (rows, super groups); column_order has (columns,).
     """
 
     form: GroupedKind
@@ -160,11 +164,11 @@ class GroupScales:
 
     @functools.cached_property
     def terms(self) -> tuple[Float32, Float32 | None, Float32 | None]:
-        """W = value * scale + shift without rounding to half precision.
+        """The terms of W = value * scale + shift, without rounding to half precision.
 
         Returns:
-            scale and shift, float32 (rows * groups,), the shift None where it is 0; and the values of the 256 symbols,
-            None where they are the symbols.
+            the scale, float32 (rows * groups,); the shift, likewise, or None if it is 0; and the value of each of the
+            256 symbols, or None if symbols are values.
         """
         values = None if self.form.values is None else BYTE_VALUES[self.form.values]
         factor = np.float32(1 if self.form.factor is None else self.form.factor)
@@ -180,7 +184,7 @@ class GroupScales:
         return (scale * factor).reshape(-1), None if shift is None else (shift * factor).reshape(-1), values
 
     def _nested(self, part: str, rows: slice | NDArray[np.int64]) -> Float32:
-        """The scales or minimums of some rows, float32 (n, groups)."""
+        """The scales or the minimums of some rows, float32 (n, groups)."""
         own: Float32 = self.arrays["group_" + part][rows].astype(np.float32)
         if "super_" + part not in self.arrays or self.form.super_size is None:
             return own
@@ -189,7 +193,7 @@ class GroupScales:
         return outer * own
 
     def _each(self, operation: np.ufunc, values: Float32, scales: Float32) -> Float32:
-        """Apply an operation to each weight and its group's number, in place."""
+        """Apply an operation to each weight and the number of its group, in place."""
         rows, columns = values.shape
         size = self.form.size
         if columns % size == 0:
@@ -200,7 +204,7 @@ class GroupScales:
         return self._rounded(values)
 
     def _rounded(self, values: Float32) -> Float32:
-        """Round to the arithmetic's type; an operation on two 16-bit floats in float32 loses nothing that matters."""
+        """Round to the type of the arithmetic. Rounding to float32 first does no harm after one operation."""
         dtype = _ROUNDED.get(self.form.arithmetic)
         if dtype is not None:
             values[...] = values.astype(dtype)

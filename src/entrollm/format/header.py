@@ -1,4 +1,4 @@
-"""What the header of a compressed file says of its tensors: specs and checksums, in each version of the format."""
+"""The tensors that the header of a compressed file lists: specs and checksums, in each version of the format."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from entrollm.files.safetensors import SafetensorsFile, parse_json_object
 from entrollm.format import layout
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS, TensorSpec
+from entrollm.format.stored import StoredMatrix
 
 _CRC32 = re.compile("[0-9a-f]{8}")
 _MAX_TABLE_BYTES = 1 << 28
@@ -22,7 +23,7 @@ _CODED, _PLAIN = "coded", "plain"
 
 
 class TensorTable:
-    """The table of a file's tensors while it is written, deflated as it grows, so that its size is known."""
+    """The table of a file's tensors while the file is written; deflated as it grows, so that its size is known."""
 
     def __init__(self) -> None:
         self._deflate = zlib.compressobj(9)
@@ -30,15 +31,15 @@ class TensorTable:
         self._is_first = True
         self._has_plain = False
 
-    def add_spec(self, name: str, text: str) -> None:
+    def add_matrix(self, matrix: StoredMatrix) -> None:
         """Add the spec of a coded matrix.
 
         Raises:
             ValueError: a plain tensor was added before.
         """
         if self._has_plain:
-            raise ValueError(f"{name}: coded matrices come before plain tensors")
-        self._add(name, text)
+            raise ValueError(f"{matrix.name}: coded matrices come before plain tensors")
+        self._add(matrix.name, matrix.spec_text)
 
     def add_plain(self, name: str, checksum: int) -> None:
         """Add the CRC-32 of a plain tensor."""
@@ -46,14 +47,17 @@ class TensorTable:
             self._begin_plain()
         self._add(name, f"{checksum:08x}")
 
-    def spec_bytes(self, name: str, text: str) -> int:
-        """What the table would grow by with a spec, to within a few bytes."""
+    def stored_bytes(self, matrix: StoredMatrix) -> int:
+        """What a matrix would add to the file, its share of the header included, to within a few bytes."""
+        entries = sum(layout.entry_bytes(matrix.name, suffix, array) for suffix, array in matrix.entries.items())
+        # Zeros stand for the checksum: its digits are noise, which the steps of later matrices should not depend on.
+        item = self._item(matrix.name, layout.with_checksum(matrix.spec_text, 0))
         before, after = self._deflate.copy(), self._deflate.copy()
-        added = after.compress(self._item(name, text)) + after.flush()
-        return (len(added) - len(before.flush())) * 4 // 3
+        added = after.compress(item) + after.flush()
+        return entries + (len(added) - len(before.flush())) * 4 // 3
 
     def metadata(self) -> dict[str, str]:
-        """The `__metadata__` of the file; nothing can be added afterwards."""
+        """The `__metadata__` of the file; nothing can be added after this call."""
         if not self._has_plain:
             self._begin_plain()
         self._written += [self._deflate.compress(b"}}"), self._deflate.flush()]
@@ -73,11 +77,11 @@ class TensorTable:
 
 
 def read_tensors(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, int]]:
-    """The texts of the specs of a file's coded matrices, and the CRC-32 of its plain tensors.
+    """The spec texts of a file's coded matrices, and the CRC-32 of its plain tensors, both by name.
 
     Raises:
         FormatError: the header is malformed, or does not cover the file's entries.
-        UnsupportedError: a newer version wrote it.
+        UnsupportedError: a newer version wrote the file.
     """
     version = file.metadata.get(layout.VERSION_KEY)
     if version is None:
@@ -97,19 +101,19 @@ def parse_specs(file: SafetensorsFile, texts: Mapping[str, str]) -> dict[str, Te
     """The specs of a file's coded matrices.
 
     Raises:
-        FormatError: a text is no spec, or not one of the file's version.
+        FormatError: a text is not a spec of the file's version.
     """
     specs = {name: TensorSpec.from_json(text, f"{file.path}: {name}") for name, text in texts.items()}
     for name, spec in specs.items():
         if spec.parts is None and isinstance(spec.kind, GridKind) and spec.kind.stored:
-            raise FormatError(f"{file.path}: {name}: its spec tells of stored scales, and of no parts that hold them")
+            raise FormatError(f"{file.path}: {name}: its spec declares stored scales, but no parts that hold them")
         if spec.parts is not None and _is_version_1(file):
-            raise FormatError(f"{file.path}: {name}: its spec has parts, which format version 1 does not know")
+            raise FormatError(f"{file.path}: {name}: its spec has parts, which format version 1 does not have")
     return specs
 
 
 def versions_read() -> str:
-    """The versions that can be read, for messages."""
+    """The versions that can be read, as words of a message."""
     return " and ".join(map(str, READ_VERSIONS))
 
 
@@ -118,7 +122,7 @@ def _is_version_1(file: SafetensorsFile) -> bool:
 
 
 def _read_version_1(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, Any]]:
-    """Each spec is a value of the metadata under its matrix's name."""
+    """In version 1, the metadata has the spec of each matrix under its name."""
     text = file.metadata.get(layout.PLAIN_KEY)
     if text is None:
         raise FormatError(f"{file.path}: its header has no {layout.PLAIN_KEY!r}")
@@ -127,7 +131,7 @@ def _read_version_1(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, An
 
 
 def _read_table(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, Any]]:
-    """All specs and checksums are one JSON object, deflated."""
+    """In version 2, one deflated JSON object has all specs and checksums."""
     if unknown := sorted(file.metadata.keys() - {layout.FORMAT_KEY, layout.VERSION_KEY, layout.TENSORS_KEY}):
         raise FormatError(f"{file.path}: its header has the unknown key {unknown[0]!r:.80}")
     stored = file.metadata.get(layout.TENSORS_KEY)
@@ -156,7 +160,7 @@ def _check_cover(file: SafetensorsFile, coded: Mapping[str, str], plain: Mapping
     for name in plain:
         if name not in file.tensors:
             raise FormatError(f"{file.path}: tensor {name!r} is listed but not stored")
-    suffixes = layout.VERSION_1_SUFFIXES if _is_version_1(file) else layout.PACKED_SUFFIXES
+    suffixes = layout.VERSION_1_SUFFIXES if _is_version_1(file) else layout.VERSION_2_SUFFIXES
     owned = {name + suffix for name in coded for suffix in suffixes}
     claimed = {name + suffix for name in coded for suffix in layout.SUFFIXES}
     for name in file.tensors:

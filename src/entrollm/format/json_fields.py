@@ -26,10 +26,10 @@ class JsonFields:
 
     @classmethod
     def parse(cls, text: str, name: str) -> JsonFields:
-        """Parse a JSON object without duplicate keys and without NaN.
+        """Parse a JSON object that has no duplicate keys and no NaN.
 
         Raises:
-            FormatError: the text is anything else.
+            FormatError: the text is not such an object.
         """
         try:
             fields = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
@@ -80,7 +80,7 @@ class JsonFields:
         return value[0], value[1]
 
     def number(self, key: str) -> float | None:
-        """A number within the range of float32, or None if absent."""
+        """A number in the range of float32; None if absent."""
         value = self._fields.get(key)
         if value is None:
             return None
@@ -89,7 +89,7 @@ class JsonFields:
         return float(value)
 
     def zero(self) -> float | None:
-        """The symbol that stands for 0, perhaps between two symbols; None if absent."""
+        """The symbol that stands for weight 0, possibly between two symbols; None if absent."""
         value = self._fields.get("zero")
         if value is None:
             return None
@@ -99,12 +99,12 @@ class JsonFields:
 
 
 def is_int(value: Any, low: int, high: int) -> bool:
-    """Whether a JSON value is an integer, not a boolean, from `low` to `high`."""
+    """Whether a JSON value is an integer from `low` to `high`, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def whole_or_float(value: float) -> int | float:
-    """A number in the form in which JSON is shortest."""
+    """A number as an integer if it is whole, which makes the shorter JSON."""
     return int(value) if value == int(value) else value
 
 

@@ -26,10 +26,10 @@ TENSORS_KEY = "entrollm.tensors"
 FORMAT_KEY = "format"
 RESERVED_KEYS = frozenset({VERSION_KEY, PLAIN_KEY, FORMAT_KEY})
 
-# A matrix NAME is stored as entries NAME + suffix; their order is the order of the checksum. One entry holds what
-# version 1 has in six.
+# A matrix NAME is stored as entries NAME + suffix. The checksum covers them in the order of SUFFIXES. Version 2 joins
+# six entries of version 1 into one.
 CODED = ".coded"
-DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
+DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _SEPARATE_SUFFIXES = (
     ".dense",
     ".sparse",
     ".sparse_sizes",
@@ -37,13 +37,13 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _PLAIN_SUFFIXES = (
     ".offset",
     ".column_scale",
 )
-# What group scales consist of; these entries are deflated, see `pack_array`.
+# Entries of group scales; each is one deflated array.
 GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
-SUFFIXES = (CODED, *_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
-# The entries that a file may have, in version 1 and in later ones.
-VERSION_1_SUFFIXES = (*_PLAIN_SUFFIXES, *GROUP_SUFFIXES)
-PACKED_SUFFIXES = (CODED, *GROUP_SUFFIXES)
-# The types that an entry may have; bf16 halves the scales where a quantizer rounds with the scales it stores.
+SUFFIXES = (CODED, *_SEPARATE_SUFFIXES, *GROUP_SUFFIXES)
+# The entries that a file of each version may have.
+VERSION_1_SUFFIXES = (*_SEPARATE_SUFFIXES, *GROUP_SUFFIXES)
+VERSION_2_SUFFIXES = (CODED, *GROUP_SUFFIXES)
+# The types that an entry may have. Scales may be BF16, which halves them, if the quantizer rounded with BF16 scales.
 SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
     CODED: ("U8",),
     DENSE: ("U8",),
@@ -54,19 +54,19 @@ SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
     COLUMN_SCALE: ("F32", "BF16"),
     **dict.fromkeys(GROUP_SUFFIXES, ("U8",)),
 }
-# A deflated byte stands for at most this many.
+# One deflated byte inflates to at most this many.
 _MAX_INFLATION = 1032
 _INDEX_DIGITS = 9
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
-# Streams that the engine reads in place; small arrays are copied at load.
+# The engine reads these streams in place; it copies small arrays at load.
 STREAMS = (DENSE, SPARSE)
 
 
 def entry_dtype(suffix: str, array: NDArray[Any]) -> str:
-    """The safetensors type that an array of a matrix is stored as.
+    """The safetensors type of an entry that holds `array`.
 
     Raises:
-        TypeError: the entry cannot have the array's type.
+        TypeError: the entry may not have this type.
     """
     for name in SUFFIX_DTYPES[suffix]:
         if array.dtype == DTYPES[name]:
@@ -75,8 +75,8 @@ def entry_dtype(suffix: str, array: NDArray[Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredEntry:
-    """One tensor of a safetensors file that is being written."""
+class FileEntry:
+    """One entry of a safetensors file that is being written."""
 
     name: str
     dtype: str
@@ -85,7 +85,7 @@ class StoredEntry:
 
 
 def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Join the parts of a stream and pad it: wide loads may run past its end, and the next stream must be aligned.
+    """Join the parts of a stream and pad it, because wide loads may run past its end.
 
     An empty stream stays empty and is not stored.
     """
@@ -97,17 +97,21 @@ def padded_stream(parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.uint8]:
 
 
 def padded_size(size: int) -> int:
-    """Bytes that a stream of `size` bytes is stored in."""
+    """Bytes that a stream of `size` bytes takes with its padding."""
     return -(-(size + SLACK_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if size else 0
 
 
 def deflate(arrays: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
-    """Deflate arrays into one stream, of each the first bytes of all elements first: those of scales are alike."""
+    """Deflate arrays into one stream.
+
+    The bytes of an array are ordered by their place in the element (first all first bytes, then all second bytes),
+    because scales share their high bytes.
+    """
     octets = (np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8).T.tobytes() for array in arrays)
     return np.frombuffer(zlib.compress(b"".join(octets), 9), np.uint8)
 
 
-def pack_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+def deflate_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     """Deflate one array."""
     return deflate([array])
 
@@ -118,7 +122,7 @@ def inflate(name: str, stored: NDArray[np.uint8], forms: Sequence[tuple[str, int
     Args:
         name: the entry, for errors.
         stored: its bytes.
-        forms: type and number of the elements of each array.
+        forms: type and number of elements of each array.
     Raises:
         CorruptStreamError: the entry is not exactly one deflated stream of these arrays.
     """
@@ -142,28 +146,33 @@ def inflate(name: str, stored: NDArray[np.uint8], forms: Sequence[tuple[str, int
     return arrays
 
 
-def unpack_array(name: str, stored: NDArray[np.uint8], dtype: str, count: int) -> NDArray[Any]:
-    """Undo `pack_array`, with the errors of `inflate`."""
+def inflate_array(name: str, stored: NDArray[np.uint8], dtype: str, count: int) -> NDArray[Any]:
+    """Undo `deflate_array`, with the errors of `inflate`."""
     return inflate(name, stored, [(dtype, count)])[0]
 
 
-def checksum(name: str, spec_text: str, arrays: Mapping[str, NDArray[Any]]) -> int:
-    """CRC-32 over a matrix: name, JSON spec up to the checksum at its end, arrays in the order of SUFFIXES."""
+def checksum(name: str, spec_text: str, entries: Mapping[str, NDArray[Any]]) -> int:
+    """CRC-32 of a matrix: its name, its spec up to the checksum, and its entries in the order of SUFFIXES."""
     value = zlib.crc32((name + spec_text[: -len(_CHECKSUM_TAIL)]).encode())
     for suffix in SUFFIXES:
-        if suffix in arrays:
-            value = zlib.crc32(arrays[suffix].view(np.uint8).data, value)
+        if suffix in entries:
+            value = zlib.crc32(entries[suffix].view(np.uint8).data, value)
     return value
 
 
+def with_checksum(spec_text: str, value: int) -> str:
+    """The text of a spec with another checksum."""
+    return f'{spec_text[: -len(_CHECKSUM_TAIL)]},"crc32":"{value:08x}"}}'
+
+
 def entry_bytes(name: str, suffix: str, array: NDArray[Any]) -> int:
-    """What an entry of a matrix adds to its file, its place in the header included, to within a few bytes."""
+    """What an entry of a matrix adds to its file, its item in the header included, to within a few bytes."""
     entry = {"dtype": entry_dtype(suffix, array), "shape": [array.size], "data_offsets": [10**6, 10**6]}
     return array.nbytes + len(json.dumps(name + suffix)) + len(json.dumps(entry, separators=(",", ":"))) + 2
 
 
-def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) -> bytes:
-    """The header of a safetensors file whose data starts at a multiple of ALIGNMENT_BYTES."""
+def build_header(entries: Iterable[FileEntry], metadata: Mapping[str, str]) -> bytes:
+    """The header of a safetensors file, padded so that the data starts at a multiple of ALIGNMENT_BYTES."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
     for entry in entries:
@@ -176,14 +185,14 @@ def build_header(entries: Iterable[StoredEntry], metadata: Mapping[str, str]) ->
 
 
 def stack_member(name: str) -> tuple[str, int] | None:
-    """The tensor of three axes that a coded matrix is one matrix of, and which; None for a tensor of its own."""
+    """The stack and the index of a coded matrix that is one matrix of a tensor of three axes; None for any other."""
     stack, _, index = name.rpartition(".")
     is_number = len(index) <= _INDEX_DIGITS and index.isascii() and index.isdigit() and str(int(index)) == index
     return (stack, int(index)) if stack and is_number else None
 
 
 def member_name(stack: str, index: int) -> str:
-    """The name that matrix `index` of a tensor of three axes is coded under."""
+    """The name of matrix `index` of a tensor of three axes."""
     return f"{stack}.{index}"
 
 

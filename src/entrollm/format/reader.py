@@ -1,4 +1,4 @@
-"""Open a compressed model folder: every structure is checked once here, code bytes stay in the memory map."""
+"""Open a compressed model folder: check every structure once, and leave the code bytes in the memory map."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.files.safetensors import SafetensorsFile, parse_json_object
 from entrollm.files.shards import open_weight_files
 from entrollm.format import layout
-from entrollm.format.entry import unpack
+from entrollm.format.entry import split_entries
 from entrollm.format.header import parse_specs, read_tensors, versions_read
 from entrollm.format.spec import READ_VERSIONS, TensorSpec
 
-_NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
-_NO_SIZES = np.zeros(0, np.uint16)
-_ONE = np.ones(1, np.float32)
-
 
 class CompressedModel:
-    """A folder written by `entrollm compress`; make it with `CompressedModel.open`."""
+    """A folder that `entrollm compress` wrote, open for reading; made by `CompressedModel.open`.
+
+    Attributes:
+        path, config: the folder and its config.json.
+        specs: the coded matrices by name.
+        plain: names of the tensors that kept their type.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, SafetensorsFile]) -> None:
         self.path = path
@@ -54,7 +56,7 @@ class CompressedModel:
 
         Raises:
             FormatError: the folder, a shard or a spec is malformed; the message names it.
-            UnsupportedError: the folder was written by a newer version.
+            UnsupportedError: a newer version wrote the folder.
             ValueError: the path is not a folder of a compressed model.
         """
         path = Path(path)
@@ -68,27 +70,27 @@ class CompressedModel:
             )
         return cls(path, config, open_weight_files(path))
 
-    def unpacked_arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """What a matrix consists of, by suffix, whether it is stored in one entry or in several.
+    def matrix_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of a matrix by suffix, whether one entry holds them or each has its own.
 
         Raises:
-            FormatError: the stored entries do not match the spec.
+            FormatError: the entries do not match the spec.
         """
-        return unpack(name, self.specs[name], self.stored_arrays(name))
+        return split_entries(name, self.specs[name], self.entries(name))
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor that was kept in its own type, as a read-only view of the file."""
+        """A plain tensor as a read-only view of the file."""
         return self._files[name].array(name)
 
     def dtype(self, name: str) -> str:
-        """The safetensors dtype of a tensor that was kept."""
+        """The type of a plain tensor, by its safetensors name."""
         return self._files[name].tensors[name].dtype
 
-    def stored_arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """The stored entries of a matrix, by suffix.
+    def entries(self, name: str) -> dict[str, NDArray[Any]]:
+        """The entries of a matrix by suffix, as read-only views of the file.
 
         Raises:
-            FormatError: an entry has the wrong type or nothing in it.
+            FormatError: an entry has the wrong type or is empty.
         """
         file = self._files[name]
         arrays = {}
@@ -113,7 +115,7 @@ class CompressedModel:
             KeyError: one of them is not a coded matrix.
         """
         specs = [replace(self.specs[name], relative_error=0.0, checksum=0) for name in (first, second)]
-        ours, theirs = self.stored_arrays(first), self.stored_arrays(second)
+        ours, theirs = self.entries(first), self.entries(second)
         return (
             specs[0] == specs[1]
             and ours.keys() == theirs.keys()
@@ -121,7 +123,7 @@ class CompressedModel:
         )
 
     def check_checksum(self, name: str) -> None:
-        """Compare the bytes of a matrix, or of a tensor that was kept, with their checksum.
+        """Compare the bytes of a coded matrix or a plain tensor with their checksum.
 
         Raises:
             KeyError: no tensor has this name.
@@ -129,7 +131,7 @@ class CompressedModel:
         """
         if name in self.specs:
             expected = self.specs[name].checksum
-            found = layout.checksum(name, self._spec_texts[name], self.stored_arrays(name))
+            found = layout.checksum(name, self._spec_texts[name], self.entries(name))
         else:
             expected = self._plain_checksums[name]
             found = zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data)
@@ -144,14 +146,14 @@ class CompressedModel:
         return sum(file.size_bytes for file in {id(f): f for f in self._files.values()}.values())
 
     def release(self, name: str) -> None:
-        """Tell the system that the bytes of a matrix or a kept tensor need not stay resident."""
+        """Tell the system that the bytes of a coded matrix or a plain tensor need not stay resident."""
         file = self._files[name]
         for entry in (name, *(name + suffix for suffix in layout.SUFFIXES)):
             if entry in file.tensors:
                 file.release(entry)
 
     def close(self) -> None:
-        """Let go of the files; matrices and views stay valid."""
+        """Close the files; matrices and views stay valid."""
         for file in self._files.values():
             file.close()
 
@@ -180,6 +182,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json belongs to a folder that `entrollm compress` wrote."""
+    """Whether a config.json is that of a compressed model folder."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == layout.QUANT_METHOD

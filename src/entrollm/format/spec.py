@@ -1,8 +1,8 @@
-"""What a compressed matrix is: a tagged union of kinds, with a strict JSON form.
+"""What a compressed matrix is, with a strict JSON form.
 
-A kind says what the symbols mean: `GridKind` has scales of rows and columns, `GroupedKind` scales of groups of columns.
-All kinds share the shape, the code, the blocks and the checksum. A new kind is a dataclass with `to_json`, `from_json`
-and `entry_names`, and a line in `_kind_from_json`.
+The kind of a matrix says what its symbols mean. It is a tagged union: `GridKind` has scales of rows and columns,
+`GroupedKind` has scales of groups of columns. All kinds share the shape, the code, the blocks and the checksum. A new
+kind is a dataclass with `to_json`, `from_json` and `entry_names`, and a line in `_kind_from_json`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from entrollm.format.group_scales import GroupedKind
 from entrollm.format.json_fields import JsonFields, is_int
 
 FORMAT_VERSION = 2
-"""What is written."""
+"""The version that is written."""
 READ_VERSIONS = (1, 2)
 MAX_AXIS = 2**31
 MAX_WEIGHTS = 2**40
 MAX_BLOCK_WEIGHTS = 8192
-# Types that a compressed matrix may have had.
+# Types that the original of a compressed matrix may have.
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SPEC_KEYS = frozenset(
     {"shape", "dtype", "grid", "block", "code", "low_bits", "error", "scale", "offset", "zero", "scales", "parts"}
@@ -41,13 +41,13 @@ class TensorSpec:
 
     Attributes:
         rows, columns: out_features and in_features.
-        dtype: safetensors name of the type of the original tensor, which `export` restores.
+        dtype: the type of the original tensor, which `export` restores, by its safetensors name.
         grid_name: how the scales were chosen, human-readable ("paper-asymmetric-4", ...).
         code, blocks: how the symbols are stored.
         kind: what the symbols mean.
         relative_error: RMS quantization error over the RMS of the original weights.
-        checksum: CRC-32 over the name, this spec and all stored entries of the matrix; see docs/reference/format.md.
-        parts: bytes of the dense stream, of the sparse stream and of the small arrays in the one entry that holds
+        checksum: CRC-32 of the name, this spec and all entries of the matrix; see docs/reference/format.md.
+        parts: sizes in bytes of the dense stream, the sparse stream and the small arrays in the one entry that holds
             them; None if each has an entry of its own.
     """
 
@@ -63,7 +63,7 @@ class TensorSpec:
     parts: tuple[int, int, int] | None = None
 
     def to_json(self) -> str:
-        """Compact JSON; floats round-trip exactly, and the checksum comes last because it covers what precedes it."""
+        """Compact JSON. Floats round-trip exactly; the checksum comes last because it covers what precedes it."""
         fields: dict[str, Any] = {
             "shape": [self.rows, self.columns],
             "dtype": self.dtype,
@@ -85,8 +85,8 @@ class TensorSpec:
         """Parse and check the JSON form.
 
         Args:
-            text: the value stored in the safetensors metadata.
-            name: the tensor's name, for error messages.
+            text: the stored text.
+            name: the tensor, for errors.
         Raises:
             FormatError: the text is not a valid spec.
         """

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import DEFAULT_BITS, CompressOptions
 from entrollm.compress.target import Target, parse_size
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
@@ -20,7 +20,6 @@ from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 from entrollm.quantize.select import BitsOverride
 
 Method = Literal["paper", "ecsq", "feedback", "imported"]
-DEFAULT_BITS = 4
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
 _FIELDS = frozenset(

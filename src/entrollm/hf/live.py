@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,13 @@ import torch
 from transformers.core_model_loading import ConversionOps
 
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress.methods import Methods, PaperMethods, SizedMethods
+from entrollm.compress.coder import MatrixCoder
+from entrollm.compress.methods import make_methods
 from entrollm.compress.options import CompressOptions
-from entrollm.compress.stacks import split_stacks
-from entrollm.compress.tensor import TensorCompressor
+from entrollm.compress.planning import make_plan
 from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.format.header import TensorTable
-from entrollm.format.writer import matrix_bytes
-from entrollm.hf.config import DEFAULT_BITS
 from entrollm.hf.names import Place, find_places
-from entrollm.quantize.select import TensorPlan, plan_tensors
-from entrollm.threads import default_threads
 from entrollm.torch.backend import resting_place, to_tensor
 from entrollm.torch.weight import CodedWeight
 
@@ -41,21 +35,18 @@ class LiveCoder:
 
     def __init__(self, folder: Path, model: Any, options: CompressOptions) -> None:
         self._checkpoint = Checkpoint.open(folder)
-        self._checkpoint.check_integers(tuple(choice.pattern for choice in options.overrides if choice.bits is None))
-        self._options = options
-        shapes = {name: info.shape for name, info in self._checkpoint.tensors.items()}
-        plans = plan_tensors(shapes, options.bits or DEFAULT_BITS, options.overrides, options.granularity)
-        plans = split_stacks(self._checkpoint, plans)
-        shapes = {name: self._checkpoint.tensors[name].shape for name in plans}
-        matrices = {name: (shapes[name][0], shapes[name][1]) for name in plans if _is_coded(plans[name], shapes[name])}
-        kept = [name for name in plans if name not in matrices]
-        self.places = find_places(model, matrices, kept, self._checkpoint.are_equal)
-        self._methods = self._make_methods(plans)
+        plan = make_plan(self._checkpoint, options)
+        shapes = {name: self._checkpoint.tensors[name].shape for name in plan.coded}
+        matrices = {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+        self.places = find_places(model, matrices, plan.kept, self._checkpoint.are_equal)
+        # Matrices that the model lacks are not coded.
+        plan = plan.coding(name for place in self.places.values() for name in place.names())
+        self._coder = MatrixCoder(self._checkpoint, make_methods(self._checkpoint, plan, options), options)
         # Of tied parameters, transformers asks for the one whose name is in the files.
         tied = {target: self.places[source] for target, source in _ties(model) if source in self.places}
         self.places = tied | self.places
         self._coded: set[str] = set()
-        self._table = TensorTable()  # of the file that they would make
+        self._table = TensorTable()  # of the file that the matrices would make
         self.failed: EntroLLMError | None = None
 
     def code(self, place: Place, dtype: torch.dtype, device: torch.device) -> dict[str, CodedWeight]:
@@ -70,11 +61,8 @@ class LiveCoder:
         Raises:
             FormatError: a weight is not finite.
         """
-        threads = self._options.threads or default_threads()
-        with ThreadPoolExecutor(threads) as executor:
-            compressor = TensorCompressor(self._checkpoint, executor, self._options.prefer, self._options.processor)
-            self._coded.add(place.path)
-            return {name: self._code(compressor, name, dtype, device) for name in place.names()}
+        self._coded.add(place.path)
+        return {name: self._code(name, dtype, device) for name in place.names()}
 
     def is_done(self, place: Place) -> bool:
         """Whether the matrices of a parameter have been coded."""
@@ -94,26 +82,16 @@ class LiveCoder:
             )
 
     def close(self) -> None:
-        """Let go of the checkpoint."""
+        """End the threads and close the checkpoint."""
+        self._coder.close()
         self._checkpoint.close()
 
-    def _code(self, compressor: TensorCompressor, name: str, dtype: torch.dtype, device: torch.device) -> CodedWeight:
-        while True:
-            tensor = compressor.compress(name, self._methods.quantizer(name), lambda finished: None)
-            stored_bytes = matrix_bytes(self._table, name, tensor.spec, tensor.arrays)
-            if self._methods.settle(name, stored_bytes):
-                break
-        self._table.add_spec(name, tensor.spec.to_json())
+    def _code(self, name: str, dtype: torch.dtype, device: torch.device) -> CodedWeight:
+        matrix = self._coder.code(name, self._table).matrix
+        self._table.add_matrix(matrix)
         place = resting_place(device)
-        entries = {suffix: to_tensor(array).to(place) for suffix, array in tensor.arrays.items() if array.size}
-        return CodedWeight(name, tensor.spec, entries, dtype, device)
-
-    def _make_methods(self, plans: dict[str, TensorPlan]) -> Methods:
-        if self._options.target is None:
-            return PaperMethods(plans)
-        coded = [name for place in self.places.values() for name in place.names()]
-        kept = [name for name in plans if name not in set(coded)]
-        return SizedMethods(self._checkpoint, coded, kept, self._options, shards=1)
+        entries = {suffix: to_tensor(array).to(place) for suffix, array in matrix.entries.items()}
+        return CodedWeight(name, matrix.spec, entries, dtype, device)
 
 
 class QuantizeWhileLoading(ConversionOps):
@@ -157,7 +135,3 @@ def _ties(model: Any) -> Iterable[tuple[str, str]]:
     """Pairs of a parameter and the one that it is tied to."""
     pairs: Mapping[str, str] = model.all_tied_weights_keys
     return pairs.items()
-
-
-def _is_coded(plan: TensorPlan, shape: tuple[int, ...]) -> bool:
-    return not plan.is_kept and math.prod(shape) > 0

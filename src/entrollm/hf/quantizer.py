@@ -86,7 +86,7 @@ class EntroQuantizer(HfQuantizer):
 
     def _leave_out(self, model: Any, stored: CompressedModel) -> None:
         """Keep transformers from loading entries, and from saying that it does not."""
-        entries = [name + suffix for name in stored.specs for suffix in stored.stored_arrays(name)]
+        entries = [name + suffix for name in stored.specs for suffix in stored.entries(name)]
         self._names = {entry: f"{_LEFT_OUT}{index}" for index, entry in enumerate(entries)}
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{_LEFT_OUT}"}
@@ -220,6 +220,6 @@ def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWei
     """A matrix whose entries are yet to be loaded; those in the file are checked here."""
     matrix_of(stored, name)
     entries: dict[str, Tensor] = {}
-    for suffix, array in stored.stored_arrays(name).items():
+    for suffix, array in stored.entries(name).items():
         entries[suffix] = torch.empty(array.shape, dtype=to_tensor(array[:0]).dtype, device="meta")
     return CodedWeight(name, stored.specs[name], entries, dtype, torch.device("meta"))

@@ -17,6 +17,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from entrollm.compress.target import parse_size
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.torch.backend import to_array
 from entrollm.torch.weight import CodedWeight
@@ -97,7 +98,7 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
                 if name in coded:
                     weight = coded[name]
                     arrays = {suffix: to_array(entry.cpu()) for suffix, entry in weight.entries().items()}
-                    writer.add_matrix(name, weight.spec, arrays)
+                    writer.add_matrix(store_matrix(name, weight.spec, arrays))
             for name in names:
                 if name in plain:
                     writer.add_plain(name, _dtype(name, plain[name]), tuple(plain[name].shape), _chunks(plain[name]))

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.models.config_fields import MAX_FACTOR, Fields
 
+Floats = NDArray[np.float32]
 _MAX_CONTEXT = 2**31
 # The types that depend on original_max_position_embeddings.
 _STRETCHED = ("llama3", "yarn", "longrope")

@@ -1,4 +1,4 @@
-"""Turn weights into small integers on uniform grids."""
+"""Quantize weights to integers on uniform grids; one method per module."""
 
 from entrollm.quantize.paper import Granularity, Grid, Range, Scheme, make_grid, measure_range, quantize_rows
 from entrollm.quantize.select import BitsOverride, TensorPlan, parse_bits, plan_tensors

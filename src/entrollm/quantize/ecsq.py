@@ -1,7 +1,7 @@
-"""Entropy-coded scalar quantization (ECSQ): a uniform signed grid whose step sets the rate, whatever the width.
+"""Entropy-coded scalar quantization (ECSQ): a uniform signed grid whose step sets the rate.
 
-With an entropy code behind it, a uniform grid is within 0.255 bit of the rate-distortion limit at every rate, so the
-step is free: it follows from the rate that is wanted, not from a number of bits.
+With an entropy code, a uniform grid is within 0.255 bit of the rate-distortion limit at every rate. The step can
+therefore be any number: it follows from the requested rate, not from a number of bits.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource,
 from entrollm.quantize.rounding import Rounding
 
 PRICE = 0.07
-"""Squared steps per bit in rounding: less than the slope of the rate-distortion curve, since weights that are all
-rounded towards 0 hurt a model more than their squared error says."""
+"""What a bit is worth in rounding, in squared steps. It is less than the slope of the rate-distortion curve, because
+rounding many weights towards 0 hurts a model more than its squared error suggests."""
 
-# Rows of equal rate would all have steps in proportion to their size; rows of equal error, equal steps. Both lose the
-# same, to second order in the spread of the rows: the one in the sharing of bits, the other because one code serves
-# all rows. Half way between them, half of that loss is left.
+# With steps in proportion to the size of rows, all rows have the same rate; with equal steps, the same error. Both lose
+# the same, to second order in the spread of the sizes: the first shares bits badly, the second has one code for unlike
+# rows. Halfway between them, half of that loss is left.
 _ROW_POWER = 0.5
-# Weights that the code lengths are estimated from.
+# Code lengths are estimated from about this many weights.
 _SAMPLE_WEIGHTS = 1 << 18
-# Leaves room for a grid that is moved.
+# The largest distance of a symbol from 0. It leaves room for a grid that is shifted.
 _LARGEST_SYMBOL = 118
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -39,11 +39,11 @@ class EcsqQuantizer:
     """ECSQ with a scale per row.
 
     Attributes:
-        step: the grid's step over the RMS of the matrix; larger is coarser.
-        row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
+        step: the step of the grid over the RMS of the matrix.
+        row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may move to where it suits a prefix code.
-        fine_scales: whether scales have room for tuning.
+        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fine_scales: whether scales are fine enough for tuning.
     """
 
     step: float
@@ -53,7 +53,7 @@ class EcsqQuantizer:
     fine_scales: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
-        """Quantize a matrix; a weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
+        """Quantize a matrix. A weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
 
         Raises:
             FormatError: a weight is not finite.
@@ -91,7 +91,7 @@ class EcsqQuantizer:
         )
 
     def _row_steps(self, source: RowSource) -> tuple[LogScales, bool]:
-        """The step of each row, positive also where all weights are 0, and whether there is such a row."""
+        """The step of each row, and whether all weights of a row are 0; such rows have positive steps too."""
 
         def measure(chunk: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             weights = source.read(*chunk).astype(np.float32)
@@ -100,7 +100,7 @@ class EcsqQuantizer:
                 row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
                 where = f"[{chunk[0] + row}, {column}]"
                 raise FormatError(f"tensor {source.name!r} has {weights[row, column]} at {where}; it must be finite")
-            # Squares of the ratios, since those of the weights may leave float32.
+            # Ratios are squared, because squares of the weights may exceed float32.
             weights /= np.maximum(largest, _TINY)[:, np.newaxis].astype(np.float32)
             return largest, largest * np.sqrt(np.einsum("ij,ij->i", weights, weights) / weights.shape[1])
 
@@ -119,7 +119,7 @@ class EcsqQuantizer:
     def _rounding(
         self, source: RowSource, steps: Float32, choose: CodeChooser, choices: Choices
     ) -> tuple[Grid, Rounding]:
-        """A grid, and rounding by the lengths of the code that a sample of the rows would get on it."""
+        """A grid, and rounding by the lengths of the code that a sample of the rows would get on the grid."""
         if self.price <= 0:
             return PLAIN_GRID, Rounding()
         rows, columns = source.shape
@@ -129,16 +129,17 @@ class EcsqQuantizer:
 
 
 def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.float64]:
-    """The scale of each row with the least squared error; `steps` for rows of zeros.
+    """The scale of each row that has the least squared error.
 
     Args:
-        weights, found: float32, shape (rows, columns); what they are, and what symbols stand for in steps.
-        steps: float32, shape (rows,).
+        weights: float32, shape (rows, columns).
+        found: float32, the same shape, the quantized weights in steps.
+        steps: float32, shape (rows,), the scales of rows whose quantized weights are all 0.
     """
     matched = np.einsum("ij,ij->i", weights, found, dtype=np.float64)
     energy = np.einsum("ij,ij->i", found, found, dtype=np.float64)
     fitted = np.divide(matched, energy, out=steps.astype(np.float64), where=energy > 0)
-    # A fit is within half a step of the step; rows of denormals may lose it to underflow.
+    # A fit is within half a step of the step, unless a row of denormals underflows.
     return np.where(fitted > _TINY, fitted, steps)
 
 

@@ -1,11 +1,11 @@
 """Calibrated quantization with error feedback, column by column.
 
-The error of a matrix that matters is that of its outputs, tr(E H E^T) with H = E[x x^T] the second moments of its
-inputs. With H = L L^T it is the squared norm of (W - What) L, and since L is triangular, columns can be rounded one
-after another, each taking up what the later ones left (GPTQ, arXiv 2210.17323). For a given rate the best steps are
-inversely proportional to the diagonal of L and every column is rescaled by least squares (WaterSIC,
-arXiv 2603.04956). That holds for a code per column; here one code serves a whole matrix, so steps go half way, as for
-rows in ecsq.py.
+What matters is the error of a matrix's outputs, tr(E H E^T), where H = E[x x^T] are the second moments of its inputs.
+With H = L L^T this is the squared norm of (W - What) L. Since L is triangular, columns can be rounded one after
+another, each compensating for the errors of those rounded before it (GPTQ, arXiv 2210.17323). For a given rate, the
+best steps are inversely proportional to the diagonal of L, and every column is rescaled by least squares (WaterSIC,
+arXiv 2603.04956). That holds if each column has its own code. Here one code serves a whole matrix, so steps go only
+half of the way, as they do for rows in ecsq.py.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
-# Columns whose feedback to each other is immediate; what they leave to the others is one matrix product.
+# Within a block of columns, errors are fed back one column at a time; to the columns before it, by one matrix product.
 _BLOCK_COLUMNS = 64
 _SAMPLE_ROWS = 128
 _REFINEMENTS = 2
 _RIDGE = 1e-6
-# Leaves room for a grid that is moved, and for steps that are rounded down.
+# The largest distance of a symbol from 0. It leaves room for a shifted grid and for steps that are rounded down.
 _LARGEST_SYMBOL = 112
 
 
 @dataclass(frozen=True)
 class FeedbackQuantizer:
-    """Successive quantization with scales per row and per column. Works on a whole matrix in float32 at a time.
+    """Successive quantization with scales of rows and of columns. It holds a whole matrix in float32.
 
     Attributes:
-        step: relative to the RMS of the matrix times that of its inputs; larger is coarser.
+        step: the step of the grid over the RMS of the matrix times the RMS of its inputs.
         factor: float32, shape (columns, columns), on the device; see `Statistics.factor`.
-        row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
+        row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may move to where it suits a prefix code.
-        fine_scales: whether scales have room for tuning.
-        device: what computes.
-        correction: float32, shape (rows, columns), on the device, what is added to the weights first; None for
-            nothing. Errors are counted from the weights as they were.
-        is_draft: only the histogram of the integers is wanted, so scales are not fitted.
+        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fine_scales: whether scales are fine enough for tuning.
+        device: the device that computes.
+        correction: float32, shape (rows, columns), on the device, added to the weights before they are rounded; None
+            if absent. The stated error is that against the weights without it.
+        is_draft: whether only the histogram of the integers is needed, so that scales need not be fitted.
     """
 
     step: float
@@ -75,7 +75,7 @@ class FeedbackQuantizer:
         grid, rounding = self._rounding(wanted, steps, choose)
         rows, columns = self._stored(steps[0], steps[1] * grid.stretch)
         steps = self.device.put(rows.values()), self.device.put(columns.values())
-        # On a grid beside 0, integers stand for what is left of the weights; all of it is gone after the rounding.
+        # On a shifted grid, integers stand for the weights minus the shift, which is added back after the rounding.
         left = wanted - grid.shift * steps[0][:, None] * steps[1] if grid.shift else wanted
         integers = feed_back(left, self.factor, steps, rounding, self.device)
         symbols = to_symbols(integers, self.device)
@@ -96,7 +96,7 @@ class FeedbackQuantizer:
         )
 
     def _steps(self, weights: Array) -> tuple[Array, Array]:
-        """Steps by row, around 1, and by column; their product is the step of a weight."""
+        """Steps of the rows, around 1, and of the columns; the step of a weight is their product."""
         take = self.device.take
         diagonal = take(functions(self.factor).diagonal(self.factor)).astype(np.float64)
         inputs = math.sqrt(energy(self.factor) / len(diagonal))
@@ -115,7 +115,7 @@ class FeedbackQuantizer:
         return like(weights, np.maximum(by_row, widest).astype(np.float32)), column_steps
 
     def _rounding(self, weights: Array, steps: tuple[Array, Array], choose: CodeChooser) -> tuple[Grid, Rounding]:
-        """A grid, and rounding by the code lengths that a sample of the rows would get; of a draft, about those."""
+        """A grid, and rounding by the code lengths of a sample of the rows; a draft estimates the lengths."""
         if self.price <= 0:
             return PLAIN_GRID, Rounding()
         keeps_zero = not float(row_maxima(weights).min())
@@ -126,13 +126,13 @@ class FeedbackQuantizer:
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
         sample, row_steps = weights[picked], steps[0][picked][:, None]
         integers = feed_back(sample, self.factor, (steps[0][picked], steps[1]), Rounding(), self.device)
-        # What was rounded: the integers and the errors that they left, in units of the steps.
+        # The numbers that were rounded are the integers plus the errors that they left, in units of the steps.
         errors = (sample - integers * row_steps * steps[1]) @ self.factor
         rounded = integers + errors / row_steps / (steps[1] * functions(errors).diagonal(self.factor))
         return fit_rounding(self.device.take(rounded), self.price, choose, choices)
 
     def _stored(self, row_steps: Array, column_steps: Array) -> tuple[LogScales, LogScales]:
-        """The steps as they can be stored; those of columns are around 1, and those of rows make up for it."""
+        """The nearest steps that can be stored. Those of columns are scaled to be around 1, those of rows to match."""
         by_row, by_column = (self.device.take(steps).astype(np.float64) for steps in (row_steps, column_steps))
         typical = float(np.exp(np.log(by_column).mean()))
         rows = snap(by_row * typical, octave_codes(len(by_column), self.step, self.fine_scales))
@@ -141,7 +141,7 @@ class FeedbackQuantizer:
     def _refine(
         self, weights: Array, integers: Array, rows: LogScales, columns: LogScales
     ) -> tuple[LogScales, LogScales]:
-        """Alternate least squares for row and column scales under the output error, on the grids of the steps."""
+        """Fit row and column scales by alternating least squares of the output error, on the grids of the steps."""
         put, take = self.device.put, self.device.take
         moments = self.factor @ self.factor.T
         wanted = weights @ moments
@@ -149,7 +149,7 @@ class FeedbackQuantizer:
         for _ in range(_REFINEMENTS):
             column_scale = _fit_columns(integers, row_scale, column_scale, moments, wanted)
             row_scale = _fit_rows(integers, row_scale, column_scale, moments, wanted)
-        # What all columns moved by is left to the rows, and to the base of their codes.
+        # The common factor of all columns goes to the rows, and to the base of their codes.
         fitted = take(column_scale)
         typical = float(np.exp(np.log(fitted / columns.values()).mean()))
         columns = snap(fitted / typical, columns.per_octave, columns.base)
@@ -160,7 +160,7 @@ class FeedbackQuantizer:
 
 
 def read_finite(source: RowSource, device: Device = HOST) -> Array:
-    """A whole matrix in float32.
+    """Read a whole matrix in float32.
 
     Raises:
         FormatError: a weight is not finite.
@@ -174,7 +174,7 @@ def read_finite(source: RowSource, device: Device = HOST) -> Array:
 
 
 def to_symbols(integers: Array, device: Device) -> NDArray[np.uint8]:
-    """The symbols of integers around 0, in the order of rows."""
+    """The symbols of integers around 0: uint8, stored by rows."""
     xp = functions(integers)
     symbols: NDArray[np.uint8] = device.take(xp.asarray(integers + float(ZERO), dtype=xp.uint8))
     return np.ascontiguousarray(symbols)
@@ -202,27 +202,27 @@ def row_maxima(weights: Array) -> Array:
 def feed_back(
     weights: Array, factor: Array, steps: tuple[Array, Array], rounding: Rounding, device: Device = HOST
 ) -> Array:
-    """Round all columns, the last one first, each taking up the errors of those before.
+    """Round all columns, the last one first, each compensating for the errors of those rounded before it.
 
     Args:
         weights: float32, shape (rows, columns).
         factor: float32, shape (columns, columns), lower triangle.
-        steps: by row and by column; their product is the step of a weight.
-        rounding: how a number becomes an integer.
-        device: where the arrays are.
+        steps: of the rows and of the columns; the step of a weight is their product.
+        rounding: rounds numbers to integers.
+        device: the device of the arrays.
     Returns:
-        The integers in float32.
+        the integers, float32, shape (rows, columns).
     """
     row_steps, column_steps = steps
     units = column_steps * functions(weights).diagonal(factor)
-    # What is left of the columns, in units of the steps, each in a row of its own.
+    # The columns that are left to round, in units of the steps; each is a row here.
     left = factor.T @ (weights / row_steps[:, None]).T
     left /= units[:, None]
     integers = functions(weights).empty_like(left)
     thresholds = like(left, rounding.thresholds)
     for end in range(len(left), 0, -_BLOCK_COLUMNS):
         block = slice(max(0, end - _BLOCK_COLUMNS), end)
-        # How far a column's integers of 1 reach into the columns before it.
+        # What an integer of 1 in a column of the block takes from each column before it.
         reach = factor[block, :end] * column_steps[block, None] / units[:end]
         (integers[block],) = device.run(_round, left[block], reach[:, block], thresholds)
         if block.start:
@@ -234,11 +234,11 @@ def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
     """Round the rows of a block, the last one first.
 
     Args:
-        left: float32 (block, n), in units of the steps; changed.
-        reach: float32 (block, block).
+        left: float32, shape (block, n), in units of the steps; overwritten.
+        reach: float32, shape (block, block).
         thresholds: see `to_integers`.
     Returns:
-        integers, float32 (block, n).
+        the integers, float32, shape (block, n).
     """
     integers = functions(left).empty_like(left)
     for i in range(len(left) - 1, -1, -1):
@@ -248,7 +248,7 @@ def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
 
 
 def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
-    """Scales of rows by least squares: all scales in float64, the others in float32."""
+    """Fit the scales of rows by least squares. Scales are float64, other arrays float32."""
     xp = functions(integers)
     scaled = integers * single(column_scale)
     energies = xp.sum((scaled @ moments) * scaled, axis=1, dtype=xp.float64)
@@ -258,7 +258,7 @@ def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: A
 
 
 def _fit_columns(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
-    """Normal equations of all columns together, drawn slightly to the present scales."""
+    """Fit the scales of all columns together by normal equations, with a slight pull towards the present scales."""
     xp = functions(integers)
     scaled = integers * single(row_scale)[:, None]
     normal = double(scaled.T @ scaled)

@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323) on entropy-coded grids: a step per row, rounding to the nearest, errors fed back.
 
-It shares the successive rounding of feedback.py, and leaves out what that adds for the code's sake: steps and scales by
-column, and rounding by code length.
+It shares the successive rounding of feedback.py. It has neither steps and scales of columns nor rounding by code
+length, which feedback.py adds for the sake of the code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _LARGEST_SYMBOL = 255 - ZERO
 
 @dataclass(frozen=True)
 class GptqQuantizer:
-    """Successive quantization on one grid per row. Works on a whole matrix in float32 at a time.
+    """Successive quantization with one grid per row. It holds a whole matrix in float32.
 
     Attributes:
-        step: over the RMS of the matrix; larger is coarser. The step of a row is in proportion to the square root of
-            its size.
+        step: the step of the grid over the RMS of the matrix. The step of a row is in proportion to the square root of
+            its RMS.
         factor: float32, shape (columns, columns), on the device; see `Statistics.factor`.
-        row_precision: float32, shape (rows,), divides the steps of rows that matter more; None for all alike.
-        device: what computes.
+        row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
+        device: the device that computes.
     """
 
     step: float

@@ -1,8 +1,8 @@
-"""A grid that suits its code: where it lies and how fine it is, of those that are about as good by themselves.
+"""Choose the grid that suits its prefix code best, among grids of about the same distortion.
 
-A prefix code wastes what the probabilities of the symbols miss of powers of two. The waste swings with the step and,
-since symbols of equal size and opposite sign are equally likely on a grid that holds 0, it is smaller for most grids
-that lie otherwise. The distortion hardly minds either, so the grid is taken that wastes least.
+A prefix code wastes bits because the probabilities of symbols are not powers of two. The waste depends on the step. It
+also depends on the shift of the grid: on a grid that holds 0, symbols of equal size and opposite sign are equally
+likely, and most shifted grids waste less. Neither changes the distortion much, so the grid with the least waste wins.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 Choices = tuple[Sequence[float], Sequence[float]]
-"""Stretches and shifts to choose from."""
+"""The stretches and the shifts to choose from."""
 _STRETCHES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
 _ROUNDS = 2
-# Bins of a step, of a histogram that stands for the weights while grids are compared.
+# Grids are compared on a histogram of the weights with this many bins per step, up to this many steps from 0.
 _FINE = 64
 _EDGE = 129
-# The RMS in steps from which, above 4.6 bits, all grids waste about as little.
+# From this RMS in steps on, which takes 4.6 bits, all grids waste about equally little.
 _WIDE = 6.0
-# Weights in a narrow range far from 0 would ask for a line so flat that it meets 0 beyond all symbols.
+# The steepest gain. Weights in a narrow range far from 0 would need a line so flat that it has no symbol for 0.
 _STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Weight x, in steps as they were asked for, is about (symbol - zero) * stretch * gain.
+    """A stretched and shifted grid: a weight, in requested steps, is about (symbol - zero) * stretch * gain.
 
     Attributes:
-        stretch: the step to round with.
-        shift: symbols stand for integers and this much more.
-        lengths: bits of each symbol in the code that a histogram would get.
-        gain, zero: the best linear map of symbols to weights; zero is ZERO where there is no shift.
+        stretch: the step to round with, in requested steps.
+        shift: a symbol stands for its integer plus this.
+        lengths: float64, shape (256,), the bits of each symbol in a Huffman code for the sample.
+        gain, zero: the best linear map from symbols to weights; zero is ZERO if there is no shift.
     """
 
     stretch: float
@@ -58,18 +58,23 @@ PLAIN_GRID = Grid(1.0, 0.0, np.zeros(256), 1.0, ZERO)
 
 
 def grid_choices(*, fits_code: bool, keeps_zero: bool) -> Choices:
-    """What a grid may be: where it was asked for, or moved to suit a code, with 0 on it or not."""
+    """The grids to choose from.
+
+    Args:
+        fits_code: whether the grid may be stretched and shifted to suit a code.
+        keeps_zero: whether the grid must hold 0.
+    """
     return (_STRETCHES if fits_code else (1.0,), _SHIFTS if fits_code and not keeps_zero else (0.0,))
 
 
 def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Choices) -> tuple[Grid, Rounding]:
-    """A grid for weights that a sample stands for, and rounding by the lengths of the code that they would get.
+    """Choose a grid for the weights of a sample, and rounding by the lengths of the code that they would get.
 
     Args:
         sample: weights in steps, any shape.
         price: what a bit is worth in rounding, in squared steps.
-        choose: the choice of a code.
-        choices: what the grid may be.
+        choose: chooses the code.
+        choices: the grids to choose from.
     """
     grid = fit_grid(sample, price, choices)
     rounding = Rounding(grid.lengths, price, grid.shift)
@@ -78,7 +83,7 @@ def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Ch
 
 
 def fit_grid(sample: Float32, price: float, choices: Choices) -> Grid:
-    """The grid of least rate for its distortion."""
+    """The grid with the least rate for its distortion; arguments as for `fit_rounding`."""
     x = _Fine(sample)
     stretches, shifts = choices if x.spread() < _WIDE else ((1.0,), (0.0,))
     tried = [_try(x, stretch, shift, price) for shift in shifts for stretch in stretches]
@@ -86,7 +91,7 @@ def fit_grid(sample: Float32, price: float, choices: Choices) -> Grid:
 
 
 class _Fine:
-    """Sums of weights, and of their first and second powers, below the edges of fine bins."""
+    """Cumulative sums over fine bins: of the number of weights, of the weights, and of their squares."""
 
     def __init__(self, sample: Float32) -> None:
         places = np.clip(sample.reshape(-1), -_EDGE, _EDGE)
@@ -103,7 +108,7 @@ class _Fine:
         return float(np.sqrt(second / count))
 
     def between(self, thresholds: Float64) -> Float64:
-        """Sums of the weights on either side of thresholds: (3, thresholds + 1)."""
+        """The three sums between neighbouring thresholds, and beyond the outer ones: (3, thresholds + 1)."""
         edges = np.clip(np.ceil((thresholds + _EDGE) * _FINE), 0, self.sums.shape[1] - 1).astype(np.int64)
         inner = np.concatenate(([0], edges, [self.sums.shape[1] - 1]))
         cells: Float64 = np.diff(self.sums[:, inner], axis=1)
@@ -126,7 +131,7 @@ def _try(x: _Fine, stretch: float, shift: float, price: float) -> tuple[float, G
     spread, matched = (count * symbols**2).sum() / total, (first * symbols).sum() / total
     gain = _gain(matched - mean * centre, spread - centre**2)
     if not shift or not 1 / _STEEPEST <= gain <= _STEEPEST:
-        # A grid that holds 0 keeps it.
+        # Without a shift, or with an extreme gain, the zero symbol stays where it is.
         mean = centre = 0.0
         gain = _gain(matched, spread)
     error = second.sum() / total - mean**2 - gain * (matched - mean * centre)

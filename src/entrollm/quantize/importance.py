@@ -1,14 +1,13 @@
-"""How much the precision of each matrix matters to a model's predictions: measured, or by role where nothing was.
+"""How much the precision of each matrix matters to a model's predictions: as measured, or else by its role.
 
-A white error of a matrix raises the KL divergence by share * relative error^2 (`quantize.statistics.Sensitivity`), and
-a bit less makes the error four times as large; so a bit does equal good everywhere when the squares of the steps are
-in inverse proportion to share / weights.
+White noise in a matrix raises the KL divergence by share * relative error^2 (`quantize.statistics.Sensitivity`), and
+one bit less makes the squared error four times as large. A bit is therefore worth the same in every matrix if the
+squares of the steps are in inverse proportion to share / weights.
 
-Without calibration the share of a matrix is that of its role: a decoder's matrices have the same roles in every
-architecture, and relative errors of equal size do damage that depends much on the role, little in queries and keys,
-whose errors the softmax forgives, much in values and in the embedding. The shares below are those that
-calibration measures on the example model with text that it wrote itself. A role's share is spread evenly over
-its matrices and their weights.
+Without calibration, the share of a matrix is that of its role, since decoders of all architectures have the same
+roles. Equal relative errors do little damage in queries and keys, whose errors the softmax forgives, and much in values
+and in the embedding. The shares below are those that calibration measures on the example model with text that it wrote
+itself. The share of a role is spread evenly over its matrices and their weights.
 """
 
 from __future__ import annotations
@@ -38,27 +37,29 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 # The first layer reads the bare embedding, which every later layer builds on.
 _FIRST_LAYER = ".layers.0."
 _FIRST_LAYER_FACTOR = 2.5
-# The divergence grows less than in proportion where it is large, so steps follow a little less than all of the shares.
+# Large divergences grow less than in proportion, so steps follow the logarithms of the shares by this factor only.
 _TRUST = 0.8
+# The largest step relative to the mean, and the inverse of the smallest.
 _WIDEST = 4.0
-# Token ids follow frequency roughly (merges are numbered as they were found), and a token's row matters as often as
-# the token occurs.
+# Token ids roughly follow frequency, since merges are numbered in the order in which they were found. The more frequent
+# a token is, the more its row matters.
 _FREQUENT_RANKS = 100
 _SMALLEST_VOCABULARY = 1024
-# Equal marginal damage asks for steps in proportion to weight ** -0.5; half of that, since one code serves all rows.
+# Equal marginal damage needs steps in proportion to weight ** -0.5. Rows go half of the way, since one code serves all.
 _ROW_WEIGHT_POWER = 0.25
 
 
 def relative_steps(
     shapes: Mapping[str, tuple[int, int]], sensitivities: Mapping[str, Sensitivity] | None = None
 ) -> dict[str, float]:
-    """The step of each matrix, over its RMS, relative to the others: equal marginal damage per bit.
+    """The step of each matrix over its RMS, relative to the others, at which a bit is worth the same everywhere.
 
     Args:
         shapes: the matrices of one model by name.
-        sensitivities: what was measured; the share of a matrix without goes by its role, but only when none was.
+        sensitivities: what was measured, by name; None if absent. Shares of roles are used only if nothing was
+            measured; a matrix that was not measured among others gets the mean step.
     Returns:
-        factors around 1; their mean over weights, in logarithms, is 0.
+        factors around 1; the mean of their logarithms over all weights is 0.
     """
     measured = {name: value.share for name, value in (sensitivities or {}).items() if value.share > 0}
     shares = measured or _shares_by_role(shapes)
@@ -73,7 +74,7 @@ def relative_steps(
 
 
 def row_precision(name: str, rows: int, sensitivity: Sensitivity | None = None) -> NDArray[np.float32] | None:
-    """What the rows of an embedding or output head divide their steps by; None for other matrices."""
+    """What the steps of the rows of an embedding or output head are divided by; None for other matrices."""
     weights = _row_weights(name, rows, sensitivity)
     if weights is None:
         return None
@@ -91,7 +92,7 @@ def _row_weights(name: str, rows: int, sensitivity: Sensitivity | None) -> NDArr
 
 
 def _spread(name: str, rows: int, sensitivities: Mapping[str, Sensitivity] | None) -> float:
-    """What finer steps of the rows that matter leave of the damage of equal steps."""
+    """The share of the damage of equal steps that is left if rows that matter more have finer steps."""
     sensitivity = (sensitivities or {}).get(name)
     precision = row_precision(name, rows, sensitivity)
     if precision is None:

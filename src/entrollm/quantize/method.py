@@ -1,4 +1,4 @@
-"""What every quantizer has in common: rows of weights go in, integers and their scales come out."""
+"""The interface of quantizers: they read rows of weights and return integers and their scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scales = NDArray[Any] | LogScales
 
 
 class RowSource(Protocol):
-    """A matrix that is read by rows, in chunks that threads work on side by side.
+    """A matrix that is read by rows, in chunks that threads process side by side.
 
     Attributes:
         name: the tensor, for errors.
@@ -40,10 +40,11 @@ class RowSource(Protocol):
         """Rows [begin, end) in float32, bfloat16 or float16."""
 
     def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
-        """The results of `work` on every chunk, in order; it runs on several threads."""
+        """The results of `work` for each chunk, in order; `work` runs on several threads."""
 
 
 CodeChooser = Callable[[Sequence[int]], Code]
+"""Returns the code with which symbols of a histogram of 256 entries would be stored."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Quantized:
     Attributes:
         symbols: uint8, shape (rows, columns).
         counts: int64, shape (256,), how often each symbol occurs.
-        grid: what the scales are, for people.
-        scale: float32, bfloat16 or codes, shape (1,) or (rows,); codes are of all rows of several.
-        offset: float32, the shape of scale; None for none.
-        zero: where weight 0 is on the grid, between symbols perhaps, in place of an offset.
-        column_scale: float32, bfloat16 or codes, shape (columns,), of base 1; None for none.
-        error, energy: summed squares of the quantization error and of the weights.
-        groups: in place of all other scales, those of groups of columns; None for none.
+        grid: how the scales were chosen, human-readable.
+        scale: float32, bfloat16 or codes, shape (1,) or (rows,); codes only if there are several rows.
+        offset: float32, the shape of scale; None if absent.
+        zero: the symbol that stands for weight 0, possibly between two symbols, in place of an offset; None if absent.
+        column_scale: float32, bfloat16 or codes of base 1, shape (columns,); None if absent.
+        error, energy: sums of squares of the quantization error and of the weights.
+        groups: group scales, which replace all other scales; None if absent.
     """
 
     symbols: NDArray[np.uint8]
@@ -74,7 +75,7 @@ class Quantized:
     groups: GroupScales | None = None
 
     def weights(self) -> Float32:
-        """What a matrix on a signed grid has become: float32, shape (rows, columns), the numbers that readers find."""
+        """The dequantized matrix, exactly as readers decode it; needs a `zero`. float32, shape (rows, columns)."""
         assert self.zero is not None
         scale = float_scales(self.scale)
         values = self.symbols.astype(np.float32)
@@ -86,14 +87,14 @@ class Quantized:
 
 
 class Quantizer(Protocol):
-    """A method with its options set."""
+    """A method of quantization with its options."""
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix.
 
         Args:
             source: the matrix.
-            choose: the code that a histogram of symbols would be stored with, for methods that round by its lengths.
+            choose: chooses codes, for methods that round by code length.
         Raises:
             FormatError: a weight is not finite.
         """
@@ -113,7 +114,7 @@ class ArraySource:
         return self._weights[begin:end]
 
     def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
-        """The result of `work` on the one chunk."""
+        """The result of `work` for the one chunk."""
         return [work(chunk) for chunk in self.chunks]
 
 

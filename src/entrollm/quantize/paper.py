@@ -1,7 +1,7 @@
 """The grids of the EntroLLM paper (arXiv 2505.02380, section III): mixed symmetric and asymmetric rounding.
 
-Weights of one sign are rounded as q = round(W / scale), from 0 up; weights of both signs as
-q = round((W - offset) / scale), offset being their minimum. Symbols are unsigned, and W ~= q * scale + offset.
+Weights of one sign are rounded as q = round(W / scale), weights of both signs as q = round((W - offset) / scale) with
+their minimum as the offset. Symbols are unsigned, and W ~= q * scale + offset.
 """
 
 import math
@@ -23,16 +23,16 @@ Granularity = Literal["tensor", "row"]
 MIN_BITS = 2
 MAX_BITS = 8
 
-# 256 KB of float32: a block and its result stay in the L2 cache through the five passes over them.
+# 256 KB of float32: a block and its result stay in the L2 cache during the five passes over them.
 _BLOCK_ELEMENTS = 1 << 16
-# 256 KB of float32 stays in L2 while the error is summed.
+# 256 KB of float32, which stay in the L2 cache while the error is added up.
 _ERROR_WEIGHTS = 1 << 16
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest and largest weight of each row; float32, shape (rows,), 0 for rows without weights."""
+    """The smallest and the largest weight of each row: float32, shape (rows,), 0 for rows without weights."""
 
     minimum: Float32
     maximum: Float32
@@ -43,10 +43,10 @@ class Grid:
     """A uniform grid of 2**bits symbols, for a whole tensor or one for each row.
 
     Attributes:
-        scheme: 'symmetric' when no row needs an offset.
-        bits: at least MIN_BITS, at most MAX_BITS.
-        scale: float32, shape (1,) or (rows,); never 0, negative where all weights are.
-        offset: float32, the shape of scale, or None when symmetric; 0 for the rows whose weights share a sign.
+        scheme: 'symmetric' if no row needs an offset.
+        bits: MIN_BITS to MAX_BITS.
+        scale: float32, shape (1,) or (rows,); never 0, and negative if all weights are negative.
+        offset: float32, the shape of scale, 0 for rows whose weights have one sign; None if symmetric.
     """
 
     scheme: Scheme
@@ -60,11 +60,11 @@ class Grid:
         return "tensor" if len(self.scale) == 1 else "row"
 
     def dequantize(self, symbols: NDArray[np.uint8], first_row: int = 0) -> Float32:
-        """Return q * scale + offset, multiplied and added in float32 with a rounding each.
+        """Compute q * scale + offset in float32, rounding after the product and after the sum.
 
         Args:
             symbols: uint8, shape (r, columns): the rows from first_row on.
-            first_row: which row of the tensor symbols[0] is.
+            first_row: the row of the tensor that symbols[0] is.
         Returns:
             float32, shape (r, columns).
         """
@@ -77,18 +77,18 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class PaperQuantizer:
-    """The paper's method: the grid spans the weights' range, and every weight goes to its nearest integer.
+    """The paper's method: the grid spans the range of the weights, and every weight is rounded to the nearest integer.
 
     Attributes:
         bits: width of the grid, MIN_BITS to MAX_BITS.
-        granularity: one grid for the tensor or one for each row.
+        granularity: one grid for the tensor, or one for each row.
     """
 
     bits: int
     granularity: Granularity = "tensor"
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
-        """Quantize a matrix; the code plays no part.
+        """Quantize a matrix; the code does not matter.
 
         Raises:
             FormatError: a weight is not finite.
@@ -122,10 +122,10 @@ class PaperQuantizer:
 
 
 def measure_range(chunks: Iterable[NDArray[Any]], name: str) -> Range:
-    """Find the range of every row of a tensor that arrives in chunks of rows.
+    """Find the range of every row of a tensor that is given in chunks of rows.
 
     Args:
-        chunks: float32 or bfloat16 or float16, shapes (r, columns), in order of rows.
+        chunks: float32, bfloat16 or float16, shapes (r, columns), in order of rows.
         name: the tensor, for errors.
     Raises:
         FormatError: a weight is NaN or infinite, or the weights span more than float32 can hold.
@@ -138,7 +138,7 @@ def measure_range(chunks: Iterable[NDArray[Any]], name: str) -> Range:
             with np.errstate(invalid="ignore"):
                 minima.append(block.min(axis=1) if block.size else np.zeros(len(block), np.float32))
                 maxima.append(block.max(axis=1) if block.size else np.zeros(len(block), np.float32))
-            # A NaN anywhere makes the minimum NaN, so that the weights themselves need no second pass.
+            # A NaN anywhere makes the minimum NaN, so the weights need no second pass.
             if not (np.isfinite(minima[-1]).all() and np.isfinite(maxima[-1]).all()):
                 _refuse_not_finite(block, name, first_row + row)
         first_row += len(chunk)
@@ -154,7 +154,7 @@ def measure_range(chunks: Iterable[NDArray[Any]], name: str) -> Range:
 def make_grid(value_range: Range, bits: int, granularity: Granularity = "tensor") -> Grid:
     """Choose scheme, scale and offset so that the grid spans the range.
 
-    A constant row (or tensor) c becomes one symbol and is exact: scale c and symbol 1, or symbol 0 for c = 0.
+    A row (or tensor) that is constant is exact: its scale is the constant and its symbol 1, or symbol 0 if it is 0.
 
     Raises:
         ValueError: bits is outside [MIN_BITS, MAX_BITS].
@@ -165,7 +165,7 @@ def make_grid(value_range: Range, bits: int, granularity: Granularity = "tensor"
     if granularity == "tensor":
         minimum = np.min(minimum, keepdims=True, initial=0.0 if len(minimum) == 0 else np.inf)
         maximum = np.max(maximum, keepdims=True, initial=0.0 if len(maximum) == 0 else -np.inf)
-    # Signs, not the paper's product, which would underflow to 0 for tiny weights of both signs.
+    # Signs are compared. The paper multiplies, which would underflow to 0 for tiny weights of both signs.
     two_signed = (minimum < 0) & (maximum > 0)
     extreme = np.where(maximum > 0, maximum, minimum)
     span = np.where(two_signed, maximum - minimum, extreme)
@@ -181,9 +181,9 @@ def quantize_rows(weights: NDArray[Any], grid: Grid, first_row: int = 0) -> NDAr
     """Round rows of a tensor to the symbols of its grid.
 
     Args:
-        weights: float32 or bfloat16 or float16, shape (r, columns), within the range that the grid was made from.
+        weights: float32, bfloat16 or float16, shape (r, columns), in the range that the grid was made from.
         grid: the tensor's grid.
-        first_row: which row of the tensor weights[0] is.
+        first_row: the row of the tensor that weights[0] is.
     Returns:
         uint8, shape (r, columns), values below 2**grid.bits.
     """
@@ -207,7 +207,7 @@ def quantize_rows(weights: NDArray[Any], grid: Grid, first_row: int = 0) -> NDAr
 
 
 def _float32_blocks(weights: NDArray[Any]) -> Iterator[tuple[int, Float32]]:
-    """Yield (first row, rows as float32) in blocks that fit the cache; a block lives until the next one."""
+    """Yield (first row, rows as float32) in blocks that fit the cache; a block is valid until the next one."""
     rows, columns = weights.shape
     step = max(1, _BLOCK_ELEMENTS // max(1, columns))
     scratch = None if weights.dtype == np.float32 else np.empty((min(step, rows), columns), np.float32)
@@ -221,15 +221,15 @@ def _float32_blocks(weights: NDArray[Any]) -> Iterator[tuple[int, Float32]]:
 
 
 def _rows_of(values: Float32, first_row: int, rows: int) -> Float32:
-    """Return the values of some rows as a column, or the tensor's one value."""
+    """The values of some rows as a column, or the one value of the tensor."""
     return values if len(values) == 1 else values[first_row : first_row + rows, np.newaxis]
 
 
 def _divide_span(span: NDArray[np.float64], top: int) -> Float32:
-    """Return span / top as float32 with two corrections where float32 ends.
+    """Compute span / top as float32, corrected at both ends of float32.
 
-    A denormal scale may round to much less than span / top, so that the largest weights would be clipped: round it
-    up. Near the largest float32, top * scale may round to infinity: round it down.
+    A denormal scale may be rounded to much less than span / top, which would clip the largest weights, so it is rounded
+    up. Near the largest float32, top * scale may become infinite, so the scale is rounded down.
     """
     exact = span / top
     scale = exact.astype(np.float32)
@@ -240,7 +240,7 @@ def _divide_span(span: NDArray[np.float64], top: int) -> Float32:
 
 
 def _squares(weights: NDArray[Any], symbols: NDArray[np.uint8], grid: Grid, first_row: int) -> tuple[float, float]:
-    """Summed squares of the quantization error and of the weights."""
+    """Sums of squares of the quantization error and of the weights."""
     error = energy = 0.0
     step = max(1, _ERROR_WEIGHTS // weights.shape[1])
     for begin in range(0, len(weights), step):

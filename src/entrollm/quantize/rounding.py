@@ -1,4 +1,4 @@
-"""Rate-distortion-optimised rounding: the integer that costs least in error and code length together."""
+"""Rate-distortion-optimized rounding: to the integer with the least cost of error and code length together."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Float32 = NDArray[np.float32]
 ZERO = 128
 """The symbol of weight 0 on a signed grid."""
 
-# 128 KB of float32: a block and its temporaries stay in the L2 cache.
+# 128 KB of float32, so that a block and its temporaries stay in the L2 cache.
 _BLOCK_ELEMENTS = 1 << 15
 
 
 class Rounding:
     """Rounds weights, in units of the step, to symbols around ZERO.
 
-    With the code lengths of the symbols, the cost of symbol q for weight x is (x - q)^2 + price * length(q); between
-    two neighbours one threshold decides, so rounding is a table look-up.
+    With code lengths, symbol q costs (x - q)^2 + price * length(q) for weight x. One threshold decides between two
+    neighbours, so rounding is a table look-up.
 
     Args:
-        lengths: bits of each of the 256 symbols; None rounds to the nearest.
-        price: what a bit is worth, in squared steps. At high rates the slope of the rate-distortion curve is
+        lengths: float64, shape (256,), the bits of each symbol; None rounds to the nearest symbol.
+        price: what a bit is worth, in squared steps. At high rates, the slope of the rate-distortion curve is
             ln(2) / 6 = 0.1155 squared steps per bit.
-        shift: what symbols stand for beyond their integers; the grid holds 0 only where it is 0.
+        shift: a symbol stands for its integer plus this.
     """
 
     def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0, shift: float = 0.0) -> None:
@@ -38,11 +38,11 @@ class Rounding:
 
     @property
     def thresholds(self) -> Float32:
-        """float32 (255,), ascending; a number above the first k of them, less the shift, becomes symbol k."""
+        """float32, shape (255,), ascending. A number that, minus the shift, is above k of them becomes symbol k."""
         return self._halves if self._thresholds is None else self._thresholds
 
     def symbols(self, scaled: Float32) -> NDArray[np.uint8]:
-        """Round: float32, any shape -> uint8 of that shape; what lies beyond the grid goes to its ends."""
+        """Round float32 of any shape to uint8 of that shape; numbers beyond an end of the grid become that end."""
         flat = scaled.reshape(-1)
         out = np.empty(flat.size, np.uint8)
         for begin in range(0, flat.size, _BLOCK_ELEMENTS):
@@ -64,10 +64,10 @@ class Rounding:
 
 
 def thresholds_between(lengths: NDArray[np.float64], price: float) -> NDArray[np.float64]:
-    """Where the cheaper of two neighbouring symbols changes, in steps from ZERO: float64, shape (255,)."""
+    """The numbers at which the cheaper of two neighbouring symbols changes, in steps: float64, shape (255,)."""
     below = np.arange(255, dtype=np.float64) - ZERO
     between = below + 0.5 + price * np.diff(lengths) / 2
-    # Only the two neighbours compete.
+    # A threshold stays between its two symbols.
     clipped: NDArray[np.float64] = np.clip(between, below, below + 1)
     return clipped
 
@@ -79,12 +79,12 @@ def to_integers(scaled: Array, thresholds: Array) -> Array:
         scaled: float32 (n,).
         thresholds: of a `Rounding`, on the same device.
     Returns:
-        float32 (n,), symbols less ZERO.
+        float32 (n,), symbols minus ZERO.
     """
     xp = functions(scaled)
     if xp is not np:
         return xp.searchsorted(thresholds, scaled) - float(ZERO)
-    # Threshold k lies between the integers k - ZERO and the next, which takes less time than a search.
+    # Threshold k lies between k - ZERO and the next integer; looking it up is faster than a search.
     below = np.floor(scaled)
     np.maximum(below, np.float32(-ZERO), out=below)
     np.minimum(below, np.float32(254 - ZERO), out=below)

@@ -1,4 +1,4 @@
-"""Choose what happens to each tensor of a checkpoint: quantized to how many bits, or kept in its type."""
+"""Choose what becomes of each tensor of a checkpoint: quantized to a number of bits, or kept in its type."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,21 +9,27 @@ from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one tensor; `bits` is None for one that keeps its type, or its integers if it has some."""
+    """What becomes of one tensor.
+
+    Attributes:
+        bits: of its paper grid; None if it keeps its type, or the integers that it has.
+        granularity: one grid for the tensor, or one for each row.
+        is_imported: whether it keeps the integers that it has.
+    """
 
     bits: int | None
     granularity: Granularity = "tensor"
-    is_packed: bool = False
+    is_imported: bool = False
 
     @property
     def is_kept(self) -> bool:
         """Whether the tensor keeps its type."""
-        return self.bits is None and not self.is_packed
+        return self.bits is None and not self.is_imported
 
 
 @dataclass(frozen=True, slots=True)
 class BitsOverride:
-    """A per-tensor choice of the user: tensors that match the glob get these bits; None keeps their type."""
+    """A choice of the user: the tensors whose names match a glob get `bits`; None keeps their type."""
 
     pattern: str
     bits: int | None
@@ -33,10 +39,10 @@ def parse_bits(options: Sequence[str], keep: Sequence[str] = ()) -> tuple[int | 
     """Parse the values of `--bits N | GLOB=N` and `--keep GLOB`.
 
     Args:
-        options: values of --bits in their order; a bare number sets the default.
-        keep: globs of --keep; they come after the overrides of bits, so they win.
+        options: the values of --bits in order; a bare number sets the default.
+        keep: the globs of --keep; they come after the overrides of bits, so they win.
     Returns:
-        The default bits, or None where no bare number was given, and the overrides in their order.
+        the default bits, or None if there is no bare number, and the overrides in order.
     Raises:
         ValueError: a value is neither a number nor GLOB=N, or N is out of range.
     """
@@ -59,15 +65,15 @@ def plan_tensors(
     overrides: Sequence[BitsOverride] = (),
     granularity: Granularity = "tensor",
 ) -> dict[str, TensorPlan]:
-    """Plan every tensor: matrices (linear layers, embeddings, output head, experts) are quantized, all others kept.
+    """Plan every tensor. Matrices (linear layers, embeddings, output head, experts) are quantized, others are kept.
 
     Args:
-        shapes: every tensor's name and shape, in the order of the checkpoint.
+        shapes: the shape of each tensor by name, in the order of the checkpoint.
         bits: for matrices that no override matches.
-        overrides: globs over whole tensor names, case-sensitive; a later match wins over an earlier one.
-        granularity: one grid per tensor or per row.
+        overrides: globs over whole tensor names, case-sensitive; the last match wins.
+        granularity: one grid for each tensor or for each row.
     Returns:
-        The plans, in the order of `shapes`.
+        the plans, in the order of `shapes`.
     Raises:
         ValueError: an override matches no tensor, or gives bits to tensors of which none is a matrix.
     """
@@ -88,12 +94,12 @@ def plan_tensors(
 
 
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a weight matrix, of a linear layer, an embedding or the output head, or a stack of them."""
+    """Whether a tensor is a weight matrix (of a linear layer, an embedding or the output head), or a stack of them."""
     return (len(shape) == 2 and name.endswith("weight")) or is_stack(name, shape)
 
 
 def is_stack(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is the fused matrices of experts: three axes, the first over the experts."""
+    """Whether a tensor holds the fused matrices of experts: three axes, the first over the experts."""
     return len(shape) == 3 and "experts" in name.split(".") and 0 not in shape
 
 

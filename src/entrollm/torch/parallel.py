@@ -17,7 +17,7 @@ from torch import nn
 
 from entrollm import _core
 from entrollm.codec.blocks import choose_blocks
-from entrollm.compress.tensor import encode_symbols, row_chunks
+from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.group_scales import GroupedKind
@@ -140,7 +140,7 @@ class _Cutter:
     def fill(self, weight: CodedWeight, style: str | None) -> None:
         """Give a coded weight the entries of its part."""
         spec = self._stored.specs[weight.name]
-        arrays = self._stored.stored_arrays(weight.name)
+        arrays = self._stored.entries(weight.name)
         axis = self.axes[weight] = self.axis(style)
         if axis is not None and isinstance(spec.kind, GroupedKind):
             raise UnsupportedError(
@@ -163,7 +163,7 @@ class _Cutter:
     def _cut(
         self, name: str, spec: TensorSpec, rows: Range, columns: Range
     ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
-        arrays = self._stored.unpacked_arrays(name)
+        arrays = self._stored.matrix_arrays(name)
         symbols = matrix_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
         shape = (rows[1] - rows[0], columns[1] - columns[0])
         blocks = choose_blocks(*shape)

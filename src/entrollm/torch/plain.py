@@ -15,7 +15,7 @@ from torch.nn import functional
 from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.blocks import padded
-from entrollm.format.entry import unpack_with
+from entrollm.format.entry import split_entries_with
 from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import decode_scales
 from entrollm.format.spec import TensorSpec
@@ -47,7 +47,7 @@ class PlainMatrix:
         self.shape = (spec.rows, spec.columns)
         self._name = name
         self._spec = spec
-        slices, small = unpack_with(name, spec, entries, lambda side: side.cpu().numpy())
+        slices, small = split_entries_with(name, spec, entries, lambda side: side.cpu().numpy())
         self._entries: dict[str, Tensor] = {**slices, **{suffix: _to_device(a, device) for suffix, a in small.items()}}
         self._device = device
         self._padded = padded(spec.columns)

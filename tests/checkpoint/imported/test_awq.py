@@ -50,7 +50,7 @@ def test_weights_are_exactly_the_sources(tmp_path: Path) -> None:
     result = compress(tmp_path / "source", tmp_path / "out")
     for name, weights in imported_weights(tmp_path / "out").items():
         np.testing.assert_array_equal(weights, expected[name])
-    assert result.packed is not None and result.packed.source_bits == 4 + 20 / 32
+    assert result.imported is not None and result.imported.source_bits == 4 + 20 / 32
 
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)

@@ -40,7 +40,7 @@ def test_weights_are_exactly_the_sources(tmp_path: Path) -> None:
     for name, weights in imported_weights(tmp_path / "out").items():
         np.testing.assert_array_equal(weights, expected[name])
     # Rows are scaled by their extremes, so most integers are small.
-    assert result.packed is not None and result.packed.entropy_bits < 7.6
+    assert result.imported is not None and result.imported.entropy_bits < 7.6
 
     ids = [5, 300, 17, 17, 9, 211]
     wanted = load(write_dense(tmp_path / "dense", expected)).logits(ids)
@@ -55,7 +55,7 @@ def test_weights_are_exactly_the_sources(tmp_path: Path) -> None:
         ("weight", np.zeros((64, 128), np.float16), FormatError, "expected a matrix of type I8, found F16"),
         ("SCB", np.ones(63, np.float32), FormatError, r"expected shape \[64\]"),
         ("SCB", np.ones(64, np.float16), FormatError, "SCB: expected F32, found float16"),
-        ("weight_format", np.array(1, np.uint8), UnsupportedError, "read are weights in rows, format 0"),
+        ("weight_format", np.array(1, np.uint8), UnsupportedError, "only weights in rows, format 0, are supported"),
     ],
 )
 def test_malformed_layers_are_refused(part: str, value: Any, error: type, message: str, tmp_path: Path) -> None:

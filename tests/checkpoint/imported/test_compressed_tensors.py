@@ -147,5 +147,5 @@ def test_malformed_layers_are_refused(case: str, part: str, value: Any, message:
 def test_sparse_checkpoints_are_refused(tmp_path: Path) -> None:
     sparse = config("pack-quantized", sparsity_config={"format": "sparse-24-bitmask"})
     write_source(tmp_path / "source", sparse, CASES["groups"][1])
-    with pytest.raises(UnsupportedError, match="with a sparsity_config; read are dense ones"):
+    with pytest.raises(UnsupportedError, match="with a sparsity_config; only dense weights are supported"):
         Checkpoint.open(tmp_path / "source")

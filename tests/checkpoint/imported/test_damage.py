@@ -54,7 +54,7 @@ def read_all(folder: Path) -> None:
     """Reads every packed matrix, or meets a named error."""
     try:
         with Checkpoint.open(folder) as checkpoint:
-            for name in checkpoint.packed:
+            for name in checkpoint.imported:
                 if name.startswith(LAYER):
                     assert checkpoint.read_float32(name).shape == checkpoint.tensors[name].shape
     except EntroLLMError as error:

@@ -71,7 +71,7 @@ def test_weights_are_exactly_the_sources(config: dict[str, Any], pack: Packer, t
     assert found.keys() == expected.keys()
     for name, weights in expected.items():
         np.testing.assert_array_equal(found[name], weights)
-    assert result.packed is not None and (result.packed.format, result.packed.source_bits > 8) == ("fp8", True)
+    assert result.imported is not None and (result.imported.format, result.imported.source_bits > 8) == ("fp8", True)
     with CompressedModel.open(tmp_path / "out") as model, Checkpoint.open(tmp_path / "source") as source:
         assert verify(model, _core.ThreadPool(2), source).compared
 
@@ -83,7 +83,7 @@ def test_weights_are_exactly_the_sources(config: dict[str, Any], pack: Packer, t
 def test_a_size_quantizes_them_like_other_floats(tmp_path: Path) -> None:
     write_source(tmp_path / "source", BLOCKS, packer("blocks"))
     result = compress(tmp_path / "source", tmp_path / "out", CompressOptions(bits=4))
-    assert result.packed is None
+    assert result.imported is None
     with CompressedModel.open(tmp_path / "out") as model:
         assert all(isinstance(spec.kind, GridKind) for spec in model.specs.values()) and len(model.specs) == 9
 

@@ -44,7 +44,7 @@ def test_weights_are_exactly_the_sources(kind: str, tmp_path: Path, tokenizer: P
 def test_the_model_is_whole(tmp_path: Path, tokenizer: Path) -> None:
     expected = write_gguf(tmp_path / "model.gguf", "Q6_K")
     result = compress(tmp_path / "model.gguf", tmp_path / "out", CompressOptions(tokenizer=tokenizer))
-    assert result.packed is not None and result.packed.format == "GGUF"
+    assert result.imported is not None and result.imported.format == "GGUF"
     assert result.source_bytes == (tmp_path / "model.gguf").stat().st_size
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: config[key] for key in CONFIG if key != "torch_dtype"} == {
@@ -68,9 +68,9 @@ def test_a_tokenizer_is_converted_or_asked_for(tmp_path: Path) -> None:
     arguments = ["compress", str(tmp_path / "model.gguf"), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
     said = " ".join(result.stderr.split())
-    assert result.exit_code == 1 and "splits text as 'strange' is not converted; add --tokenizer FOLDER" in said
+    assert result.exit_code == 1 and "splits text as 'strange' cannot be converted; add --tokenizer FOLDER" in said
     result = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path)])
-    assert result.exit_code == 1 and "is no folder with a tokenizer.json" in " ".join(result.stderr.split())
+    assert result.exit_code == 1 and "is not a folder with a tokenizer.json" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     write_gguf(tmp_path / "known.gguf", "Q8_0", {"tokenizer.ggml.pre": "gpt-2"})
     compress(tmp_path / "known.gguf", tmp_path / "out")
@@ -89,14 +89,14 @@ def test_the_numbers_are_printed(tmp_path: Path, tokenizer: Path) -> None:
 def test_a_folder_of_gguf_files_asks_for_one(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds GGUF files; name the one that is meant: .*model\.gguf"):
+    with pytest.raises(ValueError, match=r"holds GGUF files; name the file, such as .*model\.gguf"):
         Checkpoint.open(tmp_path)
 
 
 def test_a_folder_cannot_pose_as_a_gguf_file(tmp_path: Path) -> None:
     quantization = {"quant_method": "gguf", "types": {"a": "Q8_0"}}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    with pytest.raises(UnsupportedError, match="the weights are quantized by 'gguf', which is not read"):
+    with pytest.raises(UnsupportedError, match="the weights are quantized by 'gguf', which is not supported"):
         Checkpoint.open(tmp_path)
 
 
@@ -157,13 +157,17 @@ def test_other_architectures_have_their_biases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"general.architecture": "mamba"}, UnsupportedError, "architecture 'mamba' is not read; read are llama"),
-        ({"general.architecture": None}, UnsupportedError, "architecture None is not read"),
+        (
+            {"general.architecture": "mamba"},
+            UnsupportedError,
+            "architecture 'mamba' is not supported; supported are llama",
+        ),
+        ({"general.architecture": None}, UnsupportedError, "architecture None is not supported"),
         ({"llama.block_count": None}, FormatError, "llama.block_count is None, expected a positive integer"),
         ({"llama.context_length": 0}, FormatError, "llama.context_length is 0, expected a positive integer"),
         ({"llama.rope.freq_base": "x"}, FormatError, "llama.rope.freq_base is 'x', expected a number"),
         ({"llama.rope.scaling.type": 3}, FormatError, "llama.rope.scaling.type is 3, expected a string"),
-        ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope' is not read"),
+        ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope' is not supported"),
         ({"llama.expert_count": 8}, UnsupportedError, "llama.expert_count 8 is not implemented; it should be 0"),
         ({"split.count": 2}, UnsupportedError, "is one of several parts; join them"),
     ],
@@ -176,9 +180,13 @@ def test_other_models_are_refused(values: dict[str, Any], error: type, message: 
 @pytest.mark.parametrize(
     ("tensor", "error", "message"),
     [
-        (("blk.0.ssm_in.weight", (2, 2), 0, bytes(16)), UnsupportedError, "has no place in the architectures"),
+        (("blk.0.ssm_in.weight", (2, 2), 0, bytes(16)), UnsupportedError, "is not part of a supported architecture"),
         (("output_norm.weight", (32,), 8, bytes(34)), UnsupportedError, r"of shape \[32\] is Q8_0"),
-        (("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes()), UnsupportedError, "holds other factors"),
+        (
+            ("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes()),
+            UnsupportedError,
+            "holds factors that are not those",
+        ),
     ],
 )
 def test_other_tensors_are_refused(tensor: Any, error: type, message: str, tmp_path: Path) -> None:

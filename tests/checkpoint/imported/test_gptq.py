@@ -76,8 +76,8 @@ def test_weights_are_exactly_the_sources(bits: int, group_size: int, layout: str
     assert found.keys() == expected.keys()
     for name, weights in expected.items():
         np.testing.assert_array_equal(found[name], weights)
-    assert result.packed is not None and result.packed.weights == sum(r * c for r, c in LINEARS.values())
-    assert abs(result.packed.entropy_bits - bits) < 0.1
+    assert result.imported is not None and result.imported.weights == sum(r * c for r, c in LINEARS.values())
+    assert abs(result.imported.entropy_bits - bits) < 0.1
 
 
 @pytest.mark.parametrize("index", [False, True])
@@ -140,7 +140,7 @@ def test_zeros_of_the_first_layout_carry_as_gptqmodel_adds_them(tmp_path: Path) 
     write_source(tmp_path / "source", config(4, 128), packer(4, 128))
     change_tensors(tmp_path / "source", lambda t: t.update({LAYER + "qzeros": np.full((1, 32), 0x3F, np.int32)}))
     with Checkpoint.open(tmp_path / "source") as source:
-        zeros = source.read_packed(LAYER + "weight").groups.arrays["group_zero"]
+        zeros = source.read_imported(LAYER + "weight").groups.arrays["group_zero"]
     # 0x0000003F + 0x11111111 = 0x11111150
     assert zeros[:8, 0].tolist() == [0, 5, 1, 1, 1, 1, 1, 1]
 
@@ -178,7 +178,7 @@ def int32(*shape: int) -> NDArray[np.int32]:
         ("qweight", int32(15, 256), "15 words do not hold 128 weights of 4 bits"),
         ("qweight", np.zeros((16, 256), np.float32), "expected a matrix of type I32, found F32"),
         ("qzeros", int32(2, 31), "31 words do not hold 256 zeros of 4 bits"),
-        ("qzeros", None, "the tensor is missing, though the parts that belong to it"),
+        ("qzeros", None, "the tensor is missing, though others of its layer"),
         ("qzeros", int32(200, 32), "200 groups of 128 columns"),
         ("scales", np.ones((2, 255), np.float16), r"expected shape \[2, 256\]"),
         ("scales", np.full((2, 256), np.inf, np.float16), "a value that is not finite"),
@@ -202,7 +202,7 @@ def test_malformed_layers_are_refused(part: str, value: Any, message: str, tmp_p
         ({"checkpoint_format": "marlin"}, UnsupportedError, "quantized weights in the layout 'marlin'"),
         ({"checkpoint_format": 3}, UnsupportedError, "quantized weights in the layout 3"),
         ({"is_marlin_format": True}, UnsupportedError, "GPTQ weights in Marlin's layout"),
-        ({"bits": 5}, UnsupportedError, "bits 5; read are"),
+        ({"bits": 5}, UnsupportedError, "bits 5; supported are"),
         ({"bits": "4"}, FormatError, "bits '4', expected an integer"),
     ],
 )
@@ -224,12 +224,12 @@ def test_a_config_without_its_weights_is_refused(tmp_path: Path) -> None:
     write_source(
         tmp_path / "source", config(4, 64), lambda generator, rows, columns: ({}, np.zeros((1, 1), np.float32))
     )
-    with pytest.raises(FormatError, match=r"config\.json tells of GPTQ weights, but there are none"):
+    with pytest.raises(FormatError, match=r"config\.json declares GPTQ weights, but there are none"):
         Checkpoint.open(tmp_path / "source")
 
 
 def test_a_weight_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", config(4, 64), packer(4, 64))
     change_tensors(tmp_path / "source", lambda t: t.update({LAYER + "weight": np.ones((2, 2), np.float32)}))
-    with pytest.raises(FormatError, match="is stored twice, packed and plain"):
+    with pytest.raises(FormatError, match="is stored twice, quantized and plain"):
         Checkpoint.open(tmp_path / "source")

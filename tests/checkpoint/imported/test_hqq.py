@@ -107,10 +107,15 @@ def test_the_engine_runs_imported_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "error", "message"),
     [
-        ("axis", np.array(0, np.int32), UnsupportedError, "groups run down the columns; read are those of axis 1"),
+        ("axis", np.array(0, np.int32), UnsupportedError, "groups run down the columns; only axis 1"),
         ("axis", None, FormatError, r"axis: expected 1 integer\(s\), found None"),
-        ("quant_zero", np.array(1, np.uint8), UnsupportedError, "scales that are quantized in turn are not read"),
-        ("shape", np.array([0, 128], np.int64), FormatError, "0 x 128 is no matrix"),
+        (
+            "quant_zero",
+            np.array(1, np.uint8),
+            UnsupportedError,
+            "scales that are quantized themselves are not supported",
+        ),
+        ("shape", np.array([0, 128], np.int64), FormatError, "0 x 128 is not the shape of a matrix"),
         ("shape", np.array([1, 2, 3], np.int64), FormatError, r"expected 2 integer\(s\)"),
         ("group_size", np.array(48, np.int32), UnsupportedError, "groups of 48 do not divide the 128 columns"),
         ("group_size", np.array(-1, np.int32), UnsupportedError, "groups of -1 do not divide"),

@@ -1,4 +1,4 @@
-"""Read checkpoints that are quantized already: their integers and scales, as they are."""
+"""Read the integers and scales of quantized checkpoints; one module for each format."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from entrollm.checkpoint.imported import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq
+from entrollm.checkpoint.imported.formats import Format, ImportedMatrix, ImportedWeights, RawTensors
 from entrollm.checkpoint.imported.fp8 import fp8_matrix
-from entrollm.checkpoint.imported.packed import Format, PackedMatrix, RawTensors, StoredMatrix
 
-__all__ = ["FORMATS", "Format", "PackedMatrix", "RawTensors", "StoredMatrix", "find_format", "fp8_matrix"]
+__all__ = ["FORMATS", "Format", "ImportedMatrix", "ImportedWeights", "RawTensors", "find_format", "fp8_matrix"]
 
 FORMATS: Mapping[str, Format] = {
     "GPTQ": gptq,
@@ -22,5 +22,5 @@ FORMATS: Mapping[str, Format] = {
 
 
 def find_format(quantization: Mapping[str, Any]) -> str | None:
-    """The name in FORMATS of the format that a quantization_config tells of; None for an unknown one."""
+    """The name in FORMATS of the format of a quantization_config; None if it is unknown."""
     return next((name for name, module in FORMATS.items() if module.recognise(quantization)), None)

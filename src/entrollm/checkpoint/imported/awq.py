@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.packed import (
+from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
-    PackedMatrix,
+    ImportedMatrix,
+    ImportedWeights,
     RawTensors,
-    StoredMatrix,
     floats,
     group_scales,
     integer_option,
@@ -40,8 +40,8 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
     return is_method(quantization, "awq")
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a checkpoint; see `Format`."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a checkpoint; see `Format`."""
     layout_option(quantization, ("version", "checkpoint_format", "format"), ("gemm",))
     integer_option(quantization, "bits", (4,))
     for name in tensors.entries:
@@ -50,7 +50,7 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[P
             yield _matrix(layer, tensors)
 
 
-def _matrix(layer: str, tensors: RawTensors) -> PackedMatrix:
+def _matrix(layer: str, tensors: RawTensors) -> ImportedMatrix:
     columns, width = matrix_shape(tensors, layer + "qweight", ("I32",))
     rows = width * _FIELDS
     groups, zero_width = matrix_shape(tensors, layer + "qzeros", ("I32",))
@@ -60,21 +60,21 @@ def _matrix(layer: str, tensors: RawTensors) -> PackedMatrix:
         raise FormatError(f"{layer}qzeros: {columns} columns do not make {groups} groups of one size")
     if matrix_shape(tensors, layer + "scales", FLOAT_TYPES) != (groups, rows):
         raise FormatError(f"{layer}scales: expected shape {[groups, rows]}")
-    return PackedMatrix(
+    return ImportedMatrix(
         name=layer + "weight",
         shape=(rows, columns),
         dtype=tensors.entries[layer + "scales"].dtype,
-        parts=tuple(layer + part for part in ("qweight", "qzeros", "scales")),
+        sources=tuple(layer + part for part in ("qweight", "qzeros", "scales")),
         read=functools.partial(_read, layer, (groups, rows), tensors),
     )
 
 
-def _read(layer: str, shape: tuple[int, int], tensors: RawTensors) -> StoredMatrix:
+def _read(layer: str, shape: tuple[int, int], tensors: RawTensors) -> ImportedWeights:
     scale = floats(tensors, layer + "scales", shape)
     symbols = _unpack(tensors.array(layer + "qweight"))
     arrays = {"group_scale": scale.T, "group_zero": _unpack(tensors.array(layer + "qzeros")).T}
     form = {"size": len(symbols) // shape[0], "arithmetic": tensors.entries[layer + "scales"].dtype}
-    return StoredMatrix(np.ascontiguousarray(symbols.T), group_scales(form, arrays))
+    return ImportedWeights(np.ascontiguousarray(symbols.T), group_scales(form, arrays))
 
 
 def _unpack(words: NDArray[Any]) -> NDArray[np.uint8]:

@@ -1,8 +1,8 @@
 """8-bit checkpoints of bitsandbytes, as transformers saves them.
 
 Of a layer: `weight` int8 (out, in), `SCB` F32 (out,), the largest magnitude of each row, and `weight_format`.
-W = (q * SCB) * (1 / 127) in float32, rounded after each product. The outliers that bitsandbytes multiplies in half
-precision are a matter of activations; the weights are all here.
+W = (q * SCB) * (1 / 127) in float32, rounded after each product. Outliers, which bitsandbytes multiplies in half
+precision, are activations; all weights are in these tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from entrollm.checkpoint.imported.packed import (
-    PackedMatrix,
+from entrollm.checkpoint.imported.formats import (
+    ImportedMatrix,
+    ImportedWeights,
     RawTensors,
-    StoredMatrix,
     floats,
     group_scales,
     matrix_shape,
@@ -32,12 +32,11 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == "bitsandbytes"
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a checkpoint; see `Format`."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a checkpoint; see `Format`."""
     if quantization.get("load_in_4bit") or not quantization.get("load_in_8bit"):
         raise UnsupportedError(
-            "config.json: 4-bit bitsandbytes weights lie on a grid of uneven steps, which is not read; read are 8-bit "
-            "ones"
+            "config.json: 4-bit bitsandbytes weights lie on a grid of uneven steps; only 8-bit weights are supported"
         )
     for name in tensors.entries:
         layer = name.removesuffix("SCB")
@@ -45,24 +44,26 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[P
             continue
         rows, columns = matrix_shape(tensors, layer + "weight", ("I8",))
         _check_format(layer, tensors)
-        parts = tuple(layer + p for p in ("weight", "SCB", "weight_format") if layer + p in tensors.entries)
+        sources = tuple(layer + s for s in ("weight", "SCB", "weight_format") if layer + s in tensors.entries)
         read = functools.partial(_read, layer, rows, columns, tensors)
-        yield PackedMatrix(layer + "weight", (rows, columns), "F32", parts, read)
+        yield ImportedMatrix(layer + "weight", (rows, columns), "F32", sources, read)
 
 
 def _check_format(layer: str, tensors: RawTensors) -> None:
-    """Refuse the orders of elements that old versions wrote for their kernels."""
+    """Refuse the element orders that old versions wrote for their kernels."""
     if layer + "weight_format" not in tensors.entries:
         return
     stored = tensors.array(layer + "weight_format")
     if stored.size != 1 or stored.reshape(-1)[0] != _ROW_FORMAT:
-        raise UnsupportedError(f"{layer}weight_format: {stored.tolist()}; read are weights in rows, format 0")
+        raise UnsupportedError(
+            f"{layer}weight_format: {stored.tolist()}; only weights in rows, format 0, are supported"
+        )
 
 
-def _read(layer: str, rows: int, columns: int, tensors: RawTensors) -> StoredMatrix:
+def _read(layer: str, rows: int, columns: int, tensors: RawTensors) -> ImportedWeights:
     scale = floats(tensors, layer + "SCB", (rows,))
     if scale.dtype != np.float32:
         raise FormatError(f"{layer}SCB: expected F32, found {scale.dtype}")
     symbols = tensors.array(layer + "weight").view(np.uint8) ^ np.uint8(128)  # int8 plus 128
     form = {"size": columns, "factor": _INVERSE_127}
-    return StoredMatrix(symbols, group_scales(form, {"group_scale": scale.reshape(rows, 1)}, zero=128))
+    return ImportedWeights(symbols, group_scales(form, {"group_scale": scale.reshape(rows, 1)}, zero=128))

@@ -4,7 +4,7 @@ Of a layer, packed: `weight_packed` int32 (out, ceil(in * bits / 32)), fields al
 `weight_shape`; `weight_zero_point` int32, packed down the columns in the same way, of asymmetric layers. Not packed:
 `weight` int8 (out, in) and `weight_zero_point` int8. `weight_scale` has one number, one for each output, or one for
 each output and group of inputs; `weight_g_idx` is the group of each input where they are not in order.
-W = (q - zero) * scale, rounded to the type of the scales. Scales of activations are not needed and left out.
+W = (q - zero) * scale, rounded to the type of the scales. Scales of activations are not needed and not kept.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.packed import (
+from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
-    PackedMatrix,
+    ImportedMatrix,
+    ImportedWeights,
     RawTensors,
-    StoredMatrix,
     floats,
     group_scales,
     matrix_shape,
@@ -45,11 +45,13 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
     return bool(schemes) and all(isinstance(scheme, dict) and scheme.get("type") == "int" for scheme in schemes)
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a checkpoint; see `Format`."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a checkpoint; see `Format`."""
     sparsity = quantization.get("sparsity_config") or {}
     if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
-        raise UnsupportedError("config.json: compressed-tensors weights with a sparsity_config; read are dense ones")
+        raise UnsupportedError(
+            "config.json: compressed-tensors weights with a sparsity_config; only dense weights are supported"
+        )
     for name, entry in tensors.entries.items():
         layer, dot, part = name.rpartition(".")
         layer += dot
@@ -60,7 +62,7 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[P
 
 
 def _packed_shape(layer: str, tensors: RawTensors) -> tuple[int, int]:
-    """The shape that `weight_shape` states, checked against the words that are there."""
+    """The shape that `weight_shape` states, checked against the size of `weight_packed`."""
     rows, words = matrix_shape(tensors, layer + "weight_packed", ("I32",))
     entry = tensors.entries.get(layer + _SHAPE)
     if entry is None or entry.dtype not in ("I32", "I64") or entry.shape != (2,):
@@ -73,14 +75,14 @@ def _packed_shape(layer: str, tensors: RawTensors) -> tuple[int, int]:
 
 
 def _bits(layer: str, columns: int, words: int) -> int:
-    """How many bits a field has; layers of one checkpoint may differ."""
+    """The bits of a field; layers of one checkpoint may differ."""
     fitting = [bits for bits in range(1, _MAX_BITS + 1) if math.ceil(columns * bits / 32) == words]
     if len(fitting) != 1:
         raise FormatError(f"{layer}weight_packed: {words} words do not hold {columns} weights of equal bits")
     return fitting[0]
 
 
-def _matrix(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) -> PackedMatrix:
+def _matrix(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) -> ImportedMatrix:
     scale = tensors.entries.get(layer + _SCALE)
     if scale is None or scale.dtype not in FLOAT_TYPES or not _fits(scale.shape, shape):
         raise FormatError(
@@ -88,24 +90,24 @@ def _matrix(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) 
             f"found {scale}"
         )
     own = (part, _SCALE, _ZERO, _INDEX, _SHAPE, *_ACTIVATIONS)
-    return PackedMatrix(
+    return ImportedMatrix(
         name=layer + "weight",
         shape=shape,
         dtype=scale.dtype,
-        parts=tuple(layer + suffix for suffix in own if layer + suffix in tensors.entries),
+        sources=tuple(layer + suffix for suffix in own if layer + suffix in tensors.entries),
         read=functools.partial(_read, layer, part, shape, tensors),
     )
 
 
 def _fits(scale: tuple[int, ...], shape: tuple[int, int]) -> bool:
-    """Whether scales are of a tensor, of rows, or of rows and groups that share the columns evenly."""
+    """Whether there is one scale, one for each row, or one for each row and each of some groups of equal size."""
     rows, columns = shape
     if scale in ((), (1,), (1, 1), (rows,)):
         return True
     return len(scale) == 2 and scale[0] == rows and 0 < scale[1] <= columns and columns % scale[1] == 0
 
 
-def _read(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) -> StoredMatrix:
+def _read(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) -> ImportedWeights:
     rows, columns = shape
     entry = tensors.entries[layer + _SCALE]
     scale = floats(tensors, layer + _SCALE, entry.shape)
@@ -127,18 +129,18 @@ def _read(layer: str, part: str, shape: tuple[int, int], tensors: RawTensors) ->
         index = tensors.array(layer + _INDEX)
         if index.dtype.kind != "i" or index.shape != (columns,):
             raise FormatError(f"{layer}{_INDEX}: expected {columns} integers, found {tensors.entries[layer + _INDEX]}")
-        # All of them -1 says that the columns are in order.
+        # If all of them are -1, the columns are in order.
         if (index != -1).any():
             size, order = sort_groups(layer + _INDEX, index, groups)
             if order is not None:
                 symbols = symbols[:, order]
                 arrays["column_order"] = order
     form = {"size": size, "arithmetic": entry.dtype}
-    return StoredMatrix(np.ascontiguousarray(symbols), group_scales(form, arrays, zero))
+    return ImportedWeights(np.ascontiguousarray(symbols), group_scales(form, arrays, zero))
 
 
 def _zeros(layer: str, bits: int, shape: tuple[int, int], tensors: RawTensors) -> NDArray[np.uint8]:
-    """The symbols of zero, uint8 (rows, groups)."""
+    """The symbols that stand for weight 0, uint8 (rows, groups)."""
     rows, groups = shape
     entry, array = tensors.entries[layer + _ZERO], tensors.array(layer + _ZERO)
     if entry.dtype == "I32" and entry.shape == (math.ceil(rows * bits / 32), groups):

@@ -1,4 +1,4 @@
-"""Blocks of GGUF files, dequantized to float32 as ggml does.
+"""Blocks of GGUF files.
 
 Q8_0: 32 weights, f16 d, 32 int8; W = q * d. Q4_0: 32 weights, f16 d, 16 bytes of nibbles, all low ones first;
 W = (q - 8) * d. Q4_1: f16 d and m, nibbles; W = q * d + m. Q5_0, Q5_1: the same with 32 fifth bits before the nibbles,
@@ -7,7 +7,8 @@ bytes of nibbles, the low ones of 32 bytes before their high ones; W = (d * scal
 with 32 bytes before the nibbles, of which bit n is the fifth bit of 32 weights. Q6_K: 256 weights, 128 bytes of low
 nibbles, 64 of high bit pairs, 16 int8 scales, f16 d; W = (d * scale) * (q - 32).
 
-Every product of these is exact in float32 (at most 24 significant bits), so its order does not matter.
+ggml computes in float32. Every product above is exact in float32, with at most 24 significant bits, so the order of
+factors does not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.packed import PackedMatrix, RawTensors, StoredMatrix, group_scales
+from entrollm.checkpoint.imported.formats import ImportedMatrix, ImportedWeights, RawTensors, group_scales
 from entrollm.errors import FormatError
 from entrollm.format.group_scales import GroupScales
 
@@ -28,20 +29,20 @@ _SMALL, _SUPER = 32, 256
 
 
 def recognise(quantization: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is the one that `gguf_model` makes up for a file."""
+    """Whether a quantization_config is the one that `gguf_model` makes for a file."""
     return quantization.get("quant_method") == "gguf"
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a file; see `Format`. `types` of the config names the blocks of each."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a file; see `Format`. `types` of the config names the block type of each."""
     for name, kind in quantization["types"].items():
         rows, row_bytes = tensors.entries[name].shape
         weights, size_bytes, _ = _BLOCKS[kind]
         read = functools.partial(_read, name, kind, tensors)
-        yield PackedMatrix(name, (rows, row_bytes // size_bytes * weights), "F32", (name,), read)
+        yield ImportedMatrix(name, (rows, row_bytes // size_bytes * weights), "F32", (name,), read)
 
 
-def _read(name: str, kind: str, tensors: RawTensors) -> StoredMatrix:
+def _read(name: str, kind: str, tensors: RawTensors) -> ImportedWeights:
     _, size_bytes, unpack = _BLOCKS[kind]
     octets = tensors.array(name)
     rows = len(octets)
@@ -49,7 +50,7 @@ def _read(name: str, kind: str, tensors: RawTensors) -> StoredMatrix:
     for part, array in scales.arrays.items():
         if array.dtype == np.float16 and not np.isfinite(array).all():
             raise FormatError(f"{name}: its {part} has a value that is not finite")
-    return StoredMatrix(np.ascontiguousarray(symbols.reshape(rows, -1)), scales)
+    return ImportedWeights(np.ascontiguousarray(symbols.reshape(rows, -1)), scales)
 
 
 def _half(octets: Octets) -> NDArray[np.float16]:
@@ -88,7 +89,7 @@ def _fifth(octets: Octets) -> Octets:
 
 
 def _scales(blocks: Octets, zero: int | None) -> GroupScales:
-    """A scale for 32 weights, and after it a minimum where there is no zero."""
+    """One scale for each 32 weights, followed by a minimum if there is no zero."""
     arrays = {"group_scale": _half(blocks[..., :2])}
     if zero is None:
         arrays["group_minimum"] = -_half(blocks[..., 2:4])
@@ -105,7 +106,7 @@ def _q5_k(blocks: Octets) -> tuple[Octets, GroupScales]:
 
 
 def _nibbles(octets: Octets) -> Octets:
-    """The low ones of 32 bytes, their high ones, the low ones of the next 32: (rows, blocks, 8, 32)."""
+    """The low nibbles of 32 bytes, their high nibbles, the low nibbles of the next 32, ...: (rows, blocks, 8, 32)."""
     rows, count, _ = octets.shape
     runs = octets.reshape(rows, count, 4, 1, 32)
     return np.concatenate([runs & np.uint8(15), runs >> 4], axis=3).reshape(rows, count, 8, 32)
@@ -128,7 +129,7 @@ def _k_scales(blocks: Octets) -> GroupScales:
 
 def _q6_k(blocks: Octets) -> tuple[Octets, GroupScales]:
     rows, count, _ = blocks.shape
-    # Halves of 128 weights; in each, four runs of 32.
+    # A block has two halves of 128 weights, and a half has four runs of 32.
     low = blocks[..., :128].reshape(rows, count, 2, 2, 32)
     pairs = blocks[..., 128:192].reshape(rows, count, 2, 1, 32)
     nibbles = np.concatenate([low & np.uint8(15), low >> 4], axis=3)
@@ -140,7 +141,7 @@ def _q6_k(blocks: Octets) -> tuple[Octets, GroupScales]:
     return nibbles | upper << 4, group_scales({"size": 16, "super_size": _SUPER}, arrays, zero=32)
 
 
-# By type: weights and bytes of a block, and how a row of blocks is unpacked.
+# For each type: the weights and the bytes of a block, and the function that unpacks blocks.
 _BLOCKS: Mapping[str, tuple[int, int, Callable[[Octets], tuple[Octets, GroupScales]]]] = {
     "Q8_0": (32, 34, _q8_0),
     "Q5_1": (32, 24, _q5_1),

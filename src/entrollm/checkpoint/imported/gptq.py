@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.packed import (
+from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
-    PackedMatrix,
+    ImportedMatrix,
+    ImportedWeights,
     RawTensors,
-    StoredMatrix,
     floats,
     group_scales,
     integer_option,
@@ -44,11 +44,11 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
     return is_method(quantization, "gptq")
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a checkpoint; see `Format`."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a checkpoint; see `Format`."""
     layout = layout_option(quantization, ("checkpoint_format", "format"), _LAYOUTS)
     if quantization.get("is_marlin_format", False):
-        raise UnsupportedError(f"config.json: GPTQ weights in Marlin's layout; read are {_LAYOUTS}")
+        raise UnsupportedError(f"config.json: GPTQ weights in Marlin's layout; supported are {_LAYOUTS}")
     bits = integer_option(quantization, "bits", _BITS)
     dynamic = _dynamic(quantization)
     for name in tensors.entries:
@@ -84,7 +84,7 @@ def _bits_of(layer: str, bits: int, dynamic: list[tuple[re.Pattern[str], Mapping
     return bits
 
 
-def _matrix(layer: str, bits: int, is_less_one: bool, tensors: RawTensors) -> PackedMatrix:
+def _matrix(layer: str, bits: int, is_less_one: bool, tensors: RawTensors) -> ImportedMatrix:
     packed_columns, rows = matrix_shape(tensors, layer + "qweight", ("I32",))
     index = tensors.entries.get(layer + "g_idx")
     if index is None:
@@ -104,17 +104,17 @@ def _matrix(layer: str, bits: int, is_less_one: bool, tensors: RawTensors) -> Pa
         raise FormatError(f"{layer}qzeros: {groups} groups of {columns} columns")
     if matrix_shape(tensors, layer + "scales", FLOAT_TYPES) != (groups, rows):
         raise FormatError(f"{layer}scales: expected shape {[groups, rows]}")
-    parts = ("qweight", "qzeros", "scales", *(["g_idx"] if index else []))
-    return PackedMatrix(
+    suffixes = ("qweight", "qzeros", "scales", *(["g_idx"] if index else []))
+    return ImportedMatrix(
         name=layer + "weight",
         shape=(rows, columns),
         dtype=tensors.entries[layer + "scales"].dtype,
-        parts=tuple(layer + part for part in parts),
+        sources=tuple(layer + suffix for suffix in suffixes),
         read=functools.partial(_read, layer, bits, is_less_one, (rows, columns), tensors),
     )
 
 
-def _read(layer: str, bits: int, is_less_one: bool, shape: tuple[int, int], tensors: RawTensors) -> StoredMatrix:
+def _read(layer: str, bits: int, is_less_one: bool, shape: tuple[int, int], tensors: RawTensors) -> ImportedWeights:
     rows, columns = shape
     symbols = unpack_bits(tensors.array(layer + "qweight").T, bits, columns)
     scale = floats(tensors, layer + "scales", tensors.entries[layer + "scales"].shape).T
@@ -131,7 +131,7 @@ def _read(layer: str, bits: int, is_less_one: bool, shape: tuple[int, int], tens
         symbols = symbols[:, order]
         arrays["column_order"] = order
     form = {"size": size, "arithmetic": tensors.entries[layer + "scales"].dtype}
-    return StoredMatrix(np.ascontiguousarray(symbols), group_scales(form, arrays))
+    return ImportedWeights(np.ascontiguousarray(symbols), group_scales(form, arrays))
 
 
 def _zeros(words: NDArray[Any], bits: int, rows: int, is_less_one: bool) -> NDArray[np.uint8]:

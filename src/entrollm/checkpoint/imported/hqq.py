@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.imported.packed import (
-    PackedMatrix,
+from entrollm.checkpoint.imported.formats import (
+    ImportedMatrix,
+    ImportedWeights,
     RawTensors,
-    StoredMatrix,
     floats,
     group_scales,
     matrix_shape,
@@ -36,8 +36,8 @@ _PACKINGS = {
     "1bit_u8": (1, 8, "U8"),
 }
 _COMPUTE_TYPES = {"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32"}
-# Everything that a layer saves besides its bias.
-_PARTS = frozenset(
+# Everything that a layer saves, except its bias.
+_SUFFIXES = frozenset(
     {"W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float"}
     | {"quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"}
     | {"channel_wise", "optimize", "round_zero"}
@@ -49,8 +49,8 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_method") == "hqq"
 
 
-def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-    """The packed matrices of a checkpoint; see `Format`."""
+def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+    """The quantized matrices of a checkpoint; see `Format`."""
     for name in tensors.entries:
         layer = name.removesuffix("W_q")
         if layer != name:
@@ -64,24 +64,26 @@ class _Layer:
         self._name = name
         self._tensors = tensors
 
-    def matrix(self) -> PackedMatrix:
-        """The packed matrix, its parts checked against each other."""
+    def matrix(self) -> ImportedMatrix:
+        """The quantized matrix; its tensors are checked against each other."""
         name, tensors = self._name, self._tensors
         if self._integers("axis", 1) != (1,):
-            raise UnsupportedError(f"{name}axis: groups run down the columns; read are those of axis 1, along the rows")
+            raise UnsupportedError(
+                f"{name}axis: groups run down the columns; only axis 1, along the rows, is supported"
+            )
         for option in ("quant_scale", "quant_zero"):
             if name + option in tensors.entries and self._integers(option, 1) != (0,):
-                raise UnsupportedError(f"{name}{option}: scales that are quantized in turn are not read")
+                raise UnsupportedError(f"{name}{option}: scales that are quantized themselves are not supported")
         rows, columns = self._integers("shape", 2)
         if not (0 < rows < 2**31 and 0 < columns < 2**31):
-            raise FormatError(f"{name}shape: {rows} x {columns} is no matrix")
+            raise FormatError(f"{name}shape: {rows} x {columns} is not the shape of a matrix")
         size = self._integers("group_size", 1)[0] if name + "group_size" in tensors.entries else columns
         if not 0 < size <= columns or columns % size:
             raise UnsupportedError(f"{name}group_size: groups of {size} do not divide the {columns} columns")
         packing, compute_type = self._text("packing"), self._text("compute_dtype")
         if packing not in _PACKINGS or compute_type not in _COMPUTE_TYPES:
             raise UnsupportedError(
-                f"{name}packing: {packing!r:.40} with compute_dtype {compute_type!r:.40} is not read"
+                f"{name}packing: {packing!r:.40} with compute_dtype {compute_type!r:.40} is not supported"
             )
         groups = rows * columns // size
         bits, fields, element = _PACKINGS[packing]
@@ -92,10 +94,10 @@ class _Layer:
         ):
             raise FormatError(f"{name}W_q: expected {packed_rows} x {size} elements for {groups} groups of {bits} bits")
         read = functools.partial(self._read, (rows, columns), size, packing, _COMPUTE_TYPES[compute_type])
-        parts = tuple(name + part for part in sorted(_PARTS) if name + part in tensors.entries)
-        return PackedMatrix(name + "weight", (rows, columns), _COMPUTE_TYPES[compute_type], parts, read)
+        sources = tuple(name + suffix for suffix in sorted(_SUFFIXES) if name + suffix in tensors.entries)
+        return ImportedMatrix(name + "weight", (rows, columns), _COMPUTE_TYPES[compute_type], sources, read)
 
-    def _read(self, shape: tuple[int, int], size: int, packing: str, compute_type: str) -> StoredMatrix:
+    def _read(self, shape: tuple[int, int], size: int, packing: str, compute_type: str) -> ImportedWeights:
         rows, columns = shape
         groups = rows * columns // size
         bits, fields, _ = _PACKINGS[packing]
@@ -104,13 +106,13 @@ class _Layer:
         symbols = np.concatenate(runs)[:groups].reshape(rows, columns)
         arrays: dict[str, NDArray[Any]] = {}
         for part in ("scale", "zero"):
-            with np.errstate(over="ignore"):  # what overflows is refused below
+            with np.errstate(over="ignore"):  # values that overflow are refused below
                 values = floats(self._tensors, self._name + part, (groups, 1)).astype(DTYPES[compute_type])
             if not np.isfinite(values.astype(np.float32)).all():
                 raise FormatError(f"{self._name}{part}: it has a value that {compute_type} cannot hold")
             arrays["group_" + part] = values.reshape(rows, columns // size)
         form = {"size": size, "arithmetic": compute_type}
-        return StoredMatrix(symbols, group_scales(form, arrays))
+        return ImportedWeights(symbols, group_scales(form, arrays))
 
     def _integers(self, part: str, count: int) -> tuple[int, ...]:
         entry = self._tensors.entries.get(self._name + part)

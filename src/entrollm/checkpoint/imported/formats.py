@@ -1,4 +1,4 @@
-"""What the readers of quantized checkpoints have in common: packed matrices in, symbols and group scales out."""
+"""The interface of a quantized source format, and what the formats share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class StoredMatrix:
-    """The integers of one matrix and their scales.
+class ImportedWeights:
+    """The integers of an imported matrix and their scales.
 
     Attributes:
         symbols: uint8, shape (rows, columns), columns in stored order.
-        groups: how they become weights.
+        groups: how symbols become weights.
     """
 
     symbols: NDArray[np.uint8]
@@ -32,47 +32,47 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
-class PackedMatrix:
+class ImportedMatrix:
     """A matrix of a quantized checkpoint.
 
     Attributes:
-        name: the weight's name in a checkpoint that is not quantized.
+        name: the weight's name in an ordinary checkpoint.
         shape: (rows, columns), each at least 1.
-        dtype: the safetensors type that its own runtime dequantizes it to.
-        parts: the tensors of the checkpoint that it consists of.
-        read: unpacks it; raises FormatError where it is malformed.
+        dtype: the type that its own runtime dequantizes it to, by its safetensors name.
+        sources: the tensors of the checkpoint that make it up.
+        read: reads its integers and scales; raises FormatError if a source is malformed.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: str
-    parts: tuple[str, ...]
-    read: Callable[[], StoredMatrix]
+    sources: tuple[str, ...]
+    read: Callable[[], ImportedWeights]
 
 
 class RawTensors(Protocol):
-    """The tensors of a checkpoint as they are stored."""
+    """The tensors of a checkpoint as its files hold them."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
         """All tensors by name."""
 
     def array(self, name: str) -> NDArray[Any]:
-        """A read-only view of one."""
+        """A read-only view of a tensor."""
 
 
 class Format(Protocol):
-    """A way in which checkpoints are quantized: one module of this package each."""
+    """A source format; each is a module of this package."""
 
     def recognise(self, quantization: Mapping[str, Any]) -> bool:
         """Whether a quantization_config is of this format."""
 
-    def matrices(self, quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[PackedMatrix]:
-        """The packed matrices of a checkpoint.
+    def matrices(self, quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
+        """The quantized matrices of a checkpoint.
 
         Raises:
             FormatError: a matrix is malformed; the message names the tensor.
-            UnsupportedError: the checkpoint uses a variant that is not read.
+            UnsupportedError: the checkpoint uses a variant that is not supported.
         """
 
 
@@ -80,11 +80,11 @@ def matrix_shape(tensors: RawTensors, name: str, dtypes: tuple[str, ...]) -> tup
     """The shape of a tensor that must be a matrix of one of these types, with at least one element.
 
     Raises:
-        FormatError: it is missing or something else.
+        FormatError: the tensor is missing or not such a matrix.
     """
     entry = tensors.entries.get(name)
     if entry is None:
-        raise FormatError(f"{name}: the tensor is missing, though the parts that belong to it are there")
+        raise FormatError(f"{name}: the tensor is missing, though others of its layer are there")
     if entry.dtype not in dtypes or len(entry.shape) != 2 or 0 in entry.shape:
         raise FormatError(
             f"{name}: expected a matrix of type {' or '.join(dtypes)}, found {entry.dtype} {list(entry.shape)}"
@@ -96,14 +96,14 @@ def integer_option(quantization: Mapping[str, Any], key: str, allowed: tuple[int
     """An integer of a quantization_config.
 
     Raises:
-        FormatError: it is missing or no integer.
-        UnsupportedError: it is none of those allowed.
+        FormatError: it is missing or not an integer.
+        UnsupportedError: it is not one of `allowed`.
     """
     value = quantization.get(key)
     if type(value) is not int:
         raise FormatError(f"config.json: quantization_config has {key} {value!r:.80}, expected an integer")
     if value not in allowed:
-        raise UnsupportedError(f"config.json: quantization_config has {key} {value}; read are {allowed}")
+        raise UnsupportedError(f"config.json: quantization_config has {key} {value}; supported are {allowed}")
     return value
 
 
@@ -113,14 +113,18 @@ def is_method(quantization: Mapping[str, Any], method: str) -> bool:
 
 
 def layout_option(quantization: Mapping[str, Any], keys: tuple[str, ...], allowed: tuple[str, ...]) -> str:
-    """The layout that the first of some keys names, in lower case; by default the first one that is allowed.
+    """The layout of quantized weights, in lower case; the first of `allowed` if no key is present.
 
+    Args:
+        quantization: the quantization_config.
+        keys: keys that may name the layout; the first one that is present does.
+        allowed: the layouts that are supported.
     Raises:
-        UnsupportedError: it is none of those allowed.
+        UnsupportedError: the layout is not one of `allowed`.
     """
     layout = next((quantization[key] for key in keys if key in quantization), allowed[0])
     if not isinstance(layout, str) or layout.lower() not in allowed:
-        raise UnsupportedError(f"config.json: quantized weights in the layout {layout!r:.80}; read are {allowed}")
+        raise UnsupportedError(f"config.json: quantized weights in the layout {layout!r:.80}; supported are {allowed}")
     return layout.lower()
 
 
@@ -130,7 +134,7 @@ def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]
     Args:
         words: int32 or uint32, shape (n, words), with at least `count * bits` bits in a row.
         bits: 1 to 8.
-        count: fields of a row.
+        count: fields in a row.
     Returns:
         uint8, shape (n, count).
     """
@@ -147,14 +151,14 @@ def unpack_bits(words: NDArray[Any], bits: int, count: int) -> NDArray[np.uint8]
 
 
 def floats(tensors: RawTensors, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Scales or float zeros in their own type, checked to be finite and reshaped from an equal number of elements.
+    """Scales or float zeros, in their own type, checked to be finite.
 
     Raises:
-        FormatError: the tensor is missing, no 16- or 32-bit float, of another shape or not finite.
+        FormatError: the tensor is missing, has another type or shape, or has a value that is not finite.
     """
     entry = tensors.entries.get(name)
     if entry is None:
-        raise FormatError(f"{name}: the tensor is missing, though the parts that belong to it are there")
+        raise FormatError(f"{name}: the tensor is missing, though others of its layer are there")
     if entry.dtype not in FLOAT_TYPES or entry.shape != shape:
         raise FormatError(
             f"{name}: expected shape {list(shape)} of {', '.join(FLOAT_TYPES)}, found {entry.dtype} {list(entry.shape)}"
@@ -166,12 +170,12 @@ def floats(tensors: RawTensors, name: str, shape: tuple[int, ...]) -> NDArray[An
 
 
 def group_scales(form: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], zero: int | None = None) -> GroupScales:
-    """Group scales whose types are those of the arrays.
+    """Make group scales; the types in their form are those of the arrays.
 
     Args:
         form: the fields of GroupedKind without its types and its zero.
         arrays: by a name of GROUP_ARRAY_TYPES. Group zeros that are all equal become one zero.
-        zero: the zero of all groups; None where the arrays hold zeros or there is none.
+        zero: the zero of all groups; None if the arrays hold zeros, or absent.
     """
     kept = dict(arrays)
     zeros = kept.get("group_zero")
@@ -183,17 +187,17 @@ def group_scales(form: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], ze
 
 
 def sort_groups(name: str, group_index: NDArray[Any], groups: int) -> tuple[int, NDArray[np.uint32] | None]:
-    """The size of the groups of columns that an index names, and the order of columns that makes them contiguous.
+    """Find the order of columns that makes scale groups contiguous.
 
     Args:
         name: the index tensor, for errors.
-        group_index: integers, shape (columns,).
-        groups: how many there are.
+        group_index: the group of each column: integers, shape (columns,).
+        groups: the number of groups.
     Returns:
-        The size, and None where the columns are in order already.
+        the columns in a group, and the order, uint32 (columns,), or None if the columns are in order already.
     Raises:
         FormatError: a group is out of range.
-        UnsupportedError: groups are not of one size, but for the last one.
+        UnsupportedError: the groups differ in size; only the last one may be smaller.
     """
     if group_index.min() < 0 or group_index.max() >= groups:
         raise FormatError(f"{name}: group {group_index.max()} is out of range, there are {groups}")

@@ -19,11 +19,11 @@ from entrollm import _core
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.grid import OCTAVE_CODES, GridKind
-from entrollm.format.header import TensorTable
 from entrollm.format.log_scales import LogScales, decode_scales, snap
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
-from entrollm.format.writer import ShardWriter, matrix_bytes
+from entrollm.format.stored import store_matrix
+from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
 from tests.support.folders import (
     BIAS,
@@ -57,7 +57,7 @@ def coded_rows(spec: TensorSpec, arrays: dict[str, NDArray[Any]]) -> tuple[Tenso
     return spec, arrays | {layout.SCALE: CODES, layout.COLUMN_SCALE: columns}
 
 
-def write_packed(path: Path) -> Path:
+def write_current(path: Path) -> Path:
     """The example folder in this version, with codes in place of its stored scales."""
     path.mkdir(parents=True, exist_ok=True)
     write_config(path, version=2)
@@ -65,7 +65,7 @@ def write_packed(path: Path) -> Path:
     tensors[SPLIT_ROW] = coded_rows(*tensors[SPLIT_ROW])
     with ShardWriter(path / "model.safetensors") as writer:
         for name, tensor in tensors.items():
-            writer.add_matrix(name, *tensor)
+            writer.add_matrix(store_matrix(name, *tensor))
         for name, dtype in ((NORM, "BF16"), (BIAS, "F32")):
             writer.add_plain(name, dtype, example_plain()[name].shape, [example_plain()[name]])
     return path
@@ -73,7 +73,7 @@ def write_packed(path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_packed(tmp_path / "model")
+    return write_current(tmp_path / "model")
 
 
 def test_both_versions_hold_the_same(tmp_path: Path, folder: Path) -> None:
@@ -82,8 +82,8 @@ def test_both_versions_hold_the_same(tmp_path: Path, folder: Path) -> None:
         name: expected[name] for name in expected if name != SPLIT_ROW
     }
     with CompressedModel.open(folder) as model:
-        assert list(model.stored_arrays(MULTI_ROW)) == [layout.CODED]
-        assert model.stored_arrays(CONSTANT) == {}
+        assert list(model.entries(MULTI_ROW)) == [layout.CODED]
+        assert model.entries(CONSTANT) == {}
     check_all(folder)
 
 
@@ -100,7 +100,7 @@ def test_codes_mean_what_the_document_says(folder: Path) -> None:
 def test_a_written_file_is_aligned_and_no_larger_than_needed(file: Path) -> None:
     with CompressedModel.open(file.parent) as model:
         for name in (MULTI_ROW, SPLIT_ROW):
-            stored = model.stored_arrays(name)[layout.CODED]
+            stored = model.entries(name)[layout.CODED]
             assert stored.ctypes.data % 64 == 0 and stored.size % 64 == 0
             assert stored.size < sum(model.specs[name].parts or ()) + 64 + 128
 
@@ -111,11 +111,11 @@ def test_coded_entries_are_aligned_beside_group_scales(tmp_path: Path) -> None:
     write_config(tmp_path, version=2)
     with CompressedModel.open(golden) as model, ShardWriter(tmp_path / "model.safetensors") as writer:
         for name, spec in model.specs.items():
-            writer.add_matrix(name, spec, model.stored_arrays(name))
+            writer.add_matrix(store_matrix(name, spec, model.entries(name)))
             assert writer.entries[-1].name == name + layout.CODED
     with CompressedModel.open(tmp_path) as model:
         for name in model.specs:
-            assert model.stored_arrays(name)[layout.CODED].ctypes.data % 64 == 0
+            assert model.entries(name)[layout.CODED].ctypes.data % 64 == 0
     assert contents(tmp_path) == contents(golden)
 
 
@@ -124,21 +124,20 @@ def test_coded_matrices_come_first(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "model.safetensors")
     writer.add_plain(NORM, "BF16", (100,), [example_plain()[NORM]])
     with pytest.raises(ValueError, match=r"a.weight: coded matrices come before plain tensors"):
-        writer.add_matrix(MULTI_ROW, spec, arrays)
+        writer.add_matrix(store_matrix(MULTI_ROW, spec, arrays))
 
 
-def test_matrix_bytes_foretell_the_file(tmp_path: Path) -> None:
-    sizes, foretold, table = [], 0, TensorTable()
+def test_stored_bytes_foretell_the_file(tmp_path: Path) -> None:
+    sizes, foretold = [], 0
     for count in (2, 40):
         path = tmp_path / f"{count}.safetensors"
         with ShardWriter(path) as writer:
             for index in range(count):
                 spec, arrays = example_tensors()[MULTI_ROW]
-                spec = writer.add_matrix(f"layers.{index}.weight", spec, arrays)
+                matrix = store_matrix(f"layers.{index}.weight", spec, arrays)
                 if count == 40 and index >= 2:
-                    packed = {layout.CODED: np.zeros(sum(spec.parts or ()) // 64 * 64 + 128, np.uint8)}
-                    foretold += matrix_bytes(table, f"layers.{index}.weight", spec, packed)
-                table.add_spec(f"layers.{index}.weight", spec.to_json())
+                    foretold += writer.table.stored_bytes(matrix)
+                writer.add_matrix(matrix)
         sizes.append(path.stat().st_size)
     assert abs(sizes[1] - sizes[0] - foretold) < 38 * 70
 
@@ -171,8 +170,9 @@ def test_few_scales_are_no_spec_of_their_own(tmp_path: Path) -> None:
     spec, arrays = example_tensors()[SPLIT_ROW]
     arrays |= {layout.SCALE: np.array([0.5], np.float32), layout.OFFSET: np.array([2], np.float32)}
     with ShardWriter(tmp_path / "model.safetensors") as writer:
-        written = writer.add_matrix("w", spec, arrays)
-    assert written.kind == GridKind(0.5, 2.0, stored={"column_scale": "F32"})
+        matrix = store_matrix("w", spec, arrays)
+        writer.add_matrix(matrix)
+    assert matrix.spec.kind == GridKind(0.5, 2.0, stored={"column_scale": "F32"})
 
 
 BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
@@ -180,7 +180,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "negative part": ({"parts": [-64, 10, 10]}, "parts must be three sizes in bytes"),
     "absurd part": ({"parts": [2**50, 0, 0]}, "parts must be three sizes in bytes"),
     "no parts": ({"parts": None, "scales": None}, "do not agree on whether it is one entry"),
-    "scales alone": ({"parts": None}, "tells of stored scales, and of no parts that hold them"),
+    "scales alone": ({"parts": None}, "declares stored scales, but no parts that hold them"),
     "long side": ({"parts": [13824, 1, 4000]}, "its parts make"),
     "unknown scales": ({"scales": {"row_scale": 8}}, "scales must be of scale, offset, column_scale"),
     "list of scales": ({"scales": ["scale"]}, "scales must be of"),
@@ -211,7 +211,7 @@ def test_a_spec_that_does_not_fit_is_refused(folder: Path, file: Path, case: str
 def test_a_constant_matrix_has_nothing_behind_it(folder: Path, file: Path) -> None:
     change_spec(file, CONSTANT, parts=[0, 0, 5])
     change_entries(file, {CONSTANT + ".coded": ("U8", np.zeros(128, np.uint8))})
-    refuse(folder, FormatError, "5 bytes follow its streams, which its spec does not tell of")
+    refuse(folder, FormatError, "5 bytes follow its streams, which its spec does not declare")
 
 
 def test_entries_of_version_1_are_refused(folder: Path, file: Path) -> None:
@@ -225,7 +225,7 @@ def test_version_1_has_no_coded_entries(tmp_path: Path) -> None:
     change_entries(file, {MULTI_ROW + ".coded": ("U8", np.zeros(128, np.uint8))})
     refuse(folder, FormatError, "'a.weight.coded' belongs to no tensor that the header describes")
     change_spec(write_example(tmp_path / "two") / "model.safetensors", MULTI_ROW, parts=[0, 0, 0])
-    refuse(tmp_path / "two", FormatError, "a.weight: its spec has parts, which format version 1 does not know")
+    refuse(tmp_path / "two", FormatError, "a.weight: its spec has parts, which format version 1 does not have")
 
 
 @pytest.mark.parametrize("change", [-64, 64])
@@ -291,7 +291,7 @@ def test_noise_in_an_entry_never_crashes(folder: Path, file: Path) -> None:
         noisy = entry.copy()
         begin = int(generator.choice([0, dense, dense + sparse]))
         noisy[begin:] = generator.integers(0, 256, entry.size - begin, np.uint8)
-        write_packed(folder)
+        write_current(folder)
         change_entries(file, {SPLIT_ROW + ".coded": ("U8", noisy)})
         try:
             contents(folder)
@@ -305,7 +305,7 @@ def test_decoding_runs_over_the_entry_alone(folder: Path) -> None:
     """Wide loads stay in the entry: both streams have room behind them, whatever follows in the file."""
     with CompressedModel.open(folder) as model:
         for name in (MULTI_ROW, SPLIT_ROW):
-            spec, coded = model.specs[name], model.stored_arrays(name)[layout.CODED]
+            spec, coded = model.specs[name], model.entries(name)[layout.CODED]
             dense, sparse, side = spec.parts or (0, 0, 0)
             assert coded.size >= dense + layout.padded_size(sparse)
             assert coded.size >= dense + sparse + side
@@ -316,4 +316,4 @@ def test_version_1_has_no_codes(tmp_path: Path) -> None:
     """An entry of version 1, which has no codes, with a spec that tells of some."""
     folder = write_example(tmp_path / "one")
     change_spec(folder / "model.safetensors", SPLIT_ROW, scales={"scale": 8}, scale=0.5)
-    refuse(folder, FormatError, "b.weight: its spec tells of stored scales, and of no parts that hold them")
+    refuse(folder, FormatError, "b.weight: its spec declares stored scales, but no parts that hold them")

@@ -1,0 +1,184 @@
+"""Quantizers whose steps make the whole model meet a size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.arrays import Array
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.control import RateControl
+from entrollm.compress.options import CompressOptions
+from entrollm.compress.planning import Plan
+from entrollm.compress.rate import RateCurve
+from entrollm.compress.statistics import Drift, Statistics
+from entrollm.quantize.ecsq import EcsqQuantizer
+from entrollm.quantize.feedback import FeedbackQuantizer
+from entrollm.quantize.gptq import GptqQuantizer
+from entrollm.quantize.importance import relative_steps, row_precision
+from entrollm.quantize.method import ArraySource, CodeChooser, Float32, Quantized, Quantizer, RowSource
+from entrollm.quantize.statistics import Sensitivity
+
+# The rate of a matrix is predicted from about this many of its weights, and at least this many rows.
+_SAMPLE_WEIGHTS = 1 << 16
+_FEWEST_ROWS = 32
+# Bytes that a plain tensor, besides its name, and a shard take in headers.
+_PLAIN_ENTRY_BYTES = 90
+_SHARD_BYTES = 140
+
+
+class SizedMethods:
+    """Entropy-coded scalar quantization at the steps that meet a target, with feedback for calibrated matrices.
+
+    Args:
+        checkpoint: the model.
+        plan: what becomes of its tensors.
+        options: of compression, with a target.
+        statistics: what calibration measured; None if absent.
+    Raises:
+        ValueError: the target is out of reach.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, options: CompressOptions, statistics: Statistics | None = None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._statistics = statistics
+        self._method = options.method
+        # With other preferences, fitted grids decode no faster, and those codes waste bits for other reasons.
+        self._grid = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
+        self._last: tuple[str, Array | None] = ("", None)
+        self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
+        self._final = plan.coded[-1] if plan.coded else ""
+        assert options.target is not None
+        shapes = {name: _matrix_shape(checkpoint, name) for name in plan.coded}
+        self.curves = {
+            name: RateCurve(name, shapes[name], _Sampler(checkpoint, name, self).quantize, options.prefer)
+            for name in plan.coded
+        }
+        fixed = len(plan.shards) * _SHARD_BYTES
+        for name in plan.kept:
+            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
+        weights = sum(info.weights for info in checkpoint.tensors.values())
+        steps = relative_steps(shapes, _sensitivities(plan.coded, statistics))
+        self.control = RateControl(self.curves, steps, fixed, weights, options.target)
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantizer of a matrix at its step."""
+        quantizer = self.at_step(name, self.control.step(name), self.row_precision(name))
+        if self._drift is None or not isinstance(quantizer, FeedbackQuantizer):
+            return quantizer
+        return _Corrected(name, quantizer, self._drift)
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Tell the rate control the size of a matrix."""
+        is_settled = self.control.settle(name, stored_bytes)
+        if is_settled and name == self._final:
+            self._drift = None  # frees the hidden states of all windows
+        return is_settled
+
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Tell the rate control and the drift of later matrices about a matrix that is coded already."""
+        self.control.settle(name, stored_bytes)
+        if self._drift is not None:
+            self._drift.record(name, weights)
+
+    def row_precision(self, name: str) -> NDArray[np.float32] | None:
+        """What the steps of the rows of a matrix are divided by; None if all rows are alike."""
+        sensitivity = None if self._statistics is None else self._statistics.sensitivity(name)
+        return row_precision(name, self._checkpoint.tensors[name].shape[0], sensitivity)
+
+    def at_step(
+        self, name: str, step: float, precision: NDArray[np.float32] | None, is_draft: bool = False
+    ) -> Quantizer:
+        """The quantizer of a matrix, or of some of its rows, at a step.
+
+        Args:
+            name: the matrix.
+            step: over the RMS of the matrix.
+            precision: `row_precision` of the rows.
+            is_draft: whether only the histogram of the integers is needed.
+        """
+        factor = self._factor(name)
+        if self._statistics is None or factor is None:
+            return EcsqQuantizer(step, precision, **self._grid)
+        device = self._statistics.device
+        if self._method == "gptq":
+            return GptqQuantizer(step, factor, precision, device)
+        return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
+
+    def _factor(self, name: str) -> Array | None:
+        """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in a row."""
+        if self._statistics is None:
+            return None
+        if name != self._last[0]:
+            self._last = ("", None)  # frees memory for the next factor
+            self._last = (name, self._statistics.factor(name))
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """Quantizes a matrix with feedback, compensating for the errors of the matrices before it."""
+
+    name: str
+    inner: FeedbackQuantizer
+    drift: Drift
+
+    def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
+        """Quantize the matrix, and record what it became for the matrices after it."""
+        quantized = replace(self.inner, correction=self.drift.correction(self.name)).quantize(source, choose)
+        self.drift.record(self.name, quantized.weights)
+        return quantized
+
+
+def has_drift(options: CompressOptions) -> bool:
+    """Whether matrices with statistics must be quantized in the order in which the model multiplies with them."""
+    return options.drift and options.method == "feedback"
+
+
+def _sensitivities(names: Iterable[str], statistics: Statistics | None) -> dict[str, Sensitivity]:
+    if statistics is None:
+        return {}
+    found = {name: statistics.sensitivity(name) for name in names}
+    return {name: sensitivity for name, sensitivity in found.items() if sensitivity is not None}
+
+
+class _Sampler:
+    """Evenly spaced rows of one matrix, read when they are first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, methods: SizedMethods) -> None:
+        self._checkpoint = checkpoint
+        self._methods = methods
+        self._name = name
+        self._rows: NDArray[Any] | None = None
+        rows, columns = _matrix_shape(checkpoint, name)
+        self._picked = np.unique(
+            np.linspace(0, rows - 1, min(rows, max(_FEWEST_ROWS, _SAMPLE_WEIGHTS // columns))).astype(int)
+        )
+        precision = methods.row_precision(name)
+        self._precision = None if precision is None else precision[self._picked]
+
+    def quantize(self, step: float, choose: CodeChooser) -> Quantized:
+        if self._rows is None:
+            parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
+            self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
+            self._checkpoint.release(self._name)
+        quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
+        return quantizer.quantize(ArraySource(self._name, self._rows), choose)
+
+
+def _sample_type(checkpoint: Checkpoint, name: str) -> Any:
+    """The type of a sample: bf16 takes half the memory if the weights are bf16 anyway."""
+    return ml_dtypes.bfloat16 if checkpoint.tensors[name].dtype == "BF16" else np.float32
+
+
+def _matrix_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[name].shape
+    return rows, columns
