@@ -137,6 +137,12 @@ def test_sentence_piece_tokenizers_are_converted(begins: bool, tmp_path: Path) -
         ({"merges": ["x y"]}, FormatError, "its vocabulary is malformed: .*Token `x` out of vocabulary"),
         ({"add_bos_token": "x"}, FormatError, "add_bos_token is 'x', expected true or false"),
         ({"model": "llama"}, FormatError, "scores is not a list of float"),
+        ({"add_bos_token": True}, UnsupportedError, r"a text has a token added to it \(bos\).*does not say which"),
+        ({"add_eos_token": True}, UnsupportedError, r"a text has a token added to it \(eos\).*does not say which"),
+        ({"bos_token_id": 3}, FormatError, "bos_token_id is 3, expected the number of a token"),
+        ({"add_sep_token": True}, UnsupportedError, "does not know tokenizer.ggml.add_sep_token True"),
+        ({"suppress_tokens": [1]}, UnsupportedError, "does not know tokenizer.ggml.suppress_tokens"),
+        ({"normalizer.lowercase": True}, UnsupportedError, "does not know tokenizer.ggml.normalizer.lowercase"),
     ],
 )
 def test_other_tokenizers_are_refused(changes: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:

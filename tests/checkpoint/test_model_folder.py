@@ -74,11 +74,13 @@ def test_the_example_model_opens() -> None:
         whole = checkpoint.read("model.embed_tokens.weight")
         np.testing.assert_array_equal(rows, whole[100:103].astype(np.float32))
         assert [file.name for file in checkpoint.side_files()] == [
+            "README.md",
             "config.json",
             "generation_config.json",
             "special_tokens_map.json",
             "tokenizer.json",
             "tokenizer_config.json",
+            "train_log.json",
         ]
 
 
@@ -185,11 +187,28 @@ def test_scales_per_tensor_and_per_row_multiply(tmp_path: Path, shape: tuple[int
     np.testing.assert_array_equal(checkpoint.read_float32("x.weight", 2, 4), (weight.astype(np.float32) * column)[2:])
 
 
-def test_fp8_without_scales_is_its_own_value(tmp_path: Path) -> None:
+def test_fp8_without_scales_is_its_own_value_where_nothing_speaks_of_any(tmp_path: Path) -> None:
     every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(2, 128)
-    checkpoint = Checkpoint.open(save_fp8(tmp_path / "m", {"w": every}))
+    folder = save_fp8(tmp_path / "m", {"w": every})
+    write_config(folder)
+    checkpoint = Checkpoint.open(folder)
     assert not checkpoint.has_scales("w")
     np.testing.assert_array_equal(checkpoint.read_float32("w"), every.astype(np.float32))
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+@pytest.mark.parametrize("scale", ["a.scale", "a.weight_scales", "a.weight.scale", "a.scale_weight", None])
+def test_fp8_weights_need_a_scale_of_a_known_name(tmp_path: Path, scale: str | None, is_described: bool) -> None:
+    tensors = {"a.weight": fp8(np.ones((2, 3))), "b.weight": fp8(np.ones((2, 3))), "b.weight_scale": np.float32([2])}
+    folder = save_fp8(tmp_path / "m", tensors | ({scale: np.float32([2])} if scale else {}))
+    if not is_described:
+        write_config(folder)
+    if scale is None and not is_described:
+        assert "a.weight" in Checkpoint.open(folder).tensors  # a cast model, whose values are what they are
+        return
+    message = rf"'a\.weight' is F8_E4M3 and needs its scale in a\.weight_scale_inv.*{scale or 'found no scale'}"
+    with pytest.raises(FormatError, match=message):
+        Checkpoint.open(folder)
 
 
 def test_one_scale_fits_any_number_of_axes(tmp_path: Path) -> None:
@@ -390,29 +409,3 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path: Path, shard: Any) -> N
     write_index(tmp_path, {"a": shard})
     with pytest.raises(FormatError, match=r"tensor 'a' is in .*, expected a \.safetensors file's name"):
         Checkpoint.open(tmp_path)
-
-
-def test_side_files_are_the_ones_that_a_derived_model_needs(tmp_path: Path) -> None:
-    folder = write_single(tmp_path, {"a": A})
-    wanted = ["LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "chat_template.jinja", "tokenizer.model"]
-    for name in [*wanted, "pytorch_model.bin", "x.gguf", "README.md", "modeling.py", "licensed_images.zip"]:
-        (folder / name).write_text("x")
-    assert [file.name for file in Checkpoint.open(folder).side_files()] == sorted([*wanted, "config.json"])
-
-
-def test_a_side_file_that_links_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
-    folder = write_single(tmp_path / "m", {"a": A})
-    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(FormatError, match=r"tokenizer\.json is a link to .*secret, outside of the checkpoint"):
-        Checkpoint.open(folder).side_files()
-
-
-def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    (blobs / "1").write_text("{}")
-    write_single(snapshot, {"a": A})
-    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/1"))
-    assert "tokenizer.json" in [file.name for file in Checkpoint.open(snapshot).side_files()]

@@ -7,6 +7,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from entrollm.checkpoint.resolve import resolve
 
@@ -35,8 +36,12 @@ def test_a_hub_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, tm
     calls = answer_with(monkeypatch, tmp_path)
     assert resolve("owner/some-model.v1") == tmp_path
     assert (calls[0]["repo"], calls[0]["revision"]) == ("owner/some-model.v1", None)
-    assert "*.safetensors" in calls[0]["allow_patterns"]
-    assert not any("bin" in pattern or pattern == "*" for pattern in calls[0]["allow_patterns"])
+    names = ["model.safetensors", "model.safetensors.index.json", "config.json", "modeling_x.py"]
+    names += ["preprocessor_config.json"]
+    names += ["additional_chat_templates/tool.jinja", "1_Pooling/config.json", "2_Dense/model.safetensors", "x.model"]
+    ignored = ["pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "original/x.safetensors", "x.gguf"]
+    left = list(filter_repo_objects([*names, *ignored, "demo.mp4"], ignore_patterns=calls[0]["ignore_patterns"]))
+    assert left == names
 
 
 def test_a_revision_follows_an_at_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

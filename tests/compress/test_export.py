@@ -49,7 +49,7 @@ def test_the_folder_is_an_ordinary_one(folder: Path, tmp_path: Path) -> None:
     with CompressedModel.open(folder) as model:
         export(model, tmp_path / "plain", _core.ThreadPool(1), "bf16")
     names = {file.name for file in (tmp_path / "plain").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     with safe_open(tmp_path / "plain" / "model.safetensors", "np") as opened:

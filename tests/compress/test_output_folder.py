@@ -247,3 +247,38 @@ def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path:
     plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())
     assert plan["format_version"] == 2 and plan["shard_bytes"] == 60_000
     assert set(plan["files"]) == {str((checkpoint / shard).resolve()) for shard in SHARDS}
+
+
+def test_an_output_that_is_a_link_stays_one(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=5), overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    with CompressedModel.open(tmp_path / "disk") as model:
+        assert model.config["quantization_config"]["bits"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != checkpoint.name) == ["disk", "out"]
+
+
+def test_a_link_to_nothing_gets_its_target(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "deep")
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "deep" / "config.json").is_file()
+
+
+def test_a_link_to_a_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "out").symlink_to(tmp_path / "file")
+    with pytest.raises(ValueError, match="is a file; name a folder that does not exist yet"):
+        compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
+
+
+@pytest.mark.parametrize("name", [".", "..", "{tmp}"])
+def test_the_current_folder_is_refused(
+    name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the current folder or holds it; name another folder"):
+        compress_folder(checkpoint, Path(name.format(tmp=tmp_path)), CodingOptions(bits=4))

@@ -12,6 +12,7 @@ from entrollm.engine.decoder import Decoder
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Floats
+from entrollm.errors import FormatError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from tests.engine.architectures import (
@@ -155,10 +156,12 @@ def test_example_equals_transformers() -> None:
     assert list(result.token_ids) == reference_greedy(reference, ids, 64)
 
 
-def test_missing_lm_head_means_tied(checkpoint: Checkpoint) -> None:
+def test_a_missing_head_is_refused_unless_it_is_the_embedding(checkpoint: Checkpoint) -> None:
     tensors = read_tensors(checkpoint("llama"))
     config = json.loads((checkpoint("llama") / "config.json").read_text())
     del tensors["lm_head.weight"]
-    logits = Model(ModelFiles(config), DenseWeights(tensors)).logits([1, 2, 3])
+    with pytest.raises(FormatError, match=r"lm_head\.weight: the tensor is missing.*base model without an output head"):
+        Model(ModelFiles(config), DenseWeights(tensors))
+    tied = Model(ModelFiles({**config, "tie_word_embeddings": True}), DenseWeights(tensors)).logits([1, 2, 3])
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    assert np.array_equal(logits, Model(ModelFiles(config), DenseWeights(tensors)).logits([1, 2, 3]))
+    assert np.array_equal(tied, Model(ModelFiles(config), DenseWeights(tensors)).logits([1, 2, 3]))

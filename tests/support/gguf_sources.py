@@ -151,7 +151,7 @@ def encode_value(value: Any) -> bytes:
     if isinstance(value, bool):
         return struct.pack("<I?", 7, value)
     if isinstance(value, int):
-        return struct.pack("<II", 4, value)
+        return struct.pack("<II", 4, value) if value >= 0 else struct.pack("<Ii", 5, value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if value and isinstance(value[0], (int, float)):

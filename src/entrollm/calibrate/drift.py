@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array, Device, double, functions, single
 from entrollm.calibrate.arithmetic import rms_norm, swiglu
 from entrollm.calibrate.layer import (
-    EMBEDDING,
-    HEAD,
     NORM,
     LayerWeights,
     Part,
@@ -28,6 +26,7 @@ from entrollm.calibrate.layer import (
     rotation,
 )
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import EMBEDDING, HEAD
 from entrollm.errors import EntroLLMError
 from entrollm.models.config import ModelConfig
 
@@ -131,7 +130,7 @@ class _Models:
             self._multiply(layer.gate_up, swiglu)
             yield layer.down, True
             self._add(layer.down)
-        if HEAD in self._tensors and not config.tied_embeddings:
+        if HEAD in self._tensors:
             shape = (config.vocab_size, config.hidden_size)
             self._norm(self._tensors.read(NORM, (config.hidden_size,)), eps)
             yield Part((HEAD,), shape[:1], self._tensors.read(HEAD, shape), 0.0), False

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import HOST, Array, Device, double, functions
 from entrollm.calibrate.layer import (
-    EMBEDDING,
     LayerWeights,
     See,
     Tensors,
@@ -18,6 +17,7 @@ from entrollm.calibrate.layer import (
     rotation,
 )
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import EMBEDDING
 from entrollm.engine.layers import LayerWalk
 from entrollm.engine.linear import DenseWeights
 from entrollm.engine.weights import Embedding, Floats, Linear

@@ -16,7 +16,7 @@ from entrollm.errors import FormatError
 from entrollm.models.config import ModelConfig
 from entrollm.models.rope import RopeTables
 
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+NORM = "model.norm.weight"
 _DIRECT = ("BF16", "F16", "F32")
 
 Read = Callable[[str, tuple[int, ...]], Array]

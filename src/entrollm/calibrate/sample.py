@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.arithmetic import rms_norm, softmax
 from entrollm.calibrate.backward import draw_labels
-from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, Tensors, rotation
+from entrollm.calibrate.layer import NORM, LayerWeights, Tensors, rotation
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import EMBEDDING, output_head
 from entrollm.errors import EntroLLMError, Message, Option
 from entrollm.models.config import ModelConfig
 
@@ -97,8 +98,8 @@ class _Writer:
         self._embedding = tensors.hold(EMBEDDING, table)
         self._layers = [LayerWeights(config, tensors.hold, tensors.read, index) for index in range(config.num_layers)]
         self._norm = tensors.read(NORM, (config.hidden_size,))
-        is_tied = config.tied_embeddings or HEAD not in tensors
-        self._head = self._embedding if is_tied else tensors.hold(HEAD, table)
+        head = output_head(tensors, is_tied=config.tied_embeddings)
+        self._head = self._embedding if head == EMBEDDING else tensors.hold(head, table)
 
     def mixers(self, sequences: int, tokens: int) -> list[_SequencesAttention]:
         """The attention of all layers, no token read yet."""

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from entrollm.arrays import HOST
 from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
 from entrollm.calibrate.backward import LayerGradient
-from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, causal_mask, rotation
+from entrollm.calibrate.layer import NORM, LayerWeights, causal_mask, rotation
 from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import EMBEDDING, output_head
 from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.files import read_model_files
 from entrollm.engine.layers import LayerWalk
@@ -143,7 +144,7 @@ class _Teacher:
             walk.step(index, DenseWeights(checkpoint))
         self._hidden = walk.hidden
         weights = DenseWeights(checkpoint)
-        head = EMBEDDING if config.tied_embeddings or HEAD not in weights else HEAD
+        head = output_head(weights, is_tied=config.tied_embeddings)
         self._head = load_tensor(weights, head, (config.vocab_size, config.hidden_size))
         self._norm = load_tensor(weights, NORM, (config.hidden_size,))
         self._eps = config.norm_eps
@@ -162,7 +163,7 @@ class _Student:
         self._windows = windows
         self._teacher = teacher
         self._tables = rotation(config, windows.shape[1], HOST)
-        self._head = EMBEDDING if config.tied_embeddings or HEAD not in weights else HEAD
+        self._head = output_head(weights, is_tied=config.tied_embeddings)
 
     def divergence(self, windows: Ids, gradients: ScaleGradients | None = None) -> float:
         """The mean KL divergence over the windows of these numbers; its gradients are added where wanted.

@@ -20,9 +20,10 @@ from entrollm.arrays import HOST, Array, Device, double, functions, like
 from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
 from entrollm.calibrate.backward import LayerGradient, draw_labels
 from entrollm.calibrate.forward import Moments, start
-from entrollm.calibrate.layer import EMBEDDING, HEAD, NORM, LayerWeights, Tensors, causal_mask, rotation
+from entrollm.calibrate.layer import NORM, LayerWeights, Tensors, causal_mask, rotation
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import EMBEDDING, HEAD, output_head
 from entrollm.errors import EntroLLMError
 from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity, damped_factor
@@ -103,7 +104,7 @@ class _Backward:
         self._spool = spool
         self._stored = stored
         self._tensors = Tensors(checkpoint, stored.device)
-        self._is_tied = config.tied_embeddings or HEAD not in self._tensors
+        self._is_tied = output_head(self._tensors, is_tied=config.tied_embeddings) == EMBEDDING
 
     def run(self, hidden: list[Array], inputs: dict[str, str], progress: Progress | None) -> None:
         """Take the gradients of all matrices.

@@ -3,106 +3,114 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from entrollm.checkpoint.gguf_metadata import generation_config
+from entrollm.checkpoint.gguf_vocabulary import (
+    BYTE_LEVEL,
+    LLAMA3_SPLITS,
+    PREFIX,
+    SENTENCE_PIECE,
+    Vocabulary,
+    is_end_text,
+)
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import open_gguf
 
-_PREFIX = "tokenizer.ggml."
 _ROLES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_TEMPLATE = "tokenizer.chat_template"
+_USED = frozenset(
+    {"model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_eos_token", "add_space_prefix"}
+    | {f"{role}_token_id" for role in (*_ROLES, "eot", "eom", "fim_pad", "fim_rep", "fim_sep")}
+)
+# They name tokens that only a prompt of a special form holds, or concern other kinds of tokenizers.
+_INERT = frozenset(
+    {"token_type_count", "seperator_token_id", "cls_token_id", "mask_token_id", "remove_extra_whitespaces"}
+    | {f"{role}_token_id" for role in ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")}
+)
+_FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {"add_sep_token": (False,), "suppress_tokens": ([],), "precompiled_charsmap": ([],)}
+)
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 # The expression that splits text into words, and llama.cpp's names of the ways of splitting.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3 = frozenset({"llama3", "llama-v3", "llama-bpe"})
 _QWEN2, _SMOLLM, _GPT2 = "qwen2", "smollm", "gpt-2"
 
 
 def convert_tokenizer(path: Path) -> dict[str, str]:
-    """The text of tokenizer.json and tokenizer_config.json for a GGUF file, by file name.
+    """The tokenizer files of a GGUF file, and its advice on sampling as generation_config.json if it has any, as text.
 
     Raises:
         FormatError: the vocabulary is malformed.
         UnsupportedError: the tokenizer is of a kind that cannot be converted.
     """
-    vocabulary = _read(path)
-    kind = vocabulary.metadata.get(_PREFIX + "model")
-    if kind == "gpt2":
+    file = open_gguf(path)
+    vocabulary = Vocabulary.read(file)
+    if not vocabulary.tokens:
+        raise UnsupportedError(f"{path}: the file has no tokenizer")
+    _check_keys(vocabulary)
+    kind = vocabulary.kind
+    if kind == BYTE_LEVEL:
         tokenizer = _byte_level(vocabulary)
-    elif kind == "llama":
+    elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
     else:
         raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {name: token for role, name in _ROLES.items() if (token := vocabulary.special(role)) is not None}
-    template = vocabulary.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    if (template := _templates(vocabulary)) is not None:
         config["chat_template"] = template
     _add_special_tokens(tokenizer, vocabulary)
-    _add_ends(tokenizer, vocabulary, starts=kind == "llama")
-    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    _add_ends(tokenizer, vocabulary)
+    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    if advice := generation_config(file):
+        files["generation_config.json"] = json.dumps(advice, indent=2) + "\n"
+    return files
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """The tokens by id, and the type of each, as llama.cpp numbers types."""
-
-    path: Path
-    metadata: Any
-    tokens: list[str]
-    types: list[int]
-
-    def special(self, role: str) -> str | None:
-        """The text of the token that has a role, such as bos; None if absent."""
-        number = self.metadata.get(f"{_PREFIX}{role}_token_id")
-        return self.tokens[number] if type(number) is int and 0 <= number < len(self.tokens) else None
-
-    def flag(self, key: str, default: bool) -> bool:
-        """A flag of the tokenizer."""
-        value = self.metadata.get(_PREFIX + key, default)
-        if not isinstance(value, bool):
-            raise FormatError(f"{self.path}: {_PREFIX}{key} is {value!r:.80}, expected true or false")
-        return value
-
-    def list_of(self, key: str, kind: type, count: int | None = None) -> list[Any]:
-        """A list of the tokenizer, with `count` elements if that is given."""
-        values = self.metadata.get(_PREFIX + key)
-        if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise FormatError(f"{self.path}: {_PREFIX}{key} is not a list of {kind.__name__}")
-        if count is not None and len(values) != count:
-            raise FormatError(f"{self.path}: {_PREFIX}{key} has {len(values)} elements, expected {count}")
-        return values
+def _check_keys(vocabulary: Vocabulary) -> None:
+    """Refuse options of a tokenizer that the conversion does not follow."""
+    for key, value in vocabulary.metadata.items():
+        name = key.removeprefix(PREFIX)
+        if name == key or name in _USED or name in _INERT:
+            continue
+        if name not in _FIXED or value not in _FIXED[name]:
+            raise UnsupportedError(f"{vocabulary.path}: the conversion of tokenizers does not know {key} {value!r:.80}")
 
 
-def _read(path: Path) -> _Vocabulary:
-    file = open_gguf(path)
-    metadata = file.metadata
-    empty = _Vocabulary(path, metadata, [], [])
-    if _PREFIX + "tokens" not in metadata:
-        raise UnsupportedError(f"{path}: the file has no tokenizer")
-    tokens = empty.list_of("tokens", str)
-    if len(set(tokens)) != len(tokens):
-        raise FormatError(f"{path}: {_PREFIX}tokens has the same token twice")
-    types = empty.list_of("token_type", int, len(tokens)) if _PREFIX + "token_type" in metadata else [1] * len(tokens)
-    return _Vocabulary(path, metadata, tokens, types)
+def _templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
+    """The chat template; with further ones by name, all of them."""
+    texts = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": text
+        for key, text in vocabulary.metadata.items()
+        if key == _TEMPLATE or key.startswith(_TEMPLATE + ".")
+    }
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise FormatError(f"{vocabulary.path}: the chat template {name!r:.80} is {text!r:.80}, expected a string")
+    if texts.keys() <= {"default"}:
+        return texts.get("default")
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
-def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    """A byte-level BPE tokenizer, as in Llama 3, Qwen and SmolLM."""
-    pre = vocabulary.metadata.get(_PREFIX + "pre")
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    """BPE over bytes, as in Llama 3, Qwen and SmolLM."""
+    pre = vocabulary.metadata.get(PREFIX + "pre")
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
-        raise FormatError(f"{vocabulary.path}: a merge of {_PREFIX}merges is not a pair of tokens")
-    tokenizer = _make(vocabulary, merges, ignore_merges=pre in _LLAMA3)
+        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
+    tokenizer = _make(vocabulary, merges, ignore_merges=pre in LLAMA3_SPLITS)
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in _LLAMA3 or pre == _QWEN2:
+    if pre in LLAMA3_SPLITS or pre == _QWEN2:
         words = Regex(_WORDS.format(digits="" if pre == _QWEN2 else "{1,3}"))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), bytes_of_words])
         if pre == _QWEN2:
@@ -118,8 +126,8 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _sentence_piece(vocabulary: _Vocabulary) -> Tokenizer:
-    """A SentencePiece BPE tokenizer that falls back to bytes, as in Llama 2 and Mistral."""
+def _sentence_piece(vocabulary: Vocabulary) -> Tokenizer:
+    """SentencePiece BPE with bytes for what is in no piece, as in Llama 2 and Mistral."""
     scores = vocabulary.list_of("scores", float, len(vocabulary.tokens))
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     merges: list[tuple[float, int, str, str]] = []
@@ -140,7 +148,7 @@ def _sentence_piece(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _make(vocabulary: _Vocabulary, merges: list[Any], **options: Any) -> Tokenizer:
+def _make(vocabulary: Vocabulary, merges: list[Any], **options: Any) -> Tokenizer:
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     try:
         return Tokenizer(models.BPE(ids, merges, **options))
@@ -148,19 +156,25 @@ def _make(vocabulary: _Vocabulary, merges: list[Any], **options: Any) -> Tokeniz
         raise FormatError(f"{vocabulary.path}: its vocabulary is malformed: {error}") from error
 
 
-def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Mark the tokens that are never split. Control tokens are left out of decoded text."""
+def _add_special_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Mark the tokens that are found in text as wholes; control tokens are left out of decoded text."""
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (_CONTROL, _UNKNOWN):
+        if kind in (_CONTROL, _UNKNOWN) or is_end_text(token):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
 
 
-def _add_ends(tokenizer: Tokenizer, vocabulary: _Vocabulary, starts: bool) -> None:
-    """Add the start and end tokens to encoded text as the file says."""
-    bos = vocabulary.special("bos") if vocabulary.flag("add_bos_token", starts) else None
-    eos = vocabulary.special("eos") if vocabulary.flag("add_eos_token", False) else None
+def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Put the start and end tokens where the file wants them, or else where its kind of tokenizer has them."""
+    wanted = {"bos": vocabulary.begins_text(), "eos": vocabulary.flag("add_eos_token", False)}
+    bos, eos = (vocabulary.special(role) if is_wanted else None for role, is_wanted in wanted.items())
+    for role, token in (("bos", bos), ("eos", eos)):
+        if wanted[role] and token is None:
+            raise UnsupportedError(
+                f"{vocabulary.path}: a text has a token added to it ({role}), but {PREFIX}{role}_token_id does not say "
+                "which"
+            )
     used = [token for token in (bos, eos) if token is not None]
     if not used:
         return

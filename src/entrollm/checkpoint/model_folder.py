@@ -2,12 +2,11 @@
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,32 +14,16 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.fp8 import FP8_DTYPES, SCALE_DTYPES, BlockScales, find_scales, read_scales
 from entrollm.checkpoint.gguf_model import open_gguf_model
 from entrollm.checkpoint.imported import FORMATS, ImportedMatrix, ImportedWeights, find_format, fp8_matrix
+from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
+from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
+from entrollm.checkpoint.side_files import side_files
 from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
-from entrollm.files.shards import is_gguf, open_weight_files
+from entrollm.files.shards import ADAPTER, is_gguf, open_weight_files
 
 _CONFIG = "config.json"
-_FP8_METHODS = ("fp8", "fbgemm_fp8")
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
-
-_SIDE_FILES = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    }
-)
-_LICENCE_PATTERN = re.compile(r"(licen[cs]e|notice|copying|use_policy)([-_. ].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +49,11 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-class WeightFile(Protocol):
-    """A file of tensors: a safetensors file, or a GGUF file behind the same interface."""
-
-    path: Path
-    size_bytes: int
-    tensors: Mapping[str, Entry]
-
-    def array(self, name: str) -> NDArray[Any]:
-        """A read-only view of a tensor."""
-
-    def release(self, name: str) -> None:
-        """Tell the system that a tensor's pages need not stay resident."""
-
-    def close(self) -> None:
-        """Close the file."""
-
-
 class Checkpoint:
     """A checkpoint that is read one tensor or a range of rows at a time; made by `Checkpoint.open`.
+
+    Tensors of a decoder have their names in a causal model, whatever prefix the files give them; see
+    `names.canonical_names`.
 
     Attributes:
         path, config, files: the folder, its config.json, and its weight files.
@@ -96,10 +65,11 @@ class Checkpoint:
             ordinary numbers.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, WeightFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], files: Mapping[str, NamedTensors]) -> None:
         self.path = path
         self.config = config
         self.files = tuple(file.path for file in files.values())
+        files = _rename(path, config, files)
         self._files = {name: file for file in files.values() for name in file.tensors}
         self._members: dict[str, tuple[str, int]] = {}
         entries = {name: file.tensors[name] for file in files.values() for name in file.tensors}
@@ -111,6 +81,7 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
+        check_fp8(path, config, entries, scale_names)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
         self.imported = self._find_imported()
@@ -137,11 +108,12 @@ class Checkpoint:
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
         config_path = path / _CONFIG
+        if not config_path.is_file() and (path / "adapter_config.json").is_file():
+            raise UnsupportedError(f"{path} has no {_CONFIG}; it holds {ADAPTER}")
         if not config_path.is_file():
             raise FormatError(f"{path} has no {_CONFIG}; a checkpoint is a folder as save_pretrained writes it")
         config = parse_json_object(config_path, config_path.read_bytes(), "the configuration")
-        _check_quantization(config_path, config.get("quantization_config"))
-        return cls(path, config, open_weight_files(path))
+        return cls(path, find_description(config_path, config), open_weight_files(path))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows [start, stop) of a tensor as a read-only view of the file, in its own type, without fp8 scales.
@@ -216,6 +188,17 @@ class Checkpoint:
         """Whether a tensor is fp8 with scales, so that only `read_float32` returns its values."""
         return name in self._scale_names
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same type and the same values, bit for bit.
+
+        Raises:
+            KeyError: the checkpoint lacks one of them.
+        """
+        if first in self.imported or second in self.imported:
+            return False
+        ours, theirs = self.read(first), self.read(second)
+        return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+
     def plain_dtype(self, name: str) -> str:
         """The type of a tensor that is not coded: its own, but BF16 for fp8 with scales, which belong together."""
         return "BF16" if self.has_scales(name) else self.tensors[name].dtype
@@ -259,8 +242,17 @@ class Checkpoint:
                 self._members[member] = (name, index)
         self.tensors = MappingProxyType(tensors)
 
+    def check_integers(self, kept: tuple[str, ...] = ()) -> None:
+        """Refuse integers where weights belong, unless a glob of `kept` matches their name.
+
+        Raises:
+            UnsupportedError: there are some, and config.json does not describe them.
+        """
+        plain = {name: (info.dtype, info.shape) for name, info in self.tensors.items() if name not in self.imported}
+        check_integers(self.path, plain, kept)
+
     def side_files(self) -> tuple[Path, ...]:
-        """The files that a derived model must carry: configuration, tokenizer, chat template, licences.
+        """The files besides the weights that a derived model must carry, as `side_files.side_files` lists them.
 
         Raises:
             FormatError: one of them is a link out of the checkpoint.
@@ -328,19 +320,16 @@ class Checkpoint:
         return self._scales[name]
 
 
-def side_files(folder: Path) -> tuple[Path, ...]:
-    """The small files of a model folder that a derived model must carry; a GGUF file has none.
-
-    Raises:
-        FormatError: one of them is a link out of the folder.
-    """
-    found = []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.name in _SIDE_FILES or _LICENCE_PATTERN.fullmatch(file.name):
-            _check_link(folder, file)
-            if file.is_file():
-                found.append(file)
-    return tuple(found)
+def _rename(path: Path, config: Mapping[str, Any], files: Mapping[str, NamedTensors]) -> Mapping[str, NamedTensors]:
+    """The files with the names that a causal model has."""
+    stored = [name for file in files.values() for name in file.tensors]
+    try:
+        names = canonical_names(stored, is_tied=config.get("tie_word_embeddings") is True)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    if all(name == theirs for name, theirs in names.items()):
+        return files
+    return {key: RenamedFile(file, names) for key, file in files.items()}
 
 
 def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
@@ -348,49 +337,3 @@ def _row_range(name: str, rows: int, start: int, stop: int | None) -> slice:
     if not 0 <= start <= stop <= rows:
         raise ValueError(f"tensor {name!r} has {rows} rows; [{start}, {stop}) is outside of them")
     return slice(start, stop)
-
-
-def _check_quantization(config_path: Path, quantization: object) -> None:
-    """Refuse checkpoints whose quantization is not supported."""
-    if quantization is None:
-        return
-    if not isinstance(quantization, dict):
-        raise FormatError(f"{config_path}: quantization_config must be an object, found {type(quantization).__name__}")
-    method = quantization.get("quant_method")
-    if method == "entrollm":
-        raise UnsupportedError(
-            f"{config_path.parent} is compressed already; `entrollm export` writes a checkpoint of it"
-        )
-    # "GGUF" stands for the blocks of a GGUF file, which no folder has.
-    if (
-        find_format(quantization) not in (None, "GGUF")
-        or method in _FP8_METHODS
-        or (method == "compressed-tensors" and _stores_fp8(quantization))
-    ):
-        return
-    raise UnsupportedError(
-        f"{config_path}: the weights are quantized by {method!r}, which is not supported; "
-        f"use the original checkpoint, or one in bf16, f16, f32, fp8, {', '.join(FORMATS)}"
-    )
-
-
-def _stores_fp8(quantization: dict[str, Any]) -> bool:
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        return bool(quantization.get("format") == "float-quantized")
-    schemes = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
-    return all(
-        isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits") == 8 for scheme in schemes
-    )
-
-
-def _check_link(folder: Path, file: Path) -> None:
-    """Refuse a link out of the folder; the Hub's cache may link from snapshots/<revision> to its own blobs."""
-    if not file.is_symlink():
-        return
-    target = file.resolve()
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        allowed.append(folder.resolve().parent.parent / "blobs")
-    if not any(target.is_relative_to(root) for root in allowed):
-        raise FormatError(f"{file} is a link to {target}, outside of the checkpoint; put the file in its place")

@@ -3,27 +3,18 @@
 import re
 from pathlib import Path
 
+from entrollm.checkpoint.side_files import WEIGHT_SUFFIXES
 from entrollm.files.shards import is_gguf
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-_ALLOW_PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-    "LICEN*",
-    "licen*",
-    "NOTICE*",
-    "USE_POLICY*",
+# Weights that are not read, which some repositories hold a second time, and demonstrations. Folders that begin with a
+# digit hold layers after the main model, as sentence-transformers numbers them.
+_IGNORE_PATTERNS = (
+    "consolidated*.safetensors",
+    "[!0-9]*/*.safetensors",
+    *("*.mp4", "*.mov", "*.webm", "*.gif", "*.mp3", "*.wav", "*.flac"),
+    *(f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix not in (".safetensors", ".index.json")),
 )
-# Second copies of the weights that some repositories hold for other tools.
-_IGNORE_PATTERNS = ("consolidated*.safetensors", "*/*")
 
 
 def resolve(model: str | Path) -> Path:
@@ -64,9 +55,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
     tried = f"{repo!r} is not a folder here"
     try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=list(_ALLOW_PATTERNS), ignore_patterns=list(_IGNORE_PATTERNS)
-        )
+        folder = snapshot_download(repo, revision=revision, ignore_patterns=list(_IGNORE_PATTERNS))
     except GatedRepoError:
         raise ValueError(
             f"{tried}, and on the Hub it is gated: accept its licence at https://huggingface.co/{repo} and log in "

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, print_json
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, warn
 from entrollm.cli.options import BpwOption, KeepOption, SizeOption, parse_bits
 from entrollm.cli.progress import ProgressBars
 from entrollm.cli.summary import print_summary
@@ -196,9 +196,19 @@ def command(
         tokenizer=tokenizer,
         threads=threads,
     )
+    _warn_of_engine(model)
     with ProgressBars(quiet=json_output) as progress:
         result = compress(model, out, options, overwrite=overwrite, progress=progress)
     if json_output:
         print_json(result.to_json())
     else:
         print_summary(result)
+
+
+def _warn_of_engine(model: str) -> None:
+    """Say before the work begins if `entrollm run` will not load the result."""
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.check import why_not_run
+
+    if reason := why_not_run(resolve(model)):
+        warn(f"entrollm run will not load the result: {reason}; transformers may, through entrollm.hf")

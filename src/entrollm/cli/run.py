@@ -131,4 +131,7 @@ def _read_prompt(prompt: str | None) -> str:
         return prompt
     if sys.stdin.isatty():
         raise ValueError("there is no prompt: give one with -p TEXT, or pipe text in")
-    return sys.stdin.read()
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}") from None

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.checkpoint.side_files import side_files
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.stacks import find_stacks
 from entrollm.errors import FormatError
@@ -149,7 +150,8 @@ def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: Expo
         config.pop("torch_dtype", None)
         config["dtype"] = _TORCH_NAMES[dtype]
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
-    for file in sorted(model.path.iterdir()):
-        weights = file.suffix == ".safetensors" or file.name == layout.INDEX_NAME
-        if file.is_file() and not weights and file.name != "config.json":
-            shutil.copyfile(file, folder.partial / file.name)
+    for file in side_files(model.path):
+        name = file.relative_to(model.path)
+        if name != Path("config.json"):
+            (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder.partial / name)

@@ -32,6 +32,7 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
+        path = real_place(path)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._replaced = path.with_name(path.name + ".replaced")
@@ -85,7 +86,10 @@ class OutputFolder:
             return
         # The plan goes last: without it, the folder would no longer be known as one of ours.
         for file in sorted(self.partial.iterdir(), key=lambda file: file.name == _PLAN):
-            file.unlink()
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink()
         self.write_text(_PLAN, fingerprint)
 
     def _was_ours(self) -> bool:
@@ -94,12 +98,25 @@ class OutputFolder:
         return _PLAN in names or names <= {_PLAN + ".tmp"}
 
 
+def real_place(path: Path) -> Path:
+    """Where a folder at `path` will lie: the target of a link, which stays one.
+
+    Raises:
+        ValueError: the current folder lies in it, and a folder that is replaced must not be anyone's current one.
+    """
+    place = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(f"{path} is the current folder or holds it; name another folder, such as {place.name}-out")
+    return place
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Check that a model folder may be made at `path`; for use before long work.
 
     Raises:
         ValueError: something that is not a compressed model, or that may not be replaced, is at `path`.
     """
+    path = real_place(path)
     if not path.exists():
         return
     if not path.is_dir():

@@ -12,8 +12,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
-from entrollm.checkpoint.model_folder import Checkpoint, side_files
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
+from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import make_methods
@@ -118,8 +119,10 @@ def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, by
             raise UnsupportedError(error.message, hint=hint) from None
     if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{options.tokenizer} is not a folder with a tokenizer.json")
-    files = checkpoint.side_files() if options.tokenizer is None else side_files(options.tokenizer)
-    return {file.name: file.read_bytes() for file in files if file.name != "config.json"}
+    found = {file.relative_to(checkpoint.path).as_posix(): file for file in side_files(checkpoint.path)}
+    if options.tokenizer is not None:
+        found |= {file.relative_to(options.tokenizer).as_posix(): file for file in tokenizer_files(options.tokenizer)}
+    return {name: file.read_bytes() for name, file in found.items() if name != "config.json"}
 
 
 def _config(checkpoint: Checkpoint, plan: Plan, options: CodingOptions, is_calibrated: bool) -> dict[str, Any]:
@@ -149,6 +152,7 @@ def _write_surroundings(
     small_files: Mapping[str, bytes],
 ) -> None:
     for name, content in small_files.items():
+        (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.partial / name).write_bytes(content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     _write_index(folder, records)

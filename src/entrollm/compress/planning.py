@@ -54,9 +54,10 @@ def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[st
         order: names that come first, in this order; the others follow in the order of the checkpoint.
     Raises:
         FormatError: the checkpoint has no tensors.
-        UnsupportedError: a stack has a type that is not coded.
+        UnsupportedError: a stack has a type that is not coded, or integers are where weights belong.
         ValueError: an option does not suit the checkpoint.
     """
+    checkpoint.check_integers(tuple(override.pattern for override in options.overrides if override.bits is None))
     imported = _imported(checkpoint, options)
     if imported:
         tensors = _plan_imported(checkpoint, imported, options)

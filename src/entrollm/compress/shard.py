@@ -18,7 +18,7 @@ from entrollm.compress.folder import OutputFolder
 from entrollm.compress.planning import Plan
 from entrollm.compress.progress import ProgressCounter
 from entrollm.errors import FormatError
-from entrollm.files.dtypes import DTYPES
+from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.files.safetensors import open_safetensors, parse_json_object
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
@@ -195,4 +195,6 @@ def _chunks(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[NDArray[A
     step = max(1, _COPY_BYTES * rows // max(1, info.size_bytes))
     for begin in range(0, rows, step):
         run = (name, begin, min(rows, begin + step)) if info.shape else (name,)
-        yield checkpoint.read(*run) if dtype == info.dtype else checkpoint.read_float32(*run).astype(DTYPES[dtype])
+        stored = checkpoint.read(*run)
+        check_finite(name, stored)
+        yield stored if dtype == info.dtype else checkpoint.read_float32(*run).astype(DTYPES[dtype])

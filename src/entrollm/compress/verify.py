@@ -15,7 +15,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.describe import symbol_chunks
 from entrollm.compress.stacks import find_stacks
 from entrollm.errors import CorruptStreamError, FormatError
-from entrollm.files.dtypes import DTYPES
+from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.format import layout
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
@@ -56,10 +56,10 @@ def verify(
 ) -> VerifyResult:
     """Check every tensor.
 
-    A plain tensor passes if its bytes have their checksum. A coded matrix passes if, in addition, every block decodes
-    to its stated length and encoding the symbols again gives the stored bytes. If there is an original, quantizing it
-    again must give the symbols of every paper grid, imported weights must equal the original's bit for bit, the error
-    of every matrix must be the stored one, and plain tensors must be equal.
+    A plain tensor passes if its bytes have their checksum and its values are finite. A coded matrix passes if, in
+    addition, every block decodes to its stated length and encoding the symbols again gives the stored bytes. If there
+    is an original, quantizing it again must give the symbols of every paper grid, imported weights must equal the
+    original's bit for bit, the error of every matrix must be the stored one, and plain tensors must be equal.
 
     Args:
         model: the folder.
@@ -91,6 +91,7 @@ def verify(
             on_progress(done, total)
     for name in model.plain:
         model.check_checksum(name)
+        check_finite(name, model.array(name))
         if original is not None:
             _compare_kept(model, name, original)
     return VerifyResult(len(model.specs), len(model.plain), total, original is not None)

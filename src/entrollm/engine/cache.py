@@ -118,7 +118,17 @@ class Cache:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
+        self._claim = object()
         self.reset()
+
+    def claim(self) -> object:
+        """Take the cache over for one run; returns a mark for is_claimed_by, which earlier marks then fail."""
+        self._claim = object()
+        return self._claim
+
+    def is_claimed_by(self, mark: object) -> bool:
+        """Whether no other run has claimed the cache since."""
+        return mark is self._claim
 
     @property
     def length(self) -> int:

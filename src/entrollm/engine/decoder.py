@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm import _core
+from entrollm.checkpoint.names import EMBEDDING, output_head
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
 from entrollm.models.config import ModelConfig
@@ -24,12 +25,10 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
         table = (config.vocab_size, config.hidden_size)
-        embedding_name = "model.embed_tokens.weight"
-        self._embedding = load_embedding(weights, embedding_name, table)
+        self._embedding = load_embedding(weights, EMBEDDING, table)
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = load_tensor(weights, "model.norm.weight", (config.hidden_size,))
-        tied = config.tied_embeddings or "lm_head.weight" not in weights
-        self._head = load_linear(weights, {embedding_name if tied else "lm_head.weight": table})
+        self._head = load_linear(weights, {output_head(weights, is_tied=config.tied_embeddings): table})
         self._tables = RopeTables(config.rope)
         self._pool = weights.pool
 

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from entrollm.engine.tokens import TokenFiles, add_tokens
 from entrollm.errors import FormatError
+
+# Tokenizers of other kinds.
+_OTHER_TOKENIZERS = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,7 @@ class ModelFiles:
         generation_config: generation_config.json, or {}.
         special_tokens: the text of bos_token, eos_token and so on.
         chat_template: jinja source, or None if there is none.
+        no_tokenizer: why there is no tokenizer, and what to do.
     """
 
     config: Mapping[str, object]
@@ -29,6 +41,7 @@ class ModelFiles:
     generation_config: Mapping[str, object] = field(default_factory=dict)
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    no_tokenizer: str = "this model has no tokenizer.json; give token ids in place of text"
 
 
 def read_model_files(folder: Path) -> ModelFiles:
@@ -40,12 +53,16 @@ def read_model_files(folder: Path) -> ModelFiles:
     config = _read_json(folder / "config.json")
     if config is None:
         raise FormatError(f"{folder / 'config.json'}: there is no such file; a model folder needs one")
-    tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
-    special_tokens = _read_special_tokens(_read_json(folder / "special_tokens_map.json") or {})
-    special_tokens |= _read_special_tokens(tokenizer_config)
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    tokenizer_config, special_tokens_map, added_tokens = (_read_json(folder / name) or {} for name in names)
+    special_tokens = _read_special_tokens(special_tokens_map) | _read_special_tokens(tokenizer_config)
+    tokenizer = _read_tokenizer(folder / "tokenizer.json")
+    if tokenizer is not None:
+        add_tokens(tokenizer, TokenFiles(folder, tokenizer_config, special_tokens_map, added_tokens))
     return ModelFiles(
         config=config,
-        tokenizer=_read_tokenizer(folder / "tokenizer.json"),
+        tokenizer=tokenizer,
+        no_tokenizer="" if tokenizer is not None else _why_no_tokenizer(folder),
         generation_config=_read_json(folder / "generation_config.json") or {},
         special_tokens=special_tokens,
         chat_template=_read_chat_template(folder, tokenizer_config),
@@ -85,6 +102,17 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _why_no_tokenizer(folder: Path) -> str:
+    """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind."""
+    others = [name for name in _OTHER_TOKENIZERS if (folder / name).is_file()]
+    if not others:
+        return ModelFiles.no_tokenizer
+    return (
+        f"{folder} has no tokenizer.json, only {others[0]}, which is not read; make one with transformers: "
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    )
 
 
 def _read_special_tokens(values: Mapping[str, object]) -> dict[str, str]:

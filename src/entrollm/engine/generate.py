@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -46,15 +46,29 @@ class GenerationResult:
         return steps / self.decode_s if steps > 0 and self.decode_s > 0 else 0.0
 
 
+@dataclass
+class _Answer:
+    """What a generation has produced so far; see GenerationResult."""
+
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: FinishReason = "unfinished"
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
 class Generation:
     """One answer in the making: iterate for the pieces of its text, then read `result`.
+
+    A generation that is dropped half way frees its cache at once, unless the caller holds the cache.
 
     Args:
         decoder: the model.
         prompt_ids: at least one and fewer than the context length, each in the vocabulary.
         options: how to sample and when to end.
         detokenizer: makes the text; None for a model without a tokenizer, whose text is empty.
-        cache: the state of an earlier sequence, whose common beginning is reused; it becomes that of this one.
+        cache: the state of an earlier sequence, whose common beginning is reused; it becomes that of this one. The
+            iteration raises ValueError if another generation has used it in the meantime.
     Raises:
         ValueError: the prompt leaves no room in the context, or a stop string is given without a tokenizer.
     """
@@ -75,19 +89,12 @@ class Generation:
             )
         if detokenizer is None and options.stop:
             raise ValueError("stop strings need a tokenizer, and this model has no tokenizer.json")
-        self._decoder = decoder
-        self._prompt = list(prompt_ids)
-        self._options = options
-        self._detokenizer = detokenizer
-        self._stops = StopFinder(options.stop)
-        self._cache = cache if cache is not None else decoder.new_cache()
-        self._limit = min(options.max_tokens, room)
-        self._limit_reason: FinishReason = "length" if options.max_tokens <= room else "context"
-        self._token_ids: list[int] = []
-        self._pieces: list[str] = []
-        self._finish_reason: FinishReason = "unfinished"
-        self._prefill_s = self._decode_s = 0.0
-        self._iterator = self._run()
+        self._prompt_tokens = len(prompt_ids)
+        self._answer = _Answer()
+        # The run holds the answer and not this object: a cycle would keep the cache until the cyclic collector runs.
+        cache = decoder.new_cache() if cache is None else cache
+        run = _Run(decoder, list(prompt_ids), options, detokenizer, cache, room, self._answer)
+        self._iterator = run.pieces()
 
     def __iter__(self) -> Iterator[str]:
         """The pieces of text, none empty; together they are result.text."""
@@ -97,49 +104,72 @@ class Generation:
     def result(self) -> GenerationResult:
         """What has been produced so far, all of it once the iteration has ended."""
         return GenerationResult(
-            text="".join(self._pieces),
-            token_ids=tuple(self._token_ids),
-            finish_reason=self._finish_reason,
-            prompt_tokens=len(self._prompt),
-            prefill_s=self._prefill_s,
-            decode_s=self._decode_s,
+            text="".join(self._answer.pieces),
+            token_ids=tuple(self._answer.token_ids),
+            finish_reason=self._answer.finish_reason,
+            prompt_tokens=self._prompt_tokens,
+            prefill_s=self._answer.prefill_s,
+            decode_s=self._answer.decode_s,
         )
 
-    def _run(self) -> Iterator[str]:
-        sampler = Sampler(self._options.sampling, self._decoder.config.vocab_size, self._prompt)
+
+@dataclass
+class _Run:
+    """The loop that fills an answer; `room` is how many tokens the context has left after the prompt."""
+
+    decoder: Decoder
+    prompt: list[int]
+    options: GenerationOptions
+    detokenizer: Detokenizer | None
+    cache: Cache
+    room: int
+    answer: _Answer
+
+    def pieces(self) -> Iterator[str]:
+        """The pieces of text; nothing is computed before the first is asked for."""
+        answer, options = self.answer, self.options
+        sampler = Sampler(options.sampling, self.decoder.config.vocab_size, self.prompt)
+        stops = StopFinder(options.stop)
         started = time.perf_counter()
-        reused = self._cache.reuse(self._prompt)
-        logits = self._forward(self._prompt[reused:])
+        claim = self.cache.claim()
+        reused = self.cache.reuse(self.prompt)
+        logits = self._forward(self.prompt[reused:], claim)
         prefilled = time.perf_counter()
-        self._prefill_s = prefilled - started
+        answer.prefill_s = prefilled - started
         while True:
-            token = sampler(logits[0])
-            self._token_ids.append(token)
-            self._decode_s = time.perf_counter() - prefilled
-            if token in self._options.eos_token_ids:
-                self._finish_reason = "stop"
+            must_go_on = len(answer.token_ids) < options.min_tokens
+            token = sampler(logits[0], banned=options.eos_token_ids if must_go_on else ())
+            answer.token_ids.append(token)
+            answer.decode_s = time.perf_counter() - prefilled
+            if token in options.eos_token_ids:
+                answer.finish_reason = "stop"
                 break
-            yield from self._emit(self._detokenizer.push(token) if self._detokenizer else "")
-            if self._stops.stopped:
-                self._finish_reason = "stop"
+            yield from self._emit(stops, self.detokenizer.push(token) if self.detokenizer else "")
+            if stops.stopped:
+                answer.finish_reason = "stop"
                 return
-            if len(self._token_ids) == self._limit:
-                self._finish_reason = self._limit_reason
+            if len(answer.token_ids) == min(options.max_tokens, self.room):
+                answer.finish_reason = "length" if options.max_tokens <= self.room else "context"
                 break
-            logits = self._forward([token])
-        yield from self._emit(self._detokenizer.finish() if self._detokenizer else "")
-        if self._stops.stopped:
-            self._finish_reason = "stop"
-        held = self._stops.finish()
+            logits = self._forward([token], claim)
+        yield from self._emit(stops, self.detokenizer.finish() if self.detokenizer else "")
+        if stops.stopped:
+            answer.finish_reason = "stop"
+        held = stops.finish()
         if held:
-            self._pieces.append(held)
+            answer.pieces.append(held)
             yield held
 
-    def _forward(self, ids: list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        return self._decoder.forward(np.array(ids, dtype=np.int64), self._cache, last_only=True)
+    def _forward(self, ids: list[int], claim: object) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+        if not self.cache.is_claimed_by(claim):
+            raise ValueError(
+                "another stream has used this stream's cache in the meantime; give each of the streams that run side "
+                "by side a cache of its own, from new_cache()"
+            )
+        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last_only=True)
 
-    def _emit(self, text: str) -> Iterator[str]:
-        piece = self._stops.push(text)
+    def _emit(self, stops: StopFinder, text: str) -> Iterator[str]:
+        piece = stops.push(text)
         if piece:
-            self._pieces.append(piece)
+            self.answer.pieces.append(piece)
             yield piece

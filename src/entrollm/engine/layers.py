@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from entrollm.checkpoint.names import EMBEDDING
 from entrollm.engine.cache import LayerCache
 from entrollm.engine.decoder import Layer
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding
@@ -23,7 +24,7 @@ class LayerWalk:
     def __init__(self, config: ModelConfig, weights: Weights, windows: Ids) -> None:
         self._config = config
         shape = (config.vocab_size, config.hidden_size)
-        embedding = load_embedding(weights, "model.embed_tokens.weight", shape)
+        embedding = load_embedding(weights, EMBEDDING, shape)
         tokens = windows.shape[1]
         self._rope = RopeTables(config.rope).rows(0, tokens, config.rope.is_long(tokens))
         self.hidden: list[Floats] = [embedding.rows(ids) for ids in windows]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrollm import _core
+from entrollm.checkpoint.names import canonical_names
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, transcode_ahead
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
@@ -81,10 +82,14 @@ class CodedWeights:
         model: the folder.
         threads: of products.
         memory: which matrices are transcoded to the flat form when they are first multiplied with; see `MemoryPlan`.
+    Raises:
+        FormatError: two tensors have the same name in a causal model.
     """
 
     def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file") -> None:
         self._model = model
+        is_tied = model.config.get("tie_word_embeddings") is True
+        self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = _core.ThreadPool(threads, spin_us())
         self._flat = MemoryPlan(model, memory).flat
         self._slots: dict[str, MatrixSlot] = {}
@@ -92,11 +97,11 @@ class CodedWeights:
         self._dense: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._model.specs or name in self._model.plain
+        return name in self._names
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
-        if all(name in self._model.specs for name in names):
+        if all(self._names[name] in self._model.specs for name in names):
             slots = [self._slot(name) for name in names]
             self._multiplied.update(zip(names, slots, strict=True))
             return CodedLinear(slots, self.pool)
@@ -106,13 +111,13 @@ class CodedWeights:
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
-        if name in self._model.specs:
+        if self._names[name] in self._model.specs:
             return CodedEmbedding(self._slot(name), self.pool)
         return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
-        return to_float32(self._model.array(name))
+        return to_float32(self._model.array(self._names[name]))
 
     def prepare(self) -> None:
         """Start to transcode what is to be flat, in the order in which `linear` was asked for it."""

@@ -43,4 +43,7 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
 
     checkpoint = Checkpoint.open(path)
     weights = DenseWeights(checkpoint, threads)
-    return Model(ModelFiles(checkpoint.config) if is_gguf(path) else read_model_files(path), weights)
+    if not is_gguf(path):
+        return Model(read_model_files(path), weights)
+    hint = f"the tokenizer of {path} is not read here; `entrollm compress {path} -o OUT` converts it, then use OUT"
+    return Model(ModelFiles(checkpoint.config, no_tokenizer=hint), weights)

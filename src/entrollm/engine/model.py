@@ -41,6 +41,7 @@ class Model:
         self._config = read_config(Fields(files.config, "config.json"))
         self._decoder = Decoder(self._config, weights)
         self._tokenizer = files.tokenizer
+        self._no_tokenizer = files.no_tokenizer
         self._generation_config = Fields(files.generation_config, "generation_config.json")
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
@@ -105,7 +106,8 @@ class Model:
 
         Args:
             prompt, options: as for generate.
-            cache: from new_cache(); what it shares with the prompt is not computed again.
+            cache: from new_cache(); what it shares with the prompt is not computed again. A stream that goes on after
+                another one has used its cache raises ValueError.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_list(prompt)
         return self._generation(ids, ids, cache, options)
@@ -139,11 +141,15 @@ class Model:
         """The token ids of `text`, with the special tokens that tokenizer.json adds; the start token for "".
 
         Raises:
-            ValueError: the model has no tokenizer, or `text` is empty and there is no start token.
+            ValueError: the model has no tokenizer, `text` is empty and there is no start token, or it holds lone
+                surrogates, as text that was read from bytes other than UTF-8 does.
         """
         ids = self._encode(text, add_special_tokens=True)
-        if not ids and self._config.bos_token_id is not None:
-            ids = [self._config.bos_token_id]
+        start = next(iter(self._generation_config.token_ids("bos_token_id")), self._config.bos_token_id)
+        if not ids and start is None:
+            raise ValueError("the prompt is empty, and the model names no start token to begin with; give a prompt")
+        if not ids and start is not None:
+            ids = [start]
         return self._checked_list(ids)
 
     def encode_chat(
@@ -166,13 +172,20 @@ class Model:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer.json; give token ids in place of text")
+            raise ValueError(self._no_tokenizer)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # Bytes that are not UTF-8 reach Python as lone surrogates, which are no characters.
+            raise ValueError(
+                f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
+            ) from None
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _generation(
         self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords
     ) -> Generation:
-        options = resolve_options(keywords, self._generation_config, self._config.eos_token_ids)
+        options = resolve_options(keywords, self._generation_config, self._config.eos_token_ids, len(ids))
         detokenizer = Detokenizer(self._tokenizer, context) if self._tokenizer else None
         return Generation(self._decoder, ids, options, detokenizer, cache)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ class SamplingOptions:
         min_p: drop tokens below this share of the likeliest one's probability; 0 is off.
         seed: makes the choice reproducible; None draws a fresh one.
     Raises:
+        TypeError: a value is not a number, or top_k or seed not an integer.
         ValueError: a value is out of range.
     """
 
@@ -43,12 +45,27 @@ class SamplingOptions:
             ("min_p", 0.0, 1.0),
         ):
             value = getattr(self, name)
+            check_number(name, value, is_integer=name == "top_k")
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{name} should be from {low:g} to {high:g}, got {value}")
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature should be 0 or at least 0.001, got {self.temperature}")
-        if self.seed is not None and self.seed < 0:
+        if self.seed is None:
+            return
+        check_number("seed", self.seed, is_integer=True)
+        if self.seed < 0:
             raise ValueError(f"seed should be at least 0, got {self.seed}")
+
+
+def check_number(name: str, value: object, *, is_integer: bool) -> None:
+    """Check an option of a caller.
+
+    Raises:
+        TypeError: it is not a number, or not an integer where it must be one; true and false are neither.
+    """
+    kind: type = Integral if is_integer else Real
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} should be {'an integer' if is_integer else 'a number'}, got {value!r}")
 
 
 class Sampler:
@@ -66,15 +83,21 @@ class Sampler:
         self._used = np.zeros(vocab_size, dtype=np.bool_)
         self._used[np.asarray(prompt_ids, dtype=np.int64)] = True
 
-    def __call__(self, logits: Floats) -> int:
+    def __call__(self, logits: Floats, *, banned: Sequence[int] = ()) -> int:
         """Choose a token id from float32 (vocab_size,).
 
+        Args:
+            logits: float32 (vocab_size,).
+            banned: token ids that are not to be chosen; those outside the vocabulary are none.
         Raises:
             FormatError: the logits hold NaN or +inf, so the weights are broken.
         """
         penalty = self._options.repetition_penalty
         if penalty != 1.0:
             logits = _penalised(logits, self._used, penalty)
+        if banned:
+            logits = logits.copy()
+            logits[[token for token in banned if token < len(logits)]] = -np.inf
         top = int(np.argmax(logits))  # the first NaN, if there is one
         if not np.isfinite(logits[top]):
             raise FormatError("the model's logits are not finite: its weights hold NaN, infinite or absurd values")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.errors import FormatError
+from entrollm.files.dtypes import check_finite
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -85,11 +86,12 @@ def load_tensor(weights: Weights, name: str, shape: tuple[int, ...]) -> Floats:
     """Return the tensor `name`.
 
     Raises:
-        FormatError: the tensor is missing or its shape is not `shape`.
+        FormatError: the tensor is missing, its shape is not `shape`, or a value is not finite.
     """
     _check_present(weights, name, shape)
     tensor = weights.tensor(name)
     _check_shape(name, shape, tensor.shape)
+    check_finite(name, tensor)
     return tensor
 
 

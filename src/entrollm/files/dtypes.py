@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.errors import FormatError
+
 Float32 = NDArray[np.float32]
 
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -41,6 +43,28 @@ _FP8_VALUES = {
     np.dtype(dtype): np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 }
+
+
+def check_finite(name: str, values: NDArray[Any]) -> None:
+    """Check that a tensor which is stored in its own type has no NaN, and no infinity unless it is a mask.
+
+    Args:
+        name: the tensor; a name that ends in "mask" may hold infinities.
+        values: of any type; only floats are looked at.
+    Raises:
+        FormatError: there is one.
+    """
+    if values.dtype not in _FLOAT_TYPES and values.dtype not in _FP8_VALUES:
+        return
+    is_finite = np.isfinite(values)
+    if name.endswith("mask"):
+        is_finite |= np.isinf(values)
+    if not is_finite.all():
+        place = tuple(int(axis) for axis in np.argwhere(~is_finite)[0])
+        raise FormatError(
+            f"{name}: the value at {place} is {float(values[place])}; a model with such values computes nothing, use "
+            "another checkpoint"
+        )
 
 
 def to_float32(values: NDArray[Any]) -> Float32:

@@ -62,8 +62,12 @@ BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
         30: BlockType("BF16", 1, 2),
     }
 )
-# Names of types that are not supported, for errors.
-_OTHER_TYPES = {10: "Q2_K", 11: "Q3_K", 20: "IQ4_NL", 23: "IQ4_XS"}
+# Names of other types, for the error only.
+_OTHER_TYPES: Mapping[int, str] = MappingProxyType(
+    {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
+    | {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+    | {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,12 @@ _INDEX = "model.safetensors.index.json"
 _SHARD_PATTERN = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
+ADAPTER = (
+    "an adapter (LoRA), which is not a whole model; merge it into the model that it was trained on, with "
+    "peft's merge_and_unload and save_pretrained, and use that"
+)
+
+
 def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, which holds a whole model."""
     return path.suffix.lower() == ".gguf" and path.is_file()
@@ -37,6 +43,14 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
     if single_path.is_file():
         return {_SINGLE: open_safetensors(single_path)}
     present = sorted(file.name for file in path.iterdir())
+    if "adapter_model.safetensors" in present or "adapter_config.json" in present:
+        raise UnsupportedError(f"{path} holds {ADAPTER}")
+    consolidated = [name for name in present if name.startswith("consolidated") and name.endswith(".safetensors")]
+    if consolidated:
+        raise UnsupportedError(
+            f"{path} holds {consolidated[0]}, weights in the layout of their maker's own tools; use the checkpoint in "
+            "the layout of transformers, or convert it"
+        )
     if any(name.endswith(".safetensors") for name in present):
         shards = ", ".join(name for name in present if name.endswith(".safetensors"))
         raise FormatError(f"{path} has neither {_SINGLE} nor {_INDEX}, only {shards}; fetch the index as well")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -106,6 +107,20 @@ class CompressedModel:
                 raise FormatError(f"{file.path}: {name + suffix!r} is empty; empty entries are left out")
             arrays[suffix] = file.array(name + suffix)
         return arrays
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two coded matrices are stored in the same way, byte for byte, so that they have the same values.
+
+        Raises:
+            KeyError: one of them is not a coded matrix.
+        """
+        specs = [replace(self.specs[name], relative_error=0.0, checksum=0) for name in (first, second)]
+        ours, theirs = self.entries(first), self.entries(second)
+        return (
+            specs[0] == specs[1]
+            and ours.keys() == theirs.keys()
+            and all(np.array_equal(ours[suffix], theirs[suffix]) for suffix in ours)
+        )
 
     def check_checksum(self, name: str) -> None:
         """Compare the bytes of a coded matrix or a plain tensor with their checksum.

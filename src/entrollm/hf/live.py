@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.methods import make_methods
 from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import make_plan
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.format.header import TensorTable
 from entrollm.hf.names import StoredParameter, find_parameters
 from entrollm.torch.backend import storage_device
@@ -39,10 +39,14 @@ class LiveCoder:
         plan = make_plan(self._checkpoint, options)
         infos = {name: self._checkpoint.tensors[name] for name in plan.coded}
         shapes = {name: (info.shape[0], info.shape[1]) for name, info in infos.items()}
-        self.parameters = find_parameters(model, shapes, plan.kept)
+        self.parameters = find_parameters(model, shapes, plan.kept, self._checkpoint.are_equal)
         # Matrices that the model lacks are not coded.
         plan = plan.coding(name for parameter in self.parameters.values() for name in parameter.names())
         self._coder = MatrixCoder(self._checkpoint, make_methods(self._checkpoint, plan, options), options)
+        # Of tied parameters, transformers asks for the one whose name is in the files.
+        tied = {target: self.parameters[source] for target, source in _ties(model) if source in self.parameters}
+        self.parameters = tied | self.parameters
+        self._coded: set[str] = set()
         self._table = TensorTable()  # of the file that the matrices would make
         self.failed: EntroLLMError | None = None
 
@@ -58,7 +62,25 @@ class LiveCoder:
         Raises:
             FormatError: a weight is not finite.
         """
+        self._coded.add(parameter.path)
         return {name: self._code(name, dtype, device) for name in parameter.names()}
+
+    def is_done(self, parameter: StoredParameter) -> bool:
+        """Whether the matrices of a parameter have been coded."""
+        return parameter.path in self._coded
+
+    def check_complete(self) -> None:
+        """Check that transformers has asked for every matrix: it names tensors by rules of its own.
+
+        Raises:
+            UnsupportedError: a parameter was left with random values.
+        """
+        left = [found for found in self.parameters.values() if not self.is_done(found)]
+        if left and self.failed is None:
+            raise UnsupportedError(
+                f"{self._checkpoint.path}: transformers does not find {left[0].path}, stored as {left[0].names()[0]}; "
+                "compress the checkpoint with `entrollm compress`, which gives tensors their names in the model"
+            )
 
     def close(self) -> None:
         """End the threads and close the checkpoint."""
@@ -99,6 +121,8 @@ class QuantizeWhileLoading(ConversionOps):
         tensor = found[0] if isinstance(found, list) else found
         model, missing = kwargs["model"], kwargs.get("missing_keys")
         parameter = self._coder.parameters[kwargs["full_layer_name"]]
+        if self._coder.is_done(parameter):  # an equal copy of a tied parameter
+            return {}
         dtype = model.get_parameter(parameter.path).dtype
         try:
             weights = self._coder.code(parameter, dtype, tensor.device)
@@ -109,3 +133,9 @@ class QuantizeWhileLoading(ConversionOps):
         if missing is not None:
             missing.difference_update(done)
         return {}
+
+
+def _ties(model: Any) -> Iterable[tuple[str, str]]:
+    """Pairs of a parameter and the one that it is tied to."""
+    pairs: Mapping[str, str] = model.all_tied_weights_keys
+    return pairs.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,14 +45,16 @@ class StoredParameter:
 
 
 def find_parameters(
-    model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str]
+    model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str], are_equal: Callable[[str, str], bool]
 ) -> dict[str, StoredParameter]:
     """Find the parameters that the matrices of a checkpoint belong to. Matrices that the model lacks are left out.
 
     Args:
-        model: the model, on the meta device, before any parameter is replaced.
+        model: the model, on the meta device, before any parameter is replaced. Parameters that its configuration ties,
+            and that the checkpoint has twice with different values, are untied.
         shapes: the shapes of the matrices by name.
         kept: the names of the checkpoint's other tensors.
+        are_equal: whether two matrices of the checkpoint have the same values.
     Returns:
         the parameters, by the name under which transformers loads them.
     Raises:
@@ -89,13 +91,29 @@ def find_parameters(
         parameter = _parameter(path, names, by_pattern)
         _check_shapes(parameter, shapes, tuple(parameters[path].shape))
         stored[path] = parameter
-    for target, source in model.all_tied_weights_keys.items():
-        if target in stored:
-            # The configuration decides, as in the engine: a stored copy of a tied matrix is not read.
-            parameter = stored.pop(target)
-            if source not in stored and source not in kept_paths:
-                stored[target] = replace(parameter, path=source)
+    _settle_ties(model, stored, kept_paths, are_equal)
     return stored
+
+
+def _settle_ties(
+    model: Any,
+    stored: dict[str, StoredParameter],
+    kept_paths: Container[str],
+    are_equal: Callable[[str, str], bool],
+) -> None:
+    """Do what transformers does with tied parameters: one that is stored serves both, two that differ are untied."""
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in stored and source not in stored and source not in kept_paths:
+            stored[target] = replace(stored[target], path=source)
+        elif target in stored and source in stored:
+            names = stored[target].names(), stored[source].names()
+            if len(names[0]) == len(names[1]) and all(are_equal(*pair) for pair in zip(*names, strict=True)):
+                del stored[target]
+            else:
+                del model.all_tied_weights_keys[target]
+        elif (target in stored and source in kept_paths) or (target in kept_paths and source in stored):
+            # One is rounded and the other is not.
+            del model.all_tied_weights_keys[target]
 
 
 def _parameter(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> StoredParameter:

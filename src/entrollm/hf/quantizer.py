@@ -77,7 +77,7 @@ class EntroQuantizer(HfQuantizer):
         with CompressedModel.open(folder) as stored:
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
             make = without_entries if self._is_parallel else _on_meta
-            for parameter in find_parameters(model, shapes, stored.plain).values():
+            for parameter in find_parameters(model, shapes, stored.plain, stored.are_equal).values():
                 dtype = model.get_parameter(parameter.path).dtype
                 install(model, parameter, {name: make(stored, name, dtype) for name in parameter.names()})
             if self._is_parallel:
@@ -122,6 +122,7 @@ class EntroQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._coder is not None:
+            self._coder.check_complete()
             self._coder.close()
             self._coder = None
         if self._is_parallel:

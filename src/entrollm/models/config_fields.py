@@ -15,7 +15,7 @@ MIN_FACTOR, MAX_FACTOR = 1e-6, 1e12
 
 
 class Fields:
-    """A JSON object whose values are checked as they are read; null counts as absent.
+    """A JSON object whose values are checked as they are read; null counts as absent, except to `has`.
 
     Args:
         values: the object.
@@ -28,6 +28,10 @@ class Fields:
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there, even with null."""
+        return key in self._values
 
     def raw(self, key: str) -> object:
         """The value as it is, or None."""
@@ -49,8 +53,12 @@ class Fields:
             raise self.error(key, f"an integer from {low} to {high}")
         return value
 
-    def optional_integer(self, key: str, *, low: int = 1, high: int = MAX_SIZE) -> int | None:
-        """An integer in [low, high], or None when absent."""
+    def optional_integer(
+        self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_SIZE
+    ) -> int | None:
+        """An integer in [low, high]; the default when absent, None for null."""
+        if not self.has(key):
+            return default
         return self.integer(key, low=low, high=high) if key in self else None
 
     def number(self, key: str, default: float | None = None, *, low: float = 0.0, high: float = math.inf) -> float:
@@ -100,9 +108,9 @@ class Fields:
             return value
         raise self.error(key, f"a list of {count} strings")
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """Token ids written as one integer or a list of them; empty when absent."""
-        value = self._values.get(key)
+    def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        """Token ids written as one integer or a list of them; the default, or none, when absent, and none for null."""
+        value = self._values.get(key, default)
         items = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < MAX_SIZE for item in items):
             raise self.error(key, "a token id or a list of token ids")

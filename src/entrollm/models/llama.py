@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
-from entrollm.models.config import ModelConfig, read_decoder
+from entrollm.models.config import Defaults, ModelConfig, read_decoder
 from entrollm.models.config_fields import Fields
+
+_DEFAULTS = Defaults(context_length=2048, bos_token_id=1, eos_token_id=2)
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """Read a llama config.json."""
     attention_bias = fields.flag("attention_bias", False)
     return replace(
-        read_decoder(fields),
+        read_decoder(fields, _DEFAULTS),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", False),

@@ -5,8 +5,16 @@ from dataclasses import replace
 from entrollm.models.config import Defaults, ModelConfig, read_decoder, uniform_windows
 from entrollm.models.config_fields import Fields
 
-# Older checkpoints call longrope "su" or "yarn".
-_DEFAULTS = Defaults(norm_eps=1e-5, partial_rotary=True, rope_aliases={"su": "longrope", "yarn": "longrope"})
+_DEFAULTS = Defaults(
+    context_length=4096,
+    original_context_length=4096,
+    norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=32000,
+    partial_rotary=True,
+    # Older checkpoints call longrope "su" or "yarn".
+    rope_aliases={"su": "longrope", "yarn": "longrope"},
+)
 
 
 def read_config(fields: Fields) -> ModelConfig:

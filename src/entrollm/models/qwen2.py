@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
-from entrollm.models.config import ModelConfig, layered_windows, read_decoder
+from entrollm.models.config import Defaults, ModelConfig, layered_windows, read_decoder
 from entrollm.models.config_fields import Fields
+
+_DEFAULTS = Defaults(context_length=32768, kv_heads=32)
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """Read a qwen2 config.json."""
-    config = read_decoder(fields)
+    config = read_decoder(fields, _DEFAULTS)
     return replace(config, qkv_bias=True, windows=layered_windows(fields, config.num_layers))

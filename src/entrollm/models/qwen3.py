@@ -5,10 +5,12 @@ from dataclasses import replace
 from entrollm.models.config import Defaults, ModelConfig, layered_windows, read_decoder
 from entrollm.models.config_fields import Fields
 
+_DEFAULTS = Defaults(context_length=32768, head_dim=128, kv_heads=32)
+
 
 def read_config(fields: Fields) -> ModelConfig:
     """Read a qwen3 config.json."""
-    config = read_decoder(fields, Defaults(head_dim=128))
+    config = read_decoder(fields, _DEFAULTS)
     attention_bias = fields.flag("attention_bias", False)
     return replace(
         config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ from entrollm.models.config_fields import MAX_FACTOR, Fields
 
 Floats = NDArray[np.float32]
 _MAX_CONTEXT = 2**31
+# The types that depend on original_max_position_embeddings.
+_STRETCHED = ("llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,40 +83,58 @@ class _Source:
         return np.reciprocal(powers)
 
 
-def read_rope(config: Fields, head_dim: int, *, partial: bool, aliases: Mapping[str, str]) -> Rope:
+@dataclass(frozen=True)
+class RotatedHeads:
+    """What an architecture says about the heads that are rotated.
+
+    Attributes:
+        head_dim: features per attention head.
+        context_length: max_position_embeddings.
+        original_context_length: what original_max_position_embeddings is by default; None for the context length.
+        is_partial: whether the architecture honours partial_rotary_factor.
+        aliases: names of rope types that mean another one in this architecture.
+    """
+
+    head_dim: int
+    context_length: int
+    original_context_length: int | None = None
+    is_partial: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_rope(config: Fields, heads: RotatedHeads) -> Rope:
     """Read the rotary embedding of config.json, in today's form (rope_parameters) or the older one (rope_scaling).
 
     Args:
         config: the whole of config.json.
-        head_dim: features per attention head.
-        partial: whether the architecture honours partial_rotary_factor.
-        aliases: names of rope types that mean another one in this architecture.
+        heads: the heads that are rotated.
     Raises:
         FormatError: a value is of the wrong type or out of range.
         UnsupportedError: the rope type, or a partial rotation, is not implemented for this architecture.
     """
     fields = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
     written_kind = fields.text("rope_type", fields.text("type", "default"))
-    kind = aliases.get(written_kind, written_kind)
+    kind = heads.aliases.get(written_kind, written_kind)
     if kind not in _VARIANTS:
         supported = ", ".join(sorted(_VARIANTS))
         raise UnsupportedError(f"{fields.source}: rope type {kind!r} is not supported; supported: {supported}")
     holder = fields if "partial_rotary_factor" in fields else config
     factor = holder.number("partial_rotary_factor", 1.0, high=1.0)
-    if factor != 1.0 and not partial:
+    if factor != 1.0 and not heads.is_partial:
         raise UnsupportedError(f"{holder.source}: partial_rotary_factor {factor} is not supported for this model type")
-    rotary_dim = int(head_dim * factor)
-    if not 0 < rotary_dim + rotary_dim % 2 <= head_dim:
-        raise FormatError(f"{holder.source}: {rotary_dim} of {head_dim} features per head cannot be rotated in pairs")
+    rotary_dim = int(heads.head_dim * factor)
+    if not 0 < rotary_dim + rotary_dim % 2 <= heads.head_dim:
+        raise FormatError(
+            f"{holder.source}: {rotary_dim} of {heads.head_dim} features per head cannot be rotated in pairs"
+        )
     theta = (fields if "rope_theta" in fields else config).number("rope_theta", 10000.0, low=1.0, high=MAX_FACTOR)
-    context_length = config.integer("max_position_embeddings", high=_MAX_CONTEXT)
-    original = context_length
-    if kind != "default":
-        holder = config if "original_max_position_embeddings" in config else fields
-        # Where longrope switches is no guess: phi3 and the others would assume different lengths.
-        assumed = None if kind == "longrope" else context_length
-        original = holder.integer("original_max_position_embeddings", assumed, high=_MAX_CONTEXT)
-    return _VARIANTS[kind](_Source(fields, theta, rotary_dim, original, context_length / original))
+    original = heads.context_length
+    if kind in _STRETCHED:
+        # A field of config.json itself wins over one of the section, and so does its default where it has one.
+        key, default = "original_max_position_embeddings", heads.original_context_length
+        holder = config if key in config or default is not None else fields
+        original = holder.integer(key, default or heads.context_length, high=_MAX_CONTEXT)
+    return _VARIANTS[kind](_Source(fields, theta, rotary_dim, original, heads.context_length / original))
 
 
 def _default(source: _Source) -> Rope:

@@ -171,7 +171,7 @@ def test_other_architectures_have_their_biases(tmp_path: Path) -> None:
         ({"llama.rope.freq_base": "x"}, FormatError, "llama.rope.freq_base is 'x', expected a number"),
         ({"llama.rope.scaling.type": 3}, FormatError, "llama.rope.scaling.type is 3, expected a string"),
         ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope' is not supported"),
-        ({"llama.expert_count": 8}, UnsupportedError, "mixtures of experts are not implemented"),
+        ({"llama.expert_count": 8}, UnsupportedError, "llama.expert_count 8 is not implemented; it should be 0"),
         ({"split.count": 2}, UnsupportedError, "is one of several parts; join them"),
     ],
 )
@@ -224,7 +224,9 @@ def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 def small_source() -> bytes:
     """A file of a few small tensors, all of whose metadata matters."""
-    made = source({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "tokenizer.ggml.tokens": ["a"]})
+    made = source(
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "tokenizer.ggml.tokens": list("abcd")}
+    )
     made.values["llama.rope.scaling.original_context_length"] = 32
     half = np.ones(16, np.float16).tobytes()
     made.tensors[0] = ("token_embd.weight", (4, 4), 1, half)

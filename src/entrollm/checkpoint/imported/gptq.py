@@ -10,6 +10,7 @@ them as they are. W = (q - zero) * scale, rounded to the type of the scales.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,10 +50,38 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[I
     if quantization.get("is_marlin_format", False):
         raise UnsupportedError(f"config.json: GPTQ weights in Marlin's layout; supported are {_LAYOUTS}")
     bits = integer_option(quantization, "bits", _BITS)
+    dynamic = _dynamic(quantization)
     for name in tensors.entries:
         layer = name.removesuffix("qweight")
         if layer != name:
-            yield _matrix(layer, bits, layout == "gptq", tensors)
+            yield _matrix(layer, _bits_of(layer.rstrip("."), bits, dynamic), layout == "gptq", tensors)
+
+
+def _dynamic(quantization: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Mapping[str, Any] | None]]:
+    """Expressions for names of layers, with the options that the layers have instead, or None for unquantized ones."""
+    rules: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
+    dynamic = quantization.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise FormatError(f"config.json: quantization_config has dynamic {dynamic!r:.80}, expected an object")
+    for key, options in dynamic.items():
+        if not isinstance(options, dict):
+            raise FormatError(f"config.json: dynamic {key!r:.80} of quantization_config is not an object")
+        try:
+            pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
+        except re.error as error:
+            raise FormatError(f"config.json: dynamic {key!r:.80} of quantization_config: {error}") from None
+        rules.append((pattern, None if key.startswith("-:") else options))
+    return rules
+
+
+def _bits_of(layer: str, bits: int, dynamic: list[tuple[re.Pattern[str], Mapping[str, Any] | None]]) -> int:
+    """The bits of a layer: those of the first expression that matches the beginning of its name, or the common ones."""
+    for pattern, options in dynamic:
+        if pattern.match(layer):
+            if options is None:
+                raise FormatError(f"{layer}.qweight: the layer is quantized, and dynamic in config.json says it is not")
+            return integer_option({"bits": bits, **options}, "bits", _BITS)
+    return bits
 
 
 def _matrix(layer: str, bits: int, is_less_one: bool, tensors: RawTensors) -> ImportedMatrix:

@@ -1,0 +1,276 @@
+"""The metadata of a GGUF file as config.json: every key of an architecture is used, checked, or refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.checkpoint.gguf_vocabulary import Vocabulary, end_tokens, start_token
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.gguf import GgufFile
+
+# By llama.cpp's architecture, which is also the model type here; Mistral models are "llama" there.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Keys of an architecture, without its name, that `_config` and `_rope` read.
+_USED = frozenset(
+    {"vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"}
+    | {"attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.scale"}
+    | {"attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base"}
+    | {"rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"}
+    | {"rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast"}
+    | {"rope.scaling.yarn_beta_slow"}
+)
+# Keys that say nothing about what the model computes.
+_INERT = frozenset({"rope.scaling.finetuned", "decoder_start_token_id", "pooling_type", "attention.layer_norm_epsilon"})
+# Keys of variants that these architectures do not have, and the values at which they do nothing.
+_FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "attention.causal": (True,),
+        "attention.max_alibi_bias": (0,),
+        "attention.clamp_kqv": (0,),
+        "attention.output_scale": (0, 1),
+        "attention.value_scale": (0, 1),
+        "attention.temperature_length": (0,),
+        "attention.temperature_scale": (0,),
+        "attention.shared_kv_layers": (0,),
+        "use_parallel_residual": (False,),
+        "tensor_data_layout": ("Meta AI original pth",),
+        "hidden_activation": ("silu", "swish"),
+        "expert_count": (0,),
+        "expert_used_count": (0,),
+        "leading_dense_block_count": (0,),
+        "nextn_predict_layers": (0,),
+        "logit_scale": (0, 1),
+        "residual_scale": (0, 1),
+        "embedding_scale": (0, 1),
+        "attn_logit_softcapping": (0,),
+        "final_logit_softcapping": (0,),
+        "rope.scaling.alpha": (0,),
+        "rope.scaling.yarn_ext_factor": (1, -1),
+        "rope.scaling.yarn_attn_factor": (1,),
+    }
+)
+_GENERAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "general.type": ("model",),
+        "general.quantization_version": (2,),
+        "general.sampling.penalty_repeat": (1,),
+        "general.sampling.mirostat": (0,),
+        "general.sampling.xtc_probability": (0,),
+    }
+)
+# How to sample, by the names of generation_config.json.
+_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+# How Llama 3 stretches its rotation; the files hold only the factors that follow.
+_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_CONTEXT = 8192
+
+
+def model_config(file: GgufFile) -> dict[str, Any]:
+    """The config.json that a model of these values and tensors has.
+
+    Raises:
+        FormatError: a value is missing or malformed.
+        UnsupportedError: the architecture, or an option of it, is not implemented; the message names the key.
+    """
+    metadata = _Metadata(file)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise FormatError(f"{file.path}: there is no matrix token_embd.weight")
+    metadata.check_keys()
+    hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
+    head_dim = metadata.integer("attention.key_length", hidden // heads)
+    context_length = metadata.integer("context_length")
+    metadata.expect("attention.value_length", head_dim, "the keys' length")
+    metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
+    metadata.expect("vocab_size", embedding.shape[0], "the rows of token_embd.weight")
+    if 0 < metadata.integer("attention.sliding_window", 0, low=0) < context_length:
+        raise metadata.unsupported("attention.sliding_window")
+    scale = metadata.number("attention.scale", 0.0)
+    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-4):
+        raise metadata.unsupported("attention.scale")
+    vocabulary = Vocabulary.read(file)
+    if vocabulary.tokens and len(vocabulary.tokens) != embedding.shape[0]:
+        raise FormatError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(vocabulary.tokens)} tokens, and token_embd.weight "
+            f"{embedding.shape[0]} rows"
+        )
+    ends = end_tokens(vocabulary)
+    return {
+        "architectures": [ARCHITECTURES[metadata.architecture]],
+        "model_type": metadata.architecture,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_hidden_layers": metadata.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": context_length,
+        "rope_parameters": _rope(metadata, file, context_length),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "dtype": "float32",
+        "bos_token_id": start_token(vocabulary),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+
+
+def generation_config(file: GgufFile) -> dict[str, Any]:
+    """The generation_config.json that the file's advice on sampling amounts to; empty if it has none."""
+    prefix = "general.sampling."
+    found = {ours: file.metadata[prefix + key] for key, ours in _SAMPLING.items() if prefix + key in file.metadata}
+    if not found:
+        return {}
+    does_sample = found.get("temperature") != 0
+    if not does_sample:
+        del found["temperature"]
+    if does_sample:
+        found = {"top_k": 0} | found
+    numbers = {key: float(str(np.float32(n))) if isinstance(n, float) else n for key, n in found.items()}
+    return {"do_sample": does_sample, **numbers}
+
+
+class _Metadata:
+    """Typed access to the values of a file, with errors that name the key."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._path = file.path
+        self._values = file.metadata
+        architecture = self._values.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise UnsupportedError(
+                f"{file.path}: architecture {architecture!r:.80} is not supported; supported are "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        self.architecture = architecture
+
+    def check_keys(self) -> None:
+        """Check the keys that must have one value, and refuse those of the architecture that are not known."""
+        for key, value in self._values.items():
+            name = key.removeprefix(f"{self.architecture}.")
+            allowed = _GENERAL.get(key) if name == key else _FIXED.get(name)
+            if allowed is not None:
+                # True is 1 to Python, and a flag is not a number.
+                if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+                    raise UnsupportedError(
+                        f"{self._path}: {key} {value!r:.80} is not implemented; it should be {allowed[0]!r}"
+                    )
+            elif name != key and name not in _USED | _INERT:
+                raise UnsupportedError(
+                    f"{self._path}: the key {key} is not known; it may change what the model computes, so the file is "
+                    "not read"
+                )
+
+    def unsupported(self, name: str) -> UnsupportedError:
+        """The error to raise for the value of a key."""
+        key = f"{self.architecture}.{name}"
+        return UnsupportedError(f"{self._path}: {key} {self._values.get(key)!r:.80} is not implemented")
+
+    def expect(self, name: str, expected: int, what: str) -> None:
+        """Check an integer that may be there and must then have one value."""
+        if self.integer(name, expected) != expected:
+            key = f"{self.architecture}.{name}"
+            raise UnsupportedError(f"{self._path}: {key} is {self._values[key]!r:.80}, expected {expected}, {what}")
+
+    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+        """An integer in [low, 2^31); of a list with one value for each layer, all must be equal."""
+        key = f"{self.architecture}.{name}"
+        value = self._values.get(key, default)
+        if isinstance(value, list) and value:
+            if any(item != value[0] for item in value):
+                raise UnsupportedError(f"{self._path}: {key} differs between layers, which is not implemented")
+            value = value[0]
+        if type(value) is not int or not low <= value < 2**31:
+            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        key = f"{self.architecture}.{name}"
+        value = self._values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a number")
+        return float(str(np.float32(value)))  # the decimal that was meant: the file has it in 32 bits
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        key = f"{self.architecture}.{name}"
+        value = self._values.get(key, default)
+        if not isinstance(value, str):
+            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a string")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether the key is there."""
+        return f"{self.architecture}.{name}" in self._values
+
+
+def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str, Any]:
+    theta = metadata.number("rope.freq_base", 10000.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    kind = metadata.text("rope.scaling.type", "linear") or "none"
+    # 0 is no factor, as in llama.cpp.
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0)) or 1.0
+    attention = metadata.number("rope.scaling.attn_factor", 1.0)
+    if kind not in _SCALINGS:
+        raise UnsupportedError(f"{file.path}: rope scaling {kind!r:.80} is not supported; supported are linear, yarn")
+    if attention != 1.0 and kind != "yarn":
+        raise metadata.unsupported("rope.scaling.attn_factor")
+    if ROPE_FACTORS in file.tensors:
+        if metadata.architecture != "llama" or (factor != 1.0 and kind != "none"):
+            raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} and a scaling of rotations are not supported together")
+        factors = file.array(ROPE_FACTORS).astype(np.float64).reshape(-1)
+        return {**_llama3(file.path, theta, factors), "rope_theta": theta}
+    return rope | _SCALINGS[kind](metadata, factor, context_length)
+
+
+def _unscaled(metadata: _Metadata, factor: float, context_length: int) -> dict[str, Any]:
+    return {}
+
+
+def _linear(metadata: _Metadata, factor: float, context_length: int) -> dict[str, Any]:
+    return {} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
+def _yarn(metadata: _Metadata, factor: float, context_length: int) -> dict[str, Any]:
+    original = metadata.integer("rope.scaling.original_context_length", context_length)
+    rope: dict[str, Any] = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    for name in ("beta_fast", "beta_slow"):
+        if metadata.has(f"rope.scaling.yarn_{name}"):
+            rope[name] = metadata.number(f"rope.scaling.yarn_{name}")
+    multiplier = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if multiplier:
+        rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+    attention = metadata.number("rope.scaling.attn_factor", 1.0)
+    if attention != 1.0:
+        log = 0.1 * math.log(factor) if factor > 1 else 0.0
+        rope["attention_factor"] = attention * (1 + log) / (1 + log * multiplier)
+    return rope
+
+
+_SCALINGS: Mapping[str, Callable[[_Metadata, float, int], dict[str, Any]]] = MappingProxyType(
+    {"none": _unscaled, "linear": _linear, "yarn": _yarn}
+)
+
+
+def _llama3(path: Path, theta: float, factors: NDArray[np.float64]) -> dict[str, Any]:
+    """The parameters of Llama 3 that give these divisors of the frequencies."""
+    frequencies = theta ** -(np.arange(len(factors)) / len(factors))
+    wavelengths = 2 * np.pi / frequencies
+    smooth = np.clip((_LLAMA3_CONTEXT / wavelengths - 1) / (4 - 1), 0, 1)
+    for factor in _LLAMA3_FACTORS:
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if np.allclose(factors, expected, rtol=1e-3):
+            return {**_LLAMA3, "factor": factor, "original_max_position_embeddings": _LLAMA3_CONTEXT}
+    raise UnsupportedError(f"{path}: {ROPE_FACTORS} holds factors that are not those of Llama 3")

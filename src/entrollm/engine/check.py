@@ -1,0 +1,66 @@
+"""Whether the engine runs a checkpoint, told from its configuration and the shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from entrollm import _core
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.engine.decoder import Decoder
+from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.errors import EntroLLMError
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
+
+
+def why_not_run(path: Path) -> str | None:
+    """Say why `entrollm run` cannot load a checkpoint, before it is compressed; None if it can.
+
+    Raises:
+        FormatError, UnsupportedError, ValueError: it is not a checkpoint that is read at all.
+    """
+    with Checkpoint.open(path) as checkpoint:
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        try:
+            Decoder(read_config(Fields(checkpoint.config, "config.json")), _Shapes(shapes))
+        except EntroLLMError as error:
+            return str(error)
+    return None
+
+
+class _Shapes:
+    """The shapes of a model's tensors in place of its weights."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self.pool = _core.ThreadPool(1)
+
+    def __contains__(self, name: str, /) -> bool:
+        return name in self._shapes
+
+    def linear(self, *names: str) -> Linear:
+        return _Matrix(self._shapes[names[0]])
+
+    def embedding(self, name: str, /) -> Embedding:
+        return _Matrix(self._shapes[name])
+
+    def tensor(self, name: str, /) -> Floats:
+        zeros: Floats = np.broadcast_to(np.float32(0), self._shapes[name])
+        return zeros
+
+
+class _Matrix:
+    """A matrix without values; it is never multiplied with."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        # A tensor that is not a matrix fails the check of its shape.
+        self.shape: tuple[int, int] = shape  # type: ignore[assignment]
+
+    def __call__(self, x: Floats, /) -> Floats:
+        raise TypeError("this matrix has a shape and no values")
+
+    def rows(self, ids: Ids, /) -> Floats:
+        raise TypeError("this matrix has a shape and no values")

@@ -1,0 +1,317 @@
+"""Every key of a GGUF file's metadata is used, checked or refused; the values are those of llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from entrollm.checkpoint.gguf_metadata import _FIXED, _INERT, _USED
+from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.engine.check import why_not_run
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.models import read_config
+from entrollm.models.config import ModelConfig
+from entrollm.models.config_fields import Fields
+from tests.support.gguf_sources import GgufSource, file_name, llama_values
+from tests.support.quantized_sources import LINEARS, plain_tensors
+
+Tensor = tuple[str, tuple[int, ...], int, bytes]
+
+
+def tensor(name: str, *shape: int) -> Tensor:
+    return name, shape, 1, np.zeros(shape, np.float16).tobytes()
+
+
+def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *more: Tensor) -> GgufSource:
+    """The small model with every tensor, of an architecture; None as a value removes its key."""
+    changed = llama_values() | (values or {})
+    named = {key.replace("llama.", f"{architecture}.", 1): value for key, value in changed.items() if value is not None}
+    source = GgufSource(named | {"general.architecture": architecture})
+    for name, array in plain_tensors(np.random.default_rng(1)).items():
+        source.tensors.append(tensor(file_name(name), *array.shape))
+    source.tensors += [tensor(file_name(f"{name}.weight"), *shape) for name, shape in LINEARS.items()]
+    if architecture == "qwen2":
+        source.tensors += [tensor(f"blk.0.attn_{part}.bias", LINEARS[_projection(part)][0]) for part in "qkv"]
+    if architecture == "qwen3":
+        source.tensors += [tensor(f"blk.0.attn_{part}_norm.weight", 32) for part in "qk"]
+    source.tensors += more
+    return source
+
+
+def _projection(part: str) -> str:
+    return next(name for name in LINEARS if name.endswith(f"{part}_proj"))
+
+
+def config_of(folder: Path, source: GgufSource) -> dict[str, Any]:
+    (folder / "model.gguf").write_bytes(source.to_bytes())
+    with Checkpoint.open(folder / "model.gguf") as checkpoint:
+        return checkpoint.config
+
+
+def read(folder: Path, source: GgufSource) -> ModelConfig:
+    return read_config(Fields(config_of(folder, source), "config.json"))
+
+
+def scaling(**values: Any) -> dict[str, Any]:
+    return {f"llama.rope.scaling.{key}": value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_whole_file_runs(architecture: str, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(whole(architecture).to_bytes())
+    assert why_not_run(tmp_path / "model.gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (scaling(factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (scaling(factor=0.0), {"rope_type": "default"}),
+        (scaling(type="none", factor=4.0), {"rope_type": "default"}),
+        (scaling(type="linear"), {"rope_type": "default"}),
+        (scaling(factor=2.0) | {"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 2.0}),
+        (
+            scaling(type="yarn", factor=4.0),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ),
+        (
+            scaling(type="yarn", factor=4.0, original_context_length=32, yarn_beta_fast=16.0, yarn_beta_slow=2.0),
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+            },
+        ),
+    ],
+)
+def test_rotations(values: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    assert config_of(tmp_path, whole("llama", values))["rope_parameters"] == {"rope_theta": 10000.0, **expected}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 1 + 0.1 * math.log(4)),
+        ({"yarn_log_multiplier": 0.5}, (1 + 0.1 * math.log(4)) / (1 + 0.05 * math.log(4))),
+        ({"attn_factor": 0.7}, 0.7 * (1 + 0.1 * math.log(4))),
+        ({"attn_factor": 0.7, "yarn_log_multiplier": 1.0}, 0.7),
+    ],
+)
+def test_the_scale_of_yarn(values: dict[str, Any], expected: float, tmp_path: Path) -> None:
+    found = read(tmp_path, whole("llama", scaling(type="yarn", factor=4.0, original_context_length=32, **values)))
+    assert found.rope.scale == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", sorted(_FIXED))
+def test_options_of_other_variants_are_refused(name: str, tmp_path: Path) -> None:
+    for value in _FIXED[name]:
+        config_of(tmp_path, whole("llama", {f"llama.{name}": value}))
+    wrong: Any = "other" if isinstance(_FIXED[name][0], str) else not _FIXED[name][0]
+    wrong = wrong if isinstance(_FIXED[name][0], (str, bool)) else 0.3
+    with pytest.raises(UnsupportedError, match=rf"llama\.{name} .* is not implemented; it should be"):
+        config_of(tmp_path, whole("llama", {f"llama.{name}": wrong}))
+
+
+@pytest.mark.parametrize("name", sorted(_INERT))
+def test_keys_without_a_bearing_are_passed_over(name: str, tmp_path: Path) -> None:
+    assert config_of(tmp_path, whole("llama", {f"llama.{name}": 3})) == config_of(tmp_path, whole())
+
+
+def test_every_key_has_one_meaning() -> None:
+    assert not _USED & _INERT
+    assert not (_USED | _INERT) & _FIXED.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"llama.rope.dimension_count": 16}, "rope.dimension_count is 16, expected 32, the heads' length"),
+        ({"llama.attention.value_length": 16}, "attention.value_length is 16, expected 32, the keys' length"),
+        ({"llama.vocab_size": 7}, "llama.vocab_size is 7, expected 320, the rows of token_embd.weight"),
+        ({"llama.attention.sliding_window": 64}, "attention.sliding_window 64 is not implemented"),
+        ({"llama.attention.scale": 0.5}, "attention.scale 0.5 is not implemented"),
+        ({"llama.attention.head_count_kv": [1, 2]}, "head_count_kv differs between layers"),
+        ({"llama.rope.dimension_sections": [4, 4]}, "the key llama.rope.dimension_sections is not known"),
+        ({"llama.rope.freq_base_swa": 1.0}, "the key llama.rope.freq_base_swa is not known"),
+        ({"llama.ssm.conv_kernel": 4}, "the key llama.ssm.conv_kernel is not known"),
+        (scaling(attn_factor=0.7), "rope.scaling.attn_factor 0.69.* is not implemented"),
+        ({"general.type": "adapter"}, "general.type 'adapter' is not implemented; it should be 'model'"),
+        ({"general.quantization_version": 1}, "general.quantization_version 1 is not implemented"),
+        ({"general.sampling.mirostat": 2}, "general.sampling.mirostat 2 is not implemented"),
+    ],
+)
+def test_values_that_are_not_implemented(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        config_of(tmp_path, whole("llama", values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"llama.rope.dimension_count": 32},
+        {"llama.attention.key_length": 32, "llama.attention.value_length": 32},
+        {"llama.vocab_size": 320},
+        {"llama.attention.sliding_window": 128},
+        {"llama.attention.scale": 32**-0.5},
+        {"llama.attention.head_count_kv": [2, 2]},
+        {"general.type": "model", "general.quantization_version": 2, "general.name": "x"},
+    ],
+)
+def test_values_that_agree_with_the_rest(values: dict[str, Any], tmp_path: Path) -> None:
+    assert config_of(tmp_path, whole("llama", values)) == config_of(tmp_path, whole())
+
+
+def test_tokens_that_are_not_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"tokens has 1 tokens, and token_embd\.weight 320 rows"):
+        config_of(tmp_path, whole("llama", {"tokenizer.ggml.tokens": ["a"]}))
+
+
+def rows(part: str) -> int:
+    return LINEARS[_projection(part)][0]
+
+
+ALL_BIASES = [tensor(f"blk.0.attn_{part}.bias", rows(part)) for part in "qkv"]
+ALL_BIASES.append(tensor("blk.0.attn_output.bias", rows("o")))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_biases_on_all_projections(architecture: str, tmp_path: Path) -> None:
+    config = config_of(tmp_path, whole(architecture, {}, *ALL_BIASES))
+    assert config["attention_bias"] is True
+    assert why_not_run(tmp_path / "model.gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "biases"),
+    [
+        ("llama", ALL_BIASES[:3]),
+        ("llama", ALL_BIASES[:1]),
+        ("llama", [*ALL_BIASES, tensor("blk.0.ffn_up.bias", 256)]),
+        ("llama", [tensor("output.bias", 320)]),
+        ("llama", [tensor("output_norm.bias", 128)]),
+        ("qwen2", [ALL_BIASES[3]]),
+        ("qwen3", ALL_BIASES[:3]),
+        ("qwen3", [tensor("blk.0.ffn_up.bias", 256)]),
+    ],
+)
+def test_other_biases_are_refused(architecture: str, biases: list[Tensor], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"is a bias that .* does not have, or that other projections"):
+        config_of(tmp_path, whole(architecture, {}, *biases))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (tensor("blk.0.attn_q_norm.weight", 32), "is not part of the architecture llama"),
+        (tensor("blk.1.ffn_up.weight", 256, 128), "is beyond the 1 layers of the model"),
+        (tensor("blk.0.attn_sub_norm.weight", 128), "is not part of a supported architecture"),
+    ],
+)
+def test_tensors_that_would_not_be_read_are_refused(extra: Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        config_of(tmp_path, whole("llama", {}, extra))
+
+
+def test_factors_of_the_rotation_and_a_scaling_do_not_mix(tmp_path: Path) -> None:
+    factors = ("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes())
+    for architecture, values in (("llama", scaling(factor=4.0)), ("qwen2", {})):
+        with pytest.raises(UnsupportedError, match=r"rope_freqs\.weight and a scaling of rotations"):
+            config_of(tmp_path, whole(architecture, values, factors))
+
+
+def vocabulary(*last: str, **values: Any) -> dict[str, Any]:
+    """Metadata of a vocabulary of the model's size that ends with these tokens."""
+    tokens = [f"t{number}" for number in range(320 - len(last))] + list(last)
+    return {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.bos_token_id": None,
+        "tokenizer.ggml.add_bos_token": None,
+        **{f"tokenizer.ggml.{key}": value for key, value in values.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "bos", "eos"),
+    [
+        (vocabulary(), None, None),
+        (vocabulary(model="llama"), 1, 2),
+        (vocabulary(model="llama", bos_token_id=5, eos_token_id=6), 5, 6),
+        (vocabulary("<|end_of_text|>", "<|eot_id|>", bos_token_id=3, eos_token_id=318), 3, [318, 319]),
+        (vocabulary("<|endoftext|>", "<|im_end|>", eos_token_id=319), None, [319, 318]),
+        (vocabulary(eos_token_id=7, eot_token_id=8, eom_token_id=9), None, [7, 8, 9]),
+        (vocabulary("<|im_end|>", "<|fim_pad|>", "<|file_sep|>", eos_token_id=317), None, [317, 318, 319]),
+        (vocabulary("<|file_sep|>", fim_sep_token_id=4), None, 4),
+        (vocabulary("<|return|>", "<|call|>", "<|end|>"), None, [317, 318]),
+        (vocabulary("<|end|>"), None, 319),
+        (vocabulary("</s>", "<|tool_response>"), None, 319),
+    ],
+)
+def test_start_and_end_tokens(values: dict[str, Any], bos: int | None, eos: Any, tmp_path: Path) -> None:
+    config = config_of(tmp_path, whole("llama", values))
+    assert (config["bos_token_id"], config["eos_token_id"]) == (bos, eos)
+    assert read(tmp_path, whole("llama", values)).bos_token_id == bos
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "eot", "fim_pad"])
+@pytest.mark.parametrize("value", [320, "x", 1.0])
+def test_tokens_that_are_not_there_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=rf"{key}_token_id is .*, expected the number of a token"):
+        config_of(tmp_path, whole("llama", vocabulary(**{f"{key}_token_id": value})))
+
+
+@pytest.mark.parametrize(
+    ("values", "begins"),
+    [
+        ({"pre": "llama-bpe"}, True),
+        ({"pre": "llama-bpe", "add_bos_token": False}, False),
+        ({"pre": "qwen2"}, False),
+        ({"pre": "qwen2", "add_bos_token": True}, True),
+        ({"pre": "smollm"}, False),
+    ],
+)
+def test_the_start_token_comes_with_the_kind_of_tokenizer(values: dict[str, Any], begins: bool, tmp_path: Path) -> None:
+    named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    source = whole("llama", {"tokenizer.ggml.add_bos_token": None, "tokenizer.ggml.merges": [], **named})
+    (tmp_path / "model.gguf").write_bytes(source.to_bytes())
+    tokenizer = Tokenizer.from_str(convert_tokenizer(tmp_path / "model.gguf")["tokenizer.json"])
+    assert tokenizer.encode("1").ids == [1] * begins + [319]
+
+
+def test_advice_on_sampling_is_carried(tmp_path: Path) -> None:
+    def advice(**values: Any) -> Any:
+        named = {f"general.sampling.{key}": value for key, value in values.items()}
+        source = whole("llama", {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [], **named})
+        (tmp_path / "model.gguf").write_bytes(source.to_bytes())
+        files = convert_tokenizer(tmp_path / "model.gguf")
+        return json.loads(files["generation_config.json"]) if "generation_config.json" in files else None
+
+    assert advice() is None
+    assert advice(temp=0.7, top_p=0.8) == {"do_sample": True, "top_k": 0, "temperature": 0.7, "top_p": 0.8}
+    assert advice(temp=0.6, top_k=20, min_p=0.1)["top_k"] == 20
+    assert advice(temp=0.0, top_k=20) == {"do_sample": False, "top_k": 20}
+
+
+def test_named_chat_templates_are_carried(tmp_path: Path) -> None:
+    def template(**values: str) -> Any:
+        named = {f"tokenizer.{key.replace('_dot_', '.')}": value for key, value in values.items()}
+        source = whole("llama", {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": [], **named})
+        (tmp_path / "model.gguf").write_bytes(source.to_bytes())
+        return json.loads(convert_tokenizer(tmp_path / "model.gguf")["tokenizer_config.json"]).get("chat_template")
+
+    assert template() is None
+    assert template(chat_template="a") == "a"
+    assert template(chat_template="a", chat_template_dot_tool_use="b") == [
+        {"name": "default", "template": "a"},
+        {"name": "tool_use", "template": "b"},
+    ]
