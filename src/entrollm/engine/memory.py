@@ -88,7 +88,7 @@ class MemoryPlan:
         sizes = {}
         for name, spec in model.specs.items():
             weights = spec.rows * spec.columns
-            bits = sum(array.nbytes for array in model.stored_arrays(name).values()) * 8 / weights
+            bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
             if memory == "fast" or (memory == "auto" and is_faster_flat(spec.code, bits, _core.isa())):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
