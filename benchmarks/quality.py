@@ -23,6 +23,7 @@ from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
+from entrollm.compress.statistics import Statistics
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear
 from entrollm.engine.load import load
@@ -32,7 +33,6 @@ from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, eva
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.quantize.paper import Granularity
-from entrollm.quantize.statistics import Statistics
 from quality_peers import Peer, Tensors, group_peers, llamacpp_peers
 from quality_torch import TorchModel, decoded
 
