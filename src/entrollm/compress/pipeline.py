@@ -178,9 +178,7 @@ def _refit(
         the new records, or `records` if the files stay as they are.
     """
     refit = Refit(folder.partial, checkpoint, scales, options.threads) if scales else None
-    limit = _limit(options)
-    # The digits of the errors in the headers may change too, which `_check_limit` sees.
-    if refit is not None and limit is not None and _file_bytes(records) + refit.growth() > limit:
+    if refit is not None and not _has_room_for(refit, records, options):
         refit = None
     # Without its record, a later run does not take a shard for one that it could resume.
     for record in records:
@@ -193,6 +191,15 @@ def _refit(
     ]
     _write_index(folder, refitted)
     return refitted
+
+
+def _has_room_for(refit: Refit, records: Sequence[ShardRecord], options: CodingOptions) -> bool:
+    """Whether the files stay within a limit with other scales.
+
+    The errors in the headers may get other digits too, which only `_check_limit` sees.
+    """
+    limit = _limit(options)
+    return limit is None or _file_bytes(records) + refit.growth() <= limit
 
 
 def _limit(options: CodingOptions) -> int | None:
