@@ -1,4 +1,4 @@
-"""Fused decode + product (batch 1) over int8, int4 and bf16 products at full width, streamed from memory.
+"""Products with one vector, fused with decoding and from the flat form in memory, over int8, int4 and bf16 ones.
 
 usage: python benchmarks/gemv.py [--gib N] [--repeats N] [--json FILE] [--threads 1 2]
 """
@@ -53,22 +53,28 @@ def main() -> None:
     some = rng.standard_normal(ROWS * COLUMNS // 2).astype(ml_dtypes.bfloat16)
     bf16 = aligned(np.tile(some.view(np.uint8), repeat))
     coded = [(goal, Coded(source(goal[1], (ROWS, COLUMNS)), repeat, arguments.prefer)) for goal in GOALS]
+    flat = [_core.FlatMatrix(matrix.matrix, _core.ThreadPool(max(arguments.threads))) for _, matrix in coded]
     baselines = Baselines()
-    for _, matrix in coded:
-        verify(matrix, x)
+    for (_, matrix), other in zip(coded, flat, strict=True):
+        verify(matrix, other, x)
     rows: list[dict[str, Any]] = []
     baseline_rows = []
     for threads in arguments.threads:
         run = Run(baselines, full, bf16, int8, x, threads)
-        calls = [run.baseline(name) for name in BASELINES] + [run.coded(matrix) for _, matrix in coded]
+        calls = [run.baseline(name) for name in BASELINES]
+        calls += [run.coded(matrix.matrix) for _, matrix in coded] + [run.coded(matrix) for matrix in flat]
         found_all = take_turns(calls, arguments.repeats)
         times = dict(zip(BASELINES, found_all, strict=False))
-        measured = [(*pair, found) for pair, found in zip(coded, found_all[len(BASELINES) :], strict=True)]
+        first = len(BASELINES)
+        measured = zip(coded, found_all[first : first + len(coded)], flat, found_all[first + len(coded) :], strict=True)
         rates = {name: rate(name, full.size, found["best_s"]) for name, found in times.items()}
         baseline_rows += [
             {"threads": threads, "name": name, "rate": rates[name], **found} for name, found in times.items()
         ]
-        rows += [to_json(threads, *found, rates) for found in measured]
+        rows += [
+            to_json(threads, *pair, found, rates) | flat_to_json(pair[1], other, other_found, rates)
+            for pair, found, other, other_found in measured
+        ]
         report(threads, rows, rates)
     finish(
         {
@@ -83,9 +89,11 @@ def main() -> None:
     )
 
 
-def verify(matrix: Coded, x: NDArray[np.float32]) -> None:
-    """Check the first rows of a product against float64."""
+def verify(matrix: Coded, flat: _core.FlatMatrix, x: NDArray[np.float32]) -> None:
+    """Check the first rows of a product against float64, and all of the flat one against the coded one."""
     pool = _core.ThreadPool(1)
+    if not np.array_equal(flat.multiply(x, pool), matrix.matrix.multiply(x, pool)):
+        raise AssertionError(f"{describe_code(matrix.code)}: the flat product differs")
     weights = matrix.matrix.dequantize(np.arange(256), pool).astype(np.float64)
     error = np.abs(matrix.matrix.multiply(x, pool)[0, :256] - weights @ x[0])
     # Activations are rounded to 16 bits of the largest.
@@ -132,9 +140,9 @@ class Run:
         weights, x = self._inputs[name]
         return lambda: self._baselines.product(name, weights, COLUMNS, x, self._threads)
 
-    def coded(self, matrix: Coded) -> Callable[[], float]:
-        """A coded product."""
-        return timed(lambda: matrix.matrix.multiply(self._x, self._pool))
+    def coded(self, matrix: _core.CodedMatrix | _core.FlatMatrix) -> Callable[[], float]:
+        """A coded product, or a flat one."""
+        return timed(lambda: matrix.multiply(self._x, self._pool))
 
 
 def report(threads: int, rows: list[dict[str, Any]], rates: dict[str, float]) -> None:
@@ -143,6 +151,7 @@ def report(threads: int, rows: list[dict[str, Any]], rates: dict[str, float]) ->
     print(", ".join(f"{name} {value:.1f}" for name, value in rates.items() if name != "read"))
     print(
         f"{'code':24} {'Huffman':>8} {'stored':>7} {'Gw/s':>6} {'median':>7} {'x int8':>7} {'goal':>5} {'of read':>8}"
+        f" {'flat':>6} {'Gw/s':>6} {'x int8':>7}"
     )
     for row in rows:
         if row["threads"] != threads:
@@ -150,7 +159,7 @@ def report(threads: int, rows: list[dict[str, Any]], rates: dict[str, float]) ->
         print(
             f"{row['code']:24} {row['huffman_bits']:8.3f} {row['stored_bits']:7.3f} {row['rate']:6.1f} "
             f"{row['weights'] / row['median_s'] / 1e9:7.1f} {row['x_int8']:7.2f} {row['goal'] or math.nan:5.1f} "
-            f"{100 * row['of_read']:7.0f}%"
+            f"{100 * row['of_read']:7.0f}% {row['flat_bits']:6.3f} {row['flat_rate']:6.1f} {row['flat_x_int8']:7.2f}"
         )
 
 
@@ -172,6 +181,19 @@ def to_json(
         "goal": goal[1 + threads] if threads <= 2 else None,
         "of_read": best * matrix.bits / 8 / rates["read"],
         **timed,
+    }
+
+
+def flat_to_json(
+    matrix: Coded, flat: _core.FlatMatrix, timed: dict[str, float], rates: dict[str, float]
+) -> dict[str, Any]:
+    """What a row of the result says about the flat form."""
+    best = matrix.weights / timed["best_s"] / 1e9
+    return {
+        "flat_bits": flat.size_bytes * 8 / matrix.weights,
+        "flat_rate": best,
+        "flat_x_int8": best / rates["int8"],
+        "flat": timed,
     }
 
 

@@ -31,7 +31,7 @@ import llama_cpp
 
 from common import finish
 from entrollm import _core
-from entrollm.compress import CompressOptions, compress
+from entrollm.compress import CodingOptions, compress_folder
 from entrollm.engine import linear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
@@ -106,7 +106,7 @@ def prepare(
             if checkpoint.exists():
                 shutil.rmtree(checkpoint)
             write_model(SHAPES[shape], checkpoint, entropy)
-            compress(checkpoint, path, CompressOptions(bits=8, prefer="speed"))
+            compress_folder(checkpoint, path, CodingOptions(bits=8, prefer="speed"))
             shutil.rmtree(checkpoint)
         size = CompressedModel.open(path).file_bytes()
         contenders.append(Contender(f"entrollm H={entropy}", path, visit_ours, size, weights, entropy))

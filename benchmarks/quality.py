@@ -22,7 +22,8 @@ from common import environment
 from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
+from entrollm.compress.statistics import Statistics
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear
 from entrollm.engine.load import load
@@ -32,7 +33,6 @@ from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, eva
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.quantize.paper import Granularity
-from entrollm.quantize.statistics import Statistics
 from quality_peers import Peer, Tensors, group_peers, llamacpp_peers
 from quality_torch import TorchModel, decoded
 
@@ -148,18 +148,18 @@ def measure_all(
 ) -> Iterator[Row]:
     """All rows; `known` has statistics by the text that they come from."""
     model, threads = measurement.model, measurement.threads
-    runs: list[tuple[str, str, CompressOptions, Statistics | None]] = []
+    runs: list[tuple[str, str, CodingOptions, Statistics | None]] = []
     for asked in bits:
-        options = CompressOptions(target=Target(bits_per_weight=asked), threads=threads)
+        options = CodingOptions(target=Target(bits_per_weight=asked), threads=threads)
         runs.append((f"data-free {asked:g}", DATA_FREE, options, None))
         runs += [(f"{text} {asked:g}", f"calibrated: {text}", options, found) for text, found in known.items()]
     for width, granularity in PAPER:
-        options = CompressOptions(bits=width, granularity=granularity, threads=threads)
+        options = CodingOptions(bits=width, granularity=granularity, threads=threads)
         runs.append((f"paper {width} bits, {granularity}", f"paper grid per {granularity}", options, None))
     with tempfile.TemporaryDirectory(prefix="quality-") as folder:
         for number, (name, family, options, statistics) in enumerate(runs):
             out = Path(folder) / str(number)
-            result = compress(model, out, options, statistics=statistics)
+            result = compress_folder(model, out, options, statistics=statistics)
             yield measurement.folder(out, name, family, result.file_bits)
         tensors = originals(model)
         others: list[Iterable[Peer]] = []

@@ -14,8 +14,8 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from entrollm.compress.statistics import Statistics
 from entrollm.models.config import ModelConfig
-from entrollm.quantize.statistics import Statistics
 from llamacpp import TYPES, quantize
 
 Floats = NDArray[np.float32]

@@ -3,7 +3,8 @@
 usage: python benchmarks/arm/count.py --build build/aarch64 [--json FILE]
 
 Needs the cross-built native library (see .ci/arm), aarch64-linux-gnu-g++ and qemu-aarch64-static. One block of 8192
-weights (2 rows of 4096) is decoded and multiplied with single-stepped translation, which logs every instruction.
+weights (2 rows of 4096) is decoded and multiplied with single-stepped translation, which logs every instruction; or 8
+flat rows of 4096 weights are multiplied, with as many patches as a Gaussian source of that width needs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +34,12 @@ from entrollm.format.code import Code, Field, Node
 
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS = 2, 4096
+FLAT_ROWS = 8
+# Bits of the flat form, and patches of a thousand weights.
+FLAT = ((2, 7), (3, 8), (4, 7), (5, 2), (6, 7))
 CASCADES = (((1, 1, 1, 2), 1.47), ((2, 1, 1, 2, 2), 2.2), ((3, 2, 3), 3.0), ((4, 3, 3, 5), 4.4))
 TREES = (3.0, 4.4)
+ISAS = ("neon", "neon-dot")
 # The kernels and decode_block are counted; code that runs once for a whole product is not.
 _ONCE = (
     "Activations|largest_bits|split_digits|ThreadPool|4CodeC|4Code5parse|DecodeScratch|select_|built_|thread_scratch"
@@ -67,23 +73,29 @@ class InstructionCounter:
 
     def __init__(self, build: Path, folder: Path) -> None:
         self._folder = folder
-        self._program = folder / "count_block"
+        self._programs = {name: self._compile(build, name) for name in ("count_block", "count_flat")}
+        self._kinds = {name: self._disassemble(program) for name, program in self._programs.items()}
+
+    def _compile(self, build: Path, name: str) -> Path:
+        program = self._folder / name
         subprocess.run(
             [
                 "aarch64-linux-gnu-g++", "-O2", "-std=c++20", "-static", f"-I{ROOT / 'native'}",
-                str(ROOT / "benchmarks/arm/count_block.cpp"), str(build / "libentrollm_native.a"),
-                "-o", str(self._program),
+                str(ROOT / f"benchmarks/arm/{name}.cpp"), str(build / "libentrollm_native.a"), "-o", str(program),
             ],
             check=True,
         )  # fmt: skip
+        return program
+
+    def _disassemble(self, program: Path) -> dict[int, tuple[str, ...]]:
         listing = subprocess.run(
-            ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", str(self._program)],
+            ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", str(program)],
             check=True,
             capture_output=True,
             text=True,
         ).stdout
         found = re.findall(r"^\s+([0-9a-f]+):\s+(\S+)[ \t]*([^\n]*)$", listing, re.M)
-        self._kinds = {int(address, 16): _kind(name, operands) for address, name, operands in found}
+        return {int(address, 16): _kind(name, operands) for address, name, operands in found}
 
     def count(self, code: Code, symbols: NDArray[np.uint8], isa: str) -> Counter[str]:
         """Instructions of one block; "all" has their sum, loads and stores of pairs count as two in their class."""
@@ -91,11 +103,19 @@ class InstructionCounter:
         (self._folder / "program").write_bytes(code.program())
         for name, stream in (("dense", dense), ("sparse", sparse)):
             (self._folder / name).write_bytes(stream.tobytes() + bytes(2 * _core.SLACK_BYTES))
+        arguments = [str(self._folder), str(code.low_bits), str(ROWS), str(COLUMNS), str(sparse.size)]
+        return self._trace("count_block", arguments, isa)
+
+    def count_flat(self, bits: int, patches_per_thousand: int, isa: str) -> Counter[str]:
+        """The same of the product of some flat rows."""
+        arguments = [str(bits), str(FLAT_ROWS), str(COLUMNS), str(patches_per_thousand)]
+        return self._trace("count_flat", arguments, isa)
+
+    def _trace(self, name: str, arguments: list[str], isa: str) -> Counter[str]:
         log = self._folder / "log"
         trace = ["qemu-aarch64-static", "-cpu", "max", "-singlestep", "-d", "exec,nochain", "-D", str(log)]
-        arguments = [str(code.low_bits), str(ROWS), str(COLUMNS), str(sparse.size)]
         subprocess.run(
-            [*trace, str(self._program), str(self._folder), *arguments],
+            [*trace, str(self._programs[name]), *arguments],
             check=True,
             capture_output=True,
             env={**os.environ, "ENTROLLM_ISA": isa},
@@ -104,7 +124,7 @@ class InstructionCounter:
         for line in log.read_text().splitlines():
             if _OURS.search(line):
                 counts["all"] += 1
-                for kind in self._kinds[int(line.split("[")[1].split("/")[1], 16)]:
+                for kind in self._kinds[name][int(line.split("[")[1].split("/")[1], 16)]:
                     counts[kind] += 1
         return counts
 
@@ -160,20 +180,28 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         counter = InstructionCounter(arguments.build, Path(folder))
+        for bits, patches in FLAT:
+            by_isa = {isa: counter.count_flat(bits, patches, isa) for isa in ISAS}
+            rows.append(_report(f"in memory: flat {bits}, {patches / 10} % patches", None, by_isa, FLAT_ROWS * COLUMNS))
         for entropy, code, symbols in _cases():
-            by_isa = {isa: counter.count(code, symbols, isa) for isa in ("neon", "neon-dot")}
-            rates = {core.name: symbols.size * core.gigahertz / cycles(by_isa[core.isa], core) for core in CORES}
-            row = {
-                "code": describe_code(code),
-                "entropy_bits": entropy,
-                "instructions": {isa: counts["all"] / symbols.size for isa, counts in by_isa.items()},
-                "kinds": {isa: {k: n / symbols.size for k, n in counts.items()} for isa, counts in by_isa.items()},
-                "gweights_per_s": rates,
-            }
-            rows.append(row)
-            print(f"{row['code']:28} H {entropy:.2f}", *(f"{n:.2f}" for n in row["instructions"].values()),
-                  *(f"{name} {rate:.2f}" for name, rate in rates.items()))  # fmt: skip
+            by_isa = {isa: counter.count(code, symbols, isa) for isa in ISAS}
+            rows.append(_report(describe_code(code), entropy, by_isa, symbols.size))
     finish({"rows": rows}, arguments.json)
+
+
+def _report(name: str, entropy: float | None, by_isa: dict[str, Counter[str]], weights: int) -> dict[str, Any]:
+    """Print and return a row."""
+    rates = {core.name: weights * core.gigahertz / cycles(by_isa[core.isa], core) for core in CORES}
+    instructions = {isa: counts["all"] / weights for isa, counts in by_isa.items()}
+    print(f"{name:36} H {'' if entropy is None else f'{entropy:.2f}':4}", *(f"{n:.2f}" for n in instructions.values()),
+          *(f"{core} {rate:.2f}" for core, rate in rates.items()))  # fmt: skip
+    return {
+        "code": name,
+        "entropy_bits": entropy,
+        "instructions": instructions,
+        "kinds": {isa: {k: n / weights for k, n in counts.items()} for isa, counts in by_isa.items()},
+        "gweights_per_s": rates,
+    }
 
 
 def _cases() -> list[tuple[float, Code, NDArray[np.uint8]]]:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from entrollm.calibrate import DEFAULT_WINDOWS, measure, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.progress import CompressProgress
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
@@ -133,8 +133,8 @@ def run(folder: Path, layers: int, bits: float, record: Record) -> None:
         if once.acquire(blocking=False):
             record.phase("rates and first matrix")
 
-    options = CompressOptions(target=Target(bits_per_weight=bits))
-    result = compress(model, folder / "out", options, statistics=statistics, on_progress=first)
+    options = CodingOptions(target=Target(bits_per_weight=bits))
+    result = compress_folder(model, folder / "out", options, statistics=statistics, on_progress=first)
     record.phase("quantize and code")
     names = ("weights", "file_bytes", "file_bits", "entropy_bits", "huffman_bits", "coded_bits")
     record.figures |= {name: getattr(result, name) for name in names}

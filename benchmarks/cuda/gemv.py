@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from entrollm.torch.cuda import compile as kernels
+from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
 from entrollm.torch.cuda.launch import Function
-from entrollm.torch.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
+from entrollm.torch.cuda.matrix import CudaMatrix
 
 SOURCES = (1.47, 2.2, 3.2, 5.6)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
@@ -181,7 +182,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
         "decode_us": statistics.median(dense),
         "blocks": plan.blocks,
         "slots": plan.slots,
-        "chunk_bytes": matrix.packed.chunk_bytes,
+        "chunk_bytes": matrix.chunks.largest_bytes,
         "chunks": matrix.shape.chunks,
         "segments": matrix.shape.segments,
         "raw_bits": matrix.code.raw_bits,
@@ -189,7 +190,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
 
 
 def _copy(matrix: DeviceMatrix) -> DeviceMatrix:
-    return replace(matrix, packed=replace(matrix.packed, data=matrix.packed.data.clone()))
+    return replace(matrix, chunks=replace(matrix.chunks, data=matrix.chunks.data.clone()))
 
 
 def main() -> None:

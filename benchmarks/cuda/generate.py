@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from hf_model import measure
 
-from entrollm.torch.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
+from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
+from entrollm.torch.cuda.matrix import CudaMatrix
 from gemv import DEVICE, commit, gaussian_deviation
 
 
@@ -55,7 +56,7 @@ SHAPES = (
 
 
 class Coded:
-    """Makes coded matrices: the first of a shape is packed, the others are copies of it."""
+    """Makes coded matrices: the first of a shape is transcoded, the others are copies of it."""
 
     def __init__(self, entropy: float) -> None:
         self._deviation = gaussian_deviation(entropy)
@@ -72,8 +73,8 @@ class Coded:
                 symbols[i : i + 8192] = part.clamp_(0, 255).to(torch.uint8)
             scale = torch.full((rows,), columns**-0.5 / self._deviation, device=DEVICE)
             first = self._made[rows, columns] = transcode("weights", symbols, scale, scale * -128)
-        packed = replace(first.packed, data=first.packed.data.clone())
-        matrix = CudaMatrix.from_parts([replace(first, packed=packed)], DEVICE)
+        chunks = replace(first.chunks, data=first.chunks.data.clone())
+        matrix = CudaMatrix.from_parts([replace(first, chunks=chunks)], DEVICE)
         self.bytes += matrix.size_bytes
         self.weights += rows * columns
         return matrix

@@ -21,8 +21,7 @@ from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
 from entrollm.hf import CodedWeight
 from entrollm.torch.cuda.matrix import CudaMatrix
-from entrollm.torch.joined import watch
-from entrollm.torch.modules import put_weight
+from entrollm.torch.layers import put_weight, watch_inputs
 from gemv import DEVICE
 
 PROMPT_TOKENS, NEW_TOKENS, CACHE_TOKENS = 128, 128, 512
@@ -56,7 +55,7 @@ def build(kind: str, make: Make | None, **sizes: Any) -> Any:
         for path, layer in list(model.named_modules()):
             if type(layer) is nn.Linear:
                 put_weight(model, f"{path}.weight", GivenWeight(make(layer.out_features, layer.in_features)))
-        watch(model)
+        watch_inputs(model)
     return model
 
 

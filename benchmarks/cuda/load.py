@@ -18,7 +18,7 @@ import torch
 from calibrate import write_model
 from transformers import AutoModelForCausalLM
 
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.hf import CodedWeight
 from gemv import commit
 
@@ -50,7 +50,7 @@ def run(folder: Path, layers: int, bits: float) -> dict[str, Any]:
     write_model(model_folder, layers)
     torch.cuda.empty_cache()
     begin = time.perf_counter()
-    result = compress(model_folder, folder / "out", CompressOptions(target=Target(bits_per_weight=bits)))
+    result = compress_folder(model_folder, folder / "out", CodingOptions(target=Target(bits_per_weight=bits)))
     found: dict[str, Any] = {"compress_seconds": time.perf_counter() - begin}
     found |= {"weights": result.weights, "file_bytes": result.file_bytes, "file_bits": result.file_bits}
     begun = Peak()

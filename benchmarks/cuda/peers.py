@@ -135,8 +135,8 @@ def measure_ours(rows: int, columns: int, entropy: float) -> Result:
     fused = measure_coded(rows, columns, entropy)
     _, _, part = random_matrix(rows, columns, entropy)
     copies = max(4, DISTINCT_BYTES // part.size_bytes)
-    packed = [replace(part.packed, data=part.packed.data.clone()) for _ in range(copies)]
-    matrices = [CudaMatrix.from_parts([replace(part, packed=each)], DEVICE) for each in packed]
+    chunks = [replace(part.chunks, data=part.chunks.data.clone()) for _ in range(copies)]
+    matrices = [CudaMatrix.from_parts([replace(part, chunks=each)], DEVICE) for each in chunks]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
     apart = _decode_then_multiply(lambda i: matrices[i].dequantize_into(out), out, copies)
     return {**fused, "to_memory": apart}

@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -19,24 +20,54 @@ namespace entrollm {
 namespace {
 
 #ifdef ENTROLLM_HAVE_X86
-bool runs_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+// Bits that CPUID and XGETBV report. The compilers' __builtin_cpu_supports needs a run-time library
+// that is not linked on Windows, and lacks names for some of these in older versions.
+struct Features {
+  unsigned leaf1_ecx = 0;
+  unsigned leaf7_ebx = 0;
+  unsigned leaf7_ecx = 0;
+  unsigned leaf7_1_eax = 0;
+  unsigned saved_states = 0;  // registers that the system saves when it switches threads
+};
+
+Features read_features() {
+  Features features;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &features.leaf1_ecx, &edx) == 0) return {};
+  constexpr unsigned kHasXgetbv = 1u << 27;
+  if ((features.leaf1_ecx & kHasXgetbv) != 0) {
+    asm volatile("xgetbv" : "=a"(features.saved_states), "=d"(edx) : "c"(0));
+  }
+  if (__get_cpuid_count(7, 0, &eax, &features.leaf7_ebx, &features.leaf7_ecx, &edx) == 0) return {};
+  const unsigned last_subleaf = eax;
+  if (last_subleaf >= 1) __get_cpuid_count(7, 1, &features.leaf7_1_eax, &ebx, &ecx, &edx);
+  return features;
 }
 
-// __builtin_cpu_supports() of Clang knows no name for it before version 16.
-bool has_avx_vnni() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & 1u << 4) != 0;
+const Features& features() {
+  static const Features found = read_features();
+  return found;
 }
+
+bool has_all(unsigned word, std::initializer_list<unsigned> bits) {
+  for (const unsigned bit : bits) {
+    if ((word >> bit & 1) == 0) return false;
+  }
+  return true;
+}
+
+bool runs_avx2() {
+  return has_all(features().saved_states, {1, 2})        // SSE and AVX registers
+         && has_all(features().leaf1_ecx, {12, 23, 29})  // FMA, POPCNT, F16C
+         && has_all(features().leaf7_ebx, {3, 5, 8});    // BMI1, AVX2, BMI2
+}
+
+bool has_avx_vnni() { return has_all(features().leaf7_1_eax, {4}); }
 
 bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni") &&
-         __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("popcnt") &&
-         __builtin_cpu_supports("bmi2");
+  return runs_avx2() && has_all(features().saved_states, {5, 6, 7})  // masks, high halves, ZMM16-31
+         && has_all(features().leaf7_ebx, {16, 17, 30, 31})          // F, DQ, BW, VL
+         && has_all(features().leaf7_ecx, {1, 6, 8, 11, 14});  // VBMI, VBMI2, GFNI, VNNI, VPOPCNTDQ
 }
 #endif
 

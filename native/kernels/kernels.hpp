@@ -7,7 +7,9 @@
 #include <span>
 
 #include "format/layout.hpp"
+#include "kernels/flat_kernels.hpp"
 #include "kernels/float_kernels.hpp"
+#include "kernels/grouped_kernels.hpp"
 
 namespace entrollm {
 
@@ -182,6 +184,8 @@ struct Kernels {
                                       const FusedPanelProduct& product) = nullptr;
 
   const EncodeKernels* encode = &kScalarEncodeKernels;
+  const FlatKernels* flat = &kScalarFlatKernels;
+  const GroupedKernels* grouped = &kScalarGroupedKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
 

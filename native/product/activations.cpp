@@ -18,15 +18,14 @@ constexpr std::size_t kRun = 4;
 
 // Bytes of the high digits of `rows`, or of all their digits in digit groups.
 std::size_t digit_bytes(const ActivationRows& rows, Activations::Layout layout) {
-  if (layout == Activations::Layout::kRows) return rows.batch * rows.padded;
+  if (layout != Activations::Layout::kDigitGroups) return rows.batch * rows.padded;
   return (rows.batch + kDigitGroup - 1) / kDigitGroup * (rows.padded / kVector) * kPanelStep;
 }
 
-// Bytes of the digits of all activation vectors side by side, if fused products may need them.
+// Bytes of the digits of all columns side by side.
 std::size_t interleaved_bytes(const ActivationRows& rows, Activations::Layout layout) {
-  if (layout != Activations::Layout::kRows || rows.batch > kMostColumns) return 0;
-  if (kernels().cascade_product == nullptr) return 0;
-  return (rows.batch <= 2 ? rows.batch : kMostColumns) * 2 * rows.padded;
+  return layout == Activations::Layout::kSideBySide ? std::bit_ceil(rows.batch) * 2 * rows.padded
+                                                    : 0;
 }
 
 // Writes a vector's digits to its place in a digit group, where runs of four lie 64 bytes apart.
@@ -39,8 +38,8 @@ void spread(const std::int8_t* digits, std::size_t count, std::int8_t* out) {
 Activations::Activations(ThreadPool& pool, const ActivationRows& rows, Layout layout)
     : padded_(rows.padded),
       high_(digit_bytes(rows, layout)),
-      low_(layout == Layout::kRows ? rows.batch * rows.padded : 0),
-      whole_(layout == Layout::kRows ? rows.batch * rows.padded : 0),
+      low_(layout == Layout::kDigitGroups ? 0 : rows.batch * rows.padded),
+      whole_(layout == Layout::kDigitGroups ? 0 : rows.batch * rows.padded),
       interleaved_(interleaved_bytes(rows, layout)),
       scales_(rows.batch),
       sums_(rows.batch * (rows.padded / kVector + 1)) {
@@ -66,6 +65,17 @@ void Activations::interleave() {
       } else {
         std::memset(out, 0, 2 * kVector);
       }
+    }
+  }
+}
+
+void Activations::interleave_whole() {
+  if (columns() == 1 || interleaved_whole_.size() != 0) return;
+  interleaved_whole_ = AlignedArray<std::int16_t>(padded_ * columns());
+  std::int16_t* out = interleaved_whole_.data();
+  for (std::size_t at = 0; at < padded_; ++at) {
+    for (std::size_t column = 0; column < columns(); ++column) {
+      *out++ = column < batch() ? whole_.data()[column * padded_ + at] : std::int16_t{0};
     }
   }
 }

@@ -1,6 +1,7 @@
 // Activation vectors as balanced base-256 digits, ready for int8 products.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -42,7 +43,9 @@ struct ActivationRows {
 
 class Activations {
  public:
-  enum class Layout { kRows, kDigitGroups };
+  // Vectors one behind the other; the same, and at most kMostFlatVectors also side by side; or
+  // groups of vectors for products of panels.
+  enum class Layout { kRows, kSideBySide, kDigitGroups };
 
   // Multiplies each row by column_scale, if given, and rounds it to 16 bits of its largest
   // magnitude.
@@ -50,17 +53,24 @@ class Activations {
 
   std::size_t batch() const { return scales_.size(); }
 
-  // One activation vector from a column on. Needs Layout::kRows.
+  // Of all but Layout::kDigitGroups: one activation vector from a column on.
   Digits digits(std::size_t row, std::size_t column) const {
     const std::size_t at = row * padded_;
     return Digits{high_.data() + at, low_.data() + at, whole_.data() + at, sums(row)}.from(column);
   }
-  // The number of activation vectors, 1, 2 or 4, and their digits side by side as CascadeRun has
-  // them. Needs Layout::kRows and at most kMostColumns rows.
-  std::size_t columns() const { return batch() <= 2 ? batch() : kMostColumns; }
+
+  // Of Layout::kSideBySide: 1, 2, 4 or 8 columns, those past the batch being zero, and their
+  // digits; see CascadeRun and FlatVectors.
+  std::size_t columns() const { return std::bit_ceil(batch()); }
   const std::int8_t* interleaved() const { return interleaved_.data(); }
 
-  // The digit groups from number `group` on. Needs Layout::kDigitGroups.
+  // Likewise, whole: (padded columns, columns()). Null before interleave_whole().
+  const std::int16_t* interleaved_whole() const {
+    return columns() == 1 ? whole_.data() : interleaved_whole_.data();
+  }
+  void interleave_whole();
+
+  // Of Layout::kDigitGroups: the groups from `group` on; see kDigitGroup.
   const std::int8_t* digit_groups(std::size_t group) const {
     return high_.data() + group * (padded_ / kVector) * kPanelStep;
   }
@@ -86,6 +96,7 @@ class Activations {
   AlignedArray<std::int8_t> low_;
   AlignedArray<std::int16_t> whole_;
   AlignedArray<std::int8_t> interleaved_;
+  AlignedArray<std::int16_t> interleaved_whole_{0};
   std::vector<double> scales_;
   // (batch, padded / kVector + 1): the sums of the rounded integers before each vector, and of all.
   std::vector<std::int64_t> sums_;

@@ -1,211 +1,324 @@
 #include "product/grouped.hpp"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
-#include <cstdint>
+#include <bit>
+#include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
-#include <vector>
 
 #include "codec/decode.hpp"
+#include "format/flat.hpp"
 #include "product/activations.hpp"
+#include "product/grouped_by_segments.hpp"
 
 namespace entrollm {
 namespace {
 
 constexpr std::size_t kTasksPerThread = 8;
+constexpr std::size_t kFlattenRows = 16;
 
-// This many products of a symbol and a rounded activation fit a 32-bit sum: 255 * 32639 * 256 <
-// 2^31.
-constexpr std::size_t kRun = 256;
+// Rows whose scales are expanded together, and whose fields stay in the second-level cache while
+// the vectors of a batch pass.
+constexpr std::size_t kTileRows = 16;
 
-// The columns [begin, end) that one scale group has in one part of a row block.
-struct Segment {
-  std::size_t begin;
-  std::size_t end;
-  std::size_t scale_group;
-  bool is_aligned;  // whole vectors, if the zeros after the last column are counted
-};
+constexpr std::size_t kNoBlock = SIZE_MAX;
 
-// The exact product. Compilers vectorize this simple loop.
-std::int64_t dot_short(const std::uint8_t* weights, const std::int16_t* x, std::size_t count) {
-  std::int64_t total = 0;
-  for (std::size_t begin = 0; begin < count; begin += kRun) {
-    const std::size_t end = std::min(count, begin + kRun);
-    std::int32_t sum = 0;
-    for (std::size_t i = begin; i < end; ++i) sum += std::int32_t{weights[i]} * x[i];
-    total += sum;
-  }
-  return total;
+std::size_t group_count(const Geometry& geometry, std::size_t size) {
+  return (geometry.columns - 1) / size + 1;
 }
 
-// The product with values from a table. Four sums are independent, because an addition takes longer
-// than it takes to start the next one.
-double dot_table(const std::uint8_t* weights, const float* values, const std::int16_t* x,
-                 std::size_t count) {
-  double sums[4] = {};
-  std::size_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    for (std::size_t k = 0; k < 4; ++k) sums[k] += double{values[weights[i + k]]} * x[i + k];
+int width_of(const Code& code) {
+  unsigned largest = 0;
+  for (const Node& node : code.nodes()) {
+    if (node.bits == 8) return 8;
+    const auto* end = node.table.data() + (std::size_t{1} << node.bits);
+    largest = std::max<unsigned>(largest, *std::max_element(node.table.data(), end));
   }
-  for (; i < count; ++i) sums[0] += double{values[weights[i]]} * x[i];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  largest |= (1u << code.low_bits()) - 1;
+  return std::max(kMinFlatBits, static_cast<int>(std::bit_width(largest)));
 }
 
 }  // namespace
 
-class GroupedProduct {
- public:
-  GroupedProduct(const CodedMatrix& matrix, const GroupTerms& terms, const Activations& x, float* y)
-      : matrix_(matrix), geometry_(matrix.geometry()), terms_(terms), x_(x), y_(y) {
-    scale_groups_ = (geometry_.columns + terms.size - 1) / terms.size;
-    cut();
-    if (!terms.shift.empty()) add_up();
+GroupedMatrix::GroupedMatrix(const CodedMatrix& coded, const GroupScales& scales)
+    : coded_(coded), scales_(scales) {
+  if (scales.size == 0) throw std::invalid_argument("groups must have columns");
+  if (scales.terms.groups != group_count(coded.geometry(), scales.size)) {
+    throw std::invalid_argument("there must be a scale for each row and group");
   }
+  if (!scales.values.empty() && scales.values.size() != 256) {
+    throw std::invalid_argument("there must be a value for each symbol");
+  }
+}
 
-  // Multiplies row blocks [begin, end). Returns false if a block does not decode.
-  bool run(std::size_t begin, std::size_t end, std::size_t& bad_block) const {
-    const std::size_t batch = x_.batch();
-    DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
-    std::vector<double> sums;
-    for (std::size_t row_block = begin; row_block < end; ++row_block) {
-      const std::size_t rows = geometry_.rows_in(row_block);
-      sums.assign(rows * batch, 0.0);
-      for (std::size_t part = 0; part < geometry_.parts(); ++part) {
-        if (!matrix_.decode_part(row_block, part, scratch)) {
-          bad_block = row_block * geometry_.parts() + part;
-          return false;
-        }
-        multiply_part(row_block * geometry_.block_rows, rows, part, scratch.block(), sums.data());
+void GroupedMatrix::flatten(ThreadPool& pool) {
+  if (!can_flatten() || is_flat()) return;
+  const Geometry& geometry = coded_.geometry();
+  const int bits = width_of(coded_.code());
+  const std::size_t chunks = geometry.padded_columns() / kVector;
+  row_bytes_ = flat_row_bytes(chunks, bits);
+  Arena arena(geometry.rows * row_bytes_ + kVector);
+  std::uint8_t* fields = arena.allocate(geometry.rows * row_bytes_);
+  if (fields == nullptr) throw std::bad_alloc();
+  const std::size_t step = std::max<std::size_t>(1, kFlattenRows / geometry.block_rows);
+  std::atomic<std::size_t> corrupt{kNoBlock};
+  pool.run((geometry.row_blocks() - 1) / step + 1, [&](std::size_t task, std::size_t) {
+    const std::size_t begin = task * step;
+    const std::size_t end = std::min(geometry.row_blocks(), begin + step);
+    const std::size_t bad = coded_.for_blocks(begin, end, [&](const DecodedBlock& block) {
+      for (std::size_t row = 0; row < block.rows; ++row) {
+        kernels().flat->pack(block.symbols + row * block.columns, block.columns / kVector, bits, 0,
+                             fields + (block.first_row + row) * row_bytes_ +
+                                 flat_row_bytes(block.first_column / kVector, bits));
       }
-      for (std::size_t row = 0; row < rows; ++row) {
-        for (std::size_t b = 0; b < batch; ++b) {
-          y_[b * geometry_.rows + row_block * geometry_.block_rows + row] =
-              static_cast<float>(sums[row * batch + b] * x_.scale(b));
-        }
+    });
+    if (bad != kNoBlock) corrupt = bad;
+  });
+  if (corrupt != kNoBlock) throw_corrupt(corrupt);
+  fields_.emplace(std::move(arena));
+  fields_begin_ = fields;
+  bits_ = bits;
+}
+
+namespace {
+
+// The vectors of a batch, rounded, in groups of up to kMostFlatVectors side by side, and the sums
+// of each over groups of columns.
+class GroupedVectors {
+ public:
+  GroupedVectors(const Activations& x, std::size_t padded, std::size_t size, std::size_t columns)
+      : x_(x), chunks_(padded / kVector) {
+    for (std::size_t first = 0; first < x.batch(); first += kMostFlatVectors) {
+      const std::size_t batch = std::min(kMostFlatVectors, x.batch() - first);
+      interleave(first, batch, std::bit_ceil(batch));
+    }
+    stride_ = ((columns - 1) / size + kGroupedLanes) / kGroupedLanes * kGroupedLanes;
+    sums_.resize(x.batch() * stride_);
+    for (std::size_t b = 0; b < x.batch(); ++b) {
+      const std::int16_t* whole = x.digits(b, 0).whole;
+      for (std::size_t begin = 0, group = 0; begin < columns; begin += size, ++group) {
+        std::int64_t sum = 0;
+        for (std::size_t j = begin; j < std::min(columns, begin + size); ++j) sum += whole[j];
+        sums_[b * stride_ + group] = static_cast<float>(sum);
       }
     }
-    return true;
+  }
+
+  std::size_t batch() const { return x_.batch(); }
+  double scale(std::size_t b) const { return x_.scale(b); }
+  // Groups of a row, rounded up to whole lanes of zeros.
+  std::size_t stride() const { return stride_; }
+  const float* sums(std::size_t b) const { return sums_.data() + b * stride_; }
+
+  // The vectors from `first` on, a multiple of kMostFlatVectors, from a chunk on.
+  FlatVectors from(std::size_t first, std::size_t chunk) const {
+    const auto& digits = digits_[first / kMostFlatVectors];
+    const std::size_t count = std::bit_ceil(std::min(kMostFlatVectors, batch() - first));
+    return {digits.data() + chunk * 2 * count * kVector, count};
   }
 
  private:
-  // Divides the columns into segments, at the ends of scale groups and of parts.
-  void cut() {
-    for (std::size_t part = 0; part < geometry_.parts(); ++part) {
-      first_segment_.push_back(segments_.size());
-      std::size_t at = part * geometry_.block_columns;
-      const std::size_t stop = std::min(geometry_.columns, at + geometry_.columns_in(part));
-      while (at < stop) {
-        const std::size_t scale_group = at / terms_.size;
-        const std::size_t end = std::min(stop, (scale_group + 1) * terms_.size);
-        const bool whole = end % kVector == 0 || end == geometry_.columns;
-        segments_.push_back({at, end, scale_group, at % kVector == 0 && whole});
-        at = end;
+  void interleave(std::size_t first, std::size_t batch, std::size_t count) {
+    AlignedArray<std::int8_t> digits(chunks_ * 2 * count * kVector);
+    std::int8_t* out = digits.data();
+    for (std::size_t chunk = 0; chunk < chunks_; ++chunk) {
+      for (std::size_t i = 0; i < count; ++i, out += 2 * kVector) {
+        if (i < batch) {
+          const Digits x = x_.digits(first + i, chunk * kVector);
+          std::memcpy(out, x.high, kVector);
+          std::memcpy(out + kVector, x.low, kVector);
+        } else {
+          std::memset(out, 0, 2 * kVector);
+        }
       }
     }
-    first_segment_.push_back(segments_.size());
+    digits_.push_back(std::move(digits));
   }
 
-  // Adds up each vector's rounded activations over each segment.
-  void add_up() {
-    x_sums_.resize(x_.batch() * segments_.size());
-    for (std::size_t b = 0; b < x_.batch(); ++b) {
-      const std::int16_t* x = x_.digits(b, 0).whole;
-      for (std::size_t i = 0; i < segments_.size(); ++i) {
-        std::int64_t sum = 0;
-        for (std::size_t j = segments_[i].begin; j < segments_[i].end; ++j) sum += x[j];
-        x_sums_[b * segments_.size() + i] = static_cast<double>(sum);
-      }
-    }
-  }
-
-  void multiply_part(std::size_t first_row, std::size_t rows, std::size_t part,
-                     const std::uint8_t* block, double* sums) const {
-    const std::size_t batch = x_.batch();
-    const std::size_t width = geometry_.columns_in(part);
-    const std::size_t first_column = part * geometry_.block_columns;
-    for (std::size_t row = 0; row < rows; ++row) {
-      const std::uint8_t* weights = block + row * width - first_column;
-      const std::size_t terms_at = (first_row + row) * scale_groups_;
-      for (std::size_t i = first_segment_[part]; i < first_segment_[part + 1]; ++i) {
-        const Segment& segment = segments_[i];
-        const double scale = terms_.scale[terms_at + segment.scale_group];
-        const double shift =
-            terms_.shift.empty() ? 0.0 : double{terms_.shift[terms_at + segment.scale_group]};
-        double* row_sums = sums + row * batch;
-        dot(segment, weights + segment.begin, [&](std::size_t b, double product) {
-          row_sums[b] += scale * product;
-          if (!terms_.shift.empty()) row_sums[b] += shift * x_sums_[b * segments_.size() + i];
-        });
-      }
-    }
-  }
-
-  // Calls take(b, product) with the product of a segment's weights and each vector b.
-  template <class Take>
-  void dot(const Segment& segment, const std::uint8_t* weights, const Take& take) const {
-    const std::size_t batch = x_.batch();
-    const std::size_t count = segment.end - segment.begin;
-    if (!terms_.values.empty() || !segment.is_aligned) {
-      for (std::size_t b = 0; b < batch; ++b) {
-        const std::int16_t* x = x_.digits(b, 0).whole + segment.begin;
-        take(b, terms_.values.empty() ? static_cast<double>(dot_short(weights, x, count))
-                                      : dot_table(weights, terms_.values.data(), x, count));
-      }
-      return;
-    }
-    const Kernels& isa = kernels();
-    const std::size_t padded = (count + kVector - 1) / kVector * kVector;
-    std::size_t b = 0;
-    for (; b + kColumnTile <= batch; b += kColumnTile) {
-      Digits x[kColumnTile];
-      std::int64_t products[kColumnTile];
-      for (std::size_t k = 0; k < kColumnTile; ++k) x[k] = x_.digits(b + k, segment.begin);
-      isa.dot_tile(weights, x, padded, products);
-      for (std::size_t k = 0; k < kColumnTile; ++k) take(b + k, static_cast<double>(products[k]));
-    }
-    for (; b < batch; ++b) {
-      take(b, static_cast<double>(isa.dot(weights, x_.digits(b, segment.begin), padded)));
-    }
-  }
-
-  const CodedMatrix& matrix_;
-  const Geometry& geometry_;
-  const GroupTerms& terms_;
   const Activations& x_;
-  float* y_;
-  std::size_t scale_groups_ = 0;
-  std::vector<Segment> segments_;
-  std::vector<std::size_t> first_segment_;  // of each part, and the end
-  std::vector<double> x_sums_;              // (batch, segments)
+  std::size_t chunks_;
+  std::size_t stride_ = 0;
+  std::vector<AlignedArray<std::int8_t>> digits_;
+  std::vector<float> sums_;  // (batch, stride)
 };
 
-void multiply_grouped(ThreadPool& pool, const CodedMatrix& matrix, const GroupTerms& terms,
-                      const float* x, std::size_t batch, float* y) {
-  const Geometry& geometry = matrix.geometry();
-  if (terms.size == 0) throw std::invalid_argument("groups must have columns");
-  const std::size_t scale_groups = (geometry.columns - 1) / terms.size + 1;
-  const std::size_t expected = geometry.rows * scale_groups;
-  if (terms.scale.size() != expected || (!terms.shift.empty() && terms.shift.size() != expected)) {
-    throw std::invalid_argument("there must be a scale for each row and group");
+// A thread's buffers, kept between products.
+struct Scratch {
+  std::vector<float> scale, shift, spare, lanes;
+};
+
+// One matrix times the vectors, whose outputs are `stride` floats apart.
+class GroupedProduct {
+ public:
+  GroupedProduct(const GroupedMatrix& matrix, const GroupedVectors& x, float* y, std::size_t stride)
+      : matrix_(matrix), geometry_(matrix.coded().geometry()), x_(x), y_(y), stride_(stride) {}
+
+  // Runs of rows that tasks consist of.
+  std::size_t units() const {
+    return matrix_.is_flat() ? (geometry_.rows - 1) / kTileRows + 1 : geometry_.row_blocks();
   }
-  if (!terms.values.empty() && terms.values.size() != 256) {
-    throw std::invalid_argument("there must be a value for each symbol");
+
+  // Multiplies units [begin, end). Returns a block that does not decode, or kNoBlock.
+  std::size_t run(std::size_t begin, std::size_t end) const {
+    if (matrix_.is_flat()) {
+      for (std::size_t unit = begin; unit < end; ++unit) multiply_flat_rows(unit * kTileRows);
+      return kNoBlock;
+    }
+    std::size_t last_row = SIZE_MAX;
+    return matrix_.coded().for_blocks(begin, end, [&](const DecodedBlock& block) {
+      if (block.first_row != last_row) start_rows(block.first_row, block.rows);
+      last_row = block.first_row;
+      const GroupedRows rows = rows_of(block.symbols, block.columns, block.first_column / kVector,
+                                       block.columns / kVector, 8, block.rows);
+      multiply(rows);
+      if (block.first_column + block.columns >= geometry_.columns) {
+        finish_rows(block.first_row, block.rows);
+      }
+    });
+  }
+
+ private:
+  static Scratch& scratch() {
+    thread_local Scratch buffers;
+    return buffers;
+  }
+
+  void multiply_flat_rows(std::size_t first) const {
+    const std::size_t count = std::min(kTileRows, geometry_.rows - first);
+    start_rows(first, count);
+    multiply(rows_of(matrix_.fields() + first * matrix_.row_bytes(), matrix_.row_bytes(), 0,
+                     geometry_.padded_columns() / kVector, matrix_.bits(), count));
+    finish_rows(first, count);
+  }
+
+  GroupedRows rows_of(const std::uint8_t* fields, std::size_t row_bytes, std::size_t first_chunk,
+                      std::size_t chunks, int bits, std::size_t count) const {
+    return {fields,
+            count,
+            row_bytes,
+            first_chunk,
+            chunks,
+            bits,
+            matrix_.scales().size,
+            scratch().scale.data(),
+            x_.stride()};
+  }
+
+  // Expands the scales of some rows, and clears their lanes.
+  void start_rows(std::size_t first, std::size_t count) const {
+    Scratch& buffers = scratch();
+    const std::size_t stride = x_.stride();
+    buffers.scale.resize(count * stride);
+    buffers.shift.resize(count * stride);
+    buffers.spare.resize(stride);
+    buffers.lanes.assign(count * lane_vectors() * kGroupedLanes, 0.0f);
+    const GroupTerms& terms = matrix_.scales().terms;
+    for (std::size_t row = 0; row < count; ++row) {
+      float* scale = buffers.scale.data() + row * stride;
+      float* shift = buffers.shift.data() + row * stride;
+      kernels().grouped->terms(terms, first + row, scale, shift, buffers.spare.data());
+      std::fill(scale + terms.groups, scale + stride, 0.0f);
+      std::fill(shift + terms.groups, shift + stride, 0.0f);
+    }
+  }
+
+  // Lanes are (passes, rows, vectors of a pass, kGroupedLanes).
+  std::size_t lane_vectors() const {
+    const std::size_t whole = x_.batch() / kMostFlatVectors * kMostFlatVectors;
+    const std::size_t rest = x_.batch() - whole;
+    return whole + (rest == 0 ? 0 : std::bit_ceil(rest));
+  }
+
+  void multiply(const GroupedRows& rows) const {
+    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
+      kernels().grouped->product(rows, x_.from(first, rows.first_chunk),
+                                 scratch().lanes.data() + first * rows.rows * kGroupedLanes);
+    }
+  }
+
+  void finish_rows(std::size_t first_row, std::size_t count) const {
+    const Scratch& buffers = scratch();
+    const bool shifts = matrix_.scales().terms.has_shift();
+    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
+      const std::size_t vectors = x_.from(first, 0).count;
+      const std::size_t end = std::min(x_.batch(), first + kMostFlatVectors);
+      const float* lanes = buffers.lanes.data() + first * count * kGroupedLanes;
+      for (std::size_t row = 0; row < count; ++row) {
+        for (std::size_t b = first; b < end; ++b) {
+          float total = grouped_total(lanes + (row * vectors + b - first) * kGroupedLanes);
+          if (shifts) {
+            total += kernels().grouped->dot(buffers.shift.data() + row * x_.stride(), x_.sums(b),
+                                            x_.stride());
+          }
+          y_[b * stride_ + first_row + row] = static_cast<float>(total * x_.scale(b));
+        }
+      }
+    }
+  }
+
+  const GroupedMatrix& matrix_;
+  const Geometry& geometry_;
+  const GroupedVectors& x_;
+  float* y_;
+  std::size_t stride_;
+};
+
+}  // namespace
+
+void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> matrices,
+                      const float* x, std::size_t batch, float* y) {
+  if (matrices.empty() || batch == 0) return;
+  const Geometry& geometry = matrices.front()->coded().geometry();
+  std::size_t outputs = 0;
+  for (const GroupedMatrix* matrix : matrices) {
+    if (matrix->coded().geometry().columns != geometry.columns) {
+      throw std::invalid_argument("matrices must have the same number of columns");
+    }
+    outputs += matrix->coded().geometry().rows;
   }
   const Activations activations(
       pool, ActivationRows{x, batch, geometry.columns, geometry.padded_columns(), {}},
       Activations::Layout::kRows);
-  const GroupedProduct product(matrix, terms, activations, y);
-  const std::size_t row_blocks = geometry.row_blocks();
-  const std::size_t count =
-      std::min(row_blocks, pool.size() == 1 ? std::size_t{1} : pool.size() * kTasksPerThread);
-  std::atomic<std::size_t> corrupt{SIZE_MAX};
-  pool.run(count, [&](std::size_t task, std::size_t) {
-    std::size_t bad_block = 0;
-    if (!product.run(row_blocks * task / count, row_blocks * (task + 1) / count, bad_block)) {
-      corrupt = bad_block;
+  std::vector<std::unique_ptr<GroupedVectors>> vectors;  // by group size
+  std::vector<GroupedProduct> products;
+  std::vector<std::size_t> sizes, first_unit{0};
+  std::size_t at = 0;
+  for (const GroupedMatrix* matrix : matrices) {
+    const std::size_t size = matrix->scales().size;
+    if (!matrix->can_flatten()) {
+      multiply_by_segments(pool, *matrix, activations, y + at, outputs);
+    } else {
+      auto found = std::find(sizes.begin(), sizes.end(), size);
+      if (found == sizes.end()) {
+        vectors.push_back(std::make_unique<GroupedVectors>(activations, geometry.padded_columns(),
+                                                           size, geometry.columns));
+        found = sizes.insert(sizes.end(), size);
+      }
+      products.emplace_back(*matrix, *vectors[static_cast<std::size_t>(found - sizes.begin())],
+                            y + at, outputs);
+      first_unit.push_back(first_unit.back() + products.back().units());
+    }
+    at += matrix->coded().geometry().rows;
+  }
+  const std::size_t units = first_unit.back();
+  if (units == 0) return;
+  const std::size_t tasks =
+      std::min(units, pool.size() == 1 ? std::size_t{1} : pool.size() * kTasksPerThread);
+  std::atomic<std::size_t> corrupt{kNoBlock};
+  pool.run(tasks, [&](std::size_t task, std::size_t) {
+    const std::size_t begin = units * task / tasks, end = units * (task + 1) / tasks;
+    for (std::size_t i = 0; i < products.size(); ++i) {
+      const std::size_t from = std::max(begin, first_unit[i]);
+      const std::size_t to = std::min(end, first_unit[i + 1]);
+      if (from >= to) continue;
+      const std::size_t bad = products[i].run(from - first_unit[i], to - first_unit[i]);
+      if (bad != kNoBlock) corrupt = bad;
     }
   });
-  if (corrupt != SIZE_MAX) throw_corrupt(corrupt);
+  if (corrupt != kNoBlock) throw_corrupt(corrupt);
 }
 
 }  // namespace entrollm

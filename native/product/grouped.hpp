@@ -1,30 +1,70 @@
-// Products of coded matrices with group scales: the scales belong to groups of columns.
+// Matrices whose scales belong to groups of columns, and their products.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
+#include <vector>
 
+#include "kernels/grouped_kernels.hpp"
+#include "product/arena.hpp"
 #include "product/matrix.hpp"
 #include "threads/pool.hpp"
 
 namespace entrollm {
 
-// Column j is in scale group g = j / size: W[i, j] = value[i, j] * scale[i, g] + shift[i, g]. The
-// value is the symbol, or values[symbol] if there are values.
-struct GroupTerms {
-  std::size_t size;               // columns of a scale group, at least 1
-  std::span<const float> scale;   // (rows, scale groups)
-  std::span<const float> shift;   // likewise, or empty
-  std::span<const float> values;  // 256, or empty
+// The scales of a matrix: column j is in group j / size.
+struct GroupScales {
+  std::size_t size;  // at least 1
+  GroupTerms terms;
+  std::span<const float> values;  // 256: what a symbol stands for; empty if it stands for itself
 };
 
-// y[b, :] = W x[b, :], where x is (batch, columns) and y (batch, rows), both row-major.
+// Reads its symbols from a coded matrix, or from a copy in the flat layout. What it is made from
+// must outlive it; after flatten(), the coded matrix's streams need not.
+class GroupedMatrix {
+ public:
+  // Throws std::invalid_argument when the scales do not fit the matrix.
+  GroupedMatrix(const CodedMatrix& coded, const GroupScales& scales);
+
+  // Transcodes to fields of one width; does nothing where the product would not use them. Throws
+  // CorruptBlock when a block does not decode.
+  void flatten(ThreadPool& pool);
+
+  // Whether the kernels of group scales take the matrix. Blocks must end where runs do.
+  bool can_flatten() const {
+    const Geometry& geometry = coded_.geometry();
+    return is_grouped_size(scales_.size) && scales_.values.empty() &&
+           (geometry.parts() == 1 || geometry.block_columns % (kGroupedRun * kVector) == 0);
+  }
+  bool is_flat() const { return bits_ != 0; }
+  std::size_t size_bytes() const { return fields_ ? fields_->used() : 0; }
+
+  const CodedMatrix& coded() const { return coded_; }
+  const GroupScales& scales() const { return scales_; }
+  int bits() const { return bits_; }
+  const std::uint8_t* fields() const { return fields_begin_; }
+  std::size_t row_bytes() const { return row_bytes_; }
+
+ private:
+  const CodedMatrix& coded_;
+  GroupScales scales_;
+  int bits_ = 0;  // 0 while coded
+  std::size_t row_bytes_ = 0;
+  std::optional<Arena> fields_;
+  const std::uint8_t* fields_begin_ = nullptr;
+};
+
+// y[b, :] = the products of all matrices with x[b, :], side by side; x is (batch, columns) and y
+// (batch, sum of rows), both row-major.
 //
-// Activations are rounded as for `multiply`. Sums over a scale group are exact integers. Sums over
-// scale groups, and those of values from a table, are in double precision and in a fixed order, so
-// that results do not depend on the batch, the threads or the instruction set. Throws CorruptBlock
-// if a block does not decode, and std::invalid_argument if the terms do not fit the matrix.
-void multiply_grouped(ThreadPool& pool, const CodedMatrix& matrix, const GroupTerms& terms,
+// Activations are rounded as for `multiply`. Sums over a group are exact, those over groups are in
+// float32 in the order that kernels/grouped_kernels.hpp defines; for group sizes without kernels
+// and for tables of values they are in double precision and in order. Results do not depend on the
+// batch, the threads, the instruction set, or on whether a matrix is flat. Throws CorruptBlock when
+// a block does not decode.
+void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> matrices,
                       const float* x, std::size_t batch, float* y);
 
 }  // namespace entrollm

@@ -48,6 +48,28 @@ void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
 }
 
+void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows) {
+  for (const std::int64_t row : rows) {
+    if (row < 0 || static_cast<std::size_t>(row) >= geometry.rows) {
+      throw std::invalid_argument("row index out of range");
+    }
+  }
+}
+
+void dequantize_row(const Scales& scales, std::size_t row, std::span<const std::uint8_t> symbols,
+                    float* out) {
+  const float scale = scales.scale_of(row);
+  const bool shifted = !scales.offset.empty();
+  const float offset = scales.offset_of(row);
+  for (std::size_t j = 0; j < symbols.size(); ++j) {
+    // Rounded after the product and after the sum: the build forbids contraction to an FMA.
+    float value = static_cast<float>(symbols[j]) * scale;
+    if (shifted) value = value + offset;
+    if (!scales.column_scale.empty()) value = value * scales.column_scale[j];
+    out[j] = value;
+  }
+}
+
 CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
                          std::span<const std::uint8_t> sparse,
                          std::span<const std::uint16_t> sparse_sizes, Scales scales)
@@ -94,6 +116,19 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
                       scratch) == BlockStatus::kOk;
 }
 
+std::size_t CodedMatrix::for_blocks(std::size_t begin, std::size_t end,
+                                    const std::function<void(const DecodedBlock&)>& take) const {
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  for (std::size_t row_block = begin; row_block < end; ++row_block) {
+    for (std::size_t part = 0; part < geometry_.parts(); ++part) {
+      if (!decode_part(row_block, part, scratch)) return row_block * geometry_.parts() + part;
+      take({scratch.block(), row_block * geometry_.block_rows, geometry_.rows_in(row_block),
+            part * geometry_.block_columns, geometry_.columns_in(part)});
+    }
+  }
+  return SIZE_MAX;
+}
+
 void CodedMatrix::copy_rows(std::size_t row_block, std::size_t part, std::size_t begin,
                             std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
   const std::size_t width = geometry_.columns_in(part);
@@ -128,26 +163,9 @@ void CodedMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
   if (bad_block != SIZE_MAX) throw_corrupt(bad_block);
 }
 
-void CodedMatrix::dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const {
-  const float scale = scales_.scale_of(i);
-  const bool shifted = !scales_.offset.empty();
-  const float offset = scales_.offset_of(i);
-  for (std::size_t j = 0; j < geometry_.columns; ++j) {
-    // Rounded after the product and after the sum: the build forbids contraction to an FMA.
-    float value = static_cast<float>(symbols[j]) * scale;
-    if (shifted) value = value + offset;
-    if (!scales_.column_scale.empty()) value = value * scales_.column_scale[j];
-    out[j] = value;
-  }
-}
-
 void CodedMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> rows,
                              float* out) const {
-  for (const std::int64_t row : rows) {
-    if (row < 0 || static_cast<std::size_t>(row) >= geometry_.rows) {
-      throw std::invalid_argument("row index out of range");
-    }
-  }
+  check_rows(geometry_, rows);
   constexpr std::size_t kRowsPerTask = 64;
   std::atomic<std::size_t> bad_block{SIZE_MAX};
   pool.run((rows.size() + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task, std::size_t) {
@@ -169,7 +187,8 @@ void CodedMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> row
                   symbols.data());
       }
       decoded = row_block;
-      dequantize_row(i, symbols.data() + (i - begin) * geometry_.columns,
+      dequantize_row(scales_, i,
+                     {symbols.data() + (i - begin) * geometry_.columns, geometry_.columns},
                      out + n * geometry_.columns);
     }
   });

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <stdexcept>
 #include <vector>
@@ -33,6 +34,22 @@ struct Scales {
   }
 };
 
+// Throws std::invalid_argument unless all rows are the matrix's.
+void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows);
+
+// The values of a row from its symbols, one a column.
+void dequantize_row(const Scales& scales, std::size_t row, std::span<const std::uint8_t> symbols,
+                    float* out);
+
+// A decoded block: (rows, columns) symbols; columns past the matrix's own are padding.
+struct DecodedBlock {
+  const std::uint8_t* symbols;
+  std::size_t first_row;
+  std::size_t rows;
+  std::size_t first_column;
+  std::size_t columns;
+};
+
 class CodedMatrix {
  public:
   // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
@@ -48,7 +65,13 @@ class CodedMatrix {
   CodedMatrix& operator=(CodedMatrix&&) = default;
 
   const Geometry& geometry() const { return geometry_; }
-  std::span<const float> column_scale() const { return scales_.column_scale; }
+  const Scales& scales() const { return scales_; }
+  const Code& code() const { return code_; }
+
+  // Decodes the blocks of row groups [begin, end) in order, on the calling thread. Returns a block
+  // that does not decode, or SIZE_MAX.
+  std::size_t for_blocks(std::size_t begin, std::size_t end,
+                         const std::function<void(const DecodedBlock&)>& take) const;
 
   // Writes the symbols of rows [begin, end) to out, (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
@@ -57,12 +80,11 @@ class CodedMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
-  friend class Product;
-  friend class GroupedProduct;
+  friend class CodedProduct;
+  friend class FlatMatrix;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
-  bool decode_part(std::size_t row_block, std::size_t part, class DecodeScratch& scratch) const;
-  void dequantize_row(std::size_t i, const std::uint8_t* symbols, float* out) const;
-  void copy_rows(std::size_t row_block, std::size_t part, std::size_t begin, std::size_t end,
+  bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 
   Code code_;

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
@@ -15,10 +16,11 @@
 #include "format/code.hpp"
 #include "format/geometry.hpp"
 #include "kernels/kernels.hpp"
-#include "product/grouped.hpp"
+#include "product/flat_matrix.hpp"
 #include "product/matrix.hpp"
 #include "product/product.hpp"
 #include "python/module_arrays.hpp"
+#include "python/module_matrix.hpp"
 #include "threads/pool.hpp"
 
 namespace nb = nanobind;
@@ -28,27 +30,12 @@ namespace entrollm {
 namespace {
 
 template <class T>
-std::span<const T> view(const Vector<T>& array) {
-  return {array.data(), array.size()};
-}
-
-template <class T>
 nb::ndarray<nb::numpy, T> to_array(const std::vector<T>& values) {
   T* data = allocate<T>(values.size());
   std::memcpy(data, values.data(), values.size() * sizeof(T));
   const std::size_t shape[1] = {values.size()};
   return own(data, shape);
 }
-
-// Keeps the Python arrays alive for as long as the matrix reads them.
-struct PyMatrix {
-  Vector<std::uint8_t> dense;
-  Vector<std::uint8_t> sparse;
-  Vector<float> scale;
-  std::optional<Vector<float>> offset;
-  std::optional<Vector<float>> column_scale;
-  CodedMatrix matrix;
-};
 
 std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry geometry,
                                       Vector<std::uint8_t> dense, Vector<std::uint8_t> sparse,
@@ -64,49 +51,50 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
 
-nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyMatrix*>& matrices,
+// A flat matrix has streams of its own and shares the scales of the coded one.
+struct PyFlatMatrix {
+  Vector<float> scale;
+  std::optional<Vector<float>> offset;
+  std::optional<Vector<float>> column_scale;
+  FlatMatrix matrix;
+};
+
+std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool) {
+  const auto make = [&] {
+    const nb::gil_scoped_release release;
+    return FlatMatrix(pool, coded.matrix);
+  };
+  return std::unique_ptr<PyFlatMatrix>(
+      new PyFlatMatrix{coded.scale, coded.offset, coded.column_scale, make()});
+}
+
+using PyAnyMatrix = std::variant<const PyMatrix*, const PyFlatMatrix*>;
+
+nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
-  std::vector<const CodedMatrix*> coded;
+  std::vector<AnyMatrix> all;
   std::size_t outputs = 0;
-  for (const PyMatrix* matrix : matrices) {
+  const auto add = [&](const auto* matrix) {
     if (matrix == nullptr) throw nb::type_error("a matrix is None");
     const Geometry& geometry = matrix->matrix.geometry();
     if (x.shape(1) != geometry.columns) {
       throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
                                   " columns, the matrix has " + std::to_string(geometry.columns));
     }
-    coded.push_back(&matrix->matrix);
+    all.push_back(&matrix->matrix);
     outputs += geometry.rows;
-  }
+  };
+  for (const PyAnyMatrix& matrix : matrices) std::visit(add, matrix);
   const std::size_t shape[2] = {x.shape(0), outputs};
   float* y = allocate<float>(shape[0] * shape[1]);
   auto result = own(y, shape);
   const nb::gil_scoped_release release;
-  multiply(pool, coded, x.data(), shape[0], y);
+  multiply(pool, all, x.data(), shape[0], y);
   return result;
 }
 
-nb::ndarray<nb::numpy, float> multiply_groups(const PyMatrix& self, Matrix<float> x,
-                                              std::size_t size, Vector<float> scale,
-                                              std::optional<Vector<float>> shift,
-                                              std::optional<Vector<float>> values,
-                                              ThreadPool& pool) {
-  const Geometry& geometry = self.matrix.geometry();
-  if (x.shape(1) != geometry.columns) {
-    throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                " columns, the matrix has " + std::to_string(geometry.columns));
-  }
-  const GroupTerms terms{size, view(scale), shift ? view(*shift) : std::span<const float>(),
-                         values ? view(*values) : std::span<const float>()};
-  const std::size_t shape[2] = {x.shape(0), geometry.rows};
-  float* y = allocate<float>(shape[0] * shape[1]);
-  auto result = own(y, shape);
-  const nb::gil_scoped_release release;
-  multiply_grouped(pool, self.matrix, terms, x.data(), shape[0], y);
-  return result;
-}
-
-nb::ndarray<nb::numpy, std::uint8_t> decode(const PyMatrix& self, std::size_t begin,
+template <class AnyPyMatrix>
+nb::ndarray<nb::numpy, std::uint8_t> decode(const AnyPyMatrix& self, std::size_t begin,
                                             std::size_t end, ThreadPool& pool) {
   if (begin > end || end > self.matrix.geometry().rows) {
     throw std::invalid_argument("rows out of range");
@@ -119,7 +107,8 @@ nb::ndarray<nb::numpy, std::uint8_t> decode(const PyMatrix& self, std::size_t be
   return result;
 }
 
-nb::ndarray<nb::numpy, float> dequantize(const PyMatrix& self, Vector<std::int64_t> rows,
+template <class AnyPyMatrix>
+nb::ndarray<nb::numpy, float> dequantize(const AnyPyMatrix& self, Vector<std::int64_t> rows,
                                          ThreadPool& pool) {
   const std::size_t shape[2] = {rows.size(), self.matrix.geometry().columns};
   float* out = allocate<float>(shape[0] * shape[1]);
@@ -207,13 +196,33 @@ NB_MODULE(_core, m) {
             return multiply_all({&self}, x, pool);
           },
           "x"_a, "pool"_a)
-      .def("multiply_groups", &multiply_groups, "x"_a, "size"_a, "scale"_a, "shift"_a.none(),
-           "values"_a.none(), "pool"_a)
-      .def("decode", &decode, "begin"_a, "end"_a, "pool"_a)
-      .def("dequantize", &dequantize, "rows"_a, "pool"_a);
+      .def("decode", &decode<PyMatrix>, "begin"_a, "end"_a, "pool"_a)
+      .def("dequantize", &dequantize<PyMatrix>, "rows"_a, "pool"_a);
+  nb::class_<PyFlatMatrix>(m, "FlatMatrix")
+      .def(nb::new_(&transcode), "coded"_a, "pool"_a)
+      .def_prop_ro("size_bytes", [](const PyFlatMatrix& self) { return self.matrix.size_bytes(); })
+      .def_prop_ro("patches", [](const PyFlatMatrix& self) { return self.matrix.patches(); })
+      .def_prop_ro("rows_by_bits",
+                   [](const PyFlatMatrix& self) {
+                     nb::dict rows;
+                     const auto counts = self.matrix.rows_by_bits();
+                     for (std::size_t bits = 0; bits < counts.size(); ++bits) {
+                       if (counts[bits] != 0) rows[nb::int_(bits)] = counts[bits];
+                     }
+                     return rows;
+                   })
+      .def(
+          "multiply",
+          [](const PyFlatMatrix& self, Matrix<float> x, ThreadPool& pool) {
+            return multiply_all({&self}, x, pool);
+          },
+          "x"_a, "pool"_a)
+      .def("decode", &decode<PyFlatMatrix>, "begin"_a, "end"_a, "pool"_a)
+      .def("dequantize", &dequantize<PyFlatMatrix>, "rows"_a, "pool"_a);
   m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
+  bind_grouped(m);
   bind_ops(m);
 }

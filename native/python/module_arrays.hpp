@@ -31,4 +31,7 @@ nanobind::ndarray<nanobind::numpy, T> own(T* data, const std::size_t (&shape)[N]
 // Adds the functions of native/ops to the module.
 void bind_ops(nanobind::module_& m);
 
+// Adds matrices with group scales.
+void bind_grouped(nanobind::module_& m);
+
 }  // namespace entrollm

@@ -39,19 +39,72 @@ class CodedMatrix:
         column_scale: NDArray[np.float32] | None,
     ) -> None: ...
     def multiply(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
-    def multiply_groups(
-        self,
-        x: NDArray[np.float32],
-        size: int,
-        scale: NDArray[np.float32],
-        shift: NDArray[np.float32] | None,
-        values: NDArray[np.float32] | None,
-        pool: ThreadPool,
-    ) -> NDArray[np.float32]: ...
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
     def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
 
-def multiply(matrices: list[CodedMatrix], x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
+class FlatMatrix:
+    """A coded matrix transcoded to the flat form, in memory of its own.
+
+    Attributes:
+        size_bytes: memory of its fields and patches.
+        patches: how many weights lie outside of their segment's fields.
+        rows_by_bits: how many rows have fields of each width.
+    """
+
+    def __init__(self, coded: CodedMatrix, pool: ThreadPool) -> None: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def patches(self) -> int: ...
+    @property
+    def rows_by_bits(self) -> dict[int, int]: ...
+    def multiply(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
+    def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
+    def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
+
+class GroupedMatrix:
+    """A coded matrix with scales of groups of columns.
+
+    Args:
+        coded: its symbols.
+        size: columns of a scale group.
+        ratio: scale groups that share a super scale.
+        arrays: by a name of `group_scales.GROUP_ARRAY_TYPES`, the bytes of an array and the safetensors name of its
+            type.
+        zero: the symbol that stands for 0, where the arrays hold none.
+        factor: multiplies all weights.
+        values: what the 256 symbols stand for; None if they stand for themselves.
+    """
+
+    def __init__(
+        self,
+        coded: CodedMatrix,
+        size: int,
+        ratio: int,
+        arrays: dict[str, tuple[NDArray[np.uint8], str]],
+        zero: float,
+        factor: float,
+        values: NDArray[np.float32] | None,
+    ) -> None: ...
+    def flatten(self, pool: ThreadPool) -> None:
+        """Copy the symbols to memory in the flat form, which products are faster from; keeps odd sizes coded."""
+    @property
+    def can_flatten(self) -> bool: ...
+    @property
+    def is_flat(self) -> bool: ...
+    @property
+    def bits(self) -> int:
+        """The width of the flat fields; 0 while coded."""
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the flat fields."""
+
+def multiply_grouped(
+    matrices: list[GroupedMatrix], x: NDArray[np.float32], pool: ThreadPool
+) -> NDArray[np.float32]: ...
+def multiply(
+    matrices: list[CodedMatrix | FlatMatrix], x: NDArray[np.float32], pool: ThreadPool
+) -> NDArray[np.float32]: ...
 def encode(
     program: bytes, low_bits: int, symbols: NDArray[np.uint8], block_rows: int, block_columns: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]: ...

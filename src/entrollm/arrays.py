@@ -6,7 +6,6 @@ imported in `hf/` alone; its functions are found by way of its tensors.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from entrollm.system import memory_bytes
 
 Array = Any
 """A NumPy array or a torch tensor."""
@@ -106,7 +107,7 @@ class _Host:
         return np.zeros(shape, np.float32)
 
     def memory(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
 
     def guard(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,27 +33,74 @@ class _Scales(NamedTuple):
 
 @dataclass(frozen=True)
 class CodedMatrix:
-    """A matrix that is read straight from its coded bytes.
+    """A matrix that is read straight from its coded bytes, or in the flat form that memory holds.
 
     Attributes:
         name: the tensor's name.
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
-        native: what multiplies and decodes it; where there are groups, of the integers alone.
+        native: what multiplies and decodes it, coded or flat; where there are groups, of the integers alone.
         scale: float32, shape (1,) or (rows,); of no use where there are groups.
         offset: float32, the shape of scale; None for none.
         column_scale: float32, shape (columns,); None for none.
-        groups: its group scales; None for none.
+        groups: its group scales; None if absent.
+        grouped: what multiplies with group scales; None if absent.
     """
 
     name: str
     spec: TensorSpec
     stored_bytes: int
-    native: _core.CodedMatrix
+    native: _core.CodedMatrix | _core.FlatMatrix
     scale: NDArray[np.float32]
     offset: NDArray[np.float32] | None
     column_scale: NDArray[np.float32] | None
     groups: GroupScales | None = None
+    grouped: _core.GroupedMatrix | None = None
+
+    @property
+    def can_be_flat(self) -> bool:
+        """Whether the flat form exists for it: not for fp8 values and odd sizes of scale groups."""
+        return self.grouped is None or self.grouped.can_flatten
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is in the flat form, which needs no bytes of the file."""
+        return isinstance(self.native, _core.FlatMatrix) or (self.grouped is not None and self.grouped.is_flat)
+
+    @property
+    def flat_bytes(self) -> int | None:
+        """Memory that the flat form takes besides group scales; None while coded."""
+        if isinstance(self.native, _core.FlatMatrix):
+            return self.native.size_bytes
+        return self.grouped.size_bytes if self.grouped is not None and self.grouped.is_flat else None
+
+    @property
+    def flat_rows(self) -> dict[int, int]:
+        """How many rows have flat fields of each width, by bits; empty while coded."""
+        if isinstance(self.native, _core.FlatMatrix):
+            return self.native.rows_by_bits
+        return {self.grouped.bits: self.spec.rows} if self.grouped is not None and self.grouped.is_flat else {}
+
+    def to_flat(self, pool: _core.ThreadPool) -> CodedMatrix:
+        """The same matrix transcoded to the flat form: the same integers, the same products bit for bit.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+            MemoryError: the memory does not suffice.
+            ValueError: it has no flat form.
+        """
+        if not self.can_be_flat:
+            raise ValueError(f"{self.name}: matrices with fp8 values or an odd size of scale groups have no flat form")
+        if self.is_flat or isinstance(self.native, _core.FlatMatrix):
+            return self
+        try:
+            if self.groups is not None:
+                grouped = _open_groups(self.native, self.groups)
+                grouped.flatten(pool)
+                return replace(self, grouped=grouped)
+            return replace(self, native=_core.FlatMatrix(self.native, pool))
+        except _core.CorruptBlockError as error:
+            raise self.corrupt(error) from None
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
         """Decode rows [begin, end): uint8 (end - begin, columns).
@@ -114,8 +161,9 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
         )
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
+    grouped = None if scales.groups is None else _open_groups(native, scales.groups)
     return CodedMatrix(
-        name, spec, stored_bytes, native, scales.scale, scales.offset, scales.column_scale, scales.groups
+        name, spec, stored_bytes, native, scales.scale, scales.offset, scales.column_scale, scales.groups, grouped
     )
 
 
@@ -132,32 +180,53 @@ def matrix_of(model: CompressedModel, name: str) -> CodedMatrix:
 def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
     """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
 
-    Activations are rounded to 16 bits of each row's largest magnitude; the sums are exact, with group scales those of
-    each group. There, products are of the weights before they are rounded to half precision, and sums of fp8 values are
-    in double precision.
+    Activations are rounded to 16 bits of each row's largest magnitude, and sums are exact integers. With group scales,
+    sums over a group are exact, those over groups are in float32 (in double precision for fp8 values and for odd group
+    sizes), and weights are not rounded to half precision first.
 
     Raises:
         CorruptStreamError: a block does not decode.
     """
-    if any(matrix.groups is not None for matrix in matrices):
-        return np.concatenate([_multiply_grouped(matrix, x, pool) for matrix in matrices], axis=1)
     try:
-        return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
+        if all(matrix.grouped is None for matrix in matrices):
+            return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
+        if all(matrix.grouped is not None and _column_order(matrix) is None for matrix in matrices):
+            grouped = [matrix.grouped for matrix in matrices if matrix.grouped is not None]
+            return _core.multiply_grouped(grouped, np.ascontiguousarray(x), pool)
+        return np.concatenate([_multiply_one(matrix, x, pool) for matrix in matrices], axis=1)
     except _core.CorruptBlockError as error:
         names = ", ".join(matrix.name for matrix in matrices)
         raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
 
 
-def _multiply_grouped(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
-    groups = matrix.groups
-    if groups is None:
-        return multiply([matrix], x, pool)
-    order = groups.arrays.get("column_order")
-    stored = np.ascontiguousarray(x if order is None else x[:, order])
-    try:
-        return matrix.native.multiply_groups(stored, groups.form.size, *groups.terms, pool)
-    except _core.CorruptBlockError as error:
-        raise matrix.corrupt(error) from None
+def _multiply_one(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    if matrix.grouped is None:
+        return _core.multiply([matrix.native], np.ascontiguousarray(x), pool)
+    order = _column_order(matrix)
+    return _core.multiply_grouped([matrix.grouped], np.ascontiguousarray(x if order is None else x[:, order]), pool)
+
+
+def _column_order(matrix: CodedMatrix) -> NDArray[Any] | None:
+    return None if matrix.groups is None else matrix.groups.arrays.get("column_order")
+
+
+def _open_groups(native: _core.CodedMatrix, groups: GroupScales) -> _core.GroupedMatrix:
+    form, arrays, types = groups.form, dict(groups.arrays), dict(groups.form.types)
+    ratio, rest = divmod(form.super_size or form.size, form.size)
+    if rest:
+        # Groups that straddle super groups: the native product takes one scale a group.
+        for part in ("scale", "minimum"):
+            if f"super_{part}" in types:
+                del arrays[f"super_{part}"], types[f"super_{part}"]
+                arrays[f"group_{part}"], types[f"group_{part}"] = groups.nested(part), "F32"
+        ratio = 1
+    stored = {
+        name: (np.ascontiguousarray(array).reshape(-1).view(np.uint8), types[name])
+        for name, array in arrays.items()
+        if name != "column_order"
+    }
+    factor = 1.0 if form.factor is None else form.factor
+    return _core.GroupedMatrix(native, form.size, ratio, stored, float(form.zero or 0), factor, groups.values)
 
 
 def _check_entries(name: str, kind: Kind, arrays: Mapping[str, NDArray[Any]]) -> None:

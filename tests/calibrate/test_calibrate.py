@@ -14,7 +14,7 @@ from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import held_out_windows
 from entrollm.calibrate.walk import Squares
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.verify import verify
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear, DenseWeights
@@ -126,8 +126,8 @@ def test_the_share_of_a_matrix_predicts_the_divergence_that_noise_causes(
 def test_a_calibrated_model_meets_its_size_and_verifies(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "factors").mkdir()
     statistics = calibrate(model, CalibrationText(text, 4, sampled=0), tmp_path / "factors")
-    options = CompressOptions(target=Target(bits_per_weight=4.0))
-    result = compress(model, tmp_path / "out", options, statistics=statistics)
+    options = CodingOptions(target=Target(bits_per_weight=4.0))
+    result = compress_folder(model, tmp_path / "out", options, statistics=statistics)
     assert result.file_bits == pytest.approx(4.0, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as compressed, Checkpoint.open(model) as original:
         assert verify(compressed, _core.ThreadPool(2), original).compared
@@ -153,7 +153,7 @@ def test_calibration_without_a_size_is_refused(model: Path, text: Path, tmp_path
     (tmp_path / "factors").mkdir()
     statistics = calibrate(model, CalibrationText(text, 1, sampled=0), tmp_path / "factors")
     with pytest.raises(ValueError, match="calibration needs a size"):
-        compress(model, tmp_path / "out", statistics=statistics)
+        compress_folder(model, tmp_path / "out", statistics=statistics)
 
 
 def broken_copy(model: Path, folder: Path, name: str, value: float) -> Path:
@@ -197,8 +197,8 @@ def test_dead_inputs_have_a_defined_result(model: Path, text: Path, tmp_path: Pa
     statistics = calibrate(dead, CalibrationText(text, 4, sampled=0), tmp_path / "factors")
     inert = statistics.sensitivity("model.layers.0.mlp.down_proj.weight")
     assert inert is not None
-    result = compress(
-        dead, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=4.0)), statistics=statistics
+    result = compress_folder(
+        dead, tmp_path / "out", CodingOptions(target=Target(bits_per_weight=4.0)), statistics=statistics
     )
     assert result.file_bits == pytest.approx(4.0, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as compressed:

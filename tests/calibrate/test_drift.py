@@ -17,7 +17,7 @@ from entrollm.calibrate.drift import DriftWalk
 from entrollm.calibrate.forward import start
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.progress import CompressProgress
 from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
@@ -202,8 +202,8 @@ def test_a_model_is_closer_to_its_original_on_text_it_was_not_calibrated_on(
     statistics = statistics_of(folder, tmp_path / "statistics", few_tokens(4))
     found = {}
     for drift in (True, False):
-        options = CompressOptions(target=Target(bits_per_weight=6.0), drift=drift, threads=1)
-        result = compress(folder, tmp_path / str(drift), options, statistics=statistics)
+        options = CodingOptions(target=Target(bits_per_weight=6.0), drift=drift, threads=1)
+        result = compress_folder(folder, tmp_path / str(drift), options, statistics=statistics)
         # A bit is worth a factor of 4.
         found[drift] = divergence(folder, tmp_path / str(drift)) * 4 ** (result.file_bits - 6)
     assert found[True] < 0.9 * found[False]
@@ -215,16 +215,16 @@ def test_an_interrupted_run_goes_on_with_what_its_matrices_have_become(
     folder = checkpoint("phi3-partial")
     statistics = statistics_of(folder, tmp_path / "statistics")
     overrides = (BitsOverride("*layers.1*o_proj*", None),)
-    options = CompressOptions(target=Target(bits_per_weight=6.0), overrides=overrides, shard_bytes=100_000, threads=1)
+    options = CodingOptions(target=Target(bits_per_weight=6.0), overrides=overrides, shard_bytes=100_000, threads=1)
 
     def interrupt(progress: CompressProgress) -> None:
         if "layers.2" in progress.tensor:
             raise KeyboardInterrupt
 
-    compress(folder, tmp_path / "whole", options, statistics=statistics)
+    compress_folder(folder, tmp_path / "whole", options, statistics=statistics)
     with pytest.raises(KeyboardInterrupt):
-        compress(folder, tmp_path / "resumed", options, statistics=statistics, on_progress=interrupt)
-    result = compress(folder, tmp_path / "resumed", options, statistics=statistics)
+        compress_folder(folder, tmp_path / "resumed", options, statistics=statistics, on_progress=interrupt)
+    result = compress_folder(folder, tmp_path / "resumed", options, statistics=statistics)
     assert result.resumed_weights > 0
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name

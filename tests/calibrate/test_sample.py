@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from entrollm.calibrate import CalibrationText, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.engine.layers import LayerWalk
 from entrollm.engine.linear import DenseWeights
 from entrollm.errors import EntroLLMError
@@ -69,9 +70,12 @@ def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.sysconf", lambda name: 1000)
     with (
         Checkpoint.open(TINY_LLAMA) as checkpoint,
-        pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* --sampled 0"),
+        pytest.raises(
+            EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* sampled=0"
+        ) as raised,
     ):
         sample_windows(checkpoint, config_of(TINY_LLAMA), (1, 2))
+    assert describe_error(raised.value).endswith("has 0.0 GB; calibrate on a text alone, with --sampled 0")
 
 
 def test_nothing_to_calibrate_on_is_refused() -> None:

@@ -16,9 +16,10 @@ from entrollm.arrays import HOST, Device
 from entrollm.calibrate import measure, sample_windows
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.codec.choose import choose_code
 from entrollm.codec.huffman import entropy_bits
-from entrollm.compress import CompressOptions, Target, compress
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.engine.files import read_model_files
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 from entrollm.models import read_config
@@ -135,8 +136,8 @@ def test_a_model_calibrated_in_torch_meets_its_size(device: TorchDevice, tmp_pat
     (tmp_path / "model").mkdir()
     folder = ARCHITECTURES["llama"](tmp_path / "model")
     statistics = measured(folder, tmp_path / "statistics", device)
-    options = CompressOptions(target=Target(bits_per_weight=5.0), threads=1)
-    result = compress(folder, tmp_path / "out", options, statistics=statistics)
+    options = CodingOptions(target=Target(bits_per_weight=5.0), threads=1)
+    result = compress_folder(folder, tmp_path / "out", options, statistics=statistics)
     assert result.file_bits == pytest.approx(5.0, rel=0.005)
 
 
@@ -154,7 +155,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(device, "memory", lambda: 10**9)
     with (
         Checkpoint.open(folder) as checkpoint,
-        pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 1.0 GB; .* --sampled 0"),
+        pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 1.0 GB; .* sampled=0"),
     ):
         sample_windows(checkpoint, config_of(folder), (1, 2), device=device)
 
@@ -173,20 +174,26 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
 
 def test_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(UnsupportedError, match="is built without CUDA; install one that is made for your GPU"):
+    message = "is built without CUDA; install one that is made for your GPU, or calibrate on the processor, with "
+    with pytest.raises(UnsupportedError, match=message + "device='cpu'") as raised:
         TorchDevice("cuda")
+    assert describe_error(raised.value).endswith(message + "--device cpu")
 
 
 def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnsupportedError, match="finds no GPU; check the driver with nvidia-smi"):
+    message = "finds no GPU; check the driver with nvidia-smi, or calibrate on the processor, with "
+    with pytest.raises(UnsupportedError, match=message + "device='cpu'") as raised:
         TorchDevice("cuda")
+    assert describe_error(raised.value).endswith(message + "--device cpu")
 
 
 def test_a_gpu_whose_memory_is_full_is_named(device: TorchDevice) -> None:
-    with pytest.raises(EntroLLMError, match=r"too little memory; use --device cpu \(Tried to allocate"), device.guard():
+    message = r"too little memory; use device='cpu' \(Tried to allocate"
+    with pytest.raises(EntroLLMError, match=message) as raised, device.guard():
         raise torch.OutOfMemoryError("Tried to allocate 1 TiB")
+    assert describe_error(raised.value).endswith("too little memory; use --device cpu (Tried to allocate 1 TiB)")
 
 
 @given(st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=40), st.floats(0, 0.3))

@@ -14,8 +14,9 @@ from entrollm import _core
 from entrollm.calibrate import StoredStatistics, Tuner, measure, tune
 from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.cli.main import app
-from entrollm.compress import CompressOptions, Target, compress, pipeline
+from entrollm.compress import CodingOptions, Target, compress_folder, pipeline
 from entrollm.compress.verify import verify
 from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
@@ -27,7 +28,7 @@ from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from tests.support.checkpoints import write_random_llama
 
-OPTIONS = CompressOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
+OPTIONS = CodingOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "head"])
@@ -49,7 +50,7 @@ def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredS
 
 @pytest.fixture(scope="module")
 def untuned(model: Path, statistics: StoredStatistics, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compress(model, tmp_path_factory.mktemp("compressed") / "out", OPTIONS, statistics=statistics).path
+    return compress_folder(model, tmp_path_factory.mktemp("compressed") / "out", OPTIONS, statistics=statistics).path
 
 
 def test_gradients_are_the_slopes_of_the_divergence(model: Path, untuned: Path) -> None:
@@ -93,7 +94,7 @@ def test_tuning_lowers_the_divergence_and_changes_scales_alone(
 ) -> None:
     tuner = Tuner(model, windows(80, 1), windows(8, 3))
     steps: list[tuple[float, float]] = []
-    result = compress(
+    result = compress_folder(
         model,
         tmp_path / "out",
         OPTIONS,
@@ -126,7 +127,7 @@ def test_tuning_that_does_not_help_changes_nothing(
 ) -> None:
     monkeypatch.setattr(tune, "_RATE", -0.05)  # uphill
     tuner = Tuner(model, windows(8, 1), windows(4, 3))
-    out = compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=tuner).path
+    out = compress_folder(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=tuner).path
     assert tuner.result is not None and not tuner.result.is_kept
     assert tuner.result.to_json()["is_kept"] is False
     assert shards(out) == shards(untuned)
@@ -135,8 +136,8 @@ def test_tuning_that_does_not_help_changes_nothing(
 @pytest.mark.parametrize("model", [True], indirect=True)
 def test_a_size_limit_holds_for_the_tuned_files(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = Tuner(model, windows(40, 1), windows(4, 3))
-    options = CompressOptions(target=Target(file_bytes=50_000), fine_scales=True)
-    result = compress(model, tmp_path / "out", options, post_fit=tuner)
+    options = CodingOptions(target=Target(file_bytes=50_000), fine_scales=True)
+    result = compress_folder(model, tmp_path / "out", options, post_fit=tuner)
     assert 49_500 < result.file_bytes <= 50_000
     assert result.is_refitted
 
@@ -148,15 +149,18 @@ def test_a_size_limit_holds_for_the_tuned_files(model: Path, tmp_path: Path, mon
 
     # Scales that take too much are left out.
     monkeypatch.setattr(pipeline, "_ROOM", 0.0)
-    options = CompressOptions(target=Target(file_bytes=50_000))
-    result = compress(model, tmp_path / "grown", options, post_fit=noisy)
+    options = CodingOptions(target=Target(file_bytes=50_000))
+    result = compress_folder(model, tmp_path / "grown", options, post_fit=noisy)
     assert not result.is_refitted and result.file_bytes <= 50_000
-    assert shards(result.path) == shards(compress(model, tmp_path / "untuned", options).path)
+    assert shards(result.path) == shards(compress_folder(model, tmp_path / "untuned", options).path)
 
     monkeypatch.setattr(pipeline, "_ROOM", -0.05)
-    options = CompressOptions(target=Target(file_bytes=50_000), fine_scales=True)
-    with pytest.raises(EntroLLMError, match=r"the tuned files would take \d+ bytes, over the limit of 50000"):
-        compress(model, tmp_path / "exceeding", options, post_fit=tuner)
+    options = CodingOptions(target=Target(file_bytes=50_000), fine_scales=True)
+    with pytest.raises(
+        EntroLLMError, match=r"the tuned files would take \d+ bytes, over the limit of 50000; leave out tune"
+    ) as raised:
+        compress_folder(model, tmp_path / "exceeding", options, post_fit=tuner)
+    assert describe_error(raised.value).endswith("over the limit of 50000; leave out --tune")
     assert not (tmp_path / "exceeding").exists()
 
 
@@ -167,9 +171,9 @@ def test_an_interrupted_tuning_leaves_no_output_and_is_resumed(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=interrupt)
+        compress_folder(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    result = compress(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=lambda folder: {})
+    result = compress_folder(model, tmp_path / "out", OPTIONS, statistics=statistics, post_fit=lambda folder: {})
     assert result.resumed_weights == result.quantized_weights
     assert shards(result.path) == shards(untuned)
 
@@ -185,7 +189,7 @@ def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path, monkeypat
     )
     monkeypatch.setattr(pipeline, "_has_room_for", lambda *_: False)
     shown = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "large"), *arguments])
-    assert "tuned scales would take more than the asked size: they stay as they" in " ".join(shown.stdout.split())
+    assert "tuned scales would take more than the requested size: they stay as they" in " ".join(shown.stdout.split())
     found = CliRunner().invoke(app, ["compress", str(model), "-o", str(tmp_path / "json"), *arguments, "--json"])
     tuning = json.loads(found.stdout)["tuning"]
     assert tuning["kl_after"] < tuning["kl_before"] and not tuning["is_kept"]
@@ -194,7 +198,7 @@ def test_the_command_says_what_tuning_did(model: Path, tmp_path: Path, monkeypat
 def test_tuning_of_a_grid_without_a_size_is_refused(model: Path, tmp_path: Path) -> None:
     tuner = Tuner(model, windows(8, 1), windows(4, 3))
     with pytest.raises(ValueError, match="tuning needs a size to compress to"):
-        compress(model, tmp_path / "out", CompressOptions(bits=4), post_fit=tuner)
+        compress_folder(model, tmp_path / "out", CodingOptions(bits=4), post_fit=tuner)
 
 
 def test_a_divergence_that_is_not_finite_is_an_error(

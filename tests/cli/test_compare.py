@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from entrollm import CompressOptions, compress
 from entrollm.cli.main import app
-from entrollm.compress import Target
 from tests.support.paths import EXAMPLES
 
 MODEL = str(EXAMPLES / "tiny-llama")
@@ -25,7 +24,7 @@ SHORT = ("--text", TEXT, "--window", "64", "--max-windows", "3")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     path = tmp_path_factory.mktemp("compare")
     compress(MODEL, path / "paper-8", CompressOptions(bits=8))
-    compress(MODEL, path / "ecsq-3", CompressOptions(target=Target(bits_per_weight=3)))
+    compress(MODEL, path / "ecsq-3", CompressOptions(bpw=3))
     return [str(path / "paper-8"), str(path / "ecsq-3")]
 
 

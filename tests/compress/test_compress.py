@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.compress import CompressOptions, compress
+from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress.progress import CompressProgress
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError, UnsupportedError
@@ -40,7 +40,7 @@ def files(path: Path) -> dict[str, bytes]:
 def test_the_integers_are_those_of_the_grid(
     checkpoint: Path, tmp_path: Path, bits: int, granularity: Granularity
 ) -> None:
-    compress(checkpoint, tmp_path / "out", CompressOptions(bits=bits, granularity=granularity))
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=bits, granularity=granularity))
     pool = _core.ThreadPool(2)
     weights = example_weights()
     with CompressedModel.open(tmp_path / "out") as model:
@@ -67,7 +67,7 @@ def test_the_integers_are_those_of_the_grid(
 
 
 def test_the_folder_holds_what_a_model_needs(checkpoint: Path, tmp_path: Path) -> None:
-    result = compress(checkpoint, tmp_path / "out", CompressOptions(bits=8, prefer="speed"))
+    result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=8, prefer="speed"))
     assert set(files(tmp_path / "out")) == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["hidden_size"] == 96
@@ -84,7 +84,7 @@ def test_the_folder_holds_what_a_model_needs(checkpoint: Path, tmp_path: Path) -
 
 
 def test_the_result_adds_up(checkpoint: Path, tmp_path: Path) -> None:
-    result = compress(checkpoint, tmp_path / "out")
+    result = compress_folder(checkpoint, tmp_path / "out")
     weights = example_weights()
     assert result.weights == sum(array.size for array in weights.values())
     assert result.quantized_weights == sum(weights[name].size for name in MATRICES)
@@ -107,13 +107,13 @@ def test_the_result_adds_up(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_threads_do_not_change_a_byte(checkpoint: Path, tmp_path: Path) -> None:
     for threads in (1, 3):
-        compress(checkpoint, tmp_path / str(threads), CompressOptions(threads=threads))
+        compress_folder(checkpoint, tmp_path / str(threads), CodingOptions(threads=threads))
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
 def test_shards_hold_the_same_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    compress(checkpoint, tmp_path / "one")
-    compress(checkpoint, tmp_path / "many", CompressOptions(shard_bytes=60_000))
+    compress_folder(checkpoint, tmp_path / "one")
+    compress_folder(checkpoint, tmp_path / "many", CodingOptions(shard_bytes=60_000))
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -128,7 +128,7 @@ def test_shards_hold_the_same_tensors(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_progress_reaches_the_whole(checkpoint: Path, tmp_path: Path) -> None:
     seen: list[CompressProgress] = []
-    result = compress(checkpoint, tmp_path / "out", on_progress=seen.append)
+    result = compress_folder(checkpoint, tmp_path / "out", on_progress=seen.append)
     assert {p.weights for p in seen} == {result.quantized_weights}
     assert max(p.weights_done for p in seen) == result.quantized_weights
     assert {p.tensor for p in seen} == set(MATRICES)
@@ -137,13 +137,13 @@ def test_progress_reaches_the_whole(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_output_appears_only_when_complete(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     present = []
-    compress(checkpoint, out, on_progress=lambda _: present.append(out.exists()))
+    compress_folder(checkpoint, out, on_progress=lambda _: present.append(out.exists()))
     assert not any(present) and out.exists()
 
 
 def test_overrides_change_the_plan(checkpoint: Path, tmp_path: Path) -> None:
     overrides = (BitsOverride("layers.0.*", 8), BitsOverride("head*", None))
-    compress(checkpoint, tmp_path / "out", CompressOptions(overrides=overrides))
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(overrides=overrides))
     with CompressedModel.open(tmp_path / "out") as model:
         assert "head.weight" in model.plain
         grids = {name: spec.grid_name for name, spec in model.specs.items()}
@@ -163,7 +163,7 @@ def test_fp8_weights_become_bf16_where_they_are_kept(tmp_path: Path) -> None:
     )
     config = {"quantization_config": {"quant_method": "fp8"}}
     (path / "config.json").write_text(json.dumps(config))
-    compress(path, tmp_path / "out", CompressOptions(bits=8, overrides=(BitsOverride("b.*", None),)))
+    compress_folder(path, tmp_path / "out", CodingOptions(bits=8, overrides=(BitsOverride("b.*", None),)))
     with CompressedModel.open(tmp_path / "out") as model:
         assert model.specs["a.weight"].dtype == "BF16" and model.plain == ("b.weight",)
         kept = model.array("b.weight").astype(np.float32)
@@ -176,14 +176,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     weights["head.weight"][7, 5] = value
     path = write_checkpoint(tmp_path / "model", weights)
     with pytest.raises(FormatError, match=r"tensor 'head\.weight' has .* at \[7, 5\]; weights must be finite"):
-        compress(path, tmp_path / "out")
+        compress_folder(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_compressed_model_is_not_compressed_again(checkpoint: Path, tmp_path: Path) -> None:
-    compress(checkpoint, tmp_path / "out")
+    compress_folder(checkpoint, tmp_path / "out")
     with pytest.raises(UnsupportedError, match="is compressed already; `entrollm export` writes a checkpoint of it"):
-        compress(tmp_path / "out", tmp_path / "again")
+        compress_folder(tmp_path / "out", tmp_path / "again")
 
 
 def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -192,11 +192,11 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
     (path / "config.json").write_text("{}")
     save_file({}, path / "model.safetensors")
     with pytest.raises(FormatError, match="has no tensors"):
-        compress(path, tmp_path / "out")
+        compress_folder(path, tmp_path / "out")
 
 
 def test_tensor_names_that_clash_with_entries_are_refused(tmp_path: Path) -> None:
     matrix = np.eye(4, dtype=np.float32)
     path = write_checkpoint(tmp_path / "model", {"a.weight": matrix, "a.weight.scale": matrix[0]})
     with pytest.raises(ValueError, match=r"two entries are called 'a\.weight\.scale'"):
-        compress(path, tmp_path / "out")
+        compress_folder(path, tmp_path / "out")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import compress
+from entrollm.compress import compress_folder
 from entrollm.compress.export import export
 from entrollm.files.dtypes import DTYPES
 from entrollm.format.reader import CompressedModel
@@ -22,7 +22,7 @@ from tests.support.checkpoints import example_weights, write_checkpoint
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("export")
-    compress(write_checkpoint(root / "model"), root / "out")
+    compress_folder(write_checkpoint(root / "model"), root / "out")
     return root / "out"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from entrollm.compress import CompressOptions, compress
+from entrollm.compress import CodingOptions, compress_folder
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 
@@ -35,9 +35,9 @@ def status(*keys):
 _COMPRESS = (
     _MEASURE
     + """
-from entrollm.compress import compress
+from entrollm.compress import compress_folder
 before = status("VmRSS")
-compress(sys.argv[1], sys.argv[2])
+compress_folder(sys.argv[1], sys.argv[2])
 print(json.dumps({"peak": status("VmHWM"), "growth": status("VmHWM") - before}))
 """
 )
@@ -87,7 +87,7 @@ def test_compressing_holds_a_few_tensors_at_most(checkpoint: Path, tmp_path: Pat
 
 
 def test_a_loaded_model_is_resident_as_its_coded_bytes(checkpoint: Path, tmp_path: Path) -> None:
-    result = compress(checkpoint, tmp_path / "out", CompressOptions())
+    result = compress_folder(checkpoint, tmp_path / "out", CodingOptions())
     measured = run(_LOAD, tmp_path / "out")
     assert result.file_bytes < result.weights / 2  # a decoded copy would stand out
     # The header is parsed and the block sizes become offsets; code bytes are not copied.

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from entrollm.compress import CompressOptions, compress
+from entrollm.cli.console import describe_error
+from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress.folder import OutputFolder
 from entrollm.compress.progress import CompressProgress
 from entrollm.errors import EntroLLMError
 from entrollm.format.reader import CompressedModel
 from tests.support.checkpoints import SHARDS, write_checkpoint
 
-OPTIONS = CompressOptions(shard_bytes=60_000)
+OPTIONS = CodingOptions(shard_bytes=60_000)
 
 
 class InterruptError(Exception):
@@ -44,10 +45,10 @@ def interrupt_after(tensor: str) -> Callable[[CompressProgress], None]:
     return stop
 
 
-def interrupt(checkpoint: Path, out: Path, options: CompressOptions = OPTIONS, overwrite: bool = False) -> None:
+def interrupt(checkpoint: Path, out: Path, options: CodingOptions = OPTIONS, overwrite: bool = False) -> None:
     with pytest.raises(InterruptError):
         stop = interrupt_after("head.weight")
-        compress(checkpoint, out, options, overwrite=overwrite, on_progress=stop)
+        compress_folder(checkpoint, out, options, overwrite=overwrite, on_progress=stop)
 
 
 def test_an_interrupted_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
@@ -58,12 +59,12 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out.partial").glob("*.tmp")) == []
     before = {file: file.stat().st_mtime_ns for file in finished}
     seen: list[CompressProgress] = []
-    result = compress(checkpoint, tmp_path / "out", OPTIONS, on_progress=seen.append)
+    result = compress_folder(checkpoint, tmp_path / "out", OPTIONS, on_progress=seen.append)
     assert result.resumed_weights > 0
     assert seen[0].weights_done > 0 and seen[-1].weights_done == result.quantized_weights
     for file, time in before.items():
         assert (tmp_path / "out" / file.name).stat().st_mtime_ns == time
-    whole = compress(checkpoint, tmp_path / "whole", OPTIONS)
+    whole = compress_folder(checkpoint, tmp_path / "whole", OPTIONS)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
     for field in ("weights", "quantized_weights", "file_bytes", "entropy_bits", "huffman_bits", "coded_bits"):
@@ -72,43 +73,45 @@ def test_an_interrupted_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_other_options_start_over(checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path / "out")
-    other = CompressOptions(bits=8, shard_bytes=60_000)
-    assert compress(checkpoint, tmp_path / "out", other).resumed_weights == 0
-    compress(checkpoint, tmp_path / "whole", other)
+    other = CodingOptions(bits=8, shard_bytes=60_000)
+    assert compress_folder(checkpoint, tmp_path / "out", other).resumed_weights == 0
+    compress_folder(checkpoint, tmp_path / "whole", other)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_a_changed_checkpoint_starts_over(checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path / "out")
     os.utime(checkpoint / SHARDS[0], (1, 1))
-    assert compress(checkpoint, tmp_path / "out", OPTIONS).resumed_weights == 0
+    assert compress_folder(checkpoint, tmp_path / "out", OPTIONS).resumed_weights == 0
 
 
 def test_a_run_stopped_while_it_started_over_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "plan.json.tmp").write_text("{")
-    compress(checkpoint, tmp_path / "out", OPTIONS)
+    compress_folder(checkpoint, tmp_path / "out", OPTIONS)
     assert "plan.json" not in files(tmp_path / "out")
 
 
 def test_an_existing_output_is_kept(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    compress(checkpoint, out)
+    compress_folder(checkpoint, out)
     before = files(out)
-    with pytest.raises(ValueError, match="out exists; name another folder, or pass --overwrite to replace it"):
-        compress(checkpoint, out, CompressOptions(bits=8))
+    message = "out exists; name another folder, or pass overwrite=True to replace it"
+    with pytest.raises(ValueError, match=message) as raised:
+        compress_folder(checkpoint, out, CodingOptions(bits=8))
+    assert describe_error(raised.value).endswith("out exists; name another folder, or pass --overwrite to replace it")
     assert files(out) == before
 
 
 def test_overwrite_replaces_when_complete(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    compress(checkpoint, out, OPTIONS)
+    compress_folder(checkpoint, out, OPTIONS)
     before = files(out)
-    eight = CompressOptions(bits=8, shard_bytes=60_000)
+    eight = CodingOptions(bits=8, shard_bytes=60_000)
     interrupt(checkpoint, out, eight, overwrite=True)
     assert files(out) == before
-    assert compress(checkpoint, out, eight, overwrite=True).resumed_weights > 0
+    assert compress_folder(checkpoint, out, eight, overwrite=True).resumed_weights > 0
     with CompressedModel.open(out) as model:
         assert model.specs["head.weight"].grid_name == "paper-asymmetric-8-tensor"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
@@ -117,10 +120,10 @@ def test_overwrite_replaces_when_complete(checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_no_output_is_never_replaced(checkpoint: Path, tmp_path: Path, overwrite: bool) -> None:
     with pytest.raises(ValueError, match="exists and is not a compressed model"):
-        compress(checkpoint, checkpoint, overwrite=overwrite)
+        compress_folder(checkpoint, checkpoint, overwrite=overwrite)
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="notes is a file; name a folder that does not exist yet"):
-        compress(checkpoint, tmp_path / "notes", overwrite=overwrite)
+        compress_folder(checkpoint, tmp_path / "notes", overwrite=overwrite)
     partial = tmp_path / "out.partial"
     for content in ("folder", "file"):
         if content == "folder":
@@ -130,24 +133,24 @@ def test_what_is_no_output_is_never_replaced(checkpoint: Path, tmp_path: Path, o
             shutil.rmtree(partial)
             partial.write_text("mine")
         with pytest.raises(ValueError, match=r"out\.partial is in the way and was not left by an interrupted run"):
-            compress(checkpoint, tmp_path / "out", overwrite=overwrite)
+            compress_folder(checkpoint, tmp_path / "out", overwrite=overwrite)
     assert partial.read_text() == "mine"
 
 
 def test_a_leftover_of_a_replacement_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out.replaced").mkdir()
     with pytest.raises(ValueError, match=r"out\.replaced holds an earlier output that a stopped run was replacing"):
-        compress(checkpoint, tmp_path / "out")
+        compress_folder(checkpoint, tmp_path / "out")
 
 
 def test_an_empty_folder_may_be_filled(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    compress(checkpoint, tmp_path / "out")
+    compress_folder(checkpoint, tmp_path / "out")
     assert "config.json" in files(tmp_path / "out")
 
 
 def test_parents_are_made(checkpoint: Path, tmp_path: Path) -> None:
-    compress(checkpoint, tmp_path / "a" / "b" / "out")
+    compress_folder(checkpoint, tmp_path / "a" / "b" / "out")
     assert (tmp_path / "a" / "b" / "out").is_dir()
 
 
@@ -159,10 +162,10 @@ def test_two_runs_do_not_write_one_folder(checkpoint: Path, tmp_path: Path) -> N
             with pytest.raises(
                 EntroLLMError, match=r"another run is writing .*out; wait for it or name another folder"
             ):
-                compress(checkpoint, tmp_path / "out", OPTIONS)
+                compress_folder(checkpoint, tmp_path / "out", OPTIONS)
             refused.append(True)
 
-    compress(checkpoint, tmp_path / "out", OPTIONS, on_progress=start_another)
+    compress_folder(checkpoint, tmp_path / "out", OPTIONS, on_progress=start_another)
     assert refused
 
 
@@ -187,19 +190,19 @@ def test_a_failed_publish_gives_up_the_lock(checkpoint: Path, tmp_path: Path, mo
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk on fire"):
         patch.setattr(OutputFolder, "publish", fail)
-        compress(checkpoint, tmp_path / "out")
-    compress(checkpoint, tmp_path / "out")
+        compress_folder(checkpoint, tmp_path / "out")
+    compress_folder(checkpoint, tmp_path / "out")
 
 
 _COMPRESS = """
 import sys, resource, signal
-from entrollm.compress import compress
+from entrollm.compress import compress_folder
 limit = int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    compress(sys.argv[1], sys.argv[2])
+    compress_folder(sys.argv[1], sys.argv[2])
 except OSError as error:
     print(error.errno)
 """
@@ -216,7 +219,7 @@ def test_a_file_that_cannot_grow_leaves_no_output(checkpoint: Path, tmp_path: Pa
     assert compress_elsewhere(checkpoint, tmp_path / "out", 50_000) == errno.EFBIG
     assert not (tmp_path / "out").exists()
     assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["plan.json"]
-    compress(checkpoint, tmp_path / "out")
+    compress_folder(checkpoint, tmp_path / "out")
 
 
 @pytest.fixture
@@ -233,7 +236,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_leaves_no_output(checkpoint: Path, tiny_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left on device") as caught:
-        compress(checkpoint, tiny_disk / "out", OPTIONS)
+        compress_folder(checkpoint, tiny_disk / "out", OPTIONS)
     assert caught.value.errno == errno.ENOSPC
     assert not (tiny_disk / "out").exists()
     assert list((tiny_disk / "out.partial").glob("*.tmp")) == []
@@ -249,8 +252,8 @@ def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path:
 def test_an_output_that_is_a_link_stays_one(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    compress(checkpoint, tmp_path / "out", CompressOptions(bits=4))
-    compress(checkpoint, tmp_path / "out", CompressOptions(bits=5), overwrite=True)
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=5), overwrite=True)
     assert (tmp_path / "out").is_symlink()
     with CompressedModel.open(tmp_path / "disk") as model:
         assert model.config["quantization_config"]["bits"] == 5
@@ -259,7 +262,7 @@ def test_an_output_that_is_a_link_stays_one(checkpoint: Path, tmp_path: Path) ->
 
 def test_a_link_to_nothing_gets_its_target(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "deep")
-    compress(checkpoint, tmp_path / "out", CompressOptions(bits=4))
+    compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "disk" / "deep" / "config.json").is_file()
 
@@ -268,7 +271,7 @@ def test_a_link_to_a_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "out").symlink_to(tmp_path / "file")
     with pytest.raises(ValueError, match="is a file; name a folder that does not exist yet"):
-        compress(checkpoint, tmp_path / "out", CompressOptions(bits=4))
+        compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=4))
 
 
 @pytest.mark.parametrize("name", [".", "..", "{tmp}"])
@@ -278,4 +281,4 @@ def test_the_current_folder_is_refused(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="is the current folder or holds it; name another folder"):
-        compress(checkpoint, Path(name.format(tmp=tmp_path)), CompressOptions(bits=4))
+        compress_folder(checkpoint, Path(name.format(tmp=tmp_path)), CodingOptions(bits=4))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from entrollm.compress import CompressOptions, CompressProgress, compress
+from entrollm.compress import CodingOptions, CompressProgress, compress_folder
 from entrollm.compress.shard import MatrixRecord, ShardRecord
 from entrollm.errors import FormatError
 from tests.support.checkpoints import write_checkpoint
@@ -77,10 +77,10 @@ def test_a_shard_that_is_not_the_one_of_its_record_is_refused(tmp_path: Path) ->
         if progress.tensor == "head.weight":
             raise InterruptError
 
-    source, options = write_checkpoint(tmp_path / "model"), CompressOptions(shard_bytes=60_000)
+    source, options = write_checkpoint(tmp_path / "model"), CodingOptions(shard_bytes=60_000)
     with pytest.raises(InterruptError):
-        compress(source, tmp_path / "out", options, on_progress=stop)
+        compress_folder(source, tmp_path / "out", options, on_progress=stop)
     shard = min((tmp_path / "out.partial").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes() + b"\0")
     with pytest.raises(FormatError, match=r"is not the file of its record; remove .*out\.partial to start over"):
-        compress(source, tmp_path / "out", options)
+        compress_folder(source, tmp_path / "out", options)

@@ -11,14 +11,13 @@ import pytest
 
 from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.compress.export import export
-from entrollm.compress.target import Target
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of
-from entrollm.quantize import BitsOverride
 from tests.support.checkpoints import write_checkpoint
 from tests.support.folders import Header, change_header, change_table
 
@@ -57,7 +56,7 @@ def test_matrices_of_a_stack_have_grids_of_their_own(source: Path, tmp_path: Pat
                 assert model.specs[name].kind == other.specs["w.weight"].kind
 
 
-@pytest.mark.parametrize("options", [CompressOptions(bits=4), CompressOptions(target=Target(6.0))], ids=["4", "6.0"])
+@pytest.mark.parametrize("options", [CompressOptions(bits=4), CompressOptions(bpw=6.0)], ids=["4", "6.0"])
 def test_export_joins_what_was_split(source: Path, tmp_path: Path, options: CompressOptions) -> None:
     compress(source, tmp_path / "coded", options)
     pool = _core.ThreadPool(1)
@@ -73,7 +72,7 @@ def test_export_joins_what_was_split(source: Path, tmp_path: Path, options: Comp
 
 
 def test_kept_stack_stays_whole(source: Path, tmp_path: Path) -> None:
-    compress(source, tmp_path / "coded", CompressOptions(overrides=[BitsOverride("*experts*", None)]))
+    compress(source, tmp_path / "coded", CompressOptions(overrides={"*experts*": None}))
     with CompressedModel.open(tmp_path / "coded") as model:
         assert model.array(STACK).tobytes() == weights()[STACK].tobytes()
 
@@ -106,9 +105,13 @@ def test_fp8_stack_is_refused(tmp_path: Path) -> None:
         source / "model-00002-of-00002.safetensors",
         lambda header: header[LINEAR].update({"dtype": "F32", "shape": [3, 96]}),
     )
-    with pytest.raises(UnsupportedError, match=r"is F8_E4M3 of three axes, which is not coded; keep it in its type"):
+    with pytest.raises(
+        UnsupportedError, match=r"is F8_E4M3 of three axes, which is not coded; keep it in its type"
+    ) as raised:
         compress(source, tmp_path / "coded")
-    compress(source, tmp_path / "coded", CompressOptions(overrides=[BitsOverride("*experts*", None)]))
+    assert str(raised.value).endswith(f"with keep=['{STACK}']")
+    assert describe_error(raised.value).endswith(f"with --keep {STACK}")
+    compress(source, tmp_path / "coded", CompressOptions(overrides={"*experts*": None}))
 
 
 def test_missing_member_is_refused(source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, Target, compress, parse_size, plan
+from entrollm.cli.console import describe_error
+from entrollm.compress import CodingOptions, Target, compress_folder, parse_size, plan
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError
 from entrollm.format.reader import CompressedModel
@@ -65,22 +66,22 @@ def test_impossible_targets_are_refused(arguments: dict[str, float], message: st
 
 @pytest.mark.parametrize("bits", [2.0, 3.3, 5.0, 6.5])
 def test_bits_per_weight_are_met(checkpoint: Path, tmp_path: Path, bits: float) -> None:
-    result = compress(checkpoint, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=bits)))
+    result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(target=Target(bits_per_weight=bits)))
     assert result.file_bits == pytest.approx(bits, rel=0.005)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == result.file_bytes
 
 
 @pytest.mark.parametrize("size", [90_000, 120_000, 200_000])
 def test_a_file_size_is_not_exceeded(checkpoint: Path, tmp_path: Path, size: int) -> None:
-    result = compress(checkpoint, tmp_path / "out", CompressOptions(target=Target(file_bytes=size)))
+    result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(target=Target(file_bytes=size)))
     assert 0.995 * size <= result.file_bytes <= size
 
 
 def test_a_target_holds_over_several_shards_and_kept_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    options = CompressOptions(
+    options = CodingOptions(
         target=Target(bits_per_weight=6.0), overrides=(BitsOverride("*v_proj*", None),), shard_bytes=1 << 18
     )
-    result = compress(checkpoint, tmp_path / "out", options)
+    result = compress_folder(checkpoint, tmp_path / "out", options)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert result.file_bits == pytest.approx(6.0, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as model, Checkpoint.open(checkpoint) as original:
@@ -91,14 +92,14 @@ def test_a_target_holds_over_several_shards_and_kept_tensors(checkpoint: Path, t
 @pytest.mark.parametrize("target", [Target(bits_per_weight=0.5), Target(bits_per_weight=15.0), Target(file_bytes=9)])
 def test_a_size_out_of_reach_is_refused_with_the_range(checkpoint: Path, tmp_path: Path, target: Target) -> None:
     with pytest.raises(ValueError, match=r"it can take \d+ to \d+ bytes \(\d\.\d+ to \d+\.\d+ bits\)"):
-        compress(checkpoint, tmp_path / "out", CompressOptions(target=target))
+        compress_folder(checkpoint, tmp_path / "out", CodingOptions(target=target))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
-    options = CompressOptions(target=Target(bits_per_weight=3.0))
+    options = CodingOptions(target=Target(bits_per_weight=3.0))
     predicted = plan(TINY_LLAMA, options)
-    result = compress(TINY_LLAMA, tmp_path / "out", options)
+    result = compress_folder(TINY_LLAMA, tmp_path / "out", options)
     assert predicted.file_bytes == pytest.approx(result.file_bytes, rel=0.005)
     with CompressedModel.open(tmp_path / "out") as model:
         for tensor in predicted.tensors:
@@ -108,7 +109,7 @@ def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
 
 def test_a_plan_without_a_size_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="a plan needs a size"):
-        plan(checkpoint, CompressOptions())
+        plan(checkpoint, CodingOptions())
 
 
 def test_a_weight_at_the_end_of_float32_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -119,8 +120,15 @@ def test_a_weight_at_the_end_of_float32_is_named(checkpoint: Path, tmp_path: Pat
     source.mkdir()
     save_file(tensors, source / "model.safetensors")
     (source / "config.json").write_text((checkpoint / "config.json").read_text())
-    with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.v_proj.*too near the end of float32"):
-        compress(source, tmp_path / "out", CompressOptions(target=Target(bits_per_weight=2.0)))
+    with pytest.raises(FormatError, match=r"layers\.0\.self_attn\.v_proj.*too near the end of float32") as raised:
+        compress_folder(source, tmp_path / "out", CodingOptions(target=Target(bits_per_weight=2.0)))
+    name = "model.layers.0.self_attn.v_proj.weight"
+    assert str(raised.value).endswith(
+        f"range for bpw and size; leave it at its type with keep=['{name}'], or use bits=8"
+    )
+    assert describe_error(raised.value).endswith(
+        f"range for --bpw and --fit; leave it at its type with --keep {name}, or use --bits 8"
+    )
     assert not (tmp_path / "out").exists()
 
 

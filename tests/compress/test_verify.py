@@ -9,14 +9,14 @@ import pytest
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import CompressOptions, compress
+from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress.verify import VerifyResult, verify
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format.reader import CompressedModel
 from tests.support.checkpoints import example_weights, write_checkpoint
 from tests.support.folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
 
-OPTIONS = CompressOptions(granularity="row")
+OPTIONS = CodingOptions(granularity="row")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file(checkpoint: Path, tmp_path: Path) -> Path:
-    compress(checkpoint, tmp_path / "out", OPTIONS)
+    compress_folder(checkpoint, tmp_path / "out", OPTIONS)
     return tmp_path / "out" / "model.safetensors"
 
 

@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
+from entrollm.cli.console import describe_error
 from entrollm.evaluate import Protocol, cut_windows, read_text
 from tests.support.paths import EXAMPLES
 
@@ -53,8 +54,10 @@ def test_a_text_of_one_window_is_enough() -> None:
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_text_too_short_is_refused_with_the_numbers(count: int) -> None:
-    with pytest.raises(ValueError, match=f"the text has {count} tokens, and one window takes 4"):
+    with pytest.raises(ValueError, match=f"the text has {count} tokens, and one window takes 4") as raised:
         cut_windows(number_tokenizer(), numbers(count), Protocol(window=4))
+    assert str(raised.value).endswith("; use a longer text or a smaller window")
+    assert describe_error(raised.value).endswith("; use a longer text or a smaller --window")
 
 
 def test_a_window_of_one_token_is_refused() -> None:

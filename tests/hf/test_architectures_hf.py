@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from entrollm import CompressOptions, _core, compress
+from entrollm.cli.console import describe_error
 from entrollm.compress.export import export
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedStack, CodedWeight, EntroConfig, EntroEmbedding, EntroLinear
-from entrollm.quantize import BitsOverride
 from tests.torch.models import difference, ids, write_coded
 
 # Name: class of the configuration, class of the model, and options.
@@ -141,7 +141,7 @@ def test_new_head_is_initialized(folder: Callable[[str], Path]) -> None:
 
 def test_partly_kept_experts_are_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = folder("mixtral").parent / "source"
-    compress(source, tmp_path / "coded", CompressOptions(overrides=[BitsOverride("*experts.0.w1*", None)]))
+    compress(source, tmp_path / "coded", CompressOptions(keep=["*experts.0.w1*"]))
     message = r"gate_up_proj is made of .*experts\.0\.w1\.weight, which is kept in its type, and of coded matrices"
     with pytest.raises(UnsupportedError, match=message):
         open_model("mixtral", tmp_path / "coded")
@@ -162,8 +162,12 @@ def test_rearranged_matrices_are_refused(
     coded = write_coded(tmp_path, config="Phi3Config")
     chunk = WeightConverter("self_attn.qkv_proj.weight", [f"self_attn.{target}.weight"], [Chunk(0)])
     monkeypatch.setattr("entrollm.hf.names.get_model_conversion_mapping", lambda model: [chunk])
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         open_model("gpt2", coded)
+    if error is UnsupportedError:
+        name = f"model.layers.0.self_attn.{target}.weight"
+        assert str(raised.value).endswith(f"keep it in its type with keep=['{name}']")
+        assert describe_error(raised.value).endswith(f"keep it in its type with --keep {name}")
 
 
 def test_missing_expert_is_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -195,9 +195,8 @@ def test_moved_model_is_opened_again(coded: Path) -> None:
 
 def test_kept_matrices_stay_ordinary(coded: Path, tmp_path: Path) -> None:
     from entrollm import CompressOptions, compress
-    from entrollm.quantize import BitsOverride
 
-    options = CompressOptions(overrides=[BitsOverride("*embed*", None), BitsOverride("*q_proj*", None)])
+    options = CompressOptions(overrides={"*embed*": None, "*q_proj*": None})
     compress(coded.parent / "source", tmp_path / "kept", options)
     model = entrollm.hf.load(tmp_path / "kept", dtype=torch.float32)
     assert type(model.lm_head) is torch.nn.Linear

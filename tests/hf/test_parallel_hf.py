@@ -21,10 +21,10 @@ import entrollm.hf
 from entrollm import _core
 from entrollm.errors import UnsupportedError
 from entrollm.format.reader import CompressedModel
-from entrollm.hf import CodedWeight, EntroConfig
+from entrollm.hf import CodedWeight, EntroConfig, parallel
 from entrollm.matrix import matrix_of
-from entrollm.torch import parallel
-from entrollm.torch.backend import open_native
+from entrollm.torch.native import open_native
+from entrollm.torch.parallel import PartCutter, without_entries
 from tests.support.paths import ROOT
 from tests.torch.models import difference, ids, logits, write_coded
 
@@ -92,9 +92,9 @@ def test_parts_have_the_weights_of_the_whole(coded: Path, style: str, rank: int,
     with CompressedModel.open(coded) as stored:
         pool = _core.ThreadPool(1)
         for name, spec in list(stored.specs.items())[:5]:
-            weight = parallel.without_entries(stored, name, torch.float32)
+            weight = without_entries(stored, name, torch.float32)
             weight.anchor = torch.empty(0)
-            parallel._Cutter(stored, rank, size).fill(weight, style)
+            PartCutter(stored, rank, size).fill(weight, parallel.axis_of(name, style))
             whole = matrix_of(stored, name).dequantize(np.arange(spec.rows), pool)
             axis = 0 if style == "colwise" else 1
             step = -(-whole.shape[axis] // size)
@@ -115,15 +115,15 @@ def test_scales_of_rows_are_cut_too(coded: Path, tmp_path: Path) -> None:
 
 def test_plans_that_cannot_be_followed_are_refused(coded: Path) -> None:
     with CompressedModel.open(coded) as stored:
-        weight = parallel.without_entries(stored, "model.layers.0.mlp.up_proj.weight", torch.float32)
+        weight = without_entries(stored, "model.layers.0.mlp.up_proj.weight", torch.float32)
         with pytest.raises(
             UnsupportedError, match=r"up_proj\.weight: the plan splits it in the style 'packed_colwise'"
         ):
-            parallel._Cutter(stored, 0, 2).fill(weight, "packed_colwise")
+            parallel.axis_of(weight.name, "packed_colwise")
         with pytest.raises(ValueError, match="128 cannot be split over 129 processes; use fewer"):
-            parallel._Cutter(stored, 128, 129).fill(weight, "colwise")
+            PartCutter(stored, 128, 129).fill(weight, parallel.axis_of(weight.name, "colwise"))
     with pytest.raises(UnsupportedError, match="which its kind of layer cannot follow"):
-        parallel._check_whole("router", "colwise")
+        parallel.check_whole("router", "colwise")
     sizes = {"tp_size": 1, "pp_size": 2, "ep_size": 1, "dp_size": 1}
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(**sizes)))
     with pytest.raises(UnsupportedError, match="no parallelism of the kind pp"):

@@ -1,60 +1,19 @@
 // Coded matrices over exact-size buffers: products, rows and damaged streams.
 #include <cmath>
 
-#include "codec/encode.hpp"
+#include "coded_case.hpp"
 #include "product/grouped.hpp"
 #include "product/matrix.hpp"
 #include "product/product.hpp"
-#include "support.hpp"
 
 using namespace entrollm;
 using namespace entrollm::test;
 
 namespace {
 
-Geometry random_geometry(Random& random) {
-  Geometry geometry{1 + random.below(20), 1 + random.below(random.coin() ? 300 : 9000), 1, 0};
-  const std::size_t width = geometry.padded_columns();
-  const std::size_t widest = std::min(width, kMaxBlockColumns);
-  geometry.block_columns = random.coin() ? widest : kVector * (1 + random.below(widest / kVector));
-  geometry.block_rows = 1 + random.below(kMaxBlock / geometry.block_columns);
-  geometry.validate();
-  return geometry;
-}
-
-// A stream with its padding, in an allocation of exactly that size.
-ExactBuffer pad(Bytes bytes) {
-  bytes.resize(stored_bytes(bytes.size()));
-  return ExactBuffer(bytes, 0);
-}
-
-struct Case {
-  Code code;
-  Geometry geometry;
-  Bytes symbols;
-  EncodedRows rows;
-  std::vector<float> scale{0.5f};
-  std::vector<float> offset{-3.0f};
-  std::vector<float> x;
-  std::size_t batch;
-
-  Case(Random& random, const RandomCode& source)
-      : code(source.code()),
-        geometry(random_geometry(random)),
-        batch(1 + random.below(random.coin() ? 6 : 40)) {
-    symbols.resize(geometry.rows * geometry.columns);
-    const std::size_t skew = random.below(10);
-    for (auto& symbol : symbols) symbol = source.symbol(random, skew);
-    rows = encode_rows(code, geometry, symbols.data());
-    if (!code.has_sparse()) rows.sparse_sizes.clear();
-    x.resize(batch * geometry.columns);
-    for (auto& value : x) value = static_cast<float>(random.byte()) - 100.0f;
-  }
-};
-
-void check_products(const Case& c, const CodedMatrix& matrix, ThreadPool& pool) {
+void check_products(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool) {
   std::vector<float> y(c.batch * c.geometry.rows);
-  const CodedMatrix* const matrices[] = {&matrix};
+  const AnyMatrix matrices[] = {&matrix};
   multiply(pool, matrices, c.x.data(), c.batch, y.data());
   for (std::size_t b = 0; b < c.batch; ++b) {
     double largest = 0;
@@ -75,10 +34,22 @@ void check_products(const Case& c, const CodedMatrix& matrix, ThreadPool& pool) 
   }
 }
 
+GroupScales scales_of(std::size_t size, std::size_t groups, const std::vector<float>& scale,
+                      const std::vector<float>& minimum, const std::vector<float>& values) {
+  GroupScales scales{size, {}, values};
+  scales.terms.groups = groups;
+  scales.terms.scale.values = scale.data();
+  if (!minimum.empty()) scales.terms.minimum.values = minimum.data();
+  return scales;
+}
+
 // Group scales at the edges of exact-size arrays.
-void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
+void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
   const Geometry& geometry = c.geometry;
-  const std::size_t size = 1 + random.below(random.coin() ? 200 : 2 * geometry.columns);
+  constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 192, 512, 1024};
+  const std::size_t size = random.coin()   ? kSizes[random.below(std::size(kSizes))]
+                           : random.coin() ? 1 + random.below(200)
+                                           : 1 + random.below(2 * geometry.columns);
   const std::size_t groups = (geometry.columns - 1) / size + 1;
   std::vector<float> scale(geometry.rows * groups), shift(random.coin() ? scale.size() : 0);
   for (auto& value : scale) value = static_cast<float>(random.byte()) / 64 - 1;
@@ -86,7 +57,9 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
   std::vector<float> values(random.coin() ? 256 : 0);
   for (auto& value : values) value = static_cast<float>(random.byte()) / 16 - 9;
   std::vector<float> y(c.batch * geometry.rows);
-  multiply_grouped(pool, matrix, {size, scale, shift, values}, c.x.data(), c.batch, y.data());
+  GroupedMatrix grouped(matrix, scales_of(size, groups, scale, shift, values));
+  const GroupedMatrix* const matrices[] = {&grouped};
+  multiply_grouped(pool, matrices, c.x.data(), c.batch, y.data());
   for (std::size_t b = 0; b < c.batch; ++b) {
     const float* x = c.x.data() + b * geometry.columns;
     double largest = 0;
@@ -102,7 +75,7 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
         const double value =
             values.empty() ? static_cast<double>(symbol) : static_cast<double>(values[symbol]);
         const double weight =
-            value * scale[group] + (shift.empty() ? 0.0 : static_cast<double>(shift[group]));
+            value * scale[group] - (shift.empty() ? 0.0 : static_cast<double>(shift[group]));
         sum += weight * x[j];
         bound += std::fabs(weight) * largest / 65000;
       }
@@ -110,15 +83,20 @@ void check_groups(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Ra
       require(std::fabs(y[b * geometry.rows + i] - sum) <= bound, "the grouped product is close");
     }
   }
-  scale.pop_back();
+  const std::vector<float> before = y;
+  grouped.flatten(pool);
+  require(grouped.is_flat() == grouped.can_flatten(),
+          "it is flat if it can be");
+  multiply_grouped(pool, matrices, c.x.data(), c.batch, y.data());
+  require(before == y, "the flat form has the same products");
   try {
-    multiply_grouped(pool, matrix, {size, scale, {}, {}}, c.x.data(), c.batch, y.data());
-    require(false, "too few scales are refused");
+    GroupedMatrix(matrix, scales_of(size, groups + 1, scale, shift, values));
+    require(false, "another number of groups is refused");
   } catch (const std::invalid_argument&) {
   }
 }
 
-void check_rows(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
+void check_rows(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
   const std::size_t begin = random.below(c.geometry.rows + 1);
   const std::size_t end = begin + random.below(c.geometry.rows - begin + 1);
   const std::size_t size = (end - begin) * c.geometry.columns;
@@ -139,7 +117,7 @@ void check_rows(const Case& c, const CodedMatrix& matrix, ThreadPool& pool, Rand
 }
 
 // Returns whether a damaged stream was refused.
-bool survives(const Case& c, Random& random, ThreadPool& pool) {
+bool survives(const CodedCase& c, Random& random, ThreadPool& pool) {
   EncodedRows rows = c.rows;
   Bytes& stream = rows.sparse.empty() || random.coin() ? rows.dense : rows.sparse;
   if (!stream.empty())
@@ -153,7 +131,7 @@ bool survives(const Case& c, Random& random, ThreadPool& pool) {
   try {
     const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), sizes,
                              {c.scale, c.offset, {}});
-    const CodedMatrix* const matrices[] = {&matrix};
+    const AnyMatrix matrices[] = {&matrix};
     multiply(pool, matrices, c.x.data(), c.batch, y.data());
     matrix.decode(pool, 0, c.geometry.rows, out.data());
     return false;
@@ -162,7 +140,8 @@ bool survives(const Case& c, Random& random, ThreadPool& pool) {
   }
 }
 
-bool refuses(const Case& c, std::size_t dense_size, std::size_t sparse_size, std::size_t sizes) {
+bool refuses(const CodedCase& c, std::size_t dense_size, std::size_t sparse_size,
+             std::size_t sizes) {
   const Bytes dense(dense_size), sparse(sparse_size);
   const std::vector<std::uint16_t> none(sizes, 0xffff);
   try {
@@ -182,7 +161,7 @@ int main() {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Random random(seed);
     const RandomCode source(random);
-    const Case c(random, source);
+    const CodedCase c(random, source);
     const ExactBuffer dense = pad(c.rows.dense);
     const ExactBuffer sparse = pad(c.rows.sparse);
     const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), c.rows.sparse_sizes,

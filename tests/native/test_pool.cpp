@@ -69,7 +69,7 @@ void check_products() {
     callers.emplace_back([&] {
       std::vector<float> y(3 * geometry.rows);
       for (int loop = 0; loop < 20; ++loop) {
-        const CodedMatrix* const matrices[] = {&matrix};
+        const AnyMatrix matrices[] = {&matrix};
         multiply(pool, matrices, x.data(), 3, y.data());
         for (float value : y) require(value == 512.0f, "the product is exact");
       }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from entrollm.quantize import BitsOverride, TensorPlan, parse_bits, plan_tensors
+from entrollm.quantize import BitsOverride, TensorPlan, plan_tensors
 from entrollm.quantize.select import is_quantizable
 
 SHAPES = {
@@ -65,31 +65,6 @@ def test_override_bits_out_of_range_are_refused() -> None:
 def test_default_bits_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="found 1"):
         bits_of(1)
-
-
-def test_options_are_parsed_in_order_and_keep_wins() -> None:
-    default, overrides = parse_bits(["model.layers.0.*=8", "4", "a=b*=3"], keep=["lm_head*"])
-    assert default == 4
-    assert overrides == (
-        BitsOverride("model.layers.0.*", 8),
-        BitsOverride("a=b*", 3),
-        BitsOverride("lm_head*", None),
-    )
-
-
-def test_no_bare_number_leaves_the_default_open() -> None:
-    assert parse_bits([]) == (None, ())
-
-
-@pytest.mark.parametrize("option", ["four", "lm_head*", "lm_head*=", "", "-4", "4.5", "٤"])
-def test_a_value_that_is_no_number_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match="takes N or GLOB=N"):
-        parse_bits([option])
-
-
-def test_a_number_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="bits must be 2 to 8, found 16"):
-        parse_bits(["lm_head*=16"])
 
 
 def test_only_two_axes_named_weight_are_quantizable() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from entrollm.torch.cuda.chunks import Chunks
 from entrollm.torch.cuda.shape import Shape
-from entrollm.torch.cuda.transcode import Packed
 from entrollm.torch.cuda.triples import TripleCode
 
 
@@ -18,14 +18,14 @@ def _bits(words: np.ndarray, lane: int, position: int, count: int) -> int:
     return value
 
 
-def unpack(packed: Packed, shape: Shape, code: TripleCode) -> np.ndarray:
-    """Symbols in the order of places: int64, shape (rows, columns)."""
-    data = packed.data.numpy()
-    out = np.zeros((shape.tiles * 16, shape.groups * 72), np.int64)
+def unpack(chunks: Chunks, shape: Shape, code: TripleCode) -> np.ndarray:
+    """Symbols in the order in which the rows were written: int64, shape (rows, columns)."""
+    data = chunks.data.numpy()
+    out = np.zeros((shape.tiles * 16, shape.spans * 72), np.int64)
     table = code.table()
     for tile in range(shape.tiles):
-        for chunk, (begin, end) in enumerate(shape.chunk_groups()):
-            offset, size, tail, counts = (int(v) & 0xFFFFFFFF for v in packed.chunks[tile, chunk])
+        for chunk, (begin, end) in enumerate(shape.chunk_spans()):
+            offset, size, tail, counts = (int(v) & 0xFFFFFFFF for v in chunks.table[tile, chunk])
             bytes_ = data[offset * 16 : (offset + size) * 16]
             streams = bytes_[:tail].view(np.uint32).reshape(-1, 32)
             rows, patches = counts >> 16, counts & 0xFFFF

@@ -161,8 +161,17 @@ def multiply_groups(
     values: NDArray[np.float32] | None = None,
     threads: int = 1,
 ) -> NDArray[np.float32]:
-    """The product with every row of x, of the weights that groups of columns scale."""
-    return stored.open().multiply_groups(x, size, scale, shift, values, _core.ThreadPool(threads))
+    """The product with every row of x, of the weights that groups of columns scale; the flat form has the same."""
+    arrays = {"group_scale": (scale.view(np.uint8), "F32")}
+    if shift is not None:
+        arrays["group_minimum"] = ((-shift).view(np.uint8), "F32")
+    pool = _core.ThreadPool(threads)
+    matrix = _core.GroupedMatrix(stored.open(), size, 1, arrays, 0.0, 1.0, values)
+    y = _core.multiply_grouped([matrix], x, pool)
+    matrix.flatten(pool)
+    assert matrix.is_flat == matrix.can_flatten
+    np.testing.assert_array_equal(_core.multiply_grouped([matrix], x, pool).view(np.uint32), y.view(np.uint32))
+    return y
 
 
 def dequantize(stored: StoredMatrix, rows: NDArray[np.int64], threads: int = 1) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
-from entrollm.torch.backend import to_tensor
+from entrollm.torch.entries import to_tensor
 from entrollm.torch.plain import PlainMatrix
 from tests.support.folders import SPLIT_ROW, example_tensors
 from tests.support.matrices import (

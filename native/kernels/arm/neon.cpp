@@ -44,7 +44,12 @@ struct NeonProducts {
   };
 };
 
-constexpr Kernels kTable = kernels_of<NeonVectors, NeonProducts>("neon");
+constexpr Kernels kTable = [] {
+  Kernels kernels = kernels_of<NeonVectors, NeonProducts>("neon");
+  kernels.flat = &kNeonFlatKernels;
+  kernels.grouped = &kNeonGroupedKernels;
+  return kernels;
+}();
 
 }  // namespace
 
@@ -53,6 +58,8 @@ constinit const Kernels kNeonKernels = kTable;
 constinit const Kernels kNeonDotKernels = [] {
   Kernels kernels = kTable;
   kernels.name = "neon-dot";
+  kernels.flat = &kNeonDotFlatKernels;
+  kernels.grouped = &kNeonDotGroupedKernels;
   kernels.dot = neon_sdot;
   kernels.dot_tile = neon_sdot_tile;
   return kernels;

@@ -90,6 +90,8 @@ constexpr Kernels kTable = {.name = "avx512",
                             .dot_tile_pair = dot_tile_pair,
                             .cascade_product = cascade_product,
                             .encode = &kAvx512EncodeKernels,
+                            .flat = &kAvx512FlatKernels,
+                            .grouped = &kAvx512GroupedKernels,
                             .floats = &kAvx512FloatKernels};
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ from entrollm.models.config_fields import Fields
 DEFAULT_WINDOWS = 64
 _WINDOW = 512
 _FEWEST_WINDOWS = 8
-# The calibration's own windows have another seed.
-_HELD_OUT_SEED = 1
+
+Action = Literal["writing", "calibrating"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class CalibrationText:
         windows: windows of 512 tokens, or the model's context if less, spread over the text.
         sampled: windows that the model writes itself; see `sample_windows` for the memory they take, 0 for none.
         held_out: windows that `held_out_windows` gives and calibration does not see: the last ones of the file.
+        seed: of the sampled windows; those held out have the next one.
     """
 
     file: str | Path | None
     windows: int = DEFAULT_WINDOWS
     sampled: int = DEFAULT_WINDOWS
     held_out: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.file is None and self.sampled < _FEWEST_WINDOWS:
@@ -55,7 +58,7 @@ def calibrate(
     model: str | Path,
     text: CalibrationText,
     folder: Path,
-    progress: Callable[[str, float, float], None] | None = None,
+    progress: Callable[[Action, float, float], None] | None = None,
     device: Device = HOST,
 ) -> StoredStatistics:
     """Measure what the matrices of a checkpoint see of a text, and how much their errors matter.
@@ -72,7 +75,7 @@ def calibrate(
         ValueError: the model has no tokenizer.
     """
 
-    def report(action: str) -> Callable[[float, float], None] | None:
+    def report(action: Action) -> Callable[[float, float], None] | None:
         return None if progress is None else lambda done, total: progress(action, done, total)
 
     source = _Source(model)
@@ -82,7 +85,8 @@ def calibrate(
     with Checkpoint.open(source.path) as checkpoint:
         if text.sampled:
             shape = (text.sampled, source.tokens)
-            parts.append(sample_windows(checkpoint, source.config, shape, progress=report("writing"), device=device))
+            written = sample_windows(checkpoint, source.config, shape, text.seed, report("writing"), device)
+            parts.append(written)
         return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
 
 
@@ -96,7 +100,7 @@ def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) ->
         return held_out_windows(source.tokenizer(), text.file, source.tokens, text.held_out)
     with Checkpoint.open(source.path) as checkpoint:
         shape = (text.held_out, source.tokens)
-        return sample_windows(checkpoint, source.config, shape, _HELD_OUT_SEED, device=device)
+        return sample_windows(checkpoint, source.config, shape, text.seed + 1, device=device)
 
 
 class _Source:

@@ -13,7 +13,7 @@ from entrollm.calibrate.backward import draw_labels
 from entrollm.calibrate.layer import NORM, LayerWeights, Tensors, rotation
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import EMBEDDING, output_head
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, Message, Option
 from entrollm.models.config import ModelConfig
 
 # Keys and values of the sequences that are written side by side: so much at least.
@@ -82,7 +82,8 @@ def _check_memory(checkpoint: Checkpoint, held: int, device: Device) -> int:
     if held + _CACHE_BYTES > memory:
         raise EntroLLMError(
             f"text that {checkpoint.path} writes itself needs {(held + _CACHE_BYTES) / 1e9:.1f} GB of memory, and "
-            f"{device.name} has {memory / 1e9:.1f} GB; calibrate on a text alone, with --sampled 0"
+            f"{device.name} has {memory / 1e9:.1f} GB",
+            hint=Message("calibrate on a text alone, with {}", Option("sampled", 0)),
         )
     return max(_CACHE_BYTES, int(device.spare * (memory - held)))
 

@@ -17,7 +17,7 @@ from entrollm.checkpoint.imported import FORMATS, ImportedMatrix, ImportedWeight
 from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
 from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
 from entrollm.checkpoint.side_files import side_files
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
 from entrollm.files.shards import ADAPTER, is_gguf, open_weight_files
@@ -227,7 +227,8 @@ class Checkpoint:
                 continue
             if info.dtype in FP8_DTYPES or info.dtype not in _FLOAT_DTYPES:
                 raise UnsupportedError(
-                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded; keep it in its type (--keep)"
+                    f"tensor {name!r} is {info.dtype} of three axes, which is not coded",
+                    hint=Message("keep it in its type with {}", Option("keep", [name])),
                 )
             if len(stacks[name]) != info.shape[0]:
                 raise FormatError(f"{self.path}: {name!r} has {info.shape[0]} matrices, not {len(stacks[name])}")

@@ -1,4 +1,4 @@
-"""`entrollm chat`: a dialogue with a model that has a chat template."""
+"""`entrollm chat`: talk with a model that has a chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from entrollm.cli.console import JsonOption, ThreadsOption, describe_error, message, print_json, stderr, stdout
+from entrollm.cli.console import (
+    JsonOption,
+    MemoryOption,
+    ThreadsOption,
+    describe_error,
+    message,
+    print_json,
+    stderr,
+    stdout,
+)
 from entrollm.cli.run import (
     MaxTokensOption,
     MinPOption,
@@ -34,8 +43,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     ("entrollm chat OUT", "talk; /help lists what can be typed"),
     ('entrollm chat OUT --system "Answer in one sentence."', "with instructions"),
-    ("entrollm chat OUT --temperature 0.7 --top-p 0.9", "sampled answers"),
-    ("entrollm chat OUT --json < questions.txt", "one question a line, for scripts"),
+    ("entrollm chat OUT --temperature 0.7 --top-p 0.9", "with sampled answers"),
+    ("entrollm chat OUT --json < questions.txt", "one question per line, for scripts"),
 )
 
 _HELP = "/reset forgets the dialogue, /exit or Ctrl-D leaves, Ctrl-C stops the answer, /help shows this"
@@ -45,7 +54,7 @@ _DEFAULT_MAX_TOKENS = 1024
 def command(
     model: ModelArgument,
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="Instructions that the dialogue starts with.")
+        str | None, typer.Option("--system", metavar="TEXT", help="Instructions for the model, before the dialogue.")
     ] = None,
     max_tokens: MaxTokensOption = _DEFAULT_MAX_TOKENS,
     temperature: TemperatureOption = None,
@@ -56,18 +65,19 @@ def command(
     seed: SeedOption = None,
     stop: StopOption = None,
     threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Talk with a model that has a chat template.
 
-    /exit or Ctrl-D leaves, /reset forgets the dialogue, /help lists what can be
-    typed. Ctrl-C stops the answer in progress. With --json, questions are read
-    one a line and the whole dialogue is printed at the end.
+    /exit or Ctrl-D leaves, /reset forgets the dialogue, /help lists what can be typed. Ctrl-C stops the answer in
+    progress. With --json, each line of the input is a question, and the whole dialogue is printed at the end.
     """
     from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    loaded = load(model, threads=threads)
+    loaded = load(model, threads=threads, memory=check_memory(memory))
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {
@@ -87,7 +97,7 @@ def command(
 
 
 def _talk(dialogue: _Dialogue, *, keep_going: bool) -> None:
-    """Read and answer until the end of the input; with keep_going, a refused question is reported and forgotten."""
+    """Read and answer until the input ends; with keep_going, report and forget a question that is refused."""
     message(_HELP)
     while True:
         try:
@@ -122,11 +132,11 @@ def _read_line() -> str:
 
 
 class _Dialogue:
-    """The messages so far, and the cache that spares their recomputation.
+    """The messages so far, and the cache that saves computing them again.
 
     Attributes:
         messages: role and content, the system message first if there is one.
-        answers: what each answer took, as --json prints it.
+        answers: the figures of each answer, as --json prints them.
     """
 
     def __init__(self, model: Model, system: str | None, options: GenerateKeywords, console: Console) -> None:
@@ -149,7 +159,7 @@ class _Dialogue:
         return "try another question" + (", or start again without --system" if self._opening else "")
 
     def ask(self, question: str) -> None:
-        """Print the answer to `question` as it is made, and remember both; Ctrl-C keeps what there is of it."""
+        """Print the answer to `question` as it is generated, and keep both; Ctrl-C keeps the answer so far."""
         messages = [*self.messages, {"role": "user", "content": question}]
         stream = self._model.stream_chat(messages, cache=self._cache, **self._options)
         try:

@@ -1,4 +1,4 @@
-"""`entrollm compare`: compressed models against their original, as one table and one rate-distortion plot."""
+"""`entrollm compare`: compare models with their original, in one table and one rate-distortion plot."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from entrollm.errors import FormatError
 
 EXAMPLES = (
     ("entrollm compare MODEL A B C --text wiki.txt", "one table"),
-    ("entrollm compare MODEL A B C --text wiki.txt --plot curve.png", "and a plot"),
-    ("entrollm compare MODEL A B --text wiki.txt --json results.json", "everything, to draw again"),
-    ("entrollm compare MODEL A --text wiki.txt --add results.json --plot curve.png", "with earlier points"),
+    ("entrollm compare MODEL A B C --text wiki.txt --plot curve.png", "and a plot of KL over size"),
+    ("entrollm compare MODEL A B --text wiki.txt --json results.json", "keep the figures in a file"),
+    ("entrollm compare MODEL A --text wiki.txt --add results.json --plot curve.png", "draw earlier points too"),
 )
 
 
 def command(
-    original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="The model to be close to.", show_default=False)],
+    original: Annotated[
+        str, typer.Argument(metavar="ORIGINAL", help="The original: a folder or a Hub id.", show_default=False)
+    ],
     models: Annotated[
         list[str], typer.Argument(metavar="OUT...", help="Models to compare, compressed or not.", show_default=False)
     ],
     text: TextOption,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write all figures there; - for stdout, in place of the table."),
+        typer.Option("--json", metavar="FILE", help="Write all figures to FILE; - prints them in place of the table."),
     ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
-            "--plot", metavar="FILE", help="Draw KL over file bits there (.png, .svg, .pdf); needs matplotlib."
+            "--plot", metavar="FILE", help="Draw KL over file bits to FILE (.png, .svg or .pdf); needs matplotlib."
         ),
     ] = None,
     add: Annotated[
         list[Path] | None,
-        typer.Option("--add", metavar="FILE", help="JSON of an earlier run, or of peers, to draw as well."),
+        typer.Option(
+            "--add", metavar="FILE", help="Draw the figures of FILE too: an earlier --json, or another tool's."
+        ),
     ] = None,
     window: WindowOption = None,
     max_windows: MaxWindowsOption = None,
@@ -47,10 +51,10 @@ def command(
 ) -> None:
     """Compare models with their original: file size, KL divergence, top-1 agreement, perplexity.
 
-    The text is read as `entrollm eval` reads it; the original's predictions of
-    a window are made once for all models. An --add file holds an object with
-    "models", a list of objects with "model", "file_bits", "kl": {"mean": ...}
-    and optionally "method", which names the curve; --json writes such a file.
+    The text is read as `entrollm eval` reads it; the original reads each window once for all models.
+
+    An --add file holds an object with "models", a list of objects with "model", "file_bits", "kl": {"mean": ...} and
+    optionally "method", which names the curve. --json writes such a file.
     """
     from entrollm.report import check_plotting, draw_rate_distortion, read_points
 

@@ -1,4 +1,4 @@
-"""What every command shares: the two consoles, the --json discipline, error lines, formats and progress bars.
+"""Shared by all commands: the two consoles, JSON output, error lines, number formats and progress bars.
 
 Results go to stdout; messages and progress go to stderr. With --json, stdout holds exactly one JSON object.
 """
@@ -21,11 +21,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from entrollm.errors import EntroLLMError
+from entrollm.cli.flags import write_flags
+from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
 
 __all__ = [
     "JsonOption",
+    "MemoryOption",
     "Stopwatch",
     "ThreadsOption",
     "describe_error",
@@ -47,7 +49,7 @@ __all__ = [
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# Tables that are piped to a file or a pager keep their columns instead of being cut at 80.
+# A table that goes to a file or a pager is wider than the usual 80 columns, so that none of it is cut off.
 _PIPE_WIDTH = 160
 _TRACEBACK_VARIABLE = "ENTROLLM_TRACEBACK"
 
@@ -55,7 +57,16 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; messages and progress go to stderr.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, metavar="N", help="Worker threads; by default one for each core.")
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Worker threads; by default one for each performance core."),
+]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory",
+        metavar="auto|file|fast",
+        help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
+    ),
 ]
 
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
@@ -84,20 +95,21 @@ def warn(text: str) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in one line what went wrong; operating system errors lead with the file that they are about."""
+    """Say in one line what went wrong, with options as flags; operating system errors begin with their file."""
     if isinstance(error, OSError) and error.errno is not None:
         reason = os.strerror(error.errno)
         if error.errno == errno.ENOSPC:
             reason = "the disk is full; free some space and run the command again"
         return f"{error.filename}: {reason}" if error.filename else reason
-    return " ".join(str(error).split()) or type(error).__name__
+    text = error.describe(write_flags) if isinstance(error, EntroLLMError) else str(error)
+    return " ".join(text.split()) or type(error).__name__
 
 
 def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Turn a user's errors into one line (an object with --json) and exit code 1, an interrupt into code 130.
+    """Report a user's errors in one line (as an object with --json) and exit with code 1; an interrupt exits with 130.
 
-    EntroLLMError, ValueError and OSError are the user's; any other exception is a defect and keeps its traceback.
-    With ENTROLLM_TRACEBACK=1 every exception keeps it.
+    EntroLLMError, ValueError and OSError are the user's errors; any other exception is a defect and keeps its
+    traceback. With ENTROLLM_TRACEBACK=1 every exception keeps it.
     """
 
     @functools.wraps(command)
@@ -108,12 +120,14 @@ def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]
             message("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            raise  # the reader of stdout went away: typer ends quietly
+            raise  # nobody reads stdout any more: typer exits quietly
         except (EntroLLMError, ValueError, OSError) as error:
             if os.environ.get(_TRACEBACK_VARIABLE) == "1":
                 raise
             if kwargs.get("json_output"):
-                print_json({"error": {"type": type(error).__name__, "message": describe_error(error)}})
+                # Scripts know every wrong option as a ValueError.
+                kind = "ValueError" if isinstance(error, OptionError) else type(error).__name__
+                print_json({"error": {"type": kind, "message": describe_error(error)}})
             stderr.print(Text.assemble(("error: ", "bold red"), (describe_error(error), "red")), soft_wrap=True)
             raise typer.Exit(1) from None
 
@@ -150,11 +164,11 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def progress_bar(description: str, unit: str = "B", *, quiet: bool = False) -> Iterator[Callable[[float, float], None]]:
-    """Show a bar with rate and remaining time on stderr; silent where stderr is no terminal.
+    """Show a bar with rate and remaining time on stderr, or nothing if stderr is not a terminal.
 
     Args:
-        description: what is being done.
-        unit: 'B' for bytes, else the name of what is counted, such as 'tokens'.
+        description: what the command is doing.
+        unit: 'B' for bytes, or the name of what is counted, such as 'tokens'.
         quiet: show nothing; commands pass their --json here.
     Yields:
         A callback (completed, total), cheap enough to call often.
@@ -178,7 +192,7 @@ def progress_bar(description: str, unit: str = "B", *, quiet: bool = False) -> I
 
 
 class Stopwatch:
-    """Wall time since it was made."""
+    """Measures the wall time since its construction."""
 
     def __init__(self) -> None:
         self._start_s = time.perf_counter()
@@ -190,7 +204,7 @@ class Stopwatch:
 
 
 def json_safe(value: Any) -> Any:
-    """Replace numbers that JSON cannot hold (NaN, infinities) by None, through dicts, lists and tuples."""
+    """Replace numbers that JSON cannot hold (NaN, infinities) by None, also inside dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,32 +1,37 @@
-"""`entrollm demo`: the whole product on the model that ships in examples/."""
+"""`entrollm demo`: compress, measure and run the model in examples/."""
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, print_json, progress_bar, stdout
+from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, json_safe, print_json, progress_bar, stdout
+from entrollm.cli.progress import ProgressBars
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from entrollm.codec.choose import Prefer
-    from entrollm.compress import CompressResult
+    from entrollm.engine.model import Model
     from entrollm.evaluate import Evaluation
+    from entrollm.recipes.result import CompressResult
     from entrollm.report import QualityRow
 
 EXAMPLES = (
     ("entrollm demo", "compress, measure, generate"),
-    ("entrollm demo --table --windows 673", "the paper's Table I on the whole text; minutes"),
-    ("entrollm demo --model MODEL --text FILE", "the same on a model of yours"),
+    ("entrollm demo --table --windows 673", "the paper's Table I on the whole text; takes minutes"),
+    ("entrollm demo --model MODEL --text FILE", "the same for a model of your own"),
 )
 
 _MODEL = Path("examples/tiny-llama")
 _TEXT = Path("examples/wikitext-2-test.txt")
 _PROMPT = "The history of the city"
-# The paper's Table I: label, grid width, and how the integers are stored.
+# The rows of the paper's Table I: label, grid width, and how the integers are stored.
 _VARIANTS: tuple[tuple[str, int, Prefer], ...] = (
     ("uint8", 8, "fixed"),
     ("uint4", 4, "fixed"),
@@ -38,18 +43,24 @@ _VARIANTS: tuple[tuple[str, int, Prefer], ...] = (
 def command(
     model: Annotated[Path, typer.Option("--model", metavar="MODEL", help="A checkpoint folder.")] = _MODEL,
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on.")] = _TEXT,
-    windows: Annotated[int, typer.Option("--windows", min=1, metavar="N", help="Windows of the text to read.")] = 8,
-    table: Annotated[bool, typer.Option("--table", help="Only the table, without generated text.")] = False,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to continue.")] = _PROMPT,
+    windows: Annotated[
+        int, typer.Option("--windows", min=1, metavar="N", help="How many windows of the text to read.")
+    ] = 8,
+    table: Annotated[bool, typer.Option("--table", help="Print the table only; generate no text.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.")] = _PROMPT,
     threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    """Compress the example model with the paper's grids, compare, and generate text from coded weights.
+    """Compress the example model with the paper's grids, measure it, and generate text from coded weights.
 
-    The table is Table I of the EntroLLM paper: the same integers stored at fixed width and entropy-coded, so that
-    only the size differs between them. Files are made in a temporary folder. Run it from a clone of the project, or
-    name a model and a text.
+    The table is Table I of the EntroLLM paper. It stores the same integers twice, at fixed width and entropy-coded, so
+    that only the size differs. All files go to a temporary folder. Run this in a clone of the project, or name another
+    model and text.
     """
+    from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
+
     for path, option in ((model, "--model"), (text, "--text")):
         if not path.exists():
             raise ValueError(f"{path} is missing; run this in a clone of the project, or name another with {option}")
@@ -57,9 +68,10 @@ def command(
         results = {}
         for label, bits, prefer in _VARIANTS:
             results[label] = _compress(model, Path(folder) / label.replace(" ", ""), bits, prefer, threads, json_output)
-        evaluations, original = _evaluate(model, results, text, windows, threads, json_output)
+        loader = partial(load, threads=threads, memory=check_memory(memory))
+        evaluations, original = _evaluate(model, results, (text, windows), loader, json_output)
         rows = _rows(model, results, evaluations, original)
-        generated = None if table else _generate(results["uint8 + Huffman"].path, prompt, threads, json_output, rows)
+        generated = None if table else _generate(loader(results["uint8 + Huffman"].path), prompt, json_output, rows)
         if json_output:
             print_json(json_safe(_to_json(rows, results, generated)))
         elif table:
@@ -67,28 +79,40 @@ def command(
 
 
 def _compress(model: Path, out: Path, bits: int, prefer: Prefer, threads: int | None, quiet: bool) -> CompressResult:
-    from entrollm.compress import CompressOptions, compress
+    from entrollm.recipes import CompressOptions, compress
 
-    with progress_bar(f"compressing to {out.name}", "weights", quiet=quiet) as update:
-        options = CompressOptions(bits=bits, prefer=prefer, threads=threads)
-        return compress(model, out, options, on_progress=lambda p: update(p.weights_done, p.weights))
+    options = CompressOptions(bits=bits, prefer=prefer, threads=threads)
+    with ProgressBars(quiet, compressing=f"compressing to {out.name}") as progress:
+        return compress(model, out, options, progress=progress)
 
 
 def _evaluate(
-    model: Path, results: dict[str, CompressResult], text: Path, count: int, threads: int | None, quiet: bool
+    model: Path,
+    results: dict[str, CompressResult],
+    text: tuple[Path, int],
+    loader: Callable[[Path], Model],
+    quiet: bool,
 ) -> tuple[dict[str, Evaluation], Evaluation]:
-    """Measure each grid once, from its entropy-coded folder; the fixed-width folder holds the same integers."""
-    from entrollm.engine.load import load
+    """Measure each grid once, from its entropy-coded folder; the fixed-width folder holds the same integers.
+
+    Args:
+        model: the original.
+        results: the compressed folders by label.
+        text: a file, and how many windows of it are read.
+        loader: loads a folder.
+        quiet: show no progress.
+    """
     from entrollm.evaluate import DEFAULT_WINDOW, Protocol, cut_windows, evaluate, read_text
 
-    reference = load(model, threads=threads)
+    file, count = text
+    reference = loader(model)
     if reference.tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer.json, which reading a text needs")
+        raise ValueError(f"{model} has no tokenizer.json, which is needed to read a text")
     window = min(DEFAULT_WINDOW, reference.config.context_length)
-    cut = cut_windows(reference.tokenizer, read_text(text), Protocol(window, count, None))
+    cut = cut_windows(reference.tokenizer, read_text(file), Protocol(window, count, None))
     labels = [label for label, _, prefer in _VARIANTS if prefer != "fixed"]
-    loaded = [load(results[label].path, threads=threads) for label in labels]
-    with progress_bar(f"reading {text.name}", "tokens", quiet=quiet) as update:
+    loaded = [loader(results[label].path) for label in labels]
+    with progress_bar(f"reading {file.name}", "tokens", quiet=quiet) as update:
         evaluations, original = evaluate(loaded, cut, reference, update)
     assert original is not None
     by_label = dict(zip(labels, evaluations, strict=True))
@@ -126,15 +150,12 @@ def _rows(
     return rows
 
 
-def _generate(folder: Path, prompt: str, threads: int | None, quiet: bool, rows: list[QualityRow]) -> dict[str, Any]:
+def _generate(model: Model, prompt: str, quiet: bool, rows: list[QualityRow]) -> dict[str, Any]:
     """Print the table and continue the prompt from the 8-bit coded model, as the text is made."""
-    from entrollm.engine.load import load
-
     if not quiet:
         _print_table(rows)
-        stdout.print("\nfrom the uint8 + Huffman folder, weights coded in memory:")
+        stdout.print("\nfrom the uint8 + Huffman folder:")
         stdout.print(f"[bold]{prompt}[/bold]", end="", markup=True)
-    model = load(folder, threads=threads)
     result = model.generate(
         prompt,
         max_tokens=64,

@@ -1,4 +1,4 @@
-"""`entrollm export`: back to an ordinary checkpoint."""
+"""`entrollm export`: decode a compressed folder to an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import typer
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
 
 EXAMPLES = (
-    ("entrollm export OUT -o DIR", "decoded, in the original types"),
-    ("entrollm export OUT -o DIR --dtype f32", "the dequantized values exactly"),
+    ("entrollm export OUT -o DIR", "decode to the original types"),
+    ("entrollm export OUT -o DIR --dtype f32", "keep the dequantized values exactly"),
 )
 
 
 class DataType(StrEnum):
-    """Type of the decoded matrices."""
+    """The type of the decoded matrices."""
 
     original = "original"
     bf16 = "bf16"
@@ -38,7 +38,11 @@ def command(
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Decode a compressed folder to a checkpoint that any Hugging Face tool reads."""
+    """Decode a compressed folder to a checkpoint that any Hugging Face tool can read.
+
+    The weights are those of the compressed model, rounded to the type that --dtype names; the original's are not
+    restored.
+    """
     from entrollm import _core
     from entrollm.compress.export import export
     from entrollm.format.reader import CompressedModel

@@ -1,4 +1,4 @@
-"""`entrollm inspect`: what a compressed folder holds."""
+"""`entrollm inspect`: show what a compressed folder holds."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Show each tensor's grid, entropy, Huffman bits, file bits and error.
 
-    All bits are per weight. The error is the RMS quantization error over the RMS of the original weights. The last
-    line counts everything: streams, scales, headers and the tensors that keep their type.
+    All bits are per weight. The error is the RMS of the quantization error over the RMS of the original weights. The
+    last line counts everything: streams, scales, headers, and the tensors that keep their type.
     """
     from entrollm import _core
     from entrollm.compress.describe import describe

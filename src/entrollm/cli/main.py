@@ -1,13 +1,15 @@
 """The `entrollm` command: its options and the list of its commands, one file each.
 
-A command file holds `command`, a typer function, and `EXAMPLES`, pairs of a command line and what it does. It
-imports at its top only what parsing needs; the rest is imported when the command runs, so that --help is quick.
-A command that can print JSON takes `json_output: JsonOption`, through which its errors become JSON as well.
+A command file defines `command`, a typer function, and `EXAMPLES`, pairs of a command line and what it does. At its top
+it imports only what parsing needs, so that --help is quick; the function imports the rest. A command that can print
+JSON takes `json_output: JsonOption`; its errors are then printed as JSON as well.
 """
 
 import importlib
 import importlib.metadata
 import inspect
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -17,10 +19,10 @@ from entrollm.cli.console import examples_epilog, guard, stdout
 _PACKAGE = "entrollm.cli"
 _COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "compare", "export", "demo", "info")
 _EXAMPLES = (
-    ("entrollm demo", "try it on the shipped model"),
-    ("entrollm compress MODEL -o OUT --bits 4", "MODEL: a folder or a Hub id"),
+    ("entrollm demo", "try it on the example model"),
+    ("entrollm compress MODEL -o OUT --bits 4", "compress a folder, a Hub id or a .gguf file"),
     ('entrollm run OUT -p "Once upon a time"', "generate text"),
-    ("entrollm COMMAND --help", "options and examples of a command"),
+    ("entrollm COMMAND --help", "show the options and examples of a command"),
 )
 
 
@@ -39,7 +41,7 @@ def _main(
 
 
 def _reflow(text: str) -> str:
-    """Join the lines of each paragraph, so that help wraps at the terminal's width and not at the source's."""
+    """Join the lines of each paragraph, so that the terminal's width decides where help wraps, not the source's."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
@@ -65,4 +67,9 @@ app = _build_app()
 
 def run() -> None:
     """Run the command line; the console script's entry."""
+    if sys.platform == "win32":
+        # Pipes have the legacy code page there, which lacks most of what a model may read or write.
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
     app()

@@ -1,4 +1,4 @@
-"""What `eval` and `compare` share: load models, run them over a text, and show what came out."""
+"""Shared by `eval` and `compare`: run models over a text, and show the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 TextOption = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.", show_default=False)]
 WindowOption = Annotated[
     int | None,
-    typer.Option("--window", min=2, metavar="N", help="Tokens read at once; by default 512, or the context if less."),
+    typer.Option(
+        "--window",
+        min=2,
+        metavar="N",
+        help="Tokens read at once; 512 by default, or the context length if that is less.",
+    ),
 ]
 MaxWindowsOption = Annotated[
     int | None, typer.Option("--max-windows", min=1, metavar="N", help="Use only the first N windows.")
@@ -29,7 +34,7 @@ BosOption = Annotated[bool, typer.Option("--bos", help="Begin every window with 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The text and how it is cut, as the command line gives it."""
+    """The text, and how to cut it into windows."""
 
     text: Path
     window: int | None
@@ -39,19 +44,19 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model's name, size and figures."""
+    """A model's name, size and figures."""
 
     name: str
     size: ModelSize
     evaluation: Evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, bits included."""
+        """Everything, with bits per weight."""
         size = {"file_bytes": self.size.file_bytes, "weights": self.size.weights, "file_bits": self.size.file_bits}
         return {"model": self.name, "method": self.size.method, **size, **self.evaluation.to_json()}
 
     def to_row(self) -> QualityRow:
-        """Its row of the table."""
+        """The model's row in the table."""
         from entrollm.report import QualityRow
 
         perplexity, divergence = self.evaluation.perplexity, self.evaluation.divergence
@@ -73,7 +78,7 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run over a text; `reference` is None where there was none."""
+    """The figures of models on a text; `reference` is `None` if there was none."""
 
     text: Path
     windows: Windows
@@ -105,30 +110,37 @@ class Measured:
 
 
 def measure(
-    models: Sequence[str], against: str | None, options: TextOptions, threads: int | None, quiet: bool
+    models: Sequence[str],
+    against: str | None,
+    options: TextOptions,
+    threads: int | None,
+    quiet: bool,
+    memory: str = "auto",
 ) -> Measured:
-    """Run models, and the reference once, over a text.
+    """Run models over a text, and the reference once for all of them.
 
     Args:
         models: folders or Hub ids.
-        against: the reference; None for none.
+        against: the reference, or `None`.
         options: the text.
-        threads: of coded products.
+        threads: worker threads; `None` for one per core.
         quiet: show no progress.
+        memory: where coded weights are multiplied; see `entrollm.load`.
     Raises:
-        EntroLLMError, ValueError: a model or the text is unfit.
+        EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
     """
     from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
     from entrollm.evaluate import cut_windows, evaluate, model_size, read_text
 
     content = read_text(options.text)
-    loaded = [load(model, threads=threads) for model in models]
-    reference = None if against is None else load(against, threads=threads)
+    loaded = [load(model, threads=threads, memory=check_memory(memory)) for model in models]
+    reference = None if against is None else load(against, threads=threads, memory=check_memory(memory))
     every = loaded if reference is None else [*loaded, reference]
     tokenizer = next((model.tokenizer for model in every if model.tokenizer is not None), None)
     if tokenizer is None:
-        raise ValueError(f"{models[0]} has no tokenizer.json, which reading a text needs")
+        raise ValueError(f"{models[0]} has no tokenizer.json, which is needed to read a text")
     windows = cut_windows(tokenizer, content, _protocol(every, options))
     watch = Stopwatch()
     with progress_bar("evaluating", "tokens", quiet=quiet) as progress:
@@ -143,7 +155,7 @@ def measure(
 
 
 def _protocol(models: Sequence[Model], options: TextOptions) -> Protocol:
-    """Choose the window that every model can read."""
+    """Choose a window that every model can read."""
     from entrollm.evaluate import DEFAULT_WINDOW, Protocol
 
     context = min(model.config.context_length for model in models)

@@ -1,4 +1,4 @@
-"""`entrollm plan`: what a size would give, without writing anything."""
+"""`entrollm plan`: predict what a size gives, without writing anything."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, stdout
-from entrollm.cli.targets import BpwOption, FitOption, parse_target
+from entrollm.cli.options import BpwOption, KeepOption, SizeOption
 
 if TYPE_CHECKING:
     from entrollm.compress import SizePlan
     from entrollm.report import Table
 
 EXAMPLES = (
-    ("entrollm plan MODEL --fit 1.9GB", "bits and error of every tensor"),
+    ("entrollm plan MODEL --fit 1.9GB", "what fits: bits and error of every tensor"),
+    ("entrollm plan MODEL --bpw 3", "how much error, memory and speed 3 bits per weight give"),
+    ("entrollm plan MODEL --bpw 3 --keep 'lm_head*'", "with one tensor in its own type"),
     ("entrollm plan MODEL --bpw 3 --json", "the same for scripts"),
 )
 
@@ -22,28 +24,20 @@ EXAMPLES = (
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
     bpw: BpwOption = None,
-    fit: FitOption = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option("--keep", metavar="GLOB", help="Leave the tensors that match in their own type."),
-    ] = None,
+    size: SizeOption = None,
+    keep: KeepOption = None,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Predict size, error per tensor, memory and speed of a model compressed to a size.
+    """Predict size, error per tensor, memory and speed of a model compressed to a size, without writing anything.
 
-    Sizes come from a sample of every matrix and are within about 0.5 % of what
-    compress writes. Tokens per second are those of the weights' products
-    alone, at one sequence, measured on this machine.
+    Sizes come from a sample of every matrix and are within about 0.5 % of what compress writes without calibration.
+    Tokens per second count the products with the weights alone, for one sequence, at the speed measured on this
+    machine.
     """
-    from entrollm.compress import CompressOptions, plan
-    from entrollm.quantize.select import parse_bits
+    from entrollm.recipes import CompressOptions, plan
 
-    target = parse_target(bpw, fit)
-    if target is None:
-        raise ValueError("give a size: --bpw 3.5 or --fit 1.9GB")
-    _, overrides = parse_bits([], keep or [])
-    result = plan(model, CompressOptions(target=target, overrides=overrides, threads=threads))
+    result = plan(model, CompressOptions(bpw=bpw, size=size, keep=keep or (), threads=threads))
     if json_output:
         print_json(result.to_json())
     else:
@@ -61,7 +55,7 @@ def _print(model: str, result: SizePlan) -> None:
     stdout.print(
         f"memory: at most {format_bytes(result.compress_bytes)} to compress, {format_bytes(result.load_bytes)} loaded"
     )
-    stdout.print(f"about {result.tokens_per_s:.0f} tokens/s here")
+    stdout.print(f"about {result.tokens_per_s:.0f} tokens/s on this machine")
 
 
 def _table(model: str, result: SizePlan) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, message, print_json
+from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, message, print_json
 
 if TYPE_CHECKING:
     from entrollm.engine.generate import GenerationResult
@@ -60,6 +60,7 @@ def command(
     seed: SeedOption = None,
     stop: StopOption = None,
     threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it is generated.
@@ -69,9 +70,10 @@ def command(
     likeliest token is taken. --top-k, --top-p or --min-p turn sampling on.
     """
     from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
 
     text = _read_prompt(prompt)
-    loaded = load(model, threads=threads)
+    loaded = load(model, threads=threads, memory=check_memory(memory))
     stream = loaded.stream(
         text,
         max_tokens=max_tokens,

@@ -1,4 +1,4 @@
-"""`entrollm verify`: whether a compressed folder is whole and true."""
+"""`entrollm verify`: check that a compressed folder is complete and correct."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 from entrollm.cli.console import JsonOption, Stopwatch, ThreadsOption, print_json, progress_bar, stdout
 
 EXAMPLES = (
-    ("entrollm verify OUT", "checksums, structure, exact coding"),
-    ("entrollm verify OUT --against MODEL", "and the integers against the original"),
+    ("entrollm verify OUT", "check checksums, structure and coding"),
+    ("entrollm verify OUT --against MODEL", "and compare the integers with the original's"),
 )
 
 
@@ -25,10 +25,10 @@ def command(
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Check checksums and structure, decode everything and encode it again bit for bit.
+    """Check checksums and structure, decode all weights, and encode them again to the same bits.
 
-    With --against, the original is quantized again and must give the same integers, its error must be the stored
-    one, and tensors that keep their type must be equal. Stops with exit code 1 at the first difference.
+    --against quantizes the original again: its integers and errors must be the stored ones, and tensors that keep their
+    type must be equal. The first difference ends the command with exit code 1.
     """
     from contextlib import nullcontext
 

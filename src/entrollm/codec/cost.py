@@ -15,7 +15,7 @@ class Machine:
     """Cycles per 64 symbols that a processor needs to decode and multiply.
 
     Attributes:
-        group: for a sub-field of 8, 4 or 2 bits of the root's fields or of the low bits.
+        sub_field: for a sub-field of 8, 4 or 2 bits of the root's fields or of the low bits.
         root_plane: for a sub-field of 1 bit of these.
         root_escape: to merge the root's escapes.
         fields: for a list of fields, whatever their width.
@@ -26,7 +26,7 @@ class Machine:
         node: for a list, once in each block.
     """
 
-    group: float
+    sub_field: float
     root_plane: float
     root_escape: float
     fields: float
@@ -41,13 +41,13 @@ MACHINES: dict[Processor, Machine] = {
     # AVX-512 with VBMI2 and GFNI. Fitted, with an RMS error of 0.65, to 82 cascades over Gaussian sources that were
     # decoded and multiplied from the first-level cache. Lists with and without escapes cost about the same.
     "x86": Machine(
-        group=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
+        sub_field=1.5, root_plane=1.0, root_escape=1.7, fields=0.0, plane=2.2, escape=0.0, raw=1.0, split=5.0, node=52.0
     ),
     # NEON. Instructions were counted under an emulator (docs/research/arm.md) and are taken as eight to a cycle: in the
     # time of eight instructions, the memory of a small board delivers about four bytes to each core, as much as the
     # memory of a large machine delivers in a cycle.
     "arm": Machine(
-        group=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
+        sub_field=1.6, root_plane=1.9, root_escape=6.2, fields=0.6, plane=1.8, escape=5.5, raw=1.0, split=9.7, node=38.0
     ),
 }
 # A bit plane ends inside a byte, which wastes about half a byte.
@@ -103,5 +103,5 @@ class CostModel:
 
     def _dense(self, bits: int) -> float:
         """Cycles to read 64 dense fields, which are sub-fields of 8, 4, 2 and 1 bits."""
-        groups = (bits & 8) // 8 + (bits & 4) // 4 + (bits & 2) // 2
-        return self.machine.group * groups + self.machine.root_plane * (bits & 1)
+        sub_fields = (bits & 8) // 8 + (bits & 4) // 4 + (bits & 2) // 2
+        return self.machine.sub_field * sub_fields + self.machine.root_plane * (bits & 1)

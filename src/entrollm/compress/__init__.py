@@ -10,25 +10,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entrollm.compress.options import CompressOptions, PostFit
+from entrollm.compress.options import CodingOptions, PostFit
 from entrollm.compress.target import Target, parse_size
 
 if TYPE_CHECKING:
     from entrollm.compress.folder import check_output
     from entrollm.compress.predict import SizePlan, plan, size_range
     from entrollm.compress.progress import CompressProgress
-    from entrollm.compress.result import CompressResult
+    from entrollm.compress.result import FolderResult
     from entrollm.compress.statistics import Statistics
 
 __all__ = [
-    "CompressOptions",
+    "CodingOptions",
     "CompressProgress",
-    "CompressResult",
+    "FolderResult",
     "PostFit",
     "SizePlan",
     "Target",
     "check_output",
-    "compress",
+    "compress_folder",
     "parse_size",
     "plan",
     "size_range",
@@ -36,7 +36,7 @@ __all__ = [
 
 _HOMES = {
     "CompressProgress": "progress",
-    "CompressResult": "result",
+    "FolderResult": "result",
     "SizePlan": "predict",
     "check_output": "folder",
     "plan": "predict",
@@ -44,16 +44,16 @@ _HOMES = {
 }
 
 
-def compress(
+def compress_folder(
     model: str | Path,
     out: str | Path,
-    options: CompressOptions | None = None,
+    options: CodingOptions | None = None,
     *,
     statistics: Statistics | None = None,
     post_fit: PostFit | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
-) -> CompressResult:
+) -> FolderResult:
     """Quantize a checkpoint, entropy-code it and write a model folder.
 
     Memory stays below twice the largest tensor in float32. The folder appears when it is complete. After an
@@ -76,7 +76,7 @@ def compress(
     """
     from entrollm.compress import pipeline
 
-    return pipeline.compress(
+    return pipeline.compress_folder(
         model,
         out,
         options,

@@ -20,8 +20,8 @@ from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.compress.methods import Methods
-from entrollm.compress.options import CompressOptions
-from entrollm.errors import FormatError
+from entrollm.compress.options import CodingOptions
+from entrollm.errors import FormatError, Message, Option
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
 from entrollm.format.grid import GridKind
@@ -62,7 +62,7 @@ class MatrixCoder:
         options: decide between codes, and the number of threads.
     """
 
-    def __init__(self, checkpoint: Checkpoint, methods: Methods, options: CompressOptions) -> None:
+    def __init__(self, checkpoint: Checkpoint, methods: Methods, options: CodingOptions) -> None:
         self._checkpoint = checkpoint
         self._methods = methods
         self._prefer, self._processor = options.prefer, options.processor
@@ -184,10 +184,9 @@ def _check_range(name: str, quantized: Quantized) -> None:
     if quantized.groups is not None or quantized.zero is None:
         return
     if not np.isfinite(zero_offsets(float_scales(quantized.scale), quantized.zero)).all():
-        raise FormatError(
-            f"{name}: its largest weights are too near the end of float32's range for --bpw and --fit; "
-            "leave it at its type with --keep, or use --bits 8"
-        )
+        message = "{}: its largest weights are too near the end of float32's range for {} and {}"
+        hint = Message("leave it at its type with {}, or use {}", Option("keep", [name]), Option("bits", 8))
+        raise FormatError(Message(message, name, Option("bpw"), Option("size")), hint=hint)
 
 
 def _stored(scales: Scales) -> NDArray[Any]:

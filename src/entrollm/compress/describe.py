@@ -174,7 +174,7 @@ def describe_code(code: Code) -> str:
         widths.append(node.bits)
         node = node.escape
     if node is None:
-        return "flat " + "-".join(map(str, widths)) + low
+        return "cascade " + "-".join(map(str, widths)) + low
     return f"tree of {_count_nodes(code.tree)}" + low
 
 

@@ -68,8 +68,8 @@ def export(
     if dtype != "original" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be original, {', '.join(_DTYPES)}; found {dtype!r}")
     members = _members(model)
-    types = {name: _type(model, parts[0], dtype) for name, parts in members.items()}
-    shapes = {name: _shape(model, name, parts) for name, parts in members.items()}
+    types = {name: _type(model, own[0], dtype) for name, own in members.items()}
+    shapes = {name: _shape(model, name, own) for name, own in members.items()}
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
     total, done = sum(sizes.values()), 0
@@ -81,7 +81,7 @@ def export(
             path = folder.partial / layout.shard_name(index, len(shards))
             with ShardWriter(path, ordinary=True) as writer:
                 for name in shard:
-                    chunks = (chunk for part in members[name] for chunk in _chunks(model, part, types[name], pool))
+                    chunks = (chunk for member in members[name] for chunk in _chunks(model, member, types[name], pool))
                     writer.add_plain(name, types[name], shapes[name], chunks)
                     names[name] = path.name
                     done += sizes[name]

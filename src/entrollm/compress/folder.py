@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -10,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, Message, Option, OptionError
 from entrollm.format import layout
 from entrollm.format.reader import is_compressed, read_config
+from entrollm.system import FolderLock, sync_folder
 
 _PLAN = "plan.json"
 
@@ -54,7 +54,7 @@ class OutputFolder:
 
     def close(self) -> None:
         """Release the lock; files that are not published stay for another run."""
-        os.close(self._lock)
+        self._lock.release()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file and sync it."""
@@ -77,16 +77,10 @@ class OutputFolder:
         if self.partial.exists() and not self._was_ours():
             raise ValueError(f"{self.partial} is in the way and was not left by an interrupted run; move it")
         self.partial.mkdir(exist_ok=True)
-        self._lock = os.open(self.partial, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The other run may have published the folder between the two lines above.
-            locked = os.path.samestat(os.fstat(self._lock), self.partial.stat())
-        except OSError:
-            locked = False
-        if not locked:
-            os.close(self._lock)
-            raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder")
+            self._lock = FolderLock(self.partial)
+        except BlockingIOError:
+            raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder") from None
         plan_file = self.partial / _PLAN
         if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == fingerprint:
             return
@@ -133,7 +127,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not ours:
         raise ValueError(f"{path} exists and is not a compressed model; name a folder that does not exist yet")
     if not overwrite:
-        raise ValueError(f"{path} exists; name another folder, or pass --overwrite to replace it")
+        raise OptionError(
+            f"{path} exists", hint=Message("name another folder, or pass {} to replace it", Option("overwrite", True))
+        )
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:
@@ -146,12 +142,3 @@ def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int
     """
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(names)}
     folder.write_text(layout.INDEX_NAME, json.dumps(index, indent=1) + "\n")
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.sized import SizedMethods
 from entrollm.compress.statistics import Statistics
@@ -34,7 +34,7 @@ class Methods(Protocol):
 
 
 def make_methods(
-    checkpoint: Checkpoint, plan: Plan, options: CompressOptions, statistics: Statistics | None = None
+    checkpoint: Checkpoint, plan: Plan, options: CodingOptions, statistics: Statistics | None = None
 ) -> Methods:
     """The quantizers that the options ask for.
 

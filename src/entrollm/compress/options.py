@@ -1,4 +1,4 @@
-"""The options of compression."""
+"""How a folder is quantized and coded; `entrollm.recipes` has the options that users see."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from entrollm.codec.choose import Prefer
     from entrollm.codec.cost import Processor
     from entrollm.compress.target import Target
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from entrollm.quantize.select import BitsOverride
 
 Method = Literal["feedback", "gptq"]
-PostFit = Callable[[Path], Mapping[str, NDArray[Any]]]
+PostFit = Callable[[Path], "Mapping[str, NDArray[Any]]"]
 """Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
 DEFAULT_BITS = 4
 """Bits of a grid if neither bits nor a size are given."""
 
 
 @dataclass(frozen=True, slots=True)
-class CompressOptions:
-    """Options of `compress`. All but `threads` affect the result.
+class CodingOptions:
+    """Options of `compress_folder`. All but `threads` affect the result.
 
     Attributes:
         bits: width of the grid of a matrix, 2 to 8; None for 4, or for the integers that a quantized checkpoint has.

@@ -18,16 +18,16 @@ from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.folder import OutputFolder, write_index
 from entrollm.compress.methods import make_methods
-from entrollm.compress.options import DEFAULT_BITS, CompressOptions, PostFit
+from entrollm.compress.options import DEFAULT_BITS, CodingOptions, PostFit
 from entrollm.compress.planning import Plan, make_plan
 from entrollm.compress.progress import CompressProgress, ProgressCounter
 from entrollm.compress.refit import Refit
-from entrollm.compress.result import CompressResult, Run, summarize
+from entrollm.compress.result import FolderResult, Run, summarize
 from entrollm.compress.shard import RECORD_VERSION, ShardMaker, ShardRecord
 from entrollm.compress.sized import has_drift
 from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
-from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.errors import EntroLLMError, Message, Option, Placeholder, UnsupportedError
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
 from entrollm.format.spec import FORMAT_VERSION
@@ -36,18 +36,18 @@ from entrollm.format.spec import FORMAT_VERSION
 _ROOM = 0.001
 
 
-def compress(
+def compress_folder(
     model: str | Path,
     out: str | Path,
-    options: CompressOptions | None = None,
+    options: CodingOptions | None = None,
     *,
     statistics: Statistics | None = None,
     post_fit: PostFit | None = None,
     overwrite: bool = False,
     on_progress: Callable[[CompressProgress], None] | None = None,
-) -> CompressResult:
-    """See `entrollm.compress.compress`."""
-    options = options or CompressOptions()
+) -> FolderResult:
+    """See `entrollm.compress.compress_folder`."""
+    options = options or CodingOptions()
     if statistics is not None and options.target is None:
         raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
     if post_fit is not None and options.target is None:
@@ -84,7 +84,7 @@ def _weights_to_code(checkpoint: Checkpoint, plan: Plan) -> int:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, plan: Plan, options: CompressOptions, statistics: Statistics | None
+    checkpoint: Checkpoint, plan: Plan, options: CodingOptions, statistics: Statistics | None
 ) -> dict[str, Any]:
     """What must be equal for a run to continue an interrupted one."""
     return {
@@ -103,7 +103,7 @@ def _fingerprint(
     }
 
 
-def _small_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, bytes]:
+def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
     """The files beside the weights that the output gets, by name.
 
     Raises:
@@ -114,9 +114,9 @@ def _small_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, 
         try:
             return {name: text.encode() for name, text in convert_tokenizer(checkpoint.path).items()}
         except UnsupportedError as error:
-            raise UnsupportedError(
-                f"{error}; add --tokenizer FOLDER, a folder with the tokenizer.json of the model that it was made from"
-            ) from None
+            added = "add {}, a folder with the tokenizer.json of the model that it was made from"
+            hint = Message(added, Option("tokenizer", Placeholder("FOLDER")))
+            raise UnsupportedError(error.message, hint=hint) from None
     if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{options.tokenizer} is not a folder with a tokenizer.json")
     found = {file.relative_to(checkpoint.path).as_posix(): file for file in side_files(checkpoint.path)}
@@ -125,7 +125,7 @@ def _small_files(checkpoint: Checkpoint, options: CompressOptions) -> dict[str, 
     return {name: file.read_bytes() for name, file in found.items() if name != "config.json"}
 
 
-def _config(checkpoint: Checkpoint, plan: Plan, options: CompressOptions, is_calibrated: bool) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: Plan, options: CodingOptions, is_calibrated: bool) -> dict[str, Any]:
     """The config.json of the output. Its method fields are for human readers."""
     method: dict[str, Any]
     if plan.imported:
@@ -169,7 +169,7 @@ def _refit(
     checkpoint: Checkpoint,
     plan: Plan,
     records: list[ShardRecord],
-    options: CompressOptions,
+    options: CodingOptions,
     scales: Mapping[str, NDArray[Any]],
 ) -> list[ShardRecord]:
     """Store the scales of a post_fit if there are some and the files stay within a limit.
@@ -195,21 +195,24 @@ def _refit(
     return refitted
 
 
-def _limit(options: CompressOptions) -> int | None:
+def _limit(options: CodingOptions) -> int | None:
     """The size in bytes that must not be exceeded; None if absent."""
     return None if options.target is None else options.target.file_bytes
 
 
-def _with_room(options: CompressOptions) -> CompressOptions:
+def _with_room(options: CodingOptions) -> CodingOptions:
     """The options with a limit that leaves room for other scales."""
     limit = _limit(options)
     return options if limit is None else replace(options, target=Target(file_bytes=int(limit * (1 - _ROOM))))
 
 
-def _check_limit(records: Sequence[ShardRecord], options: CompressOptions) -> None:
+def _check_limit(records: Sequence[ShardRecord], options: CodingOptions) -> None:
     limit, size = _limit(options), _file_bytes(records)
     if limit is not None and size > limit:
-        raise EntroLLMError(f"the tuned files would take {size} bytes, over the limit of {limit}; leave out --tune")
+        raise EntroLLMError(
+            f"the tuned files would take {size} bytes, over the limit of {limit}",
+            hint=Message("leave out {}", Option("tune")),
+        )
 
 
 def _file_bytes(records: Sequence[ShardRecord]) -> int:

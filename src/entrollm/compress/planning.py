@@ -10,9 +10,9 @@ from typing import Self
 
 from entrollm.checkpoint.imported import ImportedMatrix
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress.options import DEFAULT_BITS, CompressOptions
+from entrollm.compress.options import DEFAULT_BITS, CodingOptions
 from entrollm.compress.stacks import split_stacks
-from entrollm.errors import FormatError
+from entrollm.errors import FormatError, Message, Option, OptionError, Placeholder
 from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
 
 
@@ -43,7 +43,7 @@ class Plan:
         return replace(self, coded=tuple(names), shards=(tuple(self.tensors),))
 
 
-def make_plan(checkpoint: Checkpoint, options: CompressOptions, order: Sequence[str] = ()) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[str] = ()) -> Plan:
     """Plan the tensors of a checkpoint.
 
     A shard holds consecutive tensors whose source bytes fit `options.shard_bytes`; a larger tensor has its own shard.
@@ -74,7 +74,7 @@ def make_plan(checkpoint: Checkpoint, options: CompressOptions, order: Sequence[
     return Plan(MappingProxyType(tensors), coded, imported, shards)
 
 
-def _imported(checkpoint: Checkpoint, options: CompressOptions) -> Mapping[str, ImportedMatrix]:
+def _imported(checkpoint: Checkpoint, options: CodingOptions) -> Mapping[str, ImportedMatrix]:
     """The matrices whose integers are taken over; those of fp8 only if no other size is asked for."""
     if checkpoint.imported or options.bits is not None or options.target is not None:
         return checkpoint.imported
@@ -82,7 +82,7 @@ def _imported(checkpoint: Checkpoint, options: CompressOptions) -> Mapping[str, 
 
 
 def _plan_imported(
-    checkpoint: Checkpoint, imported: Mapping[str, ImportedMatrix], options: CompressOptions
+    checkpoint: Checkpoint, imported: Mapping[str, ImportedMatrix], options: CodingOptions
 ) -> dict[str, TensorPlan]:
     """Plan a checkpoint that is quantized already: the other tensors are kept unless an override names them.
 
@@ -91,10 +91,13 @@ def _plan_imported(
     """
     where = f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and its integers are kept"
     if options.target is not None or options.bits is not None:
-        raise ValueError(
-            f"{where}: leave out --bits, --bpw and --fit, or compress the checkpoint that it was made from; "
-            "--bits GLOB=N quantizes the tensors that it left alone"
+        alternatives = (
+            "{}: leave out {}, {} and {}, or compress the checkpoint that it was made from; "
+            "{} quantizes the tensors that it left alone"
         )
+        sizes = Option("bits"), Option("bpw"), Option("size")
+        some = Option("overrides", {Placeholder("GLOB"): Placeholder("N")})
+        raise OptionError(Message(alternatives, where, *sizes, some))
     others = {name: info.shape for name, info in checkpoint.tensors.items() if name not in imported}
     for override in options.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in others):

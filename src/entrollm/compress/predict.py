@@ -15,7 +15,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import make_plan
 from entrollm.compress.sized import SizedMethods
 from entrollm.compress.statistics import Statistics
@@ -80,7 +80,7 @@ class SizePlan:
         return asdict(self)
 
 
-def plan(model: str | Path, options: CompressOptions) -> SizePlan:
+def plan(model: str | Path, options: CodingOptions) -> SizePlan:
     """Predict size, error and speed of a model compressed to a target.
 
     Args:
@@ -112,9 +112,7 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
     )
 
 
-def size_range(
-    model: str | Path, options: CompressOptions, statistics: Statistics | None = None
-) -> tuple[float, float]:
+def size_range(model: str | Path, options: CodingOptions, statistics: Statistics | None = None) -> tuple[float, float]:
     """The smallest and the largest bits per weight that `compress` can meet, everything included.
 
     Args:
@@ -149,7 +147,7 @@ def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return layout.padded_stream([coded]) if coded.size else np.zeros(_core.SLACK_BYTES, np.uint8)
 
 
-def _product_rate(methods: SizedMethods, threads: int, options: CompressOptions) -> float:
+def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -> float:
     """Weights per second of a product with a Gaussian matrix at the model's median step; the best of a few runs."""
     steps = sorted(methods.control.step(name) for name in methods.curves)
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)

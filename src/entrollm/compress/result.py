@@ -33,7 +33,7 @@ class ImportedSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class CompressResult:
+class FolderResult:
     """What a run did.
 
     Attributes:
@@ -71,7 +71,7 @@ class CompressResult:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What `summarize` needs to know of a run besides its records; see `CompressResult`."""
+    """What `summarize` needs to know of a run besides its records; see `FolderResult`."""
 
     path: Path
     elapsed_s: float
@@ -79,14 +79,14 @@ class Run:
     is_refitted: bool
 
 
-def summarize(checkpoint: Checkpoint, plan: Plan, records: Sequence[ShardRecord], run: Run) -> CompressResult:
+def summarize(checkpoint: Checkpoint, plan: Plan, records: Sequence[ShardRecord], run: Run) -> FolderResult:
     """Add up the records of all shards."""
     matrices = {name: matrix for record in records for name, matrix in record.matrices.items()}
     coded = sum(record.coded_weights for record in records)
     file_bytes = sum(record.file_bytes for record in records)
     kept_bytes = sum(record.kept_bytes for record in records)
     weights = sum(info.weights for info in checkpoint.tensors.values())
-    return CompressResult(
+    return FolderResult(
         path=run.path,
         weights=weights,
         quantized_weights=coded,

@@ -194,7 +194,7 @@ def _chunks(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[NDArray[A
     rows = info.shape[0] if info.shape else 1
     step = max(1, _COPY_BYTES * rows // max(1, info.size_bytes))
     for begin in range(0, rows, step):
-        part = (name, begin, min(rows, begin + step)) if info.shape else (name,)
-        stored = checkpoint.read(*part)
+        run = (name, begin, min(rows, begin + step)) if info.shape else (name,)
+        stored = checkpoint.read(*run)
         check_finite(name, stored)
-        yield stored if dtype == info.dtype else checkpoint.read_float32(*part).astype(DTYPES[dtype])
+        yield stored if dtype == info.dtype else checkpoint.read_float32(*run).astype(DTYPES[dtype])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.control import RateControl
-from entrollm.compress.options import CompressOptions
+from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.rate import RateCurve
 from entrollm.compress.statistics import Drift, Statistics
@@ -46,7 +46,7 @@ class SizedMethods:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, options: CompressOptions, statistics: Statistics | None = None
+        self, checkpoint: Checkpoint, plan: Plan, options: CodingOptions, statistics: Statistics | None = None
     ) -> None:
         self._checkpoint = checkpoint
         self._statistics = statistics
@@ -138,7 +138,7 @@ class _Corrected:
         return quantized
 
 
-def has_drift(options: CompressOptions) -> bool:
+def has_drift(options: CodingOptions) -> bool:
     """Whether matrices with statistics must be quantized in the order in which the model multiplies with them."""
     return options.drift and options.method == "feedback"
 
@@ -167,8 +167,8 @@ class _Sampler:
 
     def quantize(self, step: float, choose: CodeChooser) -> Quantized:
         if self._rows is None:
-            parts = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
-            self._rows = np.concatenate(parts).astype(_sample_type(self._checkpoint, self._name))
+            rows = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
+            self._rows = np.concatenate(rows).astype(_sample_type(self._checkpoint, self._name))
             self._checkpoint.release(self._name)
         quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)

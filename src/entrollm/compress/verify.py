@@ -104,20 +104,20 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
     empty = np.zeros(0, np.uint8)
     for begin, symbols in symbol_chunks(matrix, pool):
         try:
-            parts: tuple[NDArray[Any], ...] = _core.encode(
+            encoded: tuple[NDArray[Any], ...] = _core.encode(
                 spec.code.program(), spec.code.low_bits, symbols, spec.blocks.rows, spec.blocks.columns
             )
         except ValueError as error:
             raise CorruptStreamError(f"{matrix.name}: rows from {begin} on: {error}") from None
-        for suffix, part in zip(ends, parts, strict=True):
+        for suffix, array in zip(ends, encoded, strict=True):
             if suffix == layout.SPARSE_SIZES and not ends[layout.SPARSE]:
                 continue  # a code without lists has no sizes
-            found = stored.get(suffix, empty)[ends[suffix] : ends[suffix] + part.size]
-            if not np.array_equal(found, part):
+            found = stored.get(suffix, empty)[ends[suffix] : ends[suffix] + array.size]
+            if not np.array_equal(found, array):
                 raise CorruptStreamError(
                     f"{matrix.name}: encoding its integers again gives other bytes in {suffix[1:]}, near row {begin}"
                 )
-            ends[suffix] += part.size
+            ends[suffix] += array.size
     _check_padding(matrix, stored, ends)
 
 

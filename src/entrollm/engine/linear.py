@@ -9,10 +9,11 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.checkpoint.names import canonical_names
+from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, transcode_ahead
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import CodedMatrix, matrix_of, multiply
+from entrollm.matrix import matrix_of, multiply
 from entrollm.threads import default_threads, spin_us
 
 if TYPE_CHECKING:
@@ -20,29 +21,30 @@ if TYPE_CHECKING:
 
 
 class CodedLinear:
-    """Coded matrices side by side; each is decoded block by block inside every product and never held decoded."""
+    """Coded or flat matrices side by side. A product decodes a coded one block by block and never holds it decoded."""
 
-    def __init__(self, matrices: Sequence[CodedMatrix], pool: _core.ThreadPool) -> None:
-        self._matrices = matrices
+    def __init__(self, slots: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
+        self._slots = slots
         self._pool = pool
-        self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)
+        specs = [slot.matrix.spec for slot in slots]
+        self.shape = (sum(spec.rows for spec in specs), specs[0].columns)
 
     def __call__(self, x: Floats, /) -> Floats:
         """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
-        return multiply(self._matrices, x, self._pool)
+        return multiply([slot.ready(self._pool) for slot in self._slots], x, self._pool)
 
 
 class CodedEmbedding:
-    """A coded matrix that is read by row."""
+    """A coded or flat matrix that is read by row, in the form that it has."""
 
-    def __init__(self, matrix: CodedMatrix, pool: _core.ThreadPool) -> None:
-        self._matrix = matrix
+    def __init__(self, slot: MatrixSlot, pool: _core.ThreadPool) -> None:
+        self._slot = slot
         self._pool = pool
-        self.shape = (matrix.spec.rows, matrix.spec.columns)
+        self.shape = (slot.matrix.spec.rows, slot.matrix.spec.columns)
 
     def rows(self, ids: Ids, /) -> Floats:
         """Look up: int64 (n,) -> float32 (n, in_features)."""
-        return self._matrix.dequantize(ids, self._pool)
+        return self._slot.matrix.dequantize(ids, self._pool)
 
 
 class DenseLinear:
@@ -76,16 +78,22 @@ class _SideBySide:
 class CodedWeights:
     """The tensors of a compressed folder. Matrices that were kept in their type are dense.
 
+    Args:
+        model: the folder.
+        threads: of products.
+        memory: which matrices are transcoded to the flat form when they are first multiplied with; see `MemoryPlan`.
     Raises:
         FormatError: two tensors have the same name in a causal model.
     """
 
-    def __init__(self, model: CompressedModel, threads: int) -> None:
+    def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file") -> None:
         self._model = model
         is_tied = model.config.get("tie_word_embeddings") is True
         self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = _core.ThreadPool(threads, spin_us())
-        self._coded: dict[str, CodedMatrix] = {}
+        self._flat = MemoryPlan(model, memory).flat
+        self._slots: dict[str, MatrixSlot] = {}
+        self._multiplied: dict[str, MatrixSlot] = {}
         self._dense: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
@@ -94,7 +102,9 @@ class CodedWeights:
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
         if all(self._names[name] in self._model.specs for name in names):
-            return CodedLinear([self._matrix(name) for name in names], self.pool)
+            slots = [self._slot(name) for name in names]
+            self._multiplied.update(zip(names, slots, strict=True))
+            return CodedLinear(slots, self.pool)
         if len(names) > 1:
             return _SideBySide([self.linear(name) for name in names])
         return self._kept(names[0])
@@ -102,17 +112,24 @@ class CodedWeights:
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
         if self._names[name] in self._model.specs:
-            return CodedEmbedding(self._matrix(name), self.pool)
+            return CodedEmbedding(self._slot(name), self.pool)
         return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
         return to_float32(self._model.array(self._names[name]))
 
-    def _matrix(self, name: str) -> CodedMatrix:
-        if name not in self._coded:
-            self._coded[name] = matrix_of(self._model, self._names[name])
-        return self._coded[name]
+    def prepare(self) -> None:
+        """Start to transcode what is to be flat, in the order in which `linear` was asked for it."""
+        slots = [slot for name, slot in self._multiplied.items() if name in self._flat]
+        if slots:
+            transcode_ahead(slots, self.pool)
+
+    def _slot(self, name: str) -> MatrixSlot:
+        if name not in self._slots:
+            matrix = matrix_of(self._model, name)
+            self._slots[name] = MatrixSlot(matrix, name in self._flat, lambda: self._model.release(name))
+        return self._slots[name]
 
     def _kept(self, name: str) -> DenseLinear:
         if name not in self._dense:

@@ -3,23 +3,18 @@
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.evaluation import Evaluation, LanguageModel, evaluate
 from entrollm.evaluate.perplexity import Perplexity
-from entrollm.evaluate.search import DivergenceLimit, SearchResult, Trial, compress_within
 from entrollm.evaluate.size import ModelSize, model_size
 from entrollm.evaluate.windows import DEFAULT_WINDOW, Protocol, Windows, cut_windows, read_text
 
 __all__ = [
     "DEFAULT_WINDOW",
     "Divergence",
-    "DivergenceLimit",
     "Evaluation",
     "LanguageModel",
     "ModelSize",
     "Perplexity",
     "Protocol",
-    "SearchResult",
-    "Trial",
     "Windows",
-    "compress_within",
     "cut_windows",
     "evaluate",
     "model_size",

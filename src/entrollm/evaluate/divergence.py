@@ -1,4 +1,4 @@
-"""Divergence: how far a model's predictions are from a reference model's."""
+"""KL divergence: how far a model's predictions are from a reference model's."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +15,8 @@ class Divergence:
 
     Attributes:
         mean, percentile_99, maximum: over the predictions.
-        standard_error: of the mean, from the spread between windows; None for a single window.
-        top1_agreement: share of the predictions whose likeliest token is the same.
+        standard_error: of the mean, from the spread between windows; `None` for a single window.
+        top1_agreement: share of the predictions with the same likeliest token.
     """
 
     mean: float
@@ -31,7 +31,7 @@ class Divergence:
 
 
 def summarize_divergences(divergences: Float64, agreements: NDArray[np.bool_]) -> Divergence:
-    """Reduce all windows' divergences and top-1 agreements, both of shape (windows, predictions of each)."""
+    """Reduce the divergences and top-1 agreements of all windows, both of shape (windows, predictions per window)."""
     return Divergence(
         mean=float(divergences.mean()),
         standard_error=standard_error(divergences),
@@ -47,7 +47,7 @@ def token_divergences(reference: Float32, model: Float32) -> Float64:
     Args:
         reference, model: logits, float32, shape (n, vocabulary).
     Returns:
-        nats, float64, shape (n,); rounding below 0 is cut off.
+        nats, float64, shape (n,); values that rounding takes below 0 are set to 0.
     """
     divergences = np.empty(len(reference))
     for rows in pieces(reference):
@@ -57,6 +57,6 @@ def token_divergences(reference: Float32, model: Float32) -> Float64:
 
 
 def top1_agreements(reference: Float32, model: Float32) -> NDArray[np.bool_]:
-    """Return for every row whether both logits have their maximum at the same token."""
+    """Return for each row whether both logits have their maximum at the same token."""
     same: NDArray[np.bool_] = reference.argmax(axis=1) == model.argmax(axis=1)
     return same

@@ -1,4 +1,4 @@
-"""Evaluate models on a text in one pass; the reference's logits are used window by window and never kept."""
+"""Evaluate models on a text in one pass. The reference's logits are used window by window and never stored."""
 
 import typing
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Int64 = NDArray[np.int64]
 
 
 class LanguageModel(typing.Protocol):
-    """What is evaluated."""
+    """A model to evaluate."""
 
     def logits(self, ids: Int64, /) -> Float32:
         """Return float32 logits, shape (n, vocabulary), of the token after each of ids, shape (n,)."""
@@ -25,13 +25,13 @@ class LanguageModel(typing.Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's figures; `divergence` only where there was a reference."""
+    """One model's figures; `divergence` is `None` without a reference."""
 
     perplexity: Perplexity
     divergence: Divergence | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as one JSON object, the divergence under 'kl'."""
+        """Return the figures as one JSON object, with the divergence under "kl"."""
         result = self.perplexity.to_json()
         if self.divergence is not None:
             result["kl"] = self.divergence.to_json()
@@ -49,8 +49,8 @@ def evaluate(
     Args:
         models: the models to measure.
         windows: from `cut_windows`.
-        reference: what the models' predictions are compared with; it reads every window once, whatever their number.
-        progress: called after each window with the tokens done and in all.
+        reference: the model whose predictions the others are compared with; it reads each window once, for all of them.
+        progress: called after each window with the number of tokens done, and of all tokens.
     Returns:
         One evaluation per model, and the reference's.
     Raises:
@@ -73,7 +73,7 @@ def evaluate(
 
 @dataclass
 class _Tally:
-    """What one model's predictions gave so far, one array per window."""
+    """The figures of one model so far, one array per window."""
 
     losses: list[Float64] = field(default_factory=list)
     divergences: list[Float64] = field(default_factory=list)
@@ -86,7 +86,7 @@ class _Tally:
         if wanted.shape != logits.shape:
             raise ValueError(
                 f"the reference has a vocabulary of {wanted.shape[1]} and the model one of {logits.shape[1]}; "
-                "compare a model with what it was made from"
+                "compare a model with its own original"
             )
         self.divergences.append(token_divergences(wanted, logits))
         self.agreements.append(top1_agreements(wanted, logits))
@@ -101,7 +101,7 @@ class _Tally:
 def _predict(model: LanguageModel, ids: Int64, number: int) -> Float32:
     """Return the logits that predict ids[1:]."""
     logits = model.logits(ids)[:-1]
-    # A sum is NaN or infinite if any logit is; the logits of a window are too many for a mask of them.
+    # The sum is NaN or infinite if any logit is. A mask of all logits would take too much memory.
     if not np.isfinite(logits.sum(dtype=np.float64)):
         raise EntroLLMError(f"window {number}: the model's logits are not finite; its weights may be damaged")
     return logits

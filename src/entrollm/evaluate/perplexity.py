@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-# Rows of logits are widened to float64 in pieces that stay in the L2 cache, never a whole window's.
+# Logits are widened to float64 in pieces that fit the L2 cache, not a whole window at once.
 _PIECE_ELEMENTS = 1 << 16
 
 
@@ -21,11 +21,11 @@ class Perplexity:
 
     Attributes:
         nats_per_token: mean of -ln p(token) over the predictions.
-        standard_error: of nats_per_token, from the spread between windows; None for a single window.
+        standard_error: of nats_per_token, from the spread between windows; `None` for a single window.
         perplexity: exp(nats_per_token).
         bits_per_byte: nats_per_token / ln 2 * text_tokens / text_bytes.
         windows, predictions: how many were evaluated.
-        text_tokens, text_bytes: of the whole text.
+        text_tokens, text_bytes: size of the whole text.
     """
 
     nats_per_token: float
@@ -46,8 +46,8 @@ def summarize_losses(losses: Float64, text_tokens: int, text_bytes: int) -> Perp
     """Reduce the losses of all windows.
 
     Args:
-        losses: nats, shape (windows, predictions of each).
-        text_tokens, text_bytes: of the whole text.
+        losses: nats, shape (windows, predictions per window).
+        text_tokens, text_bytes: size of the whole text.
     """
     nats = float(losses.mean())
     return Perplexity(
@@ -63,7 +63,7 @@ def summarize_losses(losses: Float64, text_tokens: int, text_bytes: int) -> Perp
 
 
 def standard_error(values: Float64) -> float | None:
-    """Standard error of the mean of values (windows, n); windows are independent, tokens within one are not."""
+    """Standard error of the mean of values, shape (windows, n), taking windows but not their tokens as independent."""
     if len(values) < 2:
         return None
     return float(values.mean(axis=1).std(ddof=1) / math.sqrt(len(values)))
@@ -86,7 +86,7 @@ def token_losses(logits: Float32, targets: NDArray[np.int64]) -> Float64:
 
 
 def pieces(logits: Float32) -> Iterator[slice]:
-    """Yield slices of rows that cover `logits`, each small enough to be widened in the cache."""
+    """Yield slices of rows that cover `logits`, each small enough to fit the cache in float64."""
     step = max(1, _PIECE_ELEMENTS // logits.shape[1])
     for start in range(0, len(logits), step):
         yield slice(start, min(start + step, len(logits)))

@@ -1,4 +1,4 @@
-"""What a model's weight files take."""
+"""The size of a model's weight files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ModelSize:
     """The weight files of a model, everything in them included.
 
     Attributes:
-        file_bytes: of all of them.
-        weights: of the whole model, norms and biases included.
-        method: how it was quantized, such as "ecsq"; None where config.json does not say.
+        file_bytes: size of all weight files.
+        weights: how many weights the whole model has, norms and biases included.
+        method: how it was quantized, such as "ecsq"; `None` if config.json does not say.
     """
 
     file_bytes: int

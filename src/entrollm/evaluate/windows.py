@@ -1,4 +1,4 @@
-"""Cut a text into the windows that every measure of this package uses.
+"""Cut a text into the windows on which models are measured.
 
 The whole text is tokenised at once without special tokens and cut into windows of `window` tokens that do not
 overlap; the remainder is dropped. Each window is read from an empty context and gives window - 1 predictions.
@@ -11,17 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from entrollm.errors import Message, Option, OptionError
+
 DEFAULT_WINDOW = 512
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a text is cut.
+    """How a text is cut into windows.
 
     Attributes:
         window: tokens that the model reads at once, at least 2.
-        max_windows: use the first windows only; None for all.
-        bos_id: a token to put first in every window, in place of one token of text; None for none.
+        max_windows: how many windows to use, from the start of the text; `None` for all.
+        bos_id: a token to put first in each window, in place of one token of the text; `None` if absent.
     """
 
     window: int = DEFAULT_WINDOW
@@ -37,12 +39,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Windows:
-    """A text's windows, and what bits per byte need of the whole text.
+    """The windows of a text, and its size, from which bits per byte follow.
 
     Attributes:
-        ids: int64, shape (windows, window).
-        text_tokens: of the whole text, the dropped remainder included.
-        text_bytes: of the whole text in UTF-8.
+        ids: token ids, int64, shape (windows, window).
+        text_tokens: tokens of the whole text, the dropped remainder included.
+        text_bytes: bytes of the whole text in UTF-8.
     """
 
     ids: NDArray[np.int64]
@@ -51,7 +53,7 @@ class Windows:
 
 
 def cut_windows(tokenizer: Tokenizer, text: str, protocol: Protocol) -> Windows:
-    """Tokenise a text and cut it.
+    """Tokenise a text and cut it into windows.
 
     Raises:
         ValueError: the text does not fill one window.
@@ -60,7 +62,10 @@ def cut_windows(tokenizer: Tokenizer, text: str, protocol: Protocol) -> Windows:
     wanted = protocol.window if protocol.bos_id is None else protocol.window - 1
     count = len(ids) // wanted
     if count == 0:
-        raise ValueError(f"the text has {len(ids)} tokens, and one window takes {wanted}; use a shorter --window")
+        raise OptionError(
+            f"the text has {len(ids)} tokens, and one window takes {wanted}",
+            hint=Message("use a longer text or a smaller {}", Option("window")),
+        )
     if protocol.max_windows is not None:
         count = min(count, protocol.max_windows)
     windows = ids[: count * wanted].reshape(count, wanted)
@@ -70,7 +75,7 @@ def cut_windows(tokenizer: Tokenizer, text: str, protocol: Protocol) -> Windows:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file as it is, line ends included.
+    """Read a UTF-8 file without changing its line ends.
 
     Raises:
         OSError: the file cannot be read.

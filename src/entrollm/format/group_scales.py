@@ -5,7 +5,6 @@ A scale group is a run of columns that share a scale. The arithmetic is exactly 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -162,26 +161,14 @@ class GroupScales:
         original[:, order] = values
         return original
 
-    @functools.cached_property
-    def terms(self) -> tuple[Float32, Float32 | None, Float32 | None]:
-        """The terms of W = value * scale + shift, without rounding to half precision.
+    @property
+    def values(self) -> Float32 | None:
+        """What the 256 symbols stand for: float32 (256,); None if they stand for themselves."""
+        return None if self.form.values is None else BYTE_VALUES[self.form.values]
 
-        Returns:
-            the scale, float32 (rows * groups,); the shift, likewise, or None if it is 0; and the value of each of the
-            256 symbols, or None if symbols are values.
-        """
-        values = None if self.form.values is None else BYTE_VALUES[self.form.values]
-        factor = np.float32(1 if self.form.factor is None else self.form.factor)
-        scale = self._nested("scale", slice(None))
-        shift = None
-        if "group_zero" in self.arrays:
-            shift = scale * -self.arrays["group_zero"].astype(np.float32)
-        elif self.form.zero is not None:
-            shift = scale * np.float32(-self.form.zero)
-        if "group_minimum" in self.arrays:
-            minimum = self._nested("minimum", slice(None))
-            shift = -minimum if shift is None else shift - minimum
-        return (scale * factor).reshape(-1), None if shift is None else (shift * factor).reshape(-1), values
+    def nested(self, part: str) -> Float32:
+        """The scales or minimums of all groups, times their super scales: float32 (rows, groups)."""
+        return self._nested(part, slice(None))
 
     def _nested(self, part: str, rows: slice | NDArray[np.int64]) -> Float32:
         """The scales or the minimums of some rows, float32 (n, groups)."""

@@ -1,11 +1,11 @@
-"""What this package needs installed; checked when it is imported, before the modules that use it."""
+"""Check the packages that this one needs, before the modules that use them are imported."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
 
-# As in the extra `hf`.
+# The same versions as in the extra `hf`.
 _OLDEST = {"torch": (2, 6), "transformers": (5, 23), "accelerate": (1, 1)}
 
 
@@ -13,7 +13,7 @@ def check_packages() -> None:
     """Check that torch and the packages around it are installed and new enough.
 
     Raises:
-        ImportError: one is not; the message says which and what to run.
+        ImportError: one is not; the message says which one, and the command to install it.
     """
     for name, oldest in _OLDEST.items():
         wanted = ".".join(map(str, oldest))

@@ -1,4 +1,4 @@
-"""The quantization_config of transformers: what `entrollm compress` takes as options, and what its folders store."""
+"""The quantization_config of transformers: the options of `entrollm compress`, in the form that its folders store."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
-from entrollm.compress.options import DEFAULT_BITS, CompressOptions
-from entrollm.compress.target import Target, parse_size
+from entrollm.compress.options import DEFAULT_BITS
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.header import versions_read
 from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS
-from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
-from entrollm.quantize.select import BitsOverride
+from entrollm.quantize.paper import Granularity
+from entrollm.recipes.options import CompressOptions
 
 Method = Literal["paper", "ecsq", "feedback", "imported"]
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
@@ -59,31 +58,40 @@ class EntroConfig(QuantizationConfigMixin):
         keep: Sequence[str] = (),
         threads: int | None = None,
     ) -> None:
-        if sum(option is not None for option in (bits, bpw, size)) > 1:
-            raise ValueError("give one of bits, bpw and size: the last two set the grids themselves")
+        options = CompressOptions(
+            bits=bits,
+            bpw=bpw,
+            size=size,
+            granularity=granularity,
+            overrides=dict(overrides or {}),
+            keep=[keep] if isinstance(keep, str) else list(keep),
+            prefer=prefer,
+            processor=processor,
+            threads=threads,
+        )
         self.quant_method: Any = layout.QUANT_METHOD
-        self.bits = DEFAULT_BITS if bits is None and bpw is None and size is None else bits
+        self.bits = DEFAULT_BITS if bits is None and options.target is None else bits
         self.bpw = bpw
-        self.file_bytes = parse_size(size) if isinstance(size, str) else size
+        self.file_bytes = None if options.target is None else options.target.file_bytes
         self.method: Method = "paper" if self.bits is not None else "ecsq"
         # Where the integers of an imported model come from; nothing can be coded by such a configuration.
         self.source: str | None = None
-        self.granularity = granularity
-        self.prefer = prefer
-        self.processor = processor
-        self.overrides = dict(overrides or {})
-        self.keep = [keep] if isinstance(keep, str) else list(keep)
-        self.threads = threads
-        self._check()
+        self.granularity = options.granularity
+        self.prefer = options.prefer
+        self.processor = options.processor
+        self.overrides = dict(options.overrides)
+        self.keep = list(options.keep)
+        self.threads = options.threads
 
     def options(self) -> CompressOptions:
         """The same as options of compression."""
-        overrides = [BitsOverride(pattern, bits) for pattern, bits in self.overrides.items()]
         return CompressOptions(
-            bits=self.bits or DEFAULT_BITS,
-            target=None if self.bits is not None else Target(self.bpw, self.file_bytes),
+            bits=self.bits,
+            bpw=self.bpw,
+            size=self.file_bytes,
             granularity=self.granularity,
-            overrides=[*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)],
+            overrides=self.overrides,
+            keep=self.keep,
             prefer=self.prefer,
             processor=self.processor,
             threads=self.threads,
@@ -161,16 +169,3 @@ class EntroConfig(QuantizationConfigMixin):
         if (method == "imported") != (source is not None):
             raise ValueError("an imported model has a source, and no other has")
         self.method, self.source = method, source
-
-    def _check(self) -> None:
-        for bits in (self.bits, *self.overrides.values()):
-            if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
-                raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}, found {bits!r}")
-        for name, allowed in (("granularity", Granularity), ("prefer", Prefer), ("processor", Processor)):
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, found {value!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, found {self.threads}")
-        if self.bits is None:
-            Target(self.bpw, self.file_bytes)

@@ -1,4 +1,4 @@
-"""Generation with transformers as fast as a GPU goes: a static cache, one CUDA graph a token, and no waiting for it."""
+"""Fast generation with transformers on a GPU: a static cache, one CUDA graph per token, and no wait between tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.generation import utils
 
-# Caches are made for at least so many tokens: calls within one size share what is compiled.
+# Tokens that a cache is made for at least. Calls with caches of one size share compiled code.
 _SMALLEST_CACHE = 512
 
 _defers: ContextVar[bool] = ContextVar("defers", default=False)
 
 
 def compile_config() -> CompileConfig:
-    """CUDA graphs, as `generate` compiles by itself with a static cache, but without a look at every module per token.
+    """Options to compile a token's step as `generate` does with a static cache, but without checking every module.
 
-    torch checks before each compiled call that no layer of the model has changed since, which takes the processor some
-    tenths of a millisecond. With this, a model must not be changed after its first token: layers that are replaced, or
-    moved to another device, may go unnoticed.
+    Before each call of compiled code, torch checks that no layer of the model has changed, which takes some tenths of a
+    millisecond. With these options it does not. The model must then not be changed after its first token: a layer that
+    is replaced, or moved to another device, may go unnoticed.
     """
     return CompileConfig(
-        mode=None,  # type: ignore[arg-type]  # torch takes a mode or options; these are those of "reduce-overhead"
+        mode=None,  # type: ignore[arg-type]  # torch takes a mode or options, and these are the options of "reduce-overhead"
         options={
             "triton.cudagraphs": True,
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
@@ -35,17 +35,19 @@ def compile_config() -> CompileConfig:
 
 
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
-    """Call `model.generate` with what makes tokens come fast on a GPU; what it takes and gives is the same.
+    """Call `model.generate` in the way that is fastest on a GPU; its arguments and its result are the same.
 
-    On an NVIDIA GPU, unless the options say otherwise: a static cache, for a power of two of tokens; `compile_config`;
-    and whether to stop is only asked when the next token is under way already, so that the GPU never waits for the
-    processor. A token that comes too much is dropped, and streamers get tokens one later. Any model of transformers
-    will do, coded or not; it must not be changed after the first token, see `compile_config`.
+    On an NVIDIA GPU it uses, unless the options say otherwise, a static cache for a power of two of tokens, and
+    `compile_config`. It also checks whether to stop only after the next token has been started, so that the GPU never
+    waits for the CPU. A token too many is dropped, and streamers get each token one step later. The model may be any
+    model of transformers, coded or not. It must not be changed after the first token, see `compile_config`.
 
     Args:
-        model: a model of transformers that generates.
-        inputs: the prompts as token ids (batch, count), unless among the options.
-        options: of `model.generate`.
+        model: a model of transformers that can generate.
+        inputs: the prompts as token ids (batch, count), unless the options have them.
+        options: options of `model.generate`.
+    Returns:
+        what `model.generate` returns.
     """
     if model.device.type != "cuda":
         return model.generate(inputs, **options)
@@ -57,7 +59,7 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
 
 
 def _with_static_cache(inputs: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with a static cache, unless they choose another or none."""
+    """Add a static cache to the options, unless they choose another cache or none."""
     config = copy.deepcopy(options.get("generation_config"))
     asked = (
         {} if config is None else {name: value for name, value in vars(config).items() if value is not None}
@@ -79,7 +81,7 @@ def _with_static_cache(inputs: Tensor | None, options: dict[str, Any]) -> dict[s
 
 
 def _let_generate_defer() -> None:
-    """Let `generate` have transformers' deferred checks of stopping on CUDA; 5.23 makes them on Apple's GPUs alone."""
+    """Let `generate` defer checks for stopping on CUDA, which transformers 5.23 does on Apple's GPUs alone."""
     check = getattr(utils, "DeferredStopCheck", None)
     if check is None:
         return

@@ -1,4 +1,4 @@
-"""Load a compressed folder as a model of transformers, with errors in place of warnings."""
+"""Load a compressed folder as a model of transformers, with errors instead of warnings."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def load(
 
     Args:
         model: a folder that `entrollm compress` or save_pretrained wrote, or a Hub id of one.
-        device: where all of it goes; None for the CPU. For several devices pass device_map="auto" instead.
-        dtype: of activations and of the tensors that are not coded.
+        device: the device for the whole model; `None` for the CPU. For several devices pass device_map="auto" instead.
+        dtype: the type of activations and of tensors that are not coded.
         auto_class: the class to load it with, such as transformers.AutoModel; by default the architecture that
             config.json names.
         backend: how to multiply, as in `set_backend`.
-        options: further ones of from_pretrained.
+        options: further options of from_pretrained.
     Returns:
         the model, in evaluation mode.
     Raises:
         FormatError: the folder is malformed or its architecture is unknown to transformers.
-        UnsupportedError: another version of the format wrote it, or its device needs packages that are missing.
-        ValueError: it is no compressed model, or there is no such device.
+        UnsupportedError: it has another version of the format, or its device needs packages that are missing.
+        ValueError: it is not a compressed model, or there is no such device.
     """
     _check_backend(backend)
     path = resolve(model)
@@ -62,9 +62,9 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: the model.
-        backend: "auto" for the fastest way on each device, "plain" for plain torch operations everywhere.
+        backend: "auto" for the fastest back end on each device, "plain" for plain torch operations everywhere.
     Raises:
-        ValueError: there is no such way.
+        ValueError: there is no such back end.
     """
     _check_backend(backend)
     for module in model.modules():

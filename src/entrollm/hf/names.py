@@ -1,4 +1,4 @@
-"""Which parameter of a model each matrix of a checkpoint belongs to, by the rules of transformers."""
+"""Find the parameter of a model that each matrix of a checkpoint belongs to, by the rules of transformers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from transformers.core_model_loading import (
 )
 
 from entrollm.compress.stacks import find_stacks
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.format import layout
 
 
 @dataclass(frozen=True)
-class Place:
-    """A parameter and the checkpoint's matrices that make it up.
+class StoredParameter:
+    """A parameter of a model and the checkpoint's matrices that it is made of.
 
     Attributes:
-        path: the parameter's name in the model; of tied ones, that which the others are tied to.
-        matrices: the names that lie below each other in each of its matrices; one of one for an ordinary parameter.
+        path: the parameter's name in the model; of tied parameters, the one that the others are tied to.
+        matrices: for each matrix of the parameter, the names of the checkpoint's matrices that lie one below the other
+            in it. An ordinary parameter is one matrix with one name.
         is_stack: whether the parameter has three axes, the first over `matrices`.
     """
 
@@ -39,26 +40,26 @@ class Place:
     is_stack: bool
 
     def names(self) -> list[str]:
-        """All names."""
+        """The names of all matrices in the checkpoint."""
         return [name for parts in self.matrices for name in parts]
 
 
-def find_places(
+def find_parameters(
     model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str], are_equal: Callable[[str, str], bool]
-) -> dict[str, Place]:
-    """Find the parameters that matrices of a checkpoint belong to; matrices that the model lacks are left out.
+) -> dict[str, StoredParameter]:
+    """Find the parameters that the matrices of a checkpoint belong to. Matrices that the model lacks are left out.
 
     Args:
-        model: on the meta device, its parameters not yet replaced. Parameters that its configuration ties, and that the
-            checkpoint has twice with different values, are untied.
-        shapes: the matrices by name.
-        kept: the checkpoint's other tensors.
+        model: the model, on the meta device, before any parameter is replaced. Parameters that its configuration ties,
+            and that the checkpoint has twice with different values, are untied.
+        shapes: the shapes of the matrices by name.
+        kept: the names of the checkpoint's other tensors.
         are_equal: whether two matrices of the checkpoint have the same values.
     Returns:
-        the places by the parameter that transformers loads the matrices as.
+        the parameters, by the name under which transformers loads them.
     Raises:
-        FormatError: a matrix has another shape than its parameter.
-        UnsupportedError: transformers rearranges a matrix in a way that coded weights cannot follow, or makes a
+        FormatError: a matrix and its parameter differ in shape.
+        UnsupportedError: transformers rearranges a matrix in a way that coded weights do not support, or makes a
             parameter of coded and kept tensors.
     """
     conversions = get_model_conversion_mapping(model)
@@ -85,73 +86,79 @@ def find_places(
             raise UnsupportedError(
                 f"{path} is made of {name}, which is kept in its type, and of coded matrices; code or keep all of them"
             )
-    places = {}
+    stored = {}
     for path, names in found.items():
-        place = _place(path, names, by_pattern)
-        _check_shapes(place, shapes, tuple(parameters[path].shape))
-        places[path] = place
-    _settle_ties(model, places, kept_paths, are_equal)
-    return places
+        parameter = _parameter(path, names, by_pattern)
+        _check_shapes(parameter, shapes, tuple(parameters[path].shape))
+        stored[path] = parameter
+    _settle_ties(model, stored, kept_paths, are_equal)
+    return stored
 
 
 def _settle_ties(
-    model: Any, places: dict[str, Place], kept_paths: Container[str], are_equal: Callable[[str, str], bool]
+    model: Any,
+    stored: dict[str, StoredParameter],
+    kept_paths: Container[str],
+    are_equal: Callable[[str, str], bool],
 ) -> None:
     """Do what transformers does with tied parameters: one that is stored serves both, two that differ are untied."""
     for target, source in list(model.all_tied_weights_keys.items()):
-        if target in places and source not in places and source not in kept_paths:
-            places[target] = replace(places[target], path=source)
-        elif target in places and source in places:
-            names = places[target].names(), places[source].names()
+        if target in stored and source not in stored and source not in kept_paths:
+            stored[target] = replace(stored[target], path=source)
+        elif target in stored and source in stored:
+            names = stored[target].names(), stored[source].names()
             if len(names[0]) == len(names[1]) and all(are_equal(*pair) for pair in zip(*names, strict=True)):
-                del places[target]
+                del stored[target]
             else:
                 del model.all_tied_weights_keys[target]
-        elif (target in places and source in kept_paths) or (target in kept_paths and source in places):
+        elif (target in stored and source in kept_paths) or (target in kept_paths and source in stored):
             # One is rounded and the other is not.
             del model.all_tied_weights_keys[target]
 
 
-def _place(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> Place:
+def _parameter(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> StoredParameter:
     if None in names:
         if len(names) == 1 and all(layout.stack_member(name) for name in names[None]):
             (members,) = find_stacks(names[None]).values()
-            return Place(path, tuple((member,) for member in members), is_stack=True)
+            return StoredParameter(path, tuple((member,) for member in members), is_stack=True)
         if len(names) > 1 or len(names[None]) > 1:
             raise FormatError(f"{path}: several matrices of the folder belong to it: {', '.join(_flat(names))}")
-        return Place(path, ((names[None][0],),), is_stack=False)
+        return StoredParameter(path, ((names[None][0],),), is_stack=False)
     patterns = [pattern for pattern in names if pattern is not None]
     converter = converters[patterns[0]]
     operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
     if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
         rearranged = ", ".join(kind.__name__ for kind, _ in operations)
         raise UnsupportedError(
-            f"{_flat(names)[0]}: transformers makes {path} of it by {rearranged}, which coded matrices cannot follow; "
-            "keep it in its type (--keep, or keep=[...] of EntroConfig)"
+            f"{_flat(names)[0]}: transformers makes {path} of it by {rearranged}, which coded matrices cannot follow",
+            hint=Message("keep it in its type with {}", Option("keep", [_flat(names)[0]])),
         )
     ordered = [names.get(pattern, []) for pattern in converter.source_patterns]
     if len({len(members) for members in ordered}) != 1:
         raise FormatError(f"{path}: the folder does not have all matrices that belong to it, only {_flat(names)}")
-    return Place(path, tuple(zip(*ordered, strict=True)), is_stack=True)
+    return StoredParameter(path, tuple(zip(*ordered, strict=True)), is_stack=True)
 
 
 def _flat(names: Mapping[str | None, list[str]]) -> list[str]:
     return [name for members in names.values() for name in members]
 
 
-def _check_shapes(place: Place, shapes: Mapping[str, tuple[int, int]], expected: tuple[int, ...]) -> None:
-    for parts in place.matrices:
+def _check_shapes(parameter: StoredParameter, shapes: Mapping[str, tuple[int, int]], expected: tuple[int, ...]) -> None:
+    for parts in parameter.matrices:
         rows, columns = sum(shapes[name][0] for name in parts), {shapes[name][1] for name in parts}
-        found = (*(len(place.matrices),) * place.is_stack, rows, *columns)
+        found = (*(len(parameter.matrices),) * parameter.is_stack, rows, *columns)
         if found != expected:
             raise FormatError(
-                f"{', '.join(parts)}: the model's {place.path} has shape {list(expected)}, the folder's {list(found)}; "
-                "config.json belongs to another model"
+                f"{', '.join(parts)}: the model's {parameter.path} has shape {list(expected)}, "
+                f"the folder's {list(found)}; config.json belongs to another model"
             )
 
 
 class StoredNames(WeightRenaming):
-    """A renaming that only looks names up. Transformers applies renamings in turn, each to what the others made."""
+    """A renaming that looks names up.
+
+    Transformers applies renamings one after another, each to the result of the one before.
+    """
 
     __slots__ = ("_names",)
 
@@ -160,15 +167,15 @@ class StoredNames(WeightRenaming):
         self._names = names
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and no pattern."""
+        """Rename an entry: its new name, and no pattern."""
         return self._names.get(source_key, source_key), None
 
 
 class StoredEntries(WeightConverter):
-    """A converter that only looks names up, and leaves entries as they are.
+    """A converter that looks names up, and leaves entries as they are.
 
-    Transformers makes an expression of the name of every entry that is only renamed, which takes longer than to load
-    it; of a converter it makes a copy.
+    A renaming would do the same, but transformers compiles a regular expression for every renamed entry, which takes
+    longer than loading it. A converter is only copied.
     """
 
     __slots__ = ("_names",)
@@ -179,12 +186,12 @@ class StoredEntries(WeightConverter):
         self._names = names
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The new name, and the pattern that stands for this converter if it has one."""
+        """Rename an entry: its new name, and the pattern of this converter; or its old name and `None`."""
         found = self._names.get(source_key)
         return (source_key, None) if found is None else (found, self._PATTERN)
 
     def __deepcopy__(self, memo: Any) -> StoredEntries:
-        # Each entry gets a copy, which collects it.
+        # Transformers makes a copy for each entry, to collect its tensors.
         made = copy.copy(self)
         made.collected_tensors, made.layer_targets = defaultdict(list), defaultdict(set)
         return made
@@ -196,18 +203,18 @@ class _AsStored(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """The entry under its name in the model."""
+        """Return the entry under its name in the model."""
         (entry,) = input_dict.values()
         return {kwargs["full_layer_name"]: entry}
 
 
 def around(conversions: Iterable[Any], names: Mapping[str, str]) -> list[Any]:
-    """Conversions that give the entries of coded matrices their names in the model and leave these alone otherwise.
+    """Add conversions that give the entries of coded matrices their names in the model, and hide them from the others.
 
     Args:
-        conversions: the model's own.
-        names: entry in the checkpoint to buffer of the model.
+        conversions: the model's own conversions.
+        names: buffers of the model by the name of the entry in the checkpoint.
     """
-    # In between, the entries have names that no pattern matches.
+    # Between the two, entries have names that no pattern of the model's conversions matches.
     marks = {entry: f"\x00{index}" for index, entry in enumerate(names)}
     return [StoredNames(marks), StoredEntries({mark: names[entry] for entry, mark in marks.items()}), *conversions]

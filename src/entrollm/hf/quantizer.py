@@ -1,4 +1,4 @@
-"""The plugin of transformers: load folders of coded matrices, or code matrices while a checkpoint is loaded."""
+"""The plugin for transformers: load folders of coded matrices, or code matrices while a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.hf.config import EntroConfig
+from entrollm.hf.experts import serve_experts
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
-from entrollm.hf.names import Place, StoredEntries, around, find_places
+from entrollm.hf.names import StoredEntries, StoredParameter, around, find_parameters
+from entrollm.hf.parallel import is_parallel, load_parts, mark_local
 from entrollm.hf.save import save_pretrained
 from entrollm.matrix import matrix_of
-from entrollm.torch.backend import check_cuda_packages, default_backend, to_tensor, uses_cuda_kernels
-from entrollm.torch.joined import watch
-from entrollm.torch.modules import put_weight
-from entrollm.torch.parallel import is_parallel, load_parts, mark_local, without_entries
-from entrollm.torch.weight import CodedStack, CodedWeight
+from entrollm.torch.backend import check_cuda_packages, default_backend, uses_cuda_kernels
+from entrollm.torch.entries import to_tensor
+from entrollm.torch.layers import put_weight, watch_inputs
+from entrollm.torch.parallel import without_entries
+from entrollm.torch.stack import CodedStack
+from entrollm.torch.weight import CodedWeight
 
-# Begins the names of entries that transformers is not to load; no tensor has such a name.
+# The beginning of the names of entries that transformers must not load; no tensor has such a name.
 _LEFT_OUT = "entrollm left out "
 
 
 @register_quantizer(layout.QUANT_METHOD)
 class EntroQuantizer(HfQuantizer):
-    """What transformers calls while it loads a model with an EntroConfig."""
+    """The object that transformers calls while it loads a model with an EntroConfig."""
 
     quantization_config: EntroConfig
 
@@ -45,7 +48,7 @@ class EntroQuantizer(HfQuantizer):
         self._is_parallel = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Check that the devices can be served, before anything is loaded.
+        """Check that the devices are supported, before anything is loaded.
 
         Raises:
             UnsupportedError: a package is missing.
@@ -65,18 +68,18 @@ class EntroQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_stored(model, folder)
         else:
-            self._coder = LiveCoder(folder, model, self.quantization_config.options())
-        # A layer's entries, or those of a tied embedding, are of no use on different devices.
+            self._coder = LiveCoder(folder, model, self.quantization_config.options().coding())
+        # The entries of a layer must be on one device.
         model._no_split_modules = {*(model._no_split_modules or ()), "EntroLinear", "EntroEmbedding", "CodedWeight"}
 
     def _prepare_stored(self, model: Any, folder: Path) -> None:
-        """Put modules for the folder's matrices into the model; transformers then loads their entries."""
+        """Put modules for the folder's matrices into the model, whose entries transformers then loads."""
         with CompressedModel.open(folder) as stored:
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
             make = without_entries if self._is_parallel else _on_meta
-            for place in find_places(model, shapes, stored.plain, stored.are_equal).values():
-                dtype = model.get_parameter(place.path).dtype
-                install(model, place, {name: make(stored, name, dtype) for name in place.names()})
+            for parameter in find_parameters(model, shapes, stored.plain, stored.are_equal).values():
+                dtype = model.get_parameter(parameter.path).dtype
+                install(model, parameter, {name: make(stored, name, dtype) for name in parameter.names()})
             if self._is_parallel:
                 mark_local(model)
                 self._leave_out(model, stored)
@@ -85,7 +88,7 @@ class EntroQuantizer(HfQuantizer):
                 self._names[weight.name + suffix] = f"{path}{suffix}"
 
     def _leave_out(self, model: Any, stored: CompressedModel) -> None:
-        """Keep transformers from loading entries, and from saying that it does not."""
+        """Keep transformers from loading entries, and from warning that it does not."""
         entries = [name + suffix for name in stored.specs for suffix in stored.entries(name)]
         self._names = {entry: f"{_LEFT_OUT}{index}" for index, entry in enumerate(entries)}
         ignored = model._keys_to_ignore_on_load_unexpected or set()
@@ -93,15 +96,15 @@ class EntroQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is coded while it is loaded."""
-        return self._coder is not None and param_name in self._coder.places
+        return self._coder is not None and param_name in self._coder.parameters
 
     def get_quantize_ops(self) -> QuantizeWhileLoading:
-        """What codes a parameter while it is loaded."""
+        """The operation that codes a parameter while it is loaded."""
         assert self._coder is not None
         return QuantizeWhileLoading(self._coder, install)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Bytes of an element of a parameter once it is coded, for the choice of devices."""
+        """Expected bytes per element of a parameter once it is coded, for the choice of devices."""
         if self.param_needs_quantization(model, param_name):
             return self.quantization_config.expected_bits() / 8
         return float(param.element_size())
@@ -111,7 +114,7 @@ class EntroQuantizer(HfQuantizer):
         return around(weight_conversions, self._names) if self._names else weight_conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The type to load a tensor in: stored entries keep theirs."""
+        """The type to load a tensor in; stored entries keep theirs."""
         if isinstance(converter, StoredEntries):
             return None
         kept: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
@@ -126,12 +129,12 @@ class EntroQuantizer(HfQuantizer):
             with CompressedModel.open(self._files[0].parent) as stored:
                 load_parts(model, stored)
         self._open_for_kernels(model)
-        watch(model)
+        watch_inputs(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
     def _open_for_kernels(self, model: Any) -> None:
-        """Give the CUDA kernels their matrices now, one by one, and leave the stored form in the files' memory maps."""
+        """Write matrices in the GPU's layout now, one by one, and leave their entries in the files' memory maps."""
         weights = coded_weights(model).values()
         served = [weight for weight in weights if weight.backend == "auto" and uses_cuda_kernels(weight.device)]
         if not served:
@@ -144,7 +147,7 @@ class EntroQuantizer(HfQuantizer):
             weight.matrix()
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
-        """Refuse the saving of transformers itself, whose files would lack the specs."""
+        """Refuse to save in transformers' own way, whose files would lack the specs."""
         raise UnsupportedError("save this model with model.save_pretrained, which from_pretrained has replaced")
 
     def is_serializable(self) -> bool:
@@ -162,39 +165,45 @@ class EntroQuantizer(HfQuantizer):
         return True
 
 
-def install(model: Any, place: Place, weights: Mapping[str, CodedWeight]) -> list[str]:
-    """Put coded matrices in the place of a parameter, and of parameters that are tied to it.
+def install(model: Any, parameter: StoredParameter, weights: Mapping[str, CodedWeight]) -> list[str]:
+    """Replace a parameter, and parameters that are tied to it, with coded matrices.
 
     Args:
         model: the model.
-        place: the parameter.
+        parameter: the parameter.
         weights: its matrices by their name in the checkpoint.
     Returns:
-        the parameters that are gone.
+        the names of the parameters that are replaced.
     """
     weight: CodedWeight | CodedStack
-    if place.is_stack:
-        weight = CodedStack([[weights[name] for name in parts] for parts in place.matrices])
+    if parameter.is_stack:
+        weight = CodedStack([[weights[name] for name in parts] for parts in parameter.matrices])
     else:
-        weight = weights[place.matrices[0][0]]
-    put_weight(model, place.path, weight)
-    tied = [target for target, source in model.all_tied_weights_keys.items() if source == place.path]
+        weight = weights[parameter.matrices[0][0]]
+    _put(model, parameter.path, weight, owns=True)
+    tied = [target for target, source in model.all_tied_weights_keys.items() if source == parameter.path]
     for target in tied:
         del model.all_tied_weights_keys[target]
-        put_weight(model, target, weight, owns=False)
-    return [place.path, *tied]
+        _put(model, target, weight, owns=False)
+    return [parameter.path, *tied]
+
+
+def _put(model: Any, path: str, weight: CodedWeight | CodedStack, owns: bool) -> None:
+    put_weight(model, path, weight, owns)
+    if isinstance(weight, CodedStack):
+        serve_experts(model.get_submodule(path.rpartition(".")[0]))
 
 
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
-    """The coded matrices of a model by their path in it."""
+    """The coded matrices of a model by their path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CodedWeight)}
 
 
-def _device(place: Any) -> torch.device:
-    """A place of a device map; tensors on disk are loaded to the CPU."""
-    if isinstance(place, int):
-        return torch.device("cuda", place)
-    return torch.device("cpu" if place == "disk" else place)
+def _device(name: Any) -> torch.device:
+    """The device that a device map names; tensors on disk are loaded to the CPU."""
+    if isinstance(name, int):
+        return torch.device("cuda", name)
+    return torch.device("cpu" if name == "disk" else name)
 
 
 def _check_files(checkpoint_files: Any) -> list[Path]:
@@ -208,7 +217,7 @@ def _check_files(checkpoint_files: Any) -> list[Path]:
 
 
 def _map_entries(files: Iterable[Path], names: Container[str]) -> dict[str, Tensor]:
-    """Stored entries as views of their files."""
+    """Map stored entries from their files to memory."""
     entries: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -217,7 +226,7 @@ def _map_entries(files: Iterable[Path], names: Container[str]) -> dict[str, Tens
 
 
 def _on_meta(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:
-    """A matrix whose entries are yet to be loaded; those in the file are checked here."""
+    """Make a coded weight for transformers to load the entries of; the stored entries are checked here."""
     matrix_of(stored, name)
     entries: dict[str, Tensor] = {}
     for suffix, array in stored.entries(name).items():

@@ -19,7 +19,7 @@ from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
-from entrollm.torch.backend import to_array
+from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
 _DTYPES = {
@@ -50,18 +50,18 @@ def save_pretrained(
 ) -> None:
     """Write the model's coded matrices as they are, its other tensors, and its configuration.
 
-    The files are written beside their place and moved there at the end, config.json last.
+    The files are written to a temporary folder inside and moved at the end, config.json last.
 
     Args:
         model: loaded by from_pretrained.
         save_directory: the folder; files of an earlier model in it are replaced.
         is_main_process: False writes nothing.
         push_to_hub: not supported here; call model.push_to_hub.
-        max_shard_size: of a file, unless one tensor is larger.
-        unsupported: other options of transformers, which are refused unless they are None.
+        max_shard_size: the largest size of a file, unless a single tensor is larger.
+        unsupported: other options of transformers, which are refused unless they are `None`.
     Raises:
-        UnsupportedError: an option, or an offloaded tensor, cannot be saved.
-        ValueError: the place is a file.
+        UnsupportedError: an option is not supported, or a tensor is offloaded.
+        ValueError: `save_directory` is a file.
     """
     if push_to_hub:
         raise UnsupportedError("save_pretrained does not upload coded models; call model.push_to_hub(repo_id)")
@@ -115,7 +115,7 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
 
 
 def _plain_tensors(model: Any) -> dict[str, Tensor]:
-    """Everything in the model's state but coded matrices, under the names of its checkpoint."""
+    """All tensors of the model's state except coded matrices, under the names of its checkpoint."""
     owned = {path for path, module in model.named_modules() if isinstance(module, CodedWeight)}
     state = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in owned}
     for name in model._keys_to_ignore_on_save or ():
@@ -129,7 +129,7 @@ def _plain_tensors(model: Any) -> dict[str, Tensor]:
 
 
 def _share_out(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names in the order of layers, as many to a file as fit; a larger tensor has its own."""
+    """Share out names to files, in the order of layers. A tensor larger than a file gets one of its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for name in sorted(sizes, key=dot_natural_key):
@@ -148,14 +148,14 @@ def _dtype(name: str, tensor: Tensor) -> str:
 
 
 def _chunks(tensor: Tensor) -> Iterable[Any]:
-    """The bytes of a tensor."""
+    """Yield the bytes of a tensor."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for part in torch.split(flat, _CHUNK_BYTES):
         yield part.cpu().numpy()
 
 
 def _publish(source: Path, folder: Path) -> None:
-    """Move files to their place, the configuration last, and remove weights of an earlier model."""
+    """Move files into the folder, the configuration last, and remove weights of an earlier model."""
     names = sorted((file.name for file in source.iterdir()), key=lambda name: (name == "config.json", name))
     for name in names:
         (source / name).replace(folder / name)

@@ -1,7 +1,7 @@
 """Quantize weights to integers on uniform grids; one method per module."""
 
 from entrollm.quantize.paper import Granularity, Grid, Range, Scheme, make_grid, measure_range, quantize_rows
-from entrollm.quantize.select import BitsOverride, TensorPlan, parse_bits, plan_tensors
+from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
 
 __all__ = [
     "BitsOverride",
@@ -12,7 +12,6 @@ __all__ = [
     "TensorPlan",
     "make_grid",
     "measure_range",
-    "parse_bits",
     "plan_tensors",
     "quantize_rows",
 ]

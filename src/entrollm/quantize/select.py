@@ -35,30 +35,6 @@ class BitsOverride:
     bits: int | None
 
 
-def parse_bits(options: Sequence[str], keep: Sequence[str] = ()) -> tuple[int | None, tuple[BitsOverride, ...]]:
-    """Parse the values of `--bits N | GLOB=N` and `--keep GLOB`.
-
-    Args:
-        options: the values of --bits in order; a bare number sets the default.
-        keep: the globs of --keep; they come after the overrides of bits, so they win.
-    Returns:
-        the default bits, or None if there is no bare number, and the overrides in order.
-    Raises:
-        ValueError: a value is neither a number nor GLOB=N, or N is out of range.
-    """
-    default: int | None = None
-    overrides: list[BitsOverride] = []
-    for option in options:
-        pattern, equals, number = option.rpartition("=")
-        bits = _parse_number(option, number)
-        if equals:
-            overrides.append(BitsOverride(pattern, bits))
-        else:
-            default = bits
-    overrides += [BitsOverride(pattern, None) for pattern in keep]
-    return default, tuple(overrides)
-
-
 def plan_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     bits: int,
@@ -101,14 +77,6 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor holds the fused matrices of experts: three axes, the first over the experts."""
     return len(shape) == 3 and "experts" in name.split(".") and 0 not in shape
-
-
-def _parse_number(option: str, number: str) -> int:
-    if not (number.isascii() and number.isdigit()):
-        raise ValueError(f"--bits takes N or GLOB=N, such as 4 or 'lm_head*=8'; found {option!r}")
-    bits = int(number)
-    _check_bits(bits)
-    return bits
 
 
 def _check_bits(bits: int) -> None:

@@ -1,4 +1,4 @@
-"""Tables and plots from results; sees only errors and specs."""
+"""Tables, plots and number formats for results."""
 
 from entrollm.report.numbers import format_bytes, format_count, format_number, format_rate
 from entrollm.report.quality import QualityRow, quality_table

@@ -1,4 +1,4 @@
-"""How numbers are written for people."""
+"""Numbers in human-readable form."""
 
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -20,7 +20,7 @@ def format_count(count: float) -> str:
 
 
 def format_rate(amount: float, elapsed_s: float, unit: str = "B") -> str:
-    """Format `amount` per second: bytes for the unit 'B', else a count and its unit, as in '62.1 Mweights/s'."""
+    """Format `amount` per second: as bytes for the unit 'B', otherwise as in '62.1 Mweights/s'."""
     if elapsed_s <= 0:
         return f"- {unit}/s"
     if unit == "B":
@@ -30,7 +30,7 @@ def format_rate(amount: float, elapsed_s: float, unit: str = "B") -> str:
 
 
 def format_number(value: float | None, digits: int) -> str:
-    """Format a number with a fixed count of decimals, or '-' for one that does not exist."""
+    """Format a number with a fixed number of decimals, or '-' for `None`."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 

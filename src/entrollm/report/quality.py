@@ -1,4 +1,4 @@
-"""The table that sets size against quality, as Table I of the EntroLLM paper does."""
+"""The table of sizes and quality, as in Table I of the EntroLLM paper."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from entrollm.report.table import Column, Table
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One variant of a model; None for what was not measured.
+    """One variant of a model; a figure that was not measured is `None`.
 
     Attributes:
         label: the variant, such as 'uint4 + Huffman'.
-        size_bytes: of its weight files, everything in them included.
+        size_bytes: size of the weight files, everything included.
         bits_per_weight: size_bytes * 8 / weights.
-        entropy_bits: of the symbols, per weight.
+        entropy_bits: entropy of the symbols, per weight.
         perplexity, perplexity_error: per token, and its standard error.
-        bits_per_byte: of the text.
+        bits_per_byte: nats per token / ln 2, times tokens per byte of the text.
         kl_nats, kl_error, kl_percentile_99, kl_maximum: KL divergence from the original, per token; kl_error is the
             standard error of kl_nats.
-        top1_agreement: share of predictions whose likeliest token is the original's.
+        top1_agreement: share of the predictions whose likeliest token is the original's.
     """
 
     label: str
@@ -38,7 +38,7 @@ class QualityRow:
 
 
 def quality_table(title: str, rows: Sequence[QualityRow]) -> Table:
-    """Lay out variants of one model; columns that no row fills are left out."""
+    """Arrange the variants of a model in a table, without the columns that no variant fills."""
     columns = (
         (Column("model", "left"), [row.label for row in rows]),
         (Column("file size"), ["-" if row.size_bytes is None else format_bytes(row.size_bytes) for row in rows]),

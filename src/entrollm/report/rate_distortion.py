@@ -1,4 +1,4 @@
-"""The rate-distortion plot: KL to the original over file bits, one curve for each method."""
+"""The rate-distortion plot: KL divergence from the original over file bits, one curve per method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 @dataclass(frozen=True, slots=True)
 class RatePoint:
-    """One model: its label, the curve it belongs to, bits per weight, mean KL in nats and its standard error."""
+    """One model: its label, its curve, its bits per weight, and its mean KL in nats with the standard error."""
 
     label: str
     series: str
@@ -26,13 +26,13 @@ class RatePoint:
 
 
 def read_points(result: object, source: str) -> list[RatePoint]:
-    """The points of a JSON result, as `entrollm compare --json` writes it.
+    """Read the points of a JSON result, as `entrollm compare --json` writes it.
 
     Args:
         result: the parsed JSON.
-        source: where it is from, for errors; also the curve of models that name no method.
+        source: the name of the result, for errors; also the curve of models without a method.
     Raises:
-        FormatError: it has another form.
+        FormatError: the result has another form.
     """
     models = result.get("models") if isinstance(result, dict) else None
     if not isinstance(models, list):
@@ -41,11 +41,11 @@ def read_points(result: object, source: str) -> list[RatePoint]:
 
 
 def check_plotting(path: Path) -> None:
-    """Check, before anything is measured, that a plot can be drawn.
+    """Check that a plot can be drawn, before anything is measured.
 
     Raises:
         UnsupportedError: matplotlib is not installed.
-        ValueError: the file's name does not end as a picture's.
+        ValueError: the file's name does not end in .png, .svg or .pdf.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path}: name the plot {', '.join('*' + suffix for suffix in _SUFFIXES)}")
@@ -54,10 +54,10 @@ def check_plotting(path: Path) -> None:
 
 
 def draw_rate_distortion(path: Path, points: Sequence[RatePoint], title: str) -> list[str]:
-    """Draw points, those of a series joined in order of bits, and write the picture whole or not at all.
+    """Draw points, join those of a series in the order of their bits, and write the picture in one step.
 
     Returns:
-        The labels of points whose KL is 0, for which a logarithmic axis has no place.
+        The labels of points with a KL of 0, which a logarithmic axis cannot show.
     Raises:
         UnsupportedError, ValueError: as for `check_plotting`.
         OSError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""A table of text, shown on a terminal or written as Markdown."""
+"""A table of text, for terminals and for Markdown."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ Align = Literal["left", "right"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's heading and the side to which its cells are set."""
+    """A column's heading, and the side on which its cells align."""
 
     heading: str
     align: Align = "right"
@@ -19,10 +19,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; every row has a cell for each column.
+    """A table of text; each row has one cell per column.
 
     Raises:
-        ValueError: a row has another number of cells.
+        ValueError: a row has more or fewer cells than there are columns.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Table:
                 raise ValueError(f"a table of {len(self.columns)} columns got a row of {len(row)} cells: {row}")
 
     def to_rich(self) -> rich.table.Table:
-        """Return the table for a terminal; cells are shown as they are, markup included."""
+        """Return the table for a terminal; markup in cells is not interpreted."""
         table = rich.table.Table(title=Text(self.title), title_justify="left")
         for column in self.columns:
             table.add_column(Text(column.heading), justify=column.align)

@@ -1,7 +1,8 @@
-"""The lists of coded blocks in plain torch operations: many blocks at once, their lists end to end.
+"""Decode the lists of many coded blocks at once, in plain torch operations.
 
-The lists that many blocks have of one node are one flat tensor, block after block. What the node hands to a child is
-then a mask over that tensor, and the child's flat tensor fills the mask in order, whatever the lengths in between.
+The lists that many blocks have for one node form a single flat tensor, block after block. The symbols that the node
+passes to a child are then a mask over that tensor, and the child's flat tensor fills the mask in order, whatever the
+lengths of the single lists.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ __all__ = ["DenseFields", "Node", "Stream", "children", "decode_lists", "dense_b
 
 
 def width_of(node: Node) -> int:
-    """Bits of a field of the node."""
+    """Bits of each field of a node."""
     return 0 if isinstance(node, Leaf) else 1 if isinstance(node, Split) else node.bits
 
 
 def children(node: Node) -> tuple[Node, ...]:
-    """The nodes that a node hands symbols to."""
+    """The nodes that a node passes symbols to."""
     if isinstance(node, Split):
         return node.left, node.right
     return (node.escape,) if isinstance(node, Field) and node.escape is not None else ()
 
 
 def dense_bytes(count: int, width: int) -> int:
-    """Bytes that `count` fields take in the dense layout."""
+    """Bytes that `count` fields of `width` bits take in the dense layout."""
     if width == RAW_BITS:
         return count
     return sum(_area_bytes(count, bits) for bits in (4, 2, 1) if width & bits)
@@ -43,7 +44,14 @@ def _area_bytes(count: int, bits: int) -> int:
 
 @dataclass(frozen=True)
 class DenseFields:
-    """Fields in the dense layout: `count` of each block, `width` bits wide, from the blocks' starts on."""
+    """Fields in the dense layout.
+
+    Attributes:
+        stream: uint8, the whole dense stream, or `None` if fields have no bits.
+        starts: int64, shape (blocks,), where each block's fields begin, in bytes.
+        count: fields of each block.
+        width: bits of each field.
+    """
 
     stream: Tensor | None
     starts: Tensor
@@ -51,7 +59,7 @@ class DenseFields:
     width: int
 
     def values(self) -> Tensor:
-        """The fields: uint8 (blocks, count)."""
+        """Read the fields: uint8 (blocks, count)."""
         blocks, device = len(self.starts), self.starts.device
         if self.width == RAW_BITS:
             return self._bytes(0, self.count)
@@ -72,8 +80,8 @@ class DenseFields:
 
     def _bytes(self, at: int, size: int) -> Tensor:
         assert self.stream is not None
-        place = torch.arange(at, at + size, device=self.starts.device)
-        return self.stream[self.starts[:, None] + place]
+        offsets = torch.arange(at, at + size, device=self.starts.device)
+        return self.stream[self.starts[:, None] + offsets]
 
 
 @dataclass
@@ -81,8 +89,9 @@ class Stream:
     """The sparse parts of some blocks, and how far each has been read.
 
     Attributes:
-        data: the whole stream.
-        starts, sizes: of each block's part, in bytes.
+        data: uint8, the whole sparse stream.
+        starts, sizes: int64, shape (blocks,), where each block's part begins and how long it is, in bytes.
+        used: int64, shape (blocks,), bytes of each part that have been read.
     """
 
     data: Tensor
@@ -93,44 +102,47 @@ class Stream:
         self.used = torch.zeros_like(self.sizes)
 
     def first_lengths(self) -> Tensor:
-        """The 16-bit lengths at the front."""
+        """Read the 16-bit length at the front of each part."""
         lengths = self.data[self.starts].to(torch.int64) | self.data[self.starts + 1].to(torch.int64) << 8
         self.used += 2
         return lengths
 
     def fields(self, lengths: Tensor, width: int) -> tuple[Tensor, Tensor] | None:
-        """The next list of each block, in the sparse layout.
+        """Read the next list of each block, in the sparse layout.
 
+        Args:
+            lengths: int64, shape (blocks,), fields in each list.
+            width: bits of each field.
         Returns:
-            uint8 fields and the block of each, end to end; None where a list does not fit its block.
+            uint8 fields, list after list, and the block of each field; `None` if a list is longer than its block.
         """
         plane = (lengths + 7) // 8
         size = lengths if width == RAW_BITS else width * plane
         if not bool((self.used + size <= self.sizes).all()):
             return None
         block = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        place = torch.arange(len(block), device=lengths.device) - (torch.cumsum(lengths, 0) - lengths)[block]
+        index = torch.arange(len(block), device=lengths.device) - (torch.cumsum(lengths, 0) - lengths)[block]
         begin = (self.starts + self.used)[block]
         self.used += size
         if width == RAW_BITS:
-            return self.data[begin + place], block
+            return self.data[begin + index], block
         fields = torch.zeros(len(block), dtype=torch.uint8, device=lengths.device)
-        shift = (place % 8).to(torch.uint8)
-        begin += place // 8
+        shift = (index % 8).to(torch.uint8)
+        begin += index // 8
         for bit in range(width):
             fields |= (self.data[begin + bit * plane[block]] >> shift & 1) << bit
         return fields, block
 
 
 def decode_lists(tree: Node, root: DenseFields, sparse: Stream | None) -> Tensor | None:
-    """The high parts of the symbols of blocks: uint8 (blocks, count).
+    """Decode symbols of blocks, without their low bits.
 
     Args:
         tree: the code.
         root: the fields of its root.
-        sparse: the lists below the root; None where it has no children.
+        sparse: the lists below the root, or `None` if it has no children.
     Returns:
-        the symbols, or None if a block does not hold exactly its lists.
+        uint8 (blocks, count), or `None` if a block does not hold exactly its lists.
     """
     if isinstance(tree, Leaf):
         return root.values() | tree.symbol
@@ -163,8 +175,8 @@ def _decode_list(node: Node, sparse: Stream, lengths: Tensor) -> Tensor | None:
     fields, block = read
     lists = []
     for child, mask in zip(children(node), _masks(node, fields), strict=True):
-        handed = torch.zeros_like(lengths).index_add_(0, block, mask.to(lengths.dtype))
-        members = _decode_list(child, sparse, handed)
+        passed = torch.zeros_like(lengths).index_add_(0, block, mask.to(lengths.dtype))
+        members = _decode_list(child, sparse, passed)
         if members is None:
             return None
         lists.append(members)
@@ -172,14 +184,14 @@ def _decode_list(node: Node, sparse: Stream, lengths: Tensor) -> Tensor | None:
 
 
 def _masks(node: Node, fields: Tensor) -> list[Tensor]:
-    """Which fields hand their symbols to each child."""
+    """For each child, which fields it gets the symbols of."""
     if isinstance(node, Split):
         return [fields == 0, fields == 1]
     return [fields == (1 << node.bits) - 1] if isinstance(node, Field) and node.escape is not None else []
 
 
 def _merge(node: Node, fields: Tensor, lists: list[Tensor]) -> Tensor:
-    """The symbols of a node's list."""
+    """Merge the symbols that a node's own fields name with those of its children's lists."""
     if isinstance(node, Field) and node.bits == RAW_BITS:
         return fields
     symbols = torch.zeros_like(fields)

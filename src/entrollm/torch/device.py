@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.errors import EntroLLMError, Message, Option, UnsupportedError
+from entrollm.system import memory_bytes
+
+_ON_THE_PROCESSOR = Message("calibrate on the processor, with {}", Option("device", "cpu"))
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -67,7 +69,7 @@ class TorchDevice:
         """Free bytes of the GPU, or those of the machine."""
         if self._is_cuda:
             return int(torch.cuda.mem_get_info(self._device)[0])
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return memory_bytes()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -79,7 +81,9 @@ class TorchDevice:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise EntroLLMError(f"{self.name} has too little memory; use --device cpu ({error})") from None
+            full = f"{self.name} has too little memory"
+            hint = Message("use {} ({})", Option("device", "cpu"), error)
+            raise EntroLLMError(full, hint=hint) from None
 
     def run(self, function: Function, *arrays: Tensor) -> tuple[Tensor, ...]:
         """Call a function; a GPU records its many small operations the first time, and replays them after that."""
@@ -111,11 +115,11 @@ class _Recording:
 def _check_gpu() -> None:
     if torch.version.cuda is None:
         raise UnsupportedError(
-            f"torch {torch.__version__} is built without CUDA; install one that is made for your GPU, or calibrate on "
-            "the processor, with --device cpu"
+            f"torch {torch.__version__} is built without CUDA",
+            hint=Message("install one that is made for your GPU, or {}", _ON_THE_PROCESSOR),
         )
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            f"torch {torch.__version__} finds no GPU; check the driver with nvidia-smi, or calibrate on the processor, "
-            "with --device cpu"
+            f"torch {torch.__version__} finds no GPU",
+            hint=Message("check the driver with nvidia-smi, or {}", _ON_THE_PROCESSOR),
         )

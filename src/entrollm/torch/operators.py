@@ -1,7 +1,7 @@
 """Products with coded matrices as torch operators, so that tracing and compiling see shapes and types.
 
-An operator gets its matrix as a number, under which the module that holds the matrix is known while it lives; entries
-would be no use to a graph, since their meaning is in the spec.
+A graph cannot hold a coded matrix, whose entries mean nothing without their spec. An operator therefore gets a number,
+under which the object that holds the matrix is registered for as long as it lives.
 """
 
 from __future__ import annotations
@@ -13,52 +13,46 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from entrollm.torch.backend import Matrix
-
-Place = tuple[int, int, tuple[int, ...]]
-"""The number of matrices that share a product, a matrix's place among them, and the rows of all."""
+from entrollm.torch.matrix import Matrix
 
 
 class Operand(Protocol):
-    """What operators multiply with: a coded matrix, or several one below the other."""
+    """What operators multiply with: a coded matrix, or several of them one below the other."""
 
     number: int
 
     @property
+    def out_features(self) -> int:
+        """Rows of all matrices."""
+
+    @property
     def device(self) -> torch.device:
-        """Where it multiplies."""
+        """The device that it multiplies on."""
 
     def matrix(self) -> Matrix:
-        """The matrix, opened."""
+        """The opened matrix."""
 
 
-_weights: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
+_operands: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(weight: Operand) -> int:
-    """Give coded matrices the number that operators know them by."""
+def register(operand: Operand) -> int:
+    """Give an operand the number that operators know it by; no number is given twice."""
     number = next(_numbers)
-    _weights[number] = weight
+    _operands[number] = operand
     return number
 
 
-def is_known(number: int) -> bool:
-    """Whether the matrices with a number are still there."""
-    return number in _weights
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def place_of(number: int) -> Place:
-    """Where the product of a coded matrix comes from. Compiled code asks while it is compiled, and not again."""
-    place: Place = _weights[number].place()  # type: ignore[attr-defined]
-    return place
+def out_features(number: int) -> int:
+    """The rows of the operand that has this number."""
+    return _operands[number].out_features
 
 
 def is_observed(x: Tensor) -> bool:
-    """Whether calls with this input must go through operators: for gradients, tracing, compiling and other modes.
+    """Whether products with this input must be operators, because gradients, a trace, a compiler or a mode see them.
 
-    Without them, a direct call spares the dispatcher's 20 microseconds.
+    Otherwise a direct call saves the 20 microseconds that torch's dispatcher takes.
     """
     return (
         type(x) is not Tensor
@@ -69,33 +63,36 @@ def is_observed(x: Tensor) -> bool:
     )
 
 
-def multiply(x: Tensor, coded: Operand) -> Tensor:
-    """Multiply, unobserved: (n, in_features) -> (n, out_features) in the type and on the device of x."""
-    return coded.matrix().multiply(x.to(coded.device)).to(x.device)
+def multiply(x: Tensor, operand: Operand) -> Tensor:
+    """Multiply without an operator: (n, in_features) -> (n, out_features) in the type and on the device of x."""
+    return operand.matrix().multiply(x.to(operand.device)).to(x.device)
 
 
-def product(x: Tensor, coded: Operand, out_features: int) -> Tensor:
+def product(x: Tensor, operand: Operand) -> Tensor:
     """Multiply: (..., in_features) -> (..., out_features) in the type and on the device of x."""
     if is_observed(x):
-        return observed_product(x, coded.number, out_features)
-    return multiply(x.reshape(-1, x.shape[-1]), coded).reshape(*x.shape[:-1], out_features)
+        return observed_product(x, operand.number, operand.out_features)
+    return multiply(x.reshape(-1, x.shape[-1]), operand).reshape(*x.shape[:-1], operand.out_features)
 
 
 def observed_product(x: Tensor, number: int, out_features: int) -> Tensor:
-    """The same through the operator, with matrices known by their number."""
+    """Multiply as `product` does, always by the operator, with the operand that has this number."""
     found: Tensor = linear(x.reshape(-1, x.shape[-1]), number, out_features)
     return found.reshape(*x.shape[:-1], out_features)
 
 
-def look_up(ids: Tensor, coded: Operand, dtype: torch.dtype) -> Tensor:
-    """Look up, unobserved: integers (n,) -> (n, in_features) on the device of ids."""
-    return coded.matrix().rows(ids.to(coded.device)).to(device=ids.device, dtype=dtype)
+def look_up(ids: Tensor, operand: Operand, dtype: torch.dtype) -> Tensor:
+    """Look up rows without an operator: integers (n,) -> (n, in_features) on the device of ids."""
+    return operand.matrix().rows(ids.to(operand.device)).to(device=ids.device, dtype=dtype)
+
+
+# Saved graphs name the operators below and their arguments.
 
 
 @torch.library.custom_op("entrollm::linear", mutates_args=())
 def linear(x: Tensor, weight: int, out_features: int) -> Tensor:
     """Multiply: (n, in_features) -> (n, out_features) in the type and on the device of x."""
-    return multiply(x, _weights[weight])
+    return multiply(x, _operands[weight])
 
 
 @linear.register_fake
@@ -105,9 +102,9 @@ def _(x: Tensor, weight: int, out_features: int) -> Tensor:
 
 @torch.library.custom_op("entrollm::linear_backward", mutates_args=())
 def linear_backward(grad: Tensor, weight: int, in_features: int) -> Tensor:
-    """Multiply with the transposed matrix: (n, out_features) -> (n, in_features); decodes the whole matrix."""
-    coded = _weights[weight]
-    return (grad.to(coded.device) @ coded.matrix().dequantize(grad.dtype)).to(grad.device)
+    """Multiply by the transposed matrix, decoding all of it: (n, out_features) -> (n, in_features)."""
+    operand = _operands[weight]
+    return (grad.to(operand.device) @ operand.matrix().dequantize(grad.dtype)).to(grad.device)
 
 
 @linear_backward.register_fake
@@ -129,8 +126,8 @@ linear.register_autograd(_backward, setup_context=_keep)
 
 @torch.library.custom_op("entrollm::rows", mutates_args=())
 def rows(ids: Tensor, weight: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Look up: integers (n,) -> (n, in_features) on the device of ids."""
-    return look_up(ids, _weights[weight], dtype)
+    """Look up rows: integers (n,) -> (n, in_features) on the device of ids."""
+    return look_up(ids, _operands[weight], dtype)
 
 
 @rows.register_fake

@@ -1,4 +1,7 @@
-"""Coded matrices in plain torch operations, on any device: slow, and equal to `codec/reference.py` bit for bit."""
+"""The plain back end: coded matrices in plain torch operations, on any device.
+
+It is slow, and decodes to the same bits as `entrollm.codec.reference`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from entrollm.format.log_scales import decode_scales
 from entrollm.format.spec import TensorSpec
 from entrollm.torch.bit_fields import DenseFields, Node, Stream, children, decode_lists, dense_bytes, width_of
 
-# Weights that are decoded at once: index tensors take a few hundred bytes for each 16 weights.
+# Weights that are decoded at a time. Index tensors take a few hundred bytes for every 16 weights.
 _CHUNK_WEIGHTS = 1 << 20
 _KNOWN = frozenset(
     {layout.CODED, layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES}
@@ -34,11 +37,11 @@ class PlainMatrix:
 
     Args:
         name: the tensor's name, for errors.
-        spec: what it is; the entries are known to match it.
+        spec: the matrix's spec; the caller has checked that the entries match it.
         entries: its stored entries by suffix, on the device.
         device: where it decodes.
     Raises:
-        UnsupportedError: an entry has no meaning here.
+        UnsupportedError: this back end does not decode one of the entries, or group scales.
     """
 
     def __init__(self, name: str, spec: TensorSpec, entries: Mapping[str, Tensor], device: torch.device) -> None:
@@ -53,7 +56,7 @@ class PlainMatrix:
         self._padded = padded(spec.columns)
         self._tree: Node = spec.code.tree
         sizes = self._entries.get(layout.SPARSE_SIZES)
-        # Plain 16-bit integers are signed on some devices.
+        # The entry holds unsigned 16-bit integers, which some devices lack.
         self._sizes = None if sizes is None else sizes.view(torch.int16).to(torch.int64) & 0xFFFF
         self._starts = None if self._sizes is None else torch.cumsum(self._sizes, 0) - self._sizes
         kind = spec.kind
@@ -76,7 +79,7 @@ class PlainMatrix:
         return torch.cat(parts, dim=1)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Look up: integers (n,) -> float32 (n, in_features).
+        """Look up rows: integers (n,) -> float32 (n, in_features).
 
         Raises:
             CorruptStreamError: a block does not decode.
@@ -87,49 +90,49 @@ class PlainMatrix:
         if not bool(((ids >= 0) & (ids < self.shape[0])).all()):
             raise IndexError(f"{self._name}: a row is looked up that is outside of its {self.shape[0]} rows")
         block_rows = self._spec.blocks.rows
-        groups, place = torch.unique(ids // block_rows, return_inverse=True)
-        # A last group of fewer rows sorts last, so the rows of all others are where whole groups put them.
-        return self._weights(groups)[place * block_rows + ids % block_rows]
+        row_blocks, index = torch.unique(ids // block_rows, return_inverse=True)
+        # Only the last row block may have fewer rows, and it sorts last, so it does not move the rows of any other.
+        return self._weights(row_blocks)[index * block_rows + ids % block_rows]
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """All weights: (out_features, in_features).
+        """Decode all weights: (out_features, in_features).
 
         Raises:
             CorruptStreamError: a block does not decode.
         """
         return torch.cat([self._weights(chunk).to(dtype) for chunk in self._chunks()])
 
-    def symbols(self, groups: Tensor) -> Tensor:
-        """Decode row groups, given by ascending numbers: uint8 (their rows, in_features).
+    def symbols(self, row_blocks: Tensor) -> Tensor:
+        """Decode row blocks, given by ascending numbers: uint8 (their rows, in_features).
 
         Raises:
             CorruptStreamError: a block does not decode.
         """
         spec = self._spec
-        last_rows = spec.rows - (self._row_groups() - 1) * spec.blocks.rows
-        has_short = last_rows < spec.blocks.rows and int(groups[-1]) == self._row_groups() - 1
-        whole = groups[:-1] if has_short else groups
-        decoded = [self._decode_groups(whole, spec.blocks.rows)] if len(whole) else []
+        last_rows = spec.rows - (self._row_blocks() - 1) * spec.blocks.rows
+        has_short = last_rows < spec.blocks.rows and int(row_blocks[-1]) == self._row_blocks() - 1
+        whole = row_blocks[:-1] if has_short else row_blocks
+        decoded = [self._decode_row_blocks(whole, spec.blocks.rows)] if len(whole) else []
         if has_short:
-            decoded.append(self._decode_groups(groups[-1:], last_rows))
+            decoded.append(self._decode_row_blocks(row_blocks[-1:], last_rows))
         return torch.cat(decoded)
 
     def _chunks(self) -> tuple[Tensor, ...]:
-        groups = torch.arange(self._row_groups(), device=self._device)
+        row_blocks = torch.arange(self._row_blocks(), device=self._device)
         chunk = max(1, _CHUNK_WEIGHTS // (self._spec.blocks.rows * self._padded))
-        chunks: tuple[Tensor, ...] = torch.split(groups, chunk)
+        chunks: tuple[Tensor, ...] = torch.split(row_blocks, chunk)
         return chunks
 
-    def _row_groups(self) -> int:
+    def _row_blocks(self) -> int:
         return -(-self._spec.rows // self._spec.blocks.rows)
 
-    def _weights(self, groups: Tensor) -> Tensor:
-        """The rows of some groups in float32, rounded after each operation as the format says."""
-        symbols = self.symbols(groups)
+    def _weights(self, row_blocks: Tensor) -> Tensor:
+        """The rows of some row blocks in float32, rounded after each operation as the format says."""
+        symbols = self.symbols(row_blocks)
         weights = symbols.to(torch.float32)
         rows = slice(0, 1)
         offsets = torch.arange(self._spec.blocks.rows, device=self._device)
-        ids = (groups[:, None] * self._spec.blocks.rows + offsets).reshape(-1)[: len(symbols)]
+        ids = (row_blocks[:, None] * self._spec.blocks.rows + offsets).reshape(-1)[: len(symbols)]
         for values, operation in ((self._scale, torch.mul), (self._offset, torch.add)):
             if values is not None:
                 weights = operation(weights, values[rows if len(values) == 1 else ids][:, None])
@@ -145,20 +148,20 @@ class PlainMatrix:
             return torch.tensor([value], dtype=torch.float32, device=self._device)
         return None if stored is None else stored.to(torch.float32)
 
-    def _decode_groups(self, groups: Tensor, rows: int) -> Tensor:
-        """Groups of `rows` rows each: uint8 (groups * rows, in_features)."""
+    def _decode_row_blocks(self, row_blocks: Tensor, rows: int) -> Tensor:
+        """Decode row blocks of `rows` rows each: uint8 (row_blocks * rows, in_features)."""
         width = self._spec.blocks.columns
         parts = -(-self._padded // width)
-        whole_group = self._dense_size(self._spec.blocks.rows, self._padded)
+        dense_bytes_each = self._dense_size(self._spec.blocks.rows, self._padded)
         at = 0
         decoded = []
         for part in range(parts):
             columns = min(width, self._padded - part * width)
-            blocks = groups * parts + part
-            symbols = self._decode_blocks(blocks, groups * whole_group + at, rows * columns)
-            decoded.append(symbols.reshape(len(groups), rows, columns))
+            blocks = row_blocks * parts + part
+            symbols = self._decode_blocks(blocks, row_blocks * dense_bytes_each + at, rows * columns)
+            decoded.append(symbols.reshape(len(row_blocks), rows, columns))
             at += self._block_size(rows * columns)
-        joined = torch.cat(decoded, dim=2).reshape(len(groups) * rows, self._padded)
+        joined = torch.cat(decoded, dim=2).reshape(len(row_blocks) * rows, self._padded)
         return joined[:, : self.shape[1]]
 
     def _dense_size(self, rows: int, columns: int) -> int:
@@ -169,7 +172,7 @@ class PlainMatrix:
         return dense_bytes(count, width_of(self._tree)) + dense_bytes(count, self._spec.code.low_bits)
 
     def _decode_blocks(self, blocks: Tensor, dense_starts: Tensor, count: int) -> Tensor:
-        """Blocks of `count` symbols each: uint8 (blocks, count)."""
+        """Decode blocks of `count` symbols each: uint8 (blocks, count)."""
         dense = self._entries.get(layout.DENSE)
         root = DenseFields(dense, dense_starts, count, width_of(self._tree))
         low = DenseFields(
@@ -188,7 +191,7 @@ class PlainMatrix:
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A small array as a tensor; 16-bit integers as signed ones, which all devices have."""
+    """Copy a small array to a device. 16-bit integers become signed, since some devices lack unsigned ones."""
     if array.dtype == ml_dtypes.bfloat16:
         array = array.astype(np.float32)
-    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(device)
+    return torch.tensor(array.view(np.int16) if array.dtype == np.uint16 else array, device=device)

@@ -69,6 +69,9 @@ def test_a_tokenizer_is_converted_or_asked_for(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments)
     said = " ".join(result.stderr.split())
     assert result.exit_code == 1 and "splits text as 'strange' cannot be converted; add --tokenizer FOLDER" in said
+    message = "cannot be converted; add tokenizer=FOLDER, a folder with the tokenizer"
+    with pytest.raises(UnsupportedError, match=message):
+        compress(tmp_path / "model.gguf", tmp_path / "out")
     result = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path)])
     assert result.exit_code == 1 and "is not a folder with a tokenizer.json" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

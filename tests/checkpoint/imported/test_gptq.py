@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from entrollm import CompressOptions, _core, compress, load
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.compress.export import export
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
-from entrollm.quantize.select import BitsOverride
 from tests.support.quantized_sources import (
     LINEARS,
     TOLERANCE,
@@ -147,7 +147,7 @@ def test_zeros_of_the_first_layout_carry_as_gptqmodel_adds_them(tmp_path: Path) 
 
 def test_other_tensors_are_kept_unless_they_are_named(tmp_path: Path) -> None:
     write_source(tmp_path / "source", config(4, 128), packer(4, 128))
-    options = CompressOptions(overrides=[BitsOverride("lm_head*", 8)])
+    options = CompressOptions(overrides={"lm_head*": 8})
     compress(tmp_path / "source", tmp_path / "out", options)
     with CompressedModel.open(tmp_path / "out") as model:
         assert "lm_head.weight" in model.specs and "model.embed_tokens.weight" in model.plain
@@ -157,13 +157,18 @@ def test_other_tensors_are_kept_unless_they_are_named(tmp_path: Path) -> None:
 
 def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", config(4, 128), packer(4, 128))
-    with pytest.raises(ValueError, match=r"is quantized already \(GPTQ\), and its integers are kept: leave out --bits"):
+    with pytest.raises(ValueError, match=r"is quantized already \(GPTQ\), and its integers are kept: leave") as raised:
         compress(tmp_path / "source", tmp_path / "out", CompressOptions(bits=4))
+    assert "leave out bits, bpw and size, or compress" in str(raised.value)
+    assert "overrides={GLOB: N} quantizes the tensors that it left alone" in str(raised.value)
+    shown = describe_error(raised.value)
+    assert "leave out --bits, --bpw and --fit, or compress" in shown
+    assert "--bits GLOB=N quantizes the tensors that it left alone" in shown
 
 
 def test_a_pattern_for_packed_matrices_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", config(4, 128), packer(4, 128))
-    options = CompressOptions(overrides=[BitsOverride("*_proj*", 8)])
+    options = CompressOptions(overrides={"*_proj*": 8})
     with pytest.raises(ValueError, match=r"the pattern '\*_proj\*' matches none of the 5 other tensors"):
         compress(tmp_path / "source", tmp_path / "out", options)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from entrollm.errors import UnsupportedError
-from entrollm.torch.cuda.compile import MIN_CAPABILITY, check_installed
+from entrollm.torch.cuda.compile import check_installed
+from entrollm.torch.cuda.tuning import MIN_CAPABILITY
 
 
 def _usable_gpus() -> int:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from entrollm.torch.cuda.matrix import CudaMatrix, DeviceMatrix, transcode
+from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
+from entrollm.torch.cuda.matrix import CudaMatrix
 
 DEVICE = torch.device("cuda", 0)
 

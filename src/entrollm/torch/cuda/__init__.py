@@ -1,6 +1,6 @@
-"""Fused decode and product on NVIDIA GPUs."""
+"""The CUDA back end: products that decode as they multiply, on NVIDIA GPUs."""
 
-from entrollm.torch.cuda.compile import MIN_CAPABILITY
 from entrollm.torch.cuda.matrix import CudaMatrix
+from entrollm.torch.cuda.tuning import MIN_CAPABILITY
 
 __all__ = ["MIN_CAPABILITY", "CudaMatrix"]

@@ -1,4 +1,4 @@
-"""Compile the kernels with NVRTC when they are first needed, and keep the result on disk."""
+"""Compile the kernels with NVRTC when they are first needed, and cache the result on disk."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from entrollm.errors import UnsupportedError
+from entrollm.torch.cuda.tuning import tuning_of
 
-# Bulk copies with barriers need Hopper.
-MIN_CAPABILITY = (9, 0)
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
 def check_installed() -> None:
-    """Check that the packages of the `cuda` extra are there.
+    """Check that the packages of the `cuda` extra can be imported.
 
     Raises:
         UnsupportedError: one is missing.
@@ -32,15 +31,12 @@ def check_installed() -> None:
 
 
 def kernel(source: str, name: str, capability: tuple[int, int], macros: tuple[tuple[str, int], ...]) -> Any:
-    """The compiled function `name` of kernels/`source`, for the current device; a cuda.core Kernel.
+    """Get the function `name` of kernels/`source`, compiled for the current device, as a cuda.core Kernel.
 
     Raises:
         UnsupportedError: the device is too old, or the compiler is missing or fails.
     """
-    if capability < MIN_CAPABILITY:
-        raise UnsupportedError(
-            f"the GPU kernels need compute capability {_dotted(MIN_CAPABILITY)} or later, this is {_dotted(capability)}"
-        )
+    tuning_of(capability)
     check_installed()
     from cuda.core import ObjectCode
 
@@ -66,7 +62,7 @@ def compile_source(text: str, capability: tuple[int, int], macros: tuple[tuple[s
     """Compile to a cubin; no GPU is needed.
 
     Raises:
-        UnsupportedError: NVRTC is missing or does not take the source; its log is in the message.
+        UnsupportedError: NVRTC is missing, or rejects the source; the message has its log.
     """
     from cuda.core import Program, ProgramOptions
 
@@ -82,7 +78,7 @@ def compile_source(text: str, capability: tuple[int, int], macros: tuple[tuple[s
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ENTROLLM_CACHE, or entrollm in the user's cache folder."""
+    """Where compiled kernels are cached: in ENTROLLM_CACHE, or in the folder `entrollm` of the user's cache."""
     chosen = os.environ.get("ENTROLLM_CACHE")
     if chosen:
         return Path(chosen) / "cuda"
@@ -90,9 +86,9 @@ def cache_folder() -> Path:
 
 
 def _read(name: str, seen: set[str] | None = None) -> str:
-    """A source with the project's own headers in place of their names; each is included once."""
+    """A source with the project's own headers included, each of them once."""
     seen = {name} if seen is None else seen
-    text = (resources.files("entrollm.torch.cuda") / "kernels" / name).read_text()
+    text = (resources.files("entrollm.torch.cuda") / "kernels" / name).read_text(encoding="utf-8")
 
     def header(match: re.Match[str]) -> str:
         if match[1] in seen:
@@ -104,7 +100,7 @@ def _read(name: str, seen: set[str] | None = None) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write whole or not at all; a folder that cannot be written to costs a compilation per process."""
+    """Write a whole file or none. A folder that cannot be written to costs one compilation per process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -112,7 +108,3 @@ def _write(path: Path, content: bytes) -> None:
         Path(file.name).replace(path)
     except OSError:
         return
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

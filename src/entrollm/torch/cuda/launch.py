@@ -1,4 +1,4 @@
-"""Structs that the kernels take, and how they are launched."""
+"""The arguments of kernels, and how kernels are launched."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 
 from entrollm.errors import EntroLLMError
+from entrollm.torch.cuda import compile as kernels
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers by which kernels know types."""
 MAX_MATRICES = 4
+"""Matrices that one product takes; kMaxMatrices of common.cuh."""
 
 
 class DivisorStruct(ctypes.Structure):
@@ -22,7 +25,7 @@ class DivisorStruct(ctypes.Structure):
 
 
 def divisor(value: int) -> DivisorStruct:
-    """A number that kernels divide by."""
+    """Prepare a number that kernels divide by."""
     return DivisorStruct(value, -(-(1 << 31) // value))
 
 
@@ -37,7 +40,7 @@ class MatrixStruct(ctypes.Structure):
         ("bounds", ctypes.c_void_p),
         ("rows", ctypes.c_int),
         ("tiles", ctypes.c_int),
-        ("groups", ctypes.c_int),
+        ("spans", ctypes.c_int),
         ("tile_chunks", DivisorStruct),
         ("segments", DivisorStruct),
         ("raw_bits", ctypes.c_int),
@@ -74,7 +77,7 @@ class DecodeStruct(ctypes.Structure):
     _fields_ = (
         ("matrix", MatrixStruct),
         ("rows", ctypes.c_void_p),
-        ("places", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("items", ctypes.c_int),
         ("columns", ctypes.c_int),
@@ -84,24 +87,26 @@ class DecodeStruct(ctypes.Structure):
     )
 
 
-@functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a block may use on a device."""
-    return _attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-
-
-@functools.cache
-def shared_bytes_of_half(device: torch.device) -> int:
-    """Shared memory that a block may use where two share a multiprocessor."""
-    whole = _attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
-    return whole // 2 - _attribute(device, "RESERVED_SHARED_MEMORY_PER_BLOCK")
-
-
-def _attribute(device: torch.device, name: str) -> int:
+def device_attribute(device: torch.device, name: str) -> int:
+    """What the driver says about a GPU; `name` is that of a CU_DEVICE_ATTRIBUTE."""
     from cuda.bindings import driver
 
     attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(_check(driver.cuDeviceGetAttribute(attribute, driver.CUdevice(device.index))))
+
+
+@functools.cache
+def function(
+    source: str, name: str, device: torch.device, macros: tuple[tuple[str, int], ...], shared_bytes: int
+) -> Function:
+    """Get the kernel `name` of kernels/`source` for a GPU, compiled with some macros.
+
+    Raises:
+        UnsupportedError: the GPU is too old, or the compiler is missing or fails.
+    """
+    with torch.cuda.device(device):
+        capability = torch.cuda.get_device_capability(device)
+        return Function(kernels.kernel(source, name, capability, macros), device, shared_bytes)
 
 
 class Function:
@@ -123,8 +128,10 @@ class Function:
 
         Args:
             arguments: ctypes values, as the kernel declares them.
-            overlap: let it begin while the kernel before it in the stream still runs; the kernel waits by itself
-                before it touches anything that others write.
+            grid: blocks.
+            threads: threads of a block.
+            overlap: whether it may begin while the previous kernel of the stream still runs. The kernel itself then
+                waits before it touches anything that others write.
         """
         driver = self._driver
         config = driver.CUlaunchConfig()
@@ -146,7 +153,7 @@ class Function:
 
 
 def _check(result: tuple[Any, ...]) -> Any:
-    """What a call of the driver returned.
+    """The result of a call of the driver.
 
     Raises:
         EntroLLMError: the call failed.

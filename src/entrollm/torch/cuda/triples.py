@@ -1,4 +1,4 @@
-"""The code that the GPU decodes: symbols as raw low bits and a high part, and three high parts to a codeword."""
+"""The code that the GPU decodes: a symbol is raw low bits and a high part, and three high parts share a codeword."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ TRIPLE = 3
 PATCH_BITS = 32
 
 _MAX_RAW_BITS = 7
-# Sizes of the table that are tried; a triple that is not in it costs a patch.
+# Sizes of the table to try. A triple that is not in the table costs a patch.
 _TABLE_SIZES = (1, 8, 27, 48, 64, 100, 128, 160, 224, 256)
-# Splits are priced exactly when their entropy is this near the least, in bits; one for each number of raw bits.
+# Splits are priced exactly if their bound is at most this far above the lowest, in bits. There is one split for each
+# number of raw bits.
 _NEAR_BITS = 0.3
 # Counts are scaled to this total before code lengths are made.
 _TOTAL = 1 << 30
@@ -32,17 +33,17 @@ class TripleCode:
     """How a symbol is split, and the prefix code of three high parts.
 
     A symbol s is (high << raw_bits) + raw + base with raw in [0, 2^raw_bits) and high in [0, 8); three high parts,
-    the first in the highest bits, make a triple in [0, 512). Triples that the table does not hold are stored as
-    one that it does hold, and patched.
+    the first in the highest bits, make a triple in [0, 512). A triple that is not in the table is stored as one that
+    is, and patched.
 
     Attributes:
         raw_bits: 0 to 7.
         base: the smallest symbol that needs no patch, which may be negative.
         codewords: uint8, shape (512,), the first bit lowest.
-        lengths: uint8, shape (512,), 1 to 8; of the triple that is stored.
-        stored: int64, shape (512,), the triple that is stored in a triple's place.
-        likeliest: a high part whose triple of three is in the table.
-        bits: expected bits per weight, patches included, starts of segments not.
+        lengths: uint8, shape (512,), 1 to 8, the bits of each codeword.
+        stored: int64, shape (512,), the triple that each triple is stored as.
+        likeliest: the likeliest high part; the triple of three of it is in the table.
+        bits: expected bits per weight, including patches but not the starts of segments.
     """
 
     raw_bits: int
@@ -54,7 +55,7 @@ class TripleCode:
     bits: float
 
     def table(self) -> NDArray[np.uint32]:
-        """What the next 8 bits decode to: the codeword's length, then three bytes high << raw_bits; shape (256,)."""
+        """What the next 8 bits decode to: the codeword's length, then three bytes `high << raw_bits`; shape (256,)."""
         table = np.zeros(1 << MAX_LENGTH, np.uint32)
         for triple in np.unique(self.stored):
             length = int(self.lengths[triple])
@@ -65,10 +66,10 @@ class TripleCode:
 
 
 def choose_triple_code(counts: Sequence[int]) -> TripleCode:
-    """Find the split and the code with the fewest bits, for symbols that do not depend on their neighbours.
+    """Find the split and the code with the fewest bits, for symbols that are independent of their neighbours.
 
     Args:
-        counts: how often each of 256 symbols occurs; at least one positive.
+        counts: how often each of 256 symbols occurs; at least one must be positive.
     """
     shares = np.asarray(counts, np.float64)
     shares /= shares.sum()
@@ -101,7 +102,7 @@ class _Split:
 
 
 def _split(shares: NDArray[np.float64], raw_bits: int) -> _Split:
-    """The best way to split symbols after a number of raw bits; the high part must fit a byte with them."""
+    """Find the best split with a number of raw bits. The high part must fit in a byte together with them."""
     cell = 1 << raw_bits
     width = min(HIGH_PARTS, 256 // cell)
     splits = []
@@ -119,28 +120,28 @@ def _split(shares: NDArray[np.float64], raw_bits: int) -> _Split:
 
 @dataclass(frozen=True)
 class _Table:
-    """Triples that a code holds, of a split; without lengths."""
+    """The triples of a split that a code has codewords for, before these have lengths."""
 
     split: _Split
     shares: NDArray[np.float64]  # of 512 triples
     held: NDArray[np.int64]
     stored: NDArray[np.int64]
-    extra: float  # bits of a weight besides its codeword's: raw ones and patches
+    extra: float  # bits per weight besides codewords: raw bits and patches
 
     @functools.cached_property
     def bound(self) -> float:
-        """Bits of a weight at least."""
+        """A lower bound of bits per weight."""
         return self.extra + max(entropy_bits(np.bincount(self.stored, self.shares).tolist()), 1.0) / TRIPLE
 
     def bits(self, lengths: NDArray[np.int64]) -> float:
-        """Bits of a weight, with the lengths of the triples that are held."""
+        """Bits per weight, given the lengths of the codewords."""
         sizes = np.zeros(HIGH_PARTS**TRIPLE, np.int64)
         sizes[self.held] = lengths
         return self.extra + float((self.shares * sizes[self.stored]).sum()) / TRIPLE
 
 
 def _tables(split: _Split) -> list[_Table]:
-    """Tables of several sizes for a split."""
+    """Make tables of several sizes for a split."""
     highs = split.highs / split.highs.sum()
     triples = np.einsum("i,j,k->ijk", highs, highs, highs).reshape(-1)
     order = np.argsort(-triples, kind="stable")
@@ -168,26 +169,26 @@ def high_parts(triples: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _differences(stored: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """High parts in which each triple differs from the one stored for it."""
+    """Count the high parts in which each triple differs from the one that it is stored as."""
     return _all_differences()[np.arange(len(stored)), stored]
 
 
 @functools.cache
 def _all_differences() -> NDArray[np.uint8]:
-    """High parts in which each triple differs from each."""
+    """Count the high parts in which each triple differs from each other triple: (512, 512)."""
     parts = high_parts(np.arange(HIGH_PARTS**TRIPLE))
     differing: NDArray[np.uint8] = (parts[:, None] != parts[None]).sum(2, dtype=np.uint8)
     return differing
 
 
 def _replacements(held: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each triple, the one in the table that differs from it in the fewest high parts, the likeliest first."""
+    """Find, for each triple, the one in the table that differs in the fewest high parts; of equals, the likeliest."""
     nearest: NDArray[np.int64] = held[np.argmin(_all_differences()[:, held], axis=1)]
     return nearest
 
 
 def _code(table: _Table, lengths: NDArray[np.int64], bits: float) -> TripleCode:
-    """The canonical code of these lengths, first bit lowest."""
+    """Make the canonical code of these lengths, whose codewords have their first bit lowest."""
     codewords = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
     sizes = np.zeros(HIGH_PARTS**TRIPLE, np.uint8)
     next_word = 0

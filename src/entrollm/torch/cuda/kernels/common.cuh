@@ -1,10 +1,11 @@
-// What the kernels share: the layout of a matrix on the GPU (docs/research/cuda.md) and a few instructions.
+// What all kernels need: the layout of a matrix on the GPU (docs/research/cuda.md) and a few
+// instructions.
 //
-// A tile is 16 rows. A group is 72 columns of a tile: three matrix-unit steps of 24 columns. In a
+// A tile is 16 rows. A span is 72 columns of a tile: three matrix-unit steps of 24 columns. In a
 // step, lane 4 g + q holds rows g and g + 8 and the columns 12 h + 3 q + {0, 1, 2} of half h =
-// 0, 1. A chunk is a range of a tile's groups and lies in one piece: each of the two streams (rows
-// g and rows g + 8) as rows of 32 words, one per lane, then the starts of segments, what belongs to
-// the tile's rows, raw words, and patches.
+// 0, 1. A chunk is a range of a tile's spans, stored contiguously: the two streams (rows g and rows
+// g + 8) as rows of 32 words, one per lane, then the starts of segments, the tile's rows (in its
+// first chunk), raw words, and patches.
 #pragma once
 
 typedef unsigned char u8;
@@ -15,10 +16,9 @@ typedef unsigned long long u64;
 constexpr int kLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStreams = 2;
-constexpr int kTripleColumns = 3;
 constexpr int kStepColumns = 24;
-constexpr int kGroupColumns = 72;
-constexpr int kGroupTriples = 6;  // of one stream
+constexpr int kSpanColumns = 72;
+constexpr int kSpanTriples = 6;   // of one stream
 constexpr int kUnitColumns = 64;  // two steps of raw bits; units begin at multiples of this
 constexpr int kTableEntries = 256;
 constexpr int kTableBytes = kTableEntries * kLanes * 4;
@@ -31,8 +31,8 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 constexpr int kStepBytes = 64;
 constexpr int kMaxMatrices = 4;
 
-// Divides by a number that stays the same, without the slow unit of conversions and reciprocals;
-// the product of both numbers is below 2^31.
+// Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
+// unit. Dividend times divisor must be below 2^31.
 struct Divisor {
   int value;
   u32 inverse;  // 2^31 / value, rounded up
@@ -41,21 +41,21 @@ struct Divisor {
   __device__ __forceinline__ int divide(int x) const { return __umulhi(2 * x, inverse); }
 };
 
-// One matrix. Pointers are to device memory; a chunk is {offset / 16, size / 16, offset of what
-// follows the streams, patches + 65536 * rows of words of the first stream}.
+// One matrix. Pointers are to device memory. An entry of `chunks` is {offset / 16, size / 16,
+// offset of what follows the streams, patches + 65536 * rows of words of the first stream}.
 struct Matrix {
   const u8* data;
   const uint4* chunks;
   const u32* table;
   const float* column_scale;
-  const u16* bounds;  // where the segments of a tile begin, in groups, and where the last ends
+  const u16* bounds;  // where each segment of a tile begins, in spans, and where the last ends
   int rows;
   int tiles;
-  int groups;
+  int spans;
   Divisor tile_chunks;
   Divisor segments;
   int raw_bits;
-  int base;     // of a symbol whose raw bits and high part are 0
+  int base;     // the symbol whose raw bits and high part are 0
   int y_begin;  // where its outputs begin in a vector of outputs
   int cta_begin;
   Divisor cta_count;
@@ -78,7 +78,8 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
   return value;
 }
 
-// What a thread saw or wrote before this, those of its block see that synchronize with it after.
+// Makes what this thread saw or wrote visible to threads of its block that synchronize with it
+// afterwards.
 __device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
@@ -100,7 +101,7 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size,
   copy_bytes(to, from, size, barrier);
 }
 
-// Copies what the same barrier waits for besides a chunk that is asked for afterwards.
+// Copies bytes that the barrier waits for in addition to a chunk that is requested afterwards.
 __device__ __forceinline__ void copy_more(void* to, const void* from, u32 size, u64* barrier) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(size)
@@ -121,11 +122,11 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   } while (!done);
 }
 
-// The table, on its way from global memory to a copy for every lane, so that no two lanes of a warp
-// read the same bank.
+// Loads the table from global memory and stores a copy of it for every lane, so that no two lanes
+// of a warp read the same bank.
 class TableCopies {
  public:
-  // Asks for the entries and waits for none.
+  // Requests the entries without waiting for them.
   __device__ __forceinline__ explicit TableCopies(const u32* table) {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -134,7 +135,7 @@ class TableCopies {
     }
   }
 
-  // Bytes of `add` are added to those of every entry.
+  // Stores the copies, with the bytes of `add` added to those of each entry.
   __device__ __forceinline__ void store(u8* shared, u32 add) const {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -165,9 +166,9 @@ __device__ __forceinline__ void store_value(void* out, long long at, float value
   static_cast<u16*>(out)[at] = bits;
 }
 
-// Where the table lies: at a multiple of its size, so that a masked window needs no addition.
-// Kernels use what is in front of it too.
-__device__ __forceinline__ u8* table_place(u8* memory) {
+// Where the table begins: at a multiple of its size, so that a masked window needs no addition.
+// Kernels also use the memory in front of it.
+__device__ __forceinline__ u8* aligned_table(u8* memory) {
   return memory + (-shared_address(memory) & (kTableBytes - 1));
 }
 
@@ -177,13 +178,12 @@ class Stream {
   __device__ __forceinline__ Stream(const u8* table, const u8* words, u32 start)
       : position_((shared_address(words) >> 2) + start),
         lane_(threadIdx.x % kLanes * 4),
-        // Taken through a shuffle, or the compiler would put it together from two registers at
-        // every use.
+        // The shuffle keeps the compiler from computing this from two registers at every use.
         copy_(__shfl_sync(~0u, shared_address(table) | threadIdx.x % kLanes * 4,
                           threadIdx.x % kLanes)) {}
 
-  // The entries of the next three codes: the code's length, then three symbols. Codes have at most
-  // 8 bits, so that three fit the 25 bits of a window.
+  // Decodes three codes. An entry is the length of the code, then three symbols. A code has at most
+  // 8 bits, so three fit in the 25 bits of a window.
   __device__ __forceinline__ void entries(u32* out) {
     const u32 address = ((position_ << 2) & ~(kWordRowBytes - 1u)) | lane_;
     u32 window =
@@ -193,7 +193,7 @@ class Stream {
     out[1] = entry(window);
     window = __funnelshift_r(window, 0, out[1]);
     out[2] = entry(window);
-    // Three lengths stay within a byte.
+    // The sum of three lengths fits in a byte.
     position_ = __dp4a(out[0] + out[1] + out[2], 1u, position_);
   }
 
@@ -203,8 +203,8 @@ class Stream {
   }
 
   u32 position_;  // in bits from address 0 of shared memory, in rows of 32 words
-  u32 lane_;      // the lane's place in a row, in bytes
-  u32 copy_;      // the lane's copy of the table, which has no address bits in common with a masked
+  u32 lane_;      // the lane's offset in a row, in bytes
+  u32 copy_;      // the lane's copy of the table; its address has no bit in common with a masked
                   // window
 };
 
@@ -215,12 +215,12 @@ __device__ __forceinline__ u32 segment_start(const u8* tail, int segment, int st
   return bases[segment] + 2u * deltas[lane];
 }
 
-// What a tile's first chunk says of the tile's rows, behind the starts of its segments.
+// The tile's rows, which its first chunk holds behind the starts of its segments.
 __device__ __forceinline__ const Row* tile_rows(const u8* tail, int segments) {
   return reinterpret_cast<const Row*>(tail + 16 + segments * kStreams * kLanes);
 }
 
-// The units that have raw bits of columns [begin, end).
+// The range of units that hold the raw bits of columns [begin, end).
 __device__ __forceinline__ int first_unit(int begin) { return begin / kUnitColumns; }
 __device__ __forceinline__ int end_unit(int end) { return (end + kUnitColumns - 1) / kUnitColumns; }
 

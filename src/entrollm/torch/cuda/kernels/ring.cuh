@@ -1,22 +1,22 @@
-// A ring of slots in shared memory: chunks are copied there ahead of the warps that decode them,
-// and the warp that uses a chunk last asks for the one that takes its slot.
+// A ring of slots in shared memory. Chunks are copied there ahead of the warps that decode them,
+// and the last warp to use a chunk requests the chunk that takes its slot.
 #pragma once
 
 #include "common.cuh"
 
 constexpr int kMaxBounds = 257;
 
-// Some segments that a warp takes at a time, among those that a block works on.
-struct Place {
-  int chunk;
-  int segment;
+// The position of the segments that a warp takes at a time, among all that its block works on.
+struct Position {
+  int chunk;    // counted from the block's first
+  int segment;  // of the chunk
   int slot;
   u32 round;    // chunks that were in the slot before
-  int in_tile;  // the chunk's place in its tile
+  int in_tile;  // the chunk's index in its tile
   int tile;     // counted from the block's first
 
-  // Counted in segments, from the block's first.
-  __device__ __forceinline__ Place(int first, const Matrix& matrix, const Divisor& slots) {
+  // `first` is the first of the segments, counted from the block's first.
+  __device__ __forceinline__ Position(int first, const Matrix& matrix, const Divisor& slots) {
     chunk = matrix.segments.divide(first);
     segment = first - chunk * matrix.segments;
     round = slots.divide(chunk);
@@ -30,12 +30,12 @@ template <int kSlots>
 struct Ring {
   uint4 chunks[kSlots];
   u64 barriers[kSlots];
-  u32 rounds[kSlots];          // chunks that were asked for
+  u32 rounds[kSlots];          // chunks that were requested
   u32 done[kSlots];            // shares of the chunk in the slot that are decoded
   u16 bounds[kMaxBounds + 3];  // of the matrix
 
-  // One thread per slot calls this, the one that asks for its first chunk; the block meets at a
-  // barrier before anybody waits for a chunk.
+  // One thread per slot calls this: the one that requests the slot's first chunk. The block must
+  // meet at a barrier before any thread waits for a chunk.
   __device__ __forceinline__ void open(int slot) {
     barrier_init(&barriers[slot], 1);
     rounds[slot] = done[slot] = 0;
@@ -51,16 +51,16 @@ struct Ring {
   }
 
   // Waits for a chunk; returns its entry in the table of chunks.
-  __device__ __forceinline__ uint4 wait(const Place& at) {
-    // A barrier tells odd rounds from even ones only, so the chunk must have been asked for before
-    // the wait.
+  __device__ __forceinline__ uint4 wait(const Position& at) {
+    // A barrier can only tell odd rounds from even ones, so the wait must not begin before the
+    // chunk was requested.
     while (*static_cast<volatile u32*>(&rounds[at.slot]) <= at.round) __nanosleep(32);
     barrier_wait(&barriers[at.slot], at.round & 1);
     return chunks[at.slot];
   }
 
-  // One lane calls this when its warp is through with a share; true for the chunk's last.
-  __device__ __forceinline__ bool release(const Place& at, int shares) {
+  // One lane calls this when its warp has finished a share; returns true for the chunk's last.
+  __device__ __forceinline__ bool release(const Position& at, int shares) {
     fence_block();
     if (atomicAdd(&done[at.slot], 1) + 1 != static_cast<u32>(shares)) return false;
     done[at.slot] = 0;

@@ -1,6 +1,6 @@
-// x as the matrix unit takes it: rounded to 16 bits of its largest magnitude and split into two
-// signed digits, in the orders in which lanes hold weights. BATCH, TYPE and THREADS are defined
-// when this is compiled.
+// Prepares x for the matrix unit: rounds it to 16 bits of its largest magnitude and splits it into
+// two signed digits, in the orders in which lanes hold weights. The compiler defines BATCH, TYPE
+// and THREADS.
 #pragma once
 
 #include "common.cuh"
@@ -11,9 +11,9 @@ constexpr int kType = TYPE;
 constexpr int kDozen = 12;
 // The largest magnitude whose two balanced digits both fit int8.
 constexpr float kLargest = 32639.0f;
-// As bits, the largest magnitude that is finite.
+// The bits of the largest finite magnitude.
 constexpr u32 kFinite = 0x7f7fffffu;
-// Added to a number of less than 22 bits, this leaves the number plus 2^15 in the low 16 bits.
+// Adding this to an integer of less than 22 bits leaves the integer plus 2^15 in the low 16 bits.
 constexpr float kToBits = 12582912.0f + 32768.0f;
 constexpr u32 kBias = 32768;
 
@@ -52,13 +52,13 @@ class Vector {
         column_scale_(reinterpret_cast<const float4*>(column_scale)),
         count_(columns / 4) {}
 
-  // Asks for a dozen neighbours.
+  // Requests a dozen neighbours.
   __device__ __forceinline__ void read(int dozen, Bits (&bits)[3]) const {
 #pragma unroll
     for (int k = 0; k < 3; ++k) bits[k] = x_[min(dozen * 3 + k, count_ - 1)];
   }
 
-  // Their scaled values; zeros behind the vector's end.
+  // Scales a dozen neighbours; those behind the vector's end become zero.
   __device__ __forceinline__ void scale(int dozen, const Bits (&bits)[3],
                                         float (&values)[kDozen]) const {
 #pragma unroll
@@ -93,8 +93,8 @@ class Vector {
   int count_;
 };
 
-// Two numbers of 16 bits, 2^15 added to each, and the same for their high digits: 256 high + low is
-// the number, with low in [-128, 128).
+// Two numbers of 16 bits with 2^15 added to each, and the same with their high digits rounded: a
+// number is 256 high + low with low in [-128, 128).
 struct Pair {
   u32 low;
   u32 high;
@@ -102,22 +102,22 @@ struct Pair {
   __device__ __forceinline__ Pair(u32 first, u32 second)
       : low(__byte_perm(first, second, 0x5410)), high(low + 0x00800080u) {}
 
-  // Adds both to a total, with what was added to them.
+  // Adds both to a total, including the 2^15 that was added to each.
   __device__ __forceinline__ u32 sum(u32 total) const {
     asm("dp2a.lo.u32.u32 %0, %1, %2, %0;" : "+r"(total) : "r"(low), "r"(0x0101u));
     return total;
   }
 };
 
-// Where digits go.
+// Where digits are stored.
 struct DigitsOut {
   u8* triples;
   int triple_dozens;
   u8* raws;
   int raw_words;
 
-  // Stores the digits of a dozen in the order of triples; returns their sum, with what was added to
-  // them. Two lanes have one step together: one stores its high digits, the other its low ones.
+  // Stores the digits of a dozen in the order of triples; returns their sum, including what was
+  // added to them. Two lanes hold one step: one stores its high digits, the other its low digits.
   __device__ __forceinline__ u32 store_triples(int dozen, int vector,
                                                const u32 (&rounded)[kDozen]) const {
     const bool odd = dozen % 2 != 0;
@@ -130,7 +130,7 @@ struct DigitsOut {
       const Pair& third = thirds[j / 2];
       const u32 order = j % 2 * 0x2000u;
       sum = two.sum(sum);
-      // A word's first byte stays 0: entries have the length of their code there.
+      // A word's first byte stays 0, because table entries hold the length of their code there.
       digits[0][j] =
           (__byte_perm(two.high, third.high, 0x5310u + order) ^ 0x80808000u) & 0xffffff00u;
       digits[1][j] = __byte_perm(two.low, third.low, 0x4200u + order) & 0xffffff00u;
@@ -169,17 +169,17 @@ struct DigitsOut {
   }
 };
 
-// Threads that round: all but the last warp.
+// Threads that round: all but those of the last warp.
 constexpr int kRounding = THREADS - kLanes;
 
-// What a block knows of the rounded vectors.
+// What a block keeps about the rounded vectors.
 struct Rounded {
   float scale[kBatch];
   int sum[kBatch];
   u32 largest[2][kRounding / kLanes];
 };
 
-// Of the threads that round, which meet at a barrier of their own.
+// The largest value among the threads that round, which meet at a barrier of their own.
 __device__ __forceinline__ u32 rounding_max(u32 value, u32* scratch) {
   value = __reduce_max_sync(~0u, value);
   if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
@@ -187,9 +187,9 @@ __device__ __forceinline__ u32 rounding_max(u32 value, u32* scratch) {
   return __reduce_max_sync(~0u, scratch[threadIdx.x % kLanes % (kRounding / kLanes)]);
 }
 
-// Rounds a vector and stores its digits. NaN and infinity make its scale NaN. The last warp takes
-// no part in it, and can do other work in meanwhile(), which all warps call when they have asked
-// for what they round. The block must meet at a barrier before digits are read.
+// Rounds a vector and stores its digits. NaN and infinity make its scale NaN. All warps call
+// meanwhile() once they have requested what they round; the last warp rounds nothing, so it can do
+// longer work there. The block must meet at a barrier before digits are read.
 template <class Meanwhile>
 __device__ __forceinline__ void round_vector(const Vector& x, int vector, const DigitsOut& out,
                                              Rounded& rounded, Meanwhile meanwhile) {
@@ -221,7 +221,7 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
   largest_bits = rounding_max(largest_bits, rounded.largest[vector % 2]);
   const bool finite = largest_bits <= kFinite;
   const float largest = __uint_as_float(largest_bits);
-  // An exact power of two keeps the inverse of a tiny magnitude finite.
+  // Scaling by an exact power of two keeps the inverse of a tiny magnitude finite.
   const bool tiny = largest < 0x1p-60f;
   float inverse = 0;
   if (finite && largest_bits != 0) inverse = kLargest / (tiny ? largest * 0x1p100f : largest);

@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, CompileConfig
 
 import entrollm.hf
 from entrollm.hf import CodedWeight, EntroLinear
-from entrollm.torch import operators
+from entrollm.torch import joined_layers, operators
 from tests.torch.models import ids, logits, write_coded
 
 LAYERS = 2
@@ -225,21 +225,22 @@ def test_a_copy_compiles_to_products_of_its_own(model: Any) -> None:
     backend = Backend()
     copied = copy.deepcopy(model)
     numbers = {weight.number for weight in model.modules() if isinstance(weight, CodedWeight)}
-    places = [weight.place() for weight in copied.modules() if isinstance(weight, CodedWeight)]
-    assert len(places) == len(numbers) and not numbers & {number for number, _, _ in places}
+    copies = [weight for weight in copied.modules() if isinstance(weight, CodedWeight)]
+    sources = [joined_layers._source_of(weight.number) for weight in copies]
+    assert len(sources) == len(numbers) and not numbers & {number for number, _, _ in sources}
     compiled = torch.compile(copied, backend=backend, fullgraph=True)
     with torch.no_grad():
         found = compiled(tokens, use_cache=False).logits
     assert equal([found], [expected])
     assert backend.products == [PRODUCTS]
-    # A matrix whose group is gone multiplies alone.
+    # A matrix whose joined layers are gone multiplies alone.
     (query,) = [layer for name, layer in copied.named_modules() if name.endswith("0.self_attn.q_proj")]
     weight = query.weight
-    assert len(weight.place()[2]) > 1
-    del copied, compiled, query
+    assert len(joined_layers._source_of(weight.number)[2]) > 1
+    del copied, copies, compiled, query
     torch._dynamo.reset()
     gc.collect()
-    assert weight.place() == (weight.number, 0, (weight.spec.rows,))
+    assert joined_layers._source_of(weight.number) == (weight.number, 0, (weight.spec.rows,))
 
 
 def test_static_cache_is_compiled_once(model: Any) -> None:
@@ -305,12 +306,9 @@ def test_cross_attention_shares_what_has_one_input(translator: Path) -> None:
     assert all(torch.equal(answer(), expected) for _ in range(5))
     own, cross = (model.decoder.block[0].layer[i] for i in (0, 1))
 
-    def group(layer: EntroLinear) -> Any:
-        return layer._shared and layer._shared[0]
-
-    assert group(own.SelfAttention.q) is group(own.SelfAttention.v) is not None
-    assert group(cross.EncDecAttention.q) is None
-    assert group(cross.EncDecAttention.k) is group(cross.EncDecAttention.v) is not None
+    assert own.SelfAttention.q.joining is own.SelfAttention.v.joining is not None
+    assert cross.EncDecAttention.q.joining is None
+    assert cross.EncDecAttention.k.joining is cross.EncDecAttention.v.joining is not None
 
 
 def test_the_parts_of_an_expert_are_multiplied_at_once(tmp_path: Path, products: list[int]) -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from entrollm.compress import CompressOptions, size_range
+from entrollm.compress import CodingOptions, size_range
 from entrollm.engine.load import load
-from entrollm.evaluate import DivergenceLimit, Windows, compress_within, evaluate
-from entrollm.evaluate.search import smallest_size
+from entrollm.evaluate import Windows, evaluate
+from entrollm.recipes.search import DivergenceLimit, compress_within, smallest_size
 from tests.support.checkpoints import write_random_llama
 
 
@@ -29,7 +29,7 @@ def test_the_divergence_is_kept_and_measured_on_what_is_written(
     model: Path, windows: NDArray[np.int64], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = compress_within(model, out, CompressOptions(), DivergenceLimit(0.3, windows))
+    _, result = compress_within(model, out, CodingOptions(), DivergenceLimit(0.3, windows))
     evaluations, _ = evaluate([load(out)], Windows(windows, 1, 1), load(model))
     assert evaluations[0].divergence is not None
     assert evaluations[0].divergence.mean == pytest.approx(result.divergence.mean)
@@ -46,8 +46,8 @@ def test_every_size_is_fitted_before_it_is_measured(model: Path, windows: NDArra
         fitted.append(folder)
         return {}
 
-    result = compress_within(
-        model, tmp_path / "out", CompressOptions(), DivergenceLimit(0.3, windows), post_fit=post_fit
+    _, result = compress_within(
+        model, tmp_path / "out", CodingOptions(), DivergenceLimit(0.3, windows), post_fit=post_fit
     )
     assert len(fitted) == len(result.trials) + 1
     assert fitted[-1] == tmp_path / "out.partial"
@@ -55,7 +55,7 @@ def test_every_size_is_fitted_before_it_is_measured(model: Path, windows: NDArra
 
 def test_an_impossible_divergence_is_refused(model: Path, windows: NDArray[np.int64], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no size keeps the KL divergence at or below 1e-09: at \d+\.\d\d bits"):
-        compress_within(model, tmp_path / "out", CompressOptions(), DivergenceLimit(1e-9, windows))
+        compress_within(model, tmp_path / "out", CodingOptions(), DivergenceLimit(1e-9, windows))
     assert not any(tmp_path.iterdir())
 
 
@@ -70,11 +70,11 @@ def test_an_existing_output_is_refused_before_the_search(
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not a compressed model"):
-        compress_within(model, tmp_path, CompressOptions(), DivergenceLimit(0.1, windows))
+        compress_within(model, tmp_path, CodingOptions(), DivergenceLimit(0.1, windows))
 
 
 def test_the_stated_sizes_are_met(model: Path) -> None:
-    smallest, largest = size_range(model, CompressOptions())
+    smallest, largest = size_range(model, CodingOptions())
     assert 1 < smallest < 4 < largest < 12
 
 

@@ -12,10 +12,11 @@ from entrollm import _core
 from entrollm.errors import UnsupportedError
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
-from entrollm.hf import CodedWeight
 from entrollm.matrix import matrix_of
 from entrollm.torch import parallel
-from entrollm.torch.backend import Backend, to_tensor
+from entrollm.torch.backend import Backend
+from entrollm.torch.entries import to_tensor
+from entrollm.torch.weight import CodedWeight
 from tests.support.paths import GOLDEN
 
 GROUPS = GOLDEN / "v1-groups"
@@ -45,4 +46,4 @@ def test_they_are_not_split(tmp_path: Path) -> None:
         name = next(name for name, spec in stored.specs.items() if isinstance(spec.kind, GroupedKind))
         weight = parallel.without_entries(stored, name, torch.float32)
         with pytest.raises(UnsupportedError, match=rf"{name}: matrices with group scales are not split"):
-            parallel._Cutter(stored, 0, 2).fill(weight, "colwise")
+            parallel.PartCutter(stored, 0, 2).fill(weight, 0)

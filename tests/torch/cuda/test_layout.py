@@ -1,7 +1,8 @@
-"""The GPU's layout, packed and read back on the CPU."""
+"""The GPU's layout, written and read back on the CPU."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,21 +13,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrollm.errors import UnsupportedError
+from entrollm.torch.cuda import chunks, layout
 from entrollm.torch.cuda import compile as kernels
-from entrollm.torch.cuda import transcode
+from entrollm.torch.cuda.chunks import Chunks, row_words, write_chunks
+from entrollm.torch.cuda.device_matrix import transcode
+from entrollm.torch.cuda.gpu import Gpu, typical_gpu
+from entrollm.torch.cuda.launch import MAX_MATRICES
 from entrollm.torch.cuda.matrix import CudaMatrix
 from entrollm.torch.cuda.plan import chunk_limit, plan_of
-from entrollm.torch.cuda.shape import Shape, choose_shape
-from entrollm.torch.cuda.transcode import Packed, pack, row_words
+from entrollm.torch.cuda.shape import Room, Shape, choose_shape
 from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
+from entrollm.torch.cuda.tuning import FAMILIES, HOPPER, Tuning, tuning_of
 from tests.support.gpu_layout import unpack
 
+ROOMY = Room(HOPPER)
 
-def packed(symbols: np.ndarray, shape: Shape | None = None) -> tuple[Packed, Shape, TripleCode]:
+
+def gpu(block_bytes: int) -> Gpu:
+    """A GPU with this much shared memory for a block."""
+    return replace(typical_gpu(HOPPER), block_bytes=block_bytes)
+
+
+def written(symbols: np.ndarray, shape: Shape | None = None) -> tuple[Chunks, Shape, TripleCode]:
     code = choose_triple_code(np.bincount(symbols.reshape(-1), minlength=256).tolist())
-    shape = shape or choose_shape("tensor", *symbols.shape, code.bits)
+    shape = shape or choose_shape("tensor", *symbols.shape, code.bits, ROOMY)
     rows = torch.zeros(len(symbols), 3, dtype=torch.int32)
-    return pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end])), shape, code
+
+    def read(begin: int, end: int) -> torch.Tensor:
+        return torch.from_numpy(symbols[begin:end])
+
+    return write_chunks("tensor", shape, code, rows, read, ROOMY), shape, code
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,7 +56,7 @@ def packed(symbols: np.ndarray, shape: Shape | None = None) -> tuple[Packed, Sha
 def test_symbols_survive(rows: int, columns: int, deviation: float, middle: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     symbols = np.clip(np.rint(rng.standard_t(3, (rows, columns)) * deviation) + middle, 0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(unpack(*packed(symbols)), symbols)
+    np.testing.assert_array_equal(unpack(*written(symbols)), symbols)
 
 
 @pytest.mark.parametrize("chunks, segments", [(1, 2), (1, 8), (3, 4), (7, 2)])
@@ -48,7 +64,7 @@ def test_every_way_to_cut(chunks: int, segments: int) -> None:
     rng = np.random.default_rng(0)
     symbols = np.clip(np.rint(rng.normal(100, 3, (20, 1100))), 0, 255).astype(np.uint8)
     shape = Shape(20, 1100, chunks, segments)
-    np.testing.assert_array_equal(unpack(*packed(symbols, shape)), symbols)
+    np.testing.assert_array_equal(unpack(*written(symbols, shape)), symbols)
 
 
 def test_lanes_of_very_different_lengths_wait_for_each_other() -> None:
@@ -57,7 +73,7 @@ def test_lanes_of_very_different_lengths_wait_for_each_other() -> None:
     symbols = np.full((16, 2880), 128, np.uint8)
     symbols[3] = rng.integers(124, 132, 2880)
     symbols[12, 1000:] = rng.integers(125, 131, 1880)
-    found, shape, code = packed(symbols, Shape(16, 2880, 2, 8))
+    found, shape, code = written(symbols, Shape(16, 2880, 2, 8))
     np.testing.assert_array_equal(unpack(found, shape, code), symbols)
 
 
@@ -66,8 +82,8 @@ def test_expected_bits_are_those_of_the_chunks(deviation: float) -> None:
     rng = np.random.default_rng(0)
     symbols = np.clip(np.rint(rng.normal(128, deviation, (64, 4096))), 0, 255).astype(np.uint8)
     code = choose_triple_code(np.bincount(symbols.reshape(-1), minlength=256).tolist())
-    cut = choose_shape("tensor", 14336, 4096, code.bits)  # few rows would be cut into shorter segments
-    found, _, _ = packed(symbols, replace(cut, rows=64))
+    cut = choose_shape("tensor", 14336, 4096, code.bits, ROOMY)  # few rows would be cut into shorter segments
+    found, _, _ = written(symbols, replace(cut, rows=64))
     bits = found.data.numel() * 8 / symbols.size
     counts = np.bincount(symbols.reshape(-1), minlength=256) / symbols.size
     entropy = -(counts[counts > 0] * np.log2(counts[counts > 0])).sum()
@@ -103,7 +119,7 @@ def test_row_words_keep_every_bit() -> None:
 def test_one_vector_fits_the_shared_memory(columns: int, raw: bool) -> None:
     """With room for several chunks, on a GPU with 227 KB for a block."""
     room = 227 << 10
-    plan = plan_of(1, columns, raw, 18 << 10, room)
+    plan = plan_of(gpu(room), 1, columns, raw, 18 << 10)
     assert plan.slots >= 3
     assert plan.shared_bytes + 16 * 16 * 20 + 2048 <= room
 
@@ -112,22 +128,22 @@ def test_one_vector_fits_the_shared_memory(columns: int, raw: bool) -> None:
 @pytest.mark.parametrize("room", [99 << 10, 227 << 10])
 def test_chunks_fit_where_rows_are_long_or_memory_is_small(columns: int, room: int) -> None:
     for bits in (1.7, 4.0, 7.5):
-        limit = chunk_limit(columns, True, room)
+        limit = chunk_limit(gpu(room), columns, True)
         if limit == 0:
             assert room < 227 << 10 and columns > 4096
             continue
-        shape = choose_shape("tensor", 64, columns, bits, limit)
-        assert plan_of(1, columns, True, int(16 * columns * bits / 8 / shape.chunks * 1.05), room).fits
+        shape = choose_shape("tensor", 64, columns, bits, Room(HOPPER, limit))
+        assert plan_of(gpu(room), 1, columns, True, int(16 * columns * bits / 8 / shape.chunks * 1.05)).fits
 
 
 def test_chunks_that_wait_for_room_fill_whole_turns_of_the_warps() -> None:
     """4096 x 14336 at 2.4 bits: two tiles a multiprocessor, which does not hold all of their chunks."""
-    whole = choose_shape("tensor", 4096, 14336, 2.4)
+    whole = choose_shape("tensor", 4096, 14336, 2.4, ROOMY)
     assert 2 * whole.chunks * whole.segments // 2 == 24  # pairs of segments, one for each warp
-    cut = choose_shape("tensor", 4096, 14336, 2.4, slots=lambda size: (100 << 10) // size)
+    cut = choose_shape("tensor", 4096, 14336, 2.4, Room(HOPPER, slots=lambda size: (100 << 10) // size))
     assert 2 * cut.chunks * cut.segments // 2 == 48
     # Tiles by the dozen, of which few are held: enough segments of each to keep the warps busy.
-    many = choose_shape("tensor", 131072, 4096, 1.6, slots=lambda _: 6)
+    many = choose_shape("tensor", 131072, 4096, 1.6, Room(HOPPER, slots=lambda _: 6))
     assert 6 * many.chunks * many.segments // 2 >= 18
 
 
@@ -138,35 +154,48 @@ def test_rows_that_take_many_bits_are_cut_finer() -> None:
     symbols[:20] = rng.normal(128, 25.0, (20, 2048))
     symbols = np.clip(np.rint(symbols), 0, 255).astype(np.uint8)
     limit = 12 << 10
-    whole, shape, code = packed(symbols)
-    assert whole.chunk_bytes > limit
+    whole, shape, code = written(symbols)
+    assert whole.largest_bytes > limit
     rows = torch.zeros(len(symbols), 3, dtype=torch.int32)
-    found = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), limit)
-    assert found.chunk_bytes <= limit
+
+    def read(begin: int, end: int) -> torch.Tensor:
+        return torch.from_numpy(symbols[begin:end])
+
+    found = write_chunks("tensor", shape, code, rows, read, Room(HOPPER, limit))
+    assert found.largest_bytes <= limit
     assert found.shape.chunks > shape.chunks
     np.testing.assert_array_equal(unpack(found, found.shape, code), symbols)
     # As fine as can be, where no cut is fine enough.
-    least = pack("tensor", shape, code, rows, lambda begin, end: torch.from_numpy(symbols[begin:end]), 16)
-    assert least.shape.chunks == least.shape.groups // 2
+    least = write_chunks("tensor", shape, code, rows, read, Room(HOPPER, 16))
+    assert least.shape.chunks == least.shape.spans // 2
     np.testing.assert_array_equal(unpack(least, least.shape, code), symbols)
 
 
 def test_activations_that_do_not_fit_leave_no_slots() -> None:
-    assert plan_of(8, 14336, True, 18 << 10, 227 << 10).slots == 0
-    assert plan_of(1, 57344, True, 18 << 10, 227 << 10).slots == 0
+    assert plan_of(typical_gpu(HOPPER), 8, 14336, True, 18 << 10).slots == 0
+    assert plan_of(typical_gpu(HOPPER), 1, 57344, True, 18 << 10).slots == 0
 
 
 def test_rows_that_are_too_long() -> None:
     with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 65535 columns, this has 65536"):
-        choose_shape("tensor", 16, 65536, 3.0)
+        choose_shape("tensor", 16, 65536, 3.0, ROOMY)
+
+
+def test_rows_whose_activations_leave_no_room_are_cut_all_the_same() -> None:
+    """No product runs then, but the matrix must be there to be decoded to memory."""
+    symbols = np.random.default_rng(0).integers(120, 136, (16, 60_000)).astype(np.uint8)
+    assert chunk_limit(typical_gpu(HOPPER), 60_000, True) == 0
+    matrix = transcode("tensor", torch.from_numpy(symbols), torch.ones(16))
+    order = np.argsort(matrix.positions.numpy())
+    np.testing.assert_array_equal(unpack(matrix.chunks, matrix.shape, matrix.code), symbols[order])
 
 
 def test_matrices_that_are_too_large() -> None:
     code = choose_triple_code([1] * 256)
-    packer = transcode._Packer("tensor", Shape(16, 4096, 1, 2), code, torch.zeros(16, 3, dtype=torch.int32))
+    writer = chunks._Writer("tensor", Shape(16, 4096, 1, 2), code, torch.zeros(16, 3, dtype=torch.int32))
     sizes = torch.full((1 << 15, 1, 3), 2000)  # tiles; rows of words of both streams, and patches
     with pytest.raises(UnsupportedError, match="tensor: the GPU kernels take at most 8 GiB of a matrix, this has 1"):
-        packer.chunk_table(sizes)
+        writer.chunk_table(sizes)
 
 
 def test_kernels_refuse_other_devices() -> None:
@@ -198,8 +227,48 @@ def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path))
     kernels._cubin.cache_clear()
-    found = kernels._cubin("decode.cu", (9, 0), (("THREADS", 768),))
+    found = kernels._cubin("decode.cu", (9, 0), (("THREADS", 768), ("SLOTS", 8)))
     (kept,) = (tmp_path / "cuda").iterdir()
     assert kept.read_bytes() == found
     with pytest.raises(UnsupportedError, match="NVRTC cannot compile"):
         kernels.compile_source("not a kernel", (9, 0), ())
+
+
+def test_sizes_are_those_of_the_kernels() -> None:
+    """What Python and the kernels both know about the layout."""
+    text = "".join(kernels._read(name) for name in ("product.cu", "decode.cu"))
+
+    def constant(name: str) -> str:
+        (value,) = set(re.findall(rf"constexpr int {name} = ([^;]+);", text))
+        return str(value)
+
+    assert constant("kLanes") == str(layout.LANES)
+    assert constant("kTileRows") == str(layout.TILE_ROWS)
+    assert constant("kStreams") == str(layout.STREAMS)
+    assert constant("kStepColumns") == str(layout.STEP_COLUMNS)
+    assert constant("kSpanColumns") == str(layout.SPAN_COLUMNS)
+    assert constant("kSpanTriples") == str(layout.SPAN_TRIPLES)
+    assert constant("kUnitColumns") == str(layout.UNIT_COLUMNS)
+    assert constant("kStepBytes") == str(layout.STEP_BYTES)
+    assert constant("kWindowBit") == str(layout.WINDOW_BIT)
+    assert constant("kTogether") == str(layout.TOGETHER)
+    assert constant("kMaxBounds") == str(layout.MAX_BOUNDS + 1)
+    assert constant("kMaxMatrices") == str(MAX_MATRICES)
+    assert constant("kTableBytes") == "kTableEntries * kLanes * 4"
+    assert int(constant("kTableEntries")) * layout.LANES * 4 == layout.TABLE_BYTES
+    (row,) = set(re.findall(r"struct Row {(.*?)};", text, re.DOTALL))
+    assert 4 * len(re.findall(r"(?:int|float) \w+;", row)) == layout.ROW_BYTES
+
+
+@pytest.mark.parametrize("tuning", FAMILIES, ids=lambda tuning: tuning.family)
+def test_tables_hold_together(tuning: Tuning) -> None:
+    """What the kernels require of a table of tuning, whatever GPU it is for."""
+    assert tuning_of(tuning.capability) is tuning
+    assert tuning_of((tuning.capability[0], tuning.capability[1] + 1)) is tuning
+    for slots in tuning.product_slots:
+        assert slots.open_tiles > slots.chunks >= tuning.wanted_slots >= tuning.fewest_slots
+        assert slots.chunks <= layout.LANES
+    vectors = [slots.vectors for slots in tuning.product_slots]
+    assert vectors == sorted(set(vectors)) and tuning.max_batch == vectors[-1]
+    for threads in (tuning.product_threads // 2, tuning.product_threads, tuning.decode_threads):
+        assert threads % layout.LANES == 0 and threads > layout.MAX_BOUNDS

@@ -1,4 +1,4 @@
-"""The smallest file that keeps a model's predictions: search for the size at which a divergence is reached."""
+"""The smallest files that stay close to the original: search for the size at which a divergence is reached."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.compress import CompressOptions, CompressResult, PostFit, Target, check_output, compress, size_range
+from entrollm.compress import CodingOptions, FolderResult, PostFit, Target, check_output, compress_folder, size_range
 from entrollm.compress.statistics import Statistics
 from entrollm.engine.load import load
 from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.evaluation import evaluate
 from entrollm.evaluate.windows import Windows
+from entrollm.recipes.progress import Progress, Silent, report_weights
 
-# Where the search starts, and how fast ln KL falls with bits: an error falls to a quarter per bit.
+# Where the search starts, and the slope of ln KL over bits: one bit more cuts an error to a quarter.
 _START_BITS, _START_KL = 4.0, 0.05
 _SLOPE = -2 * math.log(2)
-# Good enough: a divergence so little below the limit, or a size known so closely, in bits per weight.
+# The search ends at this share of the allowed divergence, or when it knows the size this closely, in bits per weight.
 _CLOSE_KL = 0.95
 _CLOSE_BITS = 0.02
 _TRIALS = 10
@@ -35,7 +36,7 @@ class DivergenceLimit:
 
     Attributes:
         max_kl: mean KL divergence, in nats per prediction, above 0.
-        windows: token ids, shape (windows, tokens), that it is measured on; not those of a calibration.
+        windows: token ids to measure it on, shape (windows, tokens); calibration must not have seen them.
     """
 
     max_kl: float
@@ -43,7 +44,7 @@ class DivergenceLimit:
 
     def __post_init__(self) -> None:
         if not 0 < self.max_kl < math.inf:
-            raise ValueError(f"the KL divergence must be above 0, found {self.max_kl}")
+            raise ValueError(f"the KL divergence must be above 0 and finite, found {self.max_kl}")
 
 
 @dataclass(frozen=True)
@@ -56,85 +57,125 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The smallest model found whose mean divergence is within the limit.
+    """The divergence of the smallest model found within the limit.
 
     Attributes:
-        compressed: what was written.
-        divergence: its divergence from the original.
+        divergence: of the model that was written, from the original.
         trials: all sizes tried, in order.
-        predictions: how many each divergence was measured on.
+        predictions: how many predictions each divergence was measured on.
+        max_kl: the mean divergence that was allowed.
     """
 
-    compressed: CompressResult
     divergence: Divergence
     trials: tuple[Trial, ...]
     predictions: int
+    max_kl: float
 
     def to_json(self) -> dict[str, Any]:
-        """What `CompressResult.to_json` has, and the divergence under 'kl'."""
+        """The divergence under "kl", and all sizes under "trials"."""
         trials = [{"file_bits": trial.file_bits, "kl_mean": trial.divergence.mean} for trial in self.trials]
-        kl = {**self.divergence.to_json(), "predictions": self.predictions}
-        return {**self.compressed.to_json(), "kl": kl, "trials": trials}
+        return {"kl": {**self.divergence.to_json(), "predictions": self.predictions}, "trials": trials}
 
 
 def compress_within(
     model: str | Path,
     out: Path,
-    options: CompressOptions,
+    options: CodingOptions,
     limit: DivergenceLimit,
     *,
     statistics: Statistics | None = None,
     post_fit: PostFit | None = None,
     overwrite: bool = False,
-    on_trial: Callable[[Trial], None] | None = None,
-) -> SearchResult:
+    progress: Progress | None = None,
+) -> tuple[FolderResult, SearchResult]:
     """Write the smallest model within a divergence from the original.
 
     Args:
         model: a checkpoint folder or a Hub id.
         out: the folder to make.
-        options: as for `compress`; their target is not used.
+        options: as for `compress_folder`; their target is not used.
         limit: the divergence.
         statistics: from calibration.
-        post_fit: as for `compress`, at every size that is tried.
+        post_fit: as for `compress_folder`; called at every size that is tried.
         overwrite: replace an earlier output.
-        on_trial: called after each size that was tried.
+        progress: receives what is finished, and each size that was tried.
     Raises:
         ValueError: no size keeps the divergence, or an argument is wrong.
     """
     check_output(out, overwrite)
-    measured = Windows(limit.windows, limit.windows.size, 1)
-    reference = load(model, threads=options.threads)
-    trials: list[Trial] = []
-    tried: dict[float, Divergence] = {}
+    progress = progress or Silent()
+    search = _Search(model, options, limit, statistics, post_fit, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.trial-", dir=out.parent) as folder:
 
         def attempt(bits: float) -> float:
-            place = Path(folder) / "model"
-            shutil.rmtree(place, ignore_errors=True)
-            result = compress(model, place, _at(options, bits), statistics=statistics, post_fit=post_fit)
-            evaluations, _ = evaluate([load(place, threads=options.threads)], measured, reference)
-            divergence = evaluations[0].divergence
-            assert divergence is not None
-            trials.append(Trial(result.file_bits, divergence))
-            tried[bits] = divergence
-            if on_trial is not None:
-                on_trial(trials[-1])
-            return divergence.mean
+            return search.attempt(Path(folder) / "model", bits)
 
         bits = smallest_size(attempt, size_range(model, options, statistics), limit.max_kl)
-    compressed = compress(model, out, _at(options, bits), statistics=statistics, post_fit=post_fit, overwrite=overwrite)
-    return SearchResult(compressed, tried[bits], tuple(trials), limit.windows.size - len(limit.windows))
+    written = search.compress(out, bits, overwrite)
+    predictions = limit.windows.size - len(limit.windows)
+    return written, SearchResult(search.found[bits], tuple(search.trials), predictions, limit.max_kl)
+
+
+class _Search:
+    """Compresses a model to sizes, and measures how far it is from its original at each.
+
+    Attributes:
+        trials: all sizes tried, in order.
+        found: the divergence by the size that was asked for.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        options: CodingOptions,
+        limit: DivergenceLimit,
+        statistics: Statistics | None,
+        post_fit: PostFit | None,
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._windows = Windows(limit.windows, limit.windows.size, 1)
+        self._statistics = statistics
+        self._post_fit = post_fit
+        self._progress = progress
+        self._reference = load(model, threads=options.threads)
+        self.trials: list[Trial] = []
+        self.found: dict[float, Divergence] = {}
+
+    def compress(self, out: Path, bits: float, overwrite: bool = False) -> FolderResult:
+        """Write the model at a size."""
+        return compress_folder(
+            self._model,
+            out,
+            replace(self._options, target=Target(bits_per_weight=bits)),
+            statistics=self._statistics,
+            post_fit=self._post_fit,
+            overwrite=overwrite,
+            on_progress=report_weights(self._progress),
+        )
+
+    def attempt(self, out: Path, bits: float) -> float:
+        """Write the model at a size in place of the last one, and measure its mean divergence."""
+        shutil.rmtree(out, ignore_errors=True)
+        written = self.compress(out, bits)
+        evaluations, _ = evaluate([load(out, threads=self._options.threads)], self._windows, self._reference)
+        divergence = evaluations[0].divergence
+        assert divergence is not None  # there is a reference
+        self.trials.append(Trial(written.file_bits, divergence))
+        self.found[bits] = divergence
+        self._progress.tried(self.trials[-1])
+        return divergence.mean
 
 
 def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float], max_kl: float) -> float:
-    """The least bits per weight found at which `attempt` gives at most `max_kl`; its logarithm falls with bits.
+    """Find the fewest bits per weight at which a divergence is small enough; its logarithm falls with bits.
 
     Args:
-        attempt: gives the divergence at a size.
-        sizes: the range of sizes.
-        max_kl: the limit.
+        attempt: returns the divergence at a size.
+        sizes: the smallest and the largest possible size.
+        max_kl: the largest divergence allowed.
     Raises:
         ValueError: the divergence is above the limit at the largest size.
     """
@@ -143,7 +184,7 @@ def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float],
     enough: tuple[float, float] | None = None
     bits = _START_BITS + math.log(max_kl / _START_KL) / _SLOPE
     for trial in range(_TRIALS):
-        # Divergences that hardly fall would have used up all trials on the way.
+        # A divergence that hardly falls could otherwise use up all trials before it reaches the largest size.
         is_last_hope = trial == _TRIALS - 1 and enough is None
         bits = largest if is_last_hope else min(largest, max(smallest, bits))
         found = attempt(bits)
@@ -166,7 +207,7 @@ def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float],
 
 
 def _next(too_small: tuple[float, float] | None, enough: tuple[float, float] | None, max_kl: float) -> float:
-    """Where ln KL should be a little below the limit's, on the line through the closest points on either side."""
+    """The size where ln KL should be just below that of the limit, on a line through the closest points found."""
     wanted = math.log(max_kl * (1 + _CLOSE_KL) / 2)
     slope = _SLOPE
     if too_small and enough:
@@ -178,7 +219,3 @@ def _next(too_small: tuple[float, float] | None, enough: tuple[float, float] | N
         return min(enough[0] - margin, max(too_small[0] + margin, bits))
     bits, found = too_small or enough or (_START_BITS, _START_KL)
     return bits + (wanted - math.log(max(found, 1e-12))) / slope
-
-
-def _at(options: CompressOptions, bits: float) -> CompressOptions:
-    return replace(options, target=Target(bits_per_weight=bits))

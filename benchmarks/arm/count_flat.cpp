@@ -1,0 +1,45 @@
+// Multiplies flat rows with one vector, patches included, for a tracer to count instructions.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "format/flat.hpp"
+#include "product/activations.hpp"
+
+using namespace entrollm;
+
+// Arguments: bits of a field, rows, columns, patches of a thousand weights.
+int main(int argc, char** argv) {
+  if (argc != 5) throw std::invalid_argument("count_flat BITS ROWS COLUMNS PATCHES_PER_THOUSAND");
+  const int bits = std::atoi(argv[1]);
+  const auto rows = std::stoul(argv[2]), columns = std::stoul(argv[3]), often = std::stoul(argv[4]);
+  const std::size_t chunks = columns / kVector;
+  std::mt19937 random(1);
+  AlignedArray<std::uint8_t> fields(rows * flat_row_bytes(chunks, bits));
+  for (std::size_t i = 0; i < fields.size(); ++i) {
+    fields.data()[i] = static_cast<std::uint8_t>(random());
+  }
+  std::vector<std::uint32_t> first{0};
+  std::vector<std::uint16_t> places;
+  std::vector<std::int16_t> differences;
+  for (std::size_t row = 0; row < rows; ++row) {
+    for (std::size_t column = 0; column < columns; ++column) {
+      if (random() % 1000 >= often) continue;
+      places.push_back(static_cast<std::uint16_t>(column));
+      differences.push_back(static_cast<std::int16_t>(random() % 9));
+    }
+    first.push_back(static_cast<std::uint32_t>(places.size()));
+  }
+  const std::vector<float> values(columns, 1.0f);
+  ThreadPool pool(1);
+  const Activations x(pool, {values.data(), 1, columns, columns, {}},
+                      Activations::Layout::kSideBySide);
+  std::vector<std::int64_t> sums(rows);
+  const FlatKernels& kernels = *select_kernels(std::getenv("ENTROLLM_ISA")).flat;
+  kernels.product({fields.data(), rows, chunks, bits}, {x.interleaved(), 1}, sums.data());
+  kernels.add_patches({first.data(), places.data(), nullptr, differences.data()}, rows,
+                      x.interleaved_whole(), 1, sums.data());
+  std::printf("%lld\n", static_cast<long long>(sums[0]));
+}

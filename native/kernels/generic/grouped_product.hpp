@@ -1,0 +1,241 @@
+// Products of flat rows with group scales, written over FlatLanes (see flat_pack.hpp) and an
+// instruction set's GroupedLanes:
+//
+//   struct GroupedLanes {
+//     using Lanes = FlatLanes;
+//     using Floats;                         // a float for every four bytes of a register
+//     static constexpr std::size_t kMostVectors;  // that share the unpacking of a row
+//     template <int Bits>
+//     struct Sums {                         // exact sums of four columns each
+//       void add(Lanes::Bytes fields, const std::int8_t* high, const std::int8_t* low);
+//       Floats floats() const;              // the sums so far, rounded to float32
+//     };
+//     static Floats load(const float*);
+//     static void store(float*, Floats);
+//     static Floats fma(Floats a, Floats b, Floats c);
+//     static Floats splat(float);
+//     static void widen_halves(const std::uint16_t* halves, std::size_t count, float* out);
+//     // The scale of each lane of a register that covers several groups of Size columns.
+//     template <std::size_t Size>
+//     static Floats spread(const float* scales);
+//   };
+#pragma once
+
+#include "kernels/generic/flat_pack.hpp"
+#include "kernels/generic/group_terms.hpp"
+#include "kernels/grouped_kernels.hpp"
+
+namespace entrollm {
+namespace {
+
+// Fields are fetched about this far ahead of their use.
+inline constexpr std::size_t kGroupedAhead = 2048;
+
+template <class Isa, int Bits, std::size_t Vectors>
+class GroupedRow {
+ public:
+  using Lanes = typename Isa::Lanes;
+  using Floats = typename Isa::Floats;
+  static constexpr std::size_t kRegisters = kVector / Lanes::kLanes;
+  static constexpr std::size_t kFloats = Lanes::kLanes / 4;
+  static constexpr std::size_t kChunkBytes = flat_chunk_bytes(Bits);
+
+  [[gnu::always_inline]] inline GroupedRow(const float* lanes, std::size_t digits_step)
+      : digits_step_(digits_step) {
+    each([&]<std::size_t I>() __attribute__((always_inline)) {
+      lanes_[I / kRegisters][I % kRegisters] = Isa::load(lanes + I * kFloats);
+    });
+  }
+
+  [[gnu::always_inline]] inline void store(float* lanes) const {
+    each([&]<std::size_t I>() __attribute__((always_inline)) {
+      Isa::store(lanes + I * kFloats, lanes_[I / kRegisters][I % kRegisters]);
+    });
+  }
+
+  // A chunk of groups of Size columns, a part of kVector.
+  template <std::size_t Size>
+  [[gnu::always_inline]] inline void add_small(const std::uint8_t* fields,
+                                               const std::int8_t* digits, const float* scales) {
+    __builtin_prefetch(fields + kGroupedAhead);
+    for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
+      const auto weights = Lanes::template fields<Bits, Register>(fields);
+      const Floats scale = scale_of<Size, Register>(scales);
+      for_vectors([&]<std::size_t Vector>() __attribute__((always_inline)) {
+        typename Isa::template Sums<Bits> sums;
+        add<Register, Vector>(sums, weights, digits);
+        Floats& lane = lanes_[Vector][Register];
+        lane = Isa::fma(sums.floats(), scale, lane);
+      });
+    });
+  }
+
+  // A run of chunks of one group.
+  [[gnu::always_inline]] inline void add_run(const std::uint8_t* fields, const std::int8_t* digits,
+                                             std::size_t chunks, float scale) {
+    typename Isa::template Sums<Bits> sums[Vectors][kRegisters];
+    for (std::size_t i = 0; i < chunks; ++i, fields += kChunkBytes, digits += digits_step_) {
+      __builtin_prefetch(fields + kGroupedAhead);
+      for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
+        const auto weights = Lanes::template fields<Bits, Register>(fields);
+        for_vectors([&]<std::size_t Vector>() __attribute__((always_inline)) {
+          add<Register, Vector>(sums[Vector][Register], weights, digits);
+        });
+      });
+    }
+    each([&]<std::size_t I>() __attribute__((always_inline)) {
+      Floats& lane = lanes_[I / kRegisters][I % kRegisters];
+      lane = Isa::fma(sums[I / kRegisters][I % kRegisters].floats(), Isa::splat(scale), lane);
+    });
+  }
+
+ private:
+  template <class Body>
+  [[gnu::always_inline]] static inline void each(const Body& body) {
+    [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+      (body.template operator()<I>(), ...);
+    }(std::make_index_sequence<Vectors * kRegisters>());
+  }
+
+  template <class Body>
+  [[gnu::always_inline]] static inline void for_vectors(const Body& body) {
+    [&]<std::size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
+      (body.template operator()<I>(), ...);
+    }(std::make_index_sequence<Vectors>());
+  }
+
+  template <std::size_t Register, std::size_t Vector, class Sums>
+  [[gnu::always_inline]] static inline void add(Sums& sums, typename Lanes::Bytes weights,
+                                                const std::int8_t* digits) {
+    const std::int8_t* high = digits + 2 * Vector * kVector + Register * Lanes::kLanes;
+    sums.add(weights, high, high + kVector);
+  }
+
+  template <std::size_t Size, std::size_t Register>
+  [[gnu::always_inline]] static inline Floats scale_of(const float* scales) {
+    constexpr std::size_t kFirst = Register * Lanes::kLanes / Size;
+    if constexpr (Size >= Lanes::kLanes) {
+      return Isa::splat(scales[kFirst]);
+    } else {
+      return Isa::template spread<Size>(scales + kFirst);
+    }
+  }
+
+  const std::size_t digits_step_;
+  Floats lanes_[Vectors][kRegisters];
+};
+
+template <class Isa, int Bits, std::size_t Vectors, std::size_t Size>
+[[gnu::noinline]] void multiply_small_groups(const GroupedRows& rows, const std::int8_t* digits,
+                                             std::size_t step, float* lanes, std::size_t stride) {
+  for (std::size_t row = 0; row < rows.rows; ++row, lanes += stride) {
+    GroupedRow<Isa, Bits, Vectors> tile(lanes, step);
+    const std::uint8_t* fields = rows.fields + row * rows.row_bytes;
+    const float* scales =
+        rows.scales + row * rows.scale_stride + rows.first_chunk * (kVector / Size);
+    const std::int8_t* x = digits;
+    for (std::size_t i = 0; i < rows.chunks; ++i) {
+      tile.template add_small<Size>(fields, x, scales);
+      fields += flat_chunk_bytes(Bits);
+      scales += kVector / Size;
+      x += step;
+    }
+    tile.store(lanes);
+  }
+}
+
+template <class Isa, int Bits, std::size_t Vectors>
+[[gnu::noinline]] void multiply_large_groups(const GroupedRows& rows, const std::int8_t* digits,
+                                             std::size_t step, float* lanes, std::size_t stride) {
+  const std::size_t group_chunks = rows.group_columns / kVector;
+  const std::size_t end = rows.first_chunk + rows.chunks;
+  for (std::size_t row = 0; row < rows.rows; ++row, lanes += stride) {
+    GroupedRow<Isa, Bits, Vectors> tile(lanes, step);
+    const std::uint8_t* fields = rows.fields + row * rows.row_bytes;
+    const std::int8_t* x = digits;
+    std::size_t group = rows.first_chunk / group_chunks;
+    std::size_t group_end = (group + 1) * group_chunks;
+    std::size_t run_end = rows.first_chunk + kGroupedRun;
+    for (std::size_t at = rows.first_chunk; at < end;) {
+      std::size_t stop = group_end < run_end ? group_end : run_end;
+      if (stop > end) stop = end;
+      const std::size_t chunks = stop - at;
+      tile.add_run(fields, x, chunks, rows.scales[row * rows.scale_stride + group]);
+      fields += chunks * flat_chunk_bytes(Bits);
+      x += chunks * step;
+      at = stop;
+      if (at == group_end) {
+        ++group;
+        group_end += group_chunks;
+      }
+      if (at == run_end) run_end += kGroupedRun;
+    }
+    tile.store(lanes);
+  }
+}
+
+template <class Isa, int Bits, std::size_t Vectors>
+void multiply_grouped_vectors(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
+  constexpr std::size_t kTogether = Vectors < Isa::kMostVectors ? Vectors : Isa::kMostVectors;
+  constexpr std::size_t kStep = 2 * Vectors * kVector;
+  constexpr std::size_t kStride = Vectors * kGroupedLanes;
+  for (std::size_t vector = 0; vector < Vectors; vector += kTogether) {
+    const std::int8_t* digits = x.digits + 2 * vector * kVector;
+    float* out = lanes + vector * kGroupedLanes;
+    switch (rows.group_columns) {
+      case 8:
+        multiply_small_groups<Isa, Bits, kTogether, 8>(rows, digits, kStep, out, kStride);
+        break;
+      case 16:
+        multiply_small_groups<Isa, Bits, kTogether, 16>(rows, digits, kStep, out, kStride);
+        break;
+      case 32:
+        multiply_small_groups<Isa, Bits, kTogether, 32>(rows, digits, kStep, out, kStride);
+        break;
+      default:
+        multiply_large_groups<Isa, Bits, kTogether>(rows, digits, kStep, out, kStride);
+    }
+  }
+}
+
+template <class Isa>
+void multiply_grouped_rows(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
+  with_flat_width(rows.bits, [&]<int Bits>() __attribute__((always_inline)) {
+    switch (x.count) {
+      case 1:
+        return multiply_grouped_vectors<Isa, Bits, 1>(rows, x, lanes);
+      case 2:
+        return multiply_grouped_vectors<Isa, Bits, 2>(rows, x, lanes);
+      case 4:
+        return multiply_grouped_vectors<Isa, Bits, 4>(rows, x, lanes);
+      default:
+        return multiply_grouped_vectors<Isa, Bits, 8>(rows, x, lanes);
+    }
+  });
+}
+
+template <class Isa>
+float dot_floats(const float* a, const float* b, std::size_t count) {
+  constexpr std::size_t kFloats = Isa::Lanes::kLanes / 4;
+  constexpr std::size_t kParts = kGroupedLanes / kFloats;
+  typename Isa::Floats sums[kParts];
+  for (std::size_t k = 0; k < kParts; ++k) sums[k] = Isa::splat(0.0f);
+  for (std::size_t i = 0; i < count; i += kGroupedLanes) {
+    for (std::size_t k = 0; k < kParts; ++k) {
+      sums[k] = Isa::fma(Isa::load(a + i + k * kFloats), Isa::load(b + i + k * kFloats), sums[k]);
+    }
+  }
+  float lanes[kGroupedLanes];
+  for (std::size_t k = 0; k < kParts; ++k) Isa::store(lanes + k * kFloats, sums[k]);
+  return grouped_total(lanes);
+}
+
+template <class Isa>
+constexpr GroupedKernels make_grouped_kernels() {
+  return {.product = multiply_grouped_rows<Isa>,
+          .dot = dot_floats<Isa>,
+          .terms = write_group_terms<Isa::widen_halves>};
+}
+
+}  // namespace
+}  // namespace entrollm

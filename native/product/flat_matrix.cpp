@@ -1,0 +1,154 @@
+#include "product/flat_matrix.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+
+#include "codec/decode.hpp"
+#include "product/flat_transcode.hpp"
+#include "product/matrix_product.hpp"
+
+namespace entrollm {
+namespace {
+
+// Weights of a segment, which is decoded as a whole before its width is chosen: they fit the
+// second-level cache.
+constexpr std::size_t kSegmentWeights = std::size_t{1} << 17;
+constexpr std::size_t kMostSegmentRows = 64;
+
+// Whole row groups, as many as weights and rows allow.
+std::size_t rows_of_segments(const Geometry& geometry) {
+  const std::size_t by_weights = kSegmentWeights / geometry.padded_columns();
+  const std::size_t rows = std::min(by_weights, kMostSegmentRows);
+  return std::max<std::size_t>(1, rows / geometry.block_rows) * geometry.block_rows;
+}
+
+// The first exception of several threads.
+class FirstError {
+ public:
+  template <class Body>
+  void catch_from(const Body& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      if (error_ == nullptr) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_ != nullptr) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr error_;
+};
+
+}  // namespace
+
+FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
+    : geometry_(matrix.geometry()),
+      scales_(matrix.scales()),
+      segment_rows_(rows_of_segments(geometry_)),
+      arena_(most_flat_bytes(geometry_, segment_rows_)),
+      segments_((geometry_.rows - 1) / segment_rows_ + 1) {
+  const std::size_t padded = geometry_.padded_columns();
+  const std::size_t groups = segment_rows_ / geometry_.block_rows;
+  FirstError error;
+  pool.run(segments_.size(), [&](std::size_t segment, std::size_t) {
+    error.catch_from([&] {
+      const std::size_t first = segment * segment_rows_;
+      const std::size_t rows = std::min(segment_rows_, geometry_.rows - first);
+      Transcoder& transcoder = thread_transcoder();
+      std::uint8_t* symbols = transcoder.reserve(rows * padded);
+      DecodeScratch& scratch = thread_scratch(matrix.code_, matrix.max_block());
+      const std::size_t end = std::min(geometry_.row_blocks(), (segment + 1) * groups);
+      for (std::size_t group = segment * groups; group < end; ++group) {
+        for (std::size_t part = 0; part < geometry_.parts(); ++part) {
+          if (!matrix.decode_part(group, part, scratch)) {
+            throw_corrupt(group * geometry_.parts() + part);
+          }
+          const std::size_t width = geometry_.columns_in(part);
+          std::uint8_t* to = symbols + (group * geometry_.block_rows - first) * padded +
+                             part * geometry_.block_columns;
+          for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
+            std::memcpy(to + row * padded, scratch.block() + row * width, width);
+          }
+        }
+      }
+      segments_[segment] = transcoder.transcode(rows, geometry_.columns, arena_);
+    });
+  });
+  error.rethrow();
+  arena_.trim();
+}
+
+std::array<std::size_t, kMaxFlatBits + 1> FlatMatrix::rows_by_bits() const {
+  std::array<std::size_t, kMaxFlatBits + 1> rows{};
+  for (const FlatSegment& segment : segments_) {
+    rows[static_cast<std::size_t>(segment.bits)] += segment.rows;
+  }
+  return rows;
+}
+
+std::size_t FlatMatrix::patches() const {
+  std::size_t total = 0;
+  for (const FlatSegment& segment : segments_) total += segment.patches.first[segment.rows];
+  return total;
+}
+
+void FlatMatrix::unpack(std::size_t first, std::size_t count, std::uint8_t* out) const {
+  const FlatSegment& segment = segments_[first / segment_rows_];
+  const std::size_t row = first % segment_rows_;
+  const std::size_t padded = geometry_.padded_columns();
+  kernels().flat->unpack(segment.fields + row * flat_row_bytes(chunks(), segment.bits),
+                         count * chunks(), segment.bits, segment.base, out);
+  const FlatPatches& patches = segment.patches;
+  for (std::size_t i = 0; i < count; ++i, out += padded) {
+    for (std::size_t at = patches.first[row + i]; at < patches.first[row + i + 1]; ++at) {
+      const std::size_t column =
+          patches.columns != nullptr ? patches.columns[at] : patches.wide_columns[at];
+      out[column] = static_cast<std::uint8_t>(out[column] + patches.differences[at]);
+    }
+  }
+}
+
+namespace {
+
+// Calls body(row, buffer) for every row below `count`; the buffer has room for a row.
+template <class Body>
+void for_rows(ThreadPool& pool, std::size_t count, std::size_t padded, const Body& body) {
+  constexpr std::size_t kRowsPerTask = 16;
+  pool.run((count + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task, std::size_t) {
+    auto& buffer = thread_buffers().tile;
+    buffer.resize(std::max(buffer.size(), padded));
+    const std::size_t end = std::min(count, (task + 1) * kRowsPerTask);
+    for (std::size_t row = task * kRowsPerTask; row < end; ++row) body(row, buffer.data());
+  });
+}
+
+}  // namespace
+
+void FlatMatrix::decode(ThreadPool& pool, std::size_t begin, std::size_t end,
+                        std::uint8_t* out) const {
+  if (begin > end || end > geometry_.rows) throw std::invalid_argument("rows out of range");
+  for_rows(pool, end - begin, geometry_.padded_columns(),
+           [&](std::size_t row, std::uint8_t* buffer) {
+             unpack(begin + row, 1, buffer);
+             std::memcpy(out + row * geometry_.columns, buffer, geometry_.columns);
+           });
+}
+
+void FlatMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> rows,
+                            float* out) const {
+  check_rows(geometry_, rows);
+  for_rows(pool, rows.size(), geometry_.padded_columns(), [&](std::size_t i, std::uint8_t* buffer) {
+    const auto row = static_cast<std::size_t>(rows[i]);
+    unpack(row, 1, buffer);
+    dequantize_row(scales_, row, {buffer, geometry_.columns}, out + i * geometry_.columns);
+  });
+}
+
+}  // namespace entrollm

@@ -1,0 +1,49 @@
+"""The options that `compress` and `plan` share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+BpwOption = Annotated[
+    float | None,
+    typer.Option("--bpw", metavar="R", help="Bits per weight of the files, everything included; any fraction."),
+]
+SizeOption = Annotated[
+    str | None, typer.Option("--fit", metavar="SIZE", help="Size of the files, such as 1.9GB; never exceeded.")
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="GLOB",
+        help="Leave tensors whose names match in their own type. Can be repeated; wins over --bits GLOB=N.",
+    ),
+]
+
+
+def parse_bits(values: Sequence[str]) -> tuple[int | None, dict[str, int | None]]:
+    """Read the values of `--bits N` and `--bits GLOB=N`.
+
+    Args:
+        values: in their order; a later value for the same tensors wins.
+    Returns:
+        The width for all matrices, `None` if no bare number was given, and the widths by glob, in the order in which
+        they win over each other.
+    Raises:
+        ValueError: a value is neither a number nor GLOB=N.
+    """
+    default: int | None = None
+    overrides: dict[str, int | None] = {}
+    for value in values:
+        pattern, equals, number = value.rpartition("=")
+        if not (number.isascii() and number.isdigit()):
+            raise ValueError(f"--bits takes N or GLOB=N, such as 4 or 'lm_head*=8'; found {value!r}")
+        if equals:
+            overrides.pop(pattern, None)  # a glob that is given again wins over those between
+            overrides[pattern] = int(number)
+        else:
+            default = int(number)
+    return default, overrides

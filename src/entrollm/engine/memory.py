@@ -1,0 +1,187 @@
+"""In which form the engine holds matrices: in the file, or flat in memory, which takes more and multiplies faster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from entrollm import _core
+from entrollm.errors import CorruptStreamError
+from entrollm.format.code import RAW_BITS, Code, Field, Node
+from entrollm.format.group_scales import GroupedKind
+from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
+from entrollm.matrix import CodedMatrix
+
+Memory = Literal["auto", "file", "fast"]
+
+_logger = logging.getLogger(__name__)
+
+# What is free for flat matrices: the rest is for caches and other programs.
+_USABLE = 0.8
+# Bits a weight that the flat form takes more, at most, over Gaussian sources of 1.5 to 5.6 bits (measured: 0.4 to 0.8).
+_EXTRA_BITS = 0.9
+# AVX-512 decodes cascades while it multiplies. One vector, rates of a core with codes from `--prefer speed`: flat
+# takes 0.6 of the time at 2.3 stored bits, as much at 3.2 to 3.7, and 1.25 times as much at 4.2 to 4.6. With two
+# vectors and more, flat is faster everywhere, as it is with one against trees: 4 to 5 times.
+_FUSED_ISAS = ("avx512", "amx")
+_FUSED_FROM_BITS = 4.0
+# Of the native product: see make_cascade.
+_MAX_FUSED_LOW_BITS, _MAX_FUSED_LEVELS = 4, 16
+
+
+def check_memory(memory: str) -> Memory:
+    """Return `memory`.
+
+    Raises:
+        ValueError: it is not one of the choices.
+    """
+    choices: tuple[Memory, ...] = get_args(Memory)
+    for choice in choices:
+        if memory == choice:
+            return choice
+    raise ValueError(f"memory should be one of {', '.join(choices)}, found {memory!r}")
+
+
+def is_fused(code: Code) -> bool:
+    """Whether AVX-512 decodes and multiplies a code in one pass: a chain of fields that escape to the next."""
+    levels = 0
+    node: Node | None = code.tree
+    while isinstance(node, Field):
+        levels += 1
+        if levels == 1 and node.bits == RAW_BITS:
+            return False
+        node = node.escape
+    return node is None and levels <= _MAX_FUSED_LEVELS and code.low_bits <= _MAX_FUSED_LOW_BITS
+
+
+def is_faster_flat(spec: TensorSpec, stored_bits: float, isa: str) -> bool:
+    """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
+
+    Args:
+        spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
+        stored_bits: bits per weight in the file.
+        isa: the name of the instruction set, as `_core.isa()` has it.
+    """
+    if isa == "scalar":
+        return False
+    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
+        return True
+    return not is_fused(spec.code) or stored_bits < _FUSED_FROM_BITS
+
+
+class MemoryPlan:
+    """Which matrices of a folder are to be flat.
+
+    Args:
+        model: the folder.
+        memory: "file" for none, "fast" for all, "auto" for those that are faster flat on this machine, if all of them
+            fit its memory.
+    Attributes:
+        flat: the names of the matrices to transcode when they are first multiplied with.
+        flat_bytes: about what their flat forms take.
+        available_bytes: memory that was free; `None` if unknown.
+    """
+
+    def __init__(self, model: CompressedModel, memory: Memory) -> None:
+        self.available_bytes = available_memory_bytes()
+        sizes = {}
+        for name, spec in model.specs.items():
+            weights = spec.rows * spec.columns
+            bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
+            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, bits, _core.isa())):
+                sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
+        self.flat_bytes = sum(sizes.values())
+        fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes
+        self.flat = frozenset(sizes) if memory == "fast" or fits else frozenset()
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process can take before others suffer: of the machine and, if less, of its control group."""
+    found = [size for size in (_machine_memory(), _group_memory()) if size is not None]
+    return min(found) if found else None
+
+
+def _machine_memory(path: Path = Path("/proc/meminfo")) -> int | None:
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):  # another system, or another form
+        pass
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # what is free is unknown
+    return None
+
+
+def _group_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    try:
+        limit = int((folder / "memory.max").read_text())  # "max" if there is none
+        used = int((folder / "memory.current").read_text())
+        fields = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = {name: int(size) for name, size in fields}.get("inactive_file", 0)
+    except (OSError, ValueError):
+        return None
+    return max(0, limit - used + cached)
+
+
+class MatrixSlot:
+    """One matrix of a model in the form that it has now. Safe to use from several threads.
+
+    Args:
+        matrix: the matrix, coded.
+        becomes_flat: whether it is to be transcoded when it is first multiplied with.
+        on_flat: called once it is, when its bytes in the file are no longer read.
+    """
+
+    def __init__(self, matrix: CodedMatrix, becomes_flat: bool, on_flat: Callable[[], None]) -> None:
+        self._matrix = matrix
+        self._becomes_flat = becomes_flat and matrix.can_be_flat
+        self._on_flat = on_flat
+        self._lock = threading.Lock()
+
+    @property
+    def matrix(self) -> CodedMatrix:
+        """The matrix as it is."""
+        return self._matrix
+
+    def ready(self, pool: _core.ThreadPool) -> CodedMatrix:
+        """The matrix to multiply with, transcoded first if that is due.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        if self._becomes_flat:
+            with self._lock:
+                if self._becomes_flat:
+                    self._transcode(pool)
+        return self._matrix
+
+    def _transcode(self, pool: _core.ThreadPool) -> None:
+        try:
+            self._matrix = self._matrix.to_flat(pool)
+        except MemoryError:
+            _logger.warning("%s stays in the file: the memory does not suffice for its flat form", self._matrix.name)
+            self._becomes_flat = False
+            return
+        self._becomes_flat = False
+        self._on_flat()
+
+
+def transcode_ahead(slots: list[MatrixSlot], pool: _core.ThreadPool) -> None:
+    """Start a thread that makes slots ready in their order; it ends early when the program does."""
+
+    def run() -> None:
+        for slot in slots:
+            if not threading.main_thread().is_alive():
+                return
+            try:
+                slot.ready(pool)
+            except CorruptStreamError:
+                return  # the product that needs it says so
+
+    threading.Thread(target=run, name="entrollm-transcode").start()

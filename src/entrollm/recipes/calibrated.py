@@ -1,0 +1,86 @@
+"""Compression with calibration: measure a model on a text, compress it, tune its scales, search for its size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText, Tuner, calibrate, held_out
+from entrollm.compress import check_output, compress_folder
+from entrollm.recipes.device import open_device
+from entrollm.recipes.options import SELF, CompressOptions
+from entrollm.recipes.progress import Progress, report_weights
+from entrollm.recipes.result import CompressResult
+from entrollm.recipes.search import DivergenceLimit, compress_within
+
+# Windows that max_kl and tune measure on.
+_HELD_OUT_WINDOWS = 16
+
+
+def compress_calibrated(
+    model: str | Path, out: Path, options: CompressOptions, *, overwrite: bool, progress: Progress
+) -> CompressResult:
+    """Do what `entrollm.compress` documents, for options with a calibration text.
+
+    Statistics are kept in a temporary folder while this runs; see `entrollm.calibrate.measure` for their size.
+    """
+    coding = options.coding()
+    text = _text(options)
+    check_output(out, overwrite)
+    device = open_device(options.device)
+    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+        windows = held_out(model, text, device) if text.held_out else None
+        statistics = calibrate(model, text, Path(folder), progress.advance, device)
+        tuner = None
+        if options.tune:
+            assert windows is not None  # `_text` holds some out
+            tuner = Tuner(model, statistics.windows, windows, options.threads)
+        post_fit = None if tuner is None else _reported(tuner, progress)
+        search = None
+        if options.max_kl is None:
+            written = compress_folder(
+                model,
+                out,
+                coding,
+                statistics=statistics,
+                post_fit=post_fit,
+                overwrite=overwrite,
+                on_progress=report_weights(progress),
+            )
+        else:
+            assert windows is not None  # `_text` holds some out
+            written, search = compress_within(
+                model,
+                out,
+                coding,
+                DivergenceLimit(options.max_kl, windows),
+                statistics=statistics,
+                post_fit=post_fit,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    return CompressResult.of(written, None if tuner is None else tuner.result, search)
+
+
+def _text(options: CompressOptions) -> CalibrationText:
+    assert options.calibration is not None
+    measures = options.tune or options.max_kl is not None
+    return CalibrationText(
+        None if options.calibration == SELF else options.calibration,
+        sampled=DEFAULT_WINDOWS if options.sampled is None else options.sampled,
+        held_out=_HELD_OUT_WINDOWS if measures else 0,
+        seed=options.seed,
+    )
+
+
+def _reported(tuner: Tuner, progress: Progress) -> Callable[[Path], dict[str, NDArray[Any]]]:
+    """A tuner that reports how far it is."""
+
+    def post_fit(folder: Path) -> dict[str, NDArray[Any]]:
+        return tuner(folder, lambda done, total: progress.advance("tuning", done, total))
+
+    return post_fit

@@ -1,0 +1,191 @@
+"""What a user may ask of compression: one set of names for Python, the command line and transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from entrollm.compress.target import Target, parse_size
+from entrollm.errors import Message, Option, OptionError, Placeholder
+
+if TYPE_CHECKING:
+    from entrollm.codec.choose import Prefer
+    from entrollm.codec.cost import Processor
+    from entrollm.compress.options import CodingOptions, Method
+    from entrollm.quantize.paper import Granularity
+
+SELF = "self"
+"""The value of `calibration` that stands for text which the model writes itself."""
+
+DeviceName = Literal["cpu", "cuda"]
+
+_SIZES = Option("bits"), Option("bpw"), Option("size")
+_EITHER_TEXT = Option("calibration", Placeholder("FILE")), Option("calibration", SELF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressOptions:
+    """Options of `entrollm.compress` and `entrollm.plan`.
+
+    At most one of `bits`, `bpw`, `size` and `max_kl` decides the size; without any, matrices get 4-bit grids, or keep
+    the integers that the checkpoint already has. `calibration` needs one of the last three, and `sampled`, `drift`,
+    `method`, `tune`, `device` and `seed` say how to calibrate.
+
+    Attributes:
+        bits: width of the paper's grids, 2 to 8.
+        bpw: bits per weight of the weight files, everything included.
+        size: size of the weight files, in bytes or as "1.9GB"; never exceeded.
+        max_kl: find the smallest files whose mean KL divergence from the original is at most this many nats per token,
+            measured on windows that calibration does not see.
+        overrides: grid widths by glob over tensor names, or None for tensors that keep their type; a later match wins.
+            Widths go with neither `bpw`, `size` nor `max_kl`.
+        keep: globs of tensors that keep their type; they win over `overrides`.
+        granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
+        prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
+        processor: the kind whose decoding times count with "speed": "x86" or "arm".
+        calibration: a UTF-8 text file like what the model will read, or "self" for what the model writes itself.
+        sampled: windows of text that the model writes itself, added to a text file; `None` for 64. They take the whole
+            model in memory; with 0, calibration takes one layer at a time.
+        seed: of the text that the model writes itself.
+        method: how calibrated matrices are rounded: "feedback", or "gptq" to compare with.
+        drift: let each calibrated matrix make up for the errors of those before it.
+        tune: afterwards fit the stored scales to the original's predictions.
+        device: what calibrates and rounds: "cpu", or "cuda" for a GPU.
+        tokenizer: a folder whose tokenizer files replace those of the model.
+        shard_bytes: source bytes that share an output file; an interrupted run resumes after the last complete one.
+        threads: worker threads; `None` for one per core.
+    Raises:
+        ValueError: a value is out of range, or options exclude each other.
+    """
+
+    bits: int | None = None
+    bpw: float | None = None
+    size: int | str | None = None
+    max_kl: float | None = None
+    overrides: Mapping[str, int | None] = field(default_factory=dict)
+    keep: Sequence[str] = ()
+    granularity: Granularity = "tensor"
+    prefer: Prefer = "size"
+    processor: Processor = "x86"
+    calibration: str | Path | None = None
+    sampled: int | None = None
+    seed: int = 0
+    method: Method = "feedback"
+    drift: bool = True
+    tune: bool = False
+    device: DeviceName = "cpu"
+    tokenizer: str | Path | None = None
+    shard_bytes: int = 1 << 30
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        _check_calibration(self)
+        _check_size(self)
+
+    @property
+    def target(self) -> Target | None:
+        """The size to meet; `None` where `bits` or `max_kl` decides it.
+
+        Raises:
+            ValueError: the size is not one.
+        """
+        if self.bpw is not None:
+            return Target(bits_per_weight=self.bpw)
+        if self.size is not None:
+            return Target(file_bytes=parse_size(self.size) if isinstance(self.size, str) else self.size)
+        return None
+
+    def coding(self) -> CodingOptions:
+        """The part that decides how matrices are quantized and coded.
+
+        Raises:
+            ValueError: there is a size, and `overrides` has widths, which would change nothing.
+        """
+        from entrollm.compress.options import CodingOptions
+        from entrollm.quantize.select import BitsOverride
+
+        has_widths = any(bits is not None for bits in self.overrides.values())
+        if has_widths and (self.target is not None or self.max_kl is not None):
+            raise OptionError(Message("give one of {}, {} and {}; they all decide the size", *_SIZES))
+        overrides = [BitsOverride(pattern, bits) for pattern, bits in self.overrides.items()]
+        return CodingOptions(
+            bits=self.bits,
+            target=self.target,
+            method=self.method,
+            drift=self.drift,
+            fine_scales=self.tune,
+            granularity=self.granularity,
+            overrides=(*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)),
+            prefer=self.prefer,
+            processor=self.processor,
+            shard_bytes=self.shard_bytes,
+            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
+            threads=self.threads,
+        )
+
+
+def _check_values(options: CompressOptions) -> None:
+    """Check each option by itself."""
+    from entrollm.codec.choose import Prefer
+    from entrollm.codec.cost import Processor
+    from entrollm.compress.options import Method
+    from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
+
+    for bits in (options.bits, *options.overrides.values()):
+        if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
+            raise OptionError(Message("{} must be {} to {}, found {!r}", Option("bits"), MIN_BITS, MAX_BITS, bits))
+    choices: dict[str, Any] = {
+        "granularity": Granularity,
+        "prefer": Prefer,
+        "processor": Processor,
+        "method": Method,
+        "device": DeviceName,
+    }
+    for name, choice in choices.items():
+        allowed, value = get_args(choice), getattr(options, name)
+        if value not in allowed:
+            raise OptionError(Message("{} must be one of {}, found {!r}", Option(name), ", ".join(allowed), value))
+    if isinstance(options.keep, str):
+        raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option("keep"), options.keep))
+    for name, fewest in (("sampled", 0), ("seed", 0), ("shard_bytes", 1), ("threads", 1)):
+        count = getattr(options, name)
+        if count is not None and (type(count) is not int or count < fewest):
+            raise OptionError(
+                Message("{} must be at least {}, a whole number, found {!r}", Option(name), fewest, count)
+            )
+
+
+def _check_calibration(options: CompressOptions) -> None:
+    """Check that what calibrates comes with a text to calibrate on."""
+    max_kl = options.max_kl
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise OptionError(Message("{} must be above 0 and finite, found {}", Option("max_kl"), max_kl))
+    if options.calibration is not None:
+        return
+    if options.tune:
+        raise OptionError(Message("{} needs a text: add {} or {}", Option("tune"), *_EITHER_TEXT))
+    if options.sampled is not None:
+        raise OptionError(Message("{} goes with {} or {}", Option("sampled"), *_EITHER_TEXT))
+    if options.device != "cpu":
+        raise OptionError(Message("{} goes with {} or {}", Option("device", options.device), *_EITHER_TEXT))
+
+
+def _check_size(options: CompressOptions) -> None:
+    """Check that one option at most decides the size, and that calibration has one."""
+    given = [value for value in (options.bits, options.bpw, options.size) if value is not None]
+    if options.max_kl is not None:
+        if given or options.calibration is None:
+            raise OptionError(
+                Message("{} goes with {}, and without {}, {} and {}", Option("max_kl"), Option("calibration"), *_SIZES)
+            )
+        return
+    if len(given) > 1:
+        raise OptionError(Message("give one of {}, {} and {}; they all decide the size", *_SIZES))
+    if options.calibration is not None and options.target is None:
+        suggested = Option("bpw", 3.5), Option("size", "1.9GB"), Option("max_kl", 0.02)
+        raise OptionError(Message("{} needs a size: add {}, {} or {}", Option("calibration"), *suggested))
+    _ = options.target  # raises for a size that is not one

@@ -1,0 +1,115 @@
+"""The native back end: coded matrices on the CPU, multiplied and decoded by the native kernels."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from entrollm import _core
+from entrollm.format.spec import TensorSpec
+from entrollm.matrix import CodedMatrix, multiply, open_matrix
+from entrollm.torch.entries import to_array
+
+# Weights that are decoded on the CPU at a time for another device.
+_DECODED_WEIGHTS = 1 << 22
+
+
+def open_native(name: str, spec: TensorSpec, entries: Mapping[str, Tensor]) -> CodedMatrix:
+    """Open a coded matrix on the CPU. Entries that are there already are read in place.
+
+    Raises:
+        FormatError: the entries do not match the spec.
+    """
+    return open_matrix(name, spec, {suffix: to_array(entry.cpu()) for suffix, entry in entries.items()})
+
+
+class NativeMatrix:
+    """Coded matrices on the CPU, one below the other, read in place by the native kernels."""
+
+    def __init__(self, matrices: Sequence[CodedMatrix]) -> None:
+        self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)
+        self.matrices = tuple(matrices)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
+        activations = x.detach().to(torch.float32).contiguous().numpy()
+        return torch.from_numpy(multiply(self.matrices, activations, _pool())).to(x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up rows of the only matrix: integers (n,) -> float32 (n, in_features).
+
+        Raises:
+            IndexError: an id is outside of the matrix.
+        """
+        (matrix,) = self.matrices
+        wanted = ids.to(torch.int64).contiguous().numpy()
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.shape[0]:
+            raise IndexError(f"{matrix.name}: a row is looked up that is outside of its {self.shape[0]} rows")
+        return torch.from_numpy(matrix.dequantize(wanted, _pool()))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode all weights: (out_features, in_features)."""
+        weights = torch.empty(self.shape, dtype=dtype)
+        begin = 0
+        for matrix in self.matrices:
+            rows = matrix.spec.rows
+            weights[begin : begin + rows] = torch.from_numpy(matrix.dequantize(np.arange(rows), _pool()))
+            begin += rows
+        return weights
+
+
+class HostMatrix:
+    """A coded matrix that multiplies on another device, but whose scales only the CPU can apply.
+
+    The CPU decodes it, a few rows at a time, and the device multiplies.
+
+    Args:
+        matrix: the matrix, on the CPU.
+        device: where it multiplies.
+    """
+
+    def __init__(self, matrix: CodedMatrix, device: torch.device) -> None:
+        self.shape = (matrix.spec.rows, matrix.spec.columns)
+        self._matrix = NativeMatrix([matrix])
+        self._device = device
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
+        step = max(1, _DECODED_WEIGHTS // self.shape[1])
+        chunks = torch.split(torch.arange(self.shape[0]), step)
+        return torch.cat([functional.linear(x, self._decode(chunk, x.dtype)) for chunk in chunks], dim=1)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up rows: integers (n,) -> float32 (n, in_features).
+
+        Raises:
+            IndexError: an id is outside of the matrix.
+        """
+        return self._decode(ids.cpu(), torch.float32)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Decode all weights: (out_features, in_features)."""
+        return self._decode(torch.arange(self.shape[0]), dtype)
+
+    def _decode(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._matrix.rows(ids).to(device=self._device, dtype=dtype)
+
+
+def _pool() -> _core.ThreadPool:
+    """The threads of the native kernels, as many as torch uses."""
+    return _pool_of(torch.get_num_threads())
+
+
+@functools.cache
+def _pool_of(threads: int) -> _core.ThreadPool:
+    return _core.ThreadPool(threads)
+
+
+# The threads must end before the interpreter does.
+atexit.register(_pool_of.cache_clear)

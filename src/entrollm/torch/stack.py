@@ -1,0 +1,74 @@
+"""Coded matrices in the place of a three-dimensional parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entrollm.torch.joined_weights import JoinedWeights
+from entrollm.torch.weight import CodedParameter, CodedWeight
+
+
+class CodedStack(CodedParameter):
+    """Coded matrices in the place of a three-dimensional parameter, such as the fused weights of experts.
+
+    Matrix `i` of the parameter is `stack[i]`. It may be stored in parts that lie one below the other.
+    """
+
+    def __init__(self, matrices: Sequence[Sequence[CodedWeight]]) -> None:
+        super().__init__()
+        for index, parts in enumerate(matrices):
+            self.add_module(str(index), nn.ModuleList(parts))
+        self._joined: dict[int, JoinedWeights] = {}
+
+    def multiply(self, index: int, x: Tensor) -> Tensor:
+        """Multiply by one matrix: (n, in_features) -> (n, out_features)."""
+        if index not in self._joined:
+            self._joined[index] = JoinedWeights(self.parts(index))
+        joined = self._joined[index]
+        return joined.multiply(x) if joined.are_together() else torch.cat([part(x) for part in joined.weights], dim=-1)
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:
+        """Decode one matrix: (out_features, in_features)."""
+        return torch.cat([part.dequantize() for part in self.parts(int(index))])
+
+    def dequantize(self) -> Tensor:
+        """Decode all matrices: (matrices, out_features, in_features)."""
+        return torch.stack([self[index] for index in range(len(self))])
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of each matrix."""
+        return self.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of each matrix."""
+        return self.shape[2]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(matrices, out_features, in_features)."""
+        parts = self.parts(0)
+        return torch.Size((len(self), sum(part.spec.rows for part in parts), parts[0].spec.columns))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it multiplies on."""
+        return self.parts(0)[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its decoded matrices."""
+        return self.parts(0)[0].dtype
+
+    def parts(self, index: int) -> list[CodedWeight]:
+        """The coded matrices that lie one below the other in matrix `index`."""
+        parts = self._modules[str(index)]
+        assert isinstance(parts, nn.ModuleList)
+        return [part for part in parts if isinstance(part, CodedWeight)]

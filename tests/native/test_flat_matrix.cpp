@@ -1,0 +1,205 @@
+// Flat matrices have the integers, products and rows of the coded matrices that they are made from.
+#include <array>
+#include <cmath>
+
+#include "coded_case.hpp"
+#include "product/flat_matrix.hpp"
+#include "product/flat_transcode.hpp"
+#include "product/product.hpp"
+
+using namespace entrollm;
+using namespace entrollm::test;
+
+namespace {
+
+std::vector<float> product_of(ThreadPool& pool, std::span<const AnyMatrix> matrices,
+                              const std::vector<float>& x, std::size_t batch, std::size_t outputs) {
+  std::vector<float> y(batch * outputs, -1.0f);
+  multiply(pool, matrices, x.data(), batch, y.data());
+  return y;
+}
+
+bool equal(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void check_equal(const CodedMatrix& coded, const FlatMatrix& flat, ThreadPool& pool,
+                 Random& random) {
+  const Geometry& geometry = coded.geometry();
+  Bytes symbols(geometry.rows * geometry.columns), found(symbols.size());
+  coded.decode(pool, 0, geometry.rows, symbols.data());
+  flat.decode(pool, 0, geometry.rows, found.data());
+  require(symbols == found, "a flat matrix has the same symbols");
+  const std::vector<std::int64_t> rows{static_cast<std::int64_t>(random.below(geometry.rows)), 0};
+  std::vector<float> values(2 * geometry.columns), expected(values.size());
+  coded.dequantize(pool, rows, expected.data());
+  flat.dequantize(pool, rows, values.data());
+  require(equal(values, expected), "its rows have the same values");
+  for (const std::size_t batch : {1, 2, 3, 8, 9, 40}) {
+    std::vector<float> x(batch * geometry.columns);
+    for (auto& value : x) value = static_cast<float>(random.byte()) - 100.0f;
+    const AnyMatrix coded_only[] = {&coded}, flat_only[] = {&flat},
+                    mixed[] = {&flat, &coded, &flat};
+    const auto y = product_of(pool, coded_only, x, batch, geometry.rows);
+    require(equal(product_of(pool, flat_only, x, batch, geometry.rows), y), "the same products");
+    const auto joined = product_of(pool, mixed, x, batch, 3 * geometry.rows);
+    for (std::size_t i = 0; i < joined.size(); ++i) {
+      const std::size_t b = i / (3 * geometry.rows), row = i % geometry.rows;
+      require(joined[i] == y[b * geometry.rows + row], "also beside coded matrices");
+    }
+  }
+}
+
+// A matrix whose symbols crowd around `center`, with some anywhere.
+struct Crowded {
+  Geometry geometry;
+  Code code{Bytes{1, 8, 0}, 0};
+  EncodedRows rows;
+  std::vector<float> scale, offset, column_scale;
+  ExactBuffer dense, sparse;
+  CodedMatrix matrix;
+
+  Crowded(Random& random, const Geometry& shape, std::size_t spread, std::size_t strays)
+      : geometry(shape),
+        rows(encode(random, spread, strays)),
+        scale(random.coin() ? 1 : geometry.rows, 0.5f),
+        offset(random.coin() ? scale.size() : 0, -3.25f),
+        column_scale(random.coin() ? geometry.columns : 0, 1.5f),
+        dense(pad(rows.dense)),
+        sparse(pad(rows.sparse)),
+        matrix(code, geometry, dense.span(), sparse.span(), {}, {scale, offset, column_scale}) {
+    for (auto& value : scale) value = static_cast<float>(1 + random.byte()) / 64;
+  }
+
+  EncodedRows encode(Random& random, std::size_t spread, std::size_t strays) const {
+    Bytes symbols(geometry.rows * geometry.columns);
+    const std::size_t least = random.below(257 - spread);
+    for (auto& symbol : symbols) {
+      symbol = random.below(1000) < strays
+                   ? random.byte()
+                   : static_cast<std::uint8_t>(least + random.below(spread));
+    }
+    return encode_rows(code, geometry, symbols.data());
+  }
+};
+
+Geometry blocks_of(std::size_t rows, std::size_t columns) {
+  Geometry geometry{rows, columns, 1, 0};
+  geometry.block_columns = std::min(geometry.padded_columns(), kMaxBlockColumns);
+  geometry.block_rows = std::max<std::size_t>(1, kMaxBlock / geometry.block_columns);
+  geometry.validate();
+  return geometry;
+}
+
+void check_widths(ThreadPool& pool) {
+  Random random(2);
+  std::array<std::size_t, kMaxFlatBits + 1> rows{};
+  std::size_t patches = 0, without = 0;
+  for (const std::size_t columns : {1, 63, 64, 65, 576, 4096, 4161}) {
+    for (int bits = kMinFlatBits; bits <= kMaxFlatBits; ++bits) {
+      for (const std::size_t strays : {0, 6}) {
+        const Crowded c(random, blocks_of(1 + random.below(150), columns), std::size_t{1} << bits,
+                        strays);
+        const FlatMatrix flat(pool, c.matrix);
+        check_equal(c.matrix, flat, pool, random);
+        for (std::size_t i = 0; i < rows.size(); ++i) rows[i] += flat.rows_by_bits()[i];
+        patches += flat.patches();
+        without += flat.patches() == 0;
+        require(flat.size_bytes() <= most_flat_bytes(c.geometry, flat.segment_rows()), "the bound");
+      }
+    }
+  }
+  for (int bits = kMinFlatBits; bits <= kMaxFlatBits; ++bits) {
+    require(rows[static_cast<std::size_t>(bits)] > 0, "every width occurs");
+  }
+  require(patches > 0 && without > 0, "with and without patches");
+}
+
+void check_wide(ThreadPool& pool) {
+  Random random(3);
+  const Crowded c(random, blocks_of(5, 70001), 16, 5);
+  const FlatMatrix flat(pool, c.matrix);
+  require(flat.segments()[0].patches.wide_columns != nullptr && flat.patches() > 0,
+          "more than 65536 columns are numbered in 32 bits");
+  check_equal(c.matrix, flat, pool, random);
+}
+
+// A window chosen by the counted chunks, with everything else outside.
+void check_misleading(ThreadPool& pool) {
+  const Geometry geometry = blocks_of(64, 4096);
+  Bytes symbols(geometry.rows * geometry.columns);
+  for (std::size_t i = 0; i < symbols.size(); ++i) {
+    const std::size_t row = i / 4096, chunk = i % 4096 / kVector;
+    symbols[i] = static_cast<std::uint8_t>(chunk % 4 == row % 4 ? 3 : 100 + i % 100);
+  }
+  const Code code(Bytes{1, 8, 0}, 0);
+  const EncodedRows rows = encode_rows(code, geometry, symbols.data());
+  const ExactBuffer dense = pad(rows.dense), sparse = pad(rows.sparse);
+  const std::vector<float> scale{1.0f};
+  const CodedMatrix matrix(code, geometry, dense.span(), sparse.span(), {}, {scale, {}, {}});
+  const FlatMatrix flat(pool, matrix);
+  require(flat.rows_by_bits()[8] == 64 && flat.patches() == 0, "bytes where patches take more");
+  Random random(4);
+  check_equal(matrix, flat, pool, random);
+}
+
+void check_choice() {
+  std::uint64_t counts[256] = {};
+  for (std::size_t i = 0; i < 16; ++i) counts[100 + i] = 1000;
+  const FlatWindow exact = choose_flat_window(counts, false);
+  require(exact.bits == 4 && exact.base == 100, "the window that has everything");
+  counts[7] = 3;
+  require(choose_flat_window(counts, false).bits == 4, "a few patches are cheaper than a bit");
+  counts[96] = counts[97] = 1000;
+  require(choose_flat_window(counts, false).bits == 5, "many are not");
+  const std::uint64_t none[256] = {};
+  require(is_flat_width(choose_flat_window(none, true).bits), "nothing fits anywhere");
+}
+
+// Returns whether a damaged stream was refused; one that was not still has the coded products.
+bool survives(const CodedCase& c, Random& random, ThreadPool& pool) {
+  EncodedRows rows = c.rows;
+  Bytes& stream = rows.sparse.empty() || random.coin() ? rows.dense : rows.sparse;
+  if (!stream.empty())
+    stream[random.below(stream.size())] ^= static_cast<std::uint8_t>(1 + random.below(255));
+  auto& sizes = rows.sparse_sizes;
+  if (sizes.size() > 1 && random.coin()) std::swap(sizes[0], sizes[random.below(sizes.size())]);
+  const ExactBuffer dense = pad(rows.dense);
+  const ExactBuffer sparse = pad(rows.sparse);
+  const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), sizes,
+                           {c.scale, c.offset, {}});
+  try {
+    const FlatMatrix flat(pool, matrix);
+    check_equal(matrix, flat, pool, random);
+    return false;
+  } catch (const CorruptBlock&) {
+    return true;
+  }
+}
+
+}  // namespace
+
+int main() {
+  ThreadPool one(1);
+  ThreadPool three(3);
+  check_choice();
+  check_widths(three);
+  check_wide(three);
+  check_misleading(one);
+  std::size_t refused = 0;
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    Random random(seed);
+    const RandomCode source(random);
+    const CodedCase c(random, source);
+    const ExactBuffer dense = pad(c.rows.dense);
+    const ExactBuffer sparse = pad(c.rows.sparse);
+    const CodedMatrix matrix(c.code, c.geometry, dense.span(), sparse.span(), c.rows.sparse_sizes,
+                             {c.scale, c.offset, {}});
+    ThreadPool& pool = random.coin() ? one : three;
+    const FlatMatrix flat(pool, matrix);
+    check_equal(matrix, flat, pool, random);
+    for (int n = 0; n < 3; ++n) refused += survives(c, random, pool);
+  }
+  std::printf("flat_matrix: %zu of 180 damaged matrices refused\n", refused);
+  require(refused > 20, "damage is noticed where lengths disagree");
+}
