@@ -1,6 +1,7 @@
 """`entrollm chat`: a dialogue over pipes, its commands, and Ctrl-C."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,22 @@ def test_ctrl_c_at_the_prompt_does_not_leave(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_full_context_is_reported_and_the_dialogue_goes_on(folder: Path) -> None:
-    result = chat(folder, f"{'word ' * 600}\nHello\n")
+    result = chat(folder, f"{'word ' * 600}\nHello\n{'word ' * 600}\n")
     assert result.exit_code == 0
-    assert "shorten the prompt; /reset starts over" in result.stderr
+    assert "shorten the prompt; try another question\n" in result.stderr
+    assert "shorten the prompt; /reset starts over\n" in result.stderr
     assert "6 tokens at " in result.stderr
     assert chat(folder, f"{'word ' * 600}\n", "--json").exit_code == 1
+
+
+def test_instructions_that_the_template_refuses_are_not_kept_by_advice(folder: Path, tmp_path: Path) -> None:
+    refusing = tmp_path / "refusing"
+    shutil.copytree(folder, refusing)
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}a"
+    (refusing / "chat_template.jinja").write_text(template)
+    result = chat(refusing, "Hello\n", "--system", "x")
+    assert "no system role; try another question, or start again without --system" in result.stderr
+    assert "starts over" not in result.stderr
 
 
 def test_a_model_without_a_template_is_refused() -> None:

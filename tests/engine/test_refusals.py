@@ -210,7 +210,7 @@ def test_generation_without_a_tokenizer_has_no_text() -> None:
 def test_empty_prompt_without_start_token() -> None:
     tokenizer = read_model_files(TINY_LLAMA).tokenizer
     model = Model(ModelFiles({**CONFIG, "bos_token_id": None}, tokenizer), DenseWeights(tensors()))
-    with pytest.raises(ValueError, match="token ids should be a non-empty"):
+    with pytest.raises(ValueError, match="the prompt is empty, and the model names no start token"):
         model.generate("")
 
 

@@ -120,7 +120,7 @@ def _talk(dialogue: _Dialogue, *, keep_going: bool) -> None:
             except ValueError as error:  # the context is full, or the template refuses the messages
                 if not keep_going:
                     raise
-                message(f"{describe_error(error)}; /reset starts over")
+                message(f"{describe_error(error)}; {dialogue.advice()}")
 
 
 def _read_line() -> str:
@@ -151,6 +151,12 @@ class _Dialogue:
         """Forget all but the system message."""
         self.messages = list(self._opening)
         self._cache = self._model.new_cache()
+
+    def advice(self) -> str:
+        """What helps when a question is refused: forgetting the dialogue, unless it has just begun."""
+        if self.messages != self._opening:
+            return "/reset starts over"
+        return "try another question" + (", or start again without --system" if self._opening else "")
 
     def ask(self, question: str) -> None:
         """Print the answer to `question` as it is generated, and keep both; Ctrl-C keeps the answer so far."""
