@@ -166,7 +166,11 @@ def broken_copy(model: Path, folder: Path, name: str, value: float) -> Path:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_activations_that_are_not_finite_are_named(model: Path, text: Path, tmp_path: Path, value: float) -> None:
+def test_activations_that_are_not_finite_are_named(
+    model: Path, text: Path, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may overflow; here the check of weights is left out."""
+    monkeypatch.setattr("entrollm.engine.weights.check_finite", lambda name, values: None)
     broken = broken_copy(model, tmp_path / "broken", "model.layers.1.post_attention_layernorm.weight", value)
     with (
         np.errstate(invalid="ignore", over="ignore"),

@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 from entrollm import CompressOptions, compress
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
-from entrollm.quantize.select import BitsOverride
 from tests.checkpoint.imported.test_gptq import packer
 from tests.support.quantized_sources import (
     CONFIG,
@@ -136,7 +135,7 @@ def test_integers_where_weights_belong_are_refused(case: str, tmp_path: Path) ->
         UnsupportedError, match=rf"tensor '{name}' holds integers \(.*where weights belong.*--keep '{name}'"
     ):
         compress(tmp_path / "source", tmp_path / "out")
-    options = CompressOptions(overrides=[BitsOverride(name, None)])
+    options = CompressOptions(overrides={name: None})
     assert compress(tmp_path / "source", tmp_path / "out", options).quantized_weights == 32
 
 

@@ -17,7 +17,6 @@ from entrollm.compress.verify import verify
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import check_finite
 from entrollm.format.reader import CompressedModel
-from entrollm.quantize.select import BitsOverride
 from tests.support.quantized_sources import CONFIG, LINEARS, plain_tensors, write_folder
 
 NORM, MATRIX = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
@@ -51,7 +50,7 @@ def test_types_of_kept_tensors(dtype: Any, tmp_path: Path) -> None:
 def test_a_matrix_that_is_kept_is_looked_at(tmp_path: Path) -> None:
     source = write(tmp_path / "source", MATRIX, np.nan, np.float32)
     with pytest.raises(FormatError, match=rf"{MATRIX}: the value at \(0, 3\) is nan"):
-        compress(source, tmp_path / "out", CompressOptions(bits=8, overrides=[BitsOverride(MATRIX, None)]))
+        compress(source, tmp_path / "out", CompressOptions(bits=8, overrides={MATRIX: None}))
 
 
 def test_the_engine_refuses_them_in_a_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.engine.linear import CodedWeights
+from entrollm.engine.memory import MatrixSlot
 from entrollm.engine.weights import Floats, Ids, load_tensor
 from entrollm.format import layout
 from entrollm.format.grid import GridKind
@@ -61,6 +62,10 @@ class ScaledWeights(CodedWeights):
             FormatError: it is missing or has another shape.
         """
         return load_tensor(self, name, shape)
+
+    def _slot(self, name: str) -> MatrixSlot:
+        # The scales may have changed since the last call.
+        return MatrixSlot(self._matrix(name), False, lambda: None)
 
     def _matrix(self, name: str) -> CodedMatrix:
         arrays, spec = self._model.matrix_arrays(name), self._model.specs[name]

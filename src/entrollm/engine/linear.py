@@ -121,14 +121,15 @@ class CodedWeights:
 
     def prepare(self) -> None:
         """Start to transcode what is to be flat, in the order in which `linear` was asked for it."""
-        slots = [slot for name, slot in self._multiplied.items() if name in self._flat]
+        slots = [slot for name, slot in self._multiplied.items() if self._names[name] in self._flat]
         if slots:
             transcode_ahead(slots, self.pool)
 
     def _slot(self, name: str) -> MatrixSlot:
         if name not in self._slots:
-            matrix = matrix_of(self._model, name)
-            self._slots[name] = MatrixSlot(matrix, name in self._flat, lambda: self._model.release(name))
+            stored = self._names[name]
+            matrix = matrix_of(self._model, stored)
+            self._slots[name] = MatrixSlot(matrix, stored in self._flat, lambda: self._model.release(stored))
         return self._slots[name]
 
     def _kept(self, name: str) -> DenseLinear:
