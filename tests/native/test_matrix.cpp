@@ -85,8 +85,7 @@ void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& poo
   }
   const std::vector<float> before = y;
   grouped.flatten(pool);
-  require(grouped.is_flat() == grouped.can_flatten(),
-          "it is flat if it can be");
+  require(grouped.is_flat() == grouped.can_flatten(), "it is flat if it can be");
   multiply_grouped(pool, matrices, c.x.data(), c.batch, y.data());
   require(before == y, "the flat form has the same products");
   try {
