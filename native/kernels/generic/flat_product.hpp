@@ -185,7 +185,7 @@ void multiply_flat_vectors(const FlatRows& rows, const FlatVectors& x, std::int6
   FlatCut cut{};
   cut.row_bytes = flat_row_bytes(rows.chunks, Bits);
   cut.digits_step = 2 * Vectors * kVector;
-  std::memset(sums, 0, rows.rows * Vectors * sizeof *sums);
+  for (std::size_t i = 0; i < rows.rows * Vectors; ++i) sums[i] = 0;
   constexpr std::size_t kCut = flat_cut_chunks(Vectors);
   for (std::size_t first = 0; first < rows.chunks; first += kCut) {
     const std::size_t left = rows.chunks - first;
