@@ -168,15 +168,15 @@ def test_what_is_faster_flat() -> None:
     cascade, tree = spec_of(CASCADE, GridKind(1.0)), spec_of(TREE, GridKind(1.0))
     grouped = spec_of(CASCADE, GroupedKind(32, {"group_scale": "F16"}))
     for isa in ("avx2", "avx2-vnni", "neon", "neon-dot"):
-        assert is_faster_flat(cascade, 4.5, isa) and is_faster_flat(tree, 2.0, isa)
+        assert is_faster_flat(cascade, isa) and is_faster_flat(tree, isa)
     for isa in ("avx512", "amx"):
-        assert is_faster_flat(cascade, 3.2, isa) and not is_faster_flat(cascade, 4.5, isa)
-        assert is_faster_flat(tree, 4.5, isa) and is_faster_flat(grouped, 4.5, isa)
-    assert not is_faster_flat(tree, 4.5, "scalar") and not is_faster_flat(grouped, 4.5, "scalar")
+        assert not is_faster_flat(cascade, isa)
+        assert is_faster_flat(tree, isa) and is_faster_flat(grouped, isa)
+    assert not is_faster_flat(tree, "scalar") and not is_faster_flat(grouped, "scalar")
 
 
 def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, bits, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa: True)
     with CompressedModel.open(folder) as model:
         assert MemoryPlan(model, "file").flat == frozenset()
         assert MemoryPlan(model, "auto").flat == frozenset(model.specs)
@@ -191,7 +191,7 @@ def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_estimate_of_auto_is_no_less_than_what_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, bits, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa: True)
     with CompressedModel.open(folder) as model:
         report = report_memory(model, _core.ThreadPool(2))
         assert report.memory_bytes("fast")[0] <= 1.02 * MemoryPlan(model, "auto").flat_bytes
