@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
+from entrollm.system import memory_bytes
 
 Memory = Literal["auto", "file", "fast"]
 
@@ -103,16 +103,14 @@ def available_memory_bytes() -> int | None:
     return min(found) if found else None
 
 
-def _machine_memory(path: Path = Path("/proc/meminfo")) -> int | None:
+def _machine_memory(path: Path = Path("/proc/meminfo")) -> int:
     try:
         for line in path.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):  # another system, or another form
         pass
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # what is free is unknown
-    return None
+    return memory_bytes() // 2  # what is free is unknown
 
 
 def _group_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
