@@ -103,9 +103,7 @@ def test_rotations(values: dict[str, Any], expected: dict[str, Any], tmp_path: P
     ("values", "expected"),
     [
         ({}, 1 + 0.1 * math.log(4)),
-        ({"yarn_log_multiplier": 0.5}, (1 + 0.1 * math.log(4)) / (1 + 0.05 * math.log(4))),
         ({"attn_factor": 0.7}, 0.7 * (1 + 0.1 * math.log(4))),
-        ({"attn_factor": 0.7, "yarn_log_multiplier": 1.0}, 0.7),
     ],
 )
 def test_the_scale_of_yarn(values: dict[str, Any], expected: float, tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ _USED = frozenset(
     | {"attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.scale"}
     | {"attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base"}
     | {"rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"}
-    | {"rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast"}
-    | {"rope.scaling.yarn_beta_slow"}
+    | {"rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"}
 )
 # Keys that say nothing about what the model computes.
 _INERT = frozenset({"rope.scaling.finetuned", "decoder_start_token_id", "pooling_type", "attention.layer_norm_epsilon"})
@@ -56,6 +55,8 @@ _FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "rope.scaling.alpha": (0,),
         "rope.scaling.yarn_ext_factor": (1, -1),
         "rope.scaling.yarn_attn_factor": (1,),
+        # Converters of different models write different multiples of it, and llama.cpp does not read it for these.
+        "rope.scaling.yarn_log_multiplier": (0,),
     }
 )
 _GENERAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -249,13 +250,9 @@ def _yarn(metadata: _Metadata, factor: float, context_length: int) -> dict[str, 
     for name in ("beta_fast", "beta_slow"):
         if metadata.has(f"rope.scaling.yarn_{name}"):
             rope[name] = metadata.number(f"rope.scaling.yarn_{name}")
-    multiplier = metadata.number("rope.scaling.yarn_log_multiplier", 0.0)
-    if multiplier:
-        rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
     if attention != 1.0:
-        log = 0.1 * math.log(factor) if factor > 1 else 0.0
-        rope["attention_factor"] = attention * (1 + log) / (1 + log * multiplier)
+        rope["attention_factor"] = attention * (1.0 + (0.1 * math.log(factor) if factor > 1 else 0.0))
     return rope
 
 
