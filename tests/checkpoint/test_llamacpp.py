@@ -25,7 +25,7 @@ from tests.support.gguf_sources import GgufSource
 
 PYTHON = os.environ.get("LLAMACPP_PYTHON", sys.executable)
 ASK = """
-import ctypes, json, sys
+import json, sys
 import llama_cpp
 from llama_cpp import Llama
 
