@@ -73,7 +73,7 @@ def compile_source(text: str, capability: tuple[int, int], macros: tuple[tuple[s
     )
     try:
         return bytes(Program(text, "c++", options).compile("cubin").code)
-    except RuntimeError as error:
+    except Exception as error:  # cuda.core's own classes are private, and are no RuntimeErrors since version 1.1
         raise UnsupportedError(f"NVRTC cannot compile the GPU kernels: {error}") from error
 
 
