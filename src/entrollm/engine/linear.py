@@ -13,7 +13,7 @@ from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, transcode_ahe
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import matrix_of, multiply
+from entrollm.matrix import Product, matrix_of
 from entrollm.threads import default_threads, spin_us
 
 if TYPE_CHECKING:
@@ -28,10 +28,13 @@ class CodedLinear:
         self._pool = pool
         specs = [slot.matrix.spec for slot in slots]
         self.shape = (sum(spec.rows for spec in specs), specs[0].columns)
+        self._product: Product | None = None
 
     def __call__(self, x: Floats, /) -> Floats:
         """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
-        return multiply([slot.ready(self._pool) for slot in self._slots], x, self._pool)
+        if self._product is None:
+            self._product = Product([slot.ready(self._pool) for slot in self._slots])  # in their final form
+        return self._product(x, self._pool)
 
 
 class CodedEmbedding:
@@ -91,7 +94,7 @@ class CodedWeights:
         is_tied = model.config.get("tie_word_embeddings") is True
         self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = _core.ThreadPool(threads, spin_us())
-        self._flat = MemoryPlan(model, memory).flat
+        self._flat = MemoryPlan(model, memory, threads).flat
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
         self._dense: dict[str, DenseLinear] = {}
