@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -44,7 +45,7 @@ def test_the_table_names_machine_and_choice(folder: Path) -> None:
 
 def test_rates_are_of_the_tokens_that_were_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr("entrollm.engine.benchmark.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("entrollm.engine.benchmark.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     made: list[int] = []
     generate = Model.generate
 
