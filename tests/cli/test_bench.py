@@ -65,7 +65,7 @@ def test_rates_are_of_the_tokens_that_were_made(folder: Path, monkeypatch: pytes
     ("arguments", "message"),
     [
         (["--memory", "slow"], "memory should be one of auto, file, fast, found 'slow'"),
-        (["--tokens", "1"], "1"),
+        (["--tokens", "1"], "--tokens"),
         (["--prompt-tokens", "100000"], "context"),
     ],
 )
