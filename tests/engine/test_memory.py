@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_transcoding() -> None:
     for thread in threading.enumerate():
-        if thread.name == "entrollm-transcode":
+        if thread.name == "entrollm-prepare":
             thread.join()
 
 

@@ -26,6 +26,7 @@ from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
 
 __all__ = [
+    "CheckOption",
     "JsonOption",
     "MemoryOption",
     "Stopwatch",
@@ -67,6 +68,11 @@ MemoryOption = Annotated[
         metavar="auto|file|fast",
         help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
     ),
+]
+
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Compare the model's bytes with their checksums before they are used."),
 ]
 
 stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

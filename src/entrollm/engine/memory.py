@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
+from weakref import WeakSet
 
 from entrollm import _core
 from entrollm.errors import CorruptStreamError
@@ -130,36 +133,67 @@ def _group_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 class MatrixSlot:
-    """One matrix of a model in the form that it has now. Safe to use from several threads.
+    """One matrix of a model in the form that it has now. Safe to use from several threads, and after a fork.
 
     Args:
         matrix: the matrix, coded.
         becomes_flat: whether it is to be transcoded when it is first multiplied with.
         on_flat: called once it is, when its bytes in the file are no longer read.
+        check: called before its bytes are first used; raises CorruptStreamError if they are damaged. `None` for no
+            check.
     """
 
-    def __init__(self, matrix: CodedMatrix, becomes_flat: bool, on_flat: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        matrix: CodedMatrix,
+        becomes_flat: bool,
+        on_flat: Callable[[], None],
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self._matrix = matrix
         self._becomes_flat = becomes_flat and matrix.can_be_flat
         self._on_flat = on_flat
+        self._check = check
         self._lock = threading.Lock()
+        _slots.add(self)
 
     @property
     def matrix(self) -> CodedMatrix:
-        """The matrix as it is."""
+        """The matrix as it is, checked or not."""
+        return self._matrix
+
+    def checked(self) -> CodedMatrix:
+        """The matrix in the form that it has, to look rows up in.
+
+        Raises:
+            CorruptStreamError: its bytes differ from their checksum.
+        """
+        if self._check is not None:
+            with self._lock:
+                self._run_check()
         return self._matrix
 
     def ready(self, pool: _core.ThreadPool) -> CodedMatrix:
         """The matrix to multiply with, transcoded first if that is due.
 
         Raises:
-            CorruptStreamError: a block does not decode.
+            CorruptStreamError: its bytes differ from their checksum, or a block does not decode.
         """
-        if self._becomes_flat:
+        if self._becomes_flat or self._check is not None:
             with self._lock:
+                self._run_check()
                 if self._becomes_flat:
                     self._transcode(pool)
         return self._matrix
+
+    def renew_lock(self) -> None:
+        """Forget a lock that a thread of the parent process held when this process was forked."""
+        self._lock = threading.Lock()
+
+    def _run_check(self) -> None:
+        if self._check is not None:
+            self._check()
+            self._check = None
 
     def _transcode(self, pool: _core.ThreadPool) -> None:
         try:
@@ -172,16 +206,37 @@ class MatrixSlot:
         self._on_flat()
 
 
-def transcode_ahead(slots: list[MatrixSlot], pool: _core.ThreadPool) -> None:
-    """Start a thread that makes slots ready in their order; it ends early when the program does."""
+def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
+    """Start a thread that prepares slots in their order; it ends early when the program does.
+
+    Args:
+        slots: matrices to multiply with, which are checked and transcoded.
+        looked_up: matrices that are only read by row; they come first, and are checked.
+        pool: threads to transcode on.
+    """
 
     def run() -> None:
-        for slot in slots:
+        steps: list[Callable[[], object]] = [slot.checked for slot in looked_up]
+        steps += [partial(slot.ready, pool) for slot in slots]
+        for step in steps:
             if not threading.main_thread().is_alive():
                 return
             try:
-                slot.ready(pool)
+                step()
             except CorruptStreamError:
-                return  # the product that needs it says so
+                return  # what needs the matrix says so
 
-    threading.Thread(target=run, name="entrollm-transcode").start()
+    threading.Thread(target=run, name="entrollm-prepare").start()
+
+
+_slots: WeakSet[MatrixSlot] = WeakSet()
+
+
+def _renew_locks() -> None:
+    for slot in _slots:
+        slot.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that prepares slots ends with the fork, whatever it holds.
+    os.register_at_fork(after_in_child=_renew_locks)
