@@ -25,7 +25,7 @@ from entrollm.format.log_scales import float_scales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
-from entrollm.threads import default_threads
+from entrollm.threads import default_threads, start_pool
 
 _TIMED_WEIGHTS = 1 << 23
 _TIMED_COLUMNS = 4096
@@ -171,7 +171,7 @@ def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -
         scale * np.float32(-ZERO),
         None,
     )
-    pool = _core.ThreadPool(threads)
+    pool = start_pool(threads)
     x = weights[:1]
     elapsed = []
     for _ in range(_TIMED_RUNS):

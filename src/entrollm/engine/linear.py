@@ -14,7 +14,7 @@ from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of, multiply
-from entrollm.threads import default_threads, spin_us
+from entrollm.threads import spin_us, start_pool
 
 if TYPE_CHECKING:
     from entrollm.checkpoint.model_folder import Checkpoint
@@ -80,17 +80,17 @@ class CodedWeights:
 
     Args:
         model: the folder.
-        threads: of products.
+        threads: of products; `None` for one per performance core.
         memory: which matrices are transcoded to the flat form when they are first multiplied with; see `MemoryPlan`.
     Raises:
         FormatError: two tensors have the same name in a causal model.
     """
 
-    def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file") -> None:
+    def __init__(self, model: CompressedModel, threads: int | None, memory: Memory = "file") -> None:
         self._model = model
         is_tied = model.config.get("tie_word_embeddings") is True
         self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
-        self.pool = _core.ThreadPool(threads, spin_us())
+        self.pool = start_pool(threads, spin_us())
         self._flat = MemoryPlan(model, memory).flat
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
@@ -142,7 +142,7 @@ class DenseWeights:
     """The tensors of an ordinary checkpoint, in float32; the reference that compressed models are compared with."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
+        self.pool = start_pool(threads, spin_us())
         self._checkpoint = checkpoint
         self._matrices: dict[str, DenseLinear] = {}
 

@@ -11,7 +11,7 @@ from entrollm.engine.memory import Memory, check_memory
 from entrollm.engine.model import Model
 from entrollm.files.shards import is_gguf
 from entrollm.format.reader import CompressedModel, is_compressed, read_config
-from entrollm.threads import default_threads
+from entrollm.threads import check_threads
 
 
 def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto") -> Model:
@@ -28,14 +28,15 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
     Raises:
         FormatError: the folder is malformed.
         UnsupportedError: its architecture, or an option of it, is not implemented.
-        ValueError: it is neither a folder nor a Hub id, `threads` is below 1, or `memory` is none of the three.
+        ValueError: it is neither a folder nor a Hub id, `threads` is not from 1 to 1024, or `memory` is none of the
+            three.
     """
     memory = check_memory(memory)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, found {threads}")
+    if threads is not None:
+        check_threads(threads)
     path = resolve(model)
     if not is_gguf(path) and is_compressed(read_config(path)):
-        coded = CodedWeights(CompressedModel.open(path), threads or default_threads(), memory)
+        coded = CodedWeights(CompressedModel.open(path), threads, memory)
         loaded = Model(read_model_files(path), coded)
         coded.prepare()
         return loaded
