@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import natural_key
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
@@ -93,8 +94,15 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
     if options.target is None:
         raise ValueError("a plan needs a size: bits per weight or bytes")
     with Checkpoint.open(resolve(model)) as checkpoint:
+        if checkpoint.imported:
+            raise ValueError(
+                f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and compress keeps its integers, "
+                "so no size can be chosen; plan the checkpoint that it was made from"
+            )
         methods = SizedMethods(checkpoint, make_plan(checkpoint, options), options)
-        tensors = tuple(_estimate(methods, name) for name in methods.curves)
+        tensors = tuple(_estimate(methods, name) for name in sorted(methods.curves, key=natural_key))
+        if not tensors:
+            raise ValueError(f"{checkpoint.path} has no matrix to quantize, since all tensors keep their type")
         weights = sum(info.weights for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
     file_bytes = round(methods.control.predicted_bytes())
