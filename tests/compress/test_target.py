@@ -106,12 +106,6 @@ def test_a_limit_above_the_largest_size_gives_the_finest_steps(checkpoint: Path,
     assert plan(checkpoint, options).file_bytes == pytest.approx(result.file_bytes, rel=0.01)
 
 
-def test_a_plan_without_matrices_is_refused(checkpoint: Path) -> None:
-    options = CodingOptions(target=Target(file_bytes=10**9), overrides=(BitsOverride("*", None),))
-    with pytest.raises(ValueError, match="has no matrix to quantize, since all tensors keep their type"):
-        plan(checkpoint, options)
-
-
 def test_a_plan_of_a_quantized_checkpoint_advises_what_helps_a_plan(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "Q8_0")
     with pytest.raises(ValueError, match=r"quantized already \(GGUF\).*plan the checkpoint that it was made from$"):

@@ -65,11 +65,6 @@ SELF: dict[str, Any] = {"calibration": "self"}
             "--no-drift goes with --calibration FILE or --calibration self",
         ),
         (
-            {"bpw": 3, "granularity": "row"},
-            "granularity='row' goes with bits; a size has grids of its own",
-            "--granularity row goes with --bits; a size has grids of its own",
-        ),
-        (
             {"bits": 4, "bpw": 3},
             "give one of bits, bpw and size; they all decide the size",
             "give one of --bits, --bpw and --fit; they all decide the size",

@@ -101,8 +101,6 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
             )
         methods = SizedMethods(checkpoint, make_plan(checkpoint, options), options)
         tensors = tuple(_estimate(methods, name) for name in sorted(methods.curves, key=natural_key))
-        if not tensors:
-            raise ValueError(f"{checkpoint.path} has no matrix to quantize, since all tensors keep their type")
         weights = sum(info.weights for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
     file_bytes = round(methods.control.predicted_bytes())

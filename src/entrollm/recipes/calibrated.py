@@ -10,10 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText, Tuner, calibrate, held_out
-from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.checkpoint.resolve import resolve
 from entrollm.compress import check_output, compress_folder
-from entrollm.errors import Message, Option, OptionError
 from entrollm.recipes.device import open_device
 from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
@@ -34,7 +31,6 @@ def compress_calibrated(
     coding = options.coding()
     text = _text(options)
     check_output(out, overwrite)
-    _check_unquantized(model)
     device = open_device(options.device)
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
@@ -68,16 +64,6 @@ def compress_calibrated(
                 progress=progress,
             )
     return CompressResult.of(written, None if tuner is None else tuner.result, search)
-
-
-def _check_unquantized(model: str | Path) -> None:
-    """Refuse a checkpoint whose integers are kept before it is calibrated, which takes minutes."""
-    with Checkpoint.open(resolve(model)) as checkpoint:
-        if checkpoint.imported:
-            where = f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and its integers are kept"
-            advice = "{}, so nothing is calibrated: leave out {}, {}, {} and {}, or compress what it was made from"
-            given = (Option(name) for name in ("calibration", "bpw", "size", "max_kl"))
-            raise OptionError(Message(advice, where, *given))
 
 
 def _text(options: CompressOptions) -> CalibrationText:

@@ -192,9 +192,6 @@ def _check_size(options: CompressOptions) -> None:
         return
     if len(given) > 1:
         raise OptionError(Message("give one of {}, {} and {}; they all decide the size", *_SIZES))
-    if options.granularity != "tensor" and options.target is not None:
-        granularity = Option("granularity", options.granularity)
-        raise OptionError(Message("{} goes with {}; a size has grids of its own", granularity, _SIZES[0]))
     if options.calibration is not None and options.target is None:
         suggested = Option("bpw", 3.5), Option("size", "1.9GB"), Option("max_kl", 0.02)
         raise OptionError(Message("{} needs a size: add {}, {} or {}", Option("calibration"), *suggested))

@@ -166,13 +166,6 @@ def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
     assert "--bits GLOB=N quantizes the tensors that it left alone" in shown
 
 
-@pytest.mark.parametrize("size", [{"bpw": 3}, {"max_kl": 0.1}])
-def test_calibrating_integers_that_are_kept_is_refused_at_once(tmp_path: Path, size: dict[str, float]) -> None:
-    write_source(tmp_path / "source", config(4, 128), packer(4, 128))
-    with pytest.raises(ValueError, match=r"so nothing is calibrated: leave out calibration, bpw, size and max_kl, or"):
-        compress(tmp_path / "source", tmp_path / "out", CompressOptions(calibration="self", **size))  # type: ignore[arg-type]
-
-
 def test_a_pattern_for_packed_matrices_is_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", config(4, 128), packer(4, 128))
     options = CompressOptions(overrides={"*_proj*": 8})
