@@ -48,6 +48,14 @@ def test_names_of_other_tools_are_accepted(option: str) -> None:
     assert len(json.loads(result.stdout)["token_ids"]) == 3
 
 
+def test_commands_agree_on_the_name_of_windows() -> None:
+    for arguments in (["eval", "/no/model", "--text", "/no/text"], ["demo", "--model", "/no/model"]):
+        for option in ("--max-windows", "--windows", "--max_windows"):
+            result = CliRunner().invoke(app, [*arguments, option, "2"])
+            assert result.exit_code == 1, result.stderr  # no usage error, which is 2
+        assert "--windows" not in CliRunner().invoke(app, [arguments[0], "--help"]).stdout
+
+
 def test_other_names_belong_to_options_that_there_are() -> None:
     commands = [command.name or "" for command in app.registered_commands]
     helps = "".join(CliRunner().invoke(app, [name, "--help"]).stdout for name in commands)

@@ -50,6 +50,8 @@ def command(
         print_json({"model": str(model), "against": against, "ok": True, **result.to_json()})
         return
     agreement = "; equal to the original's integers" if result.compared else ""
+    if result.left_out:
+        agreement += f", without buffers that models make themselves ({', '.join(result.left_out)})"
     stdout.print(
         f"[bold green]ok[/bold green] {model}: {result.matrices} matrices, {format_count(result.weights)} weights "
         f"decode and encode exactly, {result.kept} kept tensors{agreement} "
