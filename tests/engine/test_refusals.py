@@ -249,3 +249,9 @@ def test_special_tokens_and_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert files.special_tokens == {"bos_token": "<s>", "unk_token": "<unk>"}
     assert files.tokenizer is not None
     assert len(files.tokenizer.encode("one two three four five six seven").ids) > 3
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "bert"}, {"rope_scaling": {"type": "other", "factor": 2.0}}])
+def test_a_model_that_only_transformers_runs_names_the_plugin(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"entrollm\.hf"):
+        Model(ModelFiles({**CONFIG, **changes}), DenseWeights(tensors()))

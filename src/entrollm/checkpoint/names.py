@@ -144,3 +144,9 @@ def _canonical(name: str) -> str | None:
         if name.startswith(prefix) and _BODY.fullmatch(name, len(prefix)):
             return _PREFIX + name[len(prefix) :]
     return None
+
+
+def natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key of a tensor's name in which numbers compare as such, so that layer 2 comes before layer 10."""
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if index % 2 else (-1, part) for index, part in parts)

@@ -15,7 +15,7 @@ from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import Product, matrix_of
-from entrollm.threads import default_threads, spin_us
+from entrollm.threads import spin_us, start_pool
 
 if TYPE_CHECKING:
     from entrollm.checkpoint.model_folder import Checkpoint
@@ -84,20 +84,22 @@ class CodedWeights:
 
     Args:
         model: the folder.
-        threads: of products.
+        threads: of products; `None` for one per performance core.
         memory: which matrices are transcoded to the flat form when they are first multiplied with; see `MemoryPlan`.
         check: compare the bytes of each tensor with their checksum before they are first used.
     Raises:
         FormatError: two tensors have the same name in a causal model.
     """
 
-    def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file", *, check: bool = False) -> None:
+    def __init__(
+        self, model: CompressedModel, threads: int | None, memory: Memory = "file", *, check: bool = False
+    ) -> None:
         self._model = model
         self._checks = check
         is_tied = model.config.get("tie_word_embeddings") is True
         self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
-        self.pool = _core.ThreadPool(threads, spin_us())
-        self._flat = MemoryPlan(model, memory, threads).flat
+        self.pool = start_pool(threads, spin_us())
+        self._flat = MemoryPlan(model, memory, self.pool.size).flat
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
         self._looked_up: dict[str, MatrixSlot] = {}
@@ -160,7 +162,7 @@ class DenseWeights:
     """The tensors of an ordinary checkpoint, in float32; the reference that compressed models are compared with."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
+        self.pool = start_pool(threads, spin_us())
         self._checkpoint = checkpoint
         self._matrices: dict[str, DenseLinear] = {}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from entrollm import _core
+from entrollm.checkpoint.names import natural_key
 from entrollm.engine.memory import MemoryPlan
 from entrollm.format.code import Code
 from entrollm.format.reader import CompressedModel
@@ -94,4 +95,5 @@ def report_memory(
         done += spec.rows * spec.columns
         if on_progress is not None:
             on_progress(done, total)
+    found.sort(key=lambda matrix: natural_key(matrix.name))
     return MemoryReport(tuple(found), _core.isa(), plan.available_bytes)

@@ -20,6 +20,7 @@ from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
+from entrollm.system import naming
 from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
@@ -107,7 +108,8 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
         total += path.stat().st_size
     if len(shards) > 1:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": entries}, indent=1)
-        (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
+        with naming(folder / layout.INDEX_NAME):
+            (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
     model.config.dtype = model.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
