@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint.names import canonical_names
+from entrollm.checkpoint.names import text_names
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, transcode_ahead
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
@@ -89,7 +89,7 @@ class CodedWeights:
     def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file") -> None:
         self._model = model
         is_tied = model.config.get("tie_word_embeddings") is True
-        self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
+        self._names = text_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = _core.ThreadPool(threads, spin_us())
         self._flat = MemoryPlan(model, memory).flat
         self._slots: dict[str, MatrixSlot] = {}
@@ -144,10 +144,12 @@ class DenseWeights:
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
         self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
         self._checkpoint = checkpoint
+        is_tied = checkpoint.config.get("tie_word_embeddings") is True
+        self._names = text_names(checkpoint.tensors, is_tied=is_tied)
         self._matrices: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._checkpoint.tensors
+        return name in self._names
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
@@ -160,7 +162,7 @@ class DenseWeights:
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
-        return self._checkpoint.read_float32(name)
+        return self._checkpoint.read_float32(self._names[name])
 
     def _matrix(self, name: str) -> DenseLinear:
         if name not in self._matrices:
