@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint.names import canonical_names
+from entrollm.checkpoint.names import text_names
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
@@ -97,7 +97,7 @@ class CodedWeights:
         self._model = model
         self._checks = check
         is_tied = model.config.get("tie_word_embeddings") is True
-        self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
+        self._names = text_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = start_pool(threads, spin_us())
         self._flat = MemoryPlan(model, memory, self.pool.size).flat
         self._slots: dict[str, MatrixSlot] = {}
@@ -164,10 +164,12 @@ class DenseWeights:
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
         self.pool = start_pool(threads, spin_us())
         self._checkpoint = checkpoint
+        is_tied = checkpoint.config.get("tie_word_embeddings") is True
+        self._names = text_names(checkpoint.tensors, is_tied=is_tied)
         self._matrices: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._checkpoint.tensors
+        return name in self._names
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
@@ -180,7 +182,7 @@ class DenseWeights:
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
-        return self._checkpoint.read_float32(name)
+        return self._checkpoint.read_float32(self._names[name])
 
     def _matrix(self, name: str) -> DenseLinear:
         if name not in self._matrices:
