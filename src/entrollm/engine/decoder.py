@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from entrollm import _core
 from entrollm.checkpoint.names import EMBEDDING, output_head
+from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, passes
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
 from entrollm.models.config import ModelConfig
@@ -47,23 +50,66 @@ class Decoder:
             float32 (n, vocab_size), or (1, vocab_size) with last_only.
         """
         wanted = 1 if last_only else len(ids)
+        ids = self._begin(ids, cache)
+        hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
+        return self._logits((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:])
+
+    def step(self, steps: Sequence[SequenceStep]) -> Floats:
+        """Run the model on the next tokens of several sequences at once, and add them to their caches.
+
+        All sequences go through each product together; attention is per sequence. Coded matrices give each sequence
+        the same bits as on its own.
+
+        Args:
+            steps: at least one, each with a cache of its own; the caches are left in an undefined state if this call
+                is interrupted, until their reset().
+        Returns:
+            float32 (n, vocab_size): the logits after the last token of each step with needs_logits, in their order.
+        """
+        segments = [Segment(i, self._begin(step.ids, step.cache), step.cache) for i, step in enumerate(steps)]
+        last: dict[int, Floats] = {}
+        for x, done in self._run(segments):
+            row = 0
+            for segment in done:
+                row += len(segment.ids)
+                last[segment.index] = x[row - 1 : row]
+        wanted = [last[index] for index, step in enumerate(steps) if step.needs_logits]
+        if not wanted:
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        return self._logits(np.concatenate(wanted))
+
+    def _begin(self, ids: Ids, cache: Cache) -> Ids:
+        """The tokens to run: `ids`, or the sequence from its start where its rotations change."""
         is_long = self.config.rope.is_long(cache.length + len(ids))
         if is_long != cache.is_long and cache.length:
             # Every hidden state depends on the frequencies, so crossing longrope's limit starts the sequence over.
             ids = np.concatenate([np.array(cache.ids, dtype=np.int64), ids])
             cache.reset()
         cache.is_long = is_long
-        hidden = [self._run_layers(ids[i : i + _TOKENS_PER_PASS], cache) for i in range(0, len(ids), _TOKENS_PER_PASS)]
-        last = (hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]
-        return self._head(_core.rms_norm(last, self._norm, self.config.norm_eps, self._pool))
+        return ids
 
-    def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
-        cosines, sines = self._tables.rows(cache.length, len(ids), cache.is_long)
-        cache.ids.extend(ids.tolist())
-        x = self._embedding.rows(ids)
-        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, cosines, sines, layer_cache)
+    def _run(self, segments: Sequence[Segment]) -> Iterator[tuple[Floats, list[Segment]]]:
+        """The hidden states of all tokens, in passes of bounded size, each with what it consists of."""
+        for part in passes(segments, _TOKENS_PER_PASS):
+            yield self._run_layers(part), part
+
+    def _run_layers(self, segments: Sequence[Segment]) -> Floats:
+        tables = [
+            self._tables.rows(segment.cache.length, len(segment.ids), segment.cache.is_long) for segment in segments
+        ]
+        for segment in segments:
+            segment.cache.ids.extend(segment.ids.tolist())
+        only = len(segments) == 1
+        cosines, sines = tables[0] if only else (np.concatenate(rows) for rows in zip(*tables, strict=True))
+        x = self._embedding.rows(segments[0].ids if only else np.concatenate([each.ids for each in segments]))
+        for index, layer in enumerate(self._layers):
+            x = layer(
+                x, cosines, sines, segments[0].cache.layers[index] if only else SequencesAttention(segments, index)
+            )
         return x
+
+    def _logits(self, hidden: Floats) -> Floats:
+        return self._head(_core.rms_norm(hidden, self._norm, self.config.norm_eps, self._pool))
 
 
 class Layer:

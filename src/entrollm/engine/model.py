@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
@@ -81,6 +83,19 @@ class Model:
             ValueError: there are none, they are not one-dimensional, or one is outside the vocabulary.
         """
         return self._decoder.forward(self._checked(ids), self._decoder.new_cache())
+
+    def step(self, steps: Sequence[SequenceStep]) -> Floats:
+        """Run the model on the next tokens of several sequences at once; see Decoder.step.
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: there are no steps, two of them share a cache, or ids are as for logits.
+        """
+        if not steps:
+            raise ValueError("a step should have at least one sequence")
+        if len({id(step.cache) for step in steps}) < len(steps):
+            raise ValueError("two sequences of a step share a cache; give each one of its own, from new_cache()")
+        return self._decoder.step([replace(step, ids=self._checked(step.ids)) for step in steps])
 
     def generate(
         self,
