@@ -156,29 +156,34 @@ def candidates(logits: Floats, options: SamplingOptions) -> tuple[Ids, NDArray[n
     Returns:
         (ids, probabilities), likeliest first, at least one; the probabilities sum to 1.
     """
-    ids = np.arange(len(logits))
-    if 0 < options.top_k < len(logits):
-        kth = np.partition(logits, -options.top_k)[-options.top_k]
-        ids = np.flatnonzero(logits >= kth)  # ties with the k-th stay
-    scores = logits[ids].astype(np.float64) / options.temperature
-    probabilities = np.exp(scores - scores.max())
-    probabilities /= probabilities.sum()
+    ids = _likeliest(logits, options.top_k) if 0 < options.top_k < len(logits) else None
+    chosen = logits if ids is None else logits[ids]
+    # float32, since a vocabulary in float64 would take milliseconds.
+    weights = np.exp((chosen - chosen.max()) / np.float32(options.temperature))
+    total = weights.sum(dtype=np.float64)
     if options.top_p >= 1.0 and options.min_p <= 0.0:
-        return ids, probabilities
+        return np.arange(len(logits)) if ids is None else ids, weights.astype(np.float64) / total
     # Only likely tokens can survive, and sorting few is fast: all tokens below (1 - top_p) / n together have less than
-    # 1 - top_p. The factor covers rounding.
-    floor = max(0.99 * (1.0 - options.top_p) / len(ids), 0.99 * options.min_p * probabilities.max())
-    likely = np.flatnonzero(probabilities >= floor)
-    order = likely[np.argsort(probabilities[likely], kind="stable")[::-1]]
-    ids, probabilities = ids[order], probabilities[order]
-    kept = len(ids)
+    # 1 - top_p. The factor covers rounding. The largest weight is 1.
+    floor = 0.99 * max((1.0 - options.top_p) * total / len(weights), options.min_p)
+    likely = np.flatnonzero(weights >= np.float32(floor))
+    likely = likely[np.argsort(chosen[likely], kind="stable")[::-1]]
+    probabilities = weights[likely].astype(np.float64) / total
+    kept = len(likely)
     if options.top_p < 1.0:
         before = np.cumsum(probabilities) - probabilities
         kept = max(1, int(np.count_nonzero(before < options.top_p)))
     if options.min_p > 0.0:
         kept = min(kept, int(np.count_nonzero(probabilities >= options.min_p * probabilities[0])))
     probabilities = probabilities[:kept]
-    return ids[:kept], probabilities / probabilities.sum()
+    likely = likely[:kept]
+    return likely if ids is None else ids[likely], probabilities / probabilities.sum()
+
+
+def _likeliest(logits: Floats, count: int) -> Ids:
+    """The ids of the `count` largest logits and of those that tie with the last of them, in the order of the ids."""
+    least = np.partition(logits, len(logits) - count)[-count]
+    return np.flatnonzero(logits >= least)
 
 
 @dataclass(frozen=True)
@@ -204,12 +209,13 @@ def token_logprobs(logits: Floats, token: int, count: int) -> TokenLogprobs:
         token: its id.
         count: how many of the likeliest to list, at least 0.
     """
-    wide = logits.astype(np.float64)
-    logprobs = wide - wide.max()
-    logprobs -= np.log(np.exp(logprobs).sum())
+    largest = logits.max()
+    log_total = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
     count = min(count, len(logits))
     top: Ids = np.empty(0, dtype=np.int64)
     if count:
-        largest = np.argpartition(logits, len(logits) - count)[-count:]
-        top = largest[np.argsort(logprobs[largest], kind="stable")[::-1]]
-    return TokenLogprobs(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top))
+        top = _likeliest(logits, count)
+        top = top[np.argsort(-logits[top], kind="stable")][:count]
+    return TokenLogprobs(
+        token, float(logits[token]) - log_total, tuple((int(i), float(logits[i]) - log_total) for i in top)
+    )
