@@ -17,7 +17,20 @@ import typer
 from entrollm.cli.console import examples_epilog, guard, stdout
 
 _PACKAGE = "entrollm.cli"
-_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "compare", "export", "demo", "info")
+_COMMANDS = (
+    "compress",
+    "plan",
+    "run",
+    "chat",
+    "serve",
+    "inspect",
+    "verify",
+    "eval",
+    "compare",
+    "export",
+    "demo",
+    "info",
+)
 _EXAMPLES = (
     ("entrollm demo", "try it on the example model"),
     ("entrollm compress MODEL -o OUT --bits 4", "compress a folder, a Hub id or a .gguf file"),
