@@ -23,6 +23,7 @@ _COMMANDS = (
     "plan",
     "run",
     "chat",
+    "serve",
     "inspect",
     "verify",
     "eval",
