@@ -36,6 +36,15 @@ _BUFFERS = (
 )
 
 
+# What models compute when they are made, in floats; some checkpoints store it.
+_COMPUTED = ("rotary_emb.inv_freq", "masked_bias")
+
+
+def is_buffer(name: str, dtype: str) -> bool:
+    """Whether a tensor is no weight but a buffer, such as positions or a mask, which transformers may drop."""
+    return name.endswith(_COMPUTED) or (dtype in _INTEGERS | {"BOOL"} and name.endswith(_BUFFERS))
+
+
 def find_description(config_path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its description of quantization, if it has one, under `quantization_config` at the top.
 

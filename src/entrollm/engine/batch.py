@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from entrollm import _core
-from entrollm.engine.cache import Cache
+from entrollm.engine.attention import Angles
+from entrollm.engine.cache import Cache, Mix
 from entrollm.engine.weights import Floats, Ids
 
 
@@ -60,6 +60,20 @@ def passes(segments: Sequence[Segment], most: int) -> Iterator[list[Segment]]:
         yield current
 
 
+def joined_angles(rows: Sequence[list[Angles | None]]) -> list[Angles | None]:
+    """The angles of each layer for the rows of several sequences, one behind the other."""
+    found: dict[int, Angles] = {}  # many layers share theirs
+    joined: list[Angles | None] = []
+    for layers in zip(*rows, strict=True):
+        angles = [each for each in layers if each is not None]
+        if angles and id(angles[0]) not in found:
+            found[id(angles[0])] = Angles(
+                np.concatenate([each.cosines for each in angles]), np.concatenate([each.sines for each in angles])
+            )
+        joined.append(found[id(angles[0])] if angles else None)
+    return joined
+
+
 class SequencesAttention:
     """Attention of one layer where each sequence of a pass looks back on its own tokens.
 
@@ -72,11 +86,11 @@ class SequencesAttention:
         self._caches = [segment.cache.layers[layer] for segment in segments]
         self._ends = np.cumsum([len(segment.ids) for segment in segments]).tolist()
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add each sequence's rows to its cache and mix values for them; see Attention."""
         parts = []
         start = 0
         for cache, end in zip(self._caches, self._ends, strict=True):
-            parts.append(cache.attend(queries[start:end], keys[start:end], values[start:end], pool))
+            parts.append(cache.attend(queries[start:end], keys[start:end], values[start:end], mix))
             start = end
         return np.concatenate(parts)

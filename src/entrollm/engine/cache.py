@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from entrollm import _core
 from entrollm.engine.weights import Floats
 from entrollm.models.config import ModelConfig
 
@@ -16,16 +15,31 @@ _INITIAL_POSITIONS = 256
 _SKEW = 16
 
 
+class Mix(Protocol):
+    """Attention of queries over keys and values."""
+
+    def __call__(self, queries: Floats, keys: Floats, values: Floats, window: int | None, /) -> Floats:
+        """Mix values for each query; the last query stands at the last position.
+
+        Args:
+            queries: float32 (n, heads, head_dim).
+            keys, values: float32 (kv_heads, head_dim, length) and (kv_heads, length, head_dim), n <= length.
+            window: positions that a query sees, its own included; None for all.
+        Returns:
+            float32 (n, heads * head_dim).
+        """
+
+
 class Attention(Protocol):
     """What a layer asks for attention over the tokens so far."""
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n tokens and mix values for each.
 
         Args:
             queries: float32 (n, heads, head_dim).
             keys, values: float32 (n, kv_heads, head_dim).
-            pool: threads to work on.
+            mix: called once for each sequence.
         Returns:
             float32 (n, heads * head_dim).
         """
@@ -71,10 +85,10 @@ class LayerCache:
         self._held += n
         return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""
         keys, values = self.append(keys, values)
-        return _core.attention(queries, keys, values, self._window, pool)
+        return mix(queries, keys, values, self._window)
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""

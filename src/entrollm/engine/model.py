@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
+from entrollm import errors
 from entrollm.engine.answer import AnswerText
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from entrollm.engine.chat import ChatTemplate, Message
 
 Prompt = str | Sequence[int]
+_OTHER_WAY = errors.Message("transformers may run it, with the plugin entrollm.hf for a compressed folder")
 
 
 class Model:
@@ -41,8 +43,13 @@ class Model:
     """
 
     def __init__(self, files: ModelFiles, weights: Weights) -> None:
-        self._config = read_config(Fields(files.config, "config.json"))
-        self._decoder = Decoder(self._config, weights)
+        try:
+            self._config = read_config(Fields(files.config, "config.json"))
+            self._decoder = Decoder(self._config, weights)
+        except UnsupportedError as error:
+            if "entrollm.hf" in str(error):
+                raise
+            raise UnsupportedError(error.message, hint=_OTHER_WAY) from None
         self._tokenizer = files.tokenizer
         self._no_tokenizer = files.no_tokenizer
         self._generation_config = Fields(files.generation_config, "generation_config.json")
