@@ -175,6 +175,7 @@ def test_keys(serve: Serve) -> None:
                 assert refused(client.get(path, headers=headers), 401)["code"] == "invalid_api_key"
             refused(client.post(TEXT, json={"prompt": "x"}, headers=headers), 401)
         assert client.get("/health").status_code == 200
+        assert client.get("/").status_code == 200
         client.headers["authorization"] = "Bearer other"
         assert client.get("/v1/models").status_code == 200
         assert client.post(TEXT, json={"prompt": "x", "max_tokens": 1}).status_code == 200

@@ -27,6 +27,7 @@ from entrollm.serve.fields import (
 )
 from entrollm.serve.job import Job, ServedModel
 from entrollm.serve.metrics import Metrics
+from entrollm.serve.page import page
 from entrollm.serve.scheduler import Scheduler
 from entrollm.serve.token_text import TokenText
 
@@ -74,6 +75,7 @@ class Api:
         self._token_texts = {
             served.name: TokenText(served.model.tokenizer) for served in models if served.model.tokenizer is not None
         }
+        self._page = page()
         self.is_stopping = False
 
     async def chat(self, request: Request) -> Response:
@@ -120,6 +122,10 @@ class Api:
             raise bad_request(f"token id {wrong} is outside the vocabulary of {vocab_size}", "tokens")
         return JsonResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
+    async def page(self) -> Response:
+        """/: the chat page."""
+        return self._page
+
     async def models(self) -> Response:
         """/v1/models: the models that are served."""
         return JsonResponse({"object": "list", "data": [self._describe(served) for served in self._models.values()]})
@@ -156,6 +162,7 @@ class Api:
             "created": self._started_s,
             "owned_by": "entrollm",
             "context_length": served.context_length,
+            "chat": served.model.has_chat_template,
         }
 
     def _jobs(

@@ -89,6 +89,7 @@ def _add_routes(app: FastAPI, api: Api) -> None:
     for path, handler, body in posts:
         app.add_api_route(path, handler, methods=["POST"], openapi_extra=_body_schema(body))
     gets = (
+        ("/", api.page),
         ("/v1/models", api.models),
         ("/v1/models/{name}", api.model),
         ("/health", api.health),

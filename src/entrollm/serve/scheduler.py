@@ -85,9 +85,11 @@ class Scheduler:
         """Let jobs of one client wait for slots.
 
         Raises:
-            ApiError: the queue is full.
+            ApiError: the queue is full, or the scheduler has ended.
         """
         with self._changed:
+            if self._must_end:
+                raise _stopping()
             try:
                 self._queue.add(jobs[0].client, jobs)
             except QueueFullError:
@@ -126,10 +128,9 @@ class Scheduler:
                     events += self._step(served, jobs)
             if events:
                 self._post(events)
-        stopping = ApiError(503, "the server is stopping", code="stopping")
         with self._changed:
             left = [*self._running, *self._queue.remove(lambda _: True)]
-            events = [(job, stopping) for job in left if not job.is_cancelled]
+            events = [(job, _stopping()) for job in left if not job.is_cancelled]
             for job in left:
                 self._end(job)
         if events:
@@ -232,3 +233,7 @@ class Scheduler:
             job.served.slots.give_back(job.slot, is_intact=is_intact)
             job.slot = None
             self._running.remove(job)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping")
