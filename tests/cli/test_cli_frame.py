@@ -47,6 +47,7 @@ def test_every_command_has_help_with_examples() -> None:
         "plan",
         "run",
         "chat",
+        "serve",
         "inspect",
         "verify",
         "eval",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -57,13 +58,15 @@ def command(
     An --add file holds an object with "models", a list of objects with "model", "file_bits", "kl": {"mean": ...} and
     optionally "method", which names the curve. --json writes such a file.
     """
+    from entrollm.engine.load import load
     from entrollm.report import check_plotting, draw_rate_distortion, read_points
 
     earlier = [point for path in add or [] for point in read_points(_read_json(path), path.stem)]
     if plot is not None:
         check_plotting(plot)
     to_stdout = str(json_file) == "-"
-    measured = measure(models, original, TextOptions(text, window, max_windows, bos), threads, to_stdout)
+    loader = partial(load, threads=threads)
+    measured = measure(models, original, TextOptions(text, window, max_windows, bos), loader, to_stdout)
     result = json_safe(measured.to_json())
     if to_stdout:
         print_json(result)

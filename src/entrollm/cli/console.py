@@ -28,6 +28,7 @@ from entrollm.report.numbers import format_bytes, format_count, format_rate
 from entrollm.threads import MAX_THREADS
 
 __all__ = [
+    "CheckOption",
     "JsonOption",
     "MemoryOption",
     "Stopwatch",
@@ -77,6 +78,11 @@ MemoryOption = Annotated[
         metavar="auto|file|fast",
         help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
     ),
+]
+
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Compare the model's bytes with their checksums before they are used."),
 ]
 
 

@@ -79,7 +79,10 @@ def _show_model(model: Path, threads: int | None, json_output: bool) -> None:
     from entrollm.format.reader import CompressedModel
     from entrollm.threads import start_pool
 
-    with CompressedModel.open(model) as opened, progress_bar("transcoding", "weights", quiet=json_output) as update:
+    with (
+        CompressedModel.open(model, check=False) as opened,
+        progress_bar("transcoding", "weights", quiet=json_output) as update,
+    ):
         report = report_memory(opened, start_pool(threads), update)
     if json_output:
         print_json(_to_json(report))

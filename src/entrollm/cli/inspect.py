@@ -35,7 +35,10 @@ def command(
     from entrollm.format.reader import CompressedModel
     from entrollm.threads import start_pool
 
-    with CompressedModel.open(model) as opened, progress_bar("decoding", "weights", quiet=json_output) as update:
+    with (
+        CompressedModel.open(model, check=False) as opened,
+        progress_bar("decoding", "weights", quiet=json_output) as update,
+    ):
         report = describe(opened, start_pool(threads), update)
     if json_output:
         print_json(report.to_json())

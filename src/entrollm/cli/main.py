@@ -18,7 +18,21 @@ from entrollm.cli.streams import naming_stdout
 from entrollm.cli.usage import CommandGroup, normalize_option
 
 _PACKAGE = "entrollm.cli"
-_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "compare", "export", "demo", "info")
+_COMMANDS = (
+    "compress",
+    "plan",
+    "run",
+    "chat",
+    "serve",
+    "inspect",
+    "verify",
+    "eval",
+    "compare",
+    "export",
+    "demo",
+    "info",
+    "bench",
+)
 _EXAMPLES = (
     ("entrollm demo", "try it on the example model"),
     ("entrollm compress MODEL -o OUT --bits 4", "compress a folder, a Hub id or a .gguf file"),

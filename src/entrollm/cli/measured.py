@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,9 +113,8 @@ def measure(
     models: Sequence[str],
     against: str | None,
     options: TextOptions,
-    threads: int | None,
+    load: Callable[[str], Model],
     quiet: bool,
-    memory: str = "auto",
 ) -> Measured:
     """Run models over a text, and the reference once for all of them.
 
@@ -123,20 +122,17 @@ def measure(
         models: folders or Hub ids.
         against: the reference, or `None`.
         options: the text.
-        threads: worker threads; `None` for one per core.
+        load: loads a model.
         quiet: show no progress.
-        memory: where coded weights are multiplied; see `entrollm.load`.
     Raises:
         EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
     """
-    from entrollm.engine.load import load
-    from entrollm.engine.memory import check_memory
     from entrollm.evaluate import cut_windows, evaluate, model_size, read_text
 
     content = read_text(options.text)
-    loaded = [load(model, threads=threads, memory=check_memory(memory)) for model in models]
-    reference = None if against is None else load(against, threads=threads, memory=check_memory(memory))
+    loaded = [load(model) for model in models]
+    reference = None if against is None else load(against)
     every = loaded if reference is None else [*loaded, reference]
     tokenizer = next((model.tokenizer for model in every if model.tokenizer is not None), None)
     if tokenizer is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, message, print_json
+from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, message, print_json
 from entrollm.cli.streams import write_stdout
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
     stop: StopOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it is generated.
@@ -74,7 +75,7 @@ def command(
     from entrollm.engine.memory import check_memory
 
     text = _read_prompt(prompt)
-    loaded = load(model, threads=threads, memory=check_memory(memory))
+    loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
     stream = loaded.stream(
         text,
         max_tokens=max_tokens,

@@ -62,7 +62,7 @@ def export(
             the dequantized values exactly, the others round them.
         on_progress: called with the weights that are done and all weights.
     Raises:
-        FormatError: a matrix is malformed or does not decode.
+        FormatError: a matrix is malformed, differs from its checksum or does not decode.
         ValueError: `out` exists, or the dtype is unknown.
         OSError: writing failed.
     """
@@ -141,6 +141,7 @@ def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPool) -> Iterator[NDArray[Any]]:
+    model.check_checksum(name)
     if name not in model.specs:
         yield model.array(name)
     else:

@@ -30,6 +30,7 @@ from entrollm.compress.target import Target
 from entrollm.errors import EntroLLMError, Message, Option, Placeholder, UnsupportedError
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.spec import FORMAT_VERSION
 from entrollm.system import naming
 
@@ -75,6 +76,7 @@ def compress_folder(
             refitted = _refit(folder, checkpoint, plan, records, options, scales)
             if post_fit is not None:
                 _check_limit(refitted, options)
+            _write_checksums(folder)
             folder.publish()
         finally:
             folder.close()
@@ -160,6 +162,13 @@ def _write_surroundings(
             (folder.partial / name).write_bytes(content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     _write_index(folder, records)
+
+
+def _write_checksums(folder: OutputFolder) -> None:
+    """Cover the files that decide what the model computes; model cards and licences may change."""
+    files = {file.relative_to(folder.partial).as_posix() for file in tokenizer_files(folder.partial)}
+    files |= {name for name in ("config.json", layout.INDEX_NAME) if (folder.partial / name).is_file()}
+    folder.write_text(CHECKSUMS_NAME, checksums_text(folder.partial, files))
 
 
 def _write_index(folder: OutputFolder, records: Sequence[ShardRecord]) -> None:

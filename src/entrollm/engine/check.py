@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import text_names
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.errors import EntroLLMError
@@ -23,8 +24,9 @@ def why_not_run(path: Path) -> str | None:
         FormatError, UnsupportedError, ValueError: it is not a checkpoint that is read at all.
     """
     with Checkpoint.open(path) as checkpoint:
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         try:
+            names = text_names(checkpoint.tensors)
+            shapes = {name: checkpoint.tensors[theirs].shape for name, theirs in names.items()}
             Decoder(read_config(Fields(checkpoint.config, "config.json")), _Shapes(shapes))
         except EntroLLMError as error:
             return str(error)

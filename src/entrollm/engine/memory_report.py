@@ -73,7 +73,7 @@ def report_memory(
     Raises:
         FormatError: a matrix is malformed or does not decode.
     """
-    plan = MemoryPlan(model, "auto")
+    plan = MemoryPlan(model, "auto", pool.size)
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
     found = []

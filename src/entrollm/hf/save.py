@@ -17,6 +17,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from entrollm.compress.target import parse_size
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
 from entrollm.system import naming
@@ -114,6 +115,8 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    # Only headers: tokenizers and configurations are saved by transformers too, after this.
+    (folder / CHECKSUMS_NAME).write_text(checksums_text(folder, ()), encoding="utf-8")
 
 
 def _plain_tensors(model: Any) -> dict[str, Tensor]:
