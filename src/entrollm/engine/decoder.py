@@ -10,7 +10,7 @@ from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.projection import Apply, Projection, load_norm
-from entrollm.engine.weights import Floats, Ids, Weights, load_embedding
+from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
 from entrollm.models.config import ModelConfig
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
@@ -27,12 +27,25 @@ class Embeddings:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self._tokens = load_embedding(weights, config.names.embedding, (config.vocab_size, config.hidden_size))
         self._scale = None if config.embedding_scale == 1.0 else np.float32(config.embedding_scale)
+        self._positions: Embedding | None = None
+        if config.names.positions is not None:
+            shape = (config.context_length, config.hidden_size)
+            self._positions = load_embedding(weights, config.names.positions, shape)
 
-    def __call__(self, ids: Ids) -> Floats:
-        """int64 (n,) -> float32 (n, hidden_size)."""
+    def __call__(self, ids: Ids, start: int) -> Floats:
+        """The vectors of tokens that follow `start` others: int64 (n,) -> float32 (n, hidden_size).
+
+        Raises:
+            ValueError: the model has no embeddings of such late positions.
+        """
+        stop = start + len(ids)
+        if self._positions is not None and stop > self._positions.shape[0]:
+            raise ValueError(f"this model has {self._positions.shape[0]} positions, and {stop} tokens do not fit")
         x = self._tokens.rows(ids)
         if self._scale is not None:
             x *= self._scale
+        if self._positions is not None:
+            x += self._positions.rows(np.arange(start, stop))
         return x
 
 
@@ -90,8 +103,8 @@ class Decoder:
 
     def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
         rotations = self._rotations.rows(cache.length, len(ids), cache.is_long)
+        x = self._embeddings(ids, cache.length)
         cache.ids.extend(ids.tolist())
-        x = self._embeddings(ids)
         for layer, angles, layer_cache in zip(self._layers, rotations, cache.layers, strict=True):
             x = layer(x, angles, layer_cache)
         return x
