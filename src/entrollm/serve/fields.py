@@ -54,7 +54,7 @@ def _listed(value: object) -> object:
 def _prompts(value: object) -> object:
     """The prompts of a request as a list, each of them text or token ids."""
     prompts = value if isinstance(value, list) else [value]
-    if prompts and all(type(token) is int for token in prompts):
+    if isinstance(value, list) and prompts and all(type(token) is int for token in prompts):
         prompts = [prompts]
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
         raise ValueError(f"should hold 1 to {_MAX_PROMPTS} prompts")
