@@ -46,6 +46,7 @@ def test_every_command_has_help_with_examples() -> None:
         "compress",
         "plan",
         "run",
+        "bench",
         "chat",
         "serve",
         "inspect",
