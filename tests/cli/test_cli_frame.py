@@ -46,7 +46,6 @@ def test_every_command_has_help_with_examples() -> None:
         "compress",
         "plan",
         "run",
-        "bench",
         "chat",
         "serve",
         "inspect",
@@ -56,6 +55,7 @@ def test_every_command_has_help_with_examples() -> None:
         "export",
         "demo",
         "info",
+        "bench",
     }
     for command in app.registered_commands:
         result = CliRunner().invoke(app, [command.name or "", "--help"])

@@ -157,6 +157,29 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOssConfig", {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True}),
     "exaone4": ("Exaone4Config", {"sliding_window": 8, "sliding_window_pattern": 2, "num_hidden_layers": 4}),
     "exaone4-full": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ministral": (
+        "MinistralConfig",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "head_dim": 16,
+            "rope_parameters": {**_YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3},
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_neox-serial": (
+        "GPTNeoXConfig",
+        {"use_parallel_residual": False, "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 1.0}},
+    ),
+    "phi": ("PhiConfig", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 256}),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +74,6 @@ def damage_unseen(folder: Path) -> None:
     raise AssertionError("every flip is found by decoding")
 
 
-def change(path: Path, edit: Callable[[dict[str, dict[str, str]]], None]) -> None:
-    values = json.loads(path.read_text())
-    edit(values)
-    path.write_text(json.dumps(values))
-
-
 @pytest.mark.parametrize("memory", ["file", "fast"])
 @pytest.mark.parametrize("name", [EMBEDDING, PROJECTION])
 def test_a_damaged_matrix_never_multiplies(folder: Path, name: str, memory: Memory) -> None:
@@ -143,15 +136,22 @@ def test_every_flip_in_a_small_file_is_refused(folder: Path, name: str, expected
         path.write_bytes(content)
 
 
-def test_an_edited_file_says_how_to_go_on(folder: Path) -> None:
-    change(folder / "generation_config.json", lambda values: values.update(temperature=0.5))  # type: ignore[call-overload]
-    with pytest.raises(
-        CorruptStreamError,
-        match=rf"generation_config\.json: it has CRC-32 .*; if you changed it yourself, remove its line from "
-        rf"{CHECKSUMS_NAME}",
-    ):
+def test_edited_files_pass_and_edits_that_look_like_damage_say_how_to_go_on(folder: Path) -> None:
+    path, listed = folder / "config.json", folder / CHECKSUMS_NAME
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"rope_theta": 5000}))
+    assert path.stat().st_size != len(text)
+    load(folder)
+    path.write_text(text.replace('"rms_norm_eps": 1', '"rms_norm_eps": 2'))
+    assert path.stat().st_size == len(text) and path.read_text() != text
+    message = (
+        r"config\.json: it has CRC-32 .*; if you changed it yourself, remove its line from entrollm_checksums\.json"
+    )
+    with pytest.raises(CorruptStreamError, match=message):
         load(folder)
-    change(folder / CHECKSUMS_NAME, lambda values: values["files"].pop("generation_config.json"))
+    values = json.loads(listed.read_text())
+    del values["files"]["config.json"]
+    listed.write_text(json.dumps(values))
     load(folder)
 
 
@@ -170,15 +170,22 @@ def test_folders_without_checksums_are_read(folder: Path, expected: bytes) -> No
     assert load(folder, threads=1, memory="file").logits(IDS).tobytes() == expected
 
 
+def _item(values: str) -> str:
+    return f'{{"files": {{"config.json": {{"bytes": {values}}}}}, "headers": {{}}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", "must be a JSON object"),
         ('{"files": {}}', "expected the objects 'files' and 'headers'"),
-        ('{"files": {"../config.json": "00000000"}, "headers": {}}', "is not a file of the folder"),
-        ('{"files": {"/etc/passwd": "00000000"}, "headers": {}}', "is not a file of the folder"),
-        ('{"files": {"config.json": "0"}, "headers": {}}', "must be 8 hex digits, found '0'"),
-        ('{"files": {"config.json": null}, "headers": {}}', "must be 8 hex digits, found None"),
+        ('{"files": {"../config.json": {}}, "headers": {}}', "is not a file of the folder"),
+        ('{"files": {"/etc/passwd": {}}, "headers": {}}', "is not a file of the folder"),
+        ('{"files": {"config.json": null}, "headers": {}}', "must have the integer bytes and crc32, found None"),
+        (_item('"1", "crc32": "00000000"'), "must have the integer bytes and crc32"),
+        (_item('-1, "crc32": "00000000"'), "must have the integer bytes and crc32"),
+        (_item('1, "crc32": "0"'), "must be 8 hex digits, found '0'"),
+        (_item('1, "crc32": null'), "must be 8 hex digits, found None"),
     ],
 )
 def test_a_malformed_list_is_refused(folder: Path, text: str, message: str) -> None:

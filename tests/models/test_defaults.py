@@ -30,12 +30,17 @@ _CONFIGS = {
     "gemma2": "Gemma2Config",
     "gemma3_text": "Gemma3TextConfig",
     "glm4": "Glm4Config",
+    "gpt2": "GPT2Config",
+    "gpt_neox": "GPTNeoXConfig",
     "granite": "GraniteConfig",
     "llama": "LlamaConfig",
+    "ministral": "MinistralConfig",
+    "ministral3": "Ministral3Config",
     "mistral": "MistralConfig",
     "nemotron": "NemotronConfig",
     "olmo2": "Olmo2Config",
     "olmo3": "Olmo3Config",
+    "phi": "PhiConfig",
     "phi3": "Phi3Config",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
@@ -43,10 +48,12 @@ _CONFIGS = {
     "smollm3": "SmolLM3Config",
     "stablelm": "StableLmConfig",
 }
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
+# GPT-2's own names of sizes.
+_GPT2_SIZES = {"n_embd": 2048, "n_layer": 30, "n_head": 32}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # The fields of each class that hold what is called rms_norm_eps and hidden_act in most.
-_EPS = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
-_ACT = ("hidden_act", "hidden_activation")
+_EPS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+_ACT = ("hidden_act", "hidden_activation", "activation_function")
 
 
 def _rotary(model_type: str) -> Any:
@@ -87,22 +94,27 @@ _CHANGES: list[dict[str, Any]] = [
 ]
 
 
+def _sizes(model_type: str) -> dict[str, Any]:
+    return {"vocab_size": 320, **_GPT2_SIZES} if model_type == "gpt2" else _SIZES
+
+
 def _read(model_type: str, changes: dict[str, Any]) -> ModelConfig | None:
     try:
-        return read_config(Fields({"model_type": model_type, **_SIZES, **changes}, "config.json"))
+        return read_config(Fields({"model_type": model_type, **_sizes(model_type), **changes}, "config.json"))
     except EntroLLMError:
         return None
 
 
 def _theirs(model_type: str, changes: dict[str, Any]) -> Any:
     """The config of transformers, or None where it refuses the values."""
-    if model_type == "stablelm" and "head_dim" in changes:
+    if model_type in ("stablelm", "gpt_neox", "gpt2") and "head_dim" in changes:
         return None  # which its rotary embedding follows, and the rest of its model does not
     if model_type in ("gemma3_text", "olmo3") and "type" in (changes.get("rope_scaling") or {}):
         return None  # an older name of rope_type that their rotation by kind of layer silently ignores
     try:
-        config = getattr(transformers, _CONFIGS[model_type]).from_dict({**_SIZES, **copy.deepcopy(changes)})
-        _rotary(model_type)(config)
+        config = getattr(transformers, _CONFIGS[model_type]).from_dict({**_sizes(model_type), **copy.deepcopy(changes)})
+        if model_type != "gpt2":
+            _rotary(model_type)(config)
     except Exception:  # of many kinds, from the checks of several libraries
         return None
     return config
@@ -112,15 +124,19 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
     return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
+_UNIFORM = ("mistral", "ministral3", "phi3")
+_BIASED = ("qwen2", "phi", "gpt2")
+
+
 def _windows(model_type: str, theirs: Any) -> list[int | None]:
     window = getattr(theirs, "sliding_window", None)
     if model_type == "smollm3" and not theirs.use_sliding_window:
         window = None
     # The configurations of these keep a sliding_window or layer_types that are in the file; their models do not.
-    kinds = getattr(theirs, "layer_types", None) if model_type not in ("llama", "mistral", "phi3") else None
+    kinds = getattr(theirs, "layer_types", None) if model_type not in (*_UNIFORM, "llama") else None
     if kinds:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    return [window if model_type in ("mistral", "phi3") else None] * 30
+    return [window if model_type in _UNIFORM else None] * 30
 
 
 def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
@@ -128,7 +144,8 @@ def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
     eos = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
     activation = _first(theirs, _ACT)
     assert ours.head_dim == head_dim
-    assert ours.num_kv_heads == (theirs.num_key_value_heads or theirs.num_attention_heads)
+    kv_heads = None if model_type in ("gpt_neox", "gpt2") else theirs.num_key_value_heads
+    assert ours.num_kv_heads == (kv_heads or theirs.num_attention_heads)
     assert ours.norm_eps == _first(theirs, _EPS)
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
@@ -136,14 +153,15 @@ def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
     assert ours.activation == _ACTIVATIONS.get(activation, activation)
     assert list(ours.windows) == _windows(model_type, theirs)
     bias = theirs.use_qkv_bias if model_type == "stablelm" else bool(getattr(theirs, "attention_bias", False))
-    assert ours.qkv_bias == (model_type == "qwen2" or bias)
-    assert ours.mlp_bias == bool(getattr(theirs, "mlp_bias", False))
+    assert ours.qkv_bias == (model_type in _BIASED or bias)
+    assert ours.mlp_bias == (model_type in ("phi", "gpt2", "gpt_neox") or bool(getattr(theirs, "mlp_bias", False)))
     for ours_name, name in _SAME:
         if hasattr(theirs, name):
             assert getattr(ours, ours_name) == getattr(theirs, name)
     if hasattr(theirs, "query_pre_attn_scalar"):
         assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
-    _assert_equal_ropes(ours, theirs, _rotary(model_type)(theirs))
+    if model_type != "gpt2":
+        _assert_equal_ropes(ours, theirs, _rotary(model_type)(theirs))
 
 
 _SAME = [

@@ -34,6 +34,8 @@ _BODY = re.compile(
     r"embed_tokens\.weight|(norm|final_layernorm)\.(weight|bias)|rotary_emb\.inv_freq"
     r"|layers\.\d+\.(self_attn|mlp|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
 )
+# GPT-2's own names; its first checkpoints are saved without the prefix.
+_GPT2 = re.compile(r"(transformer\.)?(?P<body>w[tp]e\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn|mlp|ln_1|ln_2)\..+)")
 _HEAD = re.compile(r"(language_model\.|text_model\.|model\.)*lm_head\..+")
 
 
@@ -55,6 +57,11 @@ def canonical_names(stored: Collection[str], *, is_tied: bool = False) -> Mappin
             return MappingProxyType({name: name for name in stored})
         _add(found, canonical, name)
     return MappingProxyType(_tied(found) if is_tied else found)
+
+
+def other_parts(stored: Collection[str]) -> list[str]:
+    """The tensors that are not a decoder's."""
+    return [name for name in stored if _canonical(name) is None]
 
 
 def text_names(stored: Collection[str], *, is_tied: bool = False) -> Mapping[str, str]:
@@ -160,6 +167,8 @@ def _tied(found: dict[str, str]) -> dict[str, str]:
 def _canonical(name: str) -> str | None:
     if _HEAD.fullmatch(name):
         return name[name.index("lm_head.") :]
+    if match := _GPT2.fullmatch(name):
+        return f"transformer.{match['body']}"
     for prefix in _PREFIXES:
         if name.startswith(prefix) and _BODY.fullmatch(name, len(prefix)):
             return _PREFIX + name[len(prefix) :]

@@ -164,7 +164,10 @@ def _name(description: Mapping[str, Any]) -> str:
         groups = description.get("config_groups")
         schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
         kinds = {f"{s.get('num_bits')}-bit {s.get('type')}" for s in schemes if isinstance(s, dict)}
-        return f"'compressed-tensors' in the format {description.get('format')!r:.40} ({', '.join(sorted(kinds)):.60})"
+        listed = f" ({', '.join(sorted(kinds)):.60})" if kinds else ""
+        return f"'compressed-tensors' in the format {description.get('format')!r:.40}{listed}"
+    if method is None:
+        return f"a method that it does not name (its keys: {', '.join(map(str, description)) or 'none'!s:.80})"
     return f"{method!r:.80}"
 
 

@@ -17,10 +17,16 @@ from entrollm.models.rope import Rope, RopeTables
 
 @dataclass(frozen=True)
 class Angles:
-    """By what the queries and keys of n positions are rotated: float32 (n, 1, rotary_dim / 2) each."""
+    """What is done to the queries and keys of n positions.
+
+    Attributes:
+        cosines, sines: of the rotation, float32 (n, 1, rotary_dim / 2).
+        query_factors: what queries are multiplied by, float32 (n, 1, 1); None if by 1.
+    """
 
     cosines: Floats
     sines: Floats
+    query_factors: Floats | None = None
 
 
 class Rotations:
@@ -39,7 +45,10 @@ class Rotations:
 
     def rows(self, start: int, count: int, is_long: bool) -> list[Angles | None]:
         """The angles of each layer at the positions from `start`; None for a layer that does not rotate."""
-        rows = {key: Angles(*tables.rows(start, count, is_long)) for key, (_, tables) in self._tables.items()}
+        rows = {
+            key: Angles(*tables.rows(start, count, is_long), tables.query_factors(start, count))
+            for key, (_, tables) in self._tables.items()
+        }
         return [rows.get(id(rope)) for rope in self._ropes]
 
 
@@ -57,8 +66,9 @@ class SelfAttention:
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes = [wide + 2 * narrow] if config.is_fused else [wide, narrow, narrow]
         qkv = {prefix + name: size for name, size in zip(block.qkv, sizes, strict=True)}
-        self._qkv = Projection(weights, qkv, hidden, config.qkv_bias)
-        self._output = Projection(weights, {prefix + block.output: hidden}, wide, config.output_bias)
+        self._qkv = Projection(weights, qkv, hidden, config.qkv_bias, block.is_transposed)
+        output = {prefix + block.output: hidden}
+        self._output = Projection(weights, output, wide, config.output_bias, block.is_transposed)
         self._head_norms: Floats | None = None
         self._width_norms: tuple[Floats, Floats] | None = None
         names = (f"{prefix}{block.q_norm}.weight", f"{prefix}{block.k_norm}.weight")
@@ -96,6 +106,8 @@ class SelfAttention:
         queries = qk[:, :heads]
         if self._query_factor is not None:
             queries *= self._query_factor
+        if angles is not None and angles.query_factors is not None:
+            queries *= angles.query_factors
         return self._output(cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix))
 
     def _normalised(self, qk: Floats, norms: tuple[Floats, Floats]) -> Floats:

@@ -13,7 +13,7 @@ from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joi
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.projection import Apply, Projection, load_norm
-from entrollm.engine.weights import Floats, Ids, Weights, load_embedding
+from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
 from entrollm.models.config import ModelConfig
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
@@ -30,12 +30,25 @@ class Embeddings:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self._tokens = load_embedding(weights, config.names.embedding, (config.vocab_size, config.hidden_size))
         self._scale = None if config.embedding_scale == 1.0 else np.float32(config.embedding_scale)
+        self._positions: Embedding | None = None
+        if config.names.positions is not None:
+            shape = (config.context_length, config.hidden_size)
+            self._positions = load_embedding(weights, config.names.positions, shape)
 
-    def __call__(self, ids: Ids) -> Floats:
-        """int64 (n,) -> float32 (n, hidden_size)."""
+    def __call__(self, ids: Ids, start: int) -> Floats:
+        """The vectors of tokens that follow `start` others: int64 (n,) -> float32 (n, hidden_size).
+
+        Raises:
+            ValueError: the model has no embeddings of such late positions.
+        """
+        stop = start + len(ids)
+        if self._positions is not None and stop > self._positions.shape[0]:
+            raise ValueError(f"this model has {self._positions.shape[0]} positions, and {stop} tokens do not fit")
         x = self._tokens.rows(ids)
         if self._scale is not None:
             x *= self._scale
+        if self._positions is not None:
+            x += self._positions.rows(np.arange(start, stop))
         return x
 
 
@@ -128,11 +141,12 @@ class Decoder:
         rows = [
             self._rotations.rows(segment.cache.length, len(segment.ids), segment.cache.is_long) for segment in segments
         ]
+        entering = [self._embeddings(segment.ids, segment.cache.length) for segment in segments]
         for segment in segments:
             segment.cache.ids.extend(segment.ids.tolist())
         only = len(segments) == 1
         angles = rows[0] if only else joined_angles(rows)
-        x = self._embeddings(segments[0].ids if only else np.concatenate([segment.ids for segment in segments]))
+        x = entering[0] if only else np.concatenate(entering)
         for index, layer in enumerate(self._layers):
             x = layer(
                 x, angles[index], segments[0].cache.layers[index] if only else SequencesAttention(segments, index)

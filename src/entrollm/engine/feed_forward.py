@@ -20,8 +20,9 @@ class FeedForward:
         block, hidden, inner = config.block, config.hidden_size, config.intermediate_size
         width = 2 * inner if config.is_gated else inner
         up = {prefix + name: width // len(block.up) for name in block.up}
-        self._up = Projection(weights, up, hidden, config.mlp_bias)
-        self._down = Projection(weights, {prefix + block.down: hidden}, inner, config.mlp_bias)
+        self._up = Projection(weights, up, hidden, config.mlp_bias, block.is_transposed)
+        down = {prefix + block.down: hidden}
+        self._down = Projection(weights, down, inner, config.mlp_bias, block.is_transposed)
         self._inner = inner
         self._pool = weights.pool
         self._function = ACTIVATIONS[config.activation]

@@ -26,7 +26,7 @@ class LayerWalk:
         tokens = windows.shape[1]
         rotations = Rotations(config)
         self._angles = rotations.rows(0, tokens, rotations.is_long(tokens))
-        self.hidden: list[Floats] = [embeddings(ids) for ids in windows]
+        self.hidden: list[Floats] = [embeddings(ids, 0) for ids in windows]
 
     def step(self, index: int, weights: Weights) -> None:
         """Run layer `index`, which is the next one, on all windows.

@@ -7,8 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from entrollm import _core
-from entrollm.engine.weights import Floats, Weights, load_linear, load_tensor
+from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_linear, load_tensor
 from entrollm.models.config import ModelConfig
+
+# Rows of a transposed matrix that are decoded at once.
+_ROWS_AT_ONCE = 256
 
 Apply = Callable[[Floats], Floats]
 
@@ -21,13 +24,26 @@ class Projection:
         outputs: out_features of each part, by name without `.weight`.
         in_features: of every part.
         has_bias: whether every part has one.
+        is_transposed: the matrix, of which there is one, is stored as (in_features, out_features).
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, weights: Weights, outputs: dict[str, int], in_features: int, has_bias: bool) -> None:
-        shapes = {f"{name}.weight": (size, in_features) for name, size in outputs.items()}
-        self._linear = load_linear(weights, shapes)
+    def __init__(
+        self,
+        weights: Weights,
+        outputs: dict[str, int],
+        in_features: int,
+        has_bias: bool,
+        is_transposed: bool = False,
+    ) -> None:
+        self._linear: Apply
+        if is_transposed:
+            ((name, size),) = outputs.items()
+            self._linear = _Transposed(load_embedding(weights, f"{name}.weight", (in_features, size)))
+        else:
+            shapes = {f"{name}.weight": (size, in_features) for name, size in outputs.items()}
+            self._linear = load_linear(weights, shapes)
         self._bias: Floats | None = None
         if has_bias:
             parts = [load_tensor(weights, f"{name}.bias", (size,)) for name, size in outputs.items()]
@@ -38,6 +54,22 @@ class Projection:
         y = self._linear(x)
         if self._bias is not None:
             y += self._bias
+        return y
+
+
+class _Transposed:
+    """A matrix that is stored as (in_features, out_features), of which a product decodes some rows after others."""
+
+    def __init__(self, matrix: Embedding) -> None:
+        self._matrix = matrix
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, in_features) -> float32 (n, out_features)."""
+        in_features, out_features = self._matrix.shape
+        y = np.zeros((len(x), out_features), dtype=np.float32)
+        for start in range(0, in_features, _ROWS_AT_ONCE):
+            rows = np.arange(start, min(in_features, start + _ROWS_AT_ONCE))
+            y += x[:, rows[0] : rows[-1] + 1] @ self._matrix.rows(rows)
         return y
 
 

@@ -10,9 +10,12 @@ from pathlib import Path, PurePosixPath
 
 from entrollm.errors import CorruptStreamError, FormatError, Message
 from entrollm.files.safetensors import header_bytes, parse_json_object
+from entrollm.format.json_fields import is_int
 
 CHECKSUMS_NAME = "entrollm_checksums.json"
 _FILES, _HEADERS = "files", "headers"
+_SIZE, _CRC = "bytes", "crc32"
+_MOST_BYTES = 2**63
 _CHUNK_BYTES = 1 << 20
 _CRC32 = re.compile("[0-9a-f]{8}")
 
@@ -24,17 +27,18 @@ def checksums_text(folder: Path, names: Iterable[str]) -> str:
         folder: a folder that is complete but for this file.
         names: the small files to cover, as paths in it.
     Returns:
-        JSON with the CRC-32 of these files, and of the header of every shard.
+        JSON with the size and the CRC-32 of these files, and the CRC-32 of the header of every shard.
     """
-    files = {name: f"{_of_file(folder / name):08x}" for name in sorted(names)}
-    headers = {path.name: f"{_of_header(path):08x}" for path in sorted(folder.glob("*.safetensors"))}
+    files = {name: _item(folder / name, _of_file) for name in sorted(names)}
+    headers = {path.name: _item(path, _of_header) for path in sorted(folder.glob("*.safetensors"))}
     return json.dumps({_FILES: files, _HEADERS: headers}, indent=1) + "\n"
 
 
 def check_files(folder: Path) -> None:
     """Compare a folder's small files and headers with their checksums.
 
-    Folders without checksums pass, and so do files that were removed.
+    Folders without checksums pass, and so do files that were removed or have another size: these were edited, since
+    damage leaves sizes as they are.
 
     Raises:
         FormatError: the checksums file is malformed.
@@ -56,19 +60,26 @@ def _check(path: Path, name: str, value: object, checksum: Callable[[Path], int]
     parts = PurePosixPath(name).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in name or "\0" in name:
         raise FormatError(f"{path}: {name!r:.80} is not a file of the folder; fetch {path.name} again")
-    if not isinstance(value, str) or _CRC32.fullmatch(value) is None:
-        raise FormatError(f"{path}: the CRC-32 of {name!r} must be 8 hex digits, found {value!r:.80}")
+    if not isinstance(value, dict) or value.keys() != {_SIZE, _CRC} or not is_int(value[_SIZE], 0, _MOST_BYTES):
+        raise FormatError(f"{path}: {name!r} must have the integer {_SIZE} and {_CRC}, found {value!r:.80}")
+    expected = value[_CRC]
+    if not isinstance(expected, str) or _CRC32.fullmatch(expected) is None:
+        raise FormatError(f"{path}: the CRC-32 of {name!r} must be 8 hex digits, found {expected!r:.80}")
     file = path.parent / name
-    if not file.is_file():  # what is needed is missed by its reader
+    if not file.is_file() or file.stat().st_size != value[_SIZE]:
         return
     found = checksum(file)
-    if found != int(value, 16):
+    if found != int(expected, 16):
         what = "its header has" if checksum is _of_header else "it has"
         raise CorruptStreamError(
-            f"{file}: {what} CRC-32 {found:08x}, {path.name} has {value}; "
+            f"{file}: {what} CRC-32 {found:08x}, {path.name} has {expected}; "
             "the file is damaged, compress or fetch it again",
             hint=Message("if you changed it yourself, remove its line from {}", path.name),
         )
+
+
+def _item(path: Path, checksum: Callable[[Path], int]) -> dict[str, int | str]:
+    return {_SIZE: path.stat().st_size, _CRC: f"{checksum(path):08x}"}
 
 
 def _of_file(path: Path) -> int:

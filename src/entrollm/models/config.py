@@ -40,6 +40,7 @@ class Block:
         attention_norm, mlp_norm: the norms of the inputs; None if there is none.
         attention_output_norm, mlp_output_norm: the norms of the outputs before they are added; None if there is none.
         is_parallel: the feed-forward part reads the input of the layer, as attention does.
+        is_transposed: matrices are stored as (in_features, out_features).
     """
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -53,6 +54,7 @@ class Block:
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
     is_parallel: bool = False
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ class Rope:
         long_frequencies: used instead, for every position, once the sequence is longer than `switch_length` (longrope).
         switch_length: tokens.
         context_factor: how far this variant stretches max_position_embeddings.
+        query_growth: queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 is off.
+        growth_length: tokens.
     """
 
     frequencies: Floats
@@ -35,6 +37,8 @@ class Rope:
     long_frequencies: Floats | None = None
     switch_length: int = 0
     context_factor: float = 1.0
+    query_growth: float = 0.0
+    growth_length: int = 0
 
     def is_long(self, length: int) -> bool:
         """Whether a sequence of `length` tokens uses the long frequencies."""
@@ -56,6 +60,15 @@ class RopeTables:
             table = self._compute(max(256, 2 * stop), is_long)
             self._tables[is_long] = table
         return table[0][start:stop], table[1][start:stop]
+
+    def query_factors(self, start: int, count: int) -> Floats | None:
+        """What queries are multiplied by, float32 (count, 1, 1), at the positions from `start`; None if by 1."""
+        rope = self._rope
+        if not rope.query_growth:
+            return None
+        steps = np.arange(start, start + count, dtype=np.float32)[:, None, None] // np.float32(rope.growth_length)
+        factors: Floats = 1 + np.float32(rope.query_growth) * np.log(1 + steps)
+        return factors
 
     def _compute(self, length: int, is_long: bool) -> tuple[Floats, Floats]:
         long = self._rope.long_frequencies
