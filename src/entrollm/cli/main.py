@@ -35,7 +35,7 @@ _COMMANDS = (
 )
 _EXAMPLES = (
     ("entrollm demo", "try it on the example model"),
-    ("entrollm compress MODEL -o OUT --bits 4", "compress a folder, a Hub id or a .gguf file"),
+    ("entrollm compress MODEL -o OUT", "compress a folder, a Hub id or a .gguf file"),
     ('entrollm run OUT -p "Once upon a time"', "generate text"),
     ("entrollm COMMAND --help", "show the options and examples of a command"),
 )

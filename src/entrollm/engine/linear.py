@@ -67,7 +67,7 @@ class DenseLinear:
         return self._weight[ids]
 
 
-class _SideBySide:
+class SideBySide:
     """Linear layers of different kinds on the same input."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
@@ -115,7 +115,7 @@ class CodedWeights:
             self._multiplied.update(zip(names, slots, strict=True))
             return CodedLinear(slots, self.pool)
         if len(names) > 1:
-            return _SideBySide([self.linear(name) for name in names])
+            return SideBySide([self.linear(name) for name in names])
         return self._kept(names[0])
 
     def embedding(self, name: str, /) -> Embedding:
@@ -174,7 +174,7 @@ class DenseWeights:
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
         matrices = [self._matrix(name) for name in names]
-        return matrices[0] if len(matrices) == 1 else _SideBySide(matrices)
+        return matrices[0] if len(matrices) == 1 else SideBySide(matrices)
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
