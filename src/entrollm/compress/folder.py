@@ -11,6 +11,7 @@ from typing import Any
 
 from entrollm.errors import EntroLLMError, Message, Option, OptionError
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import is_compressed, read_config
 from entrollm.system import FolderLock, naming, sync_folder
 
@@ -146,7 +147,7 @@ def check_replaced(path: Path, names: Collection[str]) -> None:
     path = real_place(path)
     if not path.is_dir():
         return
-    known = {"config.json", layout.INDEX_NAME, "entrollm_checksums.json", *names}
+    known = {"config.json", layout.INDEX_NAME, CHECKSUMS_NAME, *names}
     found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     others = [file.as_posix() for file in found if not (file.as_posix() in known or file.match("model*.safetensors"))]
     if others:

@@ -59,7 +59,7 @@ def compress_folder(
             raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
         order = statistics.order if statistics is not None and has_drift(options) else ()
         plan = make_plan(checkpoint, options, order)
-        small_files = _small_files(checkpoint, options)
+        small_files = side_contents(checkpoint, options)
         check_output(Path(out), overwrite)
         check_replaced(Path(out), small_files)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plan, options, statistics), overwrite)
@@ -109,7 +109,7 @@ def _fingerprint(
     }
 
 
-def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
+def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
     """The files beside the weights that the output gets, by name.
 
     Raises:

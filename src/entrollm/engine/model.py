@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from entrollm import errors
+from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.answer import AnswerText
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
@@ -229,7 +230,8 @@ class Model:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with panics_named("tokenizer.json"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _generation(
         self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords
