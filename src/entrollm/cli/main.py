@@ -9,7 +9,9 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -65,8 +67,22 @@ def _build_app() -> typer.Typer:
 app = _build_app()
 
 
+def _end(number: int, _: FrameType | None) -> None:
+    """End the program by an exception, so that temporary folders are removed; a second signal ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _end_tidily() -> None:
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
+
+
 def run() -> None:
     """Run the command line; the console script's entry."""
+    _end_tidily()
     if sys.platform == "win32":
         # Pipes have the legacy code page there, which lacks most of what a model may read or write.
         for stream in (sys.stdin, sys.stdout, sys.stderr):

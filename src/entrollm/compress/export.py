@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,5 +153,4 @@ def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: Expo
     for file in side_files(model.path):
         name = file.relative_to(model.path)
         if name != Path("config.json"):
-            (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder.partial / name)
+            folder.write_bytes(name.as_posix(), file.read_bytes())

@@ -55,6 +55,7 @@ def compress_folder(
         raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
+        stamps = _stamps(checkpoint)
         order = statistics.order if statistics is not None and has_drift(options) else ()
         plan = make_plan(checkpoint, options, order)
         small_files = _small_files(checkpoint, options)
@@ -74,11 +75,13 @@ def compress_folder(
             if post_fit is not None:
                 _check_limit(refitted, options)
             _write_checksums(folder)
+            _check_unchanged(checkpoint, stamps)
+            run = Run(Path(out), elapsed_s, maker.resumed_weights, is_refitted=refitted is not records)
+            result = summarize(checkpoint, plan, refitted, run)
             folder.publish()
         finally:
             folder.close()
-        run = Run(Path(out), elapsed_s, maker.resumed_weights, is_refitted=refitted is not records)
-        return summarize(checkpoint, plan, refitted, run)
+        return result
 
 
 def _weights_to_code(checkpoint: Checkpoint, plan: Plan) -> int:
@@ -92,7 +95,7 @@ def _fingerprint(
     return {
         "format_version": FORMAT_VERSION,
         "record_version": RECORD_VERSION,
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files},
+        "files": _stamps(checkpoint),
         "tensors": {name: [t.bits, t.granularity, t.is_imported] for name, t in plan.tensors.items()},
         "prefer": options.prefer,
         "processor": options.processor,
@@ -103,6 +106,29 @@ def _fingerprint(
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
     }
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Sizes and times of the weight files."""
+    found = {str(file.resolve()): file.stat() for file in checkpoint.files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _check_unchanged(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) -> None:
+    """Check that the weight files are those that were opened, so that no output mixes two states of a model.
+
+    Raises:
+        EntroLLMError: one has changed or is gone.
+    """
+    try:
+        now = _stamps(checkpoint)
+    except FileNotFoundError as error:
+        raise EntroLLMError(
+            f"{error.filename} was removed while it was compressed; put it back and run the command again"
+        ) from None
+    for name in stamps.keys() | now.keys():
+        if stamps.get(name) != now.get(name):
+            raise EntroLLMError(f"{name} changed while it was compressed; run the command again when it is complete")
 
 
 def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
@@ -153,9 +179,9 @@ def _write_surroundings(
     config: Mapping[str, Any],
     small_files: Mapping[str, bytes],
 ) -> None:
+    (folder.partial / CHECKSUMS_NAME).unlink(missing_ok=True)  # of an interrupted run; shards may change yet
     for name, content in small_files.items():
-        (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder.partial / name).write_bytes(content)
+        folder.write_bytes(name, content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     _write_index(folder, records)
 

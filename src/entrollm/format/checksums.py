@@ -37,8 +37,8 @@ def checksums_text(folder: Path, names: Iterable[str]) -> str:
 def check_files(folder: Path) -> None:
     """Compare a folder's small files and headers with their checksums.
 
-    Folders without checksums pass, and so do files that were removed or have another size: these were edited, since damage
-    leaves sizes as they are.
+    Folders without checksums pass, and so do files that were removed or have another size: these were edited, since
+    damage leaves sizes as they are.
 
     Raises:
         FormatError: the checksums file is malformed.
