@@ -106,6 +106,8 @@ def _talk(dialogue: _Dialogue, *, keep_going: bool) -> None:
             line = _read_line().strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: {error}") from None
         except KeyboardInterrupt:
             message(f"\n{_HELP}")
             continue

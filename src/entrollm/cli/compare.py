@@ -12,6 +12,7 @@ import typer
 from entrollm.cli.console import ThreadsOption, json_safe, message, print_json
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
 from entrollm.errors import FormatError
+from entrollm.system import naming
 
 EXAMPLES = (
     ("entrollm compare MODEL A B C --text wiki.txt", "one table"),
@@ -75,7 +76,8 @@ def command(
             _write(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
     if plot is not None:
         points = [*read_points(result, "measured"), *earlier]
-        hidden = draw_rate_distortion(plot, points, f"{Path(original).name} on {text.name}")
+        with naming(plot):
+            hidden = draw_rate_distortion(plot, points, f"{Path(original).name} on {text.name}")
         if hidden:
             message(f"{plot} has no place for a KL of 0: {', '.join(hidden)}")
 
@@ -90,7 +92,8 @@ def _read_json(path: Path) -> object:
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -72,6 +72,7 @@ def export(
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
     total, done = sum(sizes.values()), 0
+    _check_new(Path(out))
     folder = OutputFolder(Path(out), {"export": str(model.path), "dtype": dtype}, overwrite=False)
     names: dict[str, str] = {}
     file_bytes = 0
@@ -94,6 +95,12 @@ def export(
     finally:
         folder.close()
     return ExportResult(Path(out), total, file_bytes)
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that exists; an export replaces nothing."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; name a folder that does not exist yet")
 
 
 def _members(model: CompressedModel) -> dict[str, list[str]]:

@@ -16,10 +16,10 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.coder import MatrixCoder
-from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.folder import OutputFolder, check_output, check_replaced, write_index
 from entrollm.compress.methods import make_methods
 from entrollm.compress.options import DEFAULT_BITS, CodingOptions, PostFit
-from entrollm.compress.planning import Plan, make_plan
+from entrollm.compress.planning import Plan, make_plan, with_size
 from entrollm.compress.progress import CompressProgress, ProgressCounter
 from entrollm.compress.refit import Refit
 from entrollm.compress.result import FolderResult, Run, summarize
@@ -49,16 +49,19 @@ def compress_folder(
 ) -> FolderResult:
     """See `entrollm.compress.compress_folder`."""
     options = options or CodingOptions()
-    if statistics is not None and options.target is None:
-        raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
-    if post_fit is not None and options.target is None:
-        raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
         stamps = _stamps(checkpoint)
+        options = with_size(checkpoint, options)
+        if statistics is not None and options.target is None:
+            raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
+        if post_fit is not None and options.target is None:
+            raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
         order = statistics.order if statistics is not None and has_drift(options) else ()
         plan = make_plan(checkpoint, options, order)
-        small_files = _small_files(checkpoint, options)
+        small_files = side_contents(checkpoint, options)
+        check_output(Path(out), overwrite)
+        check_replaced(Path(out), small_files)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plan, options, statistics), overwrite)
         try:
             aimed = options if post_fit is None else _with_room(options)
@@ -131,7 +134,7 @@ def _check_unchanged(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) ->
             raise EntroLLMError(f"{name} changed while it was compressed; run the command again when it is complete")
 
 
-def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
+def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
     """The files beside the weights that the output gets, by name.
 
     Raises:
@@ -161,7 +164,9 @@ def _config(checkpoint: Checkpoint, plan: Plan, options: CodingOptions, is_calib
     elif options.target is None:
         method = {"method": "paper", "bits": options.bits or DEFAULT_BITS, "granularity": options.granularity}
     else:
-        size = {key: value for key, value in asdict(options.target).items() if value is not None}
+        target = options.target
+        size = {"bits_per_weight": target.bits_per_weight or target.coded_bits, "file_bytes": target.file_bytes}
+        size = {key: value for key, value in size.items() if value is not None}
         method = {"method": options.method if is_calibrated else "ecsq", **size}
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config["quantization_config"] = {

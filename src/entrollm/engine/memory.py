@@ -28,9 +28,12 @@ _logger = logging.getLogger(__name__)
 _USABLE = 0.8
 # Bits a weight that the flat form takes more, at most, over Gaussian sources of 1.5 to 5.6 bits (measured: 0.4 to 0.8).
 _EXTRA_BITS = 0.9
-# AVX-512 decodes cascades while it multiplies: 35 tokens per second with a 1.1B shape at 3.3 stored bits, and 14 from
-# flat fields (two cores, in one run). Trees are decoded first, and flat is faster.
+# AVX-512 decodes cascades while it multiplies, at 24 Gweights/s a core; flat fields take half as much work and more
+# bytes. Two cores make 48 tokens per second flat and 35 from the file (1.1B shape, 3.3 stored bits, in one run). More
+# cores are bound by the bytes, from about five at the 60 GB/s of two channels of DDR5. Trees are decoded first, and
+# flat is faster.
 _FUSED_ISAS = ("avx512", "amx")
+_MOST_FLAT_THREADS = 4
 # Of the native product: see make_cascade.
 _MAX_FUSED_LOW_BITS, _MAX_FUSED_LEVELS = 4, 16
 
@@ -60,16 +63,17 @@ def is_fused(code: Code) -> bool:
     return node is None and levels <= _MAX_FUSED_LEVELS and code.low_bits <= _MAX_FUSED_LOW_BITS
 
 
-def is_faster_flat(spec: TensorSpec, isa: str) -> bool:
+def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
         spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
         isa: the name of the instruction set, as `_core.isa()` has it.
+        threads: of products.
     """
     if isa == "scalar":
         return False
-    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
+    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS or threads <= _MOST_FLAT_THREADS:
         return True
     return not is_fused(spec.code)
 
@@ -81,19 +85,20 @@ class MemoryPlan:
         model: the folder.
         memory: "file" for none, "fast" for all, "auto" for those that are faster flat on this machine, if all of them
             fit its memory.
+        threads: of products.
     Attributes:
         flat: the names of the matrices to transcode when they are first multiplied with.
         flat_bytes: about what their flat forms take.
         available_bytes: memory that was free; `None` if unknown.
     """
 
-    def __init__(self, model: CompressedModel, memory: Memory) -> None:
+    def __init__(self, model: CompressedModel, memory: Memory, threads: int) -> None:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
-            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa())):
+            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
         fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes

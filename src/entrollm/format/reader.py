@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
+from entrollm.files.contents import check_contents
 from entrollm.files.safetensors import SafetensorsFile, parse_json_object
 from entrollm.files.shards import open_weight_files
 from entrollm.format import layout
@@ -179,12 +180,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FormatError: it is missing or malformed.
+        UnsupportedError: the folder holds something else; the message names it.
         ValueError: the path is not a folder.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is {'a file' if path.exists() else 'missing'}; expected a model folder")
     config_path = path / "config.json"
     if not config_path.is_file():
+        check_contents(path, f"{path} has no config.json; it")
         raise FormatError(f"{path} has no config.json; expected a model folder")
     return parse_json_object(config_path, config_path.read_bytes(), "the configuration")
 
