@@ -147,6 +147,27 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 112,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 0.2,
+            "mamba_n_heads": 6,
+        },
+    ),
+    "granite-hybrid-nope": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 112,
+            "layer_types": ["full_attention"] * 3,
+            "attention_multiplier": 0.2,
+            "mamba_n_heads": 6,
+        },
+    ),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "cohere2": (
         "Cohere2Config",

@@ -73,6 +73,12 @@ def small_model() -> Model:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: gelu, .*silu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm is not supported"),
+        ({"model_type": "granitemoehybrid"}, "num_local_experts other than 0 is not supported"),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["mamba"]},
+            "layer type 'mamba' is not supported; supported: attention",
+        ),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 0}, "layer type 'mamba' is not supported"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is not supported"),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "t5"}},
@@ -299,3 +305,9 @@ def test_missing_routers_and_experts_are_named(missing: str) -> None:
     del found[f"{layer}{missing}.weight"]
     with pytest.raises(FormatError, match=rf"^{layer}{missing}\.weight: the tensor is missing"):
         Model(ModelFiles(config), DenseWeights(found))
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "bert"}, {"rope_scaling": {"type": "other", "factor": 2.0}}])
+def test_a_model_that_only_transformers_runs_names_the_plugin(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"entrollm\.hf"):
+        Model(ModelFiles({**CONFIG, **changes}), DenseWeights(tensors()))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint.gguf_architectures import Architecture
 from entrollm.checkpoint.gguf_metadata import ROPE_FACTORS, model_config
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
 from entrollm.files.safetensors import Entry
 
@@ -90,9 +90,17 @@ def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
         FormatError: the file is malformed or lacks a value.
         UnsupportedError: its architecture, or an option of the architecture, is not implemented.
     """
-    file = open_gguf(path)
-    if file.metadata.get("split.count", 1) not in (0, 1):
-        raise UnsupportedError(f"{path} is one of several parts; join them with `llama-gguf-split --merge`")
+    try:
+        file = open_gguf(path)
+        if file.metadata.get("split.count", 1) in (0, 1):
+            return _read(path, file)
+    except UnsupportedError as error:
+        hint = "use the safetensors checkpoint that it was made from; compress takes every architecture of transformers"
+        raise UnsupportedError(error.message, hint=Message(hint)) from None
+    raise UnsupportedError(f"{path} is one of several parts; join them with `llama-gguf-split --merge`")
+
+
+def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], GgufTensors]:
     architecture, config = model_config(file)
     heads = {}
     if architecture.interleaves:

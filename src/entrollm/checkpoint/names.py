@@ -32,7 +32,7 @@ _PREFIXES = (
 )
 _BODY = re.compile(
     r"embed_tokens\.weight|(norm|final_layernorm)\.(weight|bias)|rotary_emb\.inv_freq"
-    r"|layers\.\d+\.(self_attn|mlp|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
+    r"|layers\.\d+\.(self_attn|mlp|shared_mlp|block_sparse_moe|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
 )
 # GPT-2's own names; its first checkpoints are saved without the prefix.
 _GPT2 = re.compile(r"(transformer\.)?(?P<body>w[tp]e\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn|mlp|ln_1|ln_2)\..+)")
@@ -173,3 +173,9 @@ def _canonical(name: str) -> str | None:
         if name.startswith(prefix) and _BODY.fullmatch(name, len(prefix)):
             return _PREFIX + name[len(prefix) :]
     return None
+
+
+def natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key of a tensor's name in which numbers compare as such, so that layer 2 comes before layer 10."""
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if index % 2 else (-1, part) for index, part in parts)

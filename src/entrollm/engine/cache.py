@@ -101,6 +101,15 @@ class LayerCache:
         if self._held == 0:
             self._start, self._first = 0, length
 
+    def fork(self, length: int) -> LayerCache:
+        """A copy of the positions before `length`, in buffers of its own; can_truncate(length) must hold."""
+        kv_heads, head_dim, _ = self._keys.shape
+        copy = LayerCache(kv_heads, head_dim, self._window)
+        held = slice(self._start, self._start + max(0, length - self._first))
+        copy.append(self._keys[:, :, held].transpose(2, 0, 1), self._values[:, held].transpose(1, 0, 2))
+        copy._first = self._first if copy._held else length
+        return copy
+
     def _drop(self, count: int) -> None:
         self._start += count
         self._first += count
@@ -156,19 +165,22 @@ class Cache:
         self.is_long = False
         self.layers = [LayerCache(config.num_kv_heads, config.head_dim, window) for window in config.windows]
 
+    def shared(self, ids: Sequence[int]) -> int:
+        """The number of tokens that reuse(ids) would keep and a fork for `ids` would start with."""
+        shared = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        return shared if all(layer.can_truncate(shared) for layer in self.layers) else 0
+
     def reuse(self, ids: Sequence[int]) -> int:
         """Keep the longest usable beginning that the sequence shares with `ids`, short of its last token.
 
         Returns:
             The number of tokens kept; the caller runs the model on ids from there on.
         """
-        shared = 0
-        for old, new in zip(self.ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        if not all(layer.can_truncate(shared) for layer in self.layers):
-            shared = 0
+        shared = self.shared(ids)
         if shared == 0:
             self.reset()
             return 0
@@ -176,3 +188,15 @@ class Cache:
         for layer in self.layers:
             layer.truncate(shared)
         return shared
+
+    def fork(self, length: int) -> Cache:
+        """A cache of its own that starts with the first `length` tokens of this one.
+
+        Args:
+            length: at most what shared() returned for the sequence that goes on from there.
+        """
+        copy = Cache(self._config)
+        copy.ids = self.ids[:length]
+        copy.is_long = self.is_long
+        copy.layers = [layer.fork(length) for layer in self.layers]
+        return copy

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import text_names
 from entrollm.engine.decoder import Decoder
@@ -15,6 +14,7 @@ from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.errors import EntroLLMError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
+from entrollm.threads import start_pool
 
 
 def why_not_run(path: Path) -> str | None:
@@ -38,7 +38,7 @@ class _Shapes:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self.pool = _core.ThreadPool(1)
+        self.pool = start_pool(1)
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._shapes

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
+from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joined_angles, passes
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
@@ -84,15 +87,48 @@ class Decoder:
             float32 (n, vocab_size), or (1, vocab_size) with last_only.
         """
         wanted = 1 if last_only else len(ids)
+        ids = self._begin(ids, cache)
+        hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
+        return self._logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
+
+    def step(self, steps: Sequence[SequenceStep]) -> Floats:
+        """Run the model on the next tokens of several sequences at once, and add them to their caches.
+
+        All sequences go through each product together; attention is per sequence. Coded matrices give each sequence
+        the same bits as on its own.
+
+        Args:
+            steps: at least one, each with a cache of its own; the caches are left in an undefined state if this call
+                is interrupted, until their reset().
+        Returns:
+            float32 (n, vocab_size): the logits after the last token of each step with needs_logits, in their order.
+        """
+        segments = [Segment(i, self._begin(step.ids, step.cache), step.cache) for i, step in enumerate(steps)]
+        last: dict[int, Floats] = {}
+        for x, done in self._run(segments):
+            row = 0
+            for segment in done:
+                row += len(segment.ids)
+                last[segment.index] = x[row - 1 : row]
+        wanted = [last[index] for index, step in enumerate(steps) if step.needs_logits]
+        if not wanted:
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        return self._logits(self._norm(np.concatenate(wanted)))
+
+    def _begin(self, ids: Ids, cache: Cache) -> Ids:
+        """The tokens to run: `ids`, or the sequence from its start where its rotations change."""
         is_long = self._rotations.is_long(cache.length + len(ids))
         if is_long != cache.is_long and cache.length:
             # Every hidden state depends on the frequencies, so crossing longrope's limit starts the sequence over.
             ids = np.concatenate([np.array(cache.ids, dtype=np.int64), ids])
             cache.reset()
         cache.is_long = is_long
-        hidden = [self._run_layers(ids[i : i + _TOKENS_PER_PASS], cache) for i in range(0, len(ids), _TOKENS_PER_PASS)]
-        last = (hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]
-        return self._logits(self._norm(last))
+        return ids
+
+    def _run(self, segments: Sequence[Segment]) -> Iterator[tuple[Floats, list[Segment]]]:
+        """The hidden states of all tokens, in passes of bounded size, each with what it consists of."""
+        for part in passes(segments, _TOKENS_PER_PASS):
+            yield self._run_layers(part), part
 
     def _logits(self, x: Floats) -> Floats:
         logits = self._head(x)
@@ -102,12 +138,20 @@ class Decoder:
             cap(logits, self.config.logit_cap)
         return logits
 
-    def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
-        rotations = self._rotations.rows(cache.length, len(ids), cache.is_long)
-        x = self._embeddings(ids, cache.length)
-        cache.ids.extend(ids.tolist())
-        for layer, angles, layer_cache in zip(self._layers, rotations, cache.layers, strict=True):
-            x = layer(x, angles, layer_cache)
+    def _run_layers(self, segments: Sequence[Segment]) -> Floats:
+        rows = [
+            self._rotations.rows(segment.cache.length, len(segment.ids), segment.cache.is_long) for segment in segments
+        ]
+        entering = [self._embeddings(segment.ids, segment.cache.length) for segment in segments]
+        for segment in segments:
+            segment.cache.ids.extend(segment.ids.tolist())
+        only = len(segments) == 1
+        angles = rows[0] if only else joined_angles(rows)
+        x = entering[0] if only else np.concatenate(entering)
+        for index, layer in enumerate(self._layers):
+            x = layer(
+                x, angles[index], segments[0].cache.layers[index] if only else SequencesAttention(segments, index)
+            )
         return x
 
 

@@ -14,13 +14,14 @@ from entrollm.engine.linear import CodedWeights, DenseWeights
 from entrollm.engine.memory import Memory, check_memory
 from entrollm.engine.model import Model
 from entrollm.files.shards import is_gguf
+from entrollm.format.checksums import check_files
 from entrollm.format.reader import CompressedModel, is_compressed, read_config
-from entrollm.threads import default_threads
+from entrollm.threads import check_threads
 
 _logger = logging.getLogger(__name__)
 
 
-def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto") -> Model:
+def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto", check: bool = True) -> Model:
     """Load a model.
 
     Args:
@@ -31,18 +32,24 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
             thread and at the latest when it is first multiplied with, to a form that multiplies faster and takes up
             to 0.9 bits a weight more memory; the file's pages are released. "auto" does so for the matrices that gain
             from it on this processor, if its memory suffices. The results are the same bit for bit.
+        check: compare the files of a compressed folder with their checksums: small files, headers and kept tensors
+            here, and each matrix before it is first used, by a thread that runs ahead. A damaged matrix raises
+            CorruptStreamError there.
     Raises:
-        FormatError: the folder is malformed.
+        FormatError: the folder is malformed or damaged.
         UnsupportedError: its architecture, or an option of it, is not implemented.
-        ValueError: it is neither a folder nor a Hub id, `threads` is below 1, or `memory` is none of the three.
+        ValueError: it is neither a folder nor a Hub id, `threads` is not from 1 to 1024, or `memory` is none of the
+            three.
     """
     memory = check_memory(memory)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, found {threads}")
+    if threads is not None:
+        check_threads(threads)
     path = resolve(model)
+    if check and not is_gguf(path):
+        check_files(path)
     if not is_gguf(path) and is_compressed(read_config(path)):
-        model_folder = CompressedModel.open(path)
-        coded = CodedWeights(model_folder, threads or default_threads(), memory)
+        model_folder = CompressedModel.open(path, check=False)  # they are checked
+        coded = CodedWeights(model_folder, threads, memory, check=check)
         loaded = Model(read_model_files(path), coded)
         _report_other_parts(path, model_folder.config, [*model_folder.specs, *model_folder.plain])
         coded.prepare()

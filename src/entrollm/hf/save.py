@@ -17,8 +17,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from entrollm.compress.target import parse_size
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
+from entrollm.system import naming
 from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
@@ -85,6 +87,11 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
     coded = {module.name: module for module in model.modules() if isinstance(module, CodedWeight)}
     if any(weight.is_part for weight in coded.values()):
         raise UnsupportedError("this process holds a part of the model only; its folder has all of it, copy that")
+    if scaled := next((weight for weight in coded.values() if weight.factor != 1), None):
+        raise UnsupportedError(
+            f"{scaled.name} was multiplied with {scaled.factor:g} in place since it was loaded, which its file cannot "
+            "hold; save the model before its first call, or copy the folder that it was loaded from"
+        )
     plain = _plain_tensors(model)
     sizes = {name: sum(entry.nbytes for entry in weight.entries().values()) for name, weight in coded.items()}
     sizes |= {name: tensor.nbytes for name, tensor in plain.items()}
@@ -106,12 +113,15 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
         total += path.stat().st_size
     if len(shards) > 1:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": entries}, indent=1)
-        (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
+        with naming(folder / layout.INDEX_NAME):
+            (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
     model.config.dtype = model.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    # Only headers: tokenizers and configurations are saved by transformers too, after this.
+    (folder / CHECKSUMS_NAME).write_text(checksums_text(folder, ()), encoding="utf-8")
 
 
 def _plain_tensors(model: Any) -> dict[str, Tensor]:

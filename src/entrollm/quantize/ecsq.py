@@ -99,7 +99,9 @@ class EcsqQuantizer:
             if not np.isfinite(largest).all():
                 row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
                 where = f"[{chunk[0] + row}, {column}]"
-                raise FormatError(f"tensor {source.name!r} has {weights[row, column]} at {where}; it must be finite")
+                raise FormatError(
+                    f"tensor {source.name!r} has {weights[row, column]} at {where}; weights must be finite"
+                )
             # Ratios are squared, because squares of the weights may exceed float32.
             weights /= np.maximum(largest, _TINY)[:, np.newaxis].astype(np.float32)
             return largest, largest * np.sqrt(np.einsum("ij,ij->i", weights, weights) / weights.shape[1])

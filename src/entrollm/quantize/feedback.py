@@ -169,7 +169,9 @@ def read_finite(source: RowSource, device: Device = HOST) -> Array:
     if not functions(weights).isfinite(weights).all():
         found = device.take(weights)
         row, column = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
-        raise FormatError(f"tensor {source.name!r} has {found[row, column]} at [{row}, {column}]; it must be finite")
+        raise FormatError(
+            f"tensor {source.name!r} has {found[row, column]} at [{row}, {column}]; weights must be finite"
+        )
     return weights
 
 
