@@ -75,11 +75,10 @@ void DecodeScratch::Free::operator()(std::uint8_t* p) const { std::free(p); }
 
 void DecodeScratch::reserve(const Code& code, std::size_t max_block) {
   const std::size_t nodes = code.nodes().size();
-  if (counts_.size() < nodes) {
-    counts_.resize(nodes);
-    stream_offsets_.resize(nodes);
-    outputs_.resize(nodes);
-  }
+  // Each by itself: an earlier call may have run out of memory between two of them.
+  if (counts_.size() < nodes) counts_.resize(nodes);
+  if (stream_offsets_.size() < nodes) stream_offsets_.resize(nodes);
+  if (outputs_.size() < nodes) outputs_.resize(nodes);
   // If a corrupt stream has more escapes than its header says, the last list may be read a whole
   // block past its start. One spare list makes room for that.
   const std::size_t size = list_capacity(max_block) * (nodes + 1);

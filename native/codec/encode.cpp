@@ -1,5 +1,6 @@
 #include "codec/encode.hpp"
 
+#include <algorithm>
 #include <array>
 #include <climits>
 #include <cstring>
@@ -178,7 +179,7 @@ class BlockEncoder {
     out_.sparse.resize(begin + sparse_bytes(count, bits));
     std::uint8_t* at = out_.sparse.data() + begin;
     if (bits == kRawBits) {
-      std::memcpy(at, fields_.data(), count);
+      std::copy_n(fields_.data(), count, at);  // `at` is null where nothing is stored
       return;
     }
     for (int bit = 0; bit < bits; ++bit, at += (count + 7) / 8) {

@@ -66,19 +66,32 @@ struct GroupTerms {
   }
 };
 
+// What the totals of some rows are made of.
+struct GroupedSums {
+  const float* lanes;  // (rows, vectors, kGroupedLanes)
+  std::size_t rows;
+  std::size_t vectors;
+  const float* shifts;  // (rows, groups), and finite floats up to a whole number of lanes; or null
+  std::size_t groups;
+  const float* sums;        // of each vector over groups: (at most vectors, sums_stride)
+  std::size_t sums_stride;  // groups and zeros up to a whole number of lanes
+};
+
 struct GroupedKernels {
   // Adds the products of rows with 1, 2, 4 or 8 vectors to lanes (rows, count, kGroupedLanes). The
   // digits are those of the first chunk on.
   void (*product)(const GroupedRows& rows, const FlatVectors& x, float* lanes);
 
-  // The total of `count` products (a multiple of kGroupedLanes) of floats, in lanes as above:
-  // lane = fma(a, b, lane).
-  float (*dot)(const float* a, const float* b, std::size_t count);
+  // The totals of `batch` vectors, at most sums.vectors: (rows, batch). Each is the total of its
+  // lanes, and with shifts plus that of lanes of the groups' products: lane = fma(shift, sum,
+  // lane).
+  void (*totals)(const GroupedSums& sums, std::size_t batch, float* totals);
 
-  // The terms of W = symbol * scale + shift for the groups of a row. `shift` is written if
-  // has_shift(); `scratch` has room for as many floats. Every operation is rounded to float32.
-  void (*terms)(const GroupTerms& terms, std::size_t row, float* scale, float* shift,
-                float* scratch);
+  // The terms of W = symbol * scale + shift for the groups of `rows` rows from `first` on:
+  // (rows, groups). `shift` is written if has_shift(); `scratch` has room for as many floats. Every
+  // operation is rounded to float32.
+  void (*terms)(const GroupTerms& terms, std::size_t first, std::size_t rows, float* scale,
+                float* shift, float* scratch);
 };
 
 // The total of 16 lanes.

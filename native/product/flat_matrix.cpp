@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <stdexcept>
 
 #include "codec/decode.hpp"
@@ -25,27 +23,6 @@ std::size_t rows_of_segments(const Geometry& geometry) {
   return std::max<std::size_t>(1, rows / geometry.block_rows) * geometry.block_rows;
 }
 
-// The first exception of several threads.
-class FirstError {
- public:
-  template <class Body>
-  void catch_from(const Body& body) noexcept {
-    try {
-      body();
-    } catch (...) {
-      const std::lock_guard lock(mutex_);
-      if (error_ == nullptr) error_ = std::current_exception();
-    }
-  }
-  void rethrow() const {
-    if (error_ != nullptr) std::rethrow_exception(error_);
-  }
-
- private:
-  std::mutex mutex_;
-  std::exception_ptr error_;
-};
-
 }  // namespace
 
 FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
@@ -56,32 +33,28 @@ FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
       segments_((geometry_.rows - 1) / segment_rows_ + 1) {
   const std::size_t padded = geometry_.padded_columns();
   const std::size_t groups = segment_rows_ / geometry_.block_rows;
-  FirstError error;
   pool.run(segments_.size(), [&](std::size_t segment, std::size_t) {
-    error.catch_from([&] {
-      const std::size_t first = segment * segment_rows_;
-      const std::size_t rows = std::min(segment_rows_, geometry_.rows - first);
-      Transcoder& transcoder = thread_transcoder();
-      std::uint8_t* symbols = transcoder.reserve(rows * padded);
-      DecodeScratch& scratch = thread_scratch(matrix.code_, matrix.max_block());
-      const std::size_t end = std::min(geometry_.row_blocks(), (segment + 1) * groups);
-      for (std::size_t group = segment * groups; group < end; ++group) {
-        for (std::size_t part = 0; part < geometry_.parts(); ++part) {
-          if (!matrix.decode_part(group, part, scratch)) {
-            throw_corrupt(group * geometry_.parts() + part);
-          }
-          const std::size_t width = geometry_.columns_in(part);
-          std::uint8_t* to = symbols + (group * geometry_.block_rows - first) * padded +
-                             part * geometry_.block_columns;
-          for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
-            std::memcpy(to + row * padded, scratch.block() + row * width, width);
-          }
+    const std::size_t first = segment * segment_rows_;
+    const std::size_t rows = std::min(segment_rows_, geometry_.rows - first);
+    Transcoder& transcoder = thread_transcoder();
+    std::uint8_t* symbols = transcoder.reserve(rows * padded);
+    DecodeScratch& scratch = thread_scratch(matrix.code_, matrix.max_block());
+    const std::size_t end = std::min(geometry_.row_blocks(), (segment + 1) * groups);
+    for (std::size_t group = segment * groups; group < end; ++group) {
+      for (std::size_t part = 0; part < geometry_.parts(); ++part) {
+        if (!matrix.decode_part(group, part, scratch)) {
+          throw_corrupt(group * geometry_.parts() + part);
+        }
+        const std::size_t width = geometry_.columns_in(part);
+        std::uint8_t* to = symbols + (group * geometry_.block_rows - first) * padded +
+                           part * geometry_.block_columns;
+        for (std::size_t row = 0; row < geometry_.rows_in(group); ++row) {
+          std::memcpy(to + row * padded, scratch.block() + row * width, width);
         }
       }
-      segments_[segment] = transcoder.transcode(rows, geometry_.columns, arena_);
-    });
+    }
+    segments_[segment] = transcoder.transcode(rows, geometry_.columns, arena_);
   });
-  error.rethrow();
   arena_.trim();
 }
 

@@ -147,7 +147,7 @@ class GroupedVectors {
 
 // A thread's buffers, kept between products.
 struct Scratch {
-  std::vector<float> scale, shift, spare, lanes;
+  std::vector<float> scale, shift, spare, lanes, totals;
 };
 
 // One matrix times the vectors, whose outputs are `stride` floats apart.
@@ -204,25 +204,22 @@ class GroupedProduct {
             bits,
             matrix_.scales().size,
             scratch().scale.data(),
-            x_.stride()};
+            matrix_.scales().terms.groups};
   }
 
-  // Expands the scales of some rows, and clears their lanes.
+  // Expands the scales of some rows, and clears their lanes. Kernels read whole registers, so that
+  // zeros follow the last row's.
   void start_rows(std::size_t first, std::size_t count) const {
     Scratch& buffers = scratch();
-    const std::size_t stride = x_.stride();
-    buffers.scale.resize(count * stride);
-    buffers.shift.resize(count * stride);
-    buffers.spare.resize(stride);
-    buffers.lanes.assign(count * lane_vectors() * kGroupedLanes, 0.0f);
     const GroupTerms& terms = matrix_.scales().terms;
-    for (std::size_t row = 0; row < count; ++row) {
-      float* scale = buffers.scale.data() + row * stride;
-      float* shift = buffers.shift.data() + row * stride;
-      kernels().grouped->terms(terms, first + row, scale, shift, buffers.spare.data());
-      std::fill(scale + terms.groups, scale + stride, 0.0f);
-      std::fill(shift + terms.groups, shift + stride, 0.0f);
+    const std::size_t size = count * terms.groups;
+    for (std::vector<float>* buffer : {&buffers.scale, &buffers.shift, &buffers.spare}) {
+      buffer->resize(size + kVector);
+      std::fill(buffer->begin() + static_cast<std::ptrdiff_t>(size), buffer->end(), 0.0f);
     }
+    buffers.lanes.assign(count * lane_vectors() * kGroupedLanes, 0.0f);
+    kernels().grouped->terms(terms, first, count, buffers.scale.data(), buffers.shift.data(),
+                             buffers.spare.data());
   }
 
   // Lanes are (passes, rows, vectors of a pass, kGroupedLanes).
@@ -240,20 +237,20 @@ class GroupedProduct {
   }
 
   void finish_rows(std::size_t first_row, std::size_t count) const {
-    const Scratch& buffers = scratch();
-    const bool shifts = matrix_.scales().terms.has_shift();
+    Scratch& buffers = scratch();
+    const GroupTerms& terms = matrix_.scales().terms;
+    const float* shifts = terms.has_shift() ? buffers.shift.data() : nullptr;
     for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
-      const std::size_t vectors = x_.from(first, 0).count;
-      const std::size_t end = std::min(x_.batch(), first + kMostFlatVectors);
+      const std::size_t batch = std::min(kMostFlatVectors, x_.batch() - first);
+      buffers.totals.resize(count * batch);
       const float* lanes = buffers.lanes.data() + first * count * kGroupedLanes;
-      for (std::size_t row = 0; row < count; ++row) {
-        for (std::size_t b = first; b < end; ++b) {
-          float total = grouped_total(lanes + (row * vectors + b - first) * kGroupedLanes);
-          if (shifts) {
-            total += kernels().grouped->dot(buffers.shift.data() + row * x_.stride(), x_.sums(b),
-                                            x_.stride());
-          }
-          y_[b * stride_ + first_row + row] = static_cast<float>(total * x_.scale(b));
+      kernels().grouped->totals({lanes, count, x_.from(first, 0).count, shifts, terms.groups,
+                                 x_.sums(first), x_.stride()},
+                                batch, buffers.totals.data());
+      for (std::size_t b = 0; b < batch; ++b) {
+        for (std::size_t row = 0; row < count; ++row) {
+          y_[(first + b) * stride_ + first_row + row] =
+              static_cast<float>(buffers.totals[row * batch + b] * x_.scale(first + b));
         }
       }
     }

@@ -58,7 +58,7 @@ class SegmentedProduct {
 
   std::size_t run(std::size_t begin, std::size_t end) const {
     std::vector<double> sums;
-    std::vector<float> scale, shift, spare(matrix_.scales().terms.groups);
+    std::vector<float> scale, shift, spare;
     std::size_t last_row = SIZE_MAX;
     return matrix_.coded().for_blocks(begin, end, [&](const DecodedBlock& block) {
       const std::size_t groups = matrix_.scales().terms.groups;
@@ -67,11 +67,9 @@ class SegmentedProduct {
         sums.assign(block.rows * x_.batch(), 0.0);
         scale.assign(block.rows * groups, 0.0f);
         shift.assign(block.rows * groups, 0.0f);
-        for (std::size_t row = 0; row < block.rows; ++row) {
-          kernels().grouped->terms(matrix_.scales().terms, last_row + row,
-                                   scale.data() + row * groups, shift.data() + row * groups,
-                                   spare.data());
-        }
+        spare.resize(block.rows * groups);
+        kernels().grouped->terms(matrix_.scales().terms, last_row, block.rows, scale.data(),
+                                 shift.data(), spare.data());
       }
       const std::size_t end_column =
           std::min(geometry_.columns, block.first_column + block.columns);

@@ -7,7 +7,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -32,7 +32,7 @@ namespace {
 template <class T>
 nb::ndarray<nb::numpy, T> to_array(const std::vector<T>& values) {
   T* data = allocate<T>(values.size());
-  std::memcpy(data, values.data(), values.size() * sizeof(T));
+  std::copy(values.begin(), values.end(), data);
   const std::size_t shape[1] = {values.size()};
   return own(data, shape);
 }

@@ -177,26 +177,50 @@ def matrix_of(model: CompressedModel, name: str) -> CodedMatrix:
     return open_matrix(name, model.specs[name], model.entries(name))
 
 
-def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
-    """Multiply with several matrices at once: float32 (n, columns) -> float32 (n, sum of rows), side by side.
+class Product:
+    """A product with several matrices at once, prepared once for many calls.
 
     Activations are rounded to 16 bits of each row's largest magnitude, and sums are exact integers. With group scales,
     sums over a group are exact, those over groups are in float32 (in double precision for fp8 values and for odd group
     sizes), and weights are not rounded to half precision first.
 
+    Args:
+        matrices: of as many columns each; one at least.
+    """
+
+    def __init__(self, matrices: Sequence[CodedMatrix]) -> None:
+        self._matrices = tuple(matrices)
+        self._native = [matrix.native for matrix in matrices]
+        grouped = [matrix.grouped for matrix in matrices if matrix.grouped is not None]
+        self._grouped = grouped if len(grouped) == len(matrices) else []
+        self._is_mixed = bool(grouped) and not self._grouped
+        self._is_mixed |= any(_column_order(matrix) is not None for matrix in matrices)
+
+    def __call__(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+        """Multiply: float32 (n, columns) -> float32 (n, sum of rows), side by side.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        try:
+            if self._is_mixed:
+                return np.concatenate([_multiply_one(matrix, x, pool) for matrix in self._matrices], axis=1)
+            x = np.ascontiguousarray(x)
+            if self._grouped:
+                return _core.multiply_grouped(self._grouped, x, pool)
+            return _core.multiply(self._native, x, pool)
+        except _core.CorruptBlockError as error:
+            names = ", ".join(matrix.name for matrix in self._matrices)
+            raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
+
+
+def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    """Multiply once; see Product.
+
     Raises:
         CorruptStreamError: a block does not decode.
     """
-    try:
-        if all(matrix.grouped is None for matrix in matrices):
-            return _core.multiply([matrix.native for matrix in matrices], np.ascontiguousarray(x), pool)
-        if all(matrix.grouped is not None and _column_order(matrix) is None for matrix in matrices):
-            grouped = [matrix.grouped for matrix in matrices if matrix.grouped is not None]
-            return _core.multiply_grouped(grouped, np.ascontiguousarray(x), pool)
-        return np.concatenate([_multiply_one(matrix, x, pool) for matrix in matrices], axis=1)
-    except _core.CorruptBlockError as error:
-        names = ", ".join(matrix.name for matrix in matrices)
-        raise CorruptStreamError(f"{names}: {error}; the file is damaged, compress or fetch it again") from None
+    return Product(matrices)(x, pool)
 
 
 def _multiply_one(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:

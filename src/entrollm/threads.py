@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Set
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from entrollm import _core
+
+MAX_THREADS = 1024
+"""More threads than any machine has processors that share a model's products."""
 
 
 def default_threads() -> int:
@@ -46,6 +54,41 @@ def _numbers(path: Path) -> set[int]:
         return {number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1)}
     except (OSError, ValueError):
         return set()
+
+
+def start_pool(threads: int | None = None, spin_us: int = 200) -> _core.ThreadPool:
+    """Start the threads of the native kernels.
+
+    Args:
+        threads: 1 to `MAX_THREADS`; `None` for one per performance core.
+        spin_us: microseconds that they stay awake between products.
+    Raises:
+        ValueError: `threads` is out of range, the system does not allow so many, or the environment variable
+            ENTROLLM_ISA names an instruction set that there is not.
+    """
+    from entrollm import _core
+
+    _core.isa()  # raises here, where nothing else is wrong, if ENTROLLM_ISA is
+    count = default_threads() if threads is None else check_threads(threads)
+    try:
+        return _core.ThreadPool(count, spin_us)
+    except RuntimeError as error:
+        raise ValueError(f"the system does not let this process start {count} threads ({error}); use fewer") from None
+
+
+def check_threads(threads: int) -> int:
+    """Check a number of threads.
+
+    Raises:
+        ValueError: it is not from 1 to `MAX_THREADS`.
+        TypeError: it is not an integer.
+    """
+    count = operator.index(threads)
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, found {count}")
+    if count > MAX_THREADS:
+        raise ValueError(f"threads must be at most {MAX_THREADS}, found {count}")
+    return count
 
 
 def spin_us() -> int:

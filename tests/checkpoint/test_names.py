@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import entrollm
 import entrollm.hf
 from entrollm import CompressOptions, _core, compress
-from entrollm.checkpoint.names import canonical_names, output_head
+from entrollm.checkpoint.names import canonical_names, natural_key, output_head
 from entrollm.cli.main import app
 from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
@@ -215,3 +215,9 @@ def test_a_base_model_is_compressed_with_a_warning(
     assert "entrollm run will not load the result: lm_head.weight: the tensor is missing" in said
     with pytest.raises(FormatError, match="base model without an output head"):
         entrollm.load(tmp_path / "coded")
+
+
+def test_numbers_in_names_sort_as_numbers() -> None:
+    names = ["a", "layers.1.b", "layers.2.a", "layers.2.b", "layers.10.a", "layers.010.b", "layers.x", "z"]
+    assert sorted([*names[4:], *names[:4]], key=natural_key) == names
+    assert sorted(["x." + "9" * 5000, "x.2"], key=natural_key) == ["x.2", "x." + "9" * 5000]

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from entrollm import CompressOptions, compress
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.quantization import find_description
 from entrollm.errors import FormatError, UnsupportedError
 from tests.checkpoint.imported.test_gptq import packer
 from tests.support.quantized_sources import (
@@ -230,3 +231,17 @@ def test_bits_that_do_not_fit_are_refused(dynamic: dict[str, Any], message: str,
     write_source(tmp_path / "source", _dynamic(**dynamic), mixed_packer())
     with pytest.raises((FormatError, UnsupportedError), match=message):
         compress(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("description", [{}, {"bits": 4, "foo": 1}])
+def test_a_description_without_a_method_is_not_called_none(description: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="quantized by a method that it does not name") as raised:
+        find_description(tmp_path / "config.json", {"quantization_config": description})
+    assert "None" not in str(raised.value)
+    assert all(key in str(raised.value) for key in description)
+
+
+def test_a_format_without_schemes_has_no_empty_list(tmp_path: Path) -> None:
+    description = {"quant_method": "compressed-tensors", "format": "sparse-24-bitmask"}
+    with pytest.raises(UnsupportedError, match=r"in the format 'sparse-24-bitmask', which is not"):
+        find_description(tmp_path / "config.json", {"quantization_config": description})

@@ -47,6 +47,7 @@ def test_every_command_has_help_with_examples() -> None:
         "plan",
         "run",
         "chat",
+        "serve",
         "inspect",
         "verify",
         "eval",
@@ -54,6 +55,7 @@ def test_every_command_has_help_with_examples() -> None:
         "export",
         "demo",
         "info",
+        "bench",
     }
     for command in app.registered_commands:
         result = CliRunner().invoke(app, [command.name or "", "--help"])

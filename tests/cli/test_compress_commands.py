@@ -105,7 +105,7 @@ def test_export_is_an_ordinary_checkpoint(compressed: Path, tmp_path: Path) -> N
 
 
 def test_demo_prints_the_papers_table() -> None:
-    arguments = ("--model", MODEL, "--text", EXAMPLES / "wikitext-2-test.txt", "--windows", 1)
+    arguments = ("--model", MODEL, "--text", EXAMPLES / "wikitext-2-test.txt", "--max-windows", 1)
     rows = {row["label"]: row for row in invoke_json("demo", *arguments)["rows"]}
     assert list(rows) == ["original", "uint8", "uint4", "uint8 + Huffman", "uint4 + Huffman"]
     assert rows["uint8"]["bits_per_weight"] == pytest.approx(8, rel=0.01)

@@ -68,7 +68,8 @@ def test_the_integers_are_those_of_the_grid(
 
 def test_the_folder_holds_what_a_model_needs(checkpoint: Path, tmp_path: Path) -> None:
     result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(bits=8, prefer="speed"))
-    assert set(files(tmp_path / "out")) == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+    expected = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "entrollm_checksums.json"}
+    assert set(files(tmp_path / "out")) == expected
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["hidden_size"] == 96
     assert config["quantization_config"] == {

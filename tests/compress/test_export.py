@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.compress import compress_folder
 from entrollm.compress.export import export
 from entrollm.files.dtypes import DTYPES
@@ -68,5 +69,11 @@ def test_an_unknown_type_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_an_existing_folder_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine.txt").write_text("mine")
-    with CompressedModel.open(folder) as model, pytest.raises(ValueError, match="exists and is not a compressed model"):
+    with CompressedModel.open(folder) as model, pytest.raises(ValueError, match="plain exists and is not empty"):
         export(model, tmp_path / "plain", _core.ThreadPool(1))
+    with (
+        CompressedModel.open(folder) as model,
+        pytest.raises(ValueError, match="name a folder that does not exist") as no,
+    ):
+        export(model, folder, _core.ThreadPool(1))
+    assert "overwrite" not in describe_error(no.value)

@@ -238,8 +238,35 @@ def test_a_full_disk_leaves_no_output(checkpoint: Path, tiny_disk: Path) -> None
     with pytest.raises(OSError, match="No space left on device") as caught:
         compress_folder(checkpoint, tiny_disk / "out", OPTIONS)
     assert caught.value.errno == errno.ENOSPC
+    assert Path(caught.value.filename).parent == tiny_disk / "out.partial"
+    assert describe_error(caught.value).startswith(f"{caught.value.filename}: the disk is full; free some space")
     assert not (tiny_disk / "out").exists()
     assert list((tiny_disk / "out.partial").glob("*.tmp")) == []
+
+
+def test_files_of_others_are_not_deleted(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compress_folder(checkpoint, out, OPTIONS)
+    (out / "notes").mkdir()
+    (out / "notes" / "mine.txt").write_text("mine")
+    (out / "adapter_model.safetensors").write_text("mine too")
+    before = sorted(path for path in out.rglob("*"))
+    message = "which replacing it would delete: adapter_model.safetensors, notes/mine.txt; move or remove them"
+    with pytest.raises(ValueError, match=message):
+        compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
+    assert sorted(path for path in out.rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    shutil.rmtree(out / "notes")
+    (out / "adapter_model.safetensors").unlink()
+    compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
+
+
+def test_many_files_of_others_are_counted(checkpoint: Path, tmp_path: Path) -> None:
+    compress_folder(checkpoint, tmp_path / "out")
+    for number in range(11):
+        (tmp_path / "out" / f"{number:02}.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"delete: 00\.txt, .*, 07\.txt and 3 more; move"):
+        compress_folder(checkpoint, tmp_path / "out", overwrite=True)
 
 
 def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path: Path) -> None:

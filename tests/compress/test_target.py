@@ -11,12 +11,14 @@ from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
 from entrollm.compress import CodingOptions, Target, compress_folder, parse_size, plan
+from entrollm.compress.describe import describe
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError
 from entrollm.format.reader import CompressedModel
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
 from entrollm.quantize.statistics import Sensitivity
+from tests.support.gguf_sources import write_gguf
 from tests.support.paths import TINY_LLAMA
 
 
@@ -37,16 +39,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1.9GB", 1_900_000_000), ("900 MB", 900_000_000), ("1.5GiB", 3 << 29), ("7", 7), (".5kb", 500), ("2 B", 2)],
+    [
+        ("1TB", 10**12),
+        ("2TiB", 2 << 40),
+        ("1.9GB", 1_900_000_000),
+        ("900 MB", 900_000_000),
+        ("1.5GiB", 3 << 29),
+        ("7", 7),
+        (".5kb", 500),
+        ("2 B", 2),
+    ],
 )
 def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "1.9 TBs", "-3MB", "1,9GB"])
+@pytest.mark.parametrize("text", ["", "GB", "1.9 TBs", "-3MB", "1,9GB", "nan", "1e9"])
 def test_text_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a valid file size"):
         parse_size(text)
+
+
+def test_a_size_beyond_all_files_is_refused() -> None:
+    with pytest.raises(ValueError, match="is more than a file can hold"):
+        parse_size("9" * 400 + "GB")
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,7 @@ def test_text_that_is_no_size_is_refused(text: str) -> None:
         ({"bits_per_weight": 0.0}, "above 0"),
         ({"bits_per_weight": float("nan")}, "above 0"),
         ({"file_bytes": 0}, "at least 1 byte"),
+        ({"file_bytes": 2**63}, "below 2"),
     ],
 )
 def test_impossible_targets_are_refused(arguments: dict[str, float], message: str) -> None:
@@ -75,6 +92,37 @@ def test_bits_per_weight_are_met(checkpoint: Path, tmp_path: Path, bits: float) 
 def test_a_file_size_is_not_exceeded(checkpoint: Path, tmp_path: Path, size: int) -> None:
     result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(target=Target(file_bytes=size)))
     assert 0.995 * size <= result.file_bytes <= size
+
+
+def test_a_limit_above_the_largest_size_gives_the_finest_steps(checkpoint: Path, tmp_path: Path) -> None:
+    """A size is a limit, not a wish: 1 TB is no error, and loses nothing that less room would keep."""
+    options = CodingOptions(target=Target(file_bytes=10**12))
+    result = compress_folder(checkpoint, tmp_path / "out", options)
+    smaller = compress_folder(checkpoint, tmp_path / "smaller", CodingOptions(target=Target(file_bytes=200_000)))
+    with CompressedModel.open(tmp_path / "out") as model, CompressedModel.open(tmp_path / "smaller") as other:
+        for name, spec in model.specs.items():
+            assert spec.relative_error < other.specs[name].relative_error
+    assert smaller.file_bytes < result.file_bytes < 10**12
+    assert plan(checkpoint, options).file_bytes == pytest.approx(result.file_bytes, rel=0.01)
+
+
+def test_a_plan_of_a_quantized_checkpoint_advises_what_helps_a_plan(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "Q8_0")
+    with pytest.raises(ValueError, match=r"quantized already \(GGUF\).*plan the checkpoint that it was made from$"):
+        plan(tmp_path / "model.gguf", CodingOptions(target=Target(file_bytes=10**9)))
+
+
+def test_a_plan_lists_layers_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1, 2, 9, 10, 11)]
+    generator = np.random.default_rng(5)
+    tensors = {name: generator.standard_normal((64, 64)).astype(np.float32) for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    options = CodingOptions(target=Target(bits_per_weight=6.0))
+    assert [tensor.name for tensor in plan(tmp_path, options).tensors] == names
+    compress_folder(tmp_path, tmp_path / "out", options)
+    with CompressedModel.open(tmp_path / "out") as model:
+        assert [tensor.name for tensor in describe(model, _core.ThreadPool(1)).tensors] == names
 
 
 def test_a_target_holds_over_several_shards_and_kept_tensors(checkpoint: Path, tmp_path: Path) -> None:

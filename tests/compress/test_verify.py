@@ -151,3 +151,16 @@ def test_another_original_is_refused(file: Path, tmp_path: Path) -> None:
     weights["layers.1.bias"][3] += 1
     with pytest.raises(FormatError, match=r"layers\.1\.bias: the kept tensor differs from the original"):
         check(file, write_checkpoint(tmp_path / "bias", weights))
+
+
+def test_buffers_that_only_the_original_has_are_no_difference(file: Path, tmp_path: Path) -> None:
+    """transformers drops buffers such as position_ids when it saves a model."""
+    buffers = {
+        "embeddings.position_ids": np.arange(8)[None],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    original = write_checkpoint(tmp_path / "with-buffers", {**example_weights(), **buffers})
+    assert check(file, original).left_out == tuple(buffers)
+    original = write_checkpoint(tmp_path / "with-more", {**example_weights(), "embeddings.weight_ids": np.arange(8)})
+    with pytest.raises(FormatError, match=r"'embeddings\.weight_ids' is only in .*with-more"):
+        check(file, original)

@@ -44,6 +44,8 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_PARTIAL = {"partial_rotary_factor": 0.5}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -94,6 +96,90 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+            },
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma": ("GemmaConfig", {"head_dim": 32}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": ("SmolLM3Config", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 11,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": _YARN_ROPE,
+            },
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "cohere2": (
+        "Cohere2Config",
+        {"num_hidden_layers": 4, "sliding_window": 7, "logit_scale": 0.25, "tie_word_embeddings": True},
+    ),
+    "stablelm": ("StableLmConfig", {"use_qkv_bias": True, "rope_parameters": {**_DEFAULT_ROPE, **_PARTIAL}}),
+    "stablelm-parallel": ("StableLmConfig", {"use_parallel_residual": True}),
+    "nemotron": ("NemotronConfig", {"rope_parameters": {**_DEFAULT_ROPE, **_PARTIAL}}),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 24, "attention_out_bias": True, "mlp_bias": True}),
+    "exaone4": ("Exaone4Config", {"sliding_window": 8, "sliding_window_pattern": 2, "num_hidden_layers": 4}),
+    "exaone4-full": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ministral": (
+        "MinistralConfig",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "head_dim": 16,
+            "rope_parameters": {**_YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3},
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_neox-serial": (
+        "GPTNeoXConfig",
+        {"use_parallel_residual": False, "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 1.0}},
+    ),
+    "phi": ("PhiConfig", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 256}),
 }
 
 
@@ -102,10 +188,12 @@ def _write_checkpoint(name: str, folder: Path) -> Path:
     config = getattr(transformers, class_name)(**{**_COMMON, **options})
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    # What these add to the weights of their norms is 1.
+    center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                parameter.copy_(center + 0.2 * torch.randn_like(parameter))
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             else:

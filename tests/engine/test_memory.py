@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wait_for_transcoding() -> None:
     for thread in threading.enumerate():
-        if thread.name == "entrollm-transcode":
+        if thread.name == "entrollm-prepare":
             thread.join()
 
 
@@ -169,33 +169,33 @@ def test_what_is_faster_flat() -> None:
     cascade, tree = spec_of(CASCADE, GridKind(1.0)), spec_of(TREE, GridKind(1.0))
     grouped = spec_of(CASCADE, GroupedKind(32, {"group_scale": "F16"}))
     for isa in ("avx2", "avx2-vnni", "neon", "neon-dot"):
-        assert is_faster_flat(cascade, isa) and is_faster_flat(tree, isa)
+        assert is_faster_flat(cascade, isa, 16) and is_faster_flat(tree, isa, 16)
     for isa in ("avx512", "amx"):
-        assert not is_faster_flat(cascade, isa)
-        assert is_faster_flat(tree, isa) and is_faster_flat(grouped, isa)
-    assert not is_faster_flat(tree, "scalar") and not is_faster_flat(grouped, "scalar")
+        assert is_faster_flat(cascade, isa, 4) and not is_faster_flat(cascade, isa, 5)
+        assert is_faster_flat(tree, isa, 16) and is_faster_flat(grouped, isa, 16)
+    assert not is_faster_flat(tree, "scalar", 1) and not is_faster_flat(grouped, "scalar", 1)
 
 
 def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa, threads: True)
     with CompressedModel.open(folder) as model:
-        assert MemoryPlan(model, "file").flat == frozenset()
-        assert MemoryPlan(model, "auto").flat == frozenset(model.specs)
-        needed = MemoryPlan(model, "auto").flat_bytes
+        assert MemoryPlan(model, "file", 2).flat == frozenset()
+        assert MemoryPlan(model, "auto", 2).flat == frozenset(model.specs)
+        needed = MemoryPlan(model, "auto", 2).flat_bytes
         stored = sum(matrix_of(model, name).stored_bytes for name in model.specs)
         assert stored < needed < 2 * stored
         monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed)
-        assert MemoryPlan(model, "auto").flat == frozenset()
-        assert MemoryPlan(model, "fast").flat == frozenset(model.specs)
+        assert MemoryPlan(model, "auto", 2).flat == frozenset()
+        assert MemoryPlan(model, "fast", 2).flat == frozenset(model.specs)
         monkeypatch.setattr(memory, "available_memory_bytes", lambda: None)
-        assert MemoryPlan(model, "auto").flat == frozenset(model.specs)
+        assert MemoryPlan(model, "auto", 2).flat == frozenset(model.specs)
 
 
 def test_the_estimate_of_auto_is_no_less_than_what_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa: True)
+    monkeypatch.setattr(memory, "is_faster_flat", lambda spec, isa, threads: True)
     with CompressedModel.open(folder) as model:
         report = report_memory(model, _core.ThreadPool(2))
-        assert report.memory_bytes("fast")[0] <= 1.02 * MemoryPlan(model, "auto").flat_bytes
+        assert report.memory_bytes("fast")[0] <= 1.02 * MemoryPlan(model, "auto", 2).flat_bytes
         assert report.memory_bytes("auto") == report.memory_bytes("fast")
         assert report.memory_bytes("file") == (0, sum(matrix_of(model, name).stored_bytes for name in model.specs))
 

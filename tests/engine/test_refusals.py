@@ -66,8 +66,17 @@ def small_model() -> Model:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, phi3, qwen2, qwen3"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        (
+            {"model_type": "bloom"},
+            "model_type 'bloom' is not supported; supported: cohere2, exaone4, .*plugin .* runs any other architecture",
+        ),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: gelu, .*silu"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
+        ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm is not supported"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "t5"}},
+            "text_config: model_type 't5' is not supported",
+        ),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope type 'dynamic' is not supported; supported: default, linear, llama3, longrope, yarn",
@@ -127,6 +136,21 @@ def test_unsupported(changes: dict[str, object], message: str) -> None:
             {"model_type": "qwen3", "layer_types": ["sliding_attention"]},
             "layer_types has sliding_attention, but no sliding_window is in use",
         ),
+        (
+            {"model_type": "gemma2", "sliding_window": None},
+            "layer_types has sliding_attention, but no sliding_window is in use",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters: 'rope_type' is not a kind of layer; expected full_attention, sliding_attention",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 0},
+            "attn_logit_softcapping should be a finite number",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [2]}, "no_rope_layers should be a list of 1 integers from 0 to 1"),
+        ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern should be an integer"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling should be a finite number from 1e-06"),
     ],
 )
 def test_malformed(changes: dict[str, object], message: str) -> None:
@@ -137,7 +161,9 @@ def test_malformed(changes: dict[str, object], message: str) -> None:
 _KEYS = [
     *CONFIG,
     *("head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"),
+    *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "logit_scale"),
+    *("embedding_multiplier", "logits_scaling", "residual_multiplier", "use_parallel_residual", "hidden_activation"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"),
 ]
 _ROPE_KEYS = ["factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "attention_factor"]
@@ -249,3 +275,9 @@ def test_special_tokens_and_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert files.special_tokens == {"bos_token": "<s>", "unk_token": "<unk>"}
     assert files.tokenizer is not None
     assert len(files.tokenizer.encode("one two three four five six seven").ids) > 3
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "bert"}, {"rope_scaling": {"type": "other", "factor": 2.0}}])
+def test_a_model_that_only_transformers_runs_names_the_plugin(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"entrollm\.hf"):
+        Model(ModelFiles({**CONFIG, **changes}), DenseWeights(tensors()))

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from entrollm.engine.sampling import Sampler, SamplingOptions, candidates
+from entrollm.engine.sampling import Sampler, SamplingOptions, candidates, token_logprobs
 from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError
 
@@ -110,11 +110,61 @@ def test_temperature_zero_is_greedy_whatever_the_filters() -> None:
         ({"min_p": -0.1}, "min_p should be from 0 to 1, got -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty should be from 0.01 to 100, got 0.0"),
         ({"seed": -3}, "seed should be at least 0, got -3"),
+        ({"presence_penalty": 101.0}, "presence_penalty should be from -100 to 100, got 101.0"),
+        ({"frequency_penalty": -101.0}, "frequency_penalty should be from -100 to 100, got -101.0"),
+        (
+            {"logit_bias": {3: 1e9}},
+            "logit_bias should map token ids to numbers from -1000 to 1000, got 3: 1000000000.0",
+        ),
+        ({"logit_bias": {-3: 1.0}}, "logit_bias should map token ids to numbers"),
     ],
 )
 def test_options_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**options)  # type: ignore[arg-type]
+
+
+def test_penalties_count_the_answer_alone() -> None:
+    """Greedy choices follow logits minus presence and frequency penalties; the prompt does not count."""
+    logits = random_logits(6)
+    prompt = [int(logits.argmax())]
+    sampler = Sampler(SamplingOptions(presence_penalty=0.9, frequency_penalty=0.4), VOCAB_SIZE, prompt)
+    counts = np.zeros(VOCAB_SIZE)
+    for _ in range(40):
+        expected = int((logits - 0.9 * (counts > 0) - 0.4 * counts).argmax())
+        assert sampler(logits) == expected
+        counts[expected] += 1
+    assert counts[prompt[0]] > 1
+    assert np.count_nonzero(counts) > 4
+
+
+def test_logit_bias_is_added() -> None:
+    logits = random_logits(7)
+    top, low = int(logits.argmax()), int(logits.argmin())
+    assert Sampler(SamplingOptions(logit_bias={top: -100.0}), VOCAB_SIZE, [])(logits) == np.argsort(logits)[-2]
+    assert Sampler(SamplingOptions(temperature=1.0, seed=1, logit_bias={low: 100}), VOCAB_SIZE, [])(logits) == low
+    assert logits[top] == random_logits(7)[top]  # the caller's logits stay
+    with pytest.raises(ValueError, match="logit_bias names token 200, which is outside the vocabulary of 200"):
+        Sampler(SamplingOptions(logit_bias={VOCAB_SIZE: 1.0}), VOCAB_SIZE, [])
+
+
+def test_no_token_left() -> None:
+    sampler = Sampler(SamplingOptions(), 3, [])
+    with pytest.raises(ValueError, match="no token is allowed here"):
+        sampler(np.zeros(3, dtype=np.float32), banned=(0, 1, 2))
+
+
+def test_logprobs_equal_log_softmax() -> None:
+    logits = random_logits(8)
+    expected = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    found = token_logprobs(logits, 17, 5)
+    assert found.token == 17
+    assert found.logprob == pytest.approx(expected[17], abs=1e-6)
+    order = np.argsort(expected)[::-1][:5]
+    assert [token for token, _ in found.top] == order.tolist()
+    np.testing.assert_allclose([logprob for _, logprob in found.top], expected[order], atol=1e-6)
+    assert token_logprobs(logits, 3, 0).top == ()
+    assert len(token_logprobs(logits, 3, VOCAB_SIZE + 9).top) == VOCAB_SIZE
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -18,7 +18,8 @@ import entrollm
 import entrollm.hf
 from entrollm import _core
 from entrollm.compress.export import export
-from entrollm.errors import UnsupportedError
+from entrollm.errors import CorruptStreamError, UnsupportedError
+from entrollm.files.shards import open_weight_files
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import CodedWeight, EntroEmbedding, EntroLinear
 from tests.torch.models import difference, ids, logits
@@ -50,6 +51,20 @@ def test_logits_are_those_of_the_engine(coded: Path) -> None:
     engine = entrollm.load(coded, threads=1)
     expected = torch.from_numpy(np.asarray(engine.logits(tokens[0].tolist())))
     assert difference(logits(model, tokens)[0, -1], expected.reshape(-1, expected.shape[-1])[-1]) < TOLERANCE
+
+
+def test_damage_is_refused_unless_checks_are_left_out(coded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(coded, tmp_path / "damaged")
+    name = "model.layers.1.mlp.down_proj.weight"
+    for file, opened in open_weight_files(folder).items():
+        if name + ".coded" in opened.tensors:
+            content = bytearray((folder / file).read_bytes())
+            content[opened.tensors[name + ".coded"].begin] ^= 1
+            (folder / file).write_bytes(content)
+    for load in (entrollm.hf.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CorruptStreamError, match=f"the bytes of '{name}' have CRC-32"):
+            load(folder)
+    entrollm.hf.load(folder, check=False)
 
 
 def test_tied_head_shares_the_embedding(coded: Path) -> None:
@@ -119,6 +134,7 @@ def test_saving_replaces_an_earlier_model(coded: Path, coded_untied: Path, tmp_p
     entrollm.hf.load(coded).save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "config.json",
+        "entrollm_checksums.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",

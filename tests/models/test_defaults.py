@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from entrollm.errors import EntroLLMError
 from entrollm.models import ARCHITECTURES, read_config
@@ -26,13 +23,48 @@ _SIZES = {
     "num_hidden_layers": 30,
     "num_attention_heads": 32,
 }
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (transformers.LlamaConfig, LlamaRotaryEmbedding),
-    "mistral": (transformers.MistralConfig, MistralRotaryEmbedding),
-    "phi3": (transformers.Phi3Config, Phi3RotaryEmbedding),
-    "qwen2": (transformers.Qwen2Config, Qwen2RotaryEmbedding),
-    "qwen3": (transformers.Qwen3Config, Qwen3RotaryEmbedding),
+_CONFIGS = {
+    "cohere2": "Cohere2Config",
+    "exaone4": "Exaone4Config",
+    "gemma": "GemmaConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+    "glm4": "Glm4Config",
+    "gpt2": "GPT2Config",
+    "gpt_neox": "GPTNeoXConfig",
+    "granite": "GraniteConfig",
+    "llama": "LlamaConfig",
+    "ministral": "MinistralConfig",
+    "ministral3": "Ministral3Config",
+    "mistral": "MistralConfig",
+    "nemotron": "NemotronConfig",
+    "olmo2": "Olmo2Config",
+    "olmo3": "Olmo3Config",
+    "phi": "PhiConfig",
+    "phi3": "Phi3Config",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "seed_oss": "SeedOssConfig",
+    "smollm3": "SmolLM3Config",
+    "stablelm": "StableLmConfig",
 }
+# GPT-2's own names of sizes.
+_GPT2_SIZES = {"n_embd": 2048, "n_layer": 30, "n_head": 32}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# The fields of each class that hold what is called rms_norm_eps and hidden_act in most.
+_EPS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+_ACT = ("hidden_act", "hidden_activation", "activation_function")
+
+
+def _rotary(model_type: str) -> Any:
+    """The class of the rotary embedding of an architecture."""
+    kind = _CONFIGS[model_type]
+    folder = getattr(transformers, kind).__module__.rsplit(".", 2)[1]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    name = next(name for name in vars(module) if name.endswith("RotaryEmbedding") and "Vision" not in name)
+    return getattr(module, name)
+
+
 _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
 _YARN = {"rope_type": "yarn", "factor": 4.0}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -50,6 +82,7 @@ _CHANGES: list[dict[str, Any]] = [
     {"rope_theta": 500.0},
     {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}},
     {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     {"max_position_embeddings": 256, "rope_scaling": _LLAMA3},
     {"max_position_embeddings": 256, "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 64}},
     {"max_position_embeddings": 256, "rope_scaling": _LLAMA3, "original_max_position_embeddings": 64},
@@ -61,49 +94,100 @@ _CHANGES: list[dict[str, Any]] = [
 ]
 
 
+def _sizes(model_type: str) -> dict[str, Any]:
+    return {"vocab_size": 320, **_GPT2_SIZES} if model_type == "gpt2" else _SIZES
+
+
 def _read(model_type: str, changes: dict[str, Any]) -> ModelConfig | None:
     try:
-        return read_config(Fields({"model_type": model_type, **_SIZES, **changes}, "config.json"))
+        return read_config(Fields({"model_type": model_type, **_sizes(model_type), **changes}, "config.json"))
     except EntroLLMError:
         return None
 
 
 def _theirs(model_type: str, changes: dict[str, Any]) -> Any:
     """The config of transformers, or None where it refuses the values."""
-    kind, rotary = _CLASSES[model_type]
+    if model_type in ("stablelm", "gpt_neox", "gpt2") and "head_dim" in changes:
+        return None  # which its rotary embedding follows, and the rest of its model does not
+    if model_type in ("gemma3_text", "olmo3") and "type" in (changes.get("rope_scaling") or {}):
+        return None  # an older name of rope_type that their rotation by kind of layer silently ignores
     try:
-        config = kind.from_dict({**_SIZES, **changes})
-        rotary(config)
+        config = getattr(transformers, _CONFIGS[model_type]).from_dict({**_sizes(model_type), **copy.deepcopy(changes)})
+        if model_type != "gpt2":
+            _rotary(model_type)(config)
     except Exception:  # of many kinds, from the checks of several libraries
         return None
     return config
 
 
+def _first(config: Any, names: tuple[str, ...]) -> Any:
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+_UNIFORM = ("mistral", "ministral3", "phi3")
+_BIASED = ("qwen2", "phi", "gpt2")
+
+
+def _windows(model_type: str, theirs: Any) -> list[int | None]:
+    window = getattr(theirs, "sliding_window", None)
+    if model_type == "smollm3" and not theirs.use_sliding_window:
+        window = None
+    # The configurations of these keep a sliding_window or layer_types that are in the file; their models do not.
+    kinds = getattr(theirs, "layer_types", None) if model_type not in (*_UNIFORM, "llama") else None
+    if kinds:
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if model_type in _UNIFORM else None] * 30
+
+
 def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
-    found = {
-        "head_dim": ours.head_dim,
-        "num_key_value_heads": ours.num_kv_heads,
-        "rms_norm_eps": ours.norm_eps,
-        "tie_word_embeddings": ours.tied_embeddings,
-        "bos_token_id": ours.bos_token_id,
-        "eos_token_id": ours.eos_token_ids[0] if ours.eos_token_ids else None,
-        "hidden_act": "silu",
-    }
-    assert ours.eos_token_ids in ((), (theirs.eos_token_id,))
-    heads = theirs.hidden_size // theirs.num_attention_heads
-    expected = {key: getattr(theirs, key, None) for key in found}
-    assert found == {**expected, "head_dim": expected["head_dim"] or heads}
-    # Llama's configuration keeps a sliding_window that is in the file, and its model does not read it.
-    window = None if model_type == "llama" else theirs.sliding_window
-    kinds = getattr(theirs, "layer_types", None) if model_type.startswith("qwen") else None
-    windows = [window if kind == "sliding_attention" else None for kind in kinds] if kinds else [window] * 30
-    assert list(ours.windows) == windows
-    assert ours.qkv_bias == (model_type == "qwen2" or bool(getattr(theirs, "attention_bias", False)))
-    assert ours.mlp_bias == bool(getattr(theirs, "mlp_bias", False))
-    rotary = _CLASSES[model_type][1](theirs)
-    np.testing.assert_allclose(ours.rope.frequencies, rotary.inv_freq.numpy(), rtol=1e-5)
-    assert ours.rope.scale == pytest.approx(rotary.attention_scaling)
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    eos = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    activation = _first(theirs, _ACT)
+    assert ours.head_dim == head_dim
+    kv_heads = None if model_type in ("gpt_neox", "gpt2") else theirs.num_key_value_heads
+    assert ours.num_kv_heads == (kv_heads or theirs.num_attention_heads)
+    assert ours.norm_eps == _first(theirs, _EPS)
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.bos_token_id == theirs.bos_token_id
+    assert list(ours.eos_token_ids) == [token for token in eos if token is not None]
+    assert ours.activation == _ACTIVATIONS.get(activation, activation)
+    assert list(ours.windows) == _windows(model_type, theirs)
+    bias = theirs.use_qkv_bias if model_type == "stablelm" else bool(getattr(theirs, "attention_bias", False))
+    assert ours.qkv_bias == (model_type in _BIASED or bias)
+    assert ours.mlp_bias == (model_type in ("phi", "gpt2", "gpt_neox") or bool(getattr(theirs, "mlp_bias", False)))
+    for ours_name, name in _SAME:
+        if hasattr(theirs, name):
+            assert getattr(ours, ours_name) == getattr(theirs, name)
+    if hasattr(theirs, "query_pre_attn_scalar"):
+        assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5
+    if model_type != "gpt2":
+        _assert_equal_ropes(ours, theirs, _rotary(model_type)(theirs))
+
+
+_SAME = [
+    ("attention_cap", "attn_logit_softcapping"),
+    ("logit_cap", "final_logit_softcapping"),
+    ("attention_scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logit_scale"),
+    ("logit_scale", "logits_scaling"),
+]
+
+
+def _assert_equal_ropes(ours: ModelConfig, theirs: Any, rotary: Any) -> None:
     parameters = theirs.rope_parameters
+    if hasattr(rotary, "inv_freq"):
+        np.testing.assert_allclose(ours.rope.frequencies, rotary.inv_freq.numpy(), rtol=1e-5)
+        assert ours.rope.scale == pytest.approx(rotary.attention_scaling)
+    else:
+        for kind, rope in zip(theirs.layer_types, ours.ropes, strict=True):
+            assert rope is not None
+            np.testing.assert_allclose(rope.frequencies, getattr(rotary, f"{kind}_inv_freq").numpy(), rtol=1e-5)
+            assert rope.scale == pytest.approx(getattr(rotary, f"{kind}_attention_scaling"))
+        parameters = parameters["full_attention"]
+    if hasattr(theirs, "no_rope_layers"):
+        assert [rope is not None for rope in ours.ropes] == [bool(rotates) for rotates in theirs.no_rope_layers]
     if parameters["rope_type"] == "longrope":
         assert ours.rope.switch_length == parameters["original_max_position_embeddings"]
     if parameters["rope_type"] in ("default", "linear"):
@@ -111,10 +195,10 @@ def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
 
 
 def test_every_architecture_is_compared() -> None:
-    assert _CLASSES.keys() == ARCHITECTURES.keys()
+    assert _CONFIGS.keys() == ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize("model_type", sorted(_CLASSES))
+@pytest.mark.parametrize("model_type", sorted(_CONFIGS))
 def test_defaults_are_those_of_transformers(model_type: str) -> None:
     compared = 0
     for changes in _CHANGES:
@@ -125,9 +209,10 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     assert compared >= len(_CHANGES) // 2
 
 
-@pytest.mark.parametrize("model_type", sorted(_CLASSES))
+@pytest.mark.parametrize("model_type", sorted(_CONFIGS))
 def test_null_means_what_it_means_there(model_type: str) -> None:
-    keys = [key for key in inspect.signature(_CLASSES[model_type][0].__init__).parameters if key not in _SIZES]
+    parameters = inspect.signature(getattr(transformers, _CONFIGS[model_type]).__init__).parameters
+    keys = [key for key in parameters if key not in _SIZES]
     compared = 0
     for key in [*keys, "rope_scaling", "rope_theta"]:
         ours, theirs = _read(model_type, {key: None}), _theirs(model_type, {key: None})

@@ -1,4 +1,10 @@
 // Loops on shared threads, for ThreadSanitizer: every task runs once, loops take turns, pools end.
+// And pools in forked processes, and tasks that throw.
+#ifndef _WIN32
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <thread>
 
@@ -78,6 +84,95 @@ void check_products() {
   for (auto& caller : callers) caller.join();
 }
 
+// Every task that throws ends its loop with its exception, after which no thread uses the body.
+void check_exceptions(ThreadPool& pool) {
+  for (std::size_t tasks : {1, 2, 7, 100}) {
+    for (std::size_t bad = 0; bad < tasks; bad += 1 + tasks / 9) {
+      std::atomic<std::size_t> inside{0};
+      try {
+        pool.run(tasks, [&](std::size_t task, std::size_t) {
+          ++inside;
+          if (task == bad) {
+            --inside;
+            throw std::runtime_error(std::to_string(task));
+          }
+          std::this_thread::yield();
+          --inside;
+        });
+        require(false, "the exception is passed on");
+      } catch (const std::runtime_error& error) {
+        require(error.what() == std::to_string(bad), "it is the one that was thrown");
+      }
+      require(inside == 0, "no task is running any more");
+      check_loop(pool, tasks);
+    }
+  }
+  try {
+    pool.run(50, [](std::size_t, std::size_t) { throw std::bad_alloc(); });
+    require(false, "one of several exceptions is passed on");
+  } catch (const std::bad_alloc&) {
+  }
+  check_loop(pool, 50);
+}
+
+#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__)
+
+// Runs `body` in a forked process, which must end by itself.
+template <class Body>
+void in_child(const Body& body) {
+  const pid_t child = fork();
+  require(child >= 0, "the process can fork");
+  if (child == 0) {
+    alarm(60);
+    body();
+    _exit(0);
+  }
+  int status = 0;
+  require(waitpid(child, &status, 0) == child, "the child ends");
+  require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child has run its loops");
+}
+
+void check_forks() {
+  for (int loop = 0; loop < 20; ++loop) {
+    auto pool = std::make_unique<ThreadPool>(4);
+    if (loop % 2 == 0) check_loop(*pool, 9);  // else they may not have begun to wait
+    std::this_thread::sleep_for(std::chrono::microseconds(loop * 30));
+    in_child([&] {
+      check_loop(*pool, 9);
+      in_child([&] { check_loop(*pool, 9); });
+      check_exceptions(*pool);
+      pool.reset();
+    });
+    in_child([&] { pool.reset(); });
+    check_loop(*pool, 9);
+  }
+}
+
+// A fork waits for the loops of other threads.
+void check_forks_among_loops() {
+  ThreadPool pool(3), other(2);
+  std::atomic<bool> done{false};
+  std::thread caller([&] {
+    while (!done) check_loop(pool, 20);
+  });
+  for (int loop = 0; loop < 20; ++loop) {
+    in_child([&] {
+      check_loop(pool, 20);
+      check_loop(other, 20);
+    });
+  }
+  done = true;
+  caller.join();
+}
+
+#else
+
+// ThreadSanitizer starts no threads in a forked process.
+void check_forks() {}
+void check_forks_among_loops() {}
+
+#endif
+
 }  // namespace
 
 int main() {
@@ -86,11 +181,14 @@ int main() {
     require(pool.size() == std::max<std::size_t>(1, threads), "the caller works too");
     for (std::size_t tasks : {0, 1, 2, 3, 100, 1000}) check_loop(pool, tasks);
     check_turns(pool);
+    check_exceptions(pool);
   }
   for (int i = 0; i < 50; ++i) ThreadPool unused(4);
   ThreadPool sleepy(3, std::chrono::microseconds(0));
   for (int i = 0; i < 50; ++i) check_loop(sleepy, 5);
   check_sleepers();
   check_products();
+  check_forks();
+  check_forks_among_loops();
   std::puts("pool: every task ran once");
 }

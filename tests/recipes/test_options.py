@@ -50,6 +50,21 @@ SELF: dict[str, Any] = {"calibration": "self"}
             "--threads must be at least 1, a whole number, found 0",
         ),
         (
+            {"threads": 10**20},
+            "threads must be at most 1024, found 100000000000000000000",
+            "--threads must be at most 1024, found 100000000000000000000",
+        ),
+        (
+            {"bpw": 3, "method": "gptq"},
+            "method='gptq' goes with calibration=FILE or calibration='self'",
+            "--method gptq goes with --calibration FILE or --calibration self",
+        ),
+        (
+            {"bpw": 3, "drift": False},
+            "drift=False goes with calibration=FILE or calibration='self'",
+            "--no-drift goes with --calibration FILE or --calibration self",
+        ),
+        (
             {"bits": 4, "bpw": 3},
             "give one of bits, bpw and size; they all decide the size",
             "give one of --bits, --bpw and --fit; they all decide the size",

@@ -18,6 +18,7 @@ from entrollm import _core
 from entrollm.errors import EntroLLMError
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
+from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
@@ -158,7 +159,8 @@ def read_safetensors(path: Path) -> tuple[Header, bytes]:
 
 
 def write_safetensors(path: Path, header: Header, data: bytes) -> None:
-    """A file of this header and data."""
+    """A file of this header and data, in a folder without the checksums of its headers, which would find any change."""
+    (path.parent / CHECKSUMS_NAME).unlink(missing_ok=True)
     text = json.dumps(header, separators=(",", ":")).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 

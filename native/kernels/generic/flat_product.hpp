@@ -34,8 +34,9 @@ static_assert(flat_cut_chunks(1) * kVector <= 65536);
 // Products of differences and activations that fit 32 bits together: 255 * 32639 * 256 < 2^31.
 inline constexpr std::size_t kPatchRun = 256;
 
-// Fields are fetched about this far ahead of their use.
-inline constexpr std::size_t kFlatAhead = 2048;
+// Fields are fetched into the second-level cache about this far ahead of their use. Nearer, or into
+// the first level, a core of Zen 4 waits for memory: 20 Gweights/s at 4 bits instead of 37.
+inline constexpr std::size_t kFlatAhead = 8192;
 
 template <std::size_t Count, class Body>
 [[gnu::always_inline]] inline void for_constants(const Body& body) {
@@ -101,7 +102,7 @@ class FlatTile {
     for_constants<Rows>([&]<std::size_t Row>() __attribute__((always_inline)) {
       for_constants<(kRun * kChunkBytes + kLine - 1) / kLine>(
           [&]<std::size_t Line>() __attribute__((always_inline)) {
-            __builtin_prefetch(fields + Row * cut_.row_bytes + cut_.ahead + Line * kLine);
+            __builtin_prefetch(fields + Row * cut_.row_bytes + cut_.ahead + Line * kLine, 0, 2);
           });
     });
   }

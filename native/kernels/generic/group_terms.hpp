@@ -1,4 +1,4 @@
-// The scales and shifts of a row's groups, from the types in which they are stored. Loops that
+// The scales and shifts of some rows' groups, from the types in which they are stored. Loops that
 // compilers turn into vectors; internal linkage, as in generic/flat_pack.hpp.
 #pragma once
 
@@ -39,43 +39,69 @@ void widen_elements(const void* values, Element type, std::size_t first, std::si
   }
 }
 
+// Multiplies each `ratio` numbers by one of a super group's.
+template <std::size_t Ratio>
+void multiply_by_supers(const float* supers, std::size_t count, float* out) {
+  for (std::size_t i = 0; i < count; ++i, out += Ratio) {
+    for (std::size_t k = 0; k < Ratio; ++k) out[k] *= supers[i];
+  }
+}
+
+inline void multiply_by_supers(const float* supers, std::size_t groups, std::size_t ratio,
+                               float* out) {
+  if (groups % ratio == 0 && ratio == 8) return multiply_by_supers<8>(supers, groups / 8, out);
+  if (groups % ratio == 0 && ratio == 16) return multiply_by_supers<16>(supers, groups / 16, out);
+  for (std::size_t i = 0; i < groups; ++i) out[i] *= supers[i / ratio];
+}
+
 template <WidenHalves Halves>
-void widen_groups(const GroupArray& array, std::size_t row, std::size_t groups, float* out) {
-  widen_elements<Halves>(array.values, array.type, row * groups, groups, out);
+void widen_groups(const GroupArray& array, std::size_t first, std::size_t rows, std::size_t groups,
+                  float* out) {
+  widen_elements<Halves>(array.values, array.type, first * groups, rows * groups, out);
   if (array.supers == nullptr) return;
-  const std::size_t supers = (groups + array.ratio - 1) / array.ratio;
+  // Super groups of whole groups lie behind each other through all rows, as one long row.
+  std::size_t supers = (groups + array.ratio - 1) / array.ratio;
+  std::size_t begin = first * supers;
+  if (groups % array.ratio == 0) {
+    groups *= rows;
+    supers *= rows;
+    rows = 1;
+  }
   constexpr std::size_t kSome = 64;
   float some[kSome];
-  for (std::size_t first = 0; first < supers; first += kSome) {
-    const std::size_t count = supers - first < kSome ? supers - first : kSome;
-    widen_elements<Halves>(array.supers, array.super_type, row * supers + first, count, some);
-    for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t begin = (first + i) * array.ratio;
-      const std::size_t end = begin + array.ratio < groups ? begin + array.ratio : groups;
-      for (std::size_t group = begin; group < end; ++group) out[group] *= some[i];
+  for (std::size_t row = 0; row < rows; ++row, begin += supers, out += groups) {
+    for (std::size_t i = 0; i < supers; i += kSome) {
+      const std::size_t count = supers - i < kSome ? supers - i : kSome;
+      widen_elements<Halves>(array.supers, array.super_type, begin + i, count, some);
+      const std::size_t at = i * array.ratio, left = groups - at;
+      multiply_by_supers(some, count * array.ratio < left ? count * array.ratio : left, array.ratio,
+                         out + at);
     }
   }
 }
 
 template <WidenHalves Halves>
-void write_group_terms(const GroupTerms& terms, std::size_t row, float* scale, float* shift,
-                       float* scratch) {
-  const std::size_t groups = terms.groups;
-  widen_groups<Halves>(terms.scale, row, groups, scale);
+void write_group_terms(const GroupTerms& terms, std::size_t first, std::size_t rows, float* scale,
+                       float* shift, float* scratch) {
+  const std::size_t groups = terms.groups, count = rows * groups;
+  widen_groups<Halves>(terms.scale, first, rows, groups, scale);
   if (terms.has_shift()) {
     if (terms.zero.values != nullptr) {
-      widen_groups<Halves>(terms.zero, row, groups, shift);
-      for (std::size_t i = 0; i < groups; ++i) shift[i] = scale[i] * -shift[i];
+      widen_groups<Halves>(terms.zero, first, rows, groups, shift);
+      for (std::size_t i = 0; i < count; ++i) shift[i] = scale[i] * -shift[i];
     } else {
-      for (std::size_t i = 0; i < groups; ++i) shift[i] = scale[i] * -terms.zero_of_all;
+      for (std::size_t i = 0; i < count; ++i) shift[i] = scale[i] * -terms.zero_of_all;
     }
     if (terms.minimum.values != nullptr) {
-      widen_groups<Halves>(terms.minimum, row, groups, scratch);
-      for (std::size_t i = 0; i < groups; ++i) shift[i] -= scratch[i];
+      widen_groups<Halves>(terms.minimum, first, rows, groups, scratch);
+      for (std::size_t i = 0; i < count; ++i) shift[i] -= scratch[i];
     }
-    for (std::size_t i = 0; i < groups; ++i) shift[i] *= terms.factor;
+    if (terms.factor != 1.0f) {
+      for (std::size_t i = 0; i < count; ++i) shift[i] *= terms.factor;
+    }
   }
-  for (std::size_t i = 0; i < groups; ++i) scale[i] *= terms.factor;
+  if (terms.factor == 1.0f) return;
+  for (std::size_t i = 0; i < count; ++i) scale[i] *= terms.factor;
 }
 
 }  // namespace

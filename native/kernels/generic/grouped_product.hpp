@@ -22,14 +22,16 @@
 #pragma once
 
 #include "kernels/generic/flat_pack.hpp"
+#include <cstring>
+
 #include "kernels/generic/group_terms.hpp"
 #include "kernels/grouped_kernels.hpp"
 
 namespace entrollm {
 namespace {
 
-// Fields are fetched about this far ahead of their use.
-inline constexpr std::size_t kGroupedAhead = 2048;
+// As kFlatAhead.
+inline constexpr std::size_t kGroupedAhead = 8192;
 
 template <class Isa, int Bits, std::size_t Vectors>
 class GroupedRow {
@@ -57,7 +59,7 @@ class GroupedRow {
   template <std::size_t Size>
   [[gnu::always_inline]] inline void add_small(const std::uint8_t* fields,
                                                const std::int8_t* digits, const float* scales) {
-    __builtin_prefetch(fields + kGroupedAhead);
+    __builtin_prefetch(fields + kGroupedAhead, 0, 2);
     for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
       const auto weights = Lanes::template fields<Bits, Register>(fields);
       const Floats scale = scale_of<Size, Register>(scales);
@@ -75,7 +77,7 @@ class GroupedRow {
                                              std::size_t chunks, float scale) {
     typename Isa::template Sums<Bits> sums[Vectors][kRegisters];
     for (std::size_t i = 0; i < chunks; ++i, fields += kChunkBytes, digits += digits_step_) {
-      __builtin_prefetch(fields + kGroupedAhead);
+      __builtin_prefetch(fields + kGroupedAhead, 0, 2);
       for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
         const auto weights = Lanes::template fields<Bits, Register>(fields);
         for_vectors([&]<std::size_t Vector>() __attribute__((always_inline)) {
@@ -214,8 +216,24 @@ void multiply_grouped_rows(const GroupedRows& rows, const FlatVectors& x, float*
   });
 }
 
+// grouped_total in registers.
+[[gnu::always_inline]] inline float total_of(const float* lanes) {
+  using Eight = float __attribute__((vector_size(32)));
+  using Four = float __attribute__((vector_size(16)));
+  Eight low, high;
+  std::memcpy(&low, lanes, sizeof low);
+  std::memcpy(&high, lanes + 8, sizeof high);
+  low += high;
+  Four fours[2];
+  std::memcpy(fours, &low, sizeof fours);
+  const Four four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The total over lanes of products of floats, `count` of them, a multiple of kGroupedLanes.
 template <class Isa>
-float dot_floats(const float* a, const float* b, std::size_t count) {
+[[gnu::always_inline]] inline float total_of_products(const float* a, const float* b,
+                                                      std::size_t count) {
   constexpr std::size_t kFloats = Isa::Lanes::kLanes / 4;
   constexpr std::size_t kParts = kGroupedLanes / kFloats;
   typename Isa::Floats sums[kParts];
@@ -227,13 +245,29 @@ float dot_floats(const float* a, const float* b, std::size_t count) {
   }
   float lanes[kGroupedLanes];
   for (std::size_t k = 0; k < kParts; ++k) Isa::store(lanes + k * kFloats, sums[k]);
-  return grouped_total(lanes);
+  return total_of(lanes);
+}
+
+template <class Isa>
+void write_grouped_totals(const GroupedSums& sums, std::size_t batch, float* totals) {
+  const float* lanes = sums.lanes;
+  for (std::size_t row = 0; row < sums.rows; ++row, lanes += sums.vectors * kGroupedLanes) {
+    for (std::size_t b = 0; b < batch; ++b)
+      totals[row * batch + b] = total_of(lanes + b * kGroupedLanes);
+  }
+  if (sums.shifts == nullptr) return;
+  for (std::size_t row = 0; row < sums.rows; ++row) {
+    for (std::size_t b = 0; b < batch; ++b) {
+      totals[row * batch + b] += total_of_products<Isa>(
+          sums.shifts + row * sums.groups, sums.sums + b * sums.sums_stride, sums.sums_stride);
+    }
+  }
 }
 
 template <class Isa>
 constexpr GroupedKernels make_grouped_kernels() {
   return {.product = multiply_grouped_rows<Isa>,
-          .dot = dot_floats<Isa>,
+          .totals = write_grouped_totals<Isa>,
           .terms = write_group_terms<Isa::widen_halves>};
 }
 

@@ -49,13 +49,21 @@ void product(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
   }
 }
 
-float dot(const float* a, const float* b, std::size_t count) {
-  float lanes[kGroupedLanes] = {};
-  for (std::size_t i = 0; i < count; ++i) {
-    float& lane = lanes[i % kGroupedLanes];
-    lane = std::fma(a[i], b[i], lane);
+void write_totals(const GroupedSums& sums, std::size_t batch, float* totals) {
+  for (std::size_t row = 0; row < sums.rows; ++row) {
+    for (std::size_t b = 0; b < batch; ++b) {
+      float& total = totals[row * batch + b];
+      total = grouped_total(sums.lanes + (row * sums.vectors + b) * kGroupedLanes);
+      if (sums.shifts == nullptr) continue;
+      float lanes[kGroupedLanes] = {};
+      for (std::size_t i = 0; i < sums.groups; ++i) {
+        float& lane = lanes[i % kGroupedLanes];
+        lane =
+            std::fma(sums.shifts[row * sums.groups + i], sums.sums[b * sums.sums_stride + i], lane);
+      }
+      total += grouped_total(lanes);
+    }
   }
-  return grouped_total(lanes);
 }
 
 float widen_half(std::uint16_t half) {
@@ -76,6 +84,6 @@ void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {
 }  // namespace
 
 const GroupedKernels kScalarGroupedKernels = {
-    .product = product, .dot = dot, .terms = write_group_terms<widen_halves>};
+    .product = product, .totals = write_totals, .terms = write_group_terms<widen_halves>};
 
 }  // namespace entrollm

@@ -11,7 +11,7 @@ struct FlatProducts {
   static constexpr std::size_t kMostVectors = 4;
   static constexpr std::size_t kUnroll = 4;
   static constexpr std::size_t rows(int, std::size_t vectors) {
-    return vectors <= 2 ? 4 : vectors == 4 ? 2 : 1;
+    return vectors == 1 ? 2 : vectors == 2 ? 4 : vectors == 4 ? 2 : 1;
   }
 
   [[gnu::always_inline]] static inline __m512i load(const std::int8_t* digits) {

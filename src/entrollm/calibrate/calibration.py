@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from entrollm.arrays import HOST, Device
+from entrollm.calibrate.layer import check_arithmetic
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows, held_out_windows
@@ -19,6 +20,7 @@ from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.files import read_model_files
+from entrollm.errors import UnsupportedError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 
@@ -71,7 +73,7 @@ def calibrate(
         device: what computes.
     Raises:
         EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
-        UnsupportedError: the engine does not run this model.
+        UnsupportedError: the engine does not run this model, or calibration does not follow its architecture.
         ValueError: the model has no tokenizer.
     """
 
@@ -110,6 +112,9 @@ class _Source:
         self.path = resolve(model)
         self._files = read_model_files(self.path)
         self.config = read_config(Fields(self._files.config, "config.json"))
+        if "text_config" in self._files.config:
+            raise UnsupportedError(f"{self.path}: calibration covers models of text alone; compress it without")
+        check_arithmetic(self.config)
         self.tokens = min(_WINDOW, self.config.context_length)
 
     def tokenizer(self) -> Tokenizer:

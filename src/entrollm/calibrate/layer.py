@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array, Device, functions, single
 from entrollm.calibrate.arithmetic import rms_norm, rotate, softmax, swiglu
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.errors import FormatError
-from entrollm.models.config import ModelConfig
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.models.config import Block, ModelConfig
 from entrollm.models.rope import RopeTables
 
 NORM = "model.norm.weight"
@@ -22,6 +22,42 @@ _DIRECT = ("BF16", "F16", "F32")
 Read = Callable[[str, tuple[int, ...]], Array]
 See = Callable[[tuple[str, ...], Array], None]
 """Called with the names of matrices and what they read, (n, in_features)."""
+
+
+# Options of a ModelConfig that the arithmetic here follows; the others must have their defaults.
+_FOLLOWED = frozenset(
+    {"windows", "qkv_bias", "output_bias", "mlp_bias", "qk_norm", "block", "bos_token_id", "eos_token_ids"}
+)
+_BLOCKS = (Block(), Block(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)))
+
+
+def check_arithmetic(config: ModelConfig) -> None:
+    """Refuse models whose layers are computed otherwise than here.
+
+    Raises:
+        UnsupportedError: an option of the model is not followed; the message names it.
+    """
+    changed = [
+        item.name
+        for item in fields(ModelConfig)
+        if item.name not in _FOLLOWED and _differs(getattr(config, item.name), item)
+    ]
+    if config.qk_norm == "width":
+        changed.append("qk_norm")
+    if config.block not in _BLOCKS:
+        changed.append("block")
+    if changed:
+        raise UnsupportedError(
+            f"calibration and tuning do not follow these options of {config.model_type}: {', '.join(changed)}; "
+            "compress it without them"
+        )
+
+
+def _differs(value: object, item: Field[object]) -> bool:
+    """Whether an option that has a default is not at it."""
+    if item.default is not MISSING:
+        return value != item.default
+    return item.default_factory is not MISSING and value != item.default_factory()
 
 
 class Tensors:
@@ -110,7 +146,7 @@ class LayerWeights:
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         qkv = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
         gate_up = {"gate_proj": inner, "up_proj": inner}
-        if config.fused:
+        if config.is_fused:
             qkv, gate_up = {"qkv_proj": wide + 2 * narrow}, {"gate_up_proj": 2 * inner}
 
         def part(place: str, outputs: dict[str, int], columns: int, has_bias: bool) -> Part:

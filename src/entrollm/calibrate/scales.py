@@ -16,7 +16,6 @@ from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import LogScales
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of, open_matrix
-from entrollm.threads import default_threads
 
 
 class ScaledWeights(CodedWeights):
@@ -27,7 +26,7 @@ class ScaledWeights(CodedWeights):
     """
 
     def __init__(self, model: CompressedModel, threads: int | None = None) -> None:
-        super().__init__(model, threads or default_threads())
+        super().__init__(model, threads)
         self._stored: dict[str, _Stored] = {}
         self.scales: dict[str, Floats] = {}
         for name, spec in model.specs.items():

@@ -14,6 +14,7 @@ from entrollm.calibrate.drift import DriftWalk
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity
+from entrollm.system import naming
 
 # Rows of a triangle that are stored together, up to the last column of the last of them.
 _ROWS = 256
@@ -100,7 +101,7 @@ class Spool:
 
 def _save_triangle(path: Path, array: Array, device: Device) -> None:
     """Write a lower triangle, in float32, by runs of rows."""
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         for begin in range(0, len(array), _ROWS):
             rows = device.take(single(array[begin : begin + _ROWS, : begin + _ROWS]))
             file.write(np.ascontiguousarray(rows).data)

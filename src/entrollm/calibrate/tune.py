@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import HOST
 from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient
 from entrollm.calibrate.backward import LayerGradient
-from entrollm.calibrate.layer import NORM, LayerWeights, causal_mask, rotation
+from entrollm.calibrate.layer import NORM, LayerWeights, causal_mask, check_arithmetic, rotation
 from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import EMBEDDING, output_head
@@ -104,9 +104,11 @@ class Tuner:
         Raises:
             EntroLLMError: a prediction is not finite.
             FormatError: a tensor is missing or has the wrong shape.
+            UnsupportedError: tuning does not follow the model's architecture.
         """
         started = time.monotonic()
         config = read_config(Fields(read_model_files(folder).config, "config.json"))
+        check_arithmetic(config)
         count = len(self._windows)
         # The token after the last one of a window is unknown, and not predicted in other measures either.
         windows = np.concatenate([self._windows, self._held_out])[:, :-1]

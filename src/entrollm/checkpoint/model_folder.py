@@ -18,9 +18,10 @@ from entrollm.checkpoint.names import NamedTensors, RenamedFile, canonical_names
 from entrollm.checkpoint.quantization import check_fp8, check_integers, find_description
 from entrollm.checkpoint.side_files import side_files
 from entrollm.errors import FormatError, Message, Option, UnsupportedError
+from entrollm.files.contents import check_contents
 from entrollm.files.dtypes import to_float32
 from entrollm.files.safetensors import Entry, parse_json_object
-from entrollm.files.shards import ADAPTER, is_gguf, open_weight_files
+from entrollm.files.shards import is_gguf, open_weight_files
 
 _CONFIG = "config.json"
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
@@ -108,9 +109,8 @@ class Checkpoint:
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
         config_path = path / _CONFIG
-        if not config_path.is_file() and (path / "adapter_config.json").is_file():
-            raise UnsupportedError(f"{path} has no {_CONFIG}; it holds {ADAPTER}")
         if not config_path.is_file():
+            check_contents(path, f"{path} has no {_CONFIG}; it")
             raise FormatError(f"{path} has no {_CONFIG}; a checkpoint is a folder as save_pretrained writes it")
         config = parse_json_object(config_path, config_path.read_bytes(), "the configuration")
         return cls(path, find_description(config_path, config), open_weight_files(path))
@@ -282,7 +282,11 @@ class Checkpoint:
     def _find_imported(self) -> Mapping[str, ImportedMatrix]:
         if self.quantization is None:
             return MappingProxyType({})
-        found = FORMATS[self.quantization].matrices(self.config["quantization_config"], self)
+        try:
+            found = list(FORMATS[self.quantization].matrices(self.config["quantization_config"], self))
+        except UnsupportedError as error:
+            hint = Message("use the original checkpoint")
+            raise UnsupportedError(f"{self.path}: {error.message}", hint=hint) from None
         imported: dict[str, ImportedMatrix] = {}
         for matrix in found:
             if matrix.name in imported or (matrix.name in self.entries and matrix.name not in matrix.sources):

@@ -31,9 +31,11 @@ _PREFIXES = (
     "",
 )
 _BODY = re.compile(
-    r"embed_tokens\.weight|norm\.weight|rotary_emb\.inv_freq"
-    r"|layers\.\d+\.(self_attn|mlp|input_layernorm|post_attention_layernorm)\..+"
+    r"embed_tokens\.weight|(norm|final_layernorm)\.(weight|bias)|rotary_emb\.inv_freq"
+    r"|layers\.\d+\.(self_attn|mlp|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
 )
+# GPT-2's own names; its first checkpoints are saved without the prefix.
+_GPT2 = re.compile(r"(transformer\.)?(?P<body>w[tp]e\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn|mlp|ln_1|ln_2)\..+)")
 _HEAD = re.compile(r"(language_model\.|text_model\.|model\.)*lm_head\..+")
 
 
@@ -53,15 +55,27 @@ def canonical_names(stored: Collection[str], *, is_tied: bool = False) -> Mappin
         canonical = _canonical(name)
         if canonical is None:
             return MappingProxyType({name: name for name in stored})
-        if canonical in found:
-            raise FormatError(f"{name!r} and {found[canonical]!r} are both {canonical!r}; remove one of them")
-        found[canonical] = name
-    if is_tied and HEAD in found and EMBEDDING not in found:
-        found = {EMBEDDING if name == HEAD else name: theirs for name, theirs in found.items()}
-    return MappingProxyType(found)
+        _add(found, canonical, name)
+    return MappingProxyType(_tied(found) if is_tied else found)
 
 
-def output_head(stored: Names, *, is_tied: bool) -> str:
+def other_parts(stored: Collection[str]) -> list[str]:
+    """The tensors that are not a decoder's."""
+    return [name for name in stored if _canonical(name) is None]
+
+
+def text_names(stored: Collection[str], *, is_tied: bool = False) -> Mapping[str, str]:
+    """The name that each tensor has in a causal model; those of other parts, such as vision, keep theirs.
+
+    Args, result and errors as for `canonical_names`.
+    """
+    found: dict[str, str] = {}
+    for name in stored:
+        _add(found, _canonical(name) or name, name)
+    return MappingProxyType(_tied(found) if is_tied else found)
+
+
+def output_head(stored: Names, *, is_tied: bool, embedding: str = EMBEDDING, head: str = HEAD) -> str:
     """The name of the matrix that makes the logits.
 
     A head that is stored is used, even where config.json says that it is the embedding: transformers ties the two only
@@ -70,12 +84,12 @@ def output_head(stored: Names, *, is_tied: bool) -> str:
     Raises:
         FormatError: there is none.
     """
-    if HEAD in stored:
-        return HEAD
+    if head in stored:
+        return head
     if is_tied:
-        return EMBEDDING
+        return embedding
     raise FormatError(
-        f"{HEAD}: the tensor is missing, and config.json does not say tie_word_embeddings; a base model without an "
+        f"{head}: the tensor is missing, and config.json does not say tie_word_embeddings; a base model without an "
         "output head cannot generate text"
     )
 
@@ -137,10 +151,31 @@ class RenamedFile:
         self._file.close()
 
 
+def _add(found: dict[str, str], canonical: str, name: str) -> None:
+    if canonical in found:
+        raise FormatError(f"{name!r} and {found[canonical]!r} are both {canonical!r}; remove one of them")
+    found[canonical] = name
+
+
+def _tied(found: dict[str, str]) -> dict[str, str]:
+    """The names where the output head is the embedding, so that the one that is stored is both."""
+    if HEAD not in found or EMBEDDING in found:
+        return found
+    return {EMBEDDING if name == HEAD else name: theirs for name, theirs in found.items()}
+
+
 def _canonical(name: str) -> str | None:
     if _HEAD.fullmatch(name):
         return name[name.index("lm_head.") :]
+    if match := _GPT2.fullmatch(name):
+        return f"transformer.{match['body']}"
     for prefix in _PREFIXES:
         if name.startswith(prefix) and _BODY.fullmatch(name, len(prefix)):
             return _PREFIX + name[len(prefix) :]
     return None
+
+
+def natural_key(name: str) -> tuple[tuple[int, str], ...]:
+    """Sort key of a tensor's name in which numbers compare as such, so that layer 2 comes before layer 10."""
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    return tuple((len(part.lstrip("0")), part.lstrip("0")) if index % 2 else (-1, part) for index, part in parts)

@@ -36,6 +36,15 @@ _BUFFERS = (
 )
 
 
+# What models compute when they are made, in floats; some checkpoints store it.
+_COMPUTED = ("rotary_emb.inv_freq", "masked_bias")
+
+
+def is_buffer(name: str, dtype: str) -> bool:
+    """Whether a tensor is no weight but a buffer, such as positions or a mask, which transformers may drop."""
+    return name.endswith(_COMPUTED) or (dtype in _INTEGERS | {"BOOL"} and name.endswith(_BUFFERS))
+
+
 def find_description(config_path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its description of quantization, if it has one, under `quantization_config` at the top.
 
@@ -155,7 +164,10 @@ def _name(description: Mapping[str, Any]) -> str:
         groups = description.get("config_groups")
         schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
         kinds = {f"{s.get('num_bits')}-bit {s.get('type')}" for s in schemes if isinstance(s, dict)}
-        return f"'compressed-tensors' in the format {description.get('format')!r:.40} ({', '.join(sorted(kinds)):.60})"
+        listed = f" ({', '.join(sorted(kinds)):.60})" if kinds else ""
+        return f"'compressed-tensors' in the format {description.get('format')!r:.40}{listed}"
+    if method is None:
+        return f"a method that it does not name (its keys: {', '.join(map(str, description)) or 'none'!s:.80})"
     return f"{method!r:.80}"
 
 

@@ -5,7 +5,8 @@ chat templates, code, licences, model cards, and the same in subfolders. Left be
 
 - weights, in the formats of `WEIGHT_SUFFIXES`, and indices of weights; those in a folder that modules.json names, as
   sentence-transformers has them, travel, since they are no part of the main model;
-- descriptions of how the weights were quantized, which the output no longer is (`_STALE`);
+- descriptions of how the weights were quantized, which the output no longer is, and checksums of files that change
+  (`_STALE`);
 - hidden files and folders, folders of training runs (`_LEFT_FOLDERS`), and folders that are links.
 """
 
@@ -17,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from entrollm.errors import FormatError
+from entrollm.format.checksums import CHECKSUMS_NAME
 
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -42,7 +44,9 @@ WEIGHT_SUFFIXES = (
     ".zip",
     ".index.json",
 )
-_STALE = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"})
+_STALE = frozenset(
+    {"quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json", CHECKSUMS_NAME}
+)
 _LEFT_FOLDERS = ("checkpoint-*", "global_step*", "runs")
 # What a tokenizer consists of, where it is taken from another folder than the rest.
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from entrollm.cli.console import (
+    CheckOption,
     JsonOption,
     MemoryOption,
     ThreadsOption,
@@ -66,6 +67,7 @@ def command(
     stop: StopOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
     """Talk with a model that has a chat template.
@@ -77,7 +79,7 @@ def command(
     from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    loaded = load(model, threads=threads, memory=check_memory(memory))
+    loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {
@@ -104,6 +106,8 @@ def _talk(dialogue: _Dialogue, *, keep_going: bool) -> None:
             line = _read_line().strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: {error}") from None
         except KeyboardInterrupt:
             message(f"\n{_HELP}")
             continue

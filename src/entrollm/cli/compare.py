@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from entrollm.cli.console import ThreadsOption, json_safe, message, print_json
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
 from entrollm.errors import FormatError
+from entrollm.system import naming
 
 EXAMPLES = (
     ("entrollm compare MODEL A B C --text wiki.txt", "one table"),
@@ -56,13 +58,15 @@ def command(
     An --add file holds an object with "models", a list of objects with "model", "file_bits", "kl": {"mean": ...} and
     optionally "method", which names the curve. --json writes such a file.
     """
+    from entrollm.engine.load import load
     from entrollm.report import check_plotting, draw_rate_distortion, read_points
 
     earlier = [point for path in add or [] for point in read_points(_read_json(path), path.stem)]
     if plot is not None:
         check_plotting(plot)
     to_stdout = str(json_file) == "-"
-    measured = measure(models, original, TextOptions(text, window, max_windows, bos), threads, to_stdout)
+    loader = partial(load, threads=threads)
+    measured = measure(models, original, TextOptions(text, window, max_windows, bos), loader, to_stdout)
     result = json_safe(measured.to_json())
     if to_stdout:
         print_json(result)
@@ -72,7 +76,8 @@ def command(
             _write(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
     if plot is not None:
         points = [*read_points(result, "measured"), *earlier]
-        hidden = draw_rate_distortion(plot, points, f"{Path(original).name} on {text.name}")
+        with naming(plot):
+            hidden = draw_rate_distortion(plot, points, f"{Path(original).name} on {text.name}")
         if hidden:
             message(f"{plot} has no place for a KL of 0: {', '.join(hidden)}")
 
@@ -87,7 +92,8 @@ def _read_json(path: Path) -> object:
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

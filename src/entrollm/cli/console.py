@@ -22,10 +22,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from entrollm.cli.flags import write_flags
+from entrollm.cli.streams import STDOUT, discard, naming_stdout, write_stdout
 from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
+from entrollm.threads import MAX_THREADS
 
 __all__ = [
+    "CheckOption",
     "JsonOption",
     "MemoryOption",
     "Stopwatch",
@@ -40,7 +43,9 @@ __all__ = [
     "json_safe",
     "message",
     "print_json",
+    "print_json_error",
     "progress_bar",
+    "report_error",
     "stderr",
     "stdout",
     "warn",
@@ -58,7 +63,13 @@ JsonOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", min=1, metavar="N", help="Worker threads; by default one for each performance core."),
+    typer.Option(
+        "--threads",
+        min=1,
+        max=MAX_THREADS,
+        metavar="N",
+        help="Worker threads; by default one for each performance core.",
+    ),
 ]
 MemoryOption = Annotated[
     str,
@@ -69,7 +80,21 @@ MemoryOption = Annotated[
     ),
 ]
 
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Compare the model's bytes with their checksums before they are used."),
+]
+
+
+class _ResultConsole(Console):
+    """A console on standard output, whose errors name it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with naming_stdout():
+            super().print(*objects, **options)
+
+
+stdout = _ResultConsole(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 stderr = Console(stderr=True, highlight=False)
 
 
@@ -80,18 +105,26 @@ def print_json(result: object) -> None:
         ValueError: a number is not finite, which JSON cannot hold.
         TypeError: a value is not one of JSON's types.
     """
-    sys.stdout.write(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    write_stdout(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=not is_unicode) + "\n")
 
 
 def message(text: str) -> None:
     """Print a line for the user on stderr, without interpreting markup."""
-    stderr.print(Text(text), soft_wrap=True)
+    _tell(Text(text))
 
 
 def warn(text: str) -> None:
     """Print a yellow warning line on stderr."""
-    stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+    _tell(Text.assemble(("warning: ", "yellow"), text))
+
+
+def _tell(line: Text) -> None:
+    """Print a line on stderr; work goes on where nobody can read it."""
+    try:
+        stderr.print(line, soft_wrap=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def describe_error(error: BaseException) -> str:
@@ -100,38 +133,70 @@ def describe_error(error: BaseException) -> str:
         reason = os.strerror(error.errno)
         if error.errno == errno.ENOSPC:
             reason = "the disk is full; free some space and run the command again"
-        return f"{error.filename}: {reason}" if error.filename else reason
+        return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
     text = error.describe(write_flags) if isinstance(error, EntroLLMError) else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    text = " ".join(text.split())
+    if isinstance(error, MemoryError):
+        return "out of memory" + (f": {text}" if text else "")
+    if _is_lack_of_threads(error):
+        return "the system does not let this process start another thread; use fewer, with --threads"
+    return text or type(error).__name__
+
+
+def _is_lack_of_threads(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
 
 
 def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Report a user's errors in one line (as an object with --json) and exit with code 1; an interrupt exits with 130.
 
-    EntroLLMError, ValueError and OSError are the user's errors; any other exception is a defect and keeps its
-    traceback. With ENTROLLM_TRACEBACK=1 every exception keeps it.
+    EntroLLMError, ValueError, OSError and a lack of memory or threads are the user's errors; any other exception is a
+    defect and keeps its traceback. With ENTROLLM_TRACEBACK=1 every exception keeps it.
     """
 
     @functools.wraps(command)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        # `compare` has a file in place of the flag.
+        is_json = bool(kwargs.get("json_output")) or str(kwargs.get("json_file")) == "-"
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            write_stdout("")
         except KeyboardInterrupt:
+            if is_json:
+                print_json_error("KeyboardInterrupt", "interrupted")
             message("interrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise  # nobody reads stdout any more: typer exits quietly
-        except (EntroLLMError, ValueError, OSError) as error:
+        except (EntroLLMError, ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_lack_of_threads(error):
+                raise
             if os.environ.get(_TRACEBACK_VARIABLE) == "1":
                 raise
-            if kwargs.get("json_output"):
-                # Scripts know every wrong option as a ValueError.
-                kind = "ValueError" if isinstance(error, OptionError) else type(error).__name__
-                print_json({"error": {"type": kind, "message": describe_error(error)}})
-            stderr.print(Text.assemble(("error: ", "bold red"), (describe_error(error), "red")), soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(report_error(error, is_json=is_json)) from None
+        return result
 
     return guarded
+
+
+def report_error(error: Exception, *, is_json: bool = False) -> int:
+    """Report an error on stderr, and on stdout as an object if `is_json`; returns the exit code."""
+    if isinstance(error, OSError) and error.filename == STDOUT:
+        discard(sys.stdout)
+    text = describe_error(error)
+    if is_json:
+        # Scripts know every wrong option as a ValueError.
+        print_json_error("ValueError" if isinstance(error, OptionError) else type(error).__name__, text)
+    _tell(Text.assemble(("error: ", "bold red"), (text, "red")))
+    return 1
+
+
+def print_json_error(kind: str, text: str) -> None:
+    """Print the object of a --json run that failed, unless stdout takes nothing."""
+    try:
+        print_json({"error": {"type": kind, "message": text}})
+    except OSError:
+        discard(sys.stdout)
 
 
 def examples_epilog(examples: Sequence[tuple[str, str]]) -> str:

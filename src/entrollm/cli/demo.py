@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     ("entrollm demo", "compress, measure, generate"),
-    ("entrollm demo --table --windows 673", "the paper's Table I on the whole text; takes minutes"),
+    ("entrollm demo --table --max-windows 673", "the paper's Table I on the whole text; takes minutes"),
     ("entrollm demo --model MODEL --text FILE", "the same for a model of your own"),
 )
 
@@ -44,7 +44,7 @@ def command(
     model: Annotated[Path, typer.Option("--model", metavar="MODEL", help="A checkpoint folder.")] = _MODEL,
     text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to measure on.")] = _TEXT,
     windows: Annotated[
-        int, typer.Option("--windows", min=1, metavar="N", help="How many windows of the text to read.")
+        int, typer.Option("--max-windows", min=1, metavar="N", help="Use only the first N windows of the text.")
     ] = 8,
     table: Annotated[bool, typer.Option("--table", help="Print the table only; generate no text.")] = False,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.")] = _PROMPT,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, json_safe, print_json
+from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, json_safe, print_json
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
 
 EXAMPLES = (
@@ -31,6 +32,7 @@ def command(
     bos: BosOption = False,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and the divergence from a reference model.
@@ -42,7 +44,11 @@ def command(
     Bits per byte are nats per token / ln 2 x tokens / bytes of the text. File bits are the bits of all weight files per
     weight, everything included.
     """
-    measured = measure(models, against, TextOptions(text, window, max_windows, bos), threads, json_output, memory)
+    from entrollm.engine.load import load
+    from entrollm.engine.memory import check_memory
+
+    loader = partial(load, threads=threads, memory=check_memory(memory), check=check)
+    measured = measure(models, against, TextOptions(text, window, max_windows, bos), loader, json_output)
     if json_output:
         print_json(json_safe(measured.to_json()))
     else:

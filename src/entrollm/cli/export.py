@@ -43,13 +43,12 @@ def command(
     The weights are those of the compressed model, rounded to the type that --dtype names; the original's are not
     restored.
     """
-    from entrollm import _core
     from entrollm.compress.export import export
     from entrollm.format.reader import CompressedModel
     from entrollm.report import format_bytes, format_count
-    from entrollm.threads import default_threads
+    from entrollm.threads import start_pool
 
-    pool = _core.ThreadPool(threads or default_threads())
+    pool = start_pool(threads)
     with CompressedModel.open(model) as opened, progress_bar("exporting", "weights", quiet=json_output) as update:
         result = export(opened, out, pool, dtype.value, update)
     if json_output:

@@ -75,13 +75,15 @@ def _show_installation(threads: int | None, json_output: bool) -> None:
 
 
 def _show_model(model: Path, threads: int | None, json_output: bool) -> None:
-    from entrollm import _core
     from entrollm.engine.memory_report import report_memory
     from entrollm.format.reader import CompressedModel
-    from entrollm.threads import default_threads
+    from entrollm.threads import start_pool
 
-    with CompressedModel.open(model) as opened, progress_bar("transcoding", "weights", quiet=json_output) as update:
-        report = report_memory(opened, _core.ThreadPool(threads or default_threads()), update)
+    with (
+        CompressedModel.open(model, check=False) as opened,
+        progress_bar("transcoding", "weights", quiet=json_output) as update,
+    ):
+        report = report_memory(opened, start_pool(threads), update)
     if json_output:
         print_json(_to_json(report))
         return

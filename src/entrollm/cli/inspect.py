@@ -31,13 +31,15 @@ def command(
     All bits are per weight. The error is the RMS of the quantization error over the RMS of the original weights. The
     last line counts everything: streams, scales, headers, and the tensors that keep their type.
     """
-    from entrollm import _core
     from entrollm.compress.describe import describe
     from entrollm.format.reader import CompressedModel
-    from entrollm.threads import default_threads
+    from entrollm.threads import start_pool
 
-    with CompressedModel.open(model) as opened, progress_bar("decoding", "weights", quiet=json_output) as update:
-        report = describe(opened, _core.ThreadPool(threads or default_threads()), update)
+    with (
+        CompressedModel.open(model, check=False) as opened,
+        progress_bar("decoding", "weights", quiet=json_output) as update,
+    ):
+        report = describe(opened, start_pool(threads), update)
     if json_output:
         print_json(report.to_json())
         return

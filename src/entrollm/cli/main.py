@@ -8,16 +8,31 @@ JSON takes `json_output: JsonOption`; its errors are then printed as JSON as wel
 import importlib
 import importlib.metadata
 import inspect
-import io
 import sys
 from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import examples_epilog, guard, stdout
+from entrollm.cli.console import examples_epilog, guard, report_error, stdout
+from entrollm.cli.streams import naming_stdout
+from entrollm.cli.usage import CommandGroup, normalize_option
 
 _PACKAGE = "entrollm.cli"
-_COMMANDS = ("compress", "plan", "run", "chat", "inspect", "verify", "eval", "compare", "export", "demo", "info")
+_COMMANDS = (
+    "compress",
+    "plan",
+    "run",
+    "chat",
+    "serve",
+    "inspect",
+    "verify",
+    "eval",
+    "compare",
+    "export",
+    "demo",
+    "info",
+    "bench",
+)
 _EXAMPLES = (
     ("entrollm demo", "try it on the example model"),
     ("entrollm compress MODEL -o OUT", "compress a folder, a Hub id or a .gguf file"),
@@ -52,7 +67,8 @@ def _build_app() -> typer.Typer:
         add_completion=False,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        cls=CommandGroup,
+        context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": normalize_option},
     )
     application.callback(epilog=examples_epilog(_EXAMPLES))(_main)
     for name in _COMMANDS:
@@ -66,10 +82,9 @@ app = _build_app()
 
 
 def run() -> None:
-    """Run the command line; the console script's entry."""
-    if sys.platform == "win32":
-        # Pipes have the legacy code page there, which lacks most of what a model may read or write.
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(encoding="utf-8")
-    app()
+    """Run the command line on the arguments of the process."""
+    try:
+        with naming_stdout():  # of help and version; commands report their own errors
+            app()
+    except OSError as error:
+        sys.exit(report_error(error))

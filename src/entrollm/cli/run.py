@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, message, print_json
+from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, message, print_json
+from entrollm.cli.streams import write_stdout
 
 if TYPE_CHECKING:
     from entrollm.engine.generate import GenerationResult
@@ -24,7 +25,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="OUT", help="Model folder or Hub id, compressed or not.", show_default=False)
 ]
 MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, metavar="N", help="At most N new tokens; by default 256.")
+    int | None, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="At most N new tokens; by default 256.")
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token; higher is more random.")
@@ -61,6 +62,7 @@ def command(
     stop: StopOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a prompt, printing text as it is generated.
@@ -73,7 +75,7 @@ def command(
     from entrollm.engine.memory import check_memory
 
     text = _read_prompt(prompt)
-    loaded = load(model, threads=threads, memory=check_memory(memory))
+    loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
     stream = loaded.stream(
         text,
         max_tokens=max_tokens,
@@ -88,12 +90,10 @@ def command(
     try:
         for piece in stream:
             if not json_output:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                write_stdout(piece)
     finally:
         if not json_output:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            write_stdout("\n")
     if json_output:
         print_json({"model": model, "prompt": text, **result_to_json(stream.result)})
     message(describe_speed(stream.result))
@@ -132,6 +132,9 @@ def _read_prompt(prompt: str | None) -> str:
     if sys.stdin.isatty():
         raise ValueError("there is no prompt: give one with -p TEXT, or pipe text in")
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError("there is no prompt: standard input is empty; give a text with -p TEXT, or pipe it in")
+    return text

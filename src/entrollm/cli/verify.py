@@ -32,13 +32,12 @@ def command(
     """
     from contextlib import nullcontext
 
-    from entrollm import _core
     from entrollm.checkpoint.model_folder import Checkpoint
     from entrollm.checkpoint.resolve import resolve
     from entrollm.compress.verify import verify
     from entrollm.format.reader import CompressedModel
     from entrollm.report import format_count, format_rate
-    from entrollm.threads import default_threads
+    from entrollm.threads import start_pool
 
     watch = Stopwatch()
     with (
@@ -46,11 +45,13 @@ def command(
         Checkpoint.open(resolve(against)) if against else nullcontext() as original,
         progress_bar("verifying", "weights", quiet=json_output) as update,
     ):
-        result = verify(opened, _core.ThreadPool(threads or default_threads()), original, update)
+        result = verify(opened, start_pool(threads), original, update)
     if json_output:
         print_json({"model": str(model), "against": against, "ok": True, **result.to_json()})
         return
     agreement = "; equal to the original's integers" if result.compared else ""
+    if result.left_out:
+        agreement += f", without buffers that models make themselves ({', '.join(result.left_out)})"
     stdout.print(
         f"[bold green]ok[/bold green] {model}: {result.matrices} matrices, {format_count(result.weights)} weights "
         f"decode and encode exactly, {result.kept} kept tensors{agreement} "

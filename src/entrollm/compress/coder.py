@@ -13,7 +13,6 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
@@ -30,7 +29,7 @@ from entrollm.format.spec import TensorSpec
 from entrollm.format.stored import StoredMatrix, store_matrix
 from entrollm.matrix import CodedMatrix
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, Scales, out_of_range, too_large
-from entrollm.threads import default_threads
+from entrollm.threads import default_threads, start_pool
 
 Result = TypeVar("Result")
 _ERROR_DIGITS = 5
@@ -91,7 +90,7 @@ class MatrixCoder:
         """Tell the methods of a matrix that an earlier run has coded, in place of coding it."""
 
         def weights() -> Float32:
-            return matrix.dequantize(np.arange(matrix.spec.rows), _core.ThreadPool(self._threads))
+            return matrix.dequantize(np.arange(matrix.spec.rows), start_pool(self._threads))
 
         self._methods.resume(matrix.name, stored_bytes, weights)
 

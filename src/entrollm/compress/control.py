@@ -68,6 +68,7 @@ class RateControl:
         else:
             self._aim, self._limit = target.aim_bytes(weights), target.limit_bytes(weights)
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
+        self._is_limit = target.file_bytes is not None
         if self._is_strict:
             self._check_feasible(target.file_bytes or self._aim)
 
@@ -100,6 +101,8 @@ class RateControl:
         total = self._fixed + self._spent + stored_bytes
         if self._aim * (1 - _SLACK) <= total <= self._limit:
             return False
+        if self._is_limit and total <= self._limit and self.coarseness <= MIN_COARSENESS:
+            return False  # no step is finer
         self._tries += 1
         if self._best[0] < total <= self._limit:
             self._best = total, self._nudge
@@ -153,7 +156,7 @@ class RateControl:
 
     def _check_feasible(self, requested_bytes: float) -> None:
         predicted = self.predicted_bytes()
-        if abs(predicted - self._aim) <= 0.005 * self._aim:
+        if abs(predicted - self._aim) <= 0.005 * self._aim or (self._is_limit and predicted < self._aim):
             return
         smallest, largest = self.size_range()
         bits = 8 / self._weights

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.checkpoint.names import natural_key
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.format.code import Code, Field, Leaf, Node, Split
 from entrollm.format.reader import CompressedModel
@@ -128,8 +129,8 @@ def describe(
             on_progress(done, total)
     kept = [model.array(name) for name in model.plain]
     return ModelReport(
-        tensors=tuple(reports),
-        kept=model.plain,
+        tensors=tuple(sorted(reports, key=lambda report: natural_key(report.name))),
+        kept=tuple(sorted(model.plain, key=natural_key)),
         kept_weights=sum(array.size for array in kept),
         kept_bytes=sum(array.nbytes for array in kept),
         file_bytes=model.file_bytes(),

@@ -22,6 +22,7 @@ from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
+from entrollm.system import naming
 
 ExportType = Literal["original", "bf16", "f16", "f32"]
 
@@ -61,7 +62,7 @@ def export(
             the dequantized values exactly, the others round them.
         on_progress: called with the weights that are done and all weights.
     Raises:
-        FormatError: a matrix is malformed or does not decode.
+        FormatError: a matrix is malformed, differs from its checksum or does not decode.
         ValueError: `out` exists, or the dtype is unknown.
         OSError: writing failed.
     """
@@ -73,6 +74,7 @@ def export(
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
     total, done = sum(sizes.values()), 0
+    _check_new(Path(out))
     folder = OutputFolder(Path(out), {"export": str(model.path), "dtype": dtype}, overwrite=False)
     names: dict[str, str] = {}
     file_bytes = 0
@@ -95,6 +97,12 @@ def export(
     finally:
         folder.close()
     return ExportResult(Path(out), total, file_bytes)
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that exists; an export replaces nothing."""
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; name a folder that does not exist yet")
 
 
 def _members(model: CompressedModel) -> dict[str, list[str]]:
@@ -133,6 +141,7 @@ def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPool) -> Iterator[NDArray[Any]]:
+    model.check_checksum(name)
     if name not in model.specs:
         yield model.array(name)
     else:
@@ -154,4 +163,5 @@ def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: Expo
         name = file.relative_to(model.path)
         if name != Path("config.json"):
             (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder.partial / name)
+            with naming(folder.partial / name):
+                shutil.copyfile(file, folder.partial / name)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from entrollm.errors import EntroLLMError, Message, Option, OptionError
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import is_compressed, read_config
-from entrollm.system import FolderLock, sync_folder
+from entrollm.system import FolderLock, naming, sync_folder
 
 _PLAN = "plan.json"
+# Files that an error lists; more are counted.
+_LISTED = 8
 
 
 class OutputFolder:
@@ -59,7 +62,7 @@ class OutputFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a small file and sync it."""
         temporary = self.partial / (name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as out:
+        with naming(self.partial / name), temporary.open("w", encoding="utf-8") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
@@ -129,6 +132,29 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OptionError(
             f"{path} exists", hint=Message("name another folder, or pass {} to replace it", Option("overwrite", True))
+        )
+
+
+def check_replaced(path: Path, names: Collection[str]) -> None:
+    """Check that replacing the folder at `path` deletes nothing that is not of a model; for use before long work.
+
+    Args:
+        path: an earlier output, an empty folder or nothing.
+        names: the files beside the weights that the new output will hold, as paths in it.
+    Raises:
+        ValueError: the folder holds others; the message lists them.
+    """
+    path = real_place(path)
+    if not path.is_dir():
+        return
+    known = {"config.json", layout.INDEX_NAME, CHECKSUMS_NAME, *names}
+    found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+    others = [file.as_posix() for file in found if not (file.as_posix() in known or file.match("model*.safetensors"))]
+    if others:
+        listed = ", ".join(sorted(others)[:_LISTED]) + (f" and {len(others) - _LISTED} more" * (len(others) > _LISTED))
+        raise ValueError(
+            f"{path} holds files that the new output lacks, which replacing it would delete: {listed}; move or remove "
+            "them, or name another folder"
         )
 
 

@@ -16,7 +16,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.coder import MatrixCoder
-from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.folder import OutputFolder, check_output, check_replaced, write_index
 from entrollm.compress.methods import make_methods
 from entrollm.compress.options import DEFAULT_BITS, CodingOptions, PostFit
 from entrollm.compress.planning import Plan, make_plan, with_size
@@ -30,7 +30,9 @@ from entrollm.compress.target import Target
 from entrollm.errors import EntroLLMError, Message, Option, Placeholder, UnsupportedError
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.spec import FORMAT_VERSION
+from entrollm.system import naming
 
 # The share of a size limit that is left free for a post_fit, whose scales may deflate less well.
 _ROOM = 0.001
@@ -57,7 +59,9 @@ def compress_folder(
             raise ValueError("tuning needs a size to compress to: bits per weight or bytes")
         order = statistics.order if statistics is not None and has_drift(options) else ()
         plan = make_plan(checkpoint, options, order)
-        small_files = _small_files(checkpoint, options)
+        small_files = side_contents(checkpoint, options)
+        check_output(Path(out), overwrite)
+        check_replaced(Path(out), small_files)
         folder = OutputFolder(Path(out), _fingerprint(checkpoint, plan, options, statistics), overwrite)
         try:
             aimed = options if post_fit is None else _with_room(options)
@@ -73,6 +77,7 @@ def compress_folder(
             refitted = _refit(folder, checkpoint, plan, records, options, scales)
             if post_fit is not None:
                 _check_limit(refitted, options)
+            _write_checksums(folder)
             folder.publish()
         finally:
             folder.close()
@@ -104,7 +109,7 @@ def _fingerprint(
     }
 
 
-def _small_files(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
+def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
     """The files beside the weights that the output gets, by name.
 
     Raises:
@@ -156,9 +161,17 @@ def _write_surroundings(
 ) -> None:
     for name, content in small_files.items():
         (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder.partial / name).write_bytes(content)
+        with naming(folder.partial / name):
+            (folder.partial / name).write_bytes(content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     _write_index(folder, records)
+
+
+def _write_checksums(folder: OutputFolder) -> None:
+    """Cover the files that decide what the model computes; model cards and licences may change."""
+    files = {file.relative_to(folder.partial).as_posix() for file in tokenizer_files(folder.partial)}
+    files |= {name for name in ("config.json", layout.INDEX_NAME) if (folder.partial / name).is_file()}
+    folder.write_text(CHECKSUMS_NAME, checksums_text(folder.partial, files))
 
 
 def _write_index(folder: OutputFolder, records: Sequence[ShardRecord]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import natural_key
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
@@ -28,7 +29,7 @@ from entrollm.format.log_scales import float_scales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
-from entrollm.threads import default_threads
+from entrollm.threads import default_threads, start_pool
 
 _TIMED_WEIGHTS = 1 << 23
 _TIMED_COLUMNS = 4096
@@ -98,6 +99,11 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
         ValueError: the target is out of reach, or another option is wrong.
     """
     with Checkpoint.open(resolve(model)) as checkpoint:
+        if checkpoint.imported:
+            raise ValueError(
+                f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and compress keeps its integers, "
+                "so no size can be chosen; plan the checkpoint that it was made from"
+            )
         options = with_size(checkpoint, options)
         if options.target is None:
             raise ValueError("a plan needs a size: bits per weight or bytes")
@@ -105,7 +111,7 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
         if not planned.coded:
             raise ValueError(f"{checkpoint.path} has no matrix to quantize")
         methods = SizedMethods(checkpoint, planned, options)
-        tensors = tuple(_estimate(methods, name) for name in methods.curves)
+        tensors = tuple(_estimate(methods, name) for name in sorted(methods.curves, key=natural_key))
         weights = sum(info.weights for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
     file_bytes = round(methods.control.predicted_bytes())
@@ -189,7 +195,7 @@ def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -
         scale * np.float32(-ZERO),
         None,
     )
-    pool = _core.ThreadPool(threads)
+    pool = start_pool(threads)
     x = weights[:1]
     elapsed = []
     for _ in range(_TIMED_RUNS):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.coder import relative_error
 from entrollm.format.entry import join_arrays
@@ -19,7 +18,7 @@ from entrollm.format.spec import TensorSpec
 from entrollm.format.stored import StoredMatrix
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import CodedMatrix, open_matrix
-from entrollm.threads import default_threads
+from entrollm.threads import start_pool
 
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -40,7 +39,7 @@ class Refit:
         self._model = CompressedModel.open(folder)
         self._checkpoint = checkpoint
         self._scales = scales
-        self._pool = _core.ThreadPool(threads or default_threads())
+        self._pool = start_pool(threads)
 
     def growth(self) -> int:
         """How many bytes the entries grow by, since other scales deflate to other sizes."""

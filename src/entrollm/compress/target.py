@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 # Below a limit, this share is left free, so that the rounding of the last tensor does not exceed the limit.
 _FIT_MARGIN = 0.001
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_MAX_BYTES = 2**63 - 1
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 
 
@@ -17,7 +20,7 @@ class Target:
 
     Attributes:
         bits_per_weight: over all weights of the model.
-        file_bytes: the limit of the size.
+        file_bytes: the limit of the size. One above what the model can take gives the finest steps.
         coded_bits: per weight of the coded matrices, so that large kept tensors do not make these coarser. A model that
             cannot meet it, such as one of tiny matrices, comes as near as it can at a fine step.
     """
@@ -31,8 +34,8 @@ class Target:
             raise ValueError("a target is either bits per weight or a file size")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight < 64:
             raise ValueError(f"bits per weight must be above 0 and below 64, found {self.bits_per_weight}")
-        if self.file_bytes is not None and self.file_bytes < 1:
-            raise ValueError(f"a file size must be at least 1 byte, found {self.file_bytes}")
+        if self.file_bytes is not None and not 1 <= self.file_bytes <= _MAX_BYTES:
+            raise ValueError(f"a file size must be at least 1 byte and below 2^63, found {self.file_bytes}")
 
     def aim_bytes(self, weights: int) -> float:
         """The size to aim at for a model of `weights` weights."""
@@ -63,4 +66,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is not a valid file size; write 1.9GB, 900MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size_bytes = int(Fraction(match[1]) * _UNITS[match[2].upper()])
+    if size_bytes > _MAX_BYTES:
+        raise ValueError(f"{text!r:.40} is more than a file can hold; write 1.9GB, 900MB or 1.5GiB")
+    return size_bytes

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import natural_key
+from entrollm.checkpoint.quantization import is_buffer
 from entrollm.compress.describe import symbol_chunks
 from entrollm.compress.stacks import find_stacks
 from entrollm.errors import CorruptStreamError, FormatError
@@ -36,12 +38,14 @@ class VerifyResult:
         matrices, kept: the numbers of coded matrices and of plain tensors.
         weights: coded weights that were decoded, encoded again and found equal.
         compared: whether the folder was compared with its original.
+        left_out: buffers that only the original has; models make them themselves.
     """
 
     matrices: int
     kept: int
     weights: int
     compared: bool
+    left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""
@@ -72,10 +76,11 @@ def verify(
     """
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
+    left_out: tuple[str, ...] = ()
     if original is not None:
         stacks = {name: members for name, members in find_stacks(model.specs).items() if name in original.tensors}
         original.split(stacks)
-        _compare_names(model, original)
+        left_out = _compare_names(model, original)
     for name, spec in model.specs.items():
         model.check_checksum(name)
         matrix = matrix_of(model, name)
@@ -94,7 +99,7 @@ def verify(
         check_finite(name, model.array(name))
         if original is not None:
             _compare_kept(model, name, original)
-    return VerifyResult(len(model.specs), len(model.plain), total, original is not None)
+    return VerifyResult(len(model.specs), len(model.plain), total, original is not None, left_out)
 
 
 def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _core.ThreadPool) -> None:
@@ -136,11 +141,14 @@ def _check_end(matrix: CodedMatrix, entries: Mapping[str, NDArray[Any]]) -> None
         raise CorruptStreamError(f"{matrix.name}: the padding at the end of its entry is not zero")
 
 
-def _compare_names(model: CompressedModel, original: Checkpoint) -> None:
+def _compare_names(model: CompressedModel, original: Checkpoint) -> tuple[str, ...]:
+    """The buffers of the original that the folder lacks; a folder that transformers has saved does not have them."""
     ours, theirs = {*model.specs, *model.plain}, set(original.tensors)
-    for name in sorted(ours ^ theirs):
+    left_out = {name for name in theirs - ours if is_buffer(name, original.tensors[name].dtype)}
+    for name in sorted((ours ^ theirs) - left_out):
         where = model.path if name in ours else original.path
         raise FormatError(f"tensor {name!r} is only in {where}; {model.path} was made from another checkpoint")
+    return tuple(sorted(left_out, key=natural_key))
 
 
 def _compare_matrix(

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from entrollm import _core
 from entrollm.engine.weights import Floats
 from entrollm.models.config import ModelConfig
 
@@ -16,16 +15,31 @@ _INITIAL_POSITIONS = 256
 _SKEW = 16
 
 
+class Mix(Protocol):
+    """Attention of queries over keys and values."""
+
+    def __call__(self, queries: Floats, keys: Floats, values: Floats, window: int | None, /) -> Floats:
+        """Mix values for each query; the last query stands at the last position.
+
+        Args:
+            queries: float32 (n, heads, head_dim).
+            keys, values: float32 (kv_heads, head_dim, length) and (kv_heads, length, head_dim), n <= length.
+            window: positions that a query sees, its own included; None for all.
+        Returns:
+            float32 (n, heads * head_dim).
+        """
+
+
 class Attention(Protocol):
     """What a layer asks for attention over the tokens so far."""
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n tokens and mix values for each.
 
         Args:
             queries: float32 (n, heads, head_dim).
             keys, values: float32 (n, kv_heads, head_dim).
-            pool: threads to work on.
+            mix: called once for each sequence.
         Returns:
             float32 (n, heads * head_dim).
         """
@@ -71,10 +85,10 @@ class LayerCache:
         self._held += n
         return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
 
-    def attend(self, queries: Floats, keys: Floats, values: Floats, pool: _core.ThreadPool) -> Floats:
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""
         keys, values = self.append(keys, values)
-        return _core.attention(queries, keys, values, self._window, pool)
+        return mix(queries, keys, values, self._window)
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""
@@ -86,6 +100,15 @@ class LayerCache:
         self._held = max(0, length - self._first)
         if self._held == 0:
             self._start, self._first = 0, length
+
+    def fork(self, length: int) -> LayerCache:
+        """A copy of the positions before `length`, in buffers of its own; can_truncate(length) must hold."""
+        kv_heads, head_dim, _ = self._keys.shape
+        copy = LayerCache(kv_heads, head_dim, self._window)
+        held = slice(self._start, self._start + max(0, length - self._first))
+        copy.append(self._keys[:, :, held].transpose(2, 0, 1), self._values[:, held].transpose(1, 0, 2))
+        copy._first = self._first if copy._held else length
+        return copy
 
     def _drop(self, count: int) -> None:
         self._start += count
@@ -142,19 +165,22 @@ class Cache:
         self.is_long = False
         self.layers = [LayerCache(config.num_kv_heads, config.head_dim, window) for window in config.windows]
 
+    def shared(self, ids: Sequence[int]) -> int:
+        """The number of tokens that reuse(ids) would keep and a fork for `ids` would start with."""
+        shared = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        return shared if all(layer.can_truncate(shared) for layer in self.layers) else 0
+
     def reuse(self, ids: Sequence[int]) -> int:
         """Keep the longest usable beginning that the sequence shares with `ids`, short of its last token.
 
         Returns:
             The number of tokens kept; the caller runs the model on ids from there on.
         """
-        shared = 0
-        for old, new in zip(self.ids, ids[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
-        if not all(layer.can_truncate(shared) for layer in self.layers):
-            shared = 0
+        shared = self.shared(ids)
         if shared == 0:
             self.reset()
             return 0
@@ -162,3 +188,15 @@ class Cache:
         for layer in self.layers:
             layer.truncate(shared)
         return shared
+
+    def fork(self, length: int) -> Cache:
+        """A cache of its own that starts with the first `length` tokens of this one.
+
+        Args:
+            length: at most what shared() returned for the sequence that goes on from there.
+        """
+        copy = Cache(self._config)
+        copy.ids = self.ids[:length]
+        copy.is_long = self.is_long
+        copy.layers = [layer.fork(length) for layer in self.layers]
+        return copy

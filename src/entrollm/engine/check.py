@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.names import text_names
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.weights import Embedding, Floats, Ids, Linear
 from entrollm.errors import EntroLLMError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
+from entrollm.threads import start_pool
 
 
 def why_not_run(path: Path) -> str | None:
@@ -23,8 +24,9 @@ def why_not_run(path: Path) -> str | None:
         FormatError, UnsupportedError, ValueError: it is not a checkpoint that is read at all.
     """
     with Checkpoint.open(path) as checkpoint:
-        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         try:
+            names = text_names(checkpoint.tensors)
+            shapes = {name: checkpoint.tensors[theirs].shape for name, theirs in names.items()}
             Decoder(read_config(Fields(checkpoint.config, "config.json")), _Shapes(shapes))
         except EntroLLMError as error:
             return str(error)
@@ -36,7 +38,7 @@ class _Shapes:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self.pool = _core.ThreadPool(1)
+        self.pool = start_pool(1)
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._shapes

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
-from entrollm import _core
-from entrollm.checkpoint.names import EMBEDDING, output_head
+from entrollm.checkpoint.names import output_head
+from entrollm.engine.arithmetic import cap
+from entrollm.engine.attention import Angles, Rotations, SelfAttention
+from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joined_angles, passes
 from entrollm.engine.cache import Attention, Cache
-from entrollm.engine.weights import Floats, Ids, Weights, load_embedding, load_linear, load_tensor
+from entrollm.engine.feed_forward import FeedForward
+from entrollm.engine.projection import Apply, Projection, load_norm
+from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
 from entrollm.models.config import ModelConfig
-from entrollm.models.rope import RopeTables
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
 _TOKENS_PER_PASS = 512
+
+
+class Embeddings:
+    """The vectors that tokens enter the layers as.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape than config.json asks for.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self._tokens = load_embedding(weights, config.names.embedding, (config.vocab_size, config.hidden_size))
+        self._scale = None if config.embedding_scale == 1.0 else np.float32(config.embedding_scale)
+        self._positions: Embedding | None = None
+        if config.names.positions is not None:
+            shape = (config.context_length, config.hidden_size)
+            self._positions = load_embedding(weights, config.names.positions, shape)
+
+    def __call__(self, ids: Ids, start: int) -> Floats:
+        """The vectors of tokens that follow `start` others: int64 (n,) -> float32 (n, hidden_size).
+
+        Raises:
+            ValueError: the model has no embeddings of such late positions.
+        """
+        stop = start + len(ids)
+        if self._positions is not None and stop > self._positions.shape[0]:
+            raise ValueError(f"this model has {self._positions.shape[0]} positions, and {stop} tokens do not fit")
+        x = self._tokens.rows(ids)
+        if self._scale is not None:
+            x *= self._scale
+        if self._positions is not None:
+            x += self._positions.rows(np.arange(start, stop))
+        return x
 
 
 class Decoder:
@@ -24,13 +61,15 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
-        table = (config.vocab_size, config.hidden_size)
-        self._embedding = load_embedding(weights, EMBEDDING, table)
+        self._embeddings = Embeddings(config, weights)
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
-        self._norm = load_tensor(weights, "model.norm.weight", (config.hidden_size,))
-        self._head = load_linear(weights, {output_head(weights, is_tied=config.tied_embeddings): table})
-        self._tables = RopeTables(config.rope)
-        self._pool = weights.pool
+        self._norm = load_norm(config, weights, config.names.norm)
+        names = config.names
+        head = output_head(weights, is_tied=config.tied_embeddings, embedding=names.embedding, head=names.head)
+        self._head = Projection(
+            weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, config.head_bias
+        )
+        self._rotations = Rotations(config)
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
@@ -47,95 +86,116 @@ class Decoder:
             float32 (n, vocab_size), or (1, vocab_size) with last_only.
         """
         wanted = 1 if last_only else len(ids)
-        is_long = self.config.rope.is_long(cache.length + len(ids))
+        ids = self._begin(ids, cache)
+        hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
+        return self._logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
+
+    def step(self, steps: Sequence[SequenceStep]) -> Floats:
+        """Run the model on the next tokens of several sequences at once, and add them to their caches.
+
+        All sequences go through each product together; attention is per sequence. Coded matrices give each sequence
+        the same bits as on its own.
+
+        Args:
+            steps: at least one, each with a cache of its own; the caches are left in an undefined state if this call
+                is interrupted, until their reset().
+        Returns:
+            float32 (n, vocab_size): the logits after the last token of each step with needs_logits, in their order.
+        """
+        segments = [Segment(i, self._begin(step.ids, step.cache), step.cache) for i, step in enumerate(steps)]
+        last: dict[int, Floats] = {}
+        for x, done in self._run(segments):
+            row = 0
+            for segment in done:
+                row += len(segment.ids)
+                last[segment.index] = x[row - 1 : row]
+        wanted = [last[index] for index, step in enumerate(steps) if step.needs_logits]
+        if not wanted:
+            return np.empty((0, self.config.vocab_size), dtype=np.float32)
+        return self._logits(self._norm(np.concatenate(wanted)))
+
+    def _begin(self, ids: Ids, cache: Cache) -> Ids:
+        """The tokens to run: `ids`, or the sequence from its start where its rotations change."""
+        is_long = self._rotations.is_long(cache.length + len(ids))
         if is_long != cache.is_long and cache.length:
             # Every hidden state depends on the frequencies, so crossing longrope's limit starts the sequence over.
             ids = np.concatenate([np.array(cache.ids, dtype=np.int64), ids])
             cache.reset()
         cache.is_long = is_long
-        hidden = [self._run_layers(ids[i : i + _TOKENS_PER_PASS], cache) for i in range(0, len(ids), _TOKENS_PER_PASS)]
-        last = (hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]
-        return self._head(_core.rms_norm(last, self._norm, self.config.norm_eps, self._pool))
+        return ids
 
-    def _run_layers(self, ids: Ids, cache: Cache) -> Floats:
-        cosines, sines = self._tables.rows(cache.length, len(ids), cache.is_long)
-        cache.ids.extend(ids.tolist())
-        x = self._embedding.rows(ids)
-        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, cosines, sines, layer_cache)
+    def _run(self, segments: Sequence[Segment]) -> Iterator[tuple[Floats, list[Segment]]]:
+        """The hidden states of all tokens, in passes of bounded size, each with what it consists of."""
+        for part in passes(segments, _TOKENS_PER_PASS):
+            yield self._run_layers(part), part
+
+    def _logits(self, x: Floats) -> Floats:
+        logits = self._head(x)
+        if self.config.logit_scale != 1.0:
+            logits *= np.float32(self.config.logit_scale)
+        if self.config.logit_cap is not None:
+            cap(logits, self.config.logit_cap)
+        return logits
+
+    def _run_layers(self, segments: Sequence[Segment]) -> Floats:
+        rows = [
+            self._rotations.rows(segment.cache.length, len(segment.ids), segment.cache.is_long) for segment in segments
+        ]
+        entering = [self._embeddings(segment.ids, segment.cache.length) for segment in segments]
+        for segment in segments:
+            segment.cache.ids.extend(segment.ids.tolist())
+        only = len(segments) == 1
+        angles = rows[0] if only else joined_angles(rows)
+        x = entering[0] if only else np.concatenate(entering)
+        for index, layer in enumerate(self._layers):
+            x = layer(
+                x, angles[index], segments[0].cache.layers[index] if only else SequencesAttention(segments, index)
+            )
         return x
 
 
 class Layer:
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and a feed-forward part, whose outputs are added to the residual stream.
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        prefix = f"model.layers.{index}."
-        hidden, inner = config.hidden_size, config.intermediate_size
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self._config = config
-        self._pool = weights.pool
-        self._attention_norm = load_tensor(weights, f"{prefix}input_layernorm.weight", (hidden,))
-        self._mlp_norm = load_tensor(weights, f"{prefix}post_attention_layernorm.weight", (hidden,))
-        kv_dim = kv_heads * head_dim
-        qkv = {"q_proj": heads * head_dim, "k_proj": kv_dim, "v_proj": kv_dim}
-        gate_up = {"gate_proj": inner, "up_proj": inner}
-        if config.fused:
-            qkv, gate_up = {"qkv_proj": sum(qkv.values())}, {"gate_up_proj": 2 * inner}
-        self._qkv = _Projection(weights, f"{prefix}self_attn.", qkv, hidden, config.qkv_bias)
-        self._output = _Projection(
-            weights, f"{prefix}self_attn.", {"o_proj": hidden}, heads * head_dim, config.output_bias
-        )
-        self._gate_up = _Projection(weights, f"{prefix}mlp.", gate_up, hidden, config.mlp_bias)
-        self._down = _Projection(weights, f"{prefix}mlp.", {"down_proj": hidden}, inner, config.mlp_bias)
-        self._qk_norm: Floats | None = None
-        if config.qk_norm:
-            q_norm = load_tensor(weights, f"{prefix}self_attn.q_norm.weight", (head_dim,))
-            k_norm = load_tensor(weights, f"{prefix}self_attn.k_norm.weight", (head_dim,))
-            self._qk_norm = np.stack([q_norm] * heads + [k_norm] * kv_heads)
-
-    def __call__(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
-        """float32 (n, hidden_size) -> float32 (n, hidden_size)."""
-        x = x + self._attend(self._norm(x, self._attention_norm), cosines, sines, cache)
-        x += self._down(_core.swiglu(self._gate_up(self._norm(x, self._mlp_norm)), self._pool))
-        return x
-
-    def _norm(self, x: Floats, weight: Floats) -> Floats:
-        return _core.rms_norm(x, weight, self._config.norm_eps, self._pool)
-
-    def _attend(self, x: Floats, cosines: Floats, sines: Floats, cache: Attention) -> Floats:
-        config = self._config
-        heads, rotated_heads = config.num_heads, config.num_heads + config.num_kv_heads
-        qkv = self._qkv(x).reshape(len(x), -1, config.head_dim)
-        qk = qkv[:, :rotated_heads]
-        if self._qk_norm is not None:
-            qk = self._norm(np.ascontiguousarray(qk), self._qk_norm)
-        _core.rotate(qk, cosines, sines, self._pool)
-        return self._output(cache.attend(qk[:, :heads], qk[:, heads:], qkv[:, rotated_heads:], self._pool))
-
-
-class _Projection:
-    """One or more linear layers on the same input, their outputs side by side.
-
-    Args:
-        weights: the model's tensors.
-        prefix: what the names start with.
-        outputs: out_features of each part, by name.
-        in_features: of every part.
-        bias: whether every part has one.
+    Raises:
+        FormatError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, weights: Weights, prefix: str, outputs: dict[str, int], in_features: int, bias: bool) -> None:
-        shapes = {f"{prefix}{name}.weight": (size, in_features) for name, size in outputs.items()}
-        self._linear = load_linear(weights, shapes)
-        self._bias: Floats | None = None
-        if bias:
-            parts = [load_tensor(weights, f"{prefix}{name}.bias", (size,)) for name, size in outputs.items()]
-            self._bias = np.concatenate(parts)
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix, block = f"{config.names.layers}{index}.", config.block
 
-    def __call__(self, x: Floats) -> Floats:
-        """float32 (n, in_features) -> float32 (n, sum of out_features)."""
-        y = self._linear(x)
-        if self._bias is not None:
-            y += self._bias
-        return y
+        def norm(name: str | None) -> Apply | None:
+            return None if name is None else load_norm(config, weights, prefix + name)
+
+        self._attention_norm, self._attention_output_norm = (
+            norm(block.attention_norm),
+            norm(block.attention_output_norm),
+        )
+        self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
+        self._attention = SelfAttention(config, weights, prefix)
+        self._feed_forward = FeedForward(config, weights, prefix)
+        self._is_parallel = block.is_parallel
+        self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
+        self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
+
+    def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
+        """float32 (n, hidden_size) -> a new float32 (n, hidden_size)."""
+        normalised = x if self._attention_norm is None else self._attention_norm(x)
+        mixed = self._attention(normalised, angles, cache)
+        if self._attention_output_norm is not None:
+            mixed = self._attention_output_norm(mixed)
+        if self._scale is not None:
+            mixed *= self._scale
+        mixed += x
+        read = x if self._is_parallel else mixed
+        if self._shares_norm:
+            read = normalised
+        elif self._mlp_norm is not None:
+            read = self._mlp_norm(read)
+        found = self._feed_forward(read)
+        if self._mlp_output_norm is not None:
+            found = self._mlp_output_norm(found)
+        if self._scale is not None:
+            found *= self._scale
+        mixed += found
+        return mixed

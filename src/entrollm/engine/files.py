@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.tokens import TokenFiles, add_tokens
 from entrollm.errors import FormatError
 
@@ -58,7 +59,8 @@ def read_model_files(folder: Path) -> ModelFiles:
     special_tokens = _read_special_tokens(special_tokens_map) | _read_special_tokens(tokenizer_config)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     if tokenizer is not None:
-        add_tokens(tokenizer, TokenFiles(folder, tokenizer_config, special_tokens_map, added_tokens))
+        with panics_named(folder / "tokenizer.json"):
+            add_tokens(tokenizer, TokenFiles(folder, tokenizer_config, special_tokens_map, added_tokens))
     return ModelFiles(
         config=config,
         tokenizer=tokenizer,
@@ -94,10 +96,11 @@ def _read_json(path: Path) -> dict[str, object] | None:
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     if not path.exists():
         return None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every malformed file
-        raise FormatError(f"{path}: not a valid tokenizer: {error}") from error
+    with panics_named(path):
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for every malformed file
+            raise FormatError(f"{path}: not a valid tokenizer: {error}") from error
     # Both are for batches in training; a prompt is never cut or filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()

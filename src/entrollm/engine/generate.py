@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
+from entrollm.engine.answer import AnswerText, FinishReason
 from entrollm.engine.cache import Cache
 from entrollm.engine.decoder import Decoder
-from entrollm.engine.detokenize import Detokenizer, StopFinder
+from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.options import GenerationOptions
-from entrollm.engine.sampling import Sampler
-
-FinishReason = Literal["stop", "length", "context", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -127,9 +124,8 @@ class _Run:
 
     def pieces(self) -> Iterator[str]:
         """The pieces of text; nothing is computed before the first is asked for."""
-        answer, options = self.answer, self.options
-        sampler = Sampler(options.sampling, self.decoder.config.vocab_size, self.prompt)
-        stops = StopFinder(options.stop)
+        answer, decoder = self.answer, self.decoder
+        text = AnswerText(self.options, decoder.config.vocab_size, self.prompt, self.room, self.detokenizer)
         started = time.perf_counter()
         claim = self.cache.claim()
         reused = self.cache.reuse(self.prompt)
@@ -137,28 +133,16 @@ class _Run:
         prefilled = time.perf_counter()
         answer.prefill_s = prefilled - started
         while True:
-            must_go_on = len(answer.token_ids) < options.min_tokens
-            token = sampler(logits[0], banned=options.eos_token_ids if must_go_on else ())
+            token, piece = text.push(logits[0])
             answer.token_ids.append(token)
             answer.decode_s = time.perf_counter() - prefilled
-            if token in options.eos_token_ids:
-                answer.finish_reason = "stop"
-                break
-            yield from self._emit(stops, self.detokenizer.push(token) if self.detokenizer else "")
-            if stops.stopped:
-                answer.finish_reason = "stop"
+            answer.finish_reason = text.finish_reason
+            if piece:
+                answer.pieces.append(piece)
+                yield piece
+            if text.finish_reason != "unfinished":
                 return
-            if len(answer.token_ids) == min(options.max_tokens, self.room):
-                answer.finish_reason = "length" if options.max_tokens <= self.room else "context"
-                break
             logits = self._forward([token], claim)
-        yield from self._emit(stops, self.detokenizer.finish() if self.detokenizer else "")
-        if stops.stopped:
-            answer.finish_reason = "stop"
-        held = stops.finish()
-        if held:
-            answer.pieces.append(held)
-            yield held
 
     def _forward(self, ids: list[int], claim: object) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         if not self.cache.is_claimed_by(claim):
@@ -167,9 +151,3 @@ class _Run:
                 "by side a cache of its own, from new_cache()"
             )
         return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last_only=True)
-
-    def _emit(self, stops: StopFinder, text: str) -> Iterator[str]:
-        piece = stops.push(text)
-        if piece:
-            self.answer.pieces.append(piece)
-            yield piece

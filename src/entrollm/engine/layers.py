@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm.checkpoint.names import EMBEDDING
+from entrollm.engine.attention import Rotations
 from entrollm.engine.cache import LayerCache
-from entrollm.engine.decoder import Layer
-from entrollm.engine.weights import Floats, Ids, Weights, load_embedding
+from entrollm.engine.decoder import Embeddings, Layer
+from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.models.config import ModelConfig
-from entrollm.models.rope import RopeTables
 
 
 class LayerWalk:
@@ -23,11 +22,11 @@ class LayerWalk:
 
     def __init__(self, config: ModelConfig, weights: Weights, windows: Ids) -> None:
         self._config = config
-        shape = (config.vocab_size, config.hidden_size)
-        embedding = load_embedding(weights, EMBEDDING, shape)
+        embeddings = Embeddings(config, weights)
         tokens = windows.shape[1]
-        self._rope = RopeTables(config.rope).rows(0, tokens, config.rope.is_long(tokens))
-        self.hidden: list[Floats] = [embedding.rows(ids) for ids in windows]
+        rotations = Rotations(config)
+        self._angles = rotations.rows(0, tokens, rotations.is_long(tokens))
+        self.hidden: list[Floats] = [embeddings(ids, 0) for ids in windows]
 
     def step(self, index: int, weights: Weights) -> None:
         """Run layer `index`, which is the next one, on all windows.
@@ -37,7 +36,6 @@ class LayerWalk:
         """
         config = self._config
         layer = Layer(config, weights, index)
-        cosines, sines = self._rope
         for number, x in enumerate(self.hidden):
             cache = LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
-            self.hidden[number] = np.asarray(layer(x, cosines, sines, cache))
+            self.hidden[number] = np.asarray(layer(x, self._angles[index], cache))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from entrollm import _core
-from entrollm.checkpoint.names import canonical_names
-from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, transcode_ahead
-from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.checkpoint.names import text_names
+from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
+from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import matrix_of, multiply
-from entrollm.threads import default_threads, spin_us
+from entrollm.matrix import Product, matrix_of
+from entrollm.threads import spin_us, start_pool
 
 if TYPE_CHECKING:
     from entrollm.checkpoint.model_folder import Checkpoint
@@ -28,10 +29,13 @@ class CodedLinear:
         self._pool = pool
         specs = [slot.matrix.spec for slot in slots]
         self.shape = (sum(spec.rows for spec in specs), specs[0].columns)
+        self._product: Product | None = None
 
     def __call__(self, x: Floats, /) -> Floats:
         """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
-        return multiply([slot.ready(self._pool) for slot in self._slots], x, self._pool)
+        if self._product is None:
+            self._product = Product([slot.ready(self._pool) for slot in self._slots])  # in their final form
+        return self._product(x, self._pool)
 
 
 class CodedEmbedding:
@@ -44,7 +48,7 @@ class CodedEmbedding:
 
     def rows(self, ids: Ids, /) -> Floats:
         """Look up: int64 (n,) -> float32 (n, in_features)."""
-        return self._slot.matrix.dequantize(ids, self._pool)
+        return self._slot.checked().dequantize(ids, self._pool)
 
 
 class DenseLinear:
@@ -80,20 +84,25 @@ class CodedWeights:
 
     Args:
         model: the folder.
-        threads: of products.
+        threads: of products; `None` for one per performance core.
         memory: which matrices are transcoded to the flat form when they are first multiplied with; see `MemoryPlan`.
+        check: compare the bytes of each tensor with their checksum before they are first used.
     Raises:
         FormatError: two tensors have the same name in a causal model.
     """
 
-    def __init__(self, model: CompressedModel, threads: int, memory: Memory = "file") -> None:
+    def __init__(
+        self, model: CompressedModel, threads: int | None, memory: Memory = "file", *, check: bool = False
+    ) -> None:
         self._model = model
+        self._checks = check
         is_tied = model.config.get("tie_word_embeddings") is True
-        self._names = canonical_names([*model.specs, *model.plain], is_tied=is_tied)
-        self.pool = _core.ThreadPool(threads, spin_us())
-        self._flat = MemoryPlan(model, memory).flat
+        self._names = text_names([*model.specs, *model.plain], is_tied=is_tied)
+        self.pool = start_pool(threads, spin_us())
+        self._flat = MemoryPlan(model, memory, self.pool.size).flat
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
+        self._looked_up: dict[str, MatrixSlot] = {}
         self._dense: dict[str, DenseLinear] = {}
 
     def __contains__(self, name: str, /) -> bool:
@@ -112,24 +121,35 @@ class CodedWeights:
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
         if self._names[name] in self._model.specs:
-            return CodedEmbedding(self._slot(name), self.pool)
+            self._looked_up[name] = self._slot(name)
+            return CodedEmbedding(self._looked_up[name], self.pool)
         return self._kept(name)
 
     def tensor(self, name: str, /) -> Floats:
-        """The tensor `name` in float32."""
-        return to_float32(self._model.array(self._names[name]))
+        """The tensor `name` in float32.
+
+        Raises:
+            CorruptStreamError: its bytes differ from their checksum.
+        """
+        stored = self._names[name]
+        if self._checks:
+            self._model.check_checksum(stored)
+        return to_float32(self._model.array(stored))
 
     def prepare(self) -> None:
-        """Start to transcode what is to be flat, in the order in which `linear` was asked for it."""
-        slots = [slot for name, slot in self._multiplied.items() if self._names[name] in self._flat]
-        if slots:
-            transcode_ahead(slots, self.pool)
+        """Start to check matrices and to transcode those that are to be flat, in the order of their first use."""
+        slots = [slot for name, slot in self._multiplied.items() if self._checks or self._names[name] in self._flat]
+        looked_up = list(self._looked_up.values()) if self._checks else []
+        if slots or looked_up:
+            prepare_ahead(slots, looked_up, self.pool)
 
     def _slot(self, name: str) -> MatrixSlot:
         if name not in self._slots:
             stored = self._names[name]
             matrix = matrix_of(self._model, stored)
-            self._slots[name] = MatrixSlot(matrix, stored in self._flat, lambda: self._model.release(stored))
+            check = partial(self._model.check_checksum, stored) if self._checks else None
+            release = partial(self._model.release, stored)
+            self._slots[name] = MatrixSlot(matrix, stored in self._flat, release, check)
         return self._slots[name]
 
     def _kept(self, name: str) -> DenseLinear:
@@ -142,12 +162,14 @@ class DenseWeights:
     """The tensors of an ordinary checkpoint, in float32; the reference that compressed models are compared with."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
+        self.pool = start_pool(threads, spin_us())
         self._checkpoint = checkpoint
-        self._matrices: dict[str, DenseLinear] = {}
+        is_tied = checkpoint.config.get("tie_word_embeddings") is True
+        self._names = text_names(checkpoint.tensors, is_tied=is_tied)
+        self._matrices: dict[str, DenseMatrix] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._checkpoint.tensors
+        return name in self._names
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
@@ -160,9 +182,13 @@ class DenseWeights:
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
-        return self._checkpoint.read_float32(name)
+        return self._checkpoint.read_float32(self._names[name])
 
-    def _matrix(self, name: str) -> DenseLinear:
+    def _matrix(self, name: str) -> DenseMatrix:
         if name not in self._matrices:
-            self._matrices[name] = DenseLinear(self.tensor(name))
+            self._matrices[name] = self._open(self._names[name])
         return self._matrices[name]
+
+    def _open(self, stored: str) -> DenseMatrix:
+        """The matrix of a stored name."""
+        return DenseLinear(self._checkpoint.read_float32(stored))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+from entrollm.checkpoint.names import other_parts
 from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.linear import CodedWeights, DenseWeights
 from entrollm.engine.memory import Memory, check_memory
 from entrollm.engine.model import Model
 from entrollm.files.shards import is_gguf
+from entrollm.format.checksums import check_files
 from entrollm.format.reader import CompressedModel, is_compressed, read_config
-from entrollm.threads import default_threads
+from entrollm.threads import check_threads
+
+_logger = logging.getLogger(__name__)
 
 
-def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto") -> Model:
+def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto", check: bool = True) -> Model:
     """Load a model.
 
     Args:
@@ -25,25 +32,46 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
             thread and at the latest when it is first multiplied with, to a form that multiplies faster and takes up
             to 0.9 bits a weight more memory; the file's pages are released. "auto" does so for the matrices that gain
             from it on this processor, if its memory suffices. The results are the same bit for bit.
+        check: compare the files of a compressed folder with their checksums: small files, headers and kept tensors
+            here, and each matrix before it is first used, by a thread that runs ahead. A damaged matrix raises
+            CorruptStreamError there.
     Raises:
-        FormatError: the folder is malformed.
+        FormatError: the folder is malformed or damaged.
         UnsupportedError: its architecture, or an option of it, is not implemented.
-        ValueError: it is neither a folder nor a Hub id, `threads` is below 1, or `memory` is none of the three.
+        ValueError: it is neither a folder nor a Hub id, `threads` is not from 1 to 1024, or `memory` is none of the
+            three.
     """
     memory = check_memory(memory)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, found {threads}")
+    if threads is not None:
+        check_threads(threads)
     path = resolve(model)
+    if check and not is_gguf(path):
+        check_files(path)
     if not is_gguf(path) and is_compressed(read_config(path)):
-        coded = CodedWeights(CompressedModel.open(path), threads or default_threads(), memory)
+        model_folder = CompressedModel.open(path, check=False)  # they are checked
+        coded = CodedWeights(model_folder, threads, memory, check=check)
         loaded = Model(read_model_files(path), coded)
+        _report_other_parts(path, model_folder.config, [*model_folder.specs, *model_folder.plain])
         coded.prepare()
         return loaded
     from entrollm.checkpoint.model_folder import Checkpoint  # what runs compressed models starts without
 
     checkpoint = Checkpoint.open(path)
     weights = DenseWeights(checkpoint, threads)
+    _report_other_parts(path, checkpoint.config, checkpoint.tensors)
     if not is_gguf(path):
         return Model(read_model_files(path), weights)
     hint = f"the tokenizer of {path} is not read here; `entrollm compress {path} -o OUT` converts it, then use OUT"
     return Model(ModelFiles(checkpoint.config, no_tokenizer=hint), weights)
+
+
+def _report_other_parts(path: Path, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Say what of a model of text and images is not run."""
+    others = other_parts(names) if "text_config" in config else []
+    if others:
+        _logger.warning(
+            "%s: %d tensors of other parts than text, such as %s, are not run here; the transformers plugin runs them",
+            path,
+            len(others),
+            others[0],
+        )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
+from weakref import WeakSet
 
 from entrollm import _core
 from entrollm.errors import CorruptStreamError
@@ -25,9 +28,12 @@ _logger = logging.getLogger(__name__)
 _USABLE = 0.8
 # Bits a weight that the flat form takes more, at most, over Gaussian sources of 1.5 to 5.6 bits (measured: 0.4 to 0.8).
 _EXTRA_BITS = 0.9
-# AVX-512 decodes cascades while it multiplies: 35 tokens per second with a 1.1B shape at 3.3 stored bits, and 14 from
-# flat fields (two cores, in one run). Trees are decoded first, and flat is faster.
+# AVX-512 decodes cascades while it multiplies, at 24 Gweights/s a core; flat fields take half as much work and more
+# bytes. Two cores make 48 tokens per second flat and 35 from the file (1.1B shape, 3.3 stored bits, in one run). More
+# cores are bound by the bytes, from about five at the 60 GB/s of two channels of DDR5. Trees are decoded first, and
+# flat is faster.
 _FUSED_ISAS = ("avx512", "amx")
+_MOST_FLAT_THREADS = 4
 # Of the native product: see make_cascade.
 _MAX_FUSED_LOW_BITS, _MAX_FUSED_LEVELS = 4, 16
 
@@ -57,16 +63,17 @@ def is_fused(code: Code) -> bool:
     return node is None and levels <= _MAX_FUSED_LEVELS and code.low_bits <= _MAX_FUSED_LOW_BITS
 
 
-def is_faster_flat(spec: TensorSpec, isa: str) -> bool:
+def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
         spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
         isa: the name of the instruction set, as `_core.isa()` has it.
+        threads: of products.
     """
     if isa == "scalar":
         return False
-    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
+    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS or threads <= _MOST_FLAT_THREADS:
         return True
     return not is_fused(spec.code)
 
@@ -78,19 +85,20 @@ class MemoryPlan:
         model: the folder.
         memory: "file" for none, "fast" for all, "auto" for those that are faster flat on this machine, if all of them
             fit its memory.
+        threads: of products.
     Attributes:
         flat: the names of the matrices to transcode when they are first multiplied with.
         flat_bytes: about what their flat forms take.
         available_bytes: memory that was free; `None` if unknown.
     """
 
-    def __init__(self, model: CompressedModel, memory: Memory) -> None:
+    def __init__(self, model: CompressedModel, memory: Memory, threads: int) -> None:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
-            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa())):
+            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
         fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes
@@ -125,36 +133,67 @@ def _group_memory(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 class MatrixSlot:
-    """One matrix of a model in the form that it has now. Safe to use from several threads.
+    """One matrix of a model in the form that it has now. Safe to use from several threads, and after a fork.
 
     Args:
         matrix: the matrix, coded.
         becomes_flat: whether it is to be transcoded when it is first multiplied with.
         on_flat: called once it is, when its bytes in the file are no longer read.
+        check: called before its bytes are first used; raises CorruptStreamError if they are damaged. `None` for no
+            check.
     """
 
-    def __init__(self, matrix: CodedMatrix, becomes_flat: bool, on_flat: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        matrix: CodedMatrix,
+        becomes_flat: bool,
+        on_flat: Callable[[], None],
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self._matrix = matrix
         self._becomes_flat = becomes_flat and matrix.can_be_flat
         self._on_flat = on_flat
+        self._check = check
         self._lock = threading.Lock()
+        _slots.add(self)
 
     @property
     def matrix(self) -> CodedMatrix:
-        """The matrix as it is."""
+        """The matrix as it is, checked or not."""
+        return self._matrix
+
+    def checked(self) -> CodedMatrix:
+        """The matrix in the form that it has, to look rows up in.
+
+        Raises:
+            CorruptStreamError: its bytes differ from their checksum.
+        """
+        if self._check is not None:
+            with self._lock:
+                self._run_check()
         return self._matrix
 
     def ready(self, pool: _core.ThreadPool) -> CodedMatrix:
         """The matrix to multiply with, transcoded first if that is due.
 
         Raises:
-            CorruptStreamError: a block does not decode.
+            CorruptStreamError: its bytes differ from their checksum, or a block does not decode.
         """
-        if self._becomes_flat:
+        if self._becomes_flat or self._check is not None:
             with self._lock:
+                self._run_check()
                 if self._becomes_flat:
                     self._transcode(pool)
         return self._matrix
+
+    def renew_lock(self) -> None:
+        """Forget a lock that a thread of the parent process held when this process was forked."""
+        self._lock = threading.Lock()
+
+    def _run_check(self) -> None:
+        if self._check is not None:
+            self._check()
+            self._check = None
 
     def _transcode(self, pool: _core.ThreadPool) -> None:
         try:
@@ -167,16 +206,37 @@ class MatrixSlot:
         self._on_flat()
 
 
-def transcode_ahead(slots: list[MatrixSlot], pool: _core.ThreadPool) -> None:
-    """Start a thread that makes slots ready in their order; it ends early when the program does."""
+def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
+    """Start a thread that prepares slots in their order; it ends early when the program does.
+
+    Args:
+        slots: matrices to multiply with, which are checked and transcoded.
+        looked_up: matrices that are only read by row; they come first, and are checked.
+        pool: threads to transcode on.
+    """
 
     def run() -> None:
-        for slot in slots:
+        steps: list[Callable[[], object]] = [slot.checked for slot in looked_up]
+        steps += [partial(slot.ready, pool) for slot in slots]
+        for step in steps:
             if not threading.main_thread().is_alive():
                 return
             try:
-                slot.ready(pool)
+                step()
             except CorruptStreamError:
-                return  # the product that needs it says so
+                return  # what needs the matrix says so
 
-    threading.Thread(target=run, name="entrollm-transcode").start()
+    threading.Thread(target=run, name="entrollm-prepare").start()
+
+
+_slots: WeakSet[MatrixSlot] = WeakSet()
+
+
+def _renew_locks() -> None:
+    for slot in _slots:
+        slot.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that prepares slots ends with the fork, whatever it holds.
+    os.register_at_fork(after_in_child=_renew_locks)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from entrollm import _core
+from entrollm.checkpoint.names import natural_key
 from entrollm.engine.memory import MemoryPlan
 from entrollm.format.code import Code
 from entrollm.format.reader import CompressedModel
@@ -72,7 +73,7 @@ def report_memory(
     Raises:
         FormatError: a matrix is malformed or does not decode.
     """
-    plan = MemoryPlan(model, "auto")
+    plan = MemoryPlan(model, "auto", pool.size)
     total = sum(spec.rows * spec.columns for spec in model.specs.values())
     done = 0
     found = []
@@ -94,4 +95,5 @@ def report_memory(
         done += spec.rows * spec.columns
         if on_progress is not None:
             on_progress(done, total)
+    found.sort(key=lambda matrix: natural_key(matrix.name))
     return MemoryReport(tuple(found), _core.isa(), plan.available_bytes)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from entrollm import errors
+from entrollm.checkpoint.panics import panics_named
+from entrollm.engine.answer import AnswerText
+from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from entrollm.engine.chat import ChatTemplate, Message
 
 Prompt = str | Sequence[int]
+_OTHER_WAY = errors.Message("transformers may run it, with the plugin entrollm.hf for a compressed folder")
 
 
 class Model:
@@ -38,8 +44,13 @@ class Model:
     """
 
     def __init__(self, files: ModelFiles, weights: Weights) -> None:
-        self._config = read_config(Fields(files.config, "config.json"))
-        self._decoder = Decoder(self._config, weights)
+        try:
+            self._config = read_config(Fields(files.config, "config.json"))
+            self._decoder = Decoder(self._config, weights)
+        except UnsupportedError as error:
+            if "entrollm.hf" in str(error):
+                raise
+            raise UnsupportedError(error.message, hint=_OTHER_WAY) from None
         self._tokenizer = files.tokenizer
         self._no_tokenizer = files.no_tokenizer
         self._generation_config = Fields(files.generation_config, "generation_config.json")
@@ -81,6 +92,19 @@ class Model:
             ValueError: there are none, they are not one-dimensional, or one is outside the vocabulary.
         """
         return self._decoder.forward(self._checked(ids), self._decoder.new_cache())
+
+    def step(self, steps: Sequence[SequenceStep]) -> Floats:
+        """Run the model on the next tokens of several sequences at once; see Decoder.step.
+
+        Raises:
+            TypeError: ids are not integers.
+            ValueError: there are no steps, two of them share a cache, or ids are as for logits.
+        """
+        if not steps:
+            raise ValueError("a step should have at least one sequence")
+        if len({id(step.cache) for step in steps}) < len(steps):
+            raise ValueError("two sequences of a step share a cache; give each one of its own, from new_cache()")
+        return self._decoder.step([replace(step, ids=self._checked(step.ids)) for step in steps])
 
     def generate(
         self,
@@ -137,14 +161,40 @@ class Model:
         # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
         return self._generation(self.encode_chat(messages), [], cache, options)
 
-    def encode(self, text: str) -> list[int]:
+    def new_answer(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        continues_text: bool,
+        context_length: int | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> AnswerText:
+        """What chooses the tokens of an answer and makes its text, for callers that run `step` themselves.
+
+        Args:
+            prompt_ids: token ids, at least one.
+            continues_text: whether the answer is a continuation of the prompt's text, and not a text of its own.
+            context_length: tokens of prompt and answer together; by default the model's.
+            options: as for generate.
+        Raises:
+            TypeError, ValueError, UnsupportedError: as for generate.
+        """
+        ids = self._checked_list(prompt_ids)
+        context_length = context_length or self._config.context_length
+        if len(ids) >= context_length:
+            raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {context_length}")
+        resolved = resolve_options(options, self._generation_config, self._config.eos_token_ids, len(ids))
+        detokenizer = Detokenizer(self._tokenizer, ids if continues_text else []) if self._tokenizer else None
+        return AnswerText(resolved, self._config.vocab_size, ids, context_length - len(ids), detokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of `text`, with the special tokens that tokenizer.json adds; the start token for "".
 
         Raises:
             ValueError: the model has no tokenizer, `text` is empty and there is no start token, or it holds lone
                 surrogates, as text that was read from bytes other than UTF-8 does.
         """
-        ids = self._encode(text, add_special_tokens=True)
+        ids = self._encode(text, add_special_tokens=add_special_tokens)
         start = next(iter(self._generation_config.token_ids("bos_token_id")), self._config.bos_token_id)
         if not ids and start is None:
             raise ValueError("the prompt is empty, and the model names no start token to begin with; give a prompt")
@@ -180,7 +230,8 @@ class Model:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with panics_named("tokenizer.json"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _generation(
         self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords

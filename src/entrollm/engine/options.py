@@ -82,6 +82,9 @@ class GenerateKeywords(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     seed: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,9 @@ def _sampling(keywords: GenerateKeywords, model: SamplingOptions, do_sample: boo
         top_p=_first(keywords.get("top_p"), model.top_p),
         min_p=_first(keywords.get("min_p"), model.min_p),
         seed=keywords.get("seed"),
+        presence_penalty=_first(keywords.get("presence_penalty"), 0.0),
+        frequency_penalty=_first(keywords.get("frequency_penalty"), 0.0),
+        logit_bias=_first(keywords.get("logit_bias"), {}),
     )
 
 

@@ -119,6 +119,18 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
     return SafetensorsFile(path, metadata, ordered, data)
 
 
+def header_bytes(path: Path) -> bytes:
+    """The length and the header of a safetensors file, as they are stored.
+
+    Raises:
+        FormatError: the file ends before its header does, or the header is longer than the format allows.
+    """
+    with path.open("rb") as stream:
+        length = _header_length(path, stream, os.fstat(stream.fileno()).st_size)
+        stream.seek(0)
+        return stream.read(_LENGTH_BYTES + length)
+
+
 def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
     """Parse UTF-8 JSON that must be one object without duplicate keys and without NaN.
 
@@ -151,29 +163,34 @@ def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
 
 def _read_header(path: Path, stream: BinaryIO, size_bytes: int) -> tuple[dict[str, Any], int]:
     """The parsed header, and the offset at which the data begins."""
+    length = _header_length(path, stream, size_bytes)
+    text = stream.read(length)
+    if not text.startswith(b"{"):
+        raise FormatError(
+            f"{path}: the header must begin with '{{', found {text[:1]!r}; this is not a safetensors file"
+        )
+    return parse_json_object(path, text, "the header"), _LENGTH_BYTES + length
+
+
+def _header_length(path: Path, stream: BinaryIO, size_bytes: int) -> int:
+    """The checked length of the header, which follows."""
     if size_bytes < _LENGTH_BYTES:
         raise FormatError(
             f"{path}: a safetensors file begins with an 8-byte length, found a file of {size_bytes} bytes; "
             "fetch the file again"
         )
-    header_bytes = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-    if header_bytes > _MAX_HEADER_BYTES:
+    length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+    if length > _MAX_HEADER_BYTES:
         raise FormatError(
-            f"{path}: the header claims {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are allowed; "
+            f"{path}: the header claims {length} bytes, at most {_MAX_HEADER_BYTES} are allowed; "
             "this is not a safetensors file, or it is a Git LFS pointer in place of one"
         )
-    data_begin = _LENGTH_BYTES + header_bytes
-    if data_begin > size_bytes:
+    if _LENGTH_BYTES + length > size_bytes:
         raise FormatError(
-            f"{path}: the header claims {header_bytes} bytes, but the file ends after {size_bytes} bytes; "
+            f"{path}: the header claims {length} bytes, but the file ends after {size_bytes} bytes; "
             "it is truncated, fetch it again"
         )
-    text = stream.read(header_bytes)
-    if not text.startswith(b"{"):
-        raise FormatError(
-            f"{path}: the header must begin with '{{', found {text[:1]!r}; this is not a safetensors file"
-        )
-    return parse_json_object(path, text, "the header"), data_begin
+    return length
 
 
 def _check_metadata(path: Path, metadata: object) -> dict[str, str]:

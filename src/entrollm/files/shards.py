@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError
+from entrollm.files.contents import check_contents, check_names
 from entrollm.files.safetensors import SafetensorsFile, open_safetensors, parse_json_object
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD_PATTERN = re.compile(r"model-\d+-of-\d+\.safetensors")
-
-
-ADAPTER = (
-    "an adapter (LoRA), which is not a whole model; merge it into the model that it was trained on, with "
-    "peft's merge_and_unload and save_pretrained, and use that"
-)
 
 
 def is_gguf(path: Path) -> bool:
@@ -31,7 +26,7 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
         the files by name.
     Raises:
         FormatError: a file or the index is missing or malformed, or they do not agree.
-        UnsupportedError: the weights are PyTorch pickles.
+        UnsupportedError: the folder holds other files in place of them; the message names them.
         ValueError: the folder holds GGUF files, which are models of their own.
     """
     index_path, single_path = path / _INDEX, path / _SINGLE
@@ -42,27 +37,8 @@ def open_weight_files(path: Path) -> dict[str, SafetensorsFile]:
         return _open_shards(path, weight_map)
     if single_path.is_file():
         return {_SINGLE: open_safetensors(single_path)}
-    present = sorted(file.name for file in path.iterdir())
-    if "adapter_model.safetensors" in present or "adapter_config.json" in present:
-        raise UnsupportedError(f"{path} holds {ADAPTER}")
-    consolidated = [name for name in present if name.startswith("consolidated") and name.endswith(".safetensors")]
-    if consolidated:
-        raise UnsupportedError(
-            f"{path} holds {consolidated[0]}, weights in the layout of their maker's own tools; use the checkpoint in "
-            "the layout of transformers, or convert it"
-        )
-    if any(name.endswith(".safetensors") for name in present):
-        shards = ", ".join(name for name in present if name.endswith(".safetensors"))
-        raise FormatError(f"{path} has neither {_SINGLE} nor {_INDEX}, only {shards}; fetch the index as well")
-    pickles = [name for name in present if name.endswith((".bin", ".pth", ".pt"))]
-    if pickles:
-        raise UnsupportedError(
-            f"{path} holds PyTorch pickles ({pickles[0]}), which can run code when they are read; convert them to "
-            "safetensors: load with transformers and call save_pretrained"
-        )
-    gguf = [name for name in present if name.endswith(".gguf")]
-    if gguf:
-        raise ValueError(f"{path} holds GGUF files; name the file, such as {path / gguf[0]}")
+    check_contents(path, str(path), has_safetensors=any(path.glob("*.safetensors")))
+    check_names(path, (_SINGLE, _INDEX))
     raise FormatError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and its shards")
 
 

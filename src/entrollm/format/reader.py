@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
+from entrollm.files.contents import check_contents
 from entrollm.files.safetensors import SafetensorsFile, parse_json_object
 from entrollm.files.shards import open_weight_files
 from entrollm.format import layout
+from entrollm.format.checksums import check_files
 from entrollm.format.entry import split_entries
 from entrollm.format.header import parse_specs, read_tensors, versions_read
 from entrollm.format.spec import READ_VERSIONS, TensorSpec
@@ -51,15 +53,22 @@ class CompressedModel:
         self._plain_checksums = plain
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, check: bool = True) -> Self:
         """Open a compressed model folder.
 
+        Args:
+            path: the folder.
+            check: compare the small files and the headers with their checksums; those of tensors are compared by
+                `check_checksum`.
         Raises:
-            FormatError: the folder, a shard or a spec is malformed; the message names it.
+            FormatError: the folder, a shard or a spec is malformed, or a file differs from its checksum; the message
+                names it.
             UnsupportedError: a newer version wrote the folder.
             ValueError: the path is not a folder of a compressed model.
         """
         path = Path(path)
+        if check:
+            check_files(path)
         config = read_config(path)
         if not is_compressed(config):
             raise ValueError(f"{path} is not a compressed model; `entrollm compress {path} -o OUT` makes one")
@@ -93,7 +102,7 @@ class CompressedModel:
             FormatError: an entry has the wrong type or is empty.
         """
         file = self._files[name]
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for suffix in layout.SUFFIXES:
             entry = file.tensors.get(name + suffix)
             if entry is None:
@@ -171,12 +180,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FormatError: it is missing or malformed.
+        UnsupportedError: the folder holds something else; the message names it.
         ValueError: the path is not a folder.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is {'a file' if path.exists() else 'missing'}; expected a model folder")
     config_path = path / "config.json"
     if not config_path.is_file():
+        check_contents(path, f"{path} has no config.json; it")
         raise FormatError(f"{path} has no config.json; expected a model folder")
     return parse_json_object(config_path, config_path.read_bytes(), "the configuration")
 

@@ -18,6 +18,7 @@ from entrollm.format import layout
 from entrollm.format.header import TensorTable
 from entrollm.format.layout import FileEntry
 from entrollm.format.stored import StoredMatrix
+from entrollm.system import naming
 
 _COPY_BYTES = 1 << 22
 
@@ -59,7 +60,7 @@ class ShardWriter:
             entry = FileEntry(matrix.name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
             if suffix == layout.CODED:
                 self.entries.append(entry)
-                self._spool.write(array.view(np.uint8).data)
+                self._write(array.view(np.uint8))
             else:
                 self._small.append((entry, array))
         self.table.add_matrix(matrix)
@@ -78,7 +79,7 @@ class ShardWriter:
         size_bytes = checksum = 0
         for chunk in chunks:
             data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8)
-            self._spool.write(data.data)
+            self._write(data)
             size_bytes += data.nbytes
             checksum = zlib.crc32(data.data, checksum)
         self.table.add_plain(name, checksum)
@@ -90,7 +91,7 @@ class ShardWriter:
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
             self._flush_small()
-            with temporary.open("wb") as out:
+            with naming(self.path), temporary.open("wb") as out:
                 out.write(layout.build_header(self.entries, self._metadata()))
                 self._spool.seek(0)
                 shutil.copyfileobj(self._spool, out, _COPY_BYTES)
@@ -100,6 +101,10 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
             self._spool.close()
+
+    def _write(self, data: NDArray[np.uint8]) -> None:
+        with naming(self.path):
+            self._spool.write(data.data)
 
     def _metadata(self) -> dict[str, str]:
         return {layout.FORMAT_KEY: "pt"} if self._ordinary else self.table.metadata()
@@ -112,7 +117,7 @@ class ShardWriter:
     def _flush_small(self) -> None:
         for entry, array in self._small:
             self.entries.append(entry)
-            self._spool.write(array.view(np.uint8).data)
+            self._write(array.view(np.uint8))
         self._small.clear()
 
     def __enter__(self) -> Self:

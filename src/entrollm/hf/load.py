@@ -12,7 +12,7 @@ from torch import nn
 from entrollm.checkpoint.resolve import resolve
 from entrollm.errors import FormatError
 from entrollm.format.reader import CompressedModel
-from entrollm.torch.backend import Backend, default_backend
+from entrollm.torch.backend import Backend, checks_bytes, default_backend
 from entrollm.torch.weight import CodedWeight
 
 
@@ -23,6 +23,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     auto_class: Any = None,
     backend: Backend = "auto",
+    check: bool = True,
     **options: Any,
 ) -> Any:
     """Load a compressed model.
@@ -34,27 +35,29 @@ def load(
         auto_class: the class to load it with, such as transformers.AutoModel; by default the architecture that
             config.json names.
         backend: how to multiply, as in `set_backend`.
+        check: compare all bytes with their checksums before they are loaded, as plain from_pretrained does.
         options: further options of from_pretrained.
     Returns:
         the model, in evaluation mode.
     Raises:
-        FormatError: the folder is malformed or its architecture is unknown to transformers.
+        FormatError: the folder is malformed or damaged, or its architecture is unknown to transformers.
         UnsupportedError: it has another version of the format, or its device needs packages that are missing.
         ValueError: it is not a compressed model, or there is no such device.
     """
     _check_backend(backend)
     path = resolve(model)
-    with CompressedModel.open(path) as stored:
+    with CompressedModel.open(path, check=check) as stored:
         kind = auto_class or _architecture(path, stored.config)
     if device is not None:
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
         options["device_map"] = {"": device}
-    token = default_backend.set(backend)
+    token, check_token = default_backend.set(backend), checks_bytes.set(check)
     try:
         return kind.from_pretrained(path, dtype=dtype, **options)
     finally:
         default_backend.reset(token)
+        checks_bytes.reset(check_token)
 
 
 def set_backend(model: nn.Module, backend: Backend) -> None:

@@ -24,7 +24,7 @@ from entrollm.hf.parallel import is_parallel, load_parts, mark_local
 from entrollm.hf.resize import refuse_resizing
 from entrollm.hf.save import save_pretrained
 from entrollm.matrix import matrix_of
-from entrollm.torch.backend import check_cuda_packages, default_backend, uses_cuda_kernels
+from entrollm.torch.backend import check_cuda_packages, checks_bytes, default_backend, uses_cuda_kernels
 from entrollm.torch.entries import to_tensor
 from entrollm.torch.layers import put_weight, watch_inputs
 from entrollm.torch.parallel import without_entries
@@ -75,7 +75,10 @@ class EntroQuantizer(HfQuantizer):
 
     def _prepare_stored(self, model: Any, folder: Path) -> None:
         """Put modules for the folder's matrices into the model, whose entries transformers then loads."""
-        with CompressedModel.open(folder) as stored:
+        with CompressedModel.open(folder, check=checks_bytes.get()) as stored:
+            if checks_bytes.get():
+                for name in (*stored.specs, *stored.plain):
+                    stored.check_checksum(name)
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
             make = without_entries if self._is_parallel else _on_meta
             for parameter in find_parameters(model, shapes, stored.plain, stored.are_equal).values():

@@ -17,8 +17,10 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from entrollm.compress.target import parse_size
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
+from entrollm.system import naming
 from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
@@ -111,12 +113,15 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
         total += path.stat().st_size
     if len(shards) > 1:
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": entries}, indent=1)
-        (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
+        with naming(folder / layout.INDEX_NAME):
+            (folder / layout.INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
     model.config.dtype = model.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+    # Only headers: tokenizers and configurations are saved by transformers too, after this.
+    (folder / CHECKSUMS_NAME).write_text(checksums_text(folder, ()), encoding="utf-8")
 
 
 def _plain_tensors(model: Any) -> dict[str, Tensor]:

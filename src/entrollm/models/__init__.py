@@ -5,28 +5,82 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from entrollm.errors import UnsupportedError
-from entrollm.models import llama, mistral, phi3, qwen2, qwen3
+from entrollm.models import (
+    cohere2,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm4,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    nemotron,
+    olmo2,
+    olmo3,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+)
 from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
 
 ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
+    "cohere2": cohere2.read_config,
+    "exaone4": exaone4.read_config,
+    "gemma": gemma.read_config,
+    "gemma2": gemma2.read_config,
+    "gemma3_text": gemma3.read_config,
+    "glm4": glm4.read_config,
+    "gpt2": gpt2.read_config,
+    "gpt_neox": gpt_neox.read_config,
+    "granite": granite.read_config,
     "llama": llama.read_config,
+    "ministral": ministral.read_config,
+    "ministral3": ministral3.read_config,
     "mistral": mistral.read_config,
+    "nemotron": nemotron.read_config,
+    "olmo2": olmo2.read_config,
+    "olmo3": olmo3.read_config,
+    "phi": phi.read_config,
     "phi3": phi3.read_config,
     "qwen2": qwen2.read_config,
     "qwen3": qwen3.read_config,
+    "seed_oss": seed_oss.read_config,
+    "smollm3": smollm3.read_config,
+    "stablelm": stablelm.read_config,
 }
+# Models of text and images, by model type: what model type their text part has where its section names none.
+MULTIMODAL: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
+# What a section for the text part leaves to the whole.
+_SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """Read config.json with the architecture that its model_type names.
+    """Read config.json with the architecture that its model_type names; of a multimodal model, that of its text part.
 
     Raises:
         FormatError: a value is missing, of the wrong type, out of range or inconsistent with another.
         UnsupportedError: the model type, or an option of it, is not implemented.
     """
     model_type = fields.text("model_type")
+    if model_type in MULTIMODAL:
+        text = fields.section("text_config")
+        whole = Fields({"model_type": MULTIMODAL[model_type]}, text.source).updated(text)
+        fields = whole.updated(fields.only(*_SHARED), text.source)
+        model_type = fields.text("model_type")
     if model_type not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise UnsupportedError(f"{fields.source}: model_type {model_type!r} is not supported; supported: {supported}")
+        supported = ", ".join(sorted({*ARCHITECTURES, *MULTIMODAL}))
+        raise UnsupportedError(
+            f"{fields.source}: model_type {model_type!r} is not supported; supported: {supported}. The transformers "
+            "plugin (entrollm.hf) runs any other architecture of transformers"
+        )
     return ARCHITECTURES[model_type](fields)

@@ -1,18 +1,75 @@
-"""What config.json says about a decoder, checked."""
+"""The description of a decoder: its sizes, and the known parts that its layers combine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
-from entrollm.errors import FormatError, UnsupportedError
-from entrollm.models.config_fields import Fields
-from entrollm.models.rope import Rope, RotatedHeads, read_rope
+from entrollm.models.rope import Rope
 
-_MAX_LAYERS = 4096
-_MAX_CONTEXT = 2**31
-# What use_sliding_window turns on where there is no sliding_window.
-_LAYERED_WINDOW = 4096
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The names of the tensors outside the layers; the layers' start with `layers` and their number.
+
+    Attributes:
+        embedding, head: matrices, with `.weight`.
+        norm: the last norm, without `.weight`.
+        positions: the matrix of position embeddings that are added to the tokens'; None if there is none.
+    """
+
+    embedding: str = "model.embed_tokens.weight"
+    layers: str = "model.layers."
+    norm: str = "model.norm"
+    head: str = "lm_head.weight"
+    positions: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The parts of a layer, by their names in it, and the order in which they run.
+
+    A layer adds to its input what attention makes of it, and to the sum what the feed-forward part makes of that.
+
+    Attributes:
+        qkv: the projections to queries, keys and values: three matrices, or one for all.
+        output: the projection of the mixed values.
+        up: the projections into the feed-forward part: gate and up, one for both, or up alone.
+        down: the projection out of it.
+        q_norm, k_norm: the norms of queries and keys, where the model has them.
+        attention_norm, mlp_norm: the norms of the inputs; None if there is none.
+        attention_output_norm, mlp_output_norm: the norms of the outputs before they are added; None if there is none.
+        is_parallel: the feed-forward part reads the input of the layer, as attention does.
+        is_transposed: matrices are stored as (in_features, out_features).
+    """
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    attention_norm: str | None = "input_layernorm"
+    attention_output_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_output_norm: str | None = None
+    is_parallel: bool = False
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """How a model normalises: by the root mean square, unless it is centered.
+
+    Attributes:
+        is_centered: the mean is subtracted first (LayerNorm).
+        weight_offset: added to the stored weights.
+        has_bias: a bias is added.
+    """
+
+    is_centered: bool = False
+    weight_offset: float = 0.0
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +78,24 @@ class ModelConfig:
 
     Attributes:
         model_type: as in config.json.
+        norm_eps: of all norms.
         context_length: tokens of prompt and answer together that the model was made for.
         tied_embeddings: the output head is the embedding matrix.
         rope: the rotary position embedding.
         windows: per layer, how many tokens back (itself included) a token sees; None for all.
-        qkv_bias, output_bias, mlp_bias: which projections add a bias.
-        qk_norm: queries and keys are normalised per head.
-        fused: q, k and v are one matrix, and so are gate and up.
+        layer_ropes: per layer, its rotary embedding, or None for a layer without; an empty tuple if all have `rope`.
+        has_rotated_neighbours: features 2i and 2i + 1 of a head are rotated together, not those half a rotation apart.
+        qkv_bias, output_bias, mlp_bias, head_bias: which projections add a bias.
+        is_qkv_by_head: the rows of a fused projection are ordered by head, the query, key and value of each together.
+        qk_norm: queries and keys are normalised, per head or over their whole width.
+        attention_scale: factor on the scores; None for head_dim ** -0.5.
+        attention_cap, logit_cap: cap * tanh(x / cap) bounds the scores and the logits; None if it does not.
+        activation: the nonlinearity of the feed-forward part, by its name in config.json.
+        is_gated: the activation of one projection multiplies the other.
+        embedding_scale, residual_scale, logit_scale: factors on the embeddings, on all that layers add, on the logits.
+        norm: the kind of norm.
+        block: the parts of a layer.
+        names: of the tensors.
         bos_token_id: the token that starts a text, if any.
         eos_token_ids: the tokens that end one.
     """
@@ -45,120 +113,34 @@ class ModelConfig:
     tied_embeddings: bool
     rope: Rope
     windows: tuple[int | None, ...]
+    layer_ropes: tuple[Rope | None, ...] = ()
+    has_rotated_neighbours: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    fused: bool = False
+    head_bias: bool = False
+    is_qkv_by_head: bool = False
+    qk_norm: Literal["", "head", "width"] = ""
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    activation: str = "silu"
+    is_gated: bool = True
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    norm: Norm = field(default_factory=Norm)
+    block: Block = field(default_factory=Block)
+    names: Names = field(default_factory=Names)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary embedding of each layer."""
+        return self.layer_ropes or (self.rope,) * self.num_layers
 
-@dataclass(frozen=True)
-class Defaults:
-    """What an architecture assumes where config.json is silent; the values are those of transformers.
-
-    Attributes:
-        context_length: max_position_embeddings.
-        original_context_length: original_max_position_embeddings, if that is a field of its own; None for the
-            context length.
-        head_dim: features per head; None for hidden_size / heads.
-        kv_heads: key-value heads; None for as many as query heads, which null always means.
-        bos_token_id, eos_token_id: the start and the end token; None if the architecture assumes none.
-        partial_rotary: the architecture can rotate a part of each head.
-        rope_aliases: names of rope types that mean another one.
-    """
-
-    context_length: int
-    original_context_length: int | None = None
-    head_dim: int | None = None
-    kv_heads: int | None = None
-    norm_eps: float = 1e-6
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    partial_rotary: bool = False
-    rope_aliases: Mapping[str, str] = field(default_factory=dict)
-
-
-def read_decoder(fields: Fields, defaults: Defaults) -> ModelConfig:
-    """Read what all architectures share; every layer sees all tokens and no projection has a bias.
-
-    The sizes of the model must be there; everything else has the architecture's default.
-
-    Raises:
-        FormatError: a value is missing, of the wrong type, out of range or inconsistent with another.
-        UnsupportedError: the activation or the rotary embedding is not implemented.
-    """
-    activation = fields.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise UnsupportedError(f"{fields.source}: hidden_act {activation!r} is not supported; supported: silu")
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.optional_integer("num_key_value_heads", defaults.kv_heads) or num_heads
-    if num_heads % num_kv_heads:
-        raise FormatError(
-            f"{fields.source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
-    head_dim = fields.optional_integer("head_dim", high=2**16) or defaults.head_dim
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise FormatError(
-                f"{fields.source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}"
-            )
-        head_dim = hidden_size // num_heads
-    num_layers = fields.integer("num_hidden_layers", high=_MAX_LAYERS)
-    context_length = fields.integer("max_position_embeddings", defaults.context_length, high=_MAX_CONTEXT)
-    heads = RotatedHeads(
-        head_dim,
-        context_length,
-        defaults.original_context_length,
-        is_partial=defaults.partial_rotary,
-        aliases=defaults.rope_aliases,
-    )
-    rope = read_rope(fields, heads)
-    return ModelConfig(
-        model_type=fields.text("model_type"),
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        norm_eps=fields.number("rms_norm_eps", defaults.norm_eps, high=1.0),
-        context_length=int(context_length * rope.context_factor),
-        tied_embeddings=fields.flag("tie_word_embeddings", False),
-        rope=rope,
-        windows=(None,) * num_layers,
-        bos_token_id=next(iter(fields.token_ids("bos_token_id", defaults.bos_token_id)), None),
-        eos_token_ids=fields.token_ids("eos_token_id", defaults.eos_token_id),
-    )
-
-
-def uniform_windows(fields: Fields, num_layers: int, default: int | None = None) -> tuple[int | None, ...]:
-    """The same sliding_window, by default `default` and none for null, for every layer."""
-    return (fields.optional_integer("sliding_window", default, high=_MAX_CONTEXT),) * num_layers
-
-
-def layered_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """The windows of a model with use_sliding_window, max_window_layers and layer_types.
-
-    Raises:
-        FormatError: a value is malformed, or layers slide without a window.
-        UnsupportedError: a layer type other than full_attention and sliding_attention.
-    """
-    window = None
-    if fields.flag("use_sliding_window", False):
-        window = fields.optional_integer("sliding_window", _LAYERED_WINDOW, high=_MAX_CONTEXT)
-    if "layer_types" not in fields:
-        first = fields.integer("max_window_layers", 28, low=0)
-        return tuple(window if index >= first else None for index in range(num_layers))
-    kinds = fields.texts("layer_types", num_layers)
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedError(
-                f"{fields.source}: layer type {kind!r} is not supported; supported: full_attention, sliding_attention"
-            )
-    if window is None and "sliding_attention" in kinds:
-        raise FormatError(f"{fields.source}: layer_types has sliding_attention, but no sliding_window is in use")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    @property
+    def is_fused(self) -> bool:
+        """Whether queries, keys and values are one matrix."""
+        return len(self.block.qkv) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeGuard
 
 from entrollm.errors import FormatError
@@ -33,6 +33,24 @@ class Fields:
         """Whether the key is there, even with null."""
         return key in self._values
 
+    def keys(self) -> Iterable[str]:
+        """The keys that are there."""
+        return self._values.keys()
+
+    def updated(self, other: Fields, source: str | None = None) -> Fields:
+        """The object with the values of another one put over its own; null in the other one changes nothing.
+
+        Args:
+            other: the other one.
+            source: for messages; by default that of the other one.
+        """
+        values = {key: value for key, value in other._values.items() if value is not None or key not in self._values}
+        return Fields({**self._values, **values}, source or other.source)
+
+    def only(self, *keys: str) -> Fields:
+        """The object without other keys."""
+        return Fields({key: self._values[key] for key in keys if key in self}, self.source)
+
     def raw(self, key: str) -> object:
         """The value as it is, or None."""
         return self._values.get(key)
@@ -52,6 +70,15 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.error(key, f"an integer from {low} to {high}")
         return value
+
+    def integers(self, key: str, count: int, *, low: int = 0, high: int = MAX_SIZE) -> list[int]:
+        """A list of `count` integers in [low, high]."""
+        value = self._values.get(key)
+        if isinstance(value, list) and len(value) == count:
+            found = [item for item in value if type(item) is int and low <= item <= high]
+            if len(found) == count:
+                return found
+        raise self.error(key, f"a list of {count} integers from {low} to {high}")
 
     def optional_integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_SIZE

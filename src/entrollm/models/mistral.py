@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from entrollm.models.config import Defaults, ModelConfig, read_decoder, uniform_windows
+from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
+from entrollm.models.read import Defaults, read_decoder, uniform_windows
 
 _DEFAULTS = Defaults(context_length=131072, kv_heads=8, bos_token_id=1, eos_token_id=2)
 _WINDOW = 4096

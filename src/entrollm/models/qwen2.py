@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from entrollm.models.config import Defaults, ModelConfig, layered_windows, read_decoder
+from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
+from entrollm.models.read import Defaults, layered_windows, read_decoder
 
 _DEFAULTS = Defaults(context_length=32768, kv_heads=32)
 

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from entrollm.models.config import Defaults, ModelConfig, layered_windows, read_decoder
+from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
+from entrollm.models.read import Defaults, layered_windows, read_decoder
 
 _DEFAULTS = Defaults(context_length=32768, head_dim=128, kv_heads=32)
 
@@ -14,7 +15,7 @@ def read_config(fields: Fields) -> ModelConfig:
     attention_bias = fields.flag("attention_bias", False)
     return replace(
         config,
-        qk_norm=True,
+        qk_norm="head",
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         windows=layered_windows(fields, config.num_layers),

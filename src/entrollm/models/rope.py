@@ -28,6 +28,8 @@ class Rope:
         long_frequencies: used instead, for every position, once the sequence is longer than `switch_length` (longrope).
         switch_length: tokens.
         context_factor: how far this variant stretches max_position_embeddings.
+        query_growth: queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 is off.
+        growth_length: tokens.
     """
 
     frequencies: Floats
@@ -35,6 +37,8 @@ class Rope:
     long_frequencies: Floats | None = None
     switch_length: int = 0
     context_factor: float = 1.0
+    query_growth: float = 0.0
+    growth_length: int = 0
 
     def is_long(self, length: int) -> bool:
         """Whether a sequence of `length` tokens uses the long frequencies."""
@@ -56,6 +60,15 @@ class RopeTables:
             table = self._compute(max(256, 2 * stop), is_long)
             self._tables[is_long] = table
         return table[0][start:stop], table[1][start:stop]
+
+    def query_factors(self, start: int, count: int) -> Floats | None:
+        """What queries are multiplied by, float32 (count, 1, 1), at the positions from `start`; None if by 1."""
+        rope = self._rope
+        if not rope.query_growth:
+            return None
+        steps = np.arange(start, start + count, dtype=np.float32)[:, None, None] // np.float32(rope.growth_length)
+        factors: Floats = 1 + np.float32(rope.query_growth) * np.log(1 + steps)
+        return factors
 
     def _compute(self, length: int, is_long: bool) -> tuple[Floats, Floats]:
         long = self._rope.long_frequencies
@@ -91,15 +104,19 @@ class RotatedHeads:
         head_dim: features per attention head.
         context_length: max_position_embeddings.
         original_context_length: what original_max_position_embeddings is by default; None for the context length.
-        is_partial: whether the architecture honours partial_rotary_factor.
+        partial: the default of partial_rotary_factor; None if the architecture does not honour it.
         aliases: names of rope types that mean another one in this architecture.
+        theta: the base of the frequencies by default.
+        keys: names of fields of config.json that are not the usual ones, by the usual name.
     """
 
     head_dim: int
     context_length: int
     original_context_length: int | None = None
-    is_partial: bool = False
+    partial: float | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    theta: float = 10000.0
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_rope(config: Fields, heads: RotatedHeads) -> Rope:
@@ -113,21 +130,39 @@ def read_rope(config: Fields, heads: RotatedHeads) -> Rope:
         UnsupportedError: the rope type, or a partial rotation, is not implemented for this architecture.
     """
     fields = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    key = heads.keys.get("rope_theta", "rope_theta")
+    theta = config.number(key, heads.theta, low=1.0, high=MAX_FACTOR)
+    return read_rope_section(config, fields, heads, theta)
+
+
+def read_rope_section(config: Fields, fields: Fields, heads: RotatedHeads, theta: float) -> Rope:
+    """Read one rotary embedding.
+
+    Args:
+        config: the whole of config.json.
+        fields: the section of it that describes the embedding.
+        heads: the heads that are rotated.
+        theta: the base of the frequencies, unless the section has it.
+    Raises:
+        FormatError, UnsupportedError: as for `read_rope`.
+    """
     written_kind = fields.text("rope_type", fields.text("type", "default"))
     kind = heads.aliases.get(written_kind, written_kind)
     if kind not in _VARIANTS:
         supported = ", ".join(sorted(_VARIANTS))
         raise UnsupportedError(f"{fields.source}: rope type {kind!r} is not supported; supported: {supported}")
-    holder = fields if "partial_rotary_factor" in fields else config
-    factor = holder.number("partial_rotary_factor", 1.0, high=1.0)
-    if factor != 1.0 and not heads.is_partial:
-        raise UnsupportedError(f"{holder.source}: partial_rotary_factor {factor} is not supported for this model type")
+    holder, key = fields, "partial_rotary_factor"
+    if key not in fields:
+        holder, key = config, heads.keys.get(key, key)
+    factor = holder.number(key, 1.0 if heads.partial is None else heads.partial, high=1.0)
+    if factor != 1.0 and heads.partial is None:
+        raise UnsupportedError(f"{holder.source}: {key} {factor} is not supported for this model type")
     rotary_dim = int(heads.head_dim * factor)
     if not 0 < rotary_dim + rotary_dim % 2 <= heads.head_dim:
         raise FormatError(
             f"{holder.source}: {rotary_dim} of {heads.head_dim} features per head cannot be rotated in pairs"
         )
-    theta = (fields if "rope_theta" in fields else config).number("rope_theta", 10000.0, low=1.0, high=MAX_FACTOR)
+    theta = fields.number("rope_theta", theta, low=1.0, high=MAX_FACTOR)
     original = heads.context_length
     if kind in _STRETCHED:
         # A field of config.json itself wins over one of the section, and so does its default where it has one.

@@ -14,6 +14,8 @@ from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText, Tuner, calibrat
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress import CodingOptions, check_output, compress_folder
+from entrollm.compress.folder import check_replaced
+from entrollm.compress.pipeline import side_contents
 from entrollm.compress.planning import make_plan, with_size
 from entrollm.compress.target import DEFAULT_TARGET
 from entrollm.recipes.device import open_device
@@ -36,7 +38,7 @@ def compress_calibrated(
     coding = options.coding()
     text = _text(options)
     check_output(out, overwrite)
-    _check_plan(model, coding)
+    _check_plan(model, out, coding)
     device = open_device(options.device)
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
@@ -72,15 +74,16 @@ def compress_calibrated(
     return CompressResult.of(written, None if tuner is None else tuner.result, search)
 
 
-def _check_plan(model: str | Path, coding: CodingOptions) -> None:
+def _check_plan(model: str | Path, out: Path, coding: CodingOptions) -> None:
     """Check before calibration what `compress_folder` would refuse after it, such as a checkpoint that is quantized.
 
     Raises:
-        ValueError: an option does not suit the checkpoint.
+        ValueError: an option does not suit the checkpoint, or the output would replace files of others.
     """
     sized = replace(coding, target=coding.target or DEFAULT_TARGET)
     with Checkpoint.open(resolve(model)) as checkpoint:
         make_plan(checkpoint, with_size(checkpoint, sized))
+        check_replaced(out, side_contents(checkpoint, coding))
 
 
 def _text(options: CompressOptions) -> CalibrationText:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from entrollm.compress.target import DEFAULT_BPW, Target, parse_size
 from entrollm.errors import Message, Option, OptionError, Placeholder
+from entrollm.threads import MAX_THREADS
 
 if TYPE_CHECKING:
     from entrollm.codec.choose import Prefer
@@ -167,6 +168,8 @@ def _check_values(options: CompressOptions) -> None:
             raise OptionError(
                 Message("{} must be at least {}, a whole number, found {!r}", Option(name), fewest, count)
             )
+    if options.threads is not None and options.threads > MAX_THREADS:
+        raise OptionError(Message("{} must be at most {}, found {}", Option("threads"), MAX_THREADS, options.threads))
 
 
 def _check_calibration(options: CompressOptions) -> None:
@@ -182,6 +185,10 @@ def _check_calibration(options: CompressOptions) -> None:
         raise OptionError(Message("{} goes with {} or {}", Option("sampled"), *_EITHER_TEXT))
     if options.device != "cpu":
         raise OptionError(Message("{} goes with {} or {}", Option("device", options.device), *_EITHER_TEXT))
+    if options.method != "feedback":
+        raise OptionError(Message("{} goes with {} or {}", Option("method", options.method), *_EITHER_TEXT))
+    if not options.drift:
+        raise OptionError(Message("{} goes with {} or {}", Option("drift", False), *_EITHER_TEXT))
 
 
 def _check_size(options: CompressOptions) -> None:

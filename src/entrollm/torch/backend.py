@@ -28,6 +28,9 @@ plain torch operations everywhere."""
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """The back end of coded weights that are made from now on."""
 
+checks_bytes: ContextVar[bool] = ContextVar("checks_bytes", default=True)
+"""Whether folders that are loaded from now on are compared with their checksums."""
+
 
 class Concatenation:
     """Opened matrices, one below the other, that multiply one by one."""

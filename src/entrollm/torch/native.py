@@ -14,6 +14,7 @@ from torch.nn import functional
 from entrollm import _core
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix, multiply, open_matrix
+from entrollm.threads import start_pool
 from entrollm.torch.entries import to_array
 
 # Weights that are decoded on the CPU at a time for another device.
@@ -108,7 +109,7 @@ def _pool() -> _core.ThreadPool:
 
 @functools.cache
 def _pool_of(threads: int) -> _core.ThreadPool:
-    return _core.ThreadPool(threads)
+    return start_pool(threads)
 
 
 # The threads must end before the interpreter does.

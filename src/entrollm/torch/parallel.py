@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from entrollm import _core
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
@@ -23,7 +22,7 @@ from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import matrix_of
-from entrollm.threads import default_threads
+from entrollm.threads import start_pool
 from entrollm.torch.backend import storage_device
 from entrollm.torch.entries import to_tensor
 from entrollm.torch.weight import CodedWeight
@@ -46,7 +45,7 @@ class PartCutter:
         self._stored = stored
         self._rank = rank
         self._size = size
-        self._pool = _core.ThreadPool(default_threads())
+        self._pool = start_pool()
 
     def part(self, name: str, length: int) -> Range:
         """This process's range of an axis, split as torch splits it.

@@ -149,3 +149,12 @@ def test_sparse_checkpoints_are_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", sparse, CASES["groups"][1])
     with pytest.raises(UnsupportedError, match="with a sparsity_config; only dense weights are supported"):
         Checkpoint.open(tmp_path / "source")
+
+
+def test_rotated_checkpoints_are_refused(tmp_path: Path) -> None:
+    rotated = config("pack-quantized", transform_config={"config_groups": {"R1": {"type": "hadamard"}}})
+    write_source(tmp_path / "source", rotated, CASES["groups"][1])
+    with pytest.raises(UnsupportedError, match=r"source: .*with a transform_config.*use the original checkpoint"):
+        Checkpoint.open(tmp_path / "source")
+    write_source(tmp_path / "plain", config("pack-quantized", transform_config={}), CASES["groups"][1])
+    Checkpoint.open(tmp_path / "plain").close()

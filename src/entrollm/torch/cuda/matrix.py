@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entrollm import _core
 from entrollm.errors import UnsupportedError
 from entrollm.matrix import CodedMatrix
-from entrollm.threads import default_threads
+from entrollm.threads import start_pool
 from entrollm.torch.cuda.decode import decode
 from entrollm.torch.cuda.device_matrix import DeviceMatrix, load
 from entrollm.torch.cuda.gpu import gpu_of
@@ -34,7 +33,7 @@ class CudaMatrix:
         _check_device(device)
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        threads = _core.ThreadPool(default_threads())
+        threads = start_pool()
         self._setup([load(matrix, threads, device) for matrix in matrices], device)
 
     @classmethod

@@ -1,0 +1,80 @@
+"""`entrollm bench`: how fast a compressed model runs here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, stdout
+
+if TYPE_CHECKING:
+    from entrollm.engine.benchmark import ModelSpeed
+    from entrollm.report import Table
+
+EXAMPLES = (
+    ("entrollm bench OUT", "tokens per second from the file and from memory"),
+    ("entrollm bench OUT --threads 1 --tokens 128", "with one thread, over more tokens"),
+    ("ENTROLLM_ISA=avx2 entrollm bench OUT", "as on a processor without AVX-512"),
+)
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="OUT", help="A folder made by `entrollm compress`.")],
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="auto|file|fast",
+            help="A choice of --memory to time; give it more than once for several. By default file and fast.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the long prompt.")] = 256,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to make one after the other.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to time each choice; they take turns.")] = 5,
+    threads: ThreadsOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time a model on this machine: its first token, a long prompt, and tokens one after the other.
+
+    Prompts are random tokens, since speed does not depend on what they say. Rates are the median of all rounds, with
+    the slowest and the fastest. Nothing else should be running.
+    """
+    from entrollm import _core
+    from entrollm.engine.benchmark import measure_speeds
+    from entrollm.engine.memory import check_memory
+    from entrollm.threads import default_threads
+
+    threads = threads or default_threads()
+    choices = [check_memory(choice) for choice in memory or ("file", "fast")]
+    speeds = measure_speeds(model, choices, threads, prompt=prompt, tokens=tokens, rounds=rounds)
+    if json_output:
+        facts = [asdict(speed) for speed in speeds]
+        print_json({"isa": _core.isa(), "threads": threads, "prompt_tokens": prompt, "speeds": facts})
+        return
+    stdout.print(_table(f"{model}: {_core.isa()}, {threads} thread{'s'[: threads > 1]}", prompt, speeds).to_rich())
+
+
+def _table(title: str, prompt: int, speeds: list[ModelSpeed]) -> Table:
+    from entrollm.report import Column, Table
+
+    columns = (
+        Column("--memory", "left"),
+        Column("first token"),
+        Column(f"prompt of {prompt}, tokens/s"),
+        Column("tokens/s"),
+        Column("slowest, fastest"),
+    )
+    rows = [
+        (
+            speed.memory,
+            f"{speed.first_token_s:.2f} s",
+            f"{speed.prompt_rate:.0f}",
+            f"{speed.token_rate:.1f}",
+            f"{min(speed.token_rates):.1f}, {max(speed.token_rates):.1f}",
+        )
+        for speed in speeds
+    ]
+    return Table(title, columns, tuple(rows))

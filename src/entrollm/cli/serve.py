@@ -1,0 +1,83 @@
+"""`entrollm serve`: answer OpenAI's API over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
+
+EXAMPLES = (
+    ("entrollm serve OUT", "API at http://127.0.0.1:8000/v1, chat page at /"),
+    ("entrollm serve OUT OUT2 --port 9000 --slots 16", "two models"),
+    ("entrollm serve OUT --host 0.0.0.0 --api-key-file KEYS", "for other machines"),
+)
+
+
+def command(
+    models: Annotated[
+        list[str], typer.Argument(metavar="OUT...", help="Model folders or Hub ids.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option("--host", metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="PORT", help="0 takes a free one.")] = 8000,
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, max=256, metavar="N", help="Answers that a model generates at a time.")
+    ] = 8,
+    context: Annotated[
+        int, typer.Option("--context", min=2, metavar="N", help="Tokens of prompt and answer together, at most.")
+    ] = 8192,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, metavar="N", help="Answers that may wait for a slot; then 429.")
+    ] = 64,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="KEYS", help="File with the keys of clients, one per line.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, metavar="S", help="Seconds until an answer is given up.")
+    ] = 600,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, metavar="S", help="Seconds for running answers after SIGTERM.")
+    ] = 60,
+    threads: ThreadsOption = None,
+    memory: MemoryOption = "auto",
+    check: CheckOption = True,
+) -> None:
+    """Serve models over HTTP, with the API that OpenAI's clients speak, and a chat page.
+
+    Several requests are answered at once, and prompts that begin like an earlier one are not read again. The server
+    needs the extra: pip install 'entrollm[serve]'. It listens on this machine only, unless --host says otherwise.
+    SIGTERM or Ctrl-C lets running answers end; a second one stops at once.
+    """
+    from entrollm.engine.memory import check_memory
+    from entrollm.errors import UnsupportedError
+
+    try:
+        import fastapi  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"{error.name} is missing; install it with: pip install 'entrollm[serve]'") from None
+    from entrollm.serve.api import Settings
+    from entrollm.serve.keys import read_keys
+    from entrollm.serve.server import LoadOptions, load_models, serve
+
+    keys = None if api_key_file is None else read_keys(api_key_file)
+    is_local = _is_loopback(host)
+    if not is_local and keys is None:
+        warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")
+    served = load_models(models, LoadOptions(slots, context, threads, check_memory(memory), check))
+    settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
+    names = ", ".join(each.name for each in served)
+    serve(served, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

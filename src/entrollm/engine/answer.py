@@ -1,0 +1,76 @@
+"""One answer in the making: logits in, tokens and text out, until it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from entrollm.engine.detokenize import Detokenizer, StopFinder
+from entrollm.engine.options import GenerationOptions
+from entrollm.engine.sampling import Sampler
+from entrollm.engine.weights import Floats
+
+FinishReason = Literal["stop", "length", "context", "unfinished"]
+
+
+class AnswerText:
+    """Chooses the tokens of one answer and makes its text.
+
+    Attributes:
+        finish_reason: "unfinished" until the answer has ended; see GenerationResult.
+        tokens: how many there are so far.
+
+    Args:
+        options: how to sample and when to end.
+        vocab_size: logits per token.
+        prompt_ids: the tokens before.
+        room: tokens that the context has left after the prompt, at least 1.
+        detokenizer: makes the text; None for a model without a tokenizer, whose text is empty.
+    """
+
+    def __init__(
+        self,
+        options: GenerationOptions,
+        vocab_size: int,
+        prompt_ids: Sequence[int],
+        room: int,
+        detokenizer: Detokenizer | None,
+    ) -> None:
+        self.finish_reason: FinishReason = "unfinished"
+        self.tokens = 0
+        self._options = options
+        self._room = room
+        self._detokenizer = detokenizer
+        self._sampler = Sampler(options.sampling, vocab_size, prompt_ids)
+        self._stops = StopFinder(options.stop)
+
+    def push(self, logits: Floats) -> tuple[int, str]:
+        """Choose the next token.
+
+        Args:
+            logits: float32 (vocab_size,).
+        Returns:
+            (token, text): the text that is complete now, often "". The token that ends the answer brings the text that
+            was held back for a stop string or an unfinished character.
+        Raises:
+            FormatError, ValueError: as Sampler.
+        """
+        options = self._options
+        must_go_on = self.tokens < options.min_tokens
+        token = self._sampler(logits, banned=options.eos_token_ids if must_go_on else ())
+        self.tokens += 1
+        text = ""
+        if token in options.eos_token_ids:
+            self.finish_reason = "stop"
+        else:
+            text = self._stops.push(self._detokenizer.push(token) if self._detokenizer else "")
+            if self._stops.stopped:
+                self.finish_reason = "stop"
+            elif self.tokens == min(options.max_tokens, self._room):
+                self.finish_reason = "length" if options.max_tokens <= self._room else "context"
+        if self.finish_reason != "unfinished" and not self._stops.stopped:
+            text += self._stops.push(self._detokenizer.finish() if self._detokenizer else "")
+            if self._stops.stopped:
+                self.finish_reason = "stop"
+            text += self._stops.finish()
+        return token, text

@@ -1,0 +1,96 @@
+"""Several sequences that go through the model together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entrollm.engine.attention import Angles
+from entrollm.engine.cache import Cache, Mix
+from entrollm.engine.weights import Floats, Ids
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """The next tokens of one sequence.
+
+    Attributes:
+        ids: int64 (n,), n >= 1: the tokens that follow those in the cache.
+        cache: the tokens before.
+        needs_logits: whether the logits after the last token are wanted; they cost a row of the output head.
+    """
+
+    ids: Ids
+    cache: Cache
+    needs_logits: bool = True
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence in a pass through the layers.
+
+    Attributes:
+        index: number of the sequence in its step.
+        ids: int64 (n,), n >= 1.
+        cache: the tokens before.
+    """
+
+    index: int
+    ids: Ids
+    cache: Cache
+
+
+def passes(segments: Sequence[Segment], most: int) -> Iterator[list[Segment]]:
+    """Cut the tokens of all segments, in order, into passes of at most `most` tokens."""
+    current: list[Segment] = []
+    room = most
+    for segment in segments:
+        start = 0
+        while start < len(segment.ids):
+            taken = segment.ids[start : start + room]
+            current.append(Segment(segment.index, taken, segment.cache))
+            start += len(taken)
+            room -= len(taken)
+            if room == 0:
+                yield current
+                current, room = [], most
+    if current:
+        yield current
+
+
+def joined_angles(rows: Sequence[list[Angles | None]]) -> list[Angles | None]:
+    """The angles of each layer for the rows of several sequences, one behind the other."""
+    found: dict[int, Angles] = {}  # many layers share theirs
+    joined: list[Angles | None] = []
+    for layers in zip(*rows, strict=True):
+        angles = [each for each in layers if each is not None]
+        if angles and id(angles[0]) not in found:
+            found[id(angles[0])] = Angles(
+                np.concatenate([each.cosines for each in angles]), np.concatenate([each.sines for each in angles])
+            )
+        joined.append(found[id(angles[0])] if angles else None)
+    return joined
+
+
+class SequencesAttention:
+    """Attention of one layer where each sequence of a pass looks back on its own tokens.
+
+    Args:
+        segments: what the rows of the pass are.
+        layer: number of the layer.
+    """
+
+    def __init__(self, segments: Sequence[Segment], layer: int) -> None:
+        self._caches = [segment.cache.layers[layer] for segment in segments]
+        self._ends = np.cumsum([len(segment.ids) for segment in segments]).tolist()
+
+    def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
+        """Add each sequence's rows to its cache and mix values for them; see Attention."""
+        parts = []
+        start = 0
+        for cache, end in zip(self._caches, self._ends, strict=True):
+            parts.append(cache.attend(queries[start:end], keys[start:end], values[start:end], mix))
+            start = end
+        return np.concatenate(parts)

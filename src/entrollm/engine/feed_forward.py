@@ -1,0 +1,43 @@
+"""The feed-forward part of a layer."""
+
+from __future__ import annotations
+
+from entrollm import _core
+from entrollm.engine.arithmetic import ACTIVATIONS
+from entrollm.engine.projection import Projection
+from entrollm.engine.weights import Floats, Weights
+from entrollm.models.config import ModelConfig
+
+
+class FeedForward:
+    """Two projections with an activation between them, which is gated or not.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
+        block, hidden, inner = config.block, config.hidden_size, config.intermediate_size
+        width = 2 * inner if config.is_gated else inner
+        up = {prefix + name: width // len(block.up) for name in block.up}
+        self._up = Projection(weights, up, hidden, config.mlp_bias, block.is_transposed)
+        down = {prefix + block.down: hidden}
+        self._down = Projection(weights, down, inner, config.mlp_bias, block.is_transposed)
+        self._inner = inner
+        self._pool = weights.pool
+        self._function = ACTIVATIONS[config.activation]
+        self._activate = self._gated if config.is_gated else self._function
+        if config.is_gated and config.activation == "silu":
+            self._activate = self._swiglu
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
+        return self._down(self._activate(self._up(x)))
+
+    def _swiglu(self, x: Floats) -> Floats:
+        return _core.swiglu(x, self._pool)
+
+    def _gated(self, x: Floats) -> Floats:
+        y = self._function(x[:, : self._inner])
+        y *= x[:, self._inner :]
+        return y

@@ -1,0 +1,102 @@
+"""Linear layers and norms of a decoder, loaded by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from entrollm import _core
+from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_linear, load_tensor
+from entrollm.models.config import ModelConfig
+
+# Rows of a transposed matrix that are decoded at once.
+_ROWS_AT_ONCE = 256
+
+Apply = Callable[[Floats], Floats]
+
+
+class Projection:
+    """One or more linear layers on the same input, their outputs side by side.
+
+    Args:
+        weights: the model's tensors.
+        outputs: out_features of each part, by name without `.weight`.
+        in_features: of every part.
+        has_bias: whether every part has one.
+        is_transposed: the matrix, of which there is one, is stored as (in_features, out_features).
+    Raises:
+        FormatError: a tensor is missing or has another shape.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        outputs: dict[str, int],
+        in_features: int,
+        has_bias: bool,
+        is_transposed: bool = False,
+    ) -> None:
+        self._linear: Apply
+        if is_transposed:
+            ((name, size),) = outputs.items()
+            self._linear = _Transposed(load_embedding(weights, f"{name}.weight", (in_features, size)))
+        else:
+            shapes = {f"{name}.weight": (size, in_features) for name, size in outputs.items()}
+            self._linear = load_linear(weights, shapes)
+        self._bias: Floats | None = None
+        if has_bias:
+            parts = [load_tensor(weights, f"{name}.bias", (size,)) for name, size in outputs.items()]
+            self._bias = np.concatenate(parts)
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, in_features) -> float32 (n, sum of out_features)."""
+        y = self._linear(x)
+        if self._bias is not None:
+            y += self._bias
+        return y
+
+
+class _Transposed:
+    """A matrix that is stored as (in_features, out_features), of which a product decodes some rows after others."""
+
+    def __init__(self, matrix: Embedding) -> None:
+        self._matrix = matrix
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, in_features) -> float32 (n, out_features)."""
+        in_features, out_features = self._matrix.shape
+        y = np.zeros((len(x), out_features), dtype=np.float32)
+        for start in range(0, in_features, _ROWS_AT_ONCE):
+            rows = np.arange(start, min(in_features, start + _ROWS_AT_ONCE))
+            y += x[:, rows[0] : rows[-1] + 1] @ self._matrix.rows(rows)
+        return y
+
+
+def load_norm(config: ModelConfig, weights: Weights, name: str) -> Apply:
+    """The norm `name`, without `.weight`: float32 (n, hidden_size) -> a new one.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape.
+    """
+    kind, shape = config.norm, (config.hidden_size,)
+    weight = offset_weight(config, load_tensor(weights, f"{name}.weight", shape))
+    bias = load_tensor(weights, f"{name}.bias", shape) if kind.has_bias else None
+    eps, pool = config.norm_eps, weights.pool
+
+    def root_mean_square(x: Floats) -> Floats:
+        return _core.rms_norm(x, weight, eps, pool)
+
+    def centered(x: Floats) -> Floats:
+        y = _core.rms_norm(x - x.mean(axis=-1, keepdims=True), weight, eps, pool)
+        if bias is not None:
+            y += bias
+        return y
+
+    return centered if kind.is_centered else root_mean_square
+
+
+def offset_weight(config: ModelConfig, weight: Floats) -> Floats:
+    """The weight that a norm multiplies by, from the stored one."""
+    offset = config.norm.weight_offset
+    return weight + np.float32(offset) if offset else weight

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server: scheduler, API and chat page. It needs the [serve] extra."""

@@ -1,0 +1,158 @@
+"""From a checked request to its response: jobs for the scheduler, their events, the body or the stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from sse_starlette import EventSourceResponse
+from starlette.requests import Request
+from starlette.responses import Response as HttpResponse
+
+from entrollm.serve.answers import Choice, Format, Json, Response
+from entrollm.serve.errors import ApiError
+from entrollm.serve.job import Event, Job, NewToken
+from entrollm.serve.scheduler import Scheduler
+
+_PING_S = 15
+_END = b"data: [DONE]\n\n"
+
+
+class JsonResponse(HttpResponse):
+    """A body of JSON in ASCII, which any text of a model or a client can be written in."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Encode."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def deliver(events: Sequence[tuple[Job, Event]]) -> None:
+    """Hand events to those who wait for them; called on the event loop's thread."""
+    for job, event in events:
+        job.sink(event)
+
+
+class Answers:
+    """The answers to one request, while they are generated.
+
+    Args:
+        scheduler: generates them.
+        jobs: one per choice; their sinks are set here.
+    """
+
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
+        self._scheduler = scheduler
+        self._jobs = jobs
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.choices = [Choice(index) for index in range(len(jobs))]
+        for index, job in enumerate(jobs):
+            job.sink = partial(self._put, index)
+
+    def submit(self) -> None:
+        """Let the jobs wait for their turn.
+
+        Raises:
+            ApiError: the queue is full.
+        """
+        self._scheduler.submit(self._jobs)
+
+    async def tokens(self) -> AsyncIterator[tuple[Choice, NewToken]]:
+        """Each token with the choice that it belongs to, until all choices have ended.
+
+        Raises:
+            ApiError: one of them failed.
+        """
+        left = len(self.choices)
+        while left:
+            index, event = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            choice = self.choices[index]
+            choice.tokens += 1
+            choice.finish_reason = event.finish_reason
+            left -= event.finish_reason != "unfinished"
+            yield choice, event
+
+    def close(self) -> None:
+        """Give up what has not ended."""
+        unfinished = [
+            job
+            for job, choice in zip(self._jobs, self.choices, strict=True)
+            if choice.finish_reason == "unfinished" and not job.is_over
+        ]
+        if unfinished:
+            self._scheduler.cancel(unfinished)
+
+    def _put(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+
+
+async def respond(request: Request, answers: Answers, response: Response) -> HttpResponse:
+    """The whole response, once all answers have ended; they are given up if the client goes away.
+
+    Raises:
+        ApiError: an answer failed.
+    """
+    gone = asyncio.create_task(_until_gone(request))
+    collected = asyncio.create_task(_collect(answers))
+    try:
+        await asyncio.wait((gone, collected), return_when=asyncio.FIRST_COMPLETED)
+        if not collected.done():
+            # Nobody reads this; the status is the usual one for a client that closed its request.
+            return HttpResponse(status_code=499)
+        await collected
+    finally:
+        gone.cancel()
+        collected.cancel()
+        answers.close()
+    return JsonResponse(response.whole(answers.choices))
+
+
+def stream(answers: Answers, response: Response, form: Format, *, with_usage: bool, timeout_s: float) -> HttpResponse:
+    """The response as events, which end early if the client goes away or does not read for `timeout_s`."""
+    return EventSourceResponse(
+        _events(answers, response, form, with_usage), ping=_PING_S, send_timeout=timeout_s, sep="\n"
+    )
+
+
+async def _events(answers: Answers, response: Response, form: Format, with_usage: bool) -> AsyncIterator[bytes]:
+    try:
+        for choice in answers.choices:
+            opening = form.opening(choice)
+            if opening is not None:
+                yield _event(response.piece(opening))
+        async for choice, token in answers.tokens():
+            if token.logprobs is not None:
+                choice.unsent.append(token.logprobs)
+            if token.text or choice.unsent:
+                yield _event(response.piece(form.piece(choice, token.text, choice.unsent)))
+                choice.unsent.clear()
+            if token.finish_reason != "unfinished":
+                yield _event(response.piece(form.closing(choice)))
+        if with_usage:
+            yield _event(response.piece(None, response.usage(answers.choices)))
+        yield _END
+    except ApiError as error:
+        yield _event(error.to_json())
+    finally:
+        answers.close()
+
+
+async def _collect(answers: Answers) -> None:
+    async for choice, token in answers.tokens():
+        choice.text.append(token.text)
+        if token.logprobs is not None:
+            choice.logprobs.append(token.logprobs)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + json.dumps(body, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,0 +1,86 @@
+"""One answer that the server generates, and what it reports while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from entrollm.engine.answer import AnswerText, FinishReason
+from entrollm.engine.model import Model
+from entrollm.engine.sampling import TokenLogprobs
+from entrollm.serve.errors import ApiError
+from entrollm.serve.pace import Pace
+from entrollm.serve.slots import Slot, Slots
+
+
+@dataclass
+class ServedModel:
+    """A model with the slots in which its sequences run.
+
+    Attributes:
+        name: what requests call it.
+        model: the model; only the scheduler's thread runs it.
+        context_length: tokens of prompt and answer together.
+        slots: the caches.
+        pace: how much of a prompt is read in one step.
+    """
+
+    name: str
+    model: Model
+    context_length: int
+    slots: Slots
+    pace: Pace = field(default_factory=Pace)
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token of an answer.
+
+    Attributes:
+        text: what it adds to the text, often "".
+        finish_reason: "unfinished" but for the last token.
+        logprobs: where they were asked for.
+    """
+
+    token: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: TokenLogprobs | None
+
+
+# An ApiError ends the answer.
+Event = NewToken | ApiError
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to generate.
+
+    Attributes:
+        client: whose turn it uses in the queue.
+        served: the model.
+        prompt: token ids, at least one, which leave room in the context.
+        answer: chooses the tokens and makes the text.
+        sink: is given each event, in the order in which they happen.
+        deadline_s: time.monotonic() at which it is given up.
+        logprobs: how many likeliest tokens to report with each token; `None` for no report.
+        after: an answer to the same prompt, whose reading of the prompt this one waits for.
+        is_cancelled: nobody waits for it any more; set by cancel of the scheduler.
+        reused_tokens: tokens of the prompt that a cache held when the answer began.
+    """
+
+    client: Hashable
+    served: ServedModel
+    prompt: Sequence[int]
+    answer: AnswerText
+    sink: Callable[[Event], None]
+    deadline_s: float
+    logprobs: int | None = None
+    after: Job | None = None
+    is_cancelled: bool = False
+    reused_tokens: int = 0
+    # The rest belongs to the scheduler's thread.
+    slot: Slot | None = None
+    pending: Sequence[int] = ()
+    has_read_prompt: bool = False
+    is_over: bool = False

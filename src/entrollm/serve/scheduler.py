@@ -1,0 +1,239 @@
+"""The thread that runs the models: which sequences go into the next step, and what comes out of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from entrollm.engine.batch import SequenceStep
+from entrollm.engine.sampling import token_logprobs
+from entrollm.engine.weights import Floats
+from entrollm.errors import FormatError
+from entrollm.serve.errors import ApiError
+from entrollm.serve.fair_queue import FairQueue, QueueFullError
+from entrollm.serve.job import Event, Job, NewToken, ServedModel
+from entrollm.serve.metrics import Metrics
+
+_LOG = logging.getLogger(__name__)
+_MAX_RETRY_AFTER_S = 120
+
+# Hands events to their sinks, on whatever thread the sinks live.
+Post = Callable[[Sequence[tuple[Job, Event]]], None]
+
+
+class Scheduler:
+    """Generates many answers at once: each step of a model takes the next tokens of all its running sequences.
+
+    Prompts are read in pieces beside the running streams, as many tokens at a time as `Pace` allows.
+
+    Args:
+        models: the models to run; one after the other takes a step.
+        queue_length: answers that may wait for a slot.
+        post: is called with the events of a step.
+        metrics: where to count.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], queue_length: int, post: Post, metrics: Metrics) -> None:
+        self._models = models
+        self._queue: FairQueue[Job] = FairQueue(queue_length)
+        self._post = post
+        self._metrics = metrics
+        self._running: list[Job] = []
+        self._changed = threading.Condition()
+        self._must_end = False
+        self._arrivals: dict[Job, float] = {}
+        self._mean_answer_s = 5.0
+        self._thread = threading.Thread(target=self._run, name="entrollm-scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Let the thread end after its current step; answers that are not finished fail."""
+        with self._changed:
+            self._must_end = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self.end()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Answers that have a slot."""
+        return len(self._running)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        with self._changed:
+            return not (self._queue or self._running)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Let jobs of one client wait for slots.
+
+        Raises:
+            ApiError: the queue is full, or the scheduler has ended.
+        """
+        with self._changed:
+            if self._must_end:
+                raise _stopping()
+            try:
+                self._queue.add(jobs[0].client, jobs)
+            except QueueFullError:
+                raise ApiError(
+                    429,
+                    f"{len(self._queue)} answers wait already; try again later",
+                    code="queue_full",
+                    retry_after_s=self._retry_after_s(),
+                ) from None
+            now = time.monotonic()
+            self._arrivals.update((job, now) for job in jobs)
+            self._changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give up jobs for which nobody waits; they report nothing more."""
+        with self._changed:
+            for job in jobs:
+                job.is_cancelled = True
+            self._changed.notify()
+
+    def _retry_after_s(self) -> int:
+        slots = sum(served.slots.busy for served in self._models) or 1
+        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(len(self._queue) * self._mean_answer_s / slots)))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._must_end or self._queue or self._running)
+                if self._must_end:
+                    break
+                events = self._give_up()
+                self._admit()
+            for served in self._models:
+                jobs = [job for job in self._running if job.served is served]
+                if jobs:
+                    events += self._step(served, jobs)
+            if events:
+                self._post(events)
+        with self._changed:
+            left = [*self._running, *self._queue.remove(lambda _: True)]
+            events = [(job, _stopping()) for job in left if not job.is_cancelled]
+            for job in left:
+                self._end(job)
+        if events:
+            self._post(events)
+
+    def _give_up(self) -> list[tuple[Job, Event]]:
+        """End what was cancelled or has waited too long."""
+        now = time.monotonic()
+        over = self._queue.remove(lambda job: job.is_cancelled or job.deadline_s <= now)
+        over += [job for job in self._running if job.is_cancelled or job.deadline_s <= now]
+        events: list[tuple[Job, Event]] = []
+        for job in over:
+            if job.is_cancelled:
+                self._metrics.cancelled += 1
+            else:
+                self._metrics.expired += 1
+                has_begun = job.slot is not None
+                message = "the answer took too long" if has_begun else "no slot became free in time; try again later"
+                status, retry_s = (504, None) if has_begun else (503, self._retry_after_s())
+                events.append((job, ApiError(status, message, code="timeout", retry_after_s=retry_s)))
+            self._end(job)
+        return events
+
+    def _admit(self) -> None:
+        """Give slots to those who wait."""
+
+        def fits(job: Job) -> bool:
+            is_first = job.after is None or job.after.has_read_prompt or job.after.is_over
+            return is_first and job.served.slots.has_room
+
+        while (job := self._queue.take(fits)) is not None:
+            job.slot, reused = job.served.slots.take(job.prompt)
+            job.pending, job.reused_tokens = job.prompt[reused:], reused
+            self._running.append(job)
+            self._metrics.prompt_tokens += len(job.prompt)
+            self._metrics.reused_prompt_tokens += reused
+
+    def _step(self, served: ServedModel, jobs: Sequence[Job]) -> list[tuple[Job, Event]]:
+        """Run the next tokens of the jobs, which are all that run on this model."""
+        streams = [job for job in jobs if job.has_read_prompt]
+        room = served.pace.prompt_tokens(len(streams))
+        taken: list[tuple[Job, int]] = [(job, 1) for job in streams]
+        prompt_tokens = 0
+        for job in jobs:
+            if not job.has_read_prompt and prompt_tokens < room:
+                count = min(len(job.pending), room - prompt_tokens)
+                taken.append((job, count))
+                prompt_tokens += count
+        steps = []
+        for job, count in taken:
+            assert job.slot is not None
+            ids = np.array(job.pending[:count], dtype=np.int64)
+            steps.append(SequenceStep(ids, job.slot.cache, needs_logits=count == len(job.pending)))
+        started = time.perf_counter()
+        try:
+            rows = iter(served.model.step(steps))
+        except Exception as error:
+            # Whatever went wrong, those who wait must hear of it, and the other sequences go on.
+            _LOG.exception("a step of %s failed", served.name)
+            return [(job, self._fail(job, f"the model failed: {error}", is_intact=False)) for job, _ in taken]
+        events: list[tuple[Job, Event]] = []
+        for (job, count), step in zip(taken, steps, strict=True):
+            if step.needs_logits:
+                job.has_read_prompt = True
+                events.append((job, self._push(job, next(rows))))
+            else:
+                job.pending = job.pending[count:]
+        elapsed_s = time.perf_counter() - started
+        served.pace.record(len(streams), prompt_tokens, elapsed_s)
+        self._metrics.steps += 1
+        self._metrics.step_s += elapsed_s
+        return events
+
+    def _push(self, job: Job, logits: Floats) -> Event:
+        """Choose the job's next token."""
+        try:
+            token, text = job.answer.push(logits)
+        except (FormatError, ValueError) as error:
+            return self._fail(job, str(error))
+        job.pending = (token,)
+        self._metrics.generated_tokens += 1
+        if job.answer.tokens == 1:
+            self._metrics.record_first_token(time.monotonic() - self._arrivals[job])
+        logprobs = None if job.logprobs is None else token_logprobs(logits, token, job.logprobs)
+        reason = job.answer.finish_reason
+        if reason != "unfinished":
+            self._end(job)
+        return NewToken(token, text, reason, logprobs)
+
+    def _fail(self, job: Job, message: str, *, is_intact: bool = True) -> ApiError:
+        self._metrics.failed += 1
+        self._end(job, is_intact=is_intact)
+        return ApiError(500, message, code="model_failed")
+
+    def _end(self, job: Job, *, is_intact: bool = True) -> None:
+        job.is_over = True
+        arrival_s = self._arrivals.pop(job)
+        if job.slot is not None:
+            self._mean_answer_s += 0.2 * (time.monotonic() - arrival_s - self._mean_answer_s)
+            job.served.slots.give_back(job.slot, is_intact=is_intact)
+            job.slot = None
+            self._running.remove(job)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping")

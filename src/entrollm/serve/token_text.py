@@ -1,0 +1,22 @@
+"""The text of single tokens, for log-probabilities."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+
+
+class TokenText:
+    """Decodes one token at a time, special ones included."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        """The token's text; U+FFFD stands for a part of a character."""
+        if token not in self._known:
+            # Decoders may strip a space at the beginning of a text, so a token's text is what its repetition adds.
+            once = self._tokenizer.decode([token], skip_special_tokens=False)
+            twice = self._tokenizer.decode([token, token], skip_special_tokens=False)
+            self._known[token] = twice[len(once) :]
+        return self._known[token]

@@ -1,0 +1,75 @@
+"""`entrollm bench`: what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from entrollm import CompressOptions, compress
+from entrollm.cli.main import app
+from entrollm.engine.benchmark import measure_speeds
+from entrollm.engine.model import Model
+from tests.support.paths import TINY_LLAMA
+
+FEW = ["--prompt-tokens", "12", "--tokens", "4", "--rounds", "2", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "coded"
+    compress(TINY_LLAMA, path, CompressOptions(bits=8, threads=2))
+    return path
+
+
+def test_every_choice_is_timed_in_every_round(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", str(folder), "--json", *FEW])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["threads"] == 1 and [speed["memory"] for speed in facts["speeds"]] == ["file", "fast"]
+    for speed in facts["speeds"]:
+        assert speed["first_token_s"] > 0
+        for rates in (speed["prompt_rates"], speed["token_rates"]):
+            assert len(rates) == 2 and min(rates) > 0
+
+
+def test_the_table_names_machine_and_choice(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", str(folder), "--memory", "auto", *FEW])
+    assert result.exit_code == 0, result.stderr
+    assert ", 1 thread " in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("│")] == ["auto"]
+
+
+def test_rates_are_of_the_tokens_that_were_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr("entrollm.engine.benchmark.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    made: list[int] = []
+    generate = Model.generate
+
+    def count(self: Model, prompt: object, **options: object) -> object:
+        made.append(int(str(options["max_tokens"])))
+        for _ in range(2 * made[-1]):
+            next(clock)
+        return generate(self, prompt, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "generate", count)
+    (speed,) = measure_speeds(folder, ["file"], 1, prompt=6, tokens=5, rounds=1)
+    assert made == [1, 1, 1, 5]
+    assert speed.prompt_rates == (6 / 3,) and speed.token_rates == (4 / 8,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "slow"], "memory should be one of auto, file, fast, found 'slow'"),
+        (["--tokens", "1"], "--tokens"),
+        (["--prompt-tokens", "100000"], "context"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(folder: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", str(folder), *arguments])
+    assert result.exit_code != 0
+    assert message in result.stderr
