@@ -60,6 +60,7 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         (TEXT, {"prompt": []}, "prompt", "should hold 1 to 64 prompts"),
         (TEXT, {"prompt": [1, "x"]}, "prompt", "should be a text, token ids, or a list of either"),
+        (TEXT, {"prompt": 3}, "prompt", "should be a text, token ids"),
         (TEXT, {"prompt": [[]]}, "prompt", "should be a text, token ids"),
         (TEXT, {"prompt": None}, "prompt", "should be a text, token ids"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "valid string"),

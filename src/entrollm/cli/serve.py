@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import MemoryOption, ThreadsOption, message, warn
+from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
 
 EXAMPLES = (
     ("entrollm serve OUT", "API at http://127.0.0.1:8000/v1, chat page at /"),
@@ -43,6 +43,7 @@ def command(
     ] = 60,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    check: CheckOption = True,
 ) -> None:
     """Serve models over HTTP, with the API that OpenAI's clients speak, and a chat page.
 
@@ -67,7 +68,7 @@ def command(
     is_local = _is_loopback(host)
     if not is_local and keys is None:
         warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")
-    served = load_models(models, LoadOptions(slots, context, threads, check_memory(memory)))
+    served = load_models(models, LoadOptions(slots, context, threads, check_memory(memory), check))
     settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
     names = ", ".join(each.name for each in served)
     serve(served, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))

@@ -54,8 +54,8 @@ def _listed(value: object) -> object:
 def _prompts(value: object) -> object:
     """The prompts of a request as a list, each of them text or token ids."""
     prompts = value if isinstance(value, list) else [value]
-    if prompts and all(type(token) is int for token in prompts):
-        prompts = [prompts]
+    if isinstance(value, list) and value and all(type(token) is int for token in value):
+        prompts = [value]
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
         raise ValueError(f"should hold 1 to {_MAX_PROMPTS} prompts")
     for prompt in prompts:

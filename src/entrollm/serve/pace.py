@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _WITHOUT_STREAMS = 512
 _FIRST = 32
-_LEAST, _MOST = 8, 512
+_LEAST, _MOST = 1, 512
 # Reading a prompt may add this share of a step's time; the rest of the doubling that is allowed is for noise.
 _EXTRA = 0.8
 _NEW_SHARE = 0.25

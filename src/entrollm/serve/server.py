@@ -35,13 +35,14 @@ class LoadOptions:
     Attributes:
         slots: sequences that each model runs at a time, at least 1.
         context_length: tokens of prompt and answer together; a model's own limit still holds.
-        threads, memory: see `entrollm.load`.
+        threads, memory, check: see `entrollm.load`.
     """
 
     slots: int = 8
     context_length: int = 8192
     threads: int | None = None
     memory: Memory = "auto"
+    check: bool = True
 
 
 def load_models(paths: Sequence[str], options: LoadOptions) -> list[ServedModel]:
@@ -57,7 +58,7 @@ def load_models(paths: Sequence[str], options: LoadOptions) -> list[ServedModel]
         raise ValueError(f"two models have the name {twice}; rename one of the folders")
     served = []
     for path, name in zip(paths, names, strict=True):
-        model = load(path, threads=options.threads, memory=options.memory)
+        model = load(path, threads=options.threads, memory=options.memory, check=options.check)
         if model.tokenizer is None:
             raise UnsupportedError(f"{path} has no tokenizer.json, which serving needs")
         context_length = min(options.context_length, model.config.context_length)
