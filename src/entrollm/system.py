@@ -53,7 +53,7 @@ class FolderLock:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give errors of writing a file its name; those of `open` have it, those of `write` do not."""
+    """Give errors of writing or mapping a file its name, which only those of opening it have by themselves."""
     try:
         yield
     except OSError as error:

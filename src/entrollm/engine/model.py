@@ -68,6 +68,11 @@ class Model:
         return self._config
 
     @property
+    def no_tokenizer(self) -> str:
+        """Why there is no tokenizer, and what to do; empty if there is one."""
+        return self._no_tokenizer
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None for a model without tokenizer.json."""
         return self._tokenizer
