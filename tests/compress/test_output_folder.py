@@ -261,7 +261,9 @@ def test_files_of_others_are_not_deleted(checkpoint: Path, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
     shutil.rmtree(out / "notes")
     (out / "adapter_model.safetensors").unlink()
+    (out / "plan.json").write_text("{}")  # of a run that was stopped when it was all but done
     compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
+    assert not (out / "plan.json").exists()
 
 
 def test_many_files_of_others_are_counted(checkpoint: Path, tmp_path: Path) -> None:

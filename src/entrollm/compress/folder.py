@@ -193,7 +193,7 @@ def check_replaced(path: Path, names: Collection[str]) -> None:
     path = real_place(path)
     if not path.is_dir():
         return
-    known = {"config.json", layout.INDEX_NAME, CHECKSUMS_NAME, *names}
+    known = {"config.json", layout.INDEX_NAME, CHECKSUMS_NAME, _PLAN, *names}
     found = (file.relative_to(path) for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
     others = [file.as_posix() for file in found if not (file.as_posix() in known or file.match("model*.safetensors"))]
     if others:
