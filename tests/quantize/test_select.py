@@ -52,6 +52,14 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
         bits_of(4, BitsOverride("LM_HEAD*", 8))
 
 
+def test_a_pattern_for_the_head_of_a_model_whose_embedding_it_is_says_so() -> None:
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)}
+    with pytest.raises(
+        ValueError, match=r"none of the 2 tensors; the output head .* is its embedding, model\.embed_tok"
+    ):
+        plan_tensors(shapes, 4, [BitsOverride("lm_head*", None)])
+
+
 def test_bits_for_tensors_that_are_no_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'\*\.bias' matches no matrix"):
         bits_of(4, BitsOverride("*.bias", 8))

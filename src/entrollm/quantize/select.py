@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
@@ -60,7 +62,10 @@ def plan_tensors(
             _check_bits(override.bits)
         matches = [name for name in shapes if fnmatchcase(name, override.pattern)]
         if not matches:
-            raise ValueError(f"the pattern {override.pattern!r} matches none of the {len(shapes)} tensors")
+            hint = ""
+            if fnmatchcase(_HEAD, override.pattern) and _EMBEDDING in shapes:
+                hint = f"; the output head of this model is its embedding, {_EMBEDDING}"
+            raise ValueError(f"the pattern {override.pattern!r} matches none of the {len(shapes)} tensors{hint}")
         if override.bits is not None:
             matches = [name for name in matches if is_quantizable(name, shapes[name])]
         if not matches:
