@@ -54,9 +54,7 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
 
 def test_a_pattern_for_the_head_of_a_model_whose_embedding_it_is_says_so() -> None:
     shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)}
-    with pytest.raises(
-        ValueError, match=r"none of the 2 tensors; the output head .* is its embedding, model\.embed_tok"
-    ):
+    with pytest.raises(ValueError, match=r"none of the 2 tensors; the output head .* is its embedding, model"):
         plan_tensors(shapes, 4, [BitsOverride("lm_head*", None)])
 
 
