@@ -63,7 +63,7 @@ def _whole(present: list[str]) -> str | None:
         return None
     return (
         f"{consolidated[0]}, weights in the layout of their maker's own tools; use the checkpoint in the layout of "
-        "transformers, or convert it"
+        "transformers, or convert them to safetensors in that layout"
     )
 
 
