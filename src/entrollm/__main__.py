@@ -1,6 +1,5 @@
 """The `entrollm` command, also as `python -m entrollm`."""
 
-import signal
 import sys
 
 
@@ -21,6 +20,8 @@ def main() -> None:
         sys.exit(130)
     finally:
         # From here on an interrupt finds nothing to clean up, and Python would report it with a traceback.
+        import signal
+
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

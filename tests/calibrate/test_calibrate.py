@@ -149,11 +149,11 @@ def test_a_text_that_is_not_utf8_is_refused(model: Path, tmp_path: Path) -> None
         calibrate(model, CalibrationText(binary), tmp_path)
 
 
-def test_calibration_without_a_size_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+def test_calibration_for_a_width_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "factors").mkdir()
     statistics = calibrate(model, CalibrationText(text, 1, sampled=0), tmp_path / "factors")
     with pytest.raises(ValueError, match="calibration needs a size"):
-        compress_folder(model, tmp_path / "out", statistics=statistics)
+        compress_folder(model, tmp_path / "out", CodingOptions(bits=4), statistics=statistics)
 
 
 def broken_copy(model: Path, folder: Path, name: str, value: float) -> Path:

@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_named(device: TorchDevice) -> None:
     weights = np.zeros((4, 20), np.float32)
     weights[2, 3] = np.inf
     quantizer = FeedbackQuantizer(0.5, device.put(np.eye(20, dtype=np.float32)), device=device)
-    with pytest.raises(FormatError, match=r"tensor 'w' has inf at \[2, 3\]; it must be finite"):
+    with pytest.raises(FormatError, match=r"tensor 'w' has inf at \[2, 3\]; weights must be finite"):
         quantizer.quantize(ArraySource("w", weights), functools.partial(choose_code, blocks=1))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from entrollm.checkpoint.gguf_architectures import ARCHITECTURES
 from entrollm.checkpoint.gguf_metadata import _FIXED, _INERT, _USED
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
@@ -23,6 +24,9 @@ from tests.support.gguf_sources import GgufSource, file_name, llama_values
 from tests.support.quantized_sources import LINEARS, plain_tensors
 
 Tensor = tuple[str, tuple[int, ...], int, bytes]
+
+
+_MLP_NORM = "blk.0.ffn_norm.weight"
 
 
 def tensor(name: str, *shape: int) -> Tensor:
@@ -39,8 +43,22 @@ def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *mo
     source.tensors += [tensor(file_name(f"{name}.weight"), *shape) for name, shape in LINEARS.items()]
     if architecture == "qwen2":
         source.tensors += [tensor(f"blk.0.attn_{part}.bias", LINEARS[_projection(part)][0]) for part in "qkv"]
-    if architecture == "qwen3":
+    if architecture in ("qwen3", "gemma3"):
         source.tensors += [tensor(f"blk.0.attn_{part}_norm.weight", 32) for part in "qk"]
+    wide, narrow = (LINEARS[_projection(part)][0] for part in "qk")
+    if architecture == "olmo2":
+        source.tensors = [each for each in source.tensors if each[0] not in ("blk.0.attn_norm.weight", _MLP_NORM)]
+        source.tensors += [tensor("blk.0.attn_q_norm.weight", wide), tensor("blk.0.attn_k_norm.weight", narrow)]
+    if architecture == "seed_oss":
+        source.tensors = [
+            ("blk.0.post_attention_norm.weight", *each[1:]) if each[0] == _MLP_NORM else each for each in source.tensors
+        ]
+        source.tensors += [tensor(f"blk.0.attn_{part}.bias", LINEARS[_projection(part)][0]) for part in "qkv"]
+    if architecture in ("gemma2", "gemma3", "olmo2"):
+        hidden = LINEARS[_projection("q")][1]
+        source.tensors += [tensor(f"blk.0.post_{part}_norm.weight", hidden) for part in ("attention", "ffw")]
+    if architecture in ("gemma", "gemma2"):  # whose head is always the embedding
+        source.tensors = [each for each in source.tensors if each[0] != "output.weight"]
     source.tensors += more
     return source
 
@@ -63,10 +81,41 @@ def scaling(**values: Any) -> dict[str, Any]:
     return {f"llama.rope.scaling.{key}": value for key, value in values.items()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_whole_file_runs(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(whole(architecture).to_bytes())
     assert why_not_run(tmp_path / "model.gguf") is None
+
+
+def test_gemma3(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, whole("gemma3", {**scaling(type="linear", factor=8.0), "llama.attention.sliding_window": 16})
+    )
+    assert config.windows == (16,)
+    assert config.ropes[0] is not None
+    assert config.ropes[0].frequencies[0] == 1
+    assert config.rope.frequencies[0] == 1 / 8
+    assert (config.attention_scale, config.embedding_scale) == (32**-0.5, config.hidden_size**0.5)
+    with Checkpoint.open(tmp_path / "model.gguf") as checkpoint:
+        # The file has the weights of norms plus one, which are zeros here.
+        assert (checkpoint.read_float32("model.layers.0.pre_feedforward_layernorm.weight") == -1).all()
+    assert read(tmp_path, whole("gemma3")).windows == (None,)
+
+
+def test_gemma2(tmp_path: Path) -> None:
+    values = {"llama.attention.sliding_window": 8, "llama.final_logit_softcapping": 20.0}
+    config = read(tmp_path, whole("gemma2", values))
+    assert config.windows == (8,)
+    assert (config.attention_cap, config.logit_cap) == (50.0, 20.0)
+
+
+def test_granite(tmp_path: Path) -> None:
+    factors = {"attention.scale": 0.25, "embedding_scale": 12.0, "residual_scale": 0.5, "logit_scale": 8.0}
+    config = read(tmp_path, whole("granite", {f"llama.{key}": value for key, value in factors.items()}))
+    found = (config.attention_scale, config.embedding_scale, config.residual_scale, config.logit_scale)
+    assert found == (0.25, 12.0, 0.5, 1 / 8)
+    default = read(tmp_path, whole("granite"))
+    assert (default.attention_scale, default.embedding_scale, default.logit_scale) == (32**-0.5, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

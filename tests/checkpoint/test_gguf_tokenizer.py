@@ -130,6 +130,7 @@ def test_sentence_piece_tokenizers_are_converted(begins: bool, tmp_path: Path) -
         ({"tokens": None}, UnsupportedError, "the file has no tokenizer"),
         ({"pre": "other"}, UnsupportedError, "that splits text as 'other' cannot be converted"),
         ({"pre": None}, UnsupportedError, "that splits text as None cannot be converted"),
+        ({"pre": ["gpt-2"]}, FormatError, r"tokenizer.ggml.pre is \['gpt-2'\], expected a name"),
         ({"tokens": "x"}, FormatError, "tokens is not a list of str"),
         ({"tokens": ["a", "a"]}, FormatError, "tokens has the same token twice"),
         ({"token_type": [1]}, FormatError, "token_type has 1 elements, expected 3"),

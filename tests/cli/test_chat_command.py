@@ -123,3 +123,9 @@ def test_a_model_without_a_template_is_refused() -> None:
     result = chat(TINY_LLAMA, "Hello\n")
     assert result.exit_code == 1
     assert "has no chat template, so it is not made for dialogue; use entrollm run" in result.stderr
+
+
+def test_input_that_is_not_utf8_is_said(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["chat", str(folder), "--max-tokens", "6"], input=b"\xff\xfe\n")
+    assert result.exit_code == 1
+    assert "error: standard input is not UTF-8 text: " in result.stderr

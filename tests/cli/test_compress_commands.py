@@ -64,7 +64,7 @@ def test_overrides_and_kept_tensors_are_followed(tmp_path: Path) -> None:
 def test_compress_refuses_an_existing_output(compressed: Path) -> None:
     error = invoke_json("compress", MODEL, "-o", compressed, code=1)["error"]
     assert error["type"] == "ValueError" and "--overwrite" in error["message"]
-    invoke("compress", MODEL, "-o", compressed, "--overwrite")
+    invoke("compress", MODEL, "-o", compressed, "--bits", 4, "--overwrite")
 
 
 def test_inspect_adds_up(compressed: Path) -> None:
@@ -98,7 +98,7 @@ def test_export_is_an_ordinary_checkpoint(compressed: Path, tmp_path: Path) -> N
     result = invoke_json("export", compressed, "-o", tmp_path / "exported", "--dtype", "f32")
     assert result["weights"] == 15_735_168
     # Compressing the export with the same grids finds the same integers.
-    invoke("compress", tmp_path / "exported", "-o", tmp_path / "again")
+    invoke("compress", tmp_path / "exported", "-o", tmp_path / "again", "--bits", 4)
     first, again = (invoke_json("inspect", folder) for folder in (compressed, tmp_path / "again"))
     for before, after in zip(first["tensors"], again["tensors"], strict=True):
         assert before["entropy_bits"] == pytest.approx(after["entropy_bits"], abs=1e-9)
@@ -134,9 +134,8 @@ def test_info_names_the_instruction_set() -> None:
         (("--max-kl", 0, "--calibration", "self"), "--max-kl must be above 0 and finite, found 0.0"),
         (("--max-kl", "nan", "--calibration", "self"), "--max-kl must be above 0 and finite, found nan"),
         (("--max-kl", 0.1, "--bpw", 3, "--calibration", "self"), "--max-kl goes with --calibration"),
-        (("--calibration", "self"), "--calibration needs a size"),
+        (("--calibration", "self", "--bits", 4), "--calibration goes with a size such as --bpw 4.5"),
         (("--bpw", 3, "--tune"), "--tune needs a text: add --calibration FILE or --calibration self"),
-        (("--calibration", "self", "--tune"), "--calibration needs a size"),
         (("--bpw", 3, "--sampled", 9), "--sampled goes with --calibration"),
         (("--bpw", 3, "--device", "cuda"), "--device cuda goes with --calibration"),
         (("--bpw", 3, "--sampled", 0, "--calibration", "self"), "needs a text or at least 8 sampled windows"),

@@ -113,8 +113,8 @@ def test_threads_do_not_change_a_byte(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_shards_hold_the_same_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    compress_folder(checkpoint, tmp_path / "one")
-    compress_folder(checkpoint, tmp_path / "many", CodingOptions(shard_bytes=60_000))
+    compress_folder(checkpoint, tmp_path / "one", CodingOptions(bits=4))
+    compress_folder(checkpoint, tmp_path / "many", CodingOptions(bits=4, shard_bytes=60_000))
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -171,13 +171,14 @@ def test_fp8_weights_become_bf16_where_they_are_kept(tmp_path: Path) -> None:
         np.testing.assert_array_equal(kept, raw.astype(np.float32) * 0.5)
 
 
+@pytest.mark.parametrize("options", [CodingOptions(), CodingOptions(bits=4)], ids=["free", "paper"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float, options: CodingOptions) -> None:
     weights = example_weights()
     weights["head.weight"][7, 5] = value
     path = write_checkpoint(tmp_path / "model", weights)
     with pytest.raises(FormatError, match=r"tensor 'head\.weight' has .* at \[7, 5\]; weights must be finite"):
-        compress_folder(path, tmp_path / "out")
+        compress_folder(path, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
 

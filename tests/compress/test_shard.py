@@ -19,7 +19,11 @@ RECORD = ShardRecord(
     file_bytes=640,
     kept_bytes=12,
     entries=("a.weight.coded", "norm.weight"),
-    matrices={"a.weight": MatrixRecord(weights=64, stored_bytes=333, entropy_bits=3.25, huffman_bits=1 / 3)},
+    matrices={
+        "a.weight": MatrixRecord(
+            weights=64, stored_bytes=333, entropy_bits=3.25, huffman_bits=1 / 3, relative_error=0.0
+        )
+    },
 )
 
 

@@ -155,9 +155,49 @@ def test_the_plan_predicts_what_compress_writes(tmp_path: Path) -> None:
     assert predicted.tokens_per_s > 0
 
 
-def test_a_plan_without_a_size_is_refused(checkpoint: Path) -> None:
+def test_a_plan_for_a_width_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="a plan needs a size"):
-        plan(checkpoint, CodingOptions())
+        plan(checkpoint, CodingOptions(bits=4))
+
+
+def test_the_default_size_is_4_5_bits_of_the_coded_matrices(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever is kept: half of the weights here, in float32."""
+    keep = (BitsOverride("model.embed_tokens*", None),)
+    for options in (CodingOptions(), CodingOptions(overrides=keep)):
+        planned = plan(checkpoint, options)
+        result = compress_folder(checkpoint, tmp_path / str(len(options.overrides)), options)
+        assert planned.file_bytes == pytest.approx(result.file_bytes, rel=0.005)
+        assert result.coded_bits == pytest.approx(4.5, rel=0.015)
+        assert 0.04 < planned.relative_error < 0.07
+        assert planned.relative_error == pytest.approx(result.relative_error, rel=0.1)
+        assert result.worst is not None and result.worst.relative_error < 0.1
+    config = json.loads((tmp_path / "0" / "config.json").read_text())
+    assert config["quantization_config"] | {"version": 0} == {
+        "quant_method": "entrollm",
+        "version": 0,
+        "method": "ecsq",
+        "bits_per_weight": 4.5,
+        "prefer": "size",
+    }
+
+
+def test_the_default_size_suits_a_model_that_cannot_take_it(tmp_path: Path) -> None:
+    """Headers alone take more than 4.5 bits of these weights; the grid stays fine, and nothing is refused."""
+    weights = {f"{i}.weight": np.random.default_rng(i).standard_normal((4, 8)).astype(np.float32) for i in range(3)}
+    save_file(weights | {"norm": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    result = compress_folder(tmp_path, tmp_path / "out")
+    assert result.coded_bits > 20 and result.relative_error < 0.15
+    with pytest.raises(ValueError, match="this model cannot take"):
+        compress_folder(tmp_path, tmp_path / "exact", CodingOptions(target=Target(bits_per_weight=4.5)))
+
+
+def test_a_model_without_matrices_has_no_plan(tmp_path: Path) -> None:
+    save_file({"norm": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert compress_folder(tmp_path, tmp_path / "out").worst is None
+    with pytest.raises(ValueError, match="has no matrix to quantize"):
+        plan(tmp_path, CodingOptions())
 
 
 def test_a_weight_at_the_end_of_float32_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from entrollm.format.reader import CompressedModel
 from tests.support.checkpoints import example_weights, write_checkpoint
 from tests.support.folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
 
-OPTIONS = CodingOptions(granularity="row")
+OPTIONS = CodingOptions(bits=4, granularity="row")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import entrollm
+from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.files import read_model_files
 from entrollm.errors import FormatError
 from tests.engine.tokenizers_for_tests import byte_level
@@ -153,3 +154,18 @@ def test_other_kinds_of_tokenizers_are_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"has no tokenizer\.json, only {name}, which is not read; make one with"):
         model.encode("a")
     assert model.generate([1, 2], max_tokens=2).token_ids
+
+
+def test_a_tokenizer_that_makes_the_library_panic_is_refused_by_name(tmp_path: Path) -> None:
+    """The library cuts the prefix off a piece that is shorter than it; its panic is no Exception."""
+    folder = write(tmp_path / "model", {})
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["continuing_subword_prefix"] = "#" * 40
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(FormatError, match=r"tokenizer\.json: the tokenizers library fails on it \(.*fetch it again"):
+        read_model_files(folder)
+
+
+def test_other_base_exceptions_pass() -> None:
+    with pytest.raises(KeyboardInterrupt), panics_named("tokenizer.json"):
+        raise KeyboardInterrupt

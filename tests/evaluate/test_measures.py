@@ -1,6 +1,7 @@
 """Perplexity and divergence against slow definitions, and the pass over a text."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from entrollm.errors import EntroLLMError
-from entrollm.evaluate import Evaluation, Windows, evaluate
+from entrollm.evaluate import Evaluation, Windows, evaluate, evaluate_in_turn, evaluation
 from entrollm.evaluate import perplexity as perplexity_module
 from entrollm.evaluate.divergence import token_divergences, top1_agreements
 from entrollm.evaluate.perplexity import standard_error, summarize_losses, token_losses
@@ -162,3 +163,32 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     model.table[4, 2] = bad
     with pytest.raises(EntroLLMError, match="window 1: the model's logits are not finite"):
         evaluate([model], windows_of([[0, 1, 2], [3, 4, 5]]))
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 10**9])
+def test_models_in_turn_have_the_same_figures_and_one_is_in_memory(
+    kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", kept_bytes)
+    windows = windows_of([[0, 1, 2, 3], [3, 1, 0, 2], [2, 2, 2, 2]])
+    alive: weakref.WeakSet[TableModel] = weakref.WeakSet()
+    loads = []
+
+    def load(number: int) -> TableModel:
+        assert not alive
+        loads.append(number)
+        model = random_model(number)
+        alive.add(model)
+        return model
+
+    seen: list[tuple[float, float]] = []
+    found = evaluate_in_turn(
+        [lambda number=number: load(number) for number in (1, 2)],  # type: ignore[misc]
+        windows,
+        random_model(0),
+        lambda done, total: seen.append((done, total)),
+    )
+    assert found == evaluate([random_model(1), random_model(2)], windows, random_model(0))
+    assert loads == [1, 2] * (3 if kept_bytes == 1 else 1)
+    assert [done for done, _ in seen] == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0] and seen[-1] == (12.0, 12)
+    assert evaluate_in_turn([lambda: random_model(1)], windows) == evaluate([random_model(1)], windows)

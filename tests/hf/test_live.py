@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import entrollm.hf
 from entrollm import CompressOptions, compress
-from entrollm.errors import UnsupportedError
+from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.entry import join_arrays, split_entries
 from entrollm.format.reader import CompressedModel
@@ -36,10 +36,11 @@ def load(checkpoint: Path, config: EntroConfig, **options: Any) -> Any:
     "config",
     [
         EntroConfig(),
+        EntroConfig(bits=4),
         EntroConfig(bits=8, prefer="speed", threads=2),
         EntroConfig(bits=3, granularity="row", overrides={"*embed*": 8}, keep=["*.0.*q_proj*"]),
     ],
-    ids=["4", "8-speed", "overrides"],
+    ids=["default", "4", "8-speed", "overrides"],
 )
 def test_integers_are_those_of_the_command(checkpoint: Path, config: EntroConfig, tmp_path: Path) -> None:
     model = load(checkpoint, config, dtype=torch.bfloat16)
@@ -94,8 +95,12 @@ def test_weight_that_is_not_finite_is_named(
     )
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(RuntimeError, match="CONVERSION"):
-        load(tmp_path / "bad", EntroConfig())
+        load(tmp_path / "bad", EntroConfig(bits=4))
     assert "tensor 'model.layers.1.mlp.up_proj.weight' has nan at [3, 0]; weights must be finite" in caplog.text
+    with pytest.raises(
+        FormatError, match=r"has nan at \[3, 0\]; weights must be finite"
+    ):  # a size looks at samples first
+        load(tmp_path / "bad", EntroConfig())
 
 
 def test_compressed_folder_is_not_quantized_again(coded: Path) -> None:
@@ -136,9 +141,9 @@ def test_tied_matrix_is_found_under_either_name(
 
     change(checkpoint, tmp_path / "source", edit)
     if live:
-        model = load(tmp_path / "source", EntroConfig(), dtype=torch.float32)
+        model = load(tmp_path / "source", EntroConfig(bits=4), dtype=torch.float32)
     else:
-        compress(tmp_path / "source", tmp_path / "coded", CompressOptions())
+        compress(tmp_path / "source", tmp_path / "coded", CompressOptions(bits=4))
         model = entrollm.hf.load(tmp_path / "coded", dtype=torch.float32)
     assert isinstance(model.lm_head, EntroLinear)
     assert isinstance(model.model.embed_tokens, EntroEmbedding)
@@ -164,7 +169,7 @@ def test_state_dict_alone_is_refused(checkpoint: Path) -> None:
 
 def test_rows_have_scales_that_follow_loaded_states(checkpoint: Path) -> None:
     """Scales are copied when a matrix is opened, so a state that is loaded later opens it again."""
-    model = load(checkpoint, EntroConfig(granularity="row"))
+    model = load(checkpoint, EntroConfig(bits=4, granularity="row"))
     layer = model.model.layers[0].mlp.up_proj
     x = torch.ones(1, 96)
     before = layer(x)

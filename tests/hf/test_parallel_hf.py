@@ -107,7 +107,7 @@ def test_parts_have_the_weights_of_the_whole(coded: Path, style: str, rank: int,
 
 def test_scales_of_rows_are_cut_too(coded: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(
-        coded.parent / "source", quantization_config=EntroConfig(granularity="row")
+        coded.parent / "source", quantization_config=EntroConfig(bits=4, granularity="row")
     ).save_pretrained(tmp_path)
     test_parts_have_the_weights_of_the_whole(tmp_path, "colwise", 2, 3)
     test_parts_have_the_weights_of_the_whole(tmp_path, "rowwise", 2, 3)

@@ -121,7 +121,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     weights = gaussian(4, 64)
     weights[1, 5] = np.nan
-    with pytest.raises(FormatError, match=r"tensor 'w' has nan at \[1, 5\]; it must be finite"):
+    with pytest.raises(FormatError, match=r"tensor 'w' has nan at \[1, 5\]; weights must be finite"):
         quantize(weights, 0.5)
 
 

@@ -114,7 +114,7 @@ def test_a_matrix_of_zeros_stays_zero(moments: NDArray[np.float64]) -> None:
 def test_weights_that_are_not_finite_are_refused(moments: NDArray[np.float64]) -> None:
     weights = np.zeros((4, COLUMNS), np.float32)
     weights[2, 3] = np.inf
-    with pytest.raises(FormatError, match=r"tensor 'w' has inf at \[2, 3\]; it must be finite"):
+    with pytest.raises(FormatError, match=r"tensor 'w' has inf at \[2, 3\]; weights must be finite"):
         run(FeedbackQuantizer(0.5, damped_factor(moments)), weights)
 
 
@@ -145,5 +145,5 @@ def test_gptq_keeps_rows_of_zeros_and_has_no_column_scales(
 
 
 def test_gptq_refuses_weights_that_are_not_finite(moments: NDArray[np.float64]) -> None:
-    with pytest.raises(FormatError, match=r"tensor 'w' has nan at \[0, 0\]; it must be finite"):
+    with pytest.raises(FormatError, match=r"tensor 'w' has nan at \[0, 0\]; weights must be finite"):
         run(GptqQuantizer(0.5, damped_factor(moments)), np.full((4, COLUMNS), np.nan, np.float32))

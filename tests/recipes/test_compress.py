@@ -116,6 +116,16 @@ def test_calibration_pays(model: Path, tmp_path: Path) -> None:
     assert found[1] < 0.9 * found[0]
 
 
+def test_files_of_others_are_refused_before_calibration(model: Path, tmp_path: Path) -> None:
+    entrollm.compress(model, tmp_path / "out", CompressOptions(bits=8, measure=False))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    reported = Recorded()
+    with pytest.raises(ValueError, match=r"would delete: notes\.txt; move or remove them"):
+        options = CompressOptions(bpw=3.0, calibration="self")
+        entrollm.compress(model, tmp_path / "out", options, overwrite=True, progress=reported)
+    assert not reported.stages
+
+
 def test_an_existing_output_is_refused_before_calibration(model: Path, tmp_path: Path) -> None:
     entrollm.compress(model, tmp_path / "out")
     reported = Recorded()

@@ -105,10 +105,12 @@ SELF: dict[str, Any] = {"calibration": "self"}
             "--device cuda goes with --calibration FILE or --calibration self",
         ),
         (
-            SELF,
-            "calibration needs a size: add bpw=3.5, size='1.9GB' or max_kl=0.02",
-            "--calibration needs a size: add --bpw 3.5, --fit 1.9GB or --max-kl 0.02",
+            {"bits": 4, **SELF},
+            "calibration goes with a size such as bpw=4.5, and not with bits",
+            "--calibration goes with a size such as --bpw 4.5, and not with --bits",
         ),
+        ({"granularity": "row"}, "granularity='row' goes with bits", "--granularity row goes with --bits"),
+        ({"bpw": 4, "granularity": "row"}, "granularity='row' goes with bits", "--granularity row goes with --bits"),
     ],
 )
 def test_options_that_are_wrong_or_do_not_go_together_are_refused(
@@ -127,6 +129,11 @@ def test_widths_beside_a_size_are_refused_when_they_would_be_used(size: dict[str
         entrollm.compress(TINY_LLAMA, tmp_path / "out", options)
     assert str(raised.value) == "give one of bits, bpw and size; they all decide the size"
     assert describe_error(raised.value) == "give one of --bits, --bpw and --fit; they all decide the size"
+
+
+def test_widths_beside_calibration_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"calibration goes with a size such as bpw=4\.5, and not with bits"):
+        entrollm.compress(TINY_LLAMA, tmp_path / "out", CompressOptions(overrides={"lm_head*": 8}, **SELF))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,11 @@ def test_options_of_coding_are_those_of_the_user() -> None:
 @pytest.mark.parametrize(
     ("options", "message", "shown"),
     [
-        ({}, "give a size: bpw=3.5 or size='1.9GB'", "give a size: --bpw 3.5 or --fit 1.9GB"),
+        (
+            {"bits": 4},
+            "a plan is for a size such as bpw=4.5 or size='1.9GB', not for bits",
+            "a plan is for a size such as --bpw 4.5 or --fit 1.9GB, not for --bits",
+        ),
         (
             {"bpw": 3, **SELF},
             "a plan does not calibrate: leave out calibration",

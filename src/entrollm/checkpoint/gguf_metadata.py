@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
 from entrollm.checkpoint.gguf_vocabulary import Vocabulary, end_tokens, start_token
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import GgufFile
 
-# By llama.cpp's architecture, which is also the model type here; Mistral models are "llama" there.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
 
 # Keys of an architecture, without its name, that `_config` and `_rope` read.
@@ -76,8 +75,8 @@ _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.
 _LLAMA3_CONTEXT = 8192
 
 
-def model_config(file: GgufFile) -> dict[str, Any]:
-    """The config.json that a model of these values and tensors has.
+def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture of a file, and the config.json that a model of its values and tensors has.
 
     Raises:
         FormatError: a value is missing or malformed.
@@ -94,10 +93,12 @@ def model_config(file: GgufFile) -> dict[str, Any]:
     metadata.expect("attention.value_length", head_dim, "the keys' length")
     metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
     metadata.expect("vocab_size", embedding.shape[0], "the rows of token_embd.weight")
-    if 0 < metadata.integer("attention.sliding_window", 0, low=0) < context_length:
+    architecture = metadata.architecture
+    window = metadata.integer("attention.sliding_window", 0, low=0)
+    if 0 < window < context_length and not architecture.has_windows:
         raise metadata.unsupported("attention.sliding_window")
     scale = metadata.number("attention.scale", 0.0)
-    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-4):
+    if scale and "attention.scale" not in architecture.keys and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-4):
         raise metadata.unsupported("attention.scale")
     vocabulary = Vocabulary.read(file)
     if vocabulary.tokens and len(vocabulary.tokens) != embedding.shape[0]:
@@ -106,9 +107,9 @@ def model_config(file: GgufFile) -> dict[str, Any]:
             f"{embedding.shape[0]} rows"
         )
     ends = end_tokens(vocabulary)
-    return {
-        "architectures": [ARCHITECTURES[metadata.architecture]],
-        "model_type": metadata.architecture,
+    config = {
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": metadata.integer("feed_forward_length"),
@@ -125,6 +126,7 @@ def model_config(file: GgufFile) -> dict[str, Any]:
         "bos_token_id": start_token(vocabulary),
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
+    return architecture, config | architecture.extend(metadata, config)
 
 
 def generation_config(file: GgufFile) -> dict[str, Any]:
@@ -154,12 +156,15 @@ class _Metadata:
                 f"{file.path}: architecture {architecture!r:.80} is not supported; supported are "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        self.architecture = architecture
+        self.architecture = ARCHITECTURES[architecture]
+        self._prefix = f"{architecture}."
 
     def check_keys(self) -> None:
         """Check the keys that must have one value, and refuse those of the architecture that are not known."""
         for key, value in self._values.items():
-            name = key.removeprefix(f"{self.architecture}.")
+            name = key.removeprefix(self._prefix)
+            if name != key and name in self.architecture.keys:
+                continue
             allowed = _GENERAL.get(key) if name == key else _FIXED.get(name)
             if allowed is not None:
                 # True is 1 to Python, and a flag is not a number.
@@ -175,18 +180,18 @@ class _Metadata:
 
     def unsupported(self, name: str) -> UnsupportedError:
         """The error to raise for the value of a key."""
-        key = f"{self.architecture}.{name}"
+        key = self._prefix + name
         return UnsupportedError(f"{self._path}: {key} {self._values.get(key)!r:.80} is not implemented")
 
     def expect(self, name: str, expected: int, what: str) -> None:
         """Check an integer that may be there and must then have one value."""
         if self.integer(name, expected) != expected:
-            key = f"{self.architecture}.{name}"
+            key = self._prefix + name
             raise UnsupportedError(f"{self._path}: {key} is {self._values[key]!r:.80}, expected {expected}, {what}")
 
     def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
         """An integer in [low, 2^31); of a list with one value for each layer, all must be equal."""
-        key = f"{self.architecture}.{name}"
+        key = self._prefix + name
         value = self._values.get(key, default)
         if isinstance(value, list) and value:
             if any(item != value[0] for item in value):
@@ -198,7 +203,7 @@ class _Metadata:
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
-        key = f"{self.architecture}.{name}"
+        key = self._prefix + name
         value = self._values.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a number")
@@ -206,7 +211,7 @@ class _Metadata:
 
     def text(self, name: str, default: str) -> str:
         """A string."""
-        key = f"{self.architecture}.{name}"
+        key = self._prefix + name
         value = self._values.get(key, default)
         if not isinstance(value, str):
             raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a string")
@@ -214,7 +219,7 @@ class _Metadata:
 
     def has(self, name: str) -> bool:
         """Whether the key is there."""
-        return f"{self.architecture}.{name}" in self._values
+        return self._prefix + name in self._values
 
 
 def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str, Any]:
@@ -229,7 +234,7 @@ def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str,
     if attention != 1.0 and kind != "yarn":
         raise metadata.unsupported("rope.scaling.attn_factor")
     if ROPE_FACTORS in file.tensors:
-        if metadata.architecture != "llama" or (factor != 1.0 and kind != "none"):
+        if metadata.architecture.model_type != "llama" or (factor != 1.0 and kind != "none"):
             raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} and a scaling of rotations are not supported together")
         factors = file.array(ROPE_FACTORS).astype(np.float64).reshape(-1)
         return {**_llama3(file.path, theta, factors), "rope_theta": theta}

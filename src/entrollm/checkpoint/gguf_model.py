@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.gguf_architectures import Architecture
 from entrollm.checkpoint.gguf_metadata import ROPE_FACTORS, model_config
 from entrollm.errors import FormatError, Message, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
@@ -44,21 +45,24 @@ class GgufTensors:
         names: the name in the file of each tensor.
     """
 
-    def __init__(self, file: GgufFile, heads: Mapping[str, int]) -> None:
+    def __init__(self, file: GgufFile, architecture: Architecture, heads: Mapping[str, int]) -> None:
         self.path = file.path
         self.size_bytes = file.size_bytes
         self._file = file
         self.names: Mapping[str, str] = {
-            _rename(file.path, name): name for name in file.tensors if name != ROPE_FACTORS
+            _rename(file.path, name, architecture): name for name in file.tensors if name != ROPE_FACTORS
         }
         self._heads = heads
+        self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
             {name: _entry(file.tensors[theirs]) for name, theirs in self.names.items()}
         )
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor in Hugging Face's row order; a view, except for queries and keys of the llama architecture."""
+        """A tensor as Hugging Face has it; a view, except for norms and for queries and keys of some architectures."""
         array = self._file.array(self.names[name])
+        if self._norm_offset and name.endswith("norm.weight"):
+            return array.astype(np.float32) - self._norm_offset
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
@@ -97,13 +101,13 @@ def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
 
 
 def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], GgufTensors]:
-    config = model_config(file)
+    architecture, config = model_config(file)
     heads = {}
-    if config["model_type"] == "llama":
+    if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    tensors = GgufTensors(file, heads)
-    _check_places(path, tensors.names, config)
-    config |= _biases(path, tensors.names, config)
+    tensors = GgufTensors(file, architecture, heads)
+    _check_places(path, tensors.names, config, architecture)
+    config |= _biases(path, tensors.names, config, architecture)
     types = {}
     for name, theirs in tensors.names.items():
         tensor = file.tensors[theirs]
@@ -116,35 +120,35 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], GgufTensors]:
     return config, tensors
 
 
-def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
+def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any], architecture: Architecture) -> None:
     """Refuse tensors that the architecture would leave unread.
 
     Raises:
         UnsupportedError: there is one.
     """
-    architecture, layers = config["model_type"], config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     for name, theirs in names.items():
         match = _LAYER.match(name)
         if match is not None and int(match["index"]) >= layers:
             raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is beyond the {layers} layers of the model")
-        if "_norm.weight" in name and ".self_attn." in name and architecture != "qwen3":
-            raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is not part of the architecture {architecture}")
+        if "_norm.weight" in name and ".self_attn." in name and not architecture.has_qk_norms:
+            raise UnsupportedError(
+                f"{path}: tensor {theirs!r:.80} is not part of the architecture {architecture.model_type}"
+            )
 
 
-def _biases(path: Path, names: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, bool]:
+def _biases(
+    path: Path, names: Mapping[str, str], config: Mapping[str, Any], architecture: Architecture
+) -> dict[str, bool]:
     """Which projections have a bias, as config.json says it.
 
     Raises:
         UnsupportedError: only some have one, or others than the architecture allows.
     """
-    architecture, layers = config["model_type"], config["num_hidden_layers"]
-    attention = ("q_proj", "k_proj", "v_proj") if architecture == "qwen2" else ("q_proj", "k_proj", "v_proj", "o_proj")
-    groups = {"attention_bias": [f"self_attn.{part}" for part in attention]}
-    if architecture == "llama":
-        groups["mlp_bias"] = [f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+    layers = config["num_hidden_layers"]
     left = {name for name in names if name.endswith(".bias")}
     found = {}
-    for key, parts in groups.items():
+    for key, parts in architecture.biases.items():
         found[key] = False
         if layers * len(parts) <= len(left):  # the number of layers is what the file claims
             complete = {f"model.layers.{index}.{part}.bias" for index in range(layers) for part in parts}
@@ -152,20 +156,22 @@ def _biases(path: Path, names: Mapping[str, str], config: Mapping[str, Any]) -> 
             left -= complete if found[key] else set()
     if left:
         raise UnsupportedError(
-            f"{path}: tensor {names[min(left)]!r:.80} is a bias that {architecture} does not have, or that other "
-            "projections and layers lack; this is not implemented"
+            f"{path}: tensor {names[min(left)]!r:.80} is a bias that {architecture.model_type} does not have, or that "
+            "other projections and layers lack; this is not implemented"
         )
-    return {} if architecture == "qwen2" else found
+    found.pop("", None)
+    return found
 
 
-def _rename(path: Path, name: str) -> str:
+def _rename(path: Path, name: str, architecture: Architecture) -> str:
     match = _NAME.fullmatch(name)
     if match is not None:
         layer, part, kind = match["layer"], match["part"], match["kind"]
         if layer is None and part in _OUTER:
             return f"{_OUTER[part]}.{kind}"
-        if layer is not None and part in _INNER:
-            return f"model.layers.{int(layer)}.{_INNER[part]}.{kind}"
+        ours = architecture.parts.get(part) or _INNER.get(part)
+        if layer is not None and ours is not None:
+            return f"model.layers.{int(layer)}.{ours}.{kind}"
     raise UnsupportedError(f"{path}: tensor {name!r:.80} is not part of a supported architecture")
 
 

@@ -19,6 +19,7 @@ from entrollm.checkpoint.gguf_vocabulary import (
     Vocabulary,
     is_end_text,
 )
+from entrollm.checkpoint.panics import panics_named
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import open_gguf
 
@@ -57,23 +58,29 @@ def convert_tokenizer(path: Path) -> dict[str, str]:
     if not vocabulary.tokens:
         raise UnsupportedError(f"{path}: the file has no tokenizer")
     _check_keys(vocabulary)
+    with panics_named(path):
+        tokenizer = _tokenizer(vocabulary)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {name: token for role, name in _ROLES.items() if (token := vocabulary.special(role)) is not None}
+    if (template := _templates(vocabulary)) is not None:
+        config["chat_template"] = template
+    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    if advice := generation_config(file):
+        files["generation_config.json"] = json.dumps(advice, indent=2) + "\n"
+    return files
+
+
+def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     kind = vocabulary.kind
     if kind == BYTE_LEVEL:
         tokenizer = _byte_level(vocabulary)
     elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
     else:
-        raise UnsupportedError(f"{path}: a tokenizer of kind {kind!r:.80} cannot be converted")
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {name: token for role, name in _ROLES.items() if (token := vocabulary.special(role)) is not None}
-    if (template := _templates(vocabulary)) is not None:
-        config["chat_template"] = template
+        raise UnsupportedError(f"{vocabulary.path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     _add_special_tokens(tokenizer, vocabulary)
     _add_ends(tokenizer, vocabulary)
-    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-    if advice := generation_config(file):
-        files["generation_config.json"] = json.dumps(advice, indent=2) + "\n"
-    return files
+    return tokenizer
 
 
 def _check_keys(vocabulary: Vocabulary) -> None:
@@ -103,7 +110,7 @@ def _templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     """BPE over bytes, as in Llama 3, Qwen and SmolLM."""
-    pre = vocabulary.metadata.get(PREFIX + "pre")
+    pre = vocabulary.pre
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")

@@ -62,6 +62,18 @@ class Vocabulary:
         """What llama.cpp calls the tokenizer's model."""
         return self.metadata.get(PREFIX + "model")
 
+    @property
+    def pre(self) -> str | None:
+        """How the file says that text is split into words.
+
+        Raises:
+            FormatError: it says so by something else than a name.
+        """
+        value = self.metadata.get(PREFIX + "pre")
+        if value is not None and not isinstance(value, str):
+            raise FormatError(f"{self.path}: {PREFIX}pre is {value!r:.80}, expected a name")
+        return value
+
     def id_of(self, role: str) -> int | None:
         """The number of a token that has a role, such as bos.
 
@@ -100,7 +112,7 @@ class Vocabulary:
 
     def begins_text(self) -> bool:
         """Whether the start token comes before every text: the file says so, or else the kind of tokenizer."""
-        by_kind = self.kind == SENTENCE_PIECE or self.metadata.get(PREFIX + "pre") in LLAMA3_SPLITS
+        by_kind = self.kind == SENTENCE_PIECE or self.pre in LLAMA3_SPLITS
         return self.flag("add_bos_token", by_kind)
 
 

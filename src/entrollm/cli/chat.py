@@ -80,6 +80,8 @@ def command(
     from entrollm.errors import UnsupportedError
 
     loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
+    if loaded.tokenizer is None:
+        raise UnsupportedError(loaded.no_tokenizer)
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {
@@ -106,6 +108,8 @@ def _talk(dialogue: _Dialogue, *, keep_going: bool) -> None:
             line = _read_line().strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8 text: {error}") from None
         except KeyboardInterrupt:
             message(f"\n{_HELP}")
             continue

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, print_json, warn
+from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, message, print_json, warn
+from entrollm.cli.flags import write_flags
 from entrollm.cli.options import BpwOption, KeepOption, SizeOption, parse_bits
 from entrollm.cli.progress import ProgressBars
 from entrollm.cli.summary import print_summary
 
 EXAMPLES = (
+    ("entrollm compress MODEL -o OUT", "4.5 bits per weight, close to the original"),
     ("entrollm compress MODEL -o OUT --bpw 3.5", "3.5 bits per weight, everything included"),
     ("entrollm compress MODEL -o OUT --fit 1.9GB", "the best model of at most this size"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt", "closer to the original, by a text"),
@@ -21,9 +23,8 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bpw 2.5 --calibration text.txt --tune", "closer still, at low sizes"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda", "calibrated on a GPU"),
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
-    ("entrollm compress MODEL -o OUT", "the paper's 4-bit grids"),
-    ("entrollm compress MODEL -o OUT --bits 8", "8-bit grids, nearly lossless"),
-    ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "more bits for one tensor"),
+    ("entrollm compress MODEL -o OUT --bits 8", "the paper's 8-bit grids, nearly lossless"),
+    ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "its 4-bit grids, 8 bits for one tensor"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
@@ -78,8 +79,9 @@ def command(
         typer.Option(
             "--bits",
             metavar="N|GLOB=N",
-            help="Width of the paper's grids: 2 to 8 bits, 4 by default. GLOB=N sets it for tensors whose names match. "
-            "Can be repeated; the last match wins.",
+            help="The EntroLLM paper's grids, of 2 to 8 bits, to reproduce it: at equal size, --bpw stays far closer "
+            "to the original. GLOB=N is for tensors whose names match; the others then have 4 bits. Can be repeated; "
+            "the last match wins.",
         ),
     ] = None,
     keep: KeepOption = None,
@@ -100,7 +102,7 @@ def command(
             "--calibration",
             metavar="FILE|self",
             help="Steer the rounding by a UTF-8 text like what the model will read, or by self: what the model writes "
-            "itself. The same size then comes closer to the original. Goes with --bpw, --fit or --max-kl.",
+            "itself. The same size then comes closer to the original. Does not go with --bits.",
         ),
     ] = None,
     sampled: Annotated[
@@ -160,6 +162,12 @@ def command(
             help="Take the tokenizer files from this folder; some GGUF files need it.",
         ),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            help="At the end, measure on a short text how close the model stayed to the original. Takes seconds.",
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -167,14 +175,16 @@ def command(
     """Quantize a checkpoint, entropy-code it and write a model folder.
 
     Matrices (linear layers, embeddings, output head) are rounded to uniform grids and entropy-coded; norms and biases
-    keep their type. --bits rounds to the EntroLLM paper's grids of fixed width. --bpw and --fit choose the steps of all
-    grids so that the files have the requested size, finer where a matrix matters more: at equal size, the model comes
-    closer to the original. --calibration comes closer still.
+    keep their type. --bpw and --fit choose the steps of all grids so that the files have the requested size, finer
+    where a matrix matters more; without them, matrices take 4.5 bits per weight. --calibration comes closer to the
+    original at the same size. --bits rounds to the EntroLLM paper's grids of fixed width instead.
 
     A checkpoint that is quantized already (GPTQ, AWQ, GGUF and others) keeps its integers, without loss. The folder
-    appears when it is complete; after an interruption, run the same command again to resume.
+    appears when it is complete; after an interruption, run the same command again to resume. The last line says how
+    close the model stayed, if entrollm run runs it.
     """
     from entrollm.recipes import CompressOptions, compress
+    from entrollm.recipes.closeness import damage_of_result
 
     width, overrides = parse_bits(bits or ())
     options = CompressOptions(
@@ -194,21 +204,27 @@ def command(
         tune=tune,
         device=device.value,
         tokenizer=tokenizer,
+        measure=measure,
         threads=threads,
     )
-    _warn_of_engine(model)
+    is_run = _warn_of_engine(model)
     with ProgressBars(quiet=json_output) as progress:
         result = compress(model, out, options, overwrite=overwrite, progress=progress)
     if json_output:
-        print_json(result.to_json())
+        print_json(json_safe(result.to_json()))
     else:
         print_summary(result)
+    if is_run and result.unmeasured is not None:
+        message(f"how close the model stayed to its original was not measured: {result.unmeasured}")
+    if damage := damage_of_result(result, options):
+        warn(damage.write(write_flags))
 
 
-def _warn_of_engine(model: str) -> None:
-    """Say before the work begins if `entrollm run` will not load the result."""
+def _warn_of_engine(model: str) -> bool:
+    """Say before the work begins if `entrollm run` will not load the result; returns whether it will."""
     from entrollm.checkpoint.resolve import resolve
     from entrollm.engine.check import why_not_run
 
     if reason := why_not_run(resolve(model)):
         warn(f"entrollm run will not load the result: {reason}; transformers may, through entrollm.hf")
+    return not reason

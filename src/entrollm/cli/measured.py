@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,11 @@ import typer
 from entrollm.cli.console import Stopwatch, format_rate, progress_bar, stdout
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from entrollm.engine.model import Model
     from entrollm.evaluate import Evaluation, ModelSize, Protocol, Windows
+    from entrollm.models.config import ModelConfig
     from entrollm.report import QualityRow
 
 TextOption = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.", show_default=False)]
@@ -116,7 +120,7 @@ def measure(
     load: Callable[[str], Model],
     quiet: bool,
 ) -> Measured:
-    """Run models over a text, and the reference once for all of them.
+    """Run models over a text one after the other, and the reference once for all of them.
 
     Args:
         models: folders or Hub ids.
@@ -128,19 +132,24 @@ def measure(
         EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
     """
-    from entrollm.evaluate import cut_windows, evaluate, model_size, read_text
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.files import why_no_tokenizer
+    from entrollm.evaluate import cut_windows, evaluate_in_turn, model_size, read_text
+    from entrollm.files.shards import is_gguf
 
     content = read_text(options.text)
-    loaded = [load(model) for model in models]
-    reference = None if against is None else load(against)
-    every = loaded if reference is None else [*loaded, reference]
-    tokenizer = next((model.tokenizer for model in every if model.tokenizer is not None), None)
+    read = [_read_small_files(model) for model in (*models, *(() if against is None else (against,)))]
+    tokenizer = next((tokenizer for _, tokenizer in read if tokenizer is not None), None)
     if tokenizer is None:
-        raise ValueError(f"{models[0]} has no tokenizer.json, which is needed to read a text")
-    windows = cut_windows(tokenizer, content, _protocol(every, options))
+        path = resolve(models[0])
+        needed = f"{path} has no tokenizer.json, which is needed to read a text"
+        raise ValueError(why_no_tokenizer(path) if is_gguf(path) else needed)
+    windows = cut_windows(tokenizer, content, _protocol([config for config, _ in read], options))
     watch = Stopwatch()
+    reference = None if against is None else load(against)
+    loaders = [partial(load, model) for model in models]
     with progress_bar("evaluating", "tokens", quiet=quiet) as progress:
-        evaluations, reference_evaluation = evaluate(loaded, windows, reference, progress)
+        evaluations, reference_evaluation = evaluate_in_turn(loaders, windows, reference, progress)
     measured = [
         MeasuredModel(name, model_size(name), evaluation) for name, evaluation in zip(models, evaluations, strict=True)
     ]
@@ -150,14 +159,31 @@ def measure(
     return Measured(options.text, windows, original, tuple(measured), watch.elapsed_s)
 
 
-def _protocol(models: Sequence[Model], options: TextOptions) -> Protocol:
+def _read_small_files(name: str) -> tuple[ModelConfig, Tokenizer | None]:
+    """The configuration and the tokenizer of a model, without its weights."""
+    from entrollm.checkpoint.model_folder import Checkpoint
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.files import read_model_files
+    from entrollm.files.shards import is_gguf
+    from entrollm.models import read_config
+    from entrollm.models.config_fields import Fields
+
+    path = resolve(name)
+    if is_gguf(path):
+        with Checkpoint.open(path) as checkpoint:
+            return read_config(Fields(checkpoint.config, "config.json")), None
+    files = read_model_files(path)
+    return read_config(Fields(files.config, "config.json")), files.tokenizer
+
+
+def _protocol(configs: Sequence[ModelConfig], options: TextOptions) -> Protocol:
     """Choose a window that every model can read."""
     from entrollm.evaluate import DEFAULT_WINDOW, Protocol
 
-    context = min(model.config.context_length for model in models)
+    context = min(config.context_length for config in configs)
     if options.window is not None and options.window > context:
         raise ValueError(f"--window {options.window} is longer than the context of {context} tokens")
-    bos_id = models[0].config.bos_token_id if options.bos else None
+    bos_id = configs[0].bos_token_id if options.bos else None
     if options.bos and bos_id is None:
         raise ValueError("--bos: the model's config.json names no bos_token_id")
     return Protocol(options.window or min(DEFAULT_WINDOW, context), options.max_windows, bos_id)

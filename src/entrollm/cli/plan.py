@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrollm.cli.console import JsonOption, ThreadsOption, print_json, stdout
+from entrollm.cli.console import JsonOption, ThreadsOption, print_json, stdout, warn
+from entrollm.cli.flags import write_flags
 from entrollm.cli.options import BpwOption, KeepOption, SizeOption
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from entrollm.report import Table
 
 EXAMPLES = (
+    ("entrollm plan MODEL", "size, error, memory and speed at 4.5 bits per weight"),
     ("entrollm plan MODEL --fit 1.9GB", "what fits: bits and error of every tensor"),
     ("entrollm plan MODEL --bpw 3", "how much error, memory and speed 3 bits per weight give"),
     ("entrollm plan MODEL --bpw 3 --keep 'lm_head*'", "with one tensor in its own type"),
@@ -31,17 +33,23 @@ def command(
 ) -> None:
     """Predict size, error per tensor, memory and speed of a model compressed to a size, without writing anything.
 
+    Without --bpw or --fit, the size is that of `entrollm compress`: 4.5 bits per weight of the matrices.
+
     Sizes come from a sample of every matrix and are within about 0.5 % of what compress writes without calibration.
     Tokens per second count the products with the weights alone, for one sequence, at the speed measured on this
     machine.
     """
     from entrollm.recipes import CompressOptions, plan
+    from entrollm.recipes.closeness import damage_of_plan
 
-    result = plan(model, CompressOptions(bpw=bpw, size=size, keep=keep or (), threads=threads))
+    options = CompressOptions(bpw=bpw, size=size, keep=keep or (), threads=threads)
+    result = plan(model, options)
     if json_output:
         print_json(result.to_json())
     else:
         _print(model, result)
+    if damage := damage_of_plan(result, options):
+        warn(damage.write(write_flags))
 
 
 def _print(model: str, result: SizePlan) -> None:

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from entrollm.recipes import Stage
     from entrollm.recipes.search import Trial
 
-_UNITS = {"writing": "tokens", "calibrating": "layers", "compressing": "weights", "tuning": "windows"}
+_UNITS = {
+    "writing": "tokens",
+    "calibrating": "layers",
+    "compressing": "weights",
+    "tuning": "windows",
+    "measuring": "tokens",
+}
 
 
 class ProgressBars:

@@ -37,6 +37,7 @@ def print_summary(result: CompressResult) -> None:
     )
     _print_tuning(result)
     _print_divergence(result)
+    _print_closeness(result)
 
 
 def _print_imported(imported: ImportedSummary) -> None:
@@ -77,4 +78,15 @@ def _print_divergence(result: CompressResult) -> None:
         f"KL divergence from the original: mean [bold]{divergence.mean:.4g}[/bold] of {result.search.max_kl:g} nats, "
         f"99th percentile {divergence.percentile_99:.3g}, on {result.search.predictions:,} predictions that "
         "calibration did not see"
+    )
+
+
+def _print_closeness(result: CompressResult) -> None:
+    close = result.closeness
+    if close is None:
+        return
+    stdout.print(
+        f"KL divergence from the original: [bold]{close.kl:.3g}[/bold] nats, same likeliest token at "
+        f"[bold]{100 * close.top1_agreement:.0f} %[/bold], perplexity {close.original_perplexity:.4g} -> "
+        f"{close.perplexity:.4g}, on {close.predictions} predictions of a short text ({close.elapsed_s:.1f} s)"
     )

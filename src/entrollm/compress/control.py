@@ -11,6 +11,8 @@ from entrollm.errors import EntroLLMError
 
 MIN_COARSENESS = 0.004
 MAX_COARSENESS = 2.5
+# The coarsest that a size for the coded matrices alone allows, about 3.3 bits for Gaussian weights.
+COARSEST_BY_DEFAULT = 0.4
 MIN_STEP = 0.002
 MAX_STEP = 4.0
 # A Gaussian of unit variance takes about this many bits minus log2 of the step.
@@ -29,7 +31,7 @@ class RateControl:
 
     A step is relative_step * coarseness. After each matrix, the coarseness of the others is computed again from the
     bytes that are left, so that errors of the predictions do not add up. The last matrix is coded again until the size
-    fits.
+    fits. A target for the coded matrices alone goes without that, and without an error where no step meets it.
 
     Args:
         curves: the matrices, in the order of coding.
@@ -54,16 +56,21 @@ class RateControl:
         self._relative = relative_steps
         self._fixed = fixed_bytes
         self._weights = weights
-        self._aim = target.aim_bytes(weights)
-        self._limit = target.limit_bytes(weights)
+        self._is_strict = target.coded_bits is None
+        self._coarsest = MAX_COARSENESS if self._is_strict else COARSEST_BY_DEFAULT
         self._spent = self._expected = 0.0
         self._nudge = 1.0
         self._too_fine = self._too_coarse = 0.0  # nudges at which the last matrix was too large and too small
         self._best = 0.0, 0.0  # the largest size within the limit, and its nudge
         self._tries = 0
+        if target.coded_bits is not None:
+            self._aim = self._limit = fixed_bytes + target.coded_bits * self._coded_weights() / 8
+        else:
+            self._aim, self._limit = target.aim_bytes(weights), target.limit_bytes(weights)
         self.coarseness = self._solve(_first_guess((self._aim - fixed_bytes) * 8 / max(1, self._coded_weights())))
         self._is_limit = target.file_bytes is not None
-        self._check_feasible(target.file_bytes or self._aim)
+        if self._is_strict:
+            self._check_feasible(target.file_bytes or self._aim)
 
     def step(self, name: str) -> float:
         """The step of a matrix, over the RMS of the matrix."""
@@ -81,7 +88,7 @@ class RateControl:
         Raises:
             EntroLLMError: the limit cannot be met.
         """
-        if len(self._remaining) == 1 and self._retry(name, stored_bytes):
+        if self._is_strict and len(self._remaining) == 1 and self._retry(name, stored_bytes):
             return False
         self._expected += self._curves[name].at(self.step(name)).stored_bytes
         self._spent += stored_bytes
@@ -137,7 +144,7 @@ class RateControl:
         weights = max(1, self._coded_weights())
         for _ in range(_ITERATIONS):
             excess_bits = (self._predict(coarseness) - wanted) * 8 / weights
-            moved = min(MAX_COARSENESS, max(MIN_COARSENESS, coarseness * 2 ** min(2.0, max(-2.0, excess_bits / 2))))
+            moved = min(self._coarsest, max(MIN_COARSENESS, coarseness * 2 ** min(2.0, max(-2.0, excess_bits / 2))))
             if abs(excess_bits) < _CLOSE_BITS or moved == coarseness:
                 break
             coarseness = moved

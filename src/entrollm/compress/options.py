@@ -20,7 +20,7 @@ Method = Literal["feedback", "gptq"]
 PostFit = Callable[[Path], "Mapping[str, NDArray[Any]]"]
 """Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
 DEFAULT_BITS = 4
-"""Bits of a grid if neither bits nor a size are given."""
+"""Bits of the paper's grids where only the bits of other tensors are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,10 @@ class CodingOptions:
     """Options of `compress_folder`. All but `threads` affect the result.
 
     Attributes:
-        bits: width of the grid of a matrix, 2 to 8; None for 4, or for the integers that a quantized checkpoint has.
-        target: a size to meet, which then sets the grids in place of `bits` and `granularity`; None if absent.
+        bits: width of the paper's grid of a matrix, 2 to 8; None if absent.
+        target: a size to meet, which then sets the grids in place of `bits` and `granularity`; None if absent. Without
+            `bits`, a target and bits in `overrides`, a quantized checkpoint keeps its integers, and any other gets
+            `DEFAULT_TARGET`.
         method: how calibrated matrices are quantized: "feedback", or "gptq" for comparison.
         drift: whether "feedback" makes each calibrated matrix compensate for the errors of those before it.
         fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.

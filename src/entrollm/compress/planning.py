@@ -12,6 +12,7 @@ from entrollm.checkpoint.imported import ImportedMatrix
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.options import DEFAULT_BITS, CodingOptions
 from entrollm.compress.stacks import split_stacks
+from entrollm.compress.target import DEFAULT_TARGET
 from entrollm.errors import FormatError, Message, Option, OptionError, Placeholder
 from entrollm.quantize.select import BitsOverride, TensorPlan, plan_tensors
 
@@ -43,6 +44,15 @@ class Plan:
         return replace(self, coded=tuple(names), shards=(tuple(self.tensors),))
 
 
+def with_size(checkpoint: Checkpoint, options: CodingOptions) -> CodingOptions:
+    """The options with the default size, where they state none and the checkpoint has no integers to keep."""
+    states_size = options.bits is not None or options.target is not None
+    has_widths = any(override.bits is not None for override in options.overrides)
+    if states_size or has_widths or _imported(checkpoint, options):
+        return options
+    return replace(options, target=DEFAULT_TARGET)
+
+
 def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[str] = ()) -> Plan:
     """Plan the tensors of a checkpoint.
 
@@ -50,7 +60,7 @@ def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[st
 
     Args:
         checkpoint: the model; its stacks that are to be coded are split into matrices here.
-        options: of compression.
+        options: of compression, from `with_size`.
         order: names that come first, in this order; the others follow in the order of the checkpoint.
     Raises:
         FormatError: the checkpoint has no tensors.

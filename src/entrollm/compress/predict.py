@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.compress.options import CodingOptions
-from entrollm.compress.planning import make_plan
+from entrollm.compress.planning import make_plan, with_size
+from entrollm.compress.result import MatrixError
 from entrollm.compress.sized import SizedMethods
 from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
@@ -65,6 +68,8 @@ class SizePlan:
         file_bytes: of all weight files, everything included; file_bits, the same per weight.
         load_bytes: memory of the loaded model; its code bytes are file cache, which the system may drop.
         compress_bytes: a bound on the memory that compressing takes.
+        relative_error: of the matrices, the root of the mean of its squares over all their weights.
+        worst: the matrix with the largest relative error.
         tokens_per_s: for one sequence, from the measured speed of a product on this machine.
     """
 
@@ -74,6 +79,8 @@ class SizePlan:
     file_bits: float
     load_bytes: int
     compress_bytes: int
+    relative_error: float
+    worst: MatrixError
     tokens_per_s: float
 
     def to_json(self) -> dict[str, Any]:
@@ -86,20 +93,24 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
 
     Args:
         model: a checkpoint folder or a Hub id.
-        options: of compression, with a target.
+        options: of compression, with a target or the default one.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
-        ValueError: the target is absent or out of reach, or another option is wrong.
+        ValueError: the target is out of reach, or another option is wrong.
     """
-    if options.target is None:
-        raise ValueError("a plan needs a size: bits per weight or bytes")
     with Checkpoint.open(resolve(model)) as checkpoint:
         if checkpoint.imported:
             raise ValueError(
                 f"{checkpoint.path} is quantized already ({checkpoint.quantization}), and compress keeps its integers, "
                 "so no size can be chosen; plan the checkpoint that it was made from"
             )
-        methods = SizedMethods(checkpoint, make_plan(checkpoint, options), options)
+        options = with_size(checkpoint, options)
+        if options.target is None:
+            raise ValueError("a plan needs a size: bits per weight or bytes")
+        planned = make_plan(checkpoint, options)
+        if not planned.coded:
+            raise ValueError(f"{checkpoint.path} has no matrix to quantize")
+        methods = SizedMethods(checkpoint, planned, options)
         tensors = tuple(_estimate(methods, name) for name in sorted(methods.curves, key=natural_key))
         weights = sum(info.weights for info in checkpoint.tensors.values())
         embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
@@ -114,6 +125,8 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
         file_bits=file_bytes * 8 / max(1, weights),
         load_bytes=file_bytes,
         compress_bytes=2 * 4 * largest + 300_000_000,
+        relative_error=_mean_error(tensors),
+        worst=max((MatrixError(t.name, t.relative_error) for t in tensors), key=lambda found: found.relative_error),
         tokens_per_s=_product_rate(methods, threads, options) / max(1, multiplied),
     )
 
@@ -142,6 +155,11 @@ def _estimate(methods: SizedMethods, name: str) -> TensorEstimate:
     curve = methods.curves[name]
     point = curve.at(step)
     return TensorEstimate(name, curve.shape, step, point.stored_bytes * 8 / curve.weights, point.error**0.5)
+
+
+def _mean_error(tensors: Sequence[TensorEstimate]) -> float:
+    weights = sum(t.shape[0] * t.shape[1] for t in tensors)
+    return math.sqrt(math.fsum(t.relative_error**2 * t.shape[0] * t.shape[1] for t in tensors) / weights)
 
 
 def _is_looked_up(name: str, methods: SizedMethods) -> bool:

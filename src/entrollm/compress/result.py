@@ -33,6 +33,14 @@ class ImportedSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixError:
+    """The relative error of one matrix: RMS quantization error over the RMS of its weights."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True)
 class FolderResult:
     """What a run did.
 
@@ -46,6 +54,8 @@ class FolderResult:
         elapsed_s: wall time of this run, without a post_fit; an earlier run finished resumed_weights.
         imported: what became of the imported matrices; None if there were none.
         is_refitted: whether the scales of a post_fit are stored; it may have returned none, or they took too much.
+        relative_error: of the matrices, the root of the mean of its squares over all coded weights.
+        worst: the matrix with the largest relative error; None if none was coded.
     """
 
     path: Path
@@ -61,6 +71,8 @@ class FolderResult:
     resumed_weights: int
     imported: ImportedSummary | None = None
     is_refitted: bool = False
+    relative_error: float = 0.0
+    worst: MatrixError | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, the path as text; the key of `imported` is "packed"."""
@@ -100,7 +112,15 @@ def summarize(checkpoint: Checkpoint, plan: Plan, records: Sequence[ShardRecord]
         resumed_weights=run.resumed_weights,
         imported=_summarize_imported(checkpoint, plan, matrices),
         is_refitted=run.is_refitted,
+        relative_error=math.sqrt(_mean([(matrix.relative_error**2, matrix.weights) for matrix in matrices.values()])),
+        worst=worst_error({name: matrix.relative_error for name, matrix in matrices.items()}),
     )
+
+
+def worst_error(errors: Mapping[str, float]) -> MatrixError | None:
+    """The largest of the relative errors of matrices by name; None if there are none."""
+    name = max(errors, key=lambda name: errors[name], default=None)
+    return None if name is None else MatrixError(name, errors[name])
 
 
 def _summarize_imported(

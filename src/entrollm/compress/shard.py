@@ -25,7 +25,7 @@ from entrollm.format.reader import CompressedModel
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 """Changes with the form of a record, so that a run does not resume one that has another form."""
 _log = logging.getLogger(__name__)
 _COPY_BYTES = 1 << 24
@@ -39,12 +39,14 @@ class MatrixRecord:
         weights: how many it has.
         stored_bytes: what it takes in its file, its share of the header included, to within a few bytes.
         entropy_bits, huffman_bits: per weight, of the histogram of its symbols.
+        relative_error: RMS quantization error over the RMS of the weights.
     """
 
     weights: int
     stored_bytes: int
     entropy_bits: float
     huffman_bits: float
+    relative_error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ class ShardRecord:
         _check_types(path, fields, expected)
         if not all(isinstance(entry, str) for entry in fields["entries"]):
             raise FormatError(f"{path}: entries must be names; remove {path.parent} to start over")
-        of_matrix = {"weights": int, "stored_bytes": int, "entropy_bits": float, "huffman_bits": float}
+        counts = dict.fromkeys(("weights", "stored_bytes"), int)
+        of_matrix = {**counts, **dict.fromkeys(("entropy_bits", "huffman_bits", "relative_error"), float)}
         for matrix in fields["matrices"].values():
             _check_types(path, matrix, of_matrix)
         return cls(
@@ -153,9 +156,12 @@ class ShardMaker:
                 if name in coded:
                     result = self._coder.code(name, writer.table, functools.partial(self._progress.add, name))
                     writer.add_matrix(result.matrix)
-                    weights = self._checkpoint.tensors[name].weights
                     matrices[name] = MatrixRecord(
-                        weights, result.stored_bytes, result.entropy_bits, result.huffman_bits
+                        self._checkpoint.tensors[name].weights,
+                        result.stored_bytes,
+                        result.entropy_bits,
+                        result.huffman_bits,
+                        result.matrix.spec.relative_error,
                     )
             for name in names:
                 if name not in coded:

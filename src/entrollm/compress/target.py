@@ -16,19 +16,21 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A size of the weight files, everything included.
+    """A size of the weight files, everything included. One of the three attributes states it, the others are None.
 
     Attributes:
-        bits_per_weight: over all weights of the model; None if a file size is requested.
-        file_bytes: the limit of the size; None if bits per weight are requested. A limit above what the model can take
-            gives the finest steps.
+        bits_per_weight: over all weights of the model.
+        file_bytes: the limit of the size. One above what the model can take gives the finest steps.
+        coded_bits: per weight of the coded matrices, so that large kept tensors do not make these coarser. A model that
+            cannot meet it, such as one of tiny matrices, comes as near as it can at a fine step.
     """
 
     bits_per_weight: float | None = None
     file_bytes: int | None = None
+    coded_bits: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.bits_per_weight is None) == (self.file_bytes is None):
+        if sum(size is not None for size in (self.bits_per_weight, self.file_bytes, self.coded_bits)) != 1:
             raise ValueError("a target is either bits per weight or a file size")
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight < 64:
             raise ValueError(f"bits per weight must be above 0 and below 64, found {self.bits_per_weight}")
@@ -47,6 +49,12 @@ class Target:
         if self.file_bytes is not None:
             return self.file_bytes
         return self.aim_bytes(weights) * 1.004
+
+
+DEFAULT_BPW = 4.5
+"""Bits per weight where nothing else is asked for."""
+DEFAULT_TARGET = Target(coded_bits=DEFAULT_BPW)
+"""The size where nothing else is asked for."""
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from entrollm.checkpoint.panics import panics_named
+
 _REPLACEMENT = "\ufffd"
 # Enough of the prompt for a decoder that treats the first token of a text differently.
 _CONTEXT_TOKENS = 6
@@ -48,7 +50,8 @@ class Detokenizer:
         return new[len(old) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        with panics_named("tokenizer.json"):
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class StopFinder:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.tokens import TokenFiles, add_tokens
 from entrollm.errors import FormatError
+from entrollm.files.shards import is_gguf
 
 # Tokenizers of other kinds.
 _OTHER_TOKENIZERS = (
@@ -58,11 +60,12 @@ def read_model_files(folder: Path) -> ModelFiles:
     special_tokens = _read_special_tokens(special_tokens_map) | _read_special_tokens(tokenizer_config)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     if tokenizer is not None:
-        add_tokens(tokenizer, TokenFiles(folder, tokenizer_config, special_tokens_map, added_tokens))
+        with panics_named(folder / "tokenizer.json"):
+            add_tokens(tokenizer, TokenFiles(folder, tokenizer_config, special_tokens_map, added_tokens))
     return ModelFiles(
         config=config,
         tokenizer=tokenizer,
-        no_tokenizer="" if tokenizer is not None else _why_no_tokenizer(folder),
+        no_tokenizer="" if tokenizer is not None else why_no_tokenizer(folder),
         generation_config=_read_json(folder / "generation_config.json") or {},
         special_tokens=special_tokens,
         chat_template=_read_chat_template(folder, tokenizer_config),
@@ -94,18 +97,27 @@ def _read_json(path: Path) -> dict[str, object] | None:
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     if not path.exists():
         return None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every malformed file
-        raise FormatError(f"{path}: not a valid tokenizer: {error}") from error
+    with panics_named(path):
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for every malformed file
+            raise FormatError(f"{path}: not a valid tokenizer: {error}") from error
     # Both are for batches in training; a prompt is never cut or filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _why_no_tokenizer(folder: Path) -> str:
-    """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind."""
+def why_no_tokenizer(folder: Path) -> str:
+    """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind.
+
+    Args:
+        folder: a folder without one, or a GGUF file.
+    """
+    if is_gguf(folder):
+        return (
+            f"the tokenizer of {folder} is not read here; `entrollm compress {folder} -o OUT` converts it, then use OUT"
+        )
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).is_file()]
     if not others:
         return ModelFiles.no_tokenizer

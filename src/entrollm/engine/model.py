@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from entrollm import errors
+from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.answer import AnswerText
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
@@ -65,6 +66,11 @@ class Model:
     def config(self) -> ModelConfig:
         """The shape and options of the architecture."""
         return self._config
+
+    @property
+    def no_tokenizer(self) -> str:
+        """Why there is no tokenizer, and what to do; empty if there is one."""
+        return self._no_tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -240,7 +246,8 @@ class Model:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
             ) from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with panics_named("tokenizer.json"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _generation(
         self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords

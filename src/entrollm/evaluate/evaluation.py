@@ -1,5 +1,8 @@
 """Evaluate models on a text in one pass. The reference's logits are used window by window and never stored."""
 
+from __future__ import annotations
+
+import gc
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +17,9 @@ from entrollm.evaluate.perplexity import Float32, Float64, Perplexity, summarize
 from entrollm.evaluate.windows import Windows
 
 Int64 = NDArray[np.int64]
+
+KEPT_BYTES = 1 << 30
+"""Logits of the reference that `evaluate_in_turn` keeps, at least those of one window."""
 
 
 class LanguageModel(typing.Protocol):
@@ -69,6 +75,64 @@ def evaluate(
             progress((number + 1) * len(ids), windows.ids.size)
     evaluations = [tally.summarize(windows) for tally in tallies]
     return evaluations, None if reference is None else reference_tally.summarize(windows)
+
+
+def evaluate_in_turn(
+    loaders: Sequence[Callable[[], LanguageModel]],
+    windows: Windows,
+    reference: LanguageModel | None = None,
+    progress: Callable[[float, float], None] | None = None,
+) -> tuple[list[Evaluation], Evaluation | None]:
+    """Do what `evaluate` does with one model in memory at a time, besides the reference.
+
+    The reference's logits are kept for as many windows as fit in `KEPT_BYTES`, which each model then reads. Models are
+    loaded again for the next windows, unless there is only one.
+
+    Args:
+        loaders: each loads one of the models.
+        windows, reference, progress: as for `evaluate`.
+    Returns, raises:
+        as `evaluate`.
+    """
+    tallies = [_Tally() for _ in loaders]
+    reference_tally = _Tally()
+    only = loaders[0]() if len(loaders) == 1 else None
+    done, total = 0, len(windows.ids) * len(loaders)
+    begin = 0
+    while begin < len(windows.ids):
+        wanted = _keep(reference, windows, begin, reference_tally)
+        end = begin + len(wanted)
+        for loader, tally in zip(loaders, tallies, strict=True):
+            model = only if only is not None else loader()
+            for number in range(begin, end):
+                ids = windows.ids[number]
+                tally.add(_predict(model, ids, number), ids, wanted[number - begin])
+                done += 1
+                if progress is not None:
+                    progress(done * windows.ids.size / total, windows.ids.size)
+            if only is None:
+                del model
+                gc.collect()  # before the next is loaded; what a model refers to refers back to it
+        begin = end
+    evaluations = [tally.summarize(windows) for tally in tallies]
+    return evaluations, None if reference is None else reference_tally.summarize(windows)
+
+
+def _keep(reference: LanguageModel | None, windows: Windows, begin: int, tally: _Tally) -> list[Float32 | None]:
+    """The reference's logits for the windows from `begin` on that fit; for all windows `None` without a reference."""
+    if reference is None:
+        return [None] * (len(windows.ids) - begin)
+    kept: list[Float32 | None] = []
+    kept_bytes = 0
+    for number in range(begin, len(windows.ids)):
+        ids = windows.ids[number]
+        logits = _predict(reference, ids, number)
+        tally.add(logits, ids, None)
+        kept.append(logits)
+        kept_bytes += logits.nbytes
+        if kept_bytes + logits.nbytes > KEPT_BYTES:
+            break
+    return kept
 
 
 @dataclass

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from entrollm.codec.choose import Prefer
 from entrollm.codec.cost import Processor
 from entrollm.compress.options import DEFAULT_BITS
+from entrollm.compress.target import DEFAULT_BPW
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.header import versions_read
@@ -32,8 +33,8 @@ class EntroConfig(QuantizationConfigMixin):
     """How a model is quantized and coded while it is loaded, or how a stored one was made.
 
     Args:
-        bits: width of the paper's grids, 2 to 8; 4 when no size is given either.
-        bpw: bits per weight of the whole model instead, everything included.
+        bits: width of the paper's grids, 2 to 8; 4 where only `overrides` has widths.
+        bpw: bits per weight of the whole model instead, everything included; by default 4.5, for the coded matrices.
         size: a size of the weights instead, in bytes or as "1.9GB".
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -70,8 +71,11 @@ class EntroConfig(QuantizationConfigMixin):
             threads=threads,
         )
         self.quant_method: Any = layout.QUANT_METHOD
-        self.bits = DEFAULT_BITS if bits is None and options.target is None else bits
-        self.bpw = bpw
+        # Whether the size is the default one, which suits any model.
+        states_size = bits is not None or options.target is not None
+        self._is_default = not (states_size or options.has_widths)
+        self.bits = DEFAULT_BITS if options.has_widths and not states_size else bits
+        self.bpw = DEFAULT_BPW if self._is_default else bpw
         self.file_bytes = None if options.target is None else options.target.file_bytes
         self.method: Method = "paper" if self.bits is not None else "ecsq"
         # Where the integers of an imported model come from; nothing can be coded by such a configuration.
@@ -87,7 +91,7 @@ class EntroConfig(QuantizationConfigMixin):
         """The same as options of compression."""
         return CompressOptions(
             bits=self.bits,
-            bpw=self.bpw,
+            bpw=None if self._is_default else self.bpw,
             size=self.file_bytes,
             granularity=self.granularity,
             overrides=self.overrides,

@@ -13,7 +13,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.methods import make_methods
 from entrollm.compress.options import CodingOptions
-from entrollm.compress.planning import make_plan
+from entrollm.compress.planning import make_plan, with_size
 from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.format.header import TensorTable
 from entrollm.hf.names import StoredParameter, find_parameters
@@ -36,6 +36,7 @@ class LiveCoder:
 
     def __init__(self, folder: Path, model: Any, options: CodingOptions) -> None:
         self._checkpoint = Checkpoint.open(folder)
+        options = with_size(self._checkpoint, options)
         plan = make_plan(self._checkpoint, options)
         infos = {name: self._checkpoint.tensors[name] for name in plan.coded}
         shapes = {name: (info.shape[0], info.shape[1]) for name, info in infos.items()}

@@ -21,6 +21,7 @@ from entrollm.hf.experts import serve_experts
 from entrollm.hf.live import LiveCoder, QuantizeWhileLoading
 from entrollm.hf.names import StoredEntries, StoredParameter, around, find_parameters
 from entrollm.hf.parallel import is_parallel, load_parts, mark_local
+from entrollm.hf.resize import refuse_resizing
 from entrollm.hf.save import save_pretrained
 from entrollm.matrix import matrix_of
 from entrollm.torch.backend import check_cuda_packages, checks_bytes, default_backend, uses_cuda_kernels
@@ -134,6 +135,7 @@ class EntroQuantizer(HfQuantizer):
         self._open_for_kernels(model)
         watch_inputs(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
+        refuse_resizing(model)
         return model
 
     def _open_for_kernels(self, model: Any) -> None:

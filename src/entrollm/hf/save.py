@@ -87,6 +87,11 @@ def _write(model: Any, folder: Path, shard_bytes: int) -> None:
     coded = {module.name: module for module in model.modules() if isinstance(module, CodedWeight)}
     if any(weight.is_part for weight in coded.values()):
         raise UnsupportedError("this process holds a part of the model only; its folder has all of it, copy that")
+    if scaled := next((weight for weight in coded.values() if weight.factor != 1), None):
+        raise UnsupportedError(
+            f"{scaled.name} was multiplied with {scaled.factor:g} in place since it was loaded, which its file cannot "
+            "hold; save the model before its first call, or copy the folder that it was loaded from"
+        )
     plain = _plain_tensors(model)
     sizes = {name: sum(entry.nbytes for entry in weight.entries().values()) for name, weight in coded.items()}
     sizes |= {name: tensor.nbytes for name, tensor in plain.items()}

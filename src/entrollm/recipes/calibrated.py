@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText, Tuner, calibrate, held_out
-from entrollm.compress import check_output, compress_folder
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.checkpoint.resolve import resolve
+from entrollm.compress import CodingOptions, check_output, compress_folder
+from entrollm.compress.folder import check_replaced
+from entrollm.compress.pipeline import side_contents
+from entrollm.compress.planning import make_plan, with_size
+from entrollm.compress.target import DEFAULT_TARGET
 from entrollm.recipes.device import open_device
 from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
@@ -31,6 +38,7 @@ def compress_calibrated(
     coding = options.coding()
     text = _text(options)
     check_output(out, overwrite)
+    _check_plan(model, out, coding)
     device = open_device(options.device)
     with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
@@ -64,6 +72,18 @@ def compress_calibrated(
                 progress=progress,
             )
     return CompressResult.of(written, None if tuner is None else tuner.result, search)
+
+
+def _check_plan(model: str | Path, out: Path, coding: CodingOptions) -> None:
+    """Check before calibration what `compress_folder` would refuse after it, such as a checkpoint that is quantized.
+
+    Raises:
+        ValueError: an option does not suit the checkpoint, or the output would replace files of others.
+    """
+    sized = replace(coding, target=coding.target or DEFAULT_TARGET)
+    with Checkpoint.open(resolve(model)) as checkpoint:
+        make_plan(checkpoint, with_size(checkpoint, sized))
+        check_replaced(out, side_contents(checkpoint, coding))
 
 
 def _text(options: CompressOptions) -> CalibrationText:

@@ -26,11 +26,12 @@ def compress(
 
     Without calibration, memory stays below twice the largest tensor in float32. The folder appears only when it is
     complete. After an interruption, the same call resumes compressing where it stopped; calibration starts again.
+    At the end, the engine compares the model with its original on a short text, if it runs the model.
 
     Args:
         model: a checkpoint folder, a Hub id or a .gguf file.
         out: the folder to make.
-        options: by default the paper's 4-bit grids, coded for size.
+        options: by default 4.5 bits per weight without calibration, or the integers of a quantized checkpoint.
         overwrite: replace an earlier output.
         progress: receives what is finished.
     Raises:
@@ -42,10 +43,19 @@ def compress(
     """
     options = options or CompressOptions()
     progress = progress or Silent()
+    result = _compress(model, Path(out), options, overwrite, progress)
+    from entrollm.recipes.closeness import with_closeness
+
+    return with_closeness(model, result, options, progress)
+
+
+def _compress(
+    model: str | Path, out: Path, options: CompressOptions, overwrite: bool, progress: Progress
+) -> CompressResult:
     if options.calibration is not None:
         from entrollm.recipes.calibrated import compress_calibrated
 
-        return compress_calibrated(model, Path(out), options, overwrite=overwrite, progress=progress)
+        return compress_calibrated(model, out, options, overwrite=overwrite, progress=progress)
     from entrollm.compress import compress_folder
     from entrollm.recipes.result import CompressResult
 
@@ -60,15 +70,17 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
 
     Args:
         model: a checkpoint folder or a Hub id.
-        options: with `bpw` or `size`, and without calibration.
+        options: with `bpw`, `size` or neither, and without calibration.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
-        ValueError: the options have no size or calibrate, or the size is out of reach.
+        ValueError: the options have `bits` or calibrate, the size is out of reach, or the checkpoint is quantized
+            already.
     """
     if options.calibration is not None:
         raise OptionError(Message("a plan does not calibrate: leave out {}", Option("calibration")))
-    if options.target is None:
-        raise OptionError(Message("give a size: {} or {}", Option("bpw", 3.5), Option("size", "1.9GB")))
+    if options.bits is not None or options.has_widths:
+        sizes = Option("bpw", 4.5), Option("size", "1.9GB")
+        raise OptionError(Message("a plan is for a size such as {} or {}, not for {}", *sizes, Option("bits")))
     from entrollm.compress import plan as plan_folder
 
     return plan_folder(model, options.coding())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from entrollm.compress.target import Target, parse_size
+from entrollm.compress.target import DEFAULT_BPW, Target, parse_size
 from entrollm.errors import Message, Option, OptionError, Placeholder
 from entrollm.threads import MAX_THREADS
 
@@ -24,6 +24,7 @@ SELF = "self"
 DeviceName = Literal["cpu", "cuda"]
 
 _SIZES = Option("bits"), Option("bpw"), Option("size")
+_NO_PAPER_GRIDS = "{} goes with a size such as {}, and not with {}"
 _EITHER_TEXT = Option("calibration", Placeholder("FILE")), Option("calibration", SELF)
 
 
@@ -31,18 +32,19 @@ _EITHER_TEXT = Option("calibration", Placeholder("FILE")), Option("calibration",
 class CompressOptions:
     """Options of `entrollm.compress` and `entrollm.plan`.
 
-    At most one of `bits`, `bpw`, `size` and `max_kl` decides the size; without any, matrices get 4-bit grids, or keep
-    the integers that the checkpoint already has. `calibration` needs one of the last three, and `sampled`, `drift`,
-    `method`, `tune`, `device` and `seed` say how to calibrate.
+    At most one of `bits`, `bpw`, `size` and `max_kl` decides the size. Without any, the coded matrices take 4.5 bits
+    per weight, or keep the integers that the checkpoint already has. `calibration` does not go with `bits`, and
+    `sampled`, `drift`, `method`, `tune`, `device` and `seed` say how to calibrate.
 
     Attributes:
-        bits: width of the paper's grids, 2 to 8.
+        bits: width of the paper's grids, 2 to 8. They reproduce the paper; at equal size, `bpw` stays closer.
         bpw: bits per weight of the weight files, everything included.
         size: size of the weight files, in bytes or as "1.9GB"; never exceeded.
         max_kl: find the smallest files whose mean KL divergence from the original is at most this many nats per token,
             measured on windows that calibration does not see.
         overrides: grid widths by glob over tensor names, or None for tensors that keep their type; a later match wins.
-            Widths go with neither `bpw`, `size` nor `max_kl`.
+            Widths go with `bits`, which is then 4 by default, and with none of `bpw`, `size`, `max_kl` and
+            `calibration`.
         keep: globs of tensors that keep their type; they win over `overrides`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -56,6 +58,7 @@ class CompressOptions:
         tune: afterwards fit the stored scales to the original's predictions.
         device: what calibrates and rounds: "cpu", or "cuda" for a GPU.
         tokenizer: a folder whose tokenizer files replace those of the model.
+        measure: afterwards measure how close the model stayed, on a short text; see `Closeness`.
         shard_bytes: source bytes that share an output file; an interrupted run resumes after the last complete one.
         threads: worker threads; `None` for one per core.
     Raises:
@@ -79,6 +82,7 @@ class CompressOptions:
     tune: bool = False
     device: DeviceName = "cpu"
     tokenizer: str | Path | None = None
+    measure: bool = True
     shard_bytes: int = 1 << 30
     threads: int | None = None
 
@@ -88,8 +92,13 @@ class CompressOptions:
         _check_size(self)
 
     @property
+    def has_widths(self) -> bool:
+        """Whether `overrides` gives some tensors a grid of the paper."""
+        return any(bits is not None for bits in self.overrides.values())
+
+    @property
     def target(self) -> Target | None:
-        """The size to meet; `None` where `bits` or `max_kl` decides it.
+        """The size to meet; `None` where `bits` or `max_kl` decides it, or nothing does.
 
         Raises:
             ValueError: the size is not one.
@@ -104,14 +113,15 @@ class CompressOptions:
         """The part that decides how matrices are quantized and coded.
 
         Raises:
-            ValueError: there is a size, and `overrides` has widths, which would change nothing.
+            ValueError: `overrides` has widths, which would change nothing beside a size or calibration.
         """
         from entrollm.compress.options import CodingOptions
         from entrollm.quantize.select import BitsOverride
 
-        has_widths = any(bits is not None for bits in self.overrides.values())
-        if has_widths and (self.target is not None or self.max_kl is not None):
+        if self.has_widths and (self.target is not None or self.max_kl is not None):
             raise OptionError(Message("give one of {}, {} and {}; they all decide the size", *_SIZES))
+        if self.has_widths and self.calibration is not None:
+            raise OptionError(Message(_NO_PAPER_GRIDS, Option("calibration"), Option("bpw", DEFAULT_BPW), _SIZES[0]))
         overrides = [BitsOverride(pattern, bits) for pattern, bits in self.overrides.items()]
         return CodingOptions(
             bits=self.bits,
@@ -192,7 +202,8 @@ def _check_size(options: CompressOptions) -> None:
         return
     if len(given) > 1:
         raise OptionError(Message("give one of {}, {} and {}; they all decide the size", *_SIZES))
-    if options.calibration is not None and options.target is None:
-        suggested = Option("bpw", 3.5), Option("size", "1.9GB"), Option("max_kl", 0.02)
-        raise OptionError(Message("{} needs a size: add {}, {} or {}", Option("calibration"), *suggested))
+    if options.calibration is not None and options.bits is not None:
+        raise OptionError(Message(_NO_PAPER_GRIDS, Option("calibration"), Option("bpw", DEFAULT_BPW), _SIZES[0]))
+    if options.granularity != "tensor" and options.bits is None and not options.has_widths:
+        raise OptionError(Message("{} goes with {}", Option("granularity", options.granularity), _SIZES[0]))
     _ = options.target  # raises for a size that is not one

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from entrollm.compress.progress import CompressProgress
     from entrollm.recipes.search import Trial
 
-Stage = Literal["writing", "calibrating", "compressing", "tuning"]
+Stage = Literal["writing", "calibrating", "compressing", "tuning", "measuring"]
 """What is being done: the model writes text to calibrate on; statistics are measured; weights are quantized and coded;
-scales are tuned. A search for `max_kl` goes through the last two once for every size that it tries."""
+scales are tuned; the result is compared with the original. A search for `max_kl` compresses and tunes once for every
+size that it tries."""
 
 
 class Progress(Protocol):
@@ -20,8 +21,8 @@ class Progress(Protocol):
     def advance(self, stage: Stage, done: float, total: float) -> None:
         """Record that `done` of `total` units of a stage are finished.
 
-        The units are tokens when writing, layers (each counts twice) when calibrating, weights when compressing, and
-        windows when tuning.
+        The units are tokens when writing, layers (each counts twice) when calibrating, weights when compressing,
+        windows when tuning, and tokens when measuring.
         """
 
     def tried(self, trial: Trial) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entrollm.torch.joined_weights import JoinedWeights
-from entrollm.torch.weight import CodedParameter, CodedWeight
+from entrollm.torch.parameter import CodedParameter, decoded
+from entrollm.torch.weight import CodedWeight
 
 
 class CodedStack(CodedParameter):
@@ -30,13 +32,20 @@ class CodedStack(CodedParameter):
         joined = self._joined[index]
         return joined.multiply(x) if joined.are_together() else torch.cat([part(x) for part in joined.weights], dim=-1)
 
-    def __getitem__(self, index: int | Tensor) -> Tensor:
-        """Decode one matrix: (out_features, in_features)."""
-        return torch.cat([part.dequantize() for part in self.parts(int(index))])
+    def __getitem__(self, index: Any) -> Tensor:
+        """Decode one matrix, (out_features, in_features), or all matrices where the index is not one of them."""
+        is_one = isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0)
+        if not is_one:
+            return self.dequantize()[decoded(index)]
+        return torch.cat([part.dequantize() for part in self.parts(range(len(self))[int(index)])])
 
     def dequantize(self) -> Tensor:
         """Decode all matrices: (matrices, out_features, in_features)."""
         return torch.stack([self[index] for index in range(len(self))])
+
+    def names(self) -> list[str]:
+        """The names of its matrices in the checkpoint."""
+        return [part.name for index in range(len(self)) for part in self.parts(index)]
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -7,49 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from entrollm.format import layout
 from entrollm.format.spec import TensorSpec
 from entrollm.torch import operators
 from entrollm.torch.backend import Backend, default_backend, open_on, storage_device
-from entrollm.torch.matrix import Matrix
+from entrollm.torch.matrix import Matrix, ScaledMatrix
+from entrollm.torch.parameter import CodedParameter, Transposed
 
 # Attributes that belong to one object and are made anew in its copies.
 _NOT_COPIED = ("number", "_opened", "_opened_from")
 
 
-class CodedParameter(nn.Module):
-    """A module in the place of a parameter; torch functions that are given it get it decoded."""
-
-    def dequantize(self) -> Tensor:
-        """Decode all weights, in the shape of the parameter."""
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Call a torch function with coded parameters decoded."""
-        decoded = [_decoded(argument) for argument in args]
-        return func(*decoded, **{name: _decoded(argument) for name, argument in (kwargs or {}).items()})
-
-
-def _decoded(argument: Any) -> Any:
-    return argument.dequantize() if isinstance(argument, CodedParameter) else argument
-
-
 class CodedWeight(CodedParameter):
     """A coded matrix in the place of a parameter.
 
-    As the weight of `functional.linear` it multiplies, and as that of `functional.embedding` its rows are looked up;
-    other torch functions get it decoded. Layers other than nn.Linear and nn.Embedding therefore work with it too. It is
-    for inference only: gradients pass through products to their input, and the matrix itself has none.
+    As the weight of `functional.linear`, or transposed as the right operand of a matrix product, it multiplies. As that
+    of `functional.embedding`, its rows are looked up, as with an index in brackets. Other torch functions, and the
+    methods of tensors, get it decoded. Layers other than nn.Linear and nn.Embedding therefore work with it too. It is
+    for inference only: gradients pass through products to their input, and the matrix itself has none. The one change
+    in place that it takes is a multiplication with a number, or a division.
 
     Args:
         name: the tensor's name in the checkpoint.
@@ -71,6 +50,8 @@ class CodedWeight(CodedParameter):
         self.name = name
         self.spec = spec
         self.backend: Backend = default_backend.get()
+        # What the model has multiplied the matrix with after loading it.
+        self.factor = 1.0
         # Whether other processes hold the rest of the matrix, or all of it.
         self.is_part = False
         for suffix, entry in entries.items():
@@ -106,6 +87,56 @@ class CodedWeight(CodedParameter):
         """The type of rows that are looked up."""
         return self.anchor.dtype
 
+    def names(self) -> list[str]:
+        """Its name in the checkpoint."""
+        return [self.name]
+
+    @property
+    def T(self) -> Transposed:  # noqa: N802 - the name that tensors give it
+        """The matrix with its axes exchanged."""
+        return Transposed(self)
+
+    def t(self) -> Transposed:
+        """The matrix with its axes exchanged."""
+        return Transposed(self)
+
+    def transpose(self, first: int, second: int) -> Transposed | CodedWeight:
+        """The matrix with two of its axes exchanged."""
+        return self if first % 2 == second % 2 else Transposed(self)
+
+    def mul_(self, factor: float) -> CodedWeight:
+        """Multiply the matrix with a number, for as long as it is loaded.
+
+        Raises:
+            UnsupportedError: the factor is a tensor of several values.
+        """
+        if isinstance(factor, Tensor) and factor.numel() != 1:
+            self.refuse_change("mul_")
+        self.factor *= float(factor)
+        self._opened = None
+        return self
+
+    def div_(self, divisor: float) -> CodedWeight:
+        """Divide the matrix by a number, for as long as it is loaded.
+
+        Raises:
+            UnsupportedError: the divisor is a tensor of several values.
+        """
+        return self.mul_(1 / divisor)
+
+    __imul__ = mul_
+    __itruediv__ = div_
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Decode the rows of an index, or all of the matrix where the index is not over rows alone."""
+        is_ids = isinstance(index, Tensor) and not index.dtype.is_floating_point and index.dtype != torch.bool
+        if is_ids or isinstance(index, int | slice):
+            return self.rows(torch.arange(self.spec.rows, device=self.device)[index])
+        return self.dequantize()[index]
+
+    def __len__(self) -> int:
+        return self.spec.rows
+
     def entries(self) -> dict[str, Tensor]:
         """The stored entries by suffix, in the order of layout.SUFFIXES."""
         named = ((suffix, self._buffers.get(suffix[1:])) for suffix in layout.SUFFIXES)
@@ -119,7 +150,8 @@ class CodedWeight(CodedParameter):
             UnsupportedError: packages that its device needs are missing.
         """
         if self._opened is None or not self._is_current():
-            self._opened = open_on(self.name, self.spec, self.entries(), self.device, self.backend)
+            opened = open_on(self.name, self.spec, self.entries(), self.device, self.backend)
+            self._opened = opened if self.factor == 1 else ScaledMatrix(opened, self.factor)
             if self.backend == "auto":
                 device = storage_device(self.device)
                 self._set_entries(lambda entry: entry.to(device))

@@ -1,0 +1,1 @@
+"""Structured mutation of the text files that are parsed: run `python -m tests.fuzz --help` for a long campaign."""
