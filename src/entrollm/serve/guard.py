@@ -80,12 +80,13 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self._local_only and not _is_local(headers.get("host", "")):
             raise ApiError(403, "this server answers on localhost only; start it with --host to change that")
-        scope["state"]["client"] = (scope.get("client") or ("",))[0]
+        state = scope.setdefault("state", {})
+        state["client"] = (scope.get("client") or ("",))[0]
         if self._keys is not None and scope["path"] not in _OPEN_PATHS:
             owner = self._keys.owner(headers.get("authorization"))
             if owner is None:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-            scope["state"]["client"] = owner
+            state["client"] = owner
         if scope["method"] != "POST":
             return
         if self._is_stopping():
