@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -88,6 +91,72 @@ def test_a_refusal_is_the_callers_mistake() -> None:
 def test_broken_templates(template: str, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         ChatTemplate(template, "folder", {}).render(DIALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ '%0999999999d' % 1 }}", "the chat template failed: it takes too much memory"),
+        ("{{ '{:0999999999d}'.format(1) }}", "the chat template failed: it takes too much memory"),
+        ("{{ 'a' * 10 ** 10 }}", "the chat template failed: it takes too much memory"),
+        ("{% set s = namespace(x='ab') %}{% for i in range(40) %}{% set s.x = s.x ~ s.x %}{% endfor %}", "memory"),
+        ("{{ 'a' * (2 ** 26 + 1) }}", "it made 67108865 characters, at most 67108864 are allowed"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
+        ("{{ 10 ** (10 ** 8 * messages | length) }}", "it took more than 1 seconds"),
+        (
+            "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(60) }}",
+            "it took more than 1 seconds",
+        ),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, "the chat template is not valid: "),
+        ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "the chat template is not valid: too many .* nested"),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "the chat template is not valid: "),
+    ],
+)
+def test_hostile_templates_end_soon_and_the_next_dialogue_works(template: str, message: str) -> None:
+    hostile = "{% if messages[0].role == 'user' %}ok{% else %}" + template + "{% endif %}"
+    chat = ChatTemplate(hostile, "folder", {}, seconds=1)
+    with pytest.raises(FormatError, match=message):
+        chat.render(DIALOGUE)
+    if "not valid" not in message:
+        assert chat.render(DIALOGUE[1:]) == "ok"
+
+
+def test_a_template_that_is_not_compiled_in_time_is_refused() -> None:
+    chat = ChatTemplate("{{ 10 ** (10 ** 9) }}", "folder", {}, seconds=1)  # compilers compute constants
+    with pytest.raises(FormatError, match="it took more than 1 seconds"):
+        chat.render(DIALOGUE)
+
+
+def test_a_template_is_compiled_when_it_is_used(tmp_path: Path) -> None:
+    folder = copy_example(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    model = load_dense(folder)
+    assert model.has_chat_template and model.generate("The king", max_tokens=2).text
+    with pytest.raises(FormatError, match="the chat template is not valid"):
+        model.chat([{"role": "user", "content": "Hi"}])
+
+
+def test_templates_in_threads_and_forked_processes() -> None:
+    chat = ChatTemplate("{{ messages[0].content }}", "folder", {})
+    texts = [f"text {number} é \U0001f600" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(chat.render, [[{"role": "user", "content": text}] for text in texts]))
+    assert found == texts
+    worker = chat._worker
+    assert worker is not None
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if chat.render(DIALOGUE[1:]) == " Hello " and chat._worker is not worker else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert chat.render(DIALOGUE[1:]) == " Hello " and chat._worker is worker
+    del chat
+    assert worker.poll() is not None
+
+
+def test_values_that_are_not_json_are_refused() -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        render("", tools=[object()])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import DTYPES
 from entrollm.files.gguf import open_gguf
-from entrollm.files.safetensors import open_safetensors
+from entrollm.files.safetensors import open_safetensors, parse_json_object
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 
@@ -185,6 +185,15 @@ def test_a_header_beyond_the_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 3) + b"{}")
     with pytest.raises(FormatError, match="the header claims 3 bytes, but the file ends after 10 bytes"):
         open_safetensors(path)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e400", "1" * 400 + ".0"])
+def test_numbers_beyond_floats_are_refused(number: str) -> None:
+    with pytest.raises(
+        FormatError, match=r"config\.json: the configuration holds -?1.*, which is too large for a number"
+    ):
+        parse_json_object(Path("config.json"), f'{{"a": [{number}]}}'.encode(), "the configuration")
+    assert parse_json_object(Path("config.json"), b'{"a": 1e308}', "the configuration") == {"a": 1e308}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)

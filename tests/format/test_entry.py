@@ -252,6 +252,14 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "number": ({"entrollm.tensors": deflated(b'{"coded":{"a":1},"plain":{}}')}, "the spec of 'a' must be a string"),
     "bad checksum": ({"entrollm.tensors": deflated(b'{"coded":{},"plain":{"a":"0"}}')}, "must be 8 hex digits"),
     "nothing": ({"entrollm.tensors": deflated(b'{"coded":{},"plain":{}}')}, "belongs to no tensor that the header"),
+    "bomb": (
+        {"entrollm.tensors": deflated(b'{"coded":{' + b" " * 2**23 + b'},"plain":{}}')},
+        "is not one deflated stream",
+    ),
+    "many": (
+        {"entrollm.tensors": deflated(b'{"coded":{},"plain":{' + b'"":"",' * 50000 + b'"":""}}')},
+        "lists far more than the file's",
+    ),
     "something else": ({"author": "me"}, "its header has the unknown key 'author'"),
 }
 

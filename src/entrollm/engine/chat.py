@@ -2,93 +2,136 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from pathlib import Path
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from entrollm.errors import FormatError
+from entrollm.errors import EntroLLMError, FormatError
 
 Message = Mapping[str, object]
 
-# What a template can fail with: its own errors, and those of the Python operators and methods it calls.
-_TEMPLATE_FAILURES = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
-
-
-class _RefusalError(Exception):
-    """The template called raise_exception: the messages are not what it expects."""
-
-
-class _GenerationBlock(Extension):
-    """Renders {% generation %} blocks, which only matter in training, as their content."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class declares a set)
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Replace the block by its body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_WORKER = Path(__file__).with_name("template_worker.py")
+_MEMORY_BYTES = 1 << 29
+_SECONDS = 10.0
 
 
 class ChatTemplate:
-    """A compiled chat template; it runs in a sandbox, since it comes with the model.
+    """A chat template; it runs in a sandbox, in a process with limits, since it comes with the model.
+
+    The process starts with the first dialogue and ends with this object. Safe to use from several threads, and after a
+    fork.
 
     Args:
         text: the jinja source.
         source: the file it came from, for messages.
         special_tokens: bos_token, eos_token and so on, which the template can name.
-    Raises:
-        FormatError: the source is not valid jinja.
+        seconds: how long one dialogue may take.
     """
 
-    def __init__(self, text: str, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, text: str, source: str, special_tokens: Mapping[str, str], *, seconds: float = _SECONDS) -> None:
+        self._text = text
         self._source = source
         self._special_tokens = dict(special_tokens)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_refuse, strftime_now=_now)
-        try:
-            self._template = environment.from_string(text)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise FormatError(f"{source}: the chat template is not valid: {error}") from error
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object) -> str:
         """Lay a dialogue out as text.
 
         Args:
-            messages: each with a "role" and, usually, a "content".
+            messages: each with a "role" and, usually, a "content"; JSON values.
             add_generation_prompt: end with the beginning of an answer.
-            variables: more names for the template, such as enable_thinking.
+            variables: more names for the template, such as enable_thinking; JSON values.
         Raises:
-            TypeError: messages is not a sequence of mappings with a string "role".
+            TypeError: messages is not a sequence of mappings with a string "role", or a value is not one of JSON's.
             ValueError: there are no messages, or the template refuses them.
-            FormatError: the template fails.
+            FormatError: the template is not valid jinja, fails, or takes too much time or memory.
+            EntroLLMError: the process does not start.
         """
         _check_messages(messages)
         names = {**self._special_tokens, "tools": None, "documents": None, **variables}
         names |= {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+        answer = self._ask(json.dumps(names))
+        if "refused" in answer:
+            raise ValueError(f"{self._source}: the chat template refuses these messages: {answer['refused']}")
+        if "invalid" in answer:
+            raise FormatError(f"{self._source}: the chat template is not valid: {answer['invalid']}")
+        if "failed" in answer:
+            raise FormatError(f"{self._source}: the chat template failed: {answer['failed']}")
+        return answer["text"]
+
+    def _ask(self, request: str) -> dict[str, str]:
+        """What the process answers; it is killed when it takes too long."""
+        if self._owner != os.getpid():  # the process belongs to the parent of a fork
+            self._lock, self._worker, self._owner = threading.Lock(), None, os.getpid()
+        with self._lock:
+            if self._worker is None or self._worker.poll() is not None:
+                self._worker = self._start()
+            worker = self._worker
+            assert worker.stdin is not None and worker.stdout is not None
+            late = threading.Event()
+
+            def stop() -> None:
+                late.set()
+                worker.kill()
+
+            timer = threading.Timer(self._seconds, stop)
+            timer.start()
+            try:
+                worker.stdin.write(request + "\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            finally:
+                timer.cancel()
+            if answer.endswith("\n"):
+                found: dict[str, str] = json.loads(answer)
+                return found
+            _end(worker)
+            self._worker = None
+        reason = f"it took more than {self._seconds:g} seconds" if late.is_set() else "it ended the process that ran it"
+        return {"failed": reason}
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Isolated: the folder of this package must not hide modules of the standard library.
+        command = [sys.executable, "-I", "-X", "utf8", str(_WORKER)]
+        worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        )
+        assert worker.stdin is not None and worker.stdout is not None
+        first: dict[str, Any] = {"path": sys.path, "template": self._text, "memory_bytes": _MEMORY_BYTES}
         try:
-            return self._template.render(names)
-        except _RefusalError as refusal:
-            raise ValueError(f"{self._source}: the chat template refuses these messages: {refusal}") from refusal
-        except _TEMPLATE_FAILURES as error:
-            raise FormatError(f"{self._source}: the chat template failed: {error}") from error
+            worker.stdin.write(json.dumps(first) + "\n")
+            worker.stdin.flush()
+            is_ready = worker.stdout.readline() != ""
+        except BrokenPipeError:
+            is_ready = False
+        if not is_ready:
+            _end(worker)
+            raise EntroLLMError(f"{self._source}: {sys.executable} does not start; it runs chat templates")
+        return worker
+
+    def __del__(self) -> None:
+        if self._worker is not None and self._owner == os.getpid():
+            _end(self._worker)
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    for stream in (worker.stdin, worker.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+    worker.wait()
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
@@ -99,22 +142,3 @@ def _check_messages(messages: Sequence[Message]) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"each message should be a mapping with a string 'role', got {message!r}")
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike jinja's own filter, without HTML escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> str:
-    raise _RefusalError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

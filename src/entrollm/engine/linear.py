@@ -12,6 +12,7 @@ from entrollm import _core
 from entrollm.checkpoint.names import text_names
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
 from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear
+from entrollm.errors import FormatError
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import Product, matrix_of
@@ -79,6 +80,12 @@ class SideBySide:
         return np.concatenate([linear(x) for linear in self._linears], axis=1)
 
 
+def _dense(name: str, weight: Floats) -> DenseLinear:
+    if weight.ndim != 2:
+        raise FormatError(f"{name}: config.json asks for a matrix, found shape {weight.shape}")
+    return DenseLinear(weight)
+
+
 class CodedWeights:
     """The tensors of a compressed folder. Matrices that were kept in their type are dense.
 
@@ -130,11 +137,17 @@ class CodedWeights:
 
         Raises:
             CorruptStreamError: its bytes differ from their checksum.
+            FormatError: it is a coded matrix, or is not of a floating type.
         """
         stored = self._names[name]
+        if stored in self._model.specs:
+            raise FormatError(f"{name}: it is a coded matrix, config.json asks for a vector")
         if self._checks:
             self._model.check_checksum(stored)
-        return to_float32(self._model.array(stored))
+        try:
+            return to_float32(self._model.array(stored))
+        except TypeError as error:
+            raise FormatError(f"{name}: {error}") from None
 
     def prepare(self) -> None:
         """Start to check matrices and to transcode those that are to be flat, in the order of their first use."""
@@ -154,7 +167,7 @@ class CodedWeights:
 
     def _kept(self, name: str) -> DenseLinear:
         if name not in self._dense:
-            self._dense[name] = DenseLinear(self.tensor(name))
+            self._dense[name] = _dense(name, self.tensor(name))
         return self._dense[name]
 
 
@@ -191,4 +204,4 @@ class DenseWeights:
 
     def _open(self, stored: str) -> DenseMatrix:
         """The matrix of a stored name."""
-        return DenseLinear(self._checkpoint.read_float32(stored))
+        return _dense(stored, self._checkpoint.read_float32(stored))

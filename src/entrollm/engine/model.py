@@ -56,7 +56,7 @@ class Model:
         self._generation_config = Fields(files.generation_config, "generation_config.json")
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
-            # Here, since it brings in jinja, which models without a template can do without.
+            # Here, since few callers lay out a dialogue.
             from entrollm.engine.chat import ChatTemplate
 
             self._template = ChatTemplate(files.chat_template, "chat template", files.special_tokens)

@@ -134,7 +134,7 @@ def header_bytes(path: Path) -> bytes:
 
 
 def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON that must be one object without duplicate keys and without NaN.
+    """Parse UTF-8 JSON that must be one object without duplicate keys, NaN and infinities.
 
     Args:
         path: the file, for errors.
@@ -154,8 +154,19 @@ def parse_json_object(path: Path, text: bytes, what: str) -> dict[str, Any]:
     def refuse_constant(constant: str) -> Any:
         raise FormatError(f"{path}: {what} holds {constant}, which is not JSON")
 
+    def read_float(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):
+            raise FormatError(f"{path}: {what} holds {number:.40}, which is too large for a number")
+        return value
+
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
+        parsed = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=read_float,
+        )
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too long an integer, too deep nesting
         raise FormatError(f"{path}: {what} is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):

@@ -18,7 +18,9 @@ from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS, TensorSpec
 from entrollm.format.stored import StoredMatrix
 
 _CRC32 = re.compile("[0-9a-f]{8}")
-_MAX_TABLE_BYTES = 1 << 28
+# What a table may take: a spec has some 1500 bytes and 60 quotes, and few matrices have no entry.
+_TABLE_BYTES, _BYTES_PER_ENTRY = 1 << 20, 1 << 13
+_TABLE_QUOTES, _QUOTES_PER_ENTRY = 1 << 17, 1 << 8
 _CODED, _PLAIN = "coded", "plain"
 
 
@@ -138,13 +140,19 @@ def _read_table(file: SafetensorsFile) -> tuple[dict[str, str], dict[str, Any]]:
     if stored is None:
         raise FormatError(f"{file.path}: its header has no {layout.TENSORS_KEY!r}")
     decompressor = zlib.decompressobj()
+    most_bytes = _TABLE_BYTES + _BYTES_PER_ENTRY * len(file.tensors)
     try:
-        text = decompressor.decompress(base64.b64decode(stored, validate=True), _MAX_TABLE_BYTES)
+        text = decompressor.decompress(base64.b64decode(stored, validate=True), most_bytes)
     except (binascii.Error, ValueError, zlib.error) as error:
         raise FormatError(f"{file.path}: {layout.TENSORS_KEY} is not deflated base64: {error}") from None
     if not decompressor.eof or decompressor.unused_data:
         raise FormatError(
-            f"{file.path}: {layout.TENSORS_KEY} is not one deflated stream of at most {_MAX_TABLE_BYTES} bytes"
+            f"{file.path}: {layout.TENSORS_KEY} is not one deflated stream of at most {most_bytes} bytes, which "
+            f"{len(file.tensors)} entries need at most"
+        )
+    if text.count(b'"') > _TABLE_QUOTES + _QUOTES_PER_ENTRY * len(file.tensors):
+        raise FormatError(
+            f"{file.path}: {layout.TENSORS_KEY} lists far more than the file's {len(file.tensors)} entries"
         )
     table = parse_json_object(file.path, text, layout.TENSORS_KEY)
     if table.keys() != {_CODED, _PLAIN} or not all(isinstance(part, dict) for part in table.values()):
