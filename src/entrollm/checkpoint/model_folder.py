@@ -137,7 +137,7 @@ class Checkpoint:
 
         Raises:
             KeyError, ValueError: as for `read`.
-            FormatError: an fp8 weight's scales do not fit its shape.
+            FormatError: an fp8 weight's scales do not fit its shape, or a float64 number exceeds float32.
             UnsupportedError: the tensor is not of a floating type.
         """
         if name in self.imported:
@@ -149,6 +149,13 @@ class Checkpoint:
         if dtype not in _FLOAT_DTYPES:
             raise UnsupportedError(f"tensor {name!r} is {dtype}; expected one of {', '.join(sorted(_FLOAT_DTYPES))}")
         values = to_float32(rows)
+        if dtype == "F64" and (beyond := np.isinf(values) & np.isfinite(rows)).any():
+            place = tuple(int(axis) for axis in np.argwhere(beyond)[0])
+            raise FormatError(
+                f"tensor {name!r} is float64 and has {rows[place]} in row {start + place[0] if place else 0}, beyond "
+                "float32",
+                hint=Message("leave it in its type with {}", Option("keep", [name])),
+            )
         if name in self._scale_names:
             columns = math.prod(values.shape[1:])
             self._block_scales(name).apply(values.reshape(values.shape[0], columns), start)

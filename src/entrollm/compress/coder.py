@@ -20,7 +20,6 @@ from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.compress.methods import Methods
 from entrollm.compress.options import CodingOptions
-from entrollm.errors import FormatError, Message, Option
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
 from entrollm.format.grid import GridKind
@@ -29,11 +28,12 @@ from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
 from entrollm.format.spec import TensorSpec
 from entrollm.format.stored import StoredMatrix, store_matrix
 from entrollm.matrix import CodedMatrix
-from entrollm.quantize.method import CodeChooser, Float32, Quantized, Scales
+from entrollm.quantize.method import CodeChooser, Float32, Quantized, Scales, out_of_range, too_large
 from entrollm.threads import default_threads, start_pool
 
 Result = TypeVar("Result")
 _ERROR_DIGITS = 5
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,7 @@ class MatrixCoder:
         choose = self._chooser(source)
         quantized = self._methods.quantizer(name).quantize(source, choose)
         _check_range(name, quantized)
+        self._check_underflow(name, quantized.energy)
         counts = [int(c) for c in quantized.counts]
         code = choose(counts)
         self._checkpoint.release(name)
@@ -128,6 +129,12 @@ class MatrixCoder:
         )
         matrix = store_matrix(name, spec, arrays)
         return CodedResult(matrix, table.stored_bytes(matrix), entropy_bits(counts), huffman_bits(counts))
+
+    def _check_underflow(self, name: str, energy: float) -> None:
+        """Check that the weights of a matrix in float64 do not vanish in float32."""
+        info = self._checkpoint.tensors[name]
+        if info.dtype == "F64" and energy <= info.weights * _TINY**2 and self._checkpoint.read(name).any():
+            raise out_of_range(name, "its weights are float64, and too small for float32")
 
     def _chooser(self, source: CheckpointRows) -> CodeChooser:
         """Chooses the code of a matrix of this shape by the histogram of its symbols."""
@@ -183,9 +190,7 @@ def _check_range(name: str, quantized: Quantized) -> None:
     if quantized.groups is not None or quantized.zero is None:
         return
     if not np.isfinite(zero_offsets(float_scales(quantized.scale), quantized.zero)).all():
-        message = "{}: its largest weights are too near the end of float32's range for {} and {}"
-        hint = Message("leave it at its type with {}, or use {}", Option("keep", [name]), Option("bits", 8))
-        raise FormatError(Message(message, name, Option("bpw"), Option("size")), hint=hint)
+        raise too_large(name)
 
 
 def _stored(scales: Scales) -> NDArray[Any]:

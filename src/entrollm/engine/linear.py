@@ -11,7 +11,7 @@ import numpy as np
 from entrollm import _core
 from entrollm.checkpoint.names import text_names
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
-from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear
 from entrollm.files.dtypes import to_float32
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import Product, matrix_of
@@ -166,7 +166,7 @@ class DenseWeights:
         self._checkpoint = checkpoint
         is_tied = checkpoint.config.get("tie_word_embeddings") is True
         self._names = text_names(checkpoint.tensors, is_tied=is_tied)
-        self._matrices: dict[str, DenseLinear] = {}
+        self._matrices: dict[str, DenseMatrix] = {}
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._names
@@ -184,7 +184,11 @@ class DenseWeights:
         """The tensor `name` in float32."""
         return self._checkpoint.read_float32(self._names[name])
 
-    def _matrix(self, name: str) -> DenseLinear:
+    def _matrix(self, name: str) -> DenseMatrix:
         if name not in self._matrices:
-            self._matrices[name] = DenseLinear(self.tensor(name))
+            self._matrices[name] = self._open(self._names[name])
         return self._matrices[name]
+
+    def _open(self, stored: str) -> DenseMatrix:
+        """The matrix of a stored name."""
+        return DenseLinear(self._checkpoint.read_float32(stored))

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from entrollm import _core
-from entrollm.engine.linear import SideBySide
-from entrollm.engine.weights import Embedding, Floats, Ids, Linear
-from entrollm.threads import default_threads, spin_us
+from entrollm.engine.linear import DenseWeights
+from entrollm.engine.weights import DenseMatrix, Floats, Ids
 
 if TYPE_CHECKING:
     from entrollm.checkpoint.model_folder import Checkpoint
@@ -45,25 +43,8 @@ class StreamedMatrix:
         return np.concatenate(found)
 
 
-class StreamedWeights:
+class StreamedWeights(DenseWeights):
     """The tensors of an ordinary checkpoint, of which little is in memory at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
-        self.pool = _core.ThreadPool(threads or default_threads(), spin_us())
-        self._checkpoint = checkpoint
-
-    def __contains__(self, name: str, /) -> bool:
-        return name in self._checkpoint.tensors
-
-    def linear(self, *names: str) -> Linear:
-        """The matrices `names`, their outputs side by side, to multiply with."""
-        matrices = [StreamedMatrix(self._checkpoint, name) for name in names]
-        return matrices[0] if len(matrices) == 1 else SideBySide(matrices)
-
-    def embedding(self, name: str, /) -> Embedding:
-        """The matrix `name`, to look rows up in."""
-        return StreamedMatrix(self._checkpoint, name)
-
-    def tensor(self, name: str, /) -> Floats:
-        """The tensor `name` in float32."""
-        return self._checkpoint.read_float32(name)
+    def _open(self, stored: str) -> DenseMatrix:
+        return StreamedMatrix(self._checkpoint, stored)

@@ -38,6 +38,10 @@ class Embedding(Protocol):
         """Look up: int64 (n,), each in [0, vocab_size) -> a new float32 (n, hidden_size)."""
 
 
+class DenseMatrix(Linear, Embedding, Protocol):
+    """A matrix that is multiplied with and read by row."""
+
+
 class Weights(Protocol):
     """The tensors of one model, by their full name in the checkpoint."""
 

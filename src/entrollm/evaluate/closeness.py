@@ -89,7 +89,7 @@ def measure_closeness(
         OSError: a file cannot be read.
     """
     started = time.monotonic()
-    model = load(compressed, threads, memory="file")
+    model = load(compressed, threads, memory="file", check=False)  # what was just written needs no check
     ids = np.array(model.encode(TEXT)[: min(TOKENS, model.config.context_length)], np.int64)
     if len(ids) < 2:
         raise EntroLLMError(f"its context of {model.config.context_length} tokens is too short to predict any")

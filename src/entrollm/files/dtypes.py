@@ -70,6 +70,8 @@ def check_finite(name: str, values: NDArray[Any]) -> None:
 def to_float32(values: NDArray[Any]) -> Float32:
     """Convert an array of any floating type of a checkpoint to a new float32 array; exact, except from float64.
 
+    Numbers of float64 beyond the range of float32 become infinite.
+
     Raises:
         TypeError: the values are not of a floating type.
     """
@@ -78,4 +80,5 @@ def to_float32(values: NDArray[Any]) -> Float32:
         return np.take(table, values.view(np.uint8))
     if values.dtype not in _FLOAT_TYPES:
         raise TypeError(f"expected a floating type, found {values.dtype}")
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)

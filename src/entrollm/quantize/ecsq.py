@@ -16,7 +16,16 @@ from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
-from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, sum_counts
+from entrollm.quantize.method import (
+    CodeChooser,
+    Float32,
+    Quantized,
+    RowSource,
+    out_of_range,
+    sum_counts,
+    sum_of_squares,
+    too_large,
+)
 from entrollm.quantize.rounding import Rounding
 
 PRICE = 0.07
@@ -56,7 +65,7 @@ class EcsqQuantizer:
         """Quantize a matrix. A weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
 
         Raises:
-            FormatError: a weight is not finite.
+            FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.
         """
         steps, keeps_zero = self._row_steps(source)
         choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
@@ -74,11 +83,14 @@ class EcsqQuantizer:
             found -= np.float32(grid.zero)
             scale = steps.nearest(fit_rows(weights, found, row_steps[rows]))
             codes[rows] = scale.codes
-            found *= scale.values()[:, np.newaxis]
-            found -= weights
-            return _core.histogram(symbols[rows]), _energy(found), _energy(weights)
+            with np.errstate(over="ignore"):  # an infinite error is refused below
+                found *= scale.values()[:, np.newaxis]
+                found -= weights
+            return _core.histogram(symbols[rows]), sum_of_squares(found), sum_of_squares(weights)
 
         histograms, errors, energies = zip(*source.map(quantize), strict=True)
+        if not math.isfinite(sum(errors)):
+            raise too_large(source.name)
         scale = replace(steps, codes=codes)
         return Quantized(
             symbols=symbols,
@@ -110,6 +122,10 @@ class EcsqQuantizer:
         whole = math.sqrt(float(np.mean(np.square(sizes / max(float(sizes.max()), _TINY))))) * float(sizes.max())
         if whole == 0.0:
             return snap(np.ones(len(sizes)), 1), True
+        if self.step * whole < _TINY:
+            raise out_of_range(
+                source.name, f"its weights, of size {whole:.3g}, are too small for free steps in float32"
+            )
         steps = self.step * whole * (sizes / whole) ** _ROW_POWER
         if self.row_precision is not None:
             steps /= self.row_precision
@@ -143,10 +159,3 @@ def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.flo
     fitted = np.divide(matched, energy, out=steps.astype(np.float64), where=energy > 0)
     # A fit is within half a step of the step, unless a row of denormals underflows.
     return np.where(fitted > _TINY, fitted, steps)
-
-
-def _energy(values: Float32) -> float:
-    flat = values.reshape(-1)
-    with np.errstate(over="ignore"):
-        energy = float(np.dot(flat, flat))
-    return energy if math.isfinite(energy) else float(np.square(flat, dtype=np.float64).sum())

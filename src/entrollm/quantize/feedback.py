@@ -22,7 +22,7 @@ from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.ecsq import PRICE
 from entrollm.quantize.grid import PLAIN_GRID, Grid, fit_grid, fit_rounding, grid_choices
-from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource
+from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range
 from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 
 _COLUMN_POWER = 0.5
@@ -34,6 +34,8 @@ _REFINEMENTS = 2
 _RIDGE = 1e-6
 # The largest distance of a symbol from 0. It leaves room for a shifted grid and for steps that are rounded down.
 _LARGEST_SYMBOL = 112
+# Largest weights of a matrix whose squares, and their products with squares of inputs, float32 holds.
+_SMALLEST, _LARGEST = 1e-14, 1e14
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def read_finite(source: RowSource, device: Device = HOST) -> Array:
     """Read a whole matrix in float32.
 
     Raises:
-        FormatError: a weight is not finite.
+        FormatError: a weight is not finite, or the weights are so large or so small that their squares leave float32.
     """
     weights = device.put(source.read(0, source.shape[0]))
     if not functions(weights).isfinite(weights).all():
@@ -172,6 +174,9 @@ def read_finite(source: RowSource, device: Device = HOST) -> Array:
         raise FormatError(
             f"tensor {source.name!r} has {found[row, column]} at [{row}, {column}]; weights must be finite"
         )
+    largest = float(row_maxima(weights).max())
+    if largest and not _SMALLEST <= largest <= _LARGEST:
+        raise out_of_range(source.name, f"its largest weight is {largest:.3g}, beyond the range of calibrated rounding")
     return weights
 
 

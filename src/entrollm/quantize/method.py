@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.errors import FormatError, Message, Option
 from entrollm.format.code import Code
 from entrollm.format.group_scales import GroupScales
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
@@ -116,6 +118,43 @@ class ArraySource:
     def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
         """The result of `work` for the one chunk."""
         return [work(chunk) for chunk in self.chunks]
+
+
+# Sums of squares in float32 below this may lack those that underflowed.
+_SMALLEST_SUM = 1e-28
+
+
+def sum_of_squares(values: Float32) -> float:
+    """The sum of squares of weights or errors: quickly in float32 where it holds them, else in float64.
+
+    Args:
+        values: float32, any shape.
+    Returns:
+        infinite if a value is.
+    """
+    flat = values.reshape(-1)
+    with np.errstate(over="ignore", under="ignore"):
+        total = float(np.dot(flat, flat))
+    if _SMALLEST_SUM < total < math.inf:
+        return total
+    return float(np.square(flat, dtype=np.float64).sum())
+
+
+def out_of_range(name: str, what: str) -> FormatError:
+    """The error for a matrix whose weights are at an end of float32's range.
+
+    Args:
+        name: the tensor.
+        what: what is wrong with it, such as "its largest weights are too near ...".
+    """
+    return FormatError(f"{name}: {what}", hint=Message("leave it in its type with {}", Option("keep", [name])))
+
+
+def too_large(name: str) -> FormatError:
+    """The error for a matrix whose free steps, or what they make of its weights, exceed float32."""
+    message = "{}: its largest weights are too near the end of float32's range for {} and {}"
+    hint = Message("leave it at its type with {}, or use {}", Option("keep", [name]), Option("bits", 8))
+    return FormatError(Message(message, name, Option("bpw"), Option("size")), hint=hint)
 
 
 def sum_counts(histograms: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.errors import FormatError
-from entrollm.quantize.method import CodeChooser, Quantized, RowSource, sum_counts
+from entrollm.quantize.method import CodeChooser, Quantized, RowSource, out_of_range, sum_counts, sum_of_squares
 
 Float32 = NDArray[np.float32]
 Scheme = Literal["symmetric", "asymmetric"]
@@ -147,7 +147,7 @@ def measure_range(chunks: Iterable[NDArray[Any]], name: str) -> Range:
     result = Range(np.concatenate(minima), np.concatenate(maxima))
     smallest, largest = float(result.minimum.min()), float(result.maximum.max())
     if largest - smallest > _FLOAT32_MAX:
-        raise FormatError(f"tensor {name!r} spans {smallest} to {largest}, which is wider than float32; keep its type")
+        raise out_of_range(name, f"its weights span {smallest} to {largest}, which is wider than float32")
     return result
 
 
@@ -244,11 +244,11 @@ def _squares(weights: NDArray[Any], symbols: NDArray[np.uint8], grid: Grid, firs
     error = energy = 0.0
     step = max(1, _ERROR_WEIGHTS // weights.shape[1])
     for begin in range(0, len(weights), step):
-        original = weights[begin : begin + step].astype(np.float32).ravel()
-        difference = grid.dequantize(symbols[begin : begin + step], first_row + begin).ravel()
+        original = weights[begin : begin + step].astype(np.float32)
+        difference = grid.dequantize(symbols[begin : begin + step], first_row + begin)
         difference -= original
-        error += float(np.dot(difference, difference))
-        energy += float(np.dot(original, original))
+        error += sum_of_squares(difference)
+        energy += sum_of_squares(original)
     return error, energy
 
 
