@@ -42,6 +42,12 @@ struct GroupedRows {
 // The elements of a stored array.
 enum class Element : std::uint8_t { kFloat32, kHalf, kBfloat16, kUnsigned8, kSigned8 };
 
+constexpr std::size_t element_bytes(Element type) {
+  return type == Element::kFloat32                              ? 4
+         : type == Element::kHalf || type == Element::kBfloat16 ? 2
+                                                                : 1;
+}
+
 // Numbers of all groups of all rows, (rows, groups); integers are multiples of a float of a super
 // group, (rows, super_groups), of `ratio` groups each.
 struct GroupArray {

@@ -18,6 +18,10 @@ namespace entrollm {
 namespace {
 
 constexpr std::size_t kTasksPerThread = 8;
+
+// Least units of a task: fields are fetched some kilobytes ahead, which in a shorter task are those
+// of another one.
+constexpr std::size_t kTaskUnits = 8;
 constexpr std::size_t kFlattenRows = 16;
 
 // Rows whose scales are expanded together, and whose fields stay in the second-level cache while
@@ -220,6 +224,19 @@ class GroupedProduct {
     buffers.lanes.assign(count * lane_vectors() * kGroupedLanes, 0.0f);
     kernels().grouped->terms(terms, first, count, buffers.scale.data(), buffers.shift.data(),
                              buffers.spare.data());
+    if (first + 3 * count <= geometry_.rows) fetch_terms(terms, first + 2 * count, count);
+  }
+
+  // Fetches the stored scales of later rows, which come in pieces too short for the processor to
+  // foresee.
+  static void fetch_terms(const GroupTerms& terms, std::size_t first, std::size_t count) {
+    constexpr std::size_t kLine = 64;
+    for (const GroupArray* array : {&terms.scale, &terms.zero, &terms.minimum}) {
+      if (array->values == nullptr) continue;
+      const std::size_t row = terms.groups * element_bytes(array->type);
+      const auto* values = static_cast<const std::uint8_t*>(array->values) + first * row;
+      for (std::size_t at = 0; at < count * row; at += kLine) __builtin_prefetch(values + at, 0, 2);
+    }
   }
 
   // Lanes are (passes, rows, vectors of a pass, kGroupedLanes).
@@ -302,8 +319,9 @@ void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> ma
   }
   const std::size_t units = first_unit.back();
   if (units == 0) return;
+  const std::size_t most = std::max(pool.size(), units / kTaskUnits);
   const std::size_t tasks =
-      std::min(units, pool.size() == 1 ? std::size_t{1} : pool.size() * kTasksPerThread);
+      std::min({units, most, pool.size() == 1 ? std::size_t{1} : pool.size() * kTasksPerThread});
   std::atomic<std::size_t> corrupt{kNoBlock};
   pool.run(tasks, [&](std::size_t task, std::size_t) {
     const std::size_t begin = units * task / tasks, end = units * (task + 1) / tasks;

@@ -1,7 +1,9 @@
-"""What differs between operating systems: locks of folders, renames that last, the size of the memory."""
+"""What differs between operating systems: locks and exchanges of folders, renames that last, the size of the memory."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 if sys.platform == "win32":
-    import ctypes
     import msvcrt
 else:
     import fcntl
@@ -52,7 +53,7 @@ class FolderLock:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give errors of writing a file its name; those of `open` have it, those of `write` do not."""
+    """Give errors of writing or mapping a file its name, which only those of opening it have by themselves."""
     try:
         yield
     except OSError as error:
@@ -70,6 +71,55 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make renames in a folder and its subfolders durable."""
+    for place, _, _ in os.walk(path):
+        sync_folder(Path(place))
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders of one file system change places in one step.
+
+    Returns:
+        False if the system or the file system cannot do that; nothing has changed then.
+    Raises:
+        OSError: they cannot be renamed.
+    """
+    if sys.platform == "linux":
+        name, flag, here = "renameat2", 2, (-100,)  # RENAME_EXCHANGE, AT_FDCWD
+    elif sys.platform == "darwin":
+        name, flag, here = "renamex_np", 2, ()  # RENAME_SWAP
+    else:
+        return False
+    function = getattr(ctypes.CDLL(None, use_errno=True), name, None)
+    if function is None:
+        return False
+    if function(*here, os.fsencode(first), *here, os.fsencode(second), ctypes.c_uint(flag)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def is_mount_point(path: Path, table: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether another file system, or another folder, is mounted at a path, which then cannot be renamed.
+
+    Args:
+        path: a folder.
+        table: where Linux lists mounts; elsewhere only mounts of other file systems are known.
+    """
+    if path.is_mount():
+        return True
+    try:
+        lines = table.read_bytes().splitlines()
+    except OSError:
+        return False
+    # Spaces and the like are octal escapes.
+    places = {line.split(b" ")[4].decode("unicode_escape").encode("latin-1") for line in lines}
+    return os.fsencode(os.path.realpath(path)) in places
 
 
 def memory_bytes() -> int:

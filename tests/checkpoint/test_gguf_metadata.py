@@ -26,6 +26,9 @@ from tests.support.quantized_sources import LINEARS, plain_tensors
 Tensor = tuple[str, tuple[int, ...], int, bytes]
 
 
+_MLP_NORM = "blk.0.ffn_norm.weight"
+
+
 def tensor(name: str, *shape: int) -> Tensor:
     return name, shape, 1, np.zeros(shape, np.float16).tobytes()
 
@@ -42,7 +45,16 @@ def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *mo
         source.tensors += [tensor(f"blk.0.attn_{part}.bias", LINEARS[_projection(part)][0]) for part in "qkv"]
     if architecture in ("qwen3", "gemma3"):
         source.tensors += [tensor(f"blk.0.attn_{part}_norm.weight", 32) for part in "qk"]
-    if architecture in ("gemma2", "gemma3"):
+    wide, narrow = (LINEARS[_projection(part)][0] for part in "qk")
+    if architecture == "olmo2":
+        source.tensors = [each for each in source.tensors if each[0] not in ("blk.0.attn_norm.weight", _MLP_NORM)]
+        source.tensors += [tensor("blk.0.attn_q_norm.weight", wide), tensor("blk.0.attn_k_norm.weight", narrow)]
+    if architecture == "seed_oss":
+        source.tensors = [
+            ("blk.0.post_attention_norm.weight", *each[1:]) if each[0] == _MLP_NORM else each for each in source.tensors
+        ]
+        source.tensors += [tensor(f"blk.0.attn_{part}.bias", LINEARS[_projection(part)][0]) for part in "qkv"]
+    if architecture in ("gemma2", "gemma3", "olmo2"):
         hidden = LINEARS[_projection("q")][1]
         source.tensors += [tensor(f"blk.0.post_{part}_norm.weight", hidden) for part in ("attention", "ffw")]
     if architecture in ("gemma", "gemma2"):  # whose head is always the embedding

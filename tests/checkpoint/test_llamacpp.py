@@ -172,6 +172,8 @@ def test_sentence_piece_tokenizers(begins: bool, tmp_path: Path) -> None:
         ("granite", {"llama.attention.scale": 0.25, "llama.logit_scale": 4.0}),
         ("granite", {"llama.embedding_scale": 3.0, "llama.residual_scale": 0.5, "llama.logit_scale": 1.0}),
         ("smollm3", {}),
+        ("olmo2", {}),
+        ("seed_oss", {}),
         ("llama", {"llama.rope.scale_linear": 4.0}),
         ("llama", scaling(factor=4.0)),
         ("llama", scaling(type="none", factor=4.0)),

@@ -17,6 +17,9 @@ ROOT = TINY_LLAMA.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "tiny-llama" / "README.md"]
 _BLOCK = re.compile(r"```(?:bash|sh|console)\n(.*?)```", re.DOTALL)
 
+# Variables may come before a command, and a prompt.
+_COMMAND = re.compile(r"\s*(?:\$ )?(?:[A-Z_]+=\S* )*entrollm (.+)")
+
 
 def commands_of(text: str) -> list[list[str]]:
     """The arguments of each `entrollm` in the blocks of a page."""
@@ -24,11 +27,9 @@ def commands_of(text: str) -> list[list[str]]:
     for block in _BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|\||;", line):
-                words = shlex.split(re.sub(r"[<>].*", "", part.removeprefix("$ ")), comments=True)
-                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                    words.pop(0)
-                if words[:1] == ["entrollm"] and len(words) > 1:
-                    found.append(words[1:])
+                shown = _COMMAND.fullmatch(part)
+                if shown is not None:
+                    found.append(shlex.split(re.sub(r"[<>].*", "", shown[1]), comments=True))
     return found
 
 

@@ -1,12 +1,14 @@
 """`entrollm run`: text on stdout, everything else on stderr, and the options that reach the model."""
 
 import json
+from pathlib import Path
 
 from click.testing import Result
 from typer.testing import CliRunner
 
 from entrollm.cli.main import app
 from entrollm.engine.load import load
+from tests.support.gguf_sources import write_gguf
 from tests.support.paths import TINY_LLAMA
 
 TINY_LLAMA = str(TINY_LLAMA)
@@ -67,3 +69,12 @@ def test_a_missing_model_is_one_line() -> None:
     result = CliRunner().invoke(app, ["run", "/no/such/folder", "-p", "x", "--json"])
     assert result.exit_code == 1
     assert "/no/such/folder" in json.loads(result.stdout)["error"]["message"]
+
+
+def test_a_gguf_file_names_the_way_to_run_it(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "Q8_0")
+    (tmp_path / "text.txt").write_text("text")
+    for arguments in (["run", "-p", "x"], ["chat"], ["eval", "--text", str(tmp_path / "text.txt")]):
+        result = CliRunner().invoke(app, [*arguments, str(tmp_path / "model.gguf")], input="x\n")
+        assert result.exit_code == 1
+        assert f"`entrollm compress {tmp_path}/model.gguf -o OUT` converts it, then use OUT" in result.stderr

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from entrollm import _core
 from entrollm.cli.console import describe_error
-from entrollm.compress import CodingOptions, compress_folder
+from entrollm.compress import CodingOptions, compress_folder, folder
+from entrollm.compress.export import export
 from entrollm.compress.folder import OutputFolder
 from entrollm.compress.progress import CompressProgress
 from entrollm.errors import EntroLLMError
 from entrollm.format.reader import CompressedModel
+from entrollm.system import is_mount_point
 from tests.support.checkpoints import SHARDS, write_checkpoint
 
 OPTIONS = CodingOptions(shard_bytes=60_000)
@@ -274,6 +277,61 @@ def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path:
     plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())
     assert plan["format_version"] == 2 and plan["shard_bytes"] == 60_000
     assert set(plan["files"]) == {str((checkpoint / shard).resolve()) for shard in SHARDS}
+
+
+@pytest.mark.parametrize("change", ["replace", "remove", "touch"])
+def test_an_input_that_changes_while_it_is_read_is_an_error(checkpoint: Path, tmp_path: Path, change: str) -> None:
+    shard = checkpoint / SHARDS[0]
+
+    def interfere(progress: CompressProgress) -> None:
+        if progress.tensor != "head.weight":
+            return
+        if change == "replace":
+            shutil.copyfile(shard, tmp_path / "other")
+            (tmp_path / "other").replace(shard)
+        elif change == "remove":
+            shard.unlink()
+        else:
+            os.utime(shard, (1, 1))
+
+    message = "was removed while it was compressed" if change == "remove" else "changed while it was compressed; run"
+    with pytest.raises(EntroLLMError, match=rf"{SHARDS[0]} {message}"):
+        compress_folder(checkpoint, tmp_path / "out", OPTIONS, on_progress=interfere)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mount_point_is_refused_before_work_begins(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out put"
+    out.mkdir()
+    table = tmp_path / "mountinfo"
+    table.write_text(f"36 35 98:0 /a {str(out).replace(' ', chr(92) + '040')} rw - ext4 /dev/root rw\n")
+    monkeypatch.setattr(folder, "is_mount_point", lambda path: is_mount_point(path, table))
+    with pytest.raises(ValueError, match="out put is a mount point, which cannot be renamed; name a folder in it"):
+        compress_folder(checkpoint, out)
+    assert not (tmp_path / "out put.partial").exists()
+    compress_folder(checkpoint, out / "model")
+
+
+def test_side_files_are_synced(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint / "1_Pooling").mkdir()
+    (checkpoint / "1_Pooling" / "config.json").write_text("{}")
+    synced = set()
+    sync = os.fsync
+
+    def remember(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    compress_folder(checkpoint, tmp_path / "out")
+    missed = [path for path in (tmp_path / "out").rglob("*") if path.stat().st_ino not in synced]
+    assert missed == []
+    with CompressedModel.open(tmp_path / "out") as model:
+        export(model, tmp_path / "exported", _core.ThreadPool(1))
+    missed = [path for path in (tmp_path / "exported").rglob("*") if path.stat().st_ino not in synced]
+    assert missed == []
 
 
 def test_an_output_that_is_a_link_stays_one(checkpoint: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ _LLAMA3_ROPE = {
 }
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PARTIAL = {"partial_rotary_factor": 0.5}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -146,6 +147,27 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 112,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 0.2,
+            "mamba_n_heads": 6,
+        },
+    ),
+    "granite-hybrid-nope": (
+        "GraniteMoeHybridConfig",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 112,
+            "layer_types": ["full_attention"] * 3,
+            "attention_multiplier": 0.2,
+            "mamba_n_heads": 6,
+        },
+    ),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "cohere2": (
         "Cohere2Config",
@@ -180,13 +202,29 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi": ("PhiConfig", {}),
     "gpt2": ("GPT2Config", {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 256}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "moe_intermediate_size": 48, "mlp_only_layers": [1]}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_EXPERTS,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "olmoe": ("OlmoeConfig", _EXPERTS),
 }
+
+# Seeds of weights with which no two experts have scores so close that rounding changes which one is chosen.
+_SEEDS = {"qwen3_moe": 8}
 
 
 def _write_checkpoint(name: str, folder: Path) -> Path:
     class_name, options = _CONFIGS[name]
     config = getattr(transformers, class_name)(**{**_COMMON, **options})
-    torch.manual_seed(7)
+    torch.manual_seed(_SEEDS.get(name, 7))
     model = transformers.AutoModelForCausalLM.from_config(config)
     # What these add to the weights of their norms is 1.
     center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
@@ -194,10 +232,13 @@ def _write_checkpoint(name: str, folder: Path) -> Path:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
+            elif parameter_name.endswith("gate.weight"):
+                # Experts of clearly different scores, so that rounding changes no choice.
+                parameter.copy_(4 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+                parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
     return folder
 

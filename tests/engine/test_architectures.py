@@ -30,7 +30,17 @@ from tests.support.paths import TINY_LLAMA
 Checkpoint = Callable[[str], Path]
 
 # One of each way in which the computation of a later token can depend on earlier ones.
-CACHE_KINDS = ["llama", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3", "gemma3", "gemma2", "cohere2"]
+CACHE_KINDS = [
+    "llama",
+    "mistral-window",
+    "phi3-longrope",
+    "qwen2-window",
+    "qwen3",
+    "gemma3",
+    "gemma2",
+    "cohere2",
+    "mixtral",
+]
 
 
 def load_decoder(folder: Path) -> Decoder:

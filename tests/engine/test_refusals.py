@@ -73,6 +73,13 @@ def small_model() -> Model:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: gelu, .*silu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm is not supported"),
+        ({"model_type": "granitemoehybrid"}, "num_local_experts other than 0 is not supported"),
+        (
+            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["mamba"]},
+            "layer type 'mamba' is not supported; supported: attention",
+        ),
+        ({"model_type": "granitemoehybrid", "num_local_experts": 0}, "layer type 'mamba' is not supported"),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is not supported"),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "t5"}},
             "text_config: model_type 't5' is not supported",
@@ -150,6 +157,11 @@ def test_unsupported(changes: dict[str, object], message: str) -> None:
         ),
         ({"model_type": "smollm3", "no_rope_layers": [2]}, "no_rope_layers should be a list of 1 integers from 0 to 1"),
         ({"model_type": "exaone4", "sliding_window_pattern": "LLLG"}, "sliding_window_pattern should be an integer"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
+            "num_experts_per_tok 5 is more than num_local_experts 4",
+        ),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [True]}, "mlp_only_layers should be a list of layers"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling should be a finite number from 1e-06"),
     ],
 )
@@ -163,6 +175,7 @@ _KEYS = [
     *("head_dim", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern"),
     *("no_rope_layers", "no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "logit_scale"),
+    *("num_experts", "num_experts_per_tok", "mlp_only_layers", "decoder_sparse_step", "moe_intermediate_size"),
     *("embedding_multiplier", "logits_scaling", "residual_multiplier", "use_parallel_residual", "hidden_activation"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"),
 ]
@@ -275,6 +288,23 @@ def test_special_tokens_and_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert files.special_tokens == {"bos_token": "<s>", "unk_token": "<unk>"}
     assert files.tokenizer is not None
     assert len(files.tokenizer.encode("one two three four five six seven").ids) > 3
+
+
+@pytest.mark.parametrize("missing", ["mlp.gate", "mlp.experts.2.up_proj"])
+def test_missing_routers_and_experts_are_named(missing: str) -> None:
+    config = {**CONFIG, "model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2}
+    config |= {"moe_intermediate_size": 12, "head_dim": 2}
+    layer = "model.layers.0."
+    found = tensors()
+    for number in range(3):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            found[f"{layer}mlp.experts.{number}.{part}.weight"] = found[f"{layer}mlp.{part}.weight"]
+    found[f"{layer}mlp.gate.weight"] = np.ones((3, 8), dtype=np.float32)
+    found |= {f"{layer}self_attn.{part}_norm.weight": np.ones(2, dtype=np.float32) for part in "qk"}
+    assert np.isfinite(Model(ModelFiles(config), DenseWeights(found)).logits([1, 2])).all()
+    del found[f"{layer}{missing}.weight"]
+    with pytest.raises(FormatError, match=rf"^{layer}{missing}\.weight: the tensor is missing"):
+        Model(ModelFiles(config), DenseWeights(found))
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "bert"}, {"rope_scaling": {"type": "other", "factor": 2.0}}])

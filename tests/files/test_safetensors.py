@@ -1,6 +1,8 @@
 """The safetensors reader: what it returns, and every file that it must refuse."""
 
+import errno
 import json
+import mmap
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import DTYPES
+from entrollm.files.gguf import open_gguf
 from entrollm.files.safetensors import open_safetensors
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
@@ -202,3 +205,16 @@ def test_any_damage_is_refused_or_harmless(tmp_path: Path, data: st.DataObject) 
     for name, found in file.tensors.items():
         assert file.array(name).nbytes == found.size_bytes
         file.array(name).tobytes()
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.gguf"])
+def test_a_file_that_cannot_be_mapped_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    path = tmp_path / name
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(OSError, match="Cannot allocate memory") as raised:
+        open_gguf(path) if path.suffix == ".gguf" else open_safetensors(path)
+    assert raised.value.filename == str(path)

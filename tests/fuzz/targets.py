@@ -17,14 +17,19 @@ import numpy as np
 from entrollm import _core
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress import compress_folder
+from entrollm.checkpoint.side_files import side_files
+from entrollm.cli.compare import read_json
+from entrollm.compress import CodingOptions, compress_folder
 from entrollm.engine.files import read_model_files
 from entrollm.engine.options import resolve_options
 from entrollm.files.safetensors import open_safetensors
+from entrollm.format import layout
+from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of
 from entrollm.models import ARCHITECTURES, read_config
 from entrollm.models.config_fields import Fields
+from entrollm.report import read_points
 from tests.checkpoint.imported.test_damage import SOURCES
 from tests.engine.tokenizers_for_tests import byte_level, sentence_piece
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
@@ -131,6 +136,32 @@ def _read_specs(folder: Path) -> None:
             matrix_of(model, name).dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
         for name in model.plain:
             model.array(name)
+
+
+def _prepare_folder(folder: Path) -> list[Any]:
+    write_checkpoint(folder / "source")
+    compress_folder(folder / "source", folder / "coded", CodingOptions(shard_bytes=60_000))
+    for file in (folder / "coded").iterdir():
+        file.rename(folder / file.name)
+    names = ("config.json", layout.INDEX_NAME, CHECKSUMS_NAME)
+    seed = {name: json.loads((folder / name).read_text()) for name in names}
+    seed["modules.json"] = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
+    return [seed]
+
+
+def _mutate_folder(folder: Path, seed: Mapping[str, Any], generator: random.Random) -> None:
+    changed = generator.choice(sorted(seed))
+    for name, value in seed.items():
+        is_changed = name == changed or not generator.randrange(9)
+        (folder / name).write_bytes(_mutated(value, generator) if is_changed else to_text(value))
+    if changed != CHECKSUMS_NAME and generator.randrange(4):
+        (folder / CHECKSUMS_NAME).unlink()  # it would find the change
+
+
+def _read_folder(folder: Path) -> None:
+    side_files(folder)
+    with CompressedModel.open(folder) as model:
+        model.file_bytes()
 
 
 def _prepare_gguf(folder: Path) -> list[Any]:
@@ -287,12 +318,27 @@ def _read_imported(folder: Path) -> None:
             checkpoint.read_float32(name)
 
 
+def _prepare_points(folder: Path) -> list[Any]:
+    model = {"model": "a", "method": "m", "file_bits": 3.5, "kl": {"mean": 0.02, "maximum": 1.0}}
+    return [{"models": [model, {**model, "file_bits": 4}], "reference": None, "window": 512}]
+
+
+def _mutate_points(folder: Path, seed: Any, generator: random.Random) -> None:
+    (folder / "points.json").write_bytes(_mutated(seed, generator))
+
+
+def _read_points(folder: Path) -> None:
+    read_points(read_json(folder / "points.json"), "points")
+
+
 TARGETS: Mapping[str, Target] = {
     "safetensors": Target(_prepare_safetensors, _mutate_header, _read_safetensors),
     "specs": Target(_prepare_specs, _mutate_specs, _read_specs),
+    "folder": Target(_prepare_folder, _mutate_folder, _read_folder),
     "gguf": Target(_prepare_gguf, _mutate_gguf, _read_gguf),
     "config": Target(_prepare_config, _mutate_config, _read_config),
     "tokenizer": Target(_prepare_tokenizer, _mutate_tokenizer, _read_tokenizer),
     "generation": Target(_prepare_generation, _mutate_generation, _read_generation),
+    "points": Target(_prepare_points, _mutate_points, _read_points),
     "imported": Target(_prepare_imported, _mutate_imported, _read_imported),
 }

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+if sys.platform != "linux":
+    pytest.skip("the limits of memory and time are those of Linux", allow_module_level=True)
+
 from tests.fuzz import campaign, targets
 from tests.fuzz.mutate import mutate_json, mutate_text
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits of memory and time are those of Linux")
 INPUTS = 250
 
 

@@ -33,17 +33,22 @@ _CONFIGS = {
     "gpt2": "GPT2Config",
     "gpt_neox": "GPTNeoXConfig",
     "granite": "GraniteConfig",
+    "granitemoehybrid": "GraniteMoeHybridConfig",
     "llama": "LlamaConfig",
     "ministral": "MinistralConfig",
     "ministral3": "Ministral3Config",
     "mistral": "MistralConfig",
+    "mixtral": "MixtralConfig",
     "nemotron": "NemotronConfig",
     "olmo2": "Olmo2Config",
     "olmo3": "Olmo3Config",
+    "olmoe": "OlmoeConfig",
     "phi": "PhiConfig",
     "phi3": "Phi3Config",
     "qwen2": "Qwen2Config",
+    "qwen2_moe": "Qwen2MoeConfig",
     "qwen3": "Qwen3Config",
+    "qwen3_moe": "Qwen3MoeConfig",
     "seed_oss": "SeedOssConfig",
     "smollm3": "SmolLM3Config",
     "stablelm": "StableLmConfig",
@@ -95,7 +100,11 @@ _CHANGES: list[dict[str, Any]] = [
 
 
 def _sizes(model_type: str) -> dict[str, Any]:
-    return {"vocab_size": 320, **_GPT2_SIZES} if model_type == "gpt2" else _SIZES
+    if model_type == "gpt2":
+        return {"vocab_size": 320, **_GPT2_SIZES}
+    if model_type == "granitemoehybrid":
+        return {**_SIZES, "layer_types": ["full_attention"] * 30, "num_local_experts": 0}
+    return _SIZES
 
 
 def _read(model_type: str, changes: dict[str, Any]) -> ModelConfig | None:
@@ -124,7 +133,8 @@ def _first(config: Any, names: tuple[str, ...]) -> Any:
     return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
-_UNIFORM = ("mistral", "ministral3", "phi3")
+_UNIFORM = ("mistral", "ministral3", "mixtral", "phi3", "qwen3_moe")
+_BIAS = ("use_qkv_bias", "qkv_bias", "attention_bias")
 _BIASED = ("qwen2", "phi", "gpt2")
 
 
@@ -152,11 +162,19 @@ def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
     assert list(ours.eos_token_ids) == [token for token in eos if token is not None]
     assert ours.activation == _ACTIVATIONS.get(activation, activation)
     assert list(ours.windows) == _windows(model_type, theirs)
-    bias = theirs.use_qkv_bias if model_type == "stablelm" else bool(getattr(theirs, "attention_bias", False))
+    bias = bool(next((getattr(theirs, name) for name in _BIAS if hasattr(theirs, name)), False))
     assert ours.qkv_bias == (model_type in _BIASED or bias)
     assert ours.mlp_bias == (model_type in ("phi", "gpt2", "gpt_neox") or bool(getattr(theirs, "mlp_bias", False)))
+    for experts in filter(None, ours.experts):
+        assert (experts.count, experts.used) == (
+            _first(theirs, ("num_local_experts", "num_experts")),
+            theirs.num_experts_per_tok,
+        )
+        assert experts.normalises == getattr(theirs, "norm_topk_prob", True)
+        assert experts.expert.size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     for ours_name, name in _SAME:
-        if hasattr(theirs, name):
+        # A factor of null is an error there.
+        if hasattr(theirs, name) and (getattr(theirs, name) is not None or ours_name.endswith("cap")):
             assert getattr(ours, ours_name) == getattr(theirs, name)
     if hasattr(theirs, "query_pre_attn_scalar"):
         assert ours.attention_scale == theirs.query_pre_attn_scalar**-0.5

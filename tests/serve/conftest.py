@@ -19,7 +19,9 @@ from tests.support.paths import TINY_LLAMA
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'refused' %}{{ raise_exception('no such role') }}{% endif %}"
-    "{{ message.role }}: {{ message.content }}\n{% endfor %}{% if mood is defined %}({{ mood }}) {% endif %}"
+    "{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}\n"
+    "{% endfor %}{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}{% if mood is defined %}({{ mood }}) {% endif %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

@@ -176,10 +176,10 @@ def test_a_sampler_that_fails_ends_its_answer_alone(serve: Serve, monkeypatch: p
     running = serve(LoadOptions(slots=2, threads=2))
     choose = Sampler.__call__
 
-    def failing(self: Sampler, logits: Any, *, banned: Any = ()) -> int:
+    def failing(self: Sampler, logits: Any, **keywords: Any) -> int:
         if self._options.seed == 13:
             raise FormatError("the logits are not finite")
-        return choose(self, logits, banned=banned)
+        return choose(self, logits, **keywords)
 
     monkeypatch.setattr(Sampler, "__call__", failing)
     with httpx.Client(base_url=running.url, timeout=60) as client:

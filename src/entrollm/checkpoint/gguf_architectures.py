@@ -65,6 +65,10 @@ _FOUR_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_OUTPUT_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 # The numbers of layers by which llama.cpp knows the models whose scores have another scale.
 _GEMMA2_27B, _GEMMA3_27B = 46, 62
 
@@ -180,6 +184,18 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             extend=_smollm3,
             interleaves=True,
             biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+        ),
+        "olmo2": Architecture(
+            model_type="olmo2",
+            class_name="Olmo2ForCausalLM",
+            parts=_OUTPUT_NORMS,
+            has_qk_norms=True,
+        ),
+        "seed_oss": Architecture(
+            model_type="seed_oss",
+            class_name="SeedOssForCausalLM",
+            parts={"post_attention_norm": "post_attention_layernorm"},
+            biases={"attention_bias": _QKV},
         ),
     }
 )

@@ -80,6 +80,8 @@ def command(
     from entrollm.errors import UnsupportedError
 
     loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
+    if loaded.tokenizer is None:
+        raise UnsupportedError(loaded.no_tokenizer)
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {

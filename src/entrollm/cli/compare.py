@@ -61,7 +61,7 @@ def command(
     from entrollm.engine.load import load
     from entrollm.report import check_plotting, draw_rate_distortion, read_points
 
-    earlier = [point for path in add or [] for point in read_points(_read_json(path), path.stem)]
+    earlier = [point for path in add or [] for point in read_points(read_json(path), path.stem)]
     if plot is not None:
         check_plotting(plot)
     to_stdout = str(json_file) == "-"
@@ -82,7 +82,12 @@ def command(
             message(f"{plot} has no place for a KL of 0: {', '.join(hidden)}")
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """Read a file of figures.
+
+    Raises:
+        FormatError: it is not JSON.
+    """
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

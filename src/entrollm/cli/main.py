@@ -8,7 +8,9 @@ JSON takes `json_output: JsonOption`; its errors are then printed as JSON as wel
 import importlib
 import importlib.metadata
 import inspect
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -81,8 +83,22 @@ def _build_app() -> typer.Typer:
 app = _build_app()
 
 
+def _end(number: int, _: FrameType | None) -> None:
+    """End the program by an exception, so that temporary folders are removed; a second signal ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _end_tidily() -> None:
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
+
+
 def run() -> None:
     """Run the command line on the arguments of the process."""
+    _end_tidily()
     try:
         with naming_stdout():  # of help and version; commands report their own errors
             app()

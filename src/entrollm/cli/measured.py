@@ -132,13 +132,18 @@ def measure(
         EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
     """
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.files import why_no_tokenizer
     from entrollm.evaluate import cut_windows, evaluate_in_turn, model_size, read_text
+    from entrollm.files.shards import is_gguf
 
     content = read_text(options.text)
     read = [_read_small_files(model) for model in (*models, *(() if against is None else (against,)))]
     tokenizer = next((tokenizer for _, tokenizer in read if tokenizer is not None), None)
     if tokenizer is None:
-        raise ValueError(f"{models[0]} has no tokenizer.json, which is needed to read a text")
+        path = resolve(models[0])
+        needed = f"{path} has no tokenizer.json, which is needed to read a text"
+        raise ValueError(why_no_tokenizer(path) if is_gguf(path) else needed)
     windows = cut_windows(tokenizer, content, _protocol([config for config, _ in read], options))
     watch = Stopwatch()
     reference = None if against is None else load(against)

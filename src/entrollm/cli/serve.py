@@ -56,6 +56,7 @@ def command(
 
     try:
         import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
         import sse_starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:

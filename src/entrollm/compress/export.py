@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
-from entrollm.system import naming
 
 ExportType = Literal["original", "bf16", "f16", "f32"]
 
@@ -162,6 +160,4 @@ def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: Expo
     for file in side_files(model.path):
         name = file.relative_to(model.path)
         if name != Path("config.json"):
-            (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-            with naming(folder.partial / name):
-                shutil.copyfile(file, folder.partial / name)
+            folder.write_bytes(name.as_posix(), file.read_bytes())

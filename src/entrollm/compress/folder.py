@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from entrollm.errors import EntroLLMError, Message, Option, OptionError
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import is_compressed, read_config
-from entrollm.system import FolderLock, naming, sync_folder
+from entrollm.system import FolderLock, exchange, is_mount_point, naming, sync_folder, sync_tree
 
 _PLAN = "plan.json"
 # Files that an error lists; more are counted.
@@ -39,21 +40,34 @@ class OutputFolder:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._replaced = path.with_name(path.name + ".replaced")
+        # The plan, while the folder is published: what is beside the output then is ours.
+        self._marker = path.with_name(f".{path.name}.publishing.json")
         self._overwrite = overwrite
-        self._check_path()
+        check_output(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._adopt(json.dumps(fingerprint, indent=1, sort_keys=True))
 
     def publish(self) -> None:
-        """Sync the folder and rename it to its path, replacing an earlier output if that is allowed."""
-        sync_folder(self.partial)
+        """Sync the folder and rename it to its path, replacing an earlier output if that is allowed.
+
+        At every moment, one complete output is at the path if there was one before, where the system can let folders
+        change places.
+        """
         self._check_path()
-        if self.path.exists():
+        (self.partial / _PLAN).rename(self._marker)
+        sync_tree(self.partial)
+        if self.path.exists() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        if not self.path.exists():
+            self.partial.rename(self.path)
+        elif exchange(self.partial, self.path):
+            self.partial.rename(self._replaced)
+        else:
             self.path.rename(self._replaced)
-        self.partial.rename(self.path)
-        (self.path / _PLAN).unlink()
+            self.partial.rename(self.path)
         sync_folder(self.path.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
+        self._marker.unlink()
 
     def close(self) -> None:
         """Release the lock; files that are not published stay for another run."""
@@ -61,12 +75,18 @@ class OutputFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file and sync it."""
-        temporary = self.partial / (name + ".tmp")
-        with naming(self.partial / name), temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a small file, by its path in the folder, and sync it."""
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with naming(path), temporary.open("wb") as out:
+            out.write(content)
             out.flush()
             os.fsync(out.fileno())
-        temporary.replace(self.partial / name)
+        temporary.replace(path)
 
     def _check_path(self) -> None:
         if self._replaced.exists():
@@ -75,8 +95,17 @@ class OutputFolder:
             )
         check_output(self.path, self._overwrite)
 
+    def _recover(self) -> None:
+        """Tidy up after a run that was stopped while it replaced an earlier output."""
+        if not (self._marker.exists() and self._replaced.exists()):
+            return
+        if self.path.exists():
+            shutil.rmtree(self._replaced)
+        else:
+            self._replaced.rename(self.path)
+
     def _adopt(self, fingerprint: str) -> None:
-        """Lock the partial folder; keep its files if it has the same fingerprint, remove them if it has another."""
+        """Lock the partial folder, tidy up after a run that was stopped, and take the folder over."""
         if self.partial.exists() and not self._was_ours():
             raise ValueError(f"{self.partial} is in the way and was not left by an interrupted run; move it")
         self.partial.mkdir(exist_ok=True)
@@ -84,8 +113,21 @@ class OutputFolder:
             self._lock = FolderLock(self.partial)
         except BlockingIOError:
             raise EntroLLMError(f"another run is writing {self.path}; wait for it or name another folder") from None
+        try:
+            self._recover()
+            self._check_path()
+            self._take_over(fingerprint)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.partial.rmdir()  # unless it has files
+            self._lock.release()
+            raise
+
+    def _take_over(self, fingerprint: str) -> None:
+        """Make the locked folder that of a run: as it is for the same fingerprint, empty for another."""
         plan_file = self.partial / _PLAN
         if plan_file.is_file() and plan_file.read_text(encoding="utf-8") == fingerprint:
+            self._marker.unlink(missing_ok=True)
             return
         # The plan goes last: without it, the folder would no longer be known as one of ours.
         for file in sorted(self.partial.iterdir(), key=lambda file: file.name == _PLAN):
@@ -94,11 +136,12 @@ class OutputFolder:
             else:
                 file.unlink()
         self.write_text(_PLAN, fingerprint)
+        self._marker.unlink(missing_ok=True)
 
     def _was_ours(self) -> bool:
-        """Whether the folder that exists is empty or has a plan, possibly a half-written one."""
+        """Whether the folder that exists is empty or has a plan, possibly a half-written one or one beside it."""
         names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else {""}
-        return _PLAN in names or names <= {_PLAN + ".tmp"}
+        return _PLAN in names or names <= {_PLAN + ".tmp"} or self._marker.exists()
 
 
 def real_place(path: Path) -> Path:
@@ -124,10 +167,13 @@ def check_output(path: Path, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder that does not exist yet")
+    if is_mount_point(path):
+        raise ValueError(
+            f"{path} is a mount point, which cannot be renamed; name a folder in it, such as {path / 'model'}"
+        )
     if not any(path.iterdir()):
         return
-    ours = (path / "config.json").is_file() and is_compressed(read_config(path))
-    if not ours:
+    if not _is_ours(path):
         raise ValueError(f"{path} exists and is not a compressed model; name a folder that does not exist yet")
     if not overwrite:
         raise OptionError(
@@ -156,6 +202,11 @@ def check_replaced(path: Path, names: Collection[str]) -> None:
             f"{path} holds files that the new output lacks, which replacing it would delete: {listed}; move or remove "
             "them, or name another folder"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a compressed model."""
+    return (path / "config.json").is_file() and is_compressed(read_config(path))
 
 
 def write_index(folder: OutputFolder, names: Mapping[str, str], total_bytes: int) -> None:

@@ -32,7 +32,6 @@ from entrollm.files.shards import is_gguf
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.spec import FORMAT_VERSION
-from entrollm.system import naming
 
 # The share of a size limit that is left free for a post_fit, whose scales may deflate less well.
 _ROOM = 0.001
@@ -52,6 +51,7 @@ def compress_folder(
     options = options or CodingOptions()
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
+        stamps = _stamps(checkpoint)
         options = with_size(checkpoint, options)
         if statistics is not None and options.target is None:
             raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
@@ -78,11 +78,13 @@ def compress_folder(
             if post_fit is not None:
                 _check_limit(refitted, options)
             _write_checksums(folder)
+            _check_unchanged(checkpoint, stamps)
+            run = Run(Path(out), elapsed_s, maker.resumed_weights, is_refitted=refitted is not records)
+            result = summarize(checkpoint, plan, refitted, run)
             folder.publish()
         finally:
             folder.close()
-        run = Run(Path(out), elapsed_s, maker.resumed_weights, is_refitted=refitted is not records)
-        return summarize(checkpoint, plan, refitted, run)
+        return result
 
 
 def _weights_to_code(checkpoint: Checkpoint, plan: Plan) -> int:
@@ -96,7 +98,7 @@ def _fingerprint(
     return {
         "format_version": FORMAT_VERSION,
         "record_version": RECORD_VERSION,
-        "files": {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files},
+        "files": _stamps(checkpoint),
         "tensors": {name: [t.bits, t.granularity, t.is_imported] for name, t in plan.tensors.items()},
         "prefer": options.prefer,
         "processor": options.processor,
@@ -107,6 +109,29 @@ def _fingerprint(
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
     }
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Sizes and times of the weight files."""
+    found = {str(file.resolve()): file.stat() for file in checkpoint.files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _check_unchanged(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) -> None:
+    """Check that the weight files are those that were opened, so that no output mixes two states of a model.
+
+    Raises:
+        EntroLLMError: one has changed or is gone.
+    """
+    try:
+        now = _stamps(checkpoint)
+    except FileNotFoundError as error:
+        raise EntroLLMError(
+            f"{error.filename} was removed while it was compressed; put it back and run the command again"
+        ) from None
+    for name in stamps.keys() | now.keys():
+        if stamps.get(name) != now.get(name):
+            raise EntroLLMError(f"{name} changed while it was compressed; run the command again when it is complete")
 
 
 def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
@@ -159,10 +184,9 @@ def _write_surroundings(
     config: Mapping[str, Any],
     small_files: Mapping[str, bytes],
 ) -> None:
+    (folder.partial / CHECKSUMS_NAME).unlink(missing_ok=True)  # of an interrupted run; shards may change yet
     for name, content in small_files.items():
-        (folder.partial / name).parent.mkdir(parents=True, exist_ok=True)
-        with naming(folder.partial / name):
-            (folder.partial / name).write_bytes(content)
+        folder.write_bytes(name, content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     _write_index(folder, records)
 

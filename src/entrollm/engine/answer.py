@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from entrollm.engine.detokenize import Detokenizer, StopFinder
 from entrollm.engine.options import GenerationOptions
@@ -11,6 +14,20 @@ from entrollm.engine.sampling import Sampler
 from entrollm.engine.weights import Floats
 
 FinishReason = Literal["stop", "length", "context", "unfinished"]
+
+
+class Constraint(Protocol):
+    """What an answer must look like, such as a grammar."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow the tokens so far."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, end tokens included: bool (vocab_size,), at least one of them true."""
+
+    def accept(self, token: int) -> None:
+        """Go on after a token that was allowed."""
 
 
 class AnswerText:
@@ -43,6 +60,11 @@ class AnswerText:
         self._detokenizer = detokenizer
         self._sampler = Sampler(options.sampling, vocab_size, prompt_ids)
         self._stops = StopFinder(options.stop)
+        self._constraint: Constraint | None = None
+
+    def constrain(self, constraint: Constraint) -> None:
+        """Let only answers that satisfy `constraint` be made; call it before the first token."""
+        self._constraint = constraint
 
     def push(self, logits: Floats) -> tuple[int, str]:
         """Choose the next token.
@@ -56,15 +78,20 @@ class AnswerText:
             FormatError, ValueError: as Sampler.
         """
         options = self._options
-        must_go_on = self.tokens < options.min_tokens
-        token = self._sampler(logits, banned=options.eos_token_ids if must_go_on else ())
+        constraint = self._constraint
+        if constraint is not None:
+            token = self._sampler(logits, allowed=constraint.allowed())
+            constraint.accept(token)
+        else:
+            must_go_on = self.tokens < options.min_tokens
+            token = self._sampler(logits, banned=options.eos_token_ids if must_go_on else ())
         self.tokens += 1
         text = ""
         if token in options.eos_token_ids:
             self.finish_reason = "stop"
         else:
             text = self._stops.push(self._detokenizer.push(token) if self._detokenizer else "")
-            if self._stops.stopped:
+            if self._stops.stopped or (constraint is not None and constraint.is_complete):
                 self.finish_reason = "stop"
             elif self.tokens == min(options.max_tokens, self._room):
                 self.finish_reason = "length" if options.max_tokens <= self._room else "context"

@@ -67,8 +67,11 @@ def joined_angles(rows: Sequence[list[Angles | None]]) -> list[Angles | None]:
     for layers in zip(*rows, strict=True):
         angles = [each for each in layers if each is not None]
         if angles and id(angles[0]) not in found:
+            factors = [each.query_factors for each in angles if each.query_factors is not None]
             found[id(angles[0])] = Angles(
-                np.concatenate([each.cosines for each in angles]), np.concatenate([each.sines for each in angles])
+                np.concatenate([each.cosines for each in angles]),
+                np.concatenate([each.sines for each in angles]),
+                np.concatenate(factors) if factors else None,
             )
         joined.append(found[id(angles[0])] if angles else None)
     return joined

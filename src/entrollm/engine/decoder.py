@@ -11,6 +11,7 @@ from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joined_angles, passes
 from entrollm.engine.cache import Attention, Cache
+from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.projection import Apply, Projection, load_norm
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
@@ -173,7 +174,12 @@ class Layer:
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
         self._attention = SelfAttention(config, weights, prefix)
-        self._feed_forward = FeedForward(config, weights, prefix)
+        experts = config.experts[index] if config.experts else None
+        self._feed_forward: Apply
+        if experts is None:
+            self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
+        else:
+            self._feed_forward = MixedExperts(config, weights, prefix, experts)
         self._is_parallel = block.is_parallel
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)

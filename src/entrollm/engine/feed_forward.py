@@ -6,22 +6,27 @@ from entrollm import _core
 from entrollm.engine.arithmetic import ACTIVATIONS
 from entrollm.engine.projection import Projection
 from entrollm.engine.weights import Floats, Weights
-from entrollm.models.config import ModelConfig
+from entrollm.models.config import Mlp, ModelConfig
 
 
 class FeedForward:
     """Two projections with an activation between them, which is gated or not.
 
+    Args:
+        config: the model's.
+        weights: its tensors.
+        prefix: what the names of the layer start with.
+        mlp: the part.
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str) -> None:
-        block, hidden, inner = config.block, config.hidden_size, config.intermediate_size
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, mlp: Mlp) -> None:
+        block, hidden, inner = config.block, config.hidden_size, mlp.size
         width = 2 * inner if config.is_gated else inner
-        up = {prefix + name: width // len(block.up) for name in block.up}
+        up = {prefix + name: width // len(mlp.up) for name in mlp.up}
         self._up = Projection(weights, up, hidden, config.mlp_bias, block.is_transposed)
-        down = {prefix + block.down: hidden}
+        down = {prefix + mlp.down: hidden}
         self._down = Projection(weights, down, inner, config.mlp_bias, block.is_transposed)
         self._inner = inner
         self._pool = weights.pool

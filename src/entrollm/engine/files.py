@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.tokens import TokenFiles, add_tokens
 from entrollm.errors import FormatError
+from entrollm.files.shards import is_gguf
 
 # Tokenizers of other kinds.
 _OTHER_TOKENIZERS = (
@@ -64,7 +65,7 @@ def read_model_files(folder: Path) -> ModelFiles:
     return ModelFiles(
         config=config,
         tokenizer=tokenizer,
-        no_tokenizer="" if tokenizer is not None else _why_no_tokenizer(folder),
+        no_tokenizer="" if tokenizer is not None else why_no_tokenizer(folder),
         generation_config=_read_json(folder / "generation_config.json") or {},
         special_tokens=special_tokens,
         chat_template=_read_chat_template(folder, tokenizer_config),
@@ -107,8 +108,16 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _why_no_tokenizer(folder: Path) -> str:
-    """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind."""
+def why_no_tokenizer(folder: Path) -> str:
+    """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind.
+
+    Args:
+        folder: a folder without one, or a GGUF file.
+    """
+    if is_gguf(folder):
+        return (
+            f"the tokenizer of {folder} is not read here; `entrollm compress {folder} -o OUT` converts it, then use OUT"
+        )
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).is_file()]
     if not others:
         return ModelFiles.no_tokenizer

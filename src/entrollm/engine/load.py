@@ -9,7 +9,7 @@ from typing import Any
 
 from entrollm.checkpoint.names import other_parts
 from entrollm.checkpoint.resolve import resolve
-from entrollm.engine.files import ModelFiles, read_model_files
+from entrollm.engine.files import ModelFiles, read_model_files, why_no_tokenizer
 from entrollm.engine.linear import CodedWeights, DenseWeights
 from entrollm.engine.memory import Memory, check_memory
 from entrollm.engine.model import Model
@@ -61,8 +61,7 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
     _report_other_parts(path, checkpoint.config, checkpoint.tensors)
     if not is_gguf(path):
         return Model(read_model_files(path), weights)
-    hint = f"the tokenizer of {path} is not read here; `entrollm compress {path} -o OUT` converts it, then use OUT"
-    return Model(ModelFiles(checkpoint.config, no_tokenizer=hint), weights)
+    return Model(ModelFiles(checkpoint.config, no_tokenizer=why_no_tokenizer(path)), weights)
 
 
 def _report_other_parts(path: Path, config: Mapping[str, Any], names: Collection[str]) -> None:

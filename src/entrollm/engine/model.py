@@ -60,11 +60,17 @@ class Model:
             from entrollm.engine.chat import ChatTemplate
 
             self._template = ChatTemplate(files.chat_template, "chat template", files.special_tokens)
+        self._template_text = files.chat_template
 
     @property
     def config(self) -> ModelConfig:
         """The shape and options of the architecture."""
         return self._config
+
+    @property
+    def no_tokenizer(self) -> str:
+        """Why there is no tokenizer, and what to do; empty if there is one."""
+        return self._no_tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -75,6 +81,16 @@ class Model:
     def has_chat_template(self) -> bool:
         """Whether the model has a chat template, which chat needs."""
         return self._template is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, or None for a model without one."""
+        return self._template_text
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self._generation_config.token_ids("eos_token_id") or self._config.eos_token_ids
 
     def new_cache(self) -> Cache:
         """An empty cache, to pass to successive generations that share a beginning."""

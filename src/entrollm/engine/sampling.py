@@ -100,12 +100,13 @@ class Sampler:
         self._history = History(vocab_size, prompt_ids)
         self._processors = processors_of(options, vocab_size)
 
-    def __call__(self, logits: Floats, *, banned: Sequence[int] = ()) -> int:
+    def __call__(self, logits: Floats, *, banned: Sequence[int] = (), allowed: NDArray[np.bool_] | None = None) -> int:
         """Choose a token id from float32 (vocab_size,).
 
         Args:
             logits: float32 (vocab_size,).
             banned: token ids that are not to be chosen; those outside the vocabulary are none.
+            allowed: bool (vocab_size,): the only tokens that may be chosen; `None` for all.
         Raises:
             FormatError: the logits hold NaN or +inf, so the weights are broken.
             ValueError: no token is left to choose from.
@@ -113,11 +114,13 @@ class Sampler:
         top = int(np.argmax(logits))  # the first NaN, if there is one
         if not np.isfinite(logits[top]):
             raise FormatError("the model's logits are not finite: its weights hold NaN, infinite or absurd values")
-        if self._processors or banned:
+        if self._processors or banned or allowed is not None:
             logits = logits.copy()
             for process in self._processors:
                 process(logits, self._history)
             logits[[token for token in banned if token < len(logits)]] = -np.inf
+            if allowed is not None:
+                logits[~allowed] = -np.inf
             top = int(np.argmax(logits))
             if not np.isfinite(logits[top]):
                 raise ValueError("no token is allowed here; allow at least one")

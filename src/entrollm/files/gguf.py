@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.system import naming
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -136,7 +137,8 @@ def open_gguf(path: str | Path) -> GgufFile:
     with path.open("rb") as stream:
         if os.fstat(stream.fileno()).st_size < len(_MAGIC) + 20:
             raise FormatError(f"{path}: too short for a GGUF file; fetch it again")
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        with naming(path):
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     header = _Header(path, data)
     metadata, tensors = header.read()
     return GgufFile(path, metadata, tensors, data)

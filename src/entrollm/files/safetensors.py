@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import DTYPES
+from entrollm.system import naming
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -113,7 +114,8 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
         entries = {name: _check_entry(path, name, fields, data_begin) for name, fields in header.items()}
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         _check_cover(path, ordered, data_begin, size_bytes)
-        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        with naming(path):
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     if len(data) != size_bytes:
         raise FormatError(f"{path}: the file changed from {size_bytes} to {len(data)} bytes while it was opened")
     return SafetensorsFile(path, metadata, ordered, data)

@@ -1,4 +1,4 @@
-"""Cohere 2 (Command R7B, Command A, Aya): parallel parts behind one norm; full layers, one of four, do not rotate."""
+"""Cohere 2 (Command R7B, Command A): parallel parts behind one norm; full layers, one of four, do not rotate."""
 
 from dataclasses import replace
 

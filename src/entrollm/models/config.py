@@ -58,6 +58,44 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mlp:
+    """A feed-forward part.
+
+    Attributes:
+        up: the projections into it: gate and up, one for both, or up alone.
+        down: the projection out of it.
+        size: features between them.
+    """
+
+    up: tuple[str, ...]
+    down: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Feed-forward parts of which each token runs through the few that a router chooses for it.
+
+    Attributes:
+        count: how many there are.
+        used: how many a token runs through.
+        router: the matrix whose products with a token are the scores of the experts, without `.weight`.
+        expert: an expert, {} in its names being its number.
+        normalises: the weights of the chosen experts add up to 1; else they are their shares among all.
+        shared: the part that all tokens run through beside the experts; None if there is none.
+        shared_gate: the matrix that scales the output of the shared part, without `.weight`.
+    """
+
+    count: int
+    used: int
+    router: str
+    expert: Mlp
+    normalises: bool
+    shared: Mlp | None = None
+    shared_gate: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Norm:
     """How a model normalises: by the root mean square, unless it is centered.
 
@@ -92,6 +130,8 @@ class ModelConfig:
         attention_cap, logit_cap: cap * tanh(x / cap) bounds the scores and the logits; None if it does not.
         activation: the nonlinearity of the feed-forward part, by its name in config.json.
         is_gated: the activation of one projection multiplies the other.
+        experts: per layer, the experts in place of a feed-forward part; None for a layer without, and an empty tuple if
+            no layer has any.
         embedding_scale, residual_scale, logit_scale: factors on the embeddings, on all that layers add, on the logits.
         norm: the kind of norm.
         block: the parts of a layer.
@@ -126,6 +166,7 @@ class ModelConfig:
     logit_cap: float | None = None
     activation: str = "silu"
     is_gated: bool = True
+    experts: tuple[Experts | None, ...] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -139,6 +180,11 @@ class ModelConfig:
     def ropes(self) -> tuple[Rope | None, ...]:
         """The rotary embedding of each layer."""
         return self.layer_ropes or (self.rope,) * self.num_layers
+
+    @property
+    def mlp(self) -> Mlp:
+        """The feed-forward part of a layer without experts."""
+        return Mlp(up=self.block.up, down=self.block.down, size=self.intermediate_size)
 
     @property
     def is_fused(self) -> bool:

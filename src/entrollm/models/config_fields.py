@@ -80,6 +80,14 @@ class Fields:
                 return found
         raise self.error(key, f"a list of {count} integers from {low} to {high}")
 
+    def indices(self, key: str, stop: int) -> frozenset[int]:
+        """A list of integers from 0; those from `stop` on mean nothing. Empty when absent."""
+        value = self._values.get(key)
+        items = [] if value is None else value
+        if not isinstance(items, list) or not all(type(item) is int and item >= 0 for item in items):
+            raise self.error(key, "a list of layers")
+        return frozenset(item for item in items if item < stop)
+
     def optional_integer(
         self, key: str, default: int | None = None, *, low: int = 1, high: int = MAX_SIZE
     ) -> int | None:

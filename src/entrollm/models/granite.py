@@ -1,4 +1,4 @@
-"""Granite 3 and 4 (dense): Llama with factors on embeddings, scores, residuals and logits."""
+"""Granite 3: Llama with factors on embeddings, scores, residuals and logits."""
 
 from dataclasses import replace
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from entrollm.errors import FormatError, UnsupportedError
@@ -208,9 +209,15 @@ def windows_of(fields: Fields, kinds: list[str], default: int | None) -> tuple[i
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
-def layered_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
+def layered_windows(
+    fields: Fields, num_layers: int, slides: Callable[[int, int], bool] = operator.ge
+) -> tuple[int | None, ...]:
     """The windows of a model with use_sliding_window, max_window_layers and layer_types.
 
+    Args:
+        fields: the configuration.
+        num_layers: of the model.
+        slides: whether a layer slides, from its number and max_window_layers, where there are no layer_types.
     Raises:
         FormatError: a value is malformed, or layers slide without a window.
         UnsupportedError: a layer type other than full_attention and sliding_attention.
@@ -220,8 +227,8 @@ def layered_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
         window = fields.optional_integer("sliding_window", _LAYERED_WINDOW, high=_MAX_CONTEXT)
     kinds = layer_kinds(fields, num_layers)
     if kinds is None:
-        first = fields.integer("max_window_layers", 28, low=0)
-        return tuple(window if index >= first else None for index in range(num_layers))
+        limit = fields.integer("max_window_layers", 28, low=0)
+        return tuple(window if slides(index, limit) else None for index in range(num_layers))
     if window is None and SLIDING in kinds:
         raise FormatError(f"{fields.source}: layer_types has {SLIDING}, but no sliding_window is in use")
     return tuple(window if kind == SLIDING else None for kind in kinds)

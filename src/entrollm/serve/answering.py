@@ -128,9 +128,8 @@ async def _events(answers: Answers, response: Response, form: Format, with_usage
         async for choice, token in answers.tokens():
             if token.logprobs is not None:
                 choice.unsent.append(token.logprobs)
-            if token.text or choice.unsent:
-                yield _event(response.piece(form.piece(choice, token.text, choice.unsent)))
-                choice.unsent.clear()
+            for piece in form.pieces(choice, token.text):
+                yield _event(response.piece(piece))
             if token.finish_reason != "unfinished":
                 yield _event(response.piece(form.closing(choice)))
         if with_usage:

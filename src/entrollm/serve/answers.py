@@ -6,12 +6,13 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from entrollm.engine.answer import FinishReason
 from entrollm.engine.sampling import TokenLogprobs
 from entrollm.serve.job import Job
 from entrollm.serve.token_text import TokenText
+from entrollm.serve.tool_calls import ToolCall, ToolCallFinder
 
 Json = dict[str, object]
 _LEAST_LOGPROB = -9999.0
@@ -24,6 +25,8 @@ class Choice:
     Attributes:
         index: its number in the response.
         unsent: logprobs of tokens whose text was held back.
+        finder: finds calls of tools in the text; `None` if there are no tools.
+        calls: how many it has found.
     """
 
     index: int
@@ -33,6 +36,8 @@ class Choice:
     tokens: int = 0
     finish_reason: FinishReason = "unfinished"
     offset: int = 0
+    finder: ToolCallFinder | None = None
+    calls: int = 0
 
 
 class Format(Protocol):
@@ -45,8 +50,8 @@ class Format(Protocol):
     def opening(self, choice: Choice) -> Json | None:
         """The first piece of a stream, if it has one before any text."""
 
-    def piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
-        """Some text of a stream."""
+    def pieces(self, choice: Choice, text: str) -> list[Json]:
+        """What a token adds to a stream; choice.finish_reason tells the last one."""
 
     def closing(self, choice: Choice) -> Json:
         """The last piece of a stream."""
@@ -69,22 +74,58 @@ class Chat:
         """The role."""
         return self._piece(choice, {"role": "assistant", "content": ""}, None)
 
-    def piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
-        """Some text."""
-        return self._piece(choice, {"content": text}, self._logprobs(logprobs))
+    def pieces(self, choice: Choice, text: str) -> list[Json]:
+        """Text, or calls that are complete."""
+        deltas = [self._delta(choice, item) for item in self._items(choice, text)]
+        if not deltas and choice.unsent:
+            deltas = [{"content": ""}]
+        pieces = []
+        for delta in deltas:
+            pieces.append(self._piece(choice, delta, self._logprobs(choice.unsent)))
+            choice.unsent.clear()
+        return pieces
 
     def closing(self, choice: Choice) -> Json:
         """The reason for the end."""
-        return self._piece(choice, {}, None) | {"finish_reason": finish_reason(choice.finish_reason)}
+        return self._piece(choice, {}, None) | {"finish_reason": self._reason(choice)}
 
     def whole(self, choice: Choice) -> Json:
         """The message."""
+        items = self._items(choice, "".join(choice.text))
+        calls = [self._delta(choice, item) for item in items if isinstance(item, ToolCall)]
+        text = "".join(item for item in items if isinstance(item, str))
+        message: Json = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = [call["tool_calls"][0] for call in calls]
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": finish_reason(choice.finish_reason),
+            "finish_reason": self._reason(choice),
         }
+
+    def _items(self, choice: Choice, text: str) -> list[str | ToolCall]:
+        """Text and calls that `text` completes."""
+        if choice.finder is None:
+            return [text] if text else []
+        items = choice.finder.push(text)
+        return items if choice.finish_reason == "unfinished" else items + choice.finder.finish()
+
+    def _delta(self, choice: Choice, item: str | ToolCall) -> dict[str, Any]:
+        if isinstance(item, str):
+            return {"content": item}
+        call = {
+            "index": choice.calls,
+            "id": item.call_id,
+            "type": "function",
+            "function": {"name": item.name, "arguments": item.arguments},
+        }
+        choice.calls += 1
+        return {"tool_calls": [call]}
+
+    def _reason(self, choice: Choice) -> str | None:
+        reason = finish_reason(choice.finish_reason)
+        return "tool_calls" if choice.calls and reason == "stop" else reason
 
     def _piece(self, choice: Choice, delta: Json, logprobs: Json | None) -> Json:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
@@ -119,23 +160,26 @@ class Completion:
         """None: a text begins with its text."""
         return None
 
-    def piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
+    def pieces(self, choice: Choice, text: str) -> list[Json]:
         """Some text."""
-        return {
-            "index": choice.index,
-            "text": text,
-            "logprobs": self._logprobs(choice, logprobs),
-            "finish_reason": None,
-        }
+        if not (text or choice.unsent):
+            return []
+        piece = self._piece(choice, text, choice.unsent)
+        choice.unsent.clear()
+        return [piece]
 
     def closing(self, choice: Choice) -> Json:
         """The reason for the end."""
-        return self.piece(choice, "", ()) | {"finish_reason": finish_reason(choice.finish_reason)}
+        return self._piece(choice, "", ()) | {"finish_reason": finish_reason(choice.finish_reason)}
 
     def whole(self, choice: Choice) -> Json:
         """The text."""
-        piece = self.piece(choice, "".join(choice.text), choice.logprobs)
+        piece = self._piece(choice, "".join(choice.text), choice.logprobs)
         return piece | {"finish_reason": finish_reason(choice.finish_reason)}
+
+    def _piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
+        logged = self._logprobs(choice, logprobs)
+        return {"index": choice.index, "text": text, "logprobs": logged, "finish_reason": None}
 
     def _logprobs(self, choice: Choice, tokens: Sequence[TokenLogprobs]) -> Json | None:
         if not tokens:

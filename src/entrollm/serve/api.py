@@ -23,13 +23,16 @@ from entrollm.serve.fields import (
     Sampling,
     TokenizeRequest,
     check_chat,
+    check_tools,
     parse,
 )
+from entrollm.serve.grammar import Grammars, TokenGrammar
 from entrollm.serve.job import Job, ServedModel
 from entrollm.serve.metrics import Metrics
 from entrollm.serve.page import page
 from entrollm.serve.scheduler import Scheduler
 from entrollm.serve.token_text import TokenText
+from entrollm.serve.tool_calls import OPEN, ToolCallFinder, call_grammar
 
 # What /v1/completions of OpenAI takes.
 _COMPLETION_TOKENS = 16
@@ -54,6 +57,18 @@ class Settings:
     local_only: bool = True
 
 
+@dataclass(frozen=True)
+class _Ask:
+    """A prompt and what is asked about it."""
+
+    served: ServedModel
+    body: Sampling
+    ids: Sequence[int]
+    logprobs: int | None
+    is_chat: bool = False
+    grammar: TokenGrammar | None = None
+
+
 class Api:
     """What the server answers.
 
@@ -75,6 +90,11 @@ class Api:
         self._token_texts = {
             served.name: TokenText(served.model.tokenizer) for served in models if served.model.tokenizer is not None
         }
+        self._grammars = {
+            served.name: Grammars(served.model.tokenizer, served.model.config.vocab_size, served.model.end_token_ids)
+            for served in models
+            if served.model.tokenizer is not None
+        }
         self._page = page()
         self.is_stopping = False
 
@@ -85,11 +105,18 @@ class Api:
         served = self._served(body.model)
         if not served.model.has_chat_template:
             raise bad_request(f"the model {served.name} has no chat template; use /v1/completions", "model")
+        check_tools(body)
         messages = [message.to_template() for message in body.messages]
-        variables = body.chat_template_kwargs or {}
+        variables = dict(body.chat_template_kwargs or {})
+        if body.offered:
+            if "tools" not in (template := served.model.chat_template or "") or OPEN not in template:
+                raise bad_request(f"the chat template of {served.name} has no tools of the form {OPEN}", "tools")
+            variables["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         ids = await _in_thread(lambda: served.model.encode_chat(messages, **variables), "messages")
-        jobs = self._jobs(request, served, body, ids, body.listed_logprobs, is_chat=True)
-        return await self._answer(request, body, jobs, formats.Chat(self._token_texts[served.name]))
+        grammar = await _in_thread(lambda: self._grammar(served, body), "response_format")
+        jobs = self._jobs(request, _Ask(served, body, ids, body.listed_logprobs, is_chat=True, grammar=grammar))
+        names = [function.name for function in body.offered]
+        return await self._answer(request, body, jobs, formats.Chat(self._token_texts[served.name]), names)
 
     async def complete(self, request: Request) -> Response:
         """/v1/completions: continue one or more texts."""
@@ -100,7 +127,7 @@ class Api:
             ids = (
                 prompt if isinstance(prompt, list) else await _in_thread(partial(served.model.encode, prompt), "prompt")
             )
-            jobs += self._jobs(request, served, body, ids, body.logprobs, is_chat=False)
+            jobs += self._jobs(request, _Ask(served, body, ids, body.logprobs))
         return await self._answer(request, body, jobs, formats.Completion(self._token_texts[served.name]))
 
     async def tokenize(self, request: Request) -> Response:
@@ -165,48 +192,59 @@ class Api:
             "chat": served.model.has_chat_template,
         }
 
-    def _jobs(
-        self,
-        request: Request,
-        served: ServedModel,
-        body: Sampling,
-        ids: Sequence[int],
-        logprobs: int | None,
-        *,
-        is_chat: bool,
-    ) -> list[Job]:
+    def _grammar(self, served: ServedModel, body: ChatRequest) -> TokenGrammar | None:
+        """What the answer must look like, if the request says so."""
+        grammars = self._grammars[served.name]
+        schema = None if body.response_format is None else body.response_format.schema_of_answer
+        if schema is not None:
+            return grammars.json_schema(schema, "response_format")
+        if not body.required:
+            return None
+        functions = {function.name: function.parameters or {"type": "object"} for function in body.required}
+        return grammars.lark(call_grammar(functions, several=body.parallel_tool_calls is not False), "tools")
+
+    def _jobs(self, request: Request, ask: _Ask) -> list[Job]:
         """One job for each choice to a prompt."""
+        served, ids = ask.served, ask.ids
         room = served.context_length - len(ids)
         if room < 1:
             raise bad_request(
                 f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of "
                 f"{served.context_length}; shorten it",
-                "messages" if is_chat else "prompt",
+                "messages" if ask.is_chat else "prompt",
                 "context_length_exceeded",
             )
         deadline_s = time.monotonic() + self._settings.timeout_s
         jobs: list[Job] = []
-        for choice in range(body.choices):
+        for choice in range(ask.body.choices):
             try:
                 answer = served.model.new_answer(
                     ids,
-                    continues_text=not is_chat,
+                    continues_text=not ask.is_chat,
                     context_length=served.context_length,
-                    **body.keywords(choice, room if is_chat else _COMPLETION_TOKENS),
+                    **ask.body.keywords(choice, room if ask.is_chat else _COMPLETION_TOKENS),
                 )
             except (TypeError, ValueError) as error:
                 raise bad_request(str(error)) from None
-            job = Job(request.state.client, served, ids, answer, lambda _: None, deadline_s, logprobs)
+            if ask.grammar is not None:
+                answer.constrain(ask.grammar.copy())
+            job = Job(request.state.client, served, ids, answer, lambda _: None, deadline_s, ask.logprobs)
             job.after = jobs[0] if jobs else None
             jobs.append(job)
         return jobs
 
-    async def _answer(self, request: Request, body: Sampling, jobs: list[Job], form: formats.Format) -> Response:
+    async def _answer(
+        self, request: Request, body: Sampling, jobs: list[Job], form: formats.Format, functions: Sequence[str] = ()
+    ) -> Response:
+        """The response; calls of `functions` are found in the answers."""
         if len(jobs) > self._settings.queue_length:
             raise bad_request(f"a request may ask for {self._settings.queue_length} answers, found {len(jobs)}", "n")
         if body.stream_options and not body.stream:
             raise bad_request("stream_options needs stream: true", "stream_options")
         answers = Answers(self._scheduler, jobs)
+        if functions:
+            for each in answers.choices:
+                each.finder = ToolCallFinder(functions)
         answers.submit()
         response = formats.Response(form, jobs[0].served.name, jobs, body.choices)
         if body.stream:

@@ -1,0 +1,108 @@
+"""Answers that must be JSON: schemas compiled by llguidance to masks over the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from entrollm.serve.errors import bad_request
+
+_MAX_GRAMMAR_BYTES = 64 << 10
+# Models may indent, but not fill an answer with white space.
+_WHITE_SPACE = r"(\n? {0,32})?"
+
+
+class Grammars:
+    """Compiles grammars for one model.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: logits per token.
+        end_tokens: token ids that end an answer, at least one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_tokens: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._end_tokens = [token for token in end_tokens if token < vocab_size]
+        self._lock = threading.Lock()
+        self._compiled: LLTokenizer | None = None
+
+    def json_schema(self, schema: Mapping[str, Any], field: str) -> TokenGrammar:
+        """The grammar of JSON values of a schema.
+
+        Args:
+            schema: a JSON schema; what llguidance does not implement is refused.
+            field: of the request, for errors.
+        Raises:
+            ApiError: the schema is too long, invalid, or uses what is not implemented.
+        """
+        options: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE}
+        return self._compile(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options), field)
+
+    def lark(self, grammar: str, field: str) -> TokenGrammar:
+        """The grammar of a Lark grammar; see json_schema."""
+        return self._compile(LLMatcher.grammar_from_lark(grammar), field)
+
+    def _compile(self, grammar: str, field: str) -> TokenGrammar:
+        if len(grammar) > _MAX_GRAMMAR_BYTES:
+            raise bad_request(f"{field}: the schema is longer than {_MAX_GRAMMAR_BYTES} bytes", field)
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if matcher.is_error():
+            raise bad_request(f"{field}: {matcher.get_error().splitlines()[0][:300]}", field)
+        return TokenGrammar(matcher, self._vocab_size)
+
+    def _vocabulary(self) -> LLTokenizer:
+        """The vocabulary as llguidance needs it, made when it is first used."""
+        with self._lock:
+            if self._compiled is None:
+                size = max(self._vocab_size, self._tokenizer.get_vocab_size(with_added_tokens=True))
+                self._compiled = LLTokenizer(self._tokenizer.to_str(), n_vocab=size, eos_token=self._end_tokens)
+            return self._compiled
+
+
+class TokenGrammar:
+    """How far an answer has come in its grammar; see `Constraint` of the engine."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def copy(self) -> TokenGrammar:
+        """The same grammar for another answer."""
+        return TokenGrammar(self._matcher.deep_copy(), self._vocab_size)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow the tokens so far."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, end tokens included: bool (vocab_size,).
+
+        Raises:
+            ValueError: the grammar became too complex.
+        """
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return np.unpackbits(packed, count=self._vocab_size, bitorder="little").view(np.bool_)
+
+    def accept(self, token: int) -> None:
+        """Go on after a token that was allowed.
+
+        Raises:
+            ValueError: the grammar became too complex.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"the grammar of the answer failed: {self._matcher.get_error()[:300]}")
