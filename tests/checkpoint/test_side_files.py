@@ -14,6 +14,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import WEIGHT_SUFFIXES, side_files, tokenizer_files
 from entrollm.compress.export import export
 from entrollm.errors import FormatError
+from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import CompressedModel
 
 CARRIED = [
@@ -77,7 +78,7 @@ def test_everything_but_weights_travels(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", *CARRIED, *LEFT)
     assert [file.relative_to(source).as_posix() for file in side_files(source)] == sorted([*CARRIED, "config.json"])
     compress(source, tmp_path / "out", CompressOptions(bits=8))
-    assert names_of(tmp_path / "out") == sorted([*CARRIED, "config.json", "model.safetensors"])
+    assert names_of(tmp_path / "out") == sorted([*CARRIED, "config.json", CHECKSUMS_NAME, "model.safetensors"])
     with CompressedModel.open(tmp_path / "out") as model:
         export(model, tmp_path / "exported", _core.ThreadPool(1))
     assert names_of(tmp_path / "exported") == names_of(tmp_path / "out")
@@ -120,7 +121,7 @@ def test_a_run_with_another_plan_clears_subfolders(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     write(partial, "plan.json", "custom/old.py", "model.safetensors")
     compress(source, tmp_path / "out", CompressOptions(bits=8))
-    assert names_of(tmp_path / "out") == ["config.json", "custom/code.py", "model.safetensors"]
+    assert names_of(tmp_path / "out") == ["config.json", "custom/code.py", CHECKSUMS_NAME, "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "sub/code.py"])

@@ -192,5 +192,6 @@ def test_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     coded = write_coded(tmp_path)
     config = (coded / "config.json").read_text().replace('"intermediate_size": 128', '"intermediate_size": 192')
     (coded / "config.json").write_text(config)
+    (coded / "entrollm_checksums.json").unlink()  # edited on purpose
     with pytest.raises(FormatError, match=r"the model's .* has shape \[96, 192\], the folder's \[96, 128\]"):
         open_model("gpt2", coded)
