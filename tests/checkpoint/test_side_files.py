@@ -81,7 +81,7 @@ def test_everything_but_weights_travels(tmp_path: Path) -> None:
     assert names_of(tmp_path / "out") == sorted([*CARRIED, "config.json", CHECKSUMS_NAME, "model.safetensors"])
     with CompressedModel.open(tmp_path / "out") as model:
         export(model, tmp_path / "exported", _core.ThreadPool(1))
-    assert names_of(tmp_path / "exported") == names_of(tmp_path / "out")
+    assert names_of(tmp_path / "exported") == sorted([*CARRIED, "config.json", "model.safetensors"])
     for name in CARRIED:
         assert (tmp_path / "exported" / name).read_text() == f"content of {name}"
 

@@ -21,9 +21,9 @@
 //   };
 #pragma once
 
-#include "kernels/generic/flat_pack.hpp"
 #include <cstring>
 
+#include "kernels/generic/flat_pack.hpp"
 #include "kernels/generic/group_terms.hpp"
 #include "kernels/grouped_kernels.hpp"
 
