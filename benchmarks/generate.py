@@ -30,13 +30,11 @@ from unittest import mock
 import llama_cpp
 
 from common import finish
-from entrollm import _core
 from entrollm.compress import CodingOptions, compress_folder
-from entrollm.engine import linear
+from entrollm.engine.linear import CodedLinear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import multiply
 from entrollm.threads import default_threads
 from llamacpp import TYPES, write_gguf
 from make_model import SHAPES, write_model
@@ -137,7 +135,8 @@ class Ours:
         self._model: Model = load(path, threads)
         self.products_s = 0.0
         self._in_prompt = False
-        self._patch = mock.patch.object(linear, "multiply", self._timed_multiply)
+        self._multiply = CodedLinear.__call__
+        self._patch = mock.patch.object(CodedLinear, "__call__", lambda layer, x: self._timed_multiply(layer, x))
         self._patch.start()
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
@@ -157,9 +156,9 @@ class Ours:
         del self._model
         gc.collect()
 
-    def _timed_multiply(self, matrices: Any, x: Any, pool: _core.ThreadPool) -> Any:
+    def _timed_multiply(self, layer: CodedLinear, x: Any) -> Any:
         start = time.perf_counter()
-        y = multiply(matrices, x, pool)
+        y = self._multiply(layer, x)
         elapsed = time.perf_counter() - start
         # The prompt's products do not count: those of several vectors, and then the head's of the last one.
         if len(x) > 1:
