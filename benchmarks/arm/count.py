@@ -35,10 +35,10 @@ from entrollm.format.code import Code, Field, Node
 ROOT = Path(__file__).parents[2]
 ROWS, COLUMNS = 2, 4096
 FLAT_ROWS = 8
-# Bits of the flat form, and patches of a thousand weights.
-FLAT = ((2, 7), (3, 8), (4, 7), (5, 2), (6, 7))
+# Bits of the flat form, 8 for plain bytes, and patches of a thousand weights.
+FLAT = ((2, 7), (3, 8), (4, 7), (5, 2), (6, 7), (4, 0), (8, 0))
 CASCADES = (((1, 1, 1, 2), 1.47), ((2, 1, 1, 2, 2), 2.2), ((3, 2, 3), 3.0), ((4, 3, 3, 5), 4.4))
-TREES = (3.0, 4.4)
+TREES = (3.0, 4.4, 5.6)
 ISAS = ("neon", "neon-dot")
 # The kernels and decode_block are counted; code that runs once for a whole product is not.
 _ONCE = (
@@ -182,7 +182,8 @@ def main() -> None:
         counter = InstructionCounter(arguments.build, Path(folder))
         for bits, patches in FLAT:
             by_isa = {isa: counter.count_flat(bits, patches, isa) for isa in ISAS}
-            rows.append(_report(f"in memory: flat {bits}, {patches / 10} % patches", None, by_isa, FLAT_ROWS * COLUMNS))
+            name = f"in memory: flat {bits}, {patches / 10} % patches" if patches else f"plain uint{bits}"
+            rows.append(_report(name, None, by_isa, FLAT_ROWS * COLUMNS))
         for entropy, code, symbols in _cases():
             by_isa = {isa: counter.count(code, symbols, isa) for isa in ISAS}
             rows.append(_report(describe_code(code), entropy, by_isa, symbols.size))

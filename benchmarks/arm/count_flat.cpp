@@ -1,4 +1,5 @@
-// Multiplies flat rows with one vector, patches included, for a tracer to count instructions.
+// Multiplies flat rows with one vector, patches included, or plain bytes, for a tracer to count
+// instructions.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -10,7 +11,7 @@
 
 using namespace entrollm;
 
-// Arguments: bits of a field, rows, columns, patches of a thousand weights.
+// Arguments: bits of a field, 8 for plain bytes, rows, columns, patches of a thousand weights.
 int main(int argc, char** argv) {
   if (argc != 5) throw std::invalid_argument("count_flat BITS ROWS COLUMNS PATCHES_PER_THOUSAND");
   const int bits = std::atoi(argv[1]);
@@ -34,12 +35,19 @@ int main(int argc, char** argv) {
   }
   const std::vector<float> values(columns, 1.0f);
   ThreadPool pool(1);
-  const Activations x(pool, {values.data(), 1, columns, columns, {}},
-                      Activations::Layout::kSideBySide);
   std::vector<std::int64_t> sums(rows);
-  const FlatKernels& kernels = *select_kernels(std::getenv("ENTROLLM_ISA")).flat;
-  kernels.product({fields.data(), rows, chunks, bits}, {x.interleaved(), 1}, sums.data());
-  kernels.add_patches({first.data(), places.data(), nullptr, differences.data()}, rows,
-                      x.interleaved_whole(), 1, sums.data());
+  const Kernels& kernels = select_kernels(std::getenv("ENTROLLM_ISA"));
+  if (bits == 8) {
+    const Activations x(pool, {values.data(), 1, columns, columns, {}}, Activations::Layout::kRows);
+    for (std::size_t row = 0; row < rows; ++row) {
+      sums[row] = kernels.dot(fields.data() + row * columns, x.digits(0, 0), columns);
+    }
+  } else {
+    const Activations x(pool, {values.data(), 1, columns, columns, {}},
+                        Activations::Layout::kSideBySide);
+    kernels.flat->product({fields.data(), rows, chunks, bits}, {x.interleaved(), 1}, sums.data());
+    kernels.flat->add_patches({first.data(), places.data(), nullptr, differences.data()}, rows,
+                              x.interleaved_whole(), 1, sums.data());
+  }
   std::printf("%lld\n", static_cast<long long>(sums[0]));
 }
