@@ -207,7 +207,7 @@ def test_a_long_prompt_does_not_stall_a_stream(serve: Serve) -> None:
         stream.read_until(b"data: ")
         complete(client, prompt="word " * 200, max_tokens=2)
         stream.leave()
-    mixed = [max(size) for size in sizes if len(size) == 2 and max(size) > 1]
+    mixed = [max(size) for size in sizes if len(size) == 2]  # a piece of the prompt beside one token
     assert len(mixed) >= 3
     assert sum(mixed) >= 190
     assert max(mixed) <= 100
