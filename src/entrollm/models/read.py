@@ -204,6 +204,11 @@ def windows_of(fields: Fields, kinds: list[str], default: int | None) -> tuple[i
         FormatError: it is malformed, or layers slide without a window.
     """
     window = fields.optional_integer("sliding_window", default, high=_MAX_CONTEXT)
+    return _sliding(fields, kinds, window)
+
+
+def _sliding(fields: Fields, kinds: list[str], window: int | None) -> tuple[int | None, ...]:
+    """The window for the sliding layers, which must have one."""
     if window is None and SLIDING in kinds:
         raise FormatError(f"{fields.source}: layer_types has {SLIDING}, but no sliding_window is in use")
     return tuple(window if kind == SLIDING else None for kind in kinds)
@@ -229,9 +234,7 @@ def layered_windows(
     if kinds is None:
         limit = fields.integer("max_window_layers", 28, low=0)
         return tuple(window if slides(index, limit) else None for index in range(num_layers))
-    if window is None and SLIDING in kinds:
-        raise FormatError(f"{fields.source}: layer_types has {SLIDING}, but no sliding_window is in use")
-    return tuple(window if kind == SLIDING else None for kind in kinds)
+    return _sliding(fields, kinds, window)
 
 
 def with_ropes_by_kind(

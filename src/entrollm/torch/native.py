@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from entrollm import _core
 from entrollm.format.spec import TensorSpec
-from entrollm.matrix import CodedMatrix, multiply, open_matrix
+from entrollm.matrix import CodedMatrix, Product, open_matrix
 from entrollm.threads import start_pool
 from entrollm.torch.entries import to_array
 
@@ -36,11 +36,12 @@ class NativeMatrix:
     def __init__(self, matrices: Sequence[CodedMatrix]) -> None:
         self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)
         self.matrices = tuple(matrices)
+        self._product = Product(self.matrices)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
         activations = x.detach().to(torch.float32).contiguous().numpy()
-        return torch.from_numpy(multiply(self.matrices, activations, _pool())).to(x.dtype)
+        return torch.from_numpy(self._product(activations, _pool())).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Look up rows of the only matrix: integers (n,) -> float32 (n, in_features).

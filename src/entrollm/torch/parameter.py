@@ -63,7 +63,7 @@ class CodedParameter(nn.Module):
         """Call a torch function with coded parameters decoded."""
         if args and isinstance(args[0], CodedParameter) and _is_change(getattr(func, "__name__", "")):
             args[0].refuse_change(func.__name__)
-        return func(*map(decoded, args), **{name: decoded(argument) for name, argument in (kwargs or {}).items()})
+        return _call_decoded(func, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """What only tensors have: a fact, or a method of the decoded tensor."""
@@ -123,7 +123,7 @@ class Transposed:
                 return args[1]._weight(x)
         if args and isinstance(args[0], Transposed) and _is_change(getattr(func, "__name__", "")):
             args[0]._weight.refuse_change(func.__name__)
-        return func(*map(decoded, args), **{name: decoded(argument) for name, argument in (kwargs or {}).items()})
+        return _call_decoded(func, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Anything else of a tensor: that of the decoded one."""
@@ -138,6 +138,10 @@ class Transposed:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.dequantize()[index]
+
+
+def _call_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    return func(*map(decoded, args), **{name: decoded(argument) for name, argument in (kwargs or {}).items()})
 
 
 def _is_change(name: str) -> bool:
