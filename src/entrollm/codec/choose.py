@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from entrollm.codec.cost import MACHINES, CostModel, Processor
+from entrollm.codec.flat import best_window
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
 from entrollm.format.code import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
+from entrollm.format.flat import AnyCode, FlatCode
 
 Prefer = Literal["size", "speed", "fixed"]
 
@@ -61,9 +63,11 @@ def _fixed_width(largest: int) -> Field:
     return Field(bits, tuple(range(2**bits))) if bits <= MAX_FIELD_BITS else Field(RAW_BITS, ())
 
 
-def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:
+def stored_bits(code: AnyCode, counts: Sequence[int], blocks: int) -> float:
     """Predict the stored bits per weight of a matrix with this histogram, block headers and padding included."""
     weights = sum(counts)
+    if isinstance(code, FlatCode):
+        return best_window(counts)[1] / weights
     model = CostModel(0.0, weights, blocks)
     high = _high_histogram(counts, code.low_bits)
     listed = listed_symbols(code.tree)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.blocks import blocks_for, choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.huffman import entropy_bits, huffman_bits
@@ -123,7 +123,7 @@ class MatrixCoder:
             dtype=self._checkpoint.plain_dtype(name),
             grid_name=quantized.grid,
             code=code,
-            blocks=source.blocks,
+            blocks=blocks_for(code, *source.shape),
             kind=quantized.groups.form if quantized.groups is not None else _grid_kind(quantized),
             relative_error=relative_error(quantized.error, quantized.energy),
         )

@@ -78,8 +78,8 @@ def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Ch
     """
     grid = fit_grid(sample, price, choices)
     rounding = Rounding(grid.lengths, price, grid.shift)
-    counts = _core.histogram(rounding.symbols(sample / np.float32(grid.stretch)))
-    return grid, Rounding(code_lengths(choose([int(c) for c in counts])), price, grid.shift)
+    counts = [int(c) for c in _core.histogram(rounding.symbols(sample / np.float32(grid.stretch)))]
+    return grid, Rounding(code_lengths(choose(counts), counts), price, grid.shift)
 
 
 def fit_grid(sample: Float32, price: float, choices: Choices) -> Grid:

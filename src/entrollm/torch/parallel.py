@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.blocks import blocks_for
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
@@ -87,7 +87,7 @@ class PartCutter:
         arrays = self._stored.matrix_arrays(name)
         symbols = matrix_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
         shape = (rows[1] - rows[0], columns[1] - columns[0])
-        blocks = choose_blocks(*shape)
+        blocks = blocks_for(spec.code, *shape)
         with ThreadPoolExecutor(self._pool.size) as executor:
             coded: dict[str, NDArray[Any]] = encode_symbols(
                 np.ascontiguousarray(symbols),
