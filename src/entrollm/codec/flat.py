@@ -16,6 +16,7 @@ from entrollm.format.flat import LEAST_PATCH, MAX_FLAT_BITS, MIN_FLAT_BITS, MOST
 
 SEGMENT_ROWS = 64
 _CHUNK_WEIGHTS = 1 << 18
+_GROUPS = 8
 _ANY_WINDOWS = np.zeros(0, np.uint16)
 
 
@@ -35,7 +36,7 @@ class Window:
         return lengths
 
 
-def best_window(counts: Sequence[int]) -> tuple[Window, float]:
+def best_window(counts: Sequence[int] | NDArray[np.float64]) -> tuple[Window, float]:
     """The window that takes the fewest bits, and these bits.
 
     Args:
@@ -49,6 +50,17 @@ def best_window(counts: Sequence[int]) -> tuple[Window, float]:
         choices.append((float(found @ window.lengths()), bits, window))
     cost, _, window = min(choices)
     return window, cost
+
+
+def sampled_bits(symbols: NDArray[np.uint8]) -> float:
+    """Predict the bits per weight of a matrix from a sample of its rows.
+
+    Args:
+        symbols: uint8, shape (rows, columns), evenly spaced rows. Neighbours are taken for a segment.
+    """
+    groups = np.array_split(symbols, min(_GROUPS, len(symbols)))
+    bits = sum(best_window([int(c) for c in _core.histogram(group)])[1] for group in groups)
+    return bits / symbols.size
 
 
 def encode_flat(

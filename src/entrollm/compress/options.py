@@ -38,7 +38,7 @@ class CodingOptions:
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits of the tensors that match a glob, or None for those that keep their type; the last match wins.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind of processor whose decoding times count.
+        processor: what will run the model, with "speed".
         shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
         tokenizer: a folder whose tokenizer files replace those of the model; None if absent.
         threads: worker threads; None for one per core.

@@ -38,7 +38,7 @@ class EntroConfig(QuantizationConfigMixin):
         size: a size of the weights instead, in bytes or as "1.9GB".
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind whose decoding times count with "speed": "x86" or "arm".
+        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
         overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
         keep: globs of tensors that keep their type; they win over `overrides`.
         threads: that quantize; by default one for each core.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
+from entrollm.quantize.grid import PLAIN_GRID, Choices, CodeFit, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import (
     CodeChooser,
     Float32,
@@ -51,14 +51,14 @@ class EcsqQuantizer:
         step: the step of the grid over the RMS of the matrix.
         row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fits: the code that the grid may be stretched and shifted to suit.
         fine_scales: whether scales are fine enough for tuning.
     """
 
     step: float
     row_precision: Float32 | None = None
     price: float = PRICE
-    fits_code: bool = True
+    fits: CodeFit = "prefix"
     fine_scales: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
@@ -68,7 +68,7 @@ class EcsqQuantizer:
             FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.
         """
         steps, keeps_zero = self._row_steps(source)
-        choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
         grid, rounding = self._rounding(source, steps.values(), choose, choices)
         steps = replace(steps, base=short_base(steps.base * grid.stretch))
         row_steps = steps.values()

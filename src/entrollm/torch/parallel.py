@@ -18,6 +18,7 @@ from entrollm.codec.blocks import blocks_for
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.entry import join_arrays
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
@@ -100,7 +101,8 @@ class PartCutter:
         for suffix, axis in ((layout.SCALE, rows), (layout.OFFSET, rows), (layout.COLUMN_SCALE, columns)):
             if suffix in arrays:
                 coded[suffix] = arrays[suffix] if arrays[suffix].size == 1 else arrays[suffix][slice(*axis)]
-        return replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None), coded
+        part = replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None)
+        return join_arrays(part, coded)
 
 
 def without_entries(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:
