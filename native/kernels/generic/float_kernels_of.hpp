@@ -84,10 +84,10 @@ void rotate(float* x, const float* cosines, const float* sines, std::size_t half
   }
 }
 
-Lanes silu_of(const Lanes& x) { return x / (exp_of(splat(0.0f) - x) + splat(1.0f)); }
+inline Lanes silu_of(const Lanes& x) { return x / (exp_of(splat(0.0f) - x) + splat(1.0f)); }
 
 // x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
-Lanes gelu_of(const Lanes& x) {
+inline Lanes gelu_of(const Lanes& x) {
   const Lanes cube = x * x * x;
   const Lanes u = splat(0.7978845608f) * (x + splat(0.044715f) * cube);
   return x / (exp_of(splat(-2.0f) * u) + splat(1.0f));
