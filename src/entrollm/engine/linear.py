@@ -34,9 +34,20 @@ class CodedLinear:
 
     def __call__(self, x: Floats, /) -> Floats:
         """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
+        return self._prepared()(x, self._pool)
+
+    def native(self, bias: Floats | None) -> _core.JoinedProduct | None:
+        """The product for native layers, which add `bias` to it; None if they do not take it.
+
+        Raises:
+            CorruptStreamError: the bytes of a matrix are damaged.
+        """
+        return self._prepared().native(bias)
+
+    def _prepared(self) -> Product:
         if self._product is None:
             self._product = Product([slot.ready(self._pool) for slot in self._slots])  # in their final form
-        return self._product(x, self._pool)
+        return self._product
 
 
 class CodedEmbedding:
