@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
@@ -196,6 +196,7 @@ class Model:
         *,
         continues_text: bool,
         context_length: int | None = None,
+        shown_tokens: Collection[int] = (),
         **options: Unpack[GenerateKeywords],
     ) -> AnswerText:
         """What chooses the tokens of an answer and makes its text, for callers that run `step` themselves.
@@ -204,6 +205,7 @@ class Model:
             prompt_ids: token ids, at least one.
             continues_text: whether the answer is a continuation of the prompt's text, and not a text of its own.
             context_length: tokens of prompt and answer together; by default the model's.
+            shown_tokens: special tokens that the text shows.
             options: as for generate.
         Raises:
             TypeError, ValueError, UnsupportedError: as for generate.
@@ -213,7 +215,9 @@ class Model:
         if len(ids) >= context_length:
             raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {context_length}")
         resolved = resolve_options(options, self._generation_config, self._config.eos_token_ids, len(ids))
-        detokenizer = Detokenizer(self._tokenizer, ids if continues_text else []) if self._tokenizer else None
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer, ids if continues_text else [], shown_tokens)
         return AnswerText(resolved, self._config.vocab_size, ids, context_length - len(ids), detokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
