@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -138,10 +139,15 @@ def measure_uncoded(bits: int, rows: int, columns: int, distinct_bytes: int = DI
 def _uncoded(macros: tuple[tuple[str, int], ...], columns: int) -> Function:
     from cuda.core import ObjectCode
 
-    source = (Path(__file__).parent / "uncoded.cu").read_text()
-    cubin = kernels.compile_source(source, kernels.Target(torch.cuda.get_device_capability(DEVICE)), macros)
+    code = ObjectCode.from_cubin(_uncoded_cubin(macros))
     # The digits lie behind what CUDA reserves and the kernel's variables.
-    return Function(ObjectCode.from_cubin(cubin).get_kernel("multiply_uncoded"), DEVICE, columns + (2 << 10))
+    return Function(code.get_kernel("multiply_uncoded"), DEVICE, columns + (2 << 10))
+
+
+@functools.cache
+def _uncoded_cubin(macros: tuple[tuple[str, int], ...]) -> bytes:
+    source = (Path(__file__).parent / "uncoded.cu").read_text()
+    return kernels.compile_source(source, kernels.Target(torch.cuda.get_device_capability(DEVICE)), macros)
 
 
 def _packed(weights: Tensor) -> Tensor:

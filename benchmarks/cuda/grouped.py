@@ -21,12 +21,12 @@ from gemv import DEVICE, DISTINCT_BYTES, LAUNCHES, SHAPES, commit, graph_times, 
 
 _K = {"group_scale": "U8", "super_scale": "F16", "group_minimum": "U8", "super_minimum": "F16"}
 FORMS = {
-    "GPTQ, 4 bits, groups of 128": (4, GroupedKind(128, {"group_scale": "F16", "group_zero": "U8"}, arithmetic="F16")),
-    "compressed-tensors, 4 bits, groups of 32": (
+    "GPTQ, groups of 128": (4, GroupedKind(128, {"group_scale": "F16", "group_zero": "U8"}, arithmetic="F16")),
+    "compressed-tensors, groups of 32": (
         4,
         GroupedKind(32, {"group_scale": "BF16"}, arithmetic="BF16", zero=8),
     ),
-    "HQQ, 4 bits, groups of 64": (4, GroupedKind(64, {"group_scale": "F16", "group_zero": "F16"}, arithmetic="F16")),
+    "HQQ, groups of 64": (4, GroupedKind(64, {"group_scale": "F16", "group_zero": "F16"}, arithmetic="F16")),
     "Q4_K": (4, GroupedKind(32, _K, super_size=256)),
     "Q6_K": (6, GroupedKind(16, {"group_scale": "I8", "super_scale": "F16"}, super_size=256, zero=32)),
     "E4M3, blocks of 128": (8, GroupedKind(128, {"group_scale": "F32"}, values="F8_E4M3")),
@@ -93,11 +93,9 @@ def main() -> None:
             ours = measure(bits, kind, rows, columns)
             times = ", ".join(f"{ours[f'batch {batch}']['median_us']:.1f}" for batch in BATCHES)
             us = ours["batch 1"]["median_us"]
-            print(
-                f"  {name}: {ours['bits']:.2f} bits, batches {BATCHES}: {times} us; x bf16 {bf16['median_us'] / us:.2f}, "
-                f"x int4 {int4['median_us'] / us:.2f}; to memory {ours['decode_us']:.1f} us",
-                flush=True,
-            )
+            ratios = f"x bf16 {bf16['median_us'] / us:.2f}, x int4 {int4['median_us'] / us:.2f}"
+            print(f"  {name}: {ours['bits']:.2f} bits, batches {BATCHES}: {times} us; {ratios}", flush=True)
+            print(f"    to memory {ours['decode_us']:.1f} us", flush=True)
             results.append({"rows": rows, "columns": columns, "form": name, "bf16": bf16, "int4": int4, "ours": ours})
     if arguments.json:
         document = {"device": torch.cuda.get_device_name(DEVICE), "commit": commit(), "results": results}
