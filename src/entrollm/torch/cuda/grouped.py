@@ -102,6 +102,7 @@ class GroupedFields:
         fields: its integers, from `pack`.
         arrays: its scales, by a name of `kind.types`, as bytes.
         order: int64, shape (columns,), the original column of each stored one; `None` if they are the same.
+        has_nan: whether some weights are NaN, which products do not make.
     """
 
     name: str
@@ -111,6 +112,7 @@ class GroupedFields:
     fields: dict[int, Tensor]
     arrays: dict[str, Tensor]
     order: Tensor | None
+    has_nan: bool = False
 
     @classmethod
     def of(cls, name: str, symbols: Tensor, groups: GroupScales) -> GroupedFields:
@@ -130,6 +132,7 @@ class GroupedFields:
             pack(symbols),
             arrays,
             None if order is None else torch.from_numpy(order.astype(np.int64)).to(device),
+            groups.form.values == "F8_E4M3" and bool(((symbols & 0x7F) == 0x7F).any()),
         )
 
     @property
@@ -146,8 +149,13 @@ class GroupedFields:
 
     @property
     def is_multipliable(self) -> bool:
-        """Whether groups begin where the lanes of a product can begin another sum."""
-        return self.group_columns % 8 == 0
+        """Whether groups begin where the lanes of a product can begin another sum, and all values are numbers."""
+        return self.group_columns % 8 == 0 and not self.has_nan
+
+    @property
+    def parts(self) -> int:
+        """Groups of a unit."""
+        return next(parts for parts in (1, 2, 4) if self.group_columns * parts % UNIT_COLUMNS == 0)
 
     def struct(self) -> GroupedMatrixStruct:
         """The matrix as an argument of kernels."""
@@ -188,16 +196,21 @@ class GroupedFields:
 
     def product_macros(self, tuning: Tuning, batch: int, dtype: int) -> Macros:
         """What the compiler must know to multiply with `batch` vectors of a type, by its number in TYPES."""
-        warps = tuning.multiprocessors * tuning.grouped_threads // 32
-        # As many rows for a warp as leave work for all warps, so that activations are read for several rows at a time.
-        choices = (4, 2) if batch == 1 else (2,)
-        rows = next((count for count in choices if self.rows >= count * warps * 3 // 4), 1)
+        threads = tuning.grouped_threads // (1 if batch <= 2 else 2)
+        warps = tuning.multiprocessors * threads // 32
+
+        def cost(rows: int) -> float:
+            # Turns of the warps; with one row, activations are read too often.
+            return -(-self.rows // (rows * warps)) * rows * (1.15 if rows == 1 else 1)
+
+        bits = sum(self.fields)
+        rows = min((count for count in (2, 4, 1) if count * bits <= 16 and (count <= 2 or batch == 1)), key=cost)
         return (
             ("BATCH", batch),
             ("TYPE", dtype),
-            ("THREADS", tuning.grouped_threads),
+            ("THREADS", threads),
             ("ROWS", rows),
-            ("AHEAD", 4 // rows if batch == 1 else 1),
+            ("AHEAD", 2 if rows * bits <= 8 else 1),
             *self.macros(),
         )
 
@@ -296,13 +309,14 @@ class _Product:
 
     def __init__(self, part: GroupedFields, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         gpu = gpu_of(device)
-        self._threads = gpu.tuning.grouped_threads
         self._overlaps = gpu.tuning.overlaps
         macros = part.product_macros(gpu.tuning, batch, TYPES[dtype])
-        rows = dict(macros)["ROWS"]
-        self._grid = min(gpu.multiprocessors, -(-part.rows // rows))
+        values = dict(macros)
+        self._threads = values["THREADS"]
+        self._grid = min(gpu.multiprocessors, -(-part.rows // values["ROWS"]))
         steps = -(-part.columns // _STEP_COLUMNS)
-        step_bytes = _STEP_COLUMNS * 4 * batch
+        # Activations and their sums in each group of a unit.
+        step_bytes = (_STEP_COLUMNS + 32 * part.parts) * 4 * batch
         panel = min(steps, (gpu.block_bytes - RESERVED_BYTES) // step_bytes)
         end_bytes = RESERVED_BYTES + panel * step_bytes
         self._function = function("grouped_product.cu", "multiply_grouped", device, macros, end_bytes)

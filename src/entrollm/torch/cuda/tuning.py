@@ -46,7 +46,8 @@ class Tuning:
         table_copies: copies of a code's table for 32 lanes, the preferred number first; fewer where rows are long.
         smallest_chunk_bytes: room for a chunk at least, below which fewer copies of the table are better.
         early_bytes: chunks that a multiprocessor requests before it reads x, in bytes.
-        grouped_threads: threads of a multiprocessor in a product with group scales.
+        grouped_threads: threads of a multiprocessor in a product with group scales; half of them for batches of 3 or
+            more, which need twice the registers.
         decode_threads: threads of a block that decodes to memory.
         decode_slots: its slots for chunks.
         chunk_bytes: the size of chunks to aim at.
@@ -117,7 +118,7 @@ HOPPER = Tuning(
     table_copies=(32,),  # one for each lane: no two of them wait for each other
     smallest_chunk_bytes=6 << 10,  # a chunk of 4096 x 16 weights at 2.6 bits in three; not measured
     early_bytes=20 << 10,  # what memory delivers before x can be read; with more requested, x arrives last
-    grouped_threads=512,  # leaves 128 registers for a thread, which batches of 8 need
+    grouped_threads=1024,
     decode_threads=512,  # measured: 20 and 24 warps are slower than 16
     decode_slots=8,
     chunk_bytes=43 << 9,  # of larger chunks too few fit; each chunk has starts, and lanes that end early

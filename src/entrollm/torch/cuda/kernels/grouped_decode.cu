@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       for (int i = 0; i < 4; ++i) {
         const int at = half * 4 + i;
         if (SIZE % kPieceColumns != 0 && at > 0) group.load(matrix, row, group_of(column + at));
-        values[at] = weight(matrix, group, value_of(bytes, i, -kLift));
+        values[at] = weight(matrix, group, value_of(bytes, i));
       }
     }
     const long long begin = item * matrix.columns + column;

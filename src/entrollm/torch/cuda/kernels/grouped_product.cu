@@ -14,8 +14,11 @@ constexpr int kAhead = AHEAD;
 constexpr int kParts = SIZE % 32 == 0 ? 1 : SIZE % 16 == 0 ? 2 : 4;
 constexpr int kPartQuads = kQuads / kParts;
 constexpr int kStepColumns = kLanes * kUnitColumns;
-// Whether products need the sums of activations in each group.
-constexpr bool kNeedsSums = MINIMUM != 0 || kFloatZero || (VALUES != 0 && kIntegerZero);
+// A product is of kBase + kShare * value, which is faster to make than the value, and the sums of
+// activations in each group take that back.
+constexpr float kBase = kSmall ? 1.0f : 0.0f;
+constexpr float kShare = kSmall ? 1.0f / 128 : VALUES == 1 ? 1.0f / 256 : 1.0f;
+constexpr bool kNeedsSums = kSmall || MINIMUM != 0 || ZERO != 0 || CONSTANT_ZERO != 0;
 
 struct Launch {
   Matrix matrix;
@@ -95,63 +98,110 @@ __device__ __forceinline__ void load_panel(const Launch& launch, int begin, int 
     }
     panel[i] = values;
   }
+  if constexpr (kNeedsSums) {
+    __syncthreads();
+    float* sums = reinterpret_cast<float*>(panel + each * kBatch);
+    const int groups = count * kParts * kLanes;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < groups * kBatch; i += THREADS) {
+      const float4* from = panel + i / kLanes * kPartQuads * kLanes + i % kLanes;
+      float sum = 0;
+#pragma unroll
+      for (int quad = 0; quad < kPartQuads; ++quad) {
+        const float4 four = from[quad * kLanes];
+        sum += (four.x + four.y) + (four.z + four.w);
+      }
+      sums[i] = sum;
+    }
+  }
 }
 
 struct Sums {
   float rows[kRows][kBatch];
 };
 
-// Adds the products of a unit of every row; `x` are a lane's activations in the step.
+// The number that byte `i` of a quad gives, of which the base and the share are taken back.
+__device__ __forceinline__ float quick_value(u32 bytes, int i) {
+  if constexpr (kSmall) return small_value(bytes, i);
+  if constexpr (VALUES != 0) return half_value(half_pair(bytes, i / 2) >> i % 2 * 16);
+  return value_of(bytes, i);
+}
+
+// Adds the products of a unit of every row; `x` are a lane's activations in the step, and `totals`
+// their sums.
 __device__ __forceinline__ void multiply_units(const Matrix& matrix, const Unit (&units)[kRows],
-                                               const float4* x, int vector_stride, Sums& sums) {
+                                               const float4* x, const float* totals, int count,
+                                               Sums& sums) {
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
     float products[kRows][kBatch] = {};
-    float totals[kBatch] = {};
-    float lifted[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      lifted[r] = kIntegerZero && VALUES == 0 ? -(kLift + units[r].groups[part].zero_value(matrix))
-                                              : -kLift;
-    }
 #pragma unroll
     for (int quad = part * kPartQuads; quad < (part + 1) * kPartQuads; ++quad) {
-      float four[kBatch][4];
+      u32 bytes[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        bytes[r] = quad_bytes(units[r], quad) | (kSmall ? kSmallLift : 0);
+      }
+      float4 four[kBatch];
 #pragma unroll
       for (int vector = 0; vector < kBatch; ++vector) {
-        const float4 read = x[vector * vector_stride + quad * kLanes];
-        four[vector][0] = read.x;
-        four[vector][1] = read.y;
-        four[vector][2] = read.z;
-        four[vector][3] = read.w;
-        if constexpr (kNeedsSums) totals[vector] += (read.x + read.y) + (read.z + read.w);
+        four[vector] = x[vector * count * kQuads * kLanes + quad * kLanes];
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const u32 bytes = quad_bytes(units[r], quad);
+        const float values[4] = {quick_value(bytes[r], 0), quick_value(bytes[r], 1),
+                                 quick_value(bytes[r], 2), quick_value(bytes[r], 3)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float value = value_of(bytes, i, lifted[r]);
-#pragma unroll
-          for (int vector = 0; vector < kBatch; ++vector) {
-            products[r][vector] = __fmaf_rn(value, four[vector][i], products[r][vector]);
-          }
+        for (int vector = 0; vector < kBatch; ++vector) {
+          float& product = products[r][vector];
+          product = __fmaf_rn(values[0], four[vector].x, product);
+          product = __fmaf_rn(values[1], four[vector].y, product);
+          product = __fmaf_rn(values[2], four[vector].z, product);
+          product = __fmaf_rn(values[3], four[vector].w, product);
         }
+      }
+    }
+    float total[kBatch];
+    if constexpr (kNeedsSums) {
+#pragma unroll
+      for (int vector = 0; vector < kBatch; ++vector) {
+        total[vector] = totals[(vector * count * kParts + part) * kLanes];
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const Group& group = units[r].groups[part];
-      const float scale = group.scale_value();
+      const float scale = group.scale_value() * (1.0f / kShare);
+      const float zero = __fmaf_rn(group.zero_value(matrix), kShare, kBase);
 #pragma unroll
       for (int vector = 0; vector < kBatch; ++vector) {
-        float product = products[r][vector];
-        if constexpr (kFloatZero || (VALUES != 0 && kIntegerZero)) {
-          product = __fmaf_rn(-group.zero_value(matrix), totals[vector], product);
-        }
         float& sum = sums.rows[r][vector];
+        float product = products[r][vector];
+        if constexpr (kSmall || ZERO != 0 || CONSTANT_ZERO != 0) {
+          product = __fmaf_rn(-zero, total[vector], product);
+        }
         sum = __fmaf_rn(scale, product, sum);
-        if constexpr (MINIMUM != 0) sum = __fmaf_rn(-group.minimum_value(), totals[vector], sum);
+        if constexpr (MINIMUM != 0) sum = __fmaf_rn(-group.minimum_value(), total[vector], sum);
+      }
+    }
+  }
+}
+
+// Adds up what the lanes of a warp have, and writes it.
+__device__ __forceinline__ void write_sums(const Launch& launch, int set, const Sums& sums) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int vector = 0; vector < kBatch; ++vector) {
+      float sum = sums.rows[r][vector];
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, distance);
+      }
+      const int row = set * kRows + r;
+      if (threadIdx.x % kLanes == 0 && row < launch.matrix.rows) {
+        store_value(launch.y, static_cast<long long>(vector) * launch.y_stride + row,
+                    sum * launch.matrix.factor, TYPE);
       }
     }
   }
@@ -168,72 +218,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int steps = (matrix.units + kLanes - 1) / kLanes;
   const int sets = (matrix.rows + kRows - 1) / kRows;
   // Warps of a block take turns together, since they share the panel.
-  const int turns = (sets + warps - 1) / warps;
+  const int items = (sets + warps - 1) / warps * steps;
   // Neighbouring rows go to different multiprocessors, so that each has equal work.
-  const int first_set = threadIdx.x / kLanes * gridDim.x + blockIdx.x;
+  int set = threadIdx.x / kLanes * gridDim.x + blockIdx.x;
+  int step = 0;
+  int load_set = set;
+  int load_step = 0;
   Unit ahead[kAhead][kRows];
-  const auto load = [&](Unit(&units)[kRows], int set, int step) {
-    const int unit = min(step * kLanes + lane, matrix.units - 1);
+  const auto load = [&](Unit(&units)[kRows]) {
+    if (load_set >= sets) return;
+    const int unit = min(load_step * kLanes + lane, matrix.units - 1);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      units[r].load(matrix, min(set * kRows + r, matrix.rows - 1), unit);
+      units[r].load(matrix, min(load_set * kRows + r, matrix.rows - 1), unit);
+    }
+    if (++load_step == steps) {
+      load_step = 0;
+      load_set += warps;
     }
   };
-  const auto load_all = [&](int set) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(ahead[i], set, i);
-  };
-  load_all(first_set);
+  for (int i = 0; i < kAhead; ++i) load(ahead[i]);
   wait_for_previous();
   const int panel_steps = launch.panel_steps;
-  const bool whole = panel_steps >= steps;
-  if (whole) {
+  int begin = 0;
+  int count = min(panel_steps, steps);
+  if (panel_steps >= steps) {
     load_panel(launch, 0, steps, panel);
     __syncthreads();
   }
   let_next_begin();
+  Sums sums = {};
 #pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-    const int set = first_set + turn * warps;
-    if (turn > 0) load_all(set);
-    Sums sums = {};
-    int begin = 0;
-    int count = steps;
-#pragma unroll 1
-    for (int step = 0; step < steps; step += kAhead) {
+  for (int item = 0; item < items; item += kAhead) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (step + i >= steps) break;
-        if (!whole && (step + i) % panel_steps == 0) {
-          begin = step + i;
-          count = min(panel_steps, steps - begin);
-          __syncthreads();
-          load_panel(launch, begin, count, panel);
-          __syncthreads();
-        }
-        Unit now[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) now[r] = ahead[i][r];
-        if (step + i + kAhead < steps) load(ahead[i], set, step + i + kAhead);
-        const float4* x = panel + (step + i - begin) * kQuads * kLanes + lane;
-        // A lane past the last unit reads that one again, and its activations are zeros.
-        multiply_units(matrix, now, x, count * kQuads * kLanes, sums);
+    for (int i = 0; i < kAhead; ++i) {
+      if (item + i >= items) break;
+      if (panel_steps < steps && step % panel_steps == 0) {
+        begin = step;
+        count = min(panel_steps, steps - begin);
+        __syncthreads();
+        load_panel(launch, begin, count, panel);
+        __syncthreads();
       }
-    }
+      Unit now[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int vector = 0; vector < kBatch; ++vector) {
-        float sum = sums.rows[r][vector];
-#pragma unroll
-        for (int distance = 16; distance > 0; distance /= 2) {
-          sum += __shfl_xor_sync(~0u, sum, distance);
-        }
-        const int row = set * kRows + r;
-        if (lane == 0 && row < matrix.rows) {
-          store_value(launch.y, static_cast<long long>(vector) * launch.y_stride + row,
-                      sum * matrix.factor, TYPE);
-        }
+      for (int r = 0; r < kRows; ++r) now[r] = ahead[i][r];
+      load(ahead[i]);
+      // A lane past the last unit has that one again, and its activations are zeros.
+      const float4* x = panel + (step - begin) * kQuads * kLanes + lane;
+      const float* totals =
+          reinterpret_cast<const float*>(panel + kBatch * count * kQuads * kLanes) +
+          (step - begin) * kParts * kLanes + lane;
+      multiply_units(matrix, now, x, totals, count, sums);
+      if (++step == steps) {
+        write_sums(launch, set, sums);
+        sums = {};
+        step = 0;
+        set += warps;
       }
     }
   }

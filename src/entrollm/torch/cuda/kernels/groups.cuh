@@ -14,8 +14,6 @@
 
 constexpr int kUnitColumns = 32;
 constexpr int kQuads = 8;
-constexpr bool kIntegerZero = CONSTANT_ZERO || ZERO == 4;
-constexpr bool kFloatZero = ZERO != 0 && ZERO != 4;
 // The bits of 2^23. With an integer below 2^23 in the low bits, they are those of the sum.
 constexpr u32 kLiftBits = 0x4b000000u;
 constexpr float kLift = 8388608.0f;
@@ -119,15 +117,31 @@ __device__ __forceinline__ u32 quad_bytes(const Words& words, int quad) {
   return bytes;
 }
 
-// The number that byte `i` of a word stands for, plus `added`. An integer is exact if `added` is an
-// integer that leaves the sum below 2^23.
-__device__ __forceinline__ float value_of(u32 bytes, int i, float lifted) {
+// Integers below 128 are lifted without a conversion: put at the top of the mantissa of 1, integer
+// v gives 1 + v / 128.
+constexpr bool kSmall = VALUES == 0 && BITS < 8;
+constexpr u32 kSmallLift = 0x80808080u;
+constexpr u32 kOneBits = 0x3f800000u;
+
+// The number that byte `i` of a quad stands for, where integers are small: 1 + v / 128. The quad's
+// bytes have kSmallLift added.
+__device__ __forceinline__ float small_value(u32 lifted, int i) {
+  return __uint_as_float(__byte_perm(lifted, kOneBits, 0x7044u + (i << 8)));
+}
+
+// The bits of two halves that are, for E4M3, a 256th of what bytes `2 i` and `2 i + 1` stand for,
+// and for E5M2 that itself. NaN of E4M3 must not occur.
+__device__ __forceinline__ u32 half_pair(u32 bytes, int i) {
+  const u32 tops = __byte_perm(bytes, 0, i == 0 ? 0x1404u : 0x3424u);
+  return VALUES == 2 ? tops : (tops & 0x80008000u) | (tops & 0x7f007f00u) >> 1;
+}
+
+// The number that byte `i` of a quad stands for.
+__device__ __forceinline__ float value_of(u32 bytes, int i) {
   if constexpr (VALUES == 0) {
-    return __fadd_rn(__uint_as_float(__byte_perm(bytes, kLiftBits, 0x7440u + i)), lifted);
+    return __fadd_rn(__uint_as_float(__byte_perm(bytes, kLiftBits, 0x7440u + i)), -kLift);
   }
-  const u32 byte = bytes >> 8 * i & 255;
-  if constexpr (VALUES == 2) return half_value(byte << 8);
-  // E4M3 has the exponents of a half of a 256th of the size, and one NaN, but no infinity.
-  const float value = half_value((byte & 0x80u) << 8 | (byte & 0x7fu) << 7) * 256.0f;
-  return (byte & 0x7fu) == 0x7fu ? __int_as_float(0x7fc00000) : value;
+  const float value = half_value(half_pair(bytes, i / 2) >> i % 2 * 16);
+  if constexpr (VALUES == 2) return value;
+  return (bytes >> 8 * i & 0x7fu) == 0x7fu ? __int_as_float(0x7fc00000) : value * 256.0f;
 }

@@ -49,7 +49,9 @@ __device__ __forceinline__ void fetch_next(bool wanted, Fetch fetch) {
   if constexpr (kBulkCopies) {
     if (threadIdx.x % kLanes == 0 && wanted) fetch();
   } else {
-    if (__shfl_sync(~0u, wanted, 0)) fetch();
+    const bool all = __shfl_sync(~0u, wanted, 0);
+    __syncwarp();  // shows the other lanes what lane 0's fence made visible
+    if (all) fetch();
   }
   __syncwarp();
 }
