@@ -224,5 +224,6 @@ NB_MODULE(_core, m) {
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
   bind_grouped(m);
+  bind_lossless(m);
   bind_ops(m);
 }

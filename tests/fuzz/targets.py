@@ -95,9 +95,12 @@ def _read_safetensors(folder: Path) -> None:
 
 def _prepare_specs(folder: Path) -> list[Any]:
     write_checkpoint(folder / "source")
-    compress_folder(folder / "source", folder / "coded")
+    seeds = []
+    for name, options in (("coded", CodingOptions()), ("lossless", CodingOptions(lossless=("*",)))):
+        compress_folder(folder / "source", folder / name, options)
+        seeds.append(_split(folder / name / "model.safetensors"))
     shutil.copyfile(folder / "coded" / "config.json", folder / "config.json")  # without the checksums of headers
-    return [_split(folder / "coded" / "model.safetensors")]
+    return seeds
 
 
 def _mutate_specs(folder: Path, seed: tuple[Any, bytes], generator: random.Random) -> None:
