@@ -53,16 +53,6 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
 
-// A transcoded matrix has streams of its own and shares the scales of the coded one.
-struct PyFlatMatrix {
-  std::optional<Vector<std::uint8_t>> fields;
-  std::optional<Vector<std::uint8_t>> patches;
-  Vector<float> scale;
-  std::optional<Vector<float>> offset;
-  std::optional<Vector<float>> column_scale;
-  FlatMatrix matrix;
-};
-
 std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool) {
   const auto make = [&] {
     const nb::gil_scoped_release release;
@@ -89,8 +79,6 @@ std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shap
       new PyFlatMatrix{fields, patches, scale, offset, column_scale,
                        FlatMatrix(shape.first, shape.second, streams, scales)});
 }
-
-using PyAnyMatrix = std::variant<const PyMatrix*, const PyFlatMatrix*>;
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
@@ -262,5 +250,7 @@ NB_MODULE(_core, m) {
   m.def("encode_flat", &encode_flat_symbols, "symbols"_a, "segment_rows"_a, "windows"_a);
   m.def("histogram", &histogram, "symbols"_a);
   bind_grouped(m);
+  bind_layer(m);
+  bind_lossless(m);
   bind_ops(m);
 }

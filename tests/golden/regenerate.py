@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.support.golden_cases import write_golden
 from tests.support.golden_flat import write_golden_flat
 from tests.support.golden_groups import write_golden_groups
+from tests.support.golden_lossless import write_golden_lossless
 
 HERE = Path(__file__).parent
 
@@ -21,3 +22,4 @@ if __name__ == "__main__":
         write_golden(HERE / f"v{version}", version)
     write_golden_groups(HERE / "v1-groups")
     write_golden_flat(HERE / "v2-flat")
+    write_golden_lossless(HERE / "v2-lossless")

@@ -27,7 +27,14 @@ _FLAT_PROCESSORS: frozenset[Processor] = frozenset(("x86", "arm"))
 _MARGIN_BITS = 0.01
 
 
-def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", processor: Processor = "x86") -> AnyCode:
+def choose_code(
+    counts: Sequence[int],
+    blocks: int,
+    prefer: Prefer = "size",
+    processor: Processor = "x86",
+    *,
+    can_be_flat: bool = True,
+) -> AnyCode:
     """The best code for a histogram of symbols.
 
     Args:
@@ -37,6 +44,7 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", pro
             Huffman optimum, or within one bit with a flat code, "fixed" for fixed-width integers, for comparison with
             entropy coding.
         processor: what will run the model.
+        can_be_flat: whether flat codes are an option, which only matrices on grids have.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
@@ -56,7 +64,8 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", pro
     if prefer == "size":
         return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
     optimum = huffman_bits(counts)
-    if is_flat_preferred(prefer, processor) and best_window(counts)[1] <= weights * (optimum + _FLAT_EXCESS_BITS):
+    may_be_flat = can_be_flat and is_flat_preferred(prefer, processor)
+    if may_be_flat and best_window(counts)[1] <= weights * (optimum + _FLAT_EXCESS_BITS):
         return FlatCode(SEGMENT_ROWS)
     limit = optimum + _SPEED_EXCESS_BITS - _MARGIN_BITS
     candidates = list(_candidates(counts, model))

@@ -25,7 +25,7 @@ from entrollm.format.blocks import block_count
 from entrollm.format.grid import GridKind
 from entrollm.format.header import TensorTable
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
-from entrollm.format.spec import TensorSpec
+from entrollm.format.spec import Kind, TensorSpec
 from entrollm.format.stored import StoredMatrix, store_matrix
 from entrollm.matrix import CodedMatrix
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, Scales, out_of_range, too_large
@@ -43,7 +43,7 @@ class CodedResult:
     Attributes:
         matrix: what is stored.
         stored_bytes: what it adds to its file, its share of the header included, to within a few bytes.
-        entropy_bits, huffman_bits: per weight, of the histogram of its symbols.
+        entropy_bits, huffman_bits: per weight, of the histogram of its symbols, and of the low bytes of lossless words.
     """
 
     matrix: StoredMatrix
@@ -108,12 +108,12 @@ class MatrixCoder:
 
     def _code(self, name: str, table: TensorTable, progress: Callable[[int], None]) -> CodedResult:
         source = CheckpointRows(self._checkpoint, name, self._executor)
-        choose = self._chooser(source)
-        quantized = self._methods.quantizer(name).quantize(source, choose)
+        quantized = self._methods.quantizer(name).quantize(source, self._chooser(source))
         _check_range(name, quantized)
         self._check_underflow(name, quantized.energy)
         counts = [int(c) for c in quantized.counts]
-        code = choose(counts)
+        is_grid = quantized.groups is None and quantized.lossless is None
+        code = self._chooser(source, can_be_flat=is_grid)(counts)
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, source.blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
@@ -124,11 +124,13 @@ class MatrixCoder:
             grid_name=quantized.grid,
             code=code,
             blocks=blocks_for(code, *source.shape),
-            kind=quantized.groups.form if quantized.groups is not None else _grid_kind(quantized),
+            kind=_kind(quantized),
             relative_error=relative_error(quantized.error, quantized.energy),
         )
         matrix = store_matrix(name, spec, arrays)
-        return CodedResult(matrix, table.stored_bytes(matrix), entropy_bits(counts), huffman_bits(counts))
+        low_bits = 0 if quantized.lossless is None else quantized.lossless.low_bits
+        bits = entropy_bits(counts) + low_bits, huffman_bits(counts) + low_bits
+        return CodedResult(matrix, table.stored_bytes(matrix), *bits)
 
     def _check_underflow(self, name: str, energy: float) -> None:
         """Check that the weights of a matrix in float64 do not vanish in float32."""
@@ -136,10 +138,12 @@ class MatrixCoder:
         if info.dtype == "F64" and energy <= info.weights * _TINY**2 and self._checkpoint.read(name).any():
             raise out_of_range(name, "its weights are float64, and too small for float32")
 
-    def _chooser(self, source: CheckpointRows) -> CodeChooser:
+    def _chooser(self, source: CheckpointRows, *, can_be_flat: bool = True) -> CodeChooser:
         """Chooses the code of a matrix of this shape by the histogram of its symbols."""
         count = block_count(*source.shape, source.blocks)
-        return functools.partial(choose_code, blocks=count, prefer=self._prefer, processor=self._processor)
+        return functools.partial(
+            choose_code, blocks=count, prefer=self._prefer, processor=self._processor, can_be_flat=can_be_flat
+        )
 
 
 class CheckpointRows:
@@ -172,9 +176,11 @@ def relative_error(error: float, energy: float) -> float:
 
 
 def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
-    """The scales that are stored as arrays; one scale or offset for the whole matrix goes into the spec."""
+    """What is stored besides the symbols: arrays of scales, or low bytes. A scale of all rows goes into the spec."""
     if quantized.groups is not None:
         return {f".{name}": layout.deflate_array(array) for name, array in quantized.groups.arrays.items()}
+    if quantized.lossless is not None:
+        return {} if quantized.low is None else {layout.LOW: layout.padded_stream([quantized.low.reshape(-1)])}
     arrays: dict[str, NDArray[np.generic]] = {}
     if len(quantized.scale) > 1:
         arrays[layout.SCALE] = _stored(quantized.scale)
@@ -195,6 +201,12 @@ def _check_range(name: str, quantized: Quantized) -> None:
 
 def _stored(scales: Scales) -> NDArray[Any]:
     return scales.codes if isinstance(scales, LogScales) else scales
+
+
+def _kind(quantized: Quantized) -> Kind:
+    if quantized.lossless is not None:
+        return quantized.lossless
+    return quantized.groups.form if quantized.groups is not None else _grid_kind(quantized)
 
 
 def _grid_kind(quantized: Quantized) -> GridKind:

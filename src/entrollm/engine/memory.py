@@ -16,6 +16,7 @@ from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
 from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
@@ -98,6 +99,8 @@ class MemoryPlan:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
+            if isinstance(spec.kind, LosslessKind):
+                continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
             can_be_flat = not isinstance(spec.code, FlatCode)

@@ -1,8 +1,9 @@
 """What a compressed matrix is, with a strict JSON form.
 
 The kind of a matrix says what its symbols mean. It is a tagged union: `GridKind` has scales of rows and columns,
-`GroupedKind` has scales of groups of columns. All kinds share the shape, the code, the blocks and the checksum. A new
-kind is a dataclass with `to_json`, `from_json` and `entry_names`, and a line in `_kind_from_json`.
+`GroupedKind` has scales of groups of columns, and `LosslessKind` has none. All kinds share the shape, the code, the
+blocks and the checksum. A new kind is a dataclass with `to_json`, `from_json` and `entry_names`, and a line in
+`_kind_from_json`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from entrollm.format.flat import AnyCode, FlatCode, flat_from_json
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.json_fields import JsonFields, is_int
+from entrollm.format.lossless import LosslessKind
 
 FORMAT_VERSION = 2
 """The version that is written."""
@@ -28,11 +30,11 @@ MAX_BLOCK_WEIGHTS = 8192
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SPEC_KEYS = frozenset(
     {"shape", "dtype", "grid", "block", "code", "low_bits", "error", "scale", "offset", "zero", "scales", "parts"}
-    | {"groups", "crc32"}
+    | {"groups", "lossless", "crc32"}
 )
 _MAX_PART_BYTES = 2**44
 
-Kind: TypeAlias = GridKind | GroupedKind
+Kind: TypeAlias = GridKind | GroupedKind | LosslessKind
 """What the symbols of a matrix mean."""
 
 
@@ -123,6 +125,8 @@ class TensorSpec:
 
 
 def _kind_from_json(fields: JsonFields) -> Kind:
+    if "lossless" in fields:
+        return LosslessKind.from_json(fields)
     return GroupedKind.from_json(fields) if fields.get("groups") is not None else GridKind.from_json(fields)
 
 
@@ -139,8 +143,8 @@ def _read_coding(fields: JsonFields, columns: int, kind: Kind) -> tuple[AnyCode,
     flat = flat_from_json(fields.require("code"), fields.name)
     if flat is None:
         return _read_code(fields), Blocks(*fields.int_pair("block", MAX_BLOCK_WEIGHTS))
-    if isinstance(kind, GroupedKind):
-        raise fields.error("a flat code has no group scales")
+    if not isinstance(kind, GridKind):
+        raise fields.error("a flat code has neither group scales nor lossless words")
     for key in ("block", "low_bits"):
         if fields.get(key) is not None:
             raise fields.error(f"a flat code has no {key}")

@@ -15,11 +15,12 @@ from torch import Tensor
 from entrollm.errors import UnsupportedError
 from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
-from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix
+from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix, GroupedCudaMatrix
 from entrollm.torch.matrix import Matrix
-from entrollm.torch.native import HostMatrix, NativeMatrix, open_native
+from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
 from entrollm.torch.plain import PlainMatrix
 
 Backend = Literal["auto", "plain"]
@@ -82,10 +83,14 @@ def open_on(
     uses_kernels = backend == "auto" and uses_cuda_kernels(device)
     if backend == "auto" and device.type == "cpu":
         return NativeMatrix([open_native(name, spec, entries)])
-    if isinstance(spec.kind, GroupedKind) or (isinstance(spec.code, FlatCode) and not uses_kernels):
+    if isinstance(spec.code, FlatCode) and not uses_kernels:
         return HostMatrix(open_native(name, spec, entries), device)
+    if backend == "auto" and isinstance(spec.kind, LosslessKind):
+        return DecodedMatrix(open_native(name, spec, entries), device)
     if uses_kernels:
         return _open_cuda(open_native(name, spec, entries), device)
+    if isinstance(spec.kind, GroupedKind):
+        return HostMatrix(open_native(name, spec, entries), device)
     return PlainMatrix(name, spec, {suffix: entry.to(device) for suffix, entry in entries.items()}, device)
 
 
@@ -119,7 +124,7 @@ def _is_capable(index: int) -> bool:
 
 def _open_cuda(matrix: CodedMatrix, device: torch.device) -> Matrix:
     check_cuda_packages()
-    return CudaMatrix([matrix], device)
+    return CudaMatrix([matrix], device) if matrix.groups is None else GroupedCudaMatrix(matrix, device)
 
 
 def check_cuda_packages() -> None:
