@@ -215,5 +215,6 @@ NB_MODULE(_core, m) {
   m.def("histogram", &histogram, "symbols"_a);
   bind_grouped(m);
   bind_layer(m);
+  bind_lossless(m);
   bind_ops(m);
 }

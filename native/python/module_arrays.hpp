@@ -37,4 +37,7 @@ void bind_layer(nanobind::module_& m);
 // Adds matrices with group scales.
 void bind_grouped(nanobind::module_& m);
 
+// Adds lossless matrices.
+void bind_lossless(nanobind::module_& m);
+
 }  // namespace entrollm

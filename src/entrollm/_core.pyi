@@ -101,6 +101,27 @@ class GroupedMatrix:
     def size_bytes(self) -> int:
         """Bytes of the flat fields."""
 
+class LosslessMatrix:
+    """A coded matrix whose weights keep the bits that they had.
+
+    Args:
+        coded: the high bytes of its words, rotated left by one bit.
+        low: the low bytes with their padding; None for words of 8 bits.
+        type: of the words, by its safetensors name.
+    """
+
+    def __init__(self, coded: CodedMatrix, low: NDArray[np.uint8] | None, type: str) -> None: ...
+    def words(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]:
+        """The bytes of the words of some rows: uint8 (end - begin, bytes of a row)."""
+
+    def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
+
+def split_words(words: NDArray[np.uint16]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The high and the low bytes of words that are rotated left by one bit, each of the shape of the words."""
+
+def multiply_lossless(
+    matrices: list[LosslessMatrix], x: NDArray[np.float32], pool: ThreadPool
+) -> NDArray[np.float32]: ...
 def multiply_grouped(
     matrices: list[GroupedMatrix], x: NDArray[np.float32], pool: ThreadPool
 ) -> NDArray[np.float32]: ...

@@ -79,6 +79,7 @@ constexpr Kernels kTable = [] {
   Kernels kernels = kernels_of<Avx2Vectors, Avx2Products>("avx2");
   kernels.dot_tile_pair = dot_tile_pair;
   kernels.flat = &kAvx2FlatKernels;
+  kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2GroupedKernels;
   kernels.floats = &kAvx2FloatKernels;
   return kernels;
@@ -92,6 +93,7 @@ constinit const Kernels kAvx2VnniKernels = [] {
   Kernels kernels = kTable;
   kernels.name = "avx2-vnni";
   kernels.flat = &kAvx2VnniFlatKernels;
+  kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2VnniGroupedKernels;
   kernels.dot = avx2_vnni_dot;
   kernels.dot_tile = avx2_vnni_dot_tile;

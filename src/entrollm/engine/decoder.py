@@ -78,17 +78,17 @@ class Decoder:
         """An empty cache for one sequence."""
         return Cache(self.config)
 
-    def forward(self, ids: Ids, cache: Cache, *, last_only: bool = False) -> Floats:
+    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
         """Run the model on the tokens that follow those in the cache, and add them to it.
 
         Args:
             ids: int64 (n,), n >= 1, each in [0, vocab_size).
             cache: the tokens before; left in an undefined state if this call is interrupted, until its reset().
-            last_only: compute the logits of the last position alone.
+            last: compute the logits of that many last positions alone, n at most.
         Returns:
-            float32 (n, vocab_size), or (1, vocab_size) with last_only.
+            float32 (n, vocab_size), or (last, vocab_size).
         """
-        wanted = 1 if last_only else len(ids)
+        wanted = len(ids) if last is None else last
         ids = self._begin(ids, cache)
         hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
         return self._logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
