@@ -49,6 +49,12 @@ __m256i totals(__m256i a, __m256i b, __m256i c, __m256i d) {
                           _mm256_permute2x128_si256(ab, cd, 0x31));
 }
 
+// Compilers load operands again for each product and copy sums around in loops.
+inline void keep_in_register(__m256i& v) { asm("" : "+x"(v)); }
+inline void add_sums(__m256i& sums, __m256i products) {
+  asm("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
+}
+
 // Eight sums, of which each load serves two or four. Indices are constants throughout, which keeps
 // them in registers. kPairColumns columns add 256 products to each of 8 lanes, as above.
 template <std::size_t... I>
@@ -56,12 +62,17 @@ void dot_tile_pair_of(const std::uint8_t* weights, std::size_t stride, const Dig
                       std::size_t count, std::int64_t* out, std::index_sequence<I...>) {
   __m256i sums[] = {(static_cast<void>(I), _mm256_setzero_si256())...};
   const std::int16_t* columns[] = {x[0].whole, x[1].whole, x[2].whole, x[3].whole};
-  for (std::size_t i = 0; i < count; i += Avx2Products::kPartBytes) {
-    const __m256i rows[] = {Avx2Products::load(weights + i),
-                            Avx2Products::load(weights + stride + i)};
-    ((sums[I] = _mm256_add_epi32(sums[I],
-                                 _mm256_madd_epi16(rows[I % 2], load_digits(columns[I / 2] + i)))),
-     ...);
+  const auto add_part = [&](std::size_t at) __attribute__((always_inline)) {
+    const __m256i rows[] = {Avx2Products::load(weights + at),
+                            Avx2Products::load(weights + stride + at)};
+    __m256i digits[kColumnTile] = {load_digits(columns[0] + at), load_digits(columns[1] + at),
+                                   load_digits(columns[2] + at), load_digits(columns[3] + at)};
+    (keep_in_register(digits[I / 2]), ...);
+    (add_sums(sums[I], _mm256_madd_epi16(rows[I % 2], digits[I / 2])), ...);
+  };
+  for (std::size_t i = 0; i < count; i += 2 * Avx2Products::kPartBytes) {
+    add_part(i);
+    add_part(i + Avx2Products::kPartBytes);
   }
   const auto store = [](std::int64_t* to, __m256i v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
@@ -95,6 +106,7 @@ constinit const Kernels kAvx2VnniKernels = [] {
   kernels.flat = &kAvx2VnniFlatKernels;
   kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2VnniGroupedKernels;
+  kernels.dot_tile_pair = nullptr;  // its products of digits have too many sums for two rows
   kernels.dot = avx2_vnni_dot;
   kernels.dot_tile = avx2_vnni_dot_tile;
   return kernels;
