@@ -238,8 +238,9 @@ class Layer:
         """What is around a part; None if a norm does more than native code does."""
         if any(each is not None and (each.is_centered or each.bias is not None) for each in (norm, output_norm)):
             return None
-        weights = [None if each is None else each.weight for each in (norm, output_norm)]
-        return _core.Surroundings(*weights, self._eps, None if self._scale is None else float(self._scale))
+        weight, output_weight = (None if each is None else each.weight for each in (norm, output_norm))
+        scale = None if self._scale is None else float(self._scale)
+        return _core.Surroundings(weight, output_weight, self._eps, scale)
 
 
 def _run(block: Callable[..., Floats], *args: object) -> Floats:
