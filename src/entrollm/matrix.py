@@ -241,7 +241,7 @@ class Product:
         if self._is_mixed or self._lossless:
             return None
         names = ", ".join(matrix.name for matrix in self._matrices)
-        return _core.JoinedProduct(names, self._grouped or self._native, bias)
+        return _core.JoinedProduct(names, self._grouped or self._lossless or self._native, bias)
 
     def __call__(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Multiply: float32 (n, columns) -> float32 (n, sum of rows), side by side.
