@@ -107,6 +107,7 @@ def _prepare_specs(folder: Path) -> list[Any]:
         "speed": CodingOptions(bits=8, prefer="speed"),
         "fixed": CodingOptions(bits=3, prefer="fixed"),
         "steps": CodingOptions(target=Size(bits_per_weight=4.5)),
+        "lossless": CodingOptions(lossless=("*",)),
     }
     for name, each in options.items():
         compress_folder(folder / "source", folder / name, each)
