@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
 from entrollm.recipes.result import CompressResult
 from entrollm.recipes.search import DivergenceLimit, compress_within
+from entrollm.system import scratch_folder
 
 # Windows that max_kl and tune measure on.
 _HELD_OUT_WINDOWS = 16
@@ -40,9 +40,9 @@ def compress_calibrated(
     check_output(out, overwrite)
     _check_plan(model, out, coding)
     device = open_device(options.device)
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+    with scratch_folder("entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
-        statistics = calibrate(model, text, Path(folder), progress.advance, device)
+        statistics = calibrate(model, text, folder, progress.advance, device)
         tuner = None
         if options.tune:
             assert windows is not None  # `_text` holds some out
