@@ -44,6 +44,7 @@ class Method(StrEnum):
     """How calibrated matrices are rounded."""
 
     feedback = "feedback"
+    light = "light"
     gptq = "gptq"
 
 
@@ -132,7 +133,10 @@ def command(
     ] = True,
     method: Annotated[
         Method,
-        typer.Option("--method", help="With --calibration: how matrices are rounded. gptq is there to compare with."),
+        typer.Option(
+            "--method",
+            help="With --calibration: how matrices are rounded. light is quick; gptq is there to compare.",
+        ),
     ] = Method.feedback,
     device: Annotated[
         DeviceName,
