@@ -55,8 +55,9 @@ def test_products_match_float64(name: str, shape: tuple[int, int], dtype: torch.
         expected = x.double().numpy() @ weights.astype(np.float64).T
         y = matrix.multiply(x.cuda())
         assert y.dtype == dtype and y.shape == (batch, shape[0])
-        error = np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected)
-        assert error < limit
+        # Of what such products are on average, since the one output of a single row may be near 0.
+        size = np.linalg.norm(weights.astype(np.float64)) * batch**0.5
+        assert np.linalg.norm(y.double().cpu().numpy() - expected) < limit * size
 
 
 def test_a_product_waits_for_what_came_before() -> None:
