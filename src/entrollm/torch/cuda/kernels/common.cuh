@@ -33,12 +33,6 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 // Whether one instruction copies a whole chunk to shared memory. Without, the lanes of a warp copy
 // 16 bytes each at a time.
 constexpr bool kBulkCopies = __CUDA_ARCH__ >= 900;
-// How long a warp sleeps before it asks again whether a chunk has arrived, in nanoseconds.
-constexpr u32 kWaitNs = 64;
-// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
-// bytes.
-constexpr int kStepBytes = 64;
-constexpr int kMaxMatrices = 4;
 
 // Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
 // unit. Dividend times divisor must be below 2^31.
@@ -173,9 +167,6 @@ __device__ __forceinline__ bool barrier_is_open(u32 address, u32 phase) {
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   const u32 address = shared_address(barrier);
   while (!barrier_is_open(address, phase)) {
-    // Only try_wait sleeps by itself. A warp that asks all the time takes turns from those that
-    // work.
-    if constexpr (!kBulkCopies) __nanosleep(kWaitNs);
   }
 }
 
