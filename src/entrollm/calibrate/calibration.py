@@ -19,6 +19,7 @@ from entrollm.calibrate.text import calibration_windows, held_out_windows
 from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
+from entrollm.compress.source import stamps
 from entrollm.engine.files import read_model_files
 from entrollm.errors import UnsupportedError
 from entrollm.models import read_config
@@ -85,11 +86,14 @@ def calibrate(
     if text.file is not None:
         parts.append(calibration_windows(source.tokenizer(), text.file, source.tokens, text.windows, text.held_out))
     with Checkpoint.open(source.path) as checkpoint:
+        opened = stamps(checkpoint)
         if text.sampled:
             shape = (text.sampled, source.tokens)
             written = sample_windows(checkpoint, source.config, shape, text.seed, report("writing"), device)
             parts.append(written)
-        return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
+        measured = measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
+        measured.source = opened
+        return measured
 
 
 def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.drift import DriftWalk
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.source import Stamps
 from entrollm.models.config import ModelConfig
 from entrollm.quantize.statistics import Sensitivity
 from entrollm.system import naming
@@ -34,6 +35,7 @@ class StoredStatistics:
         self.windows = windows
         self.fingerprint = hashlib.sha256(windows.tobytes()).hexdigest()
         self.device = device
+        self.source: Stamps = {}
         self._config = config
         self._folder = folder
         self._factors: dict[str, tuple[Path, int]] = {}
