@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import entrollm
-from entrollm import CompressOptions, CompressResult, OptionError, load
+from entrollm import CompressOptions, CompressResult, EntroLLMError, OptionError, load
 from entrollm.cli.console import describe_error
 from entrollm.cli.main import app
 from entrollm.compress import CodingOptions, compress_folder
@@ -114,6 +115,20 @@ def test_calibration_pays(model: Path, tmp_path: Path) -> None:
         assert evaluations[0].divergence is not None
         found.append(evaluations[0].divergence.mean)
     assert found[1] < 0.9 * found[0]
+
+
+def test_an_input_that_changes_after_calibration_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*args: object, **kwargs: object) -> object:
+        os.utime(model / "model.safetensors", (1, 1))
+        return compress_folder(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("entrollm.recipes.calibrated.compress_folder", late)
+    options = CompressOptions(bpw=4.0, calibration="self", sampled=8, threads=1)
+    with pytest.raises(EntroLLMError, match=r"model\.safetensors changed while it was calibrated; run the command"):
+        entrollm.compress(model, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_others_are_refused_before_calibration(model: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from entrollm.calibrate.text import calibration_windows, held_out_windows
 from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
+from entrollm.compress.source import stamps
 from entrollm.engine.files import read_model_files
 from entrollm.errors import UnsupportedError
 
@@ -83,12 +84,15 @@ def calibrate(
     source = _Source(model)
     parts = []
     with Checkpoint.open(source.path) as checkpoint:
+        opened = stamps(checkpoint)
         tokens = source.tokens(checkpoint, text.tokens)
         if text.file is not None:
             parts.append(calibration_windows(source.tokenizer(), text.file, tokens, text.windows, text.held_out))
         if text.sampled:
             parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
-        return measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured.source = opened
+        return measured
 
 
 def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
