@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
 from entrollm.recipes.result import CompressResult
 from entrollm.recipes.search import DivergenceLimit, compress_within
+from entrollm.system import scratch_folder
 
 # What the light method reads: of a text, and as much again that the model writes.
 LIGHT_WINDOWS, LIGHT_TOKENS = 16, 128
@@ -58,9 +58,9 @@ def compress_calibrated(
         # Raises if the engine, which measures divergences, does not run the model.
         read_config(Fields(read_model_files(resolve(model)).config, "config.json"))
     device = open_device(options.device)
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+    with scratch_folder("entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
-        statistics = calibrate(model, text, Path(folder), progress.advance, device)
+        statistics = calibrate(model, text, folder, progress.advance, device)
         tuner = None
         if options.tune:
             assert windows is not None  # `_text` holds some out

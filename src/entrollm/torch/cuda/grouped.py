@@ -204,13 +204,13 @@ class GroupedFields:
             return -(-self.rows // (rows * warps)) * rows * (1.15 if rows == 1 else 1)
 
         bits = sum(self.fields)
-        rows = min((count for count in (2, 4, 1) if count * bits <= 16 and (count <= 2 or batch == 1)), key=cost)
+        rows = min((count for count in (2, 1) if count * bits <= 12), key=cost)  # words that a lane has at a time
         return (
             ("BATCH", batch),
             ("TYPE", dtype),
             ("THREADS", threads),
             ("ROWS", rows),
-            ("AHEAD", 2 if rows * bits <= 8 else 1),
+            ("AHEAD", 2 if rows * bits <= 4 else 1),
             *self.macros(),
         )
 

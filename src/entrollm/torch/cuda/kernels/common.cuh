@@ -33,10 +33,6 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 // Whether one instruction copies a whole chunk to shared memory. Without, the lanes of a warp copy
 // 16 bytes each at a time.
 constexpr bool kBulkCopies = __CUDA_ARCH__ >= 900;
-// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
-// bytes.
-constexpr int kStepBytes = 64;
-constexpr int kMaxMatrices = 4;
 
 // Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
 // unit. Dividend times divisor must be below 2^31.
@@ -147,26 +143,31 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size,
   }
 }
 
+__device__ __forceinline__ bool barrier_is_open(u32 address, u32 phase) {
+  u32 done;
+  if constexpr (kBulkCopies) {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, "
+        "p;\n}\n"
+        : "=r"(done)
+        : "r"(address), "r"(phase)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
+        "0, "
+        "p;\n}\n"
+        : "=r"(done)
+        : "r"(address), "r"(phase)
+        : "memory");
+  }
+  return done != 0;
+}
+
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   const u32 address = shared_address(barrier);
-  u32 done;
-  do {
-    if constexpr (kBulkCopies) {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
-          "0, p;\n}\n"
-          : "=r"(done)
-          : "r"(address), "r"(phase)
-          : "memory");
-    } else {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
-          "0, p;\n}\n"
-          : "=r"(done)
-          : "r"(address), "r"(phase)
-          : "memory");
-    }
-  } while (!done);
+  while (!barrier_is_open(address, phase)) {
+  }
 }
 
 // Loads the table from global memory and stores copies of it. With a copy for every lane, no two
