@@ -119,7 +119,7 @@ class GroupedFields:
         """Pack a matrix on the device where its symbols are: uint8, shape (rows, columns)."""
         device = symbols.device
         arrays = {
-            array: torch.from_numpy(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).to(device)
+            array: torch.from_numpy(np.array(values).reshape(-1).view(np.uint8)).to(device)
             for array, values in groups.arrays.items()
             if array != "column_order"
         }
