@@ -53,7 +53,7 @@ class SizedMethods:
         self._statistics = statistics
         self._method = options.method
         # With other preferences, fitted grids decode no faster, and those codes waste bits for other reasons.
-        self._grid = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
+        self._grid: dict[str, Any] = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = plan.coded[-1] if plan.coded else ""
@@ -112,6 +112,9 @@ class SizedMethods:
         if self._statistics is None or factor is None:
             return EcsqQuantizer(step, precision, **self._grid)
         device = self._statistics.device
+        if self._method == "light":
+            sizes = np.sqrt(np.square(device.take(factor)).sum(axis=1))
+            return EcsqQuantizer(step, precision, **self._grid, column_sizes=sizes)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
         return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
