@@ -31,7 +31,8 @@ constexpr std::size_t attention_scratch(std::size_t positions) {
 
 // Computes results from the exact sums of some rows with eight activation vectors.
 struct SumScaling {
-  const std::int64_t* sums;  // (rows, 8)
+  const std::int64_t* sums;  // 8 of each row, rows `sum_stride` apart
+  std::size_t sum_stride;
   std::size_t rows;
   const float* scales;  // one for each row, or one for all: `scale_step` is 1 or 0
   std::size_t scale_step;
@@ -65,6 +66,9 @@ struct FloatKernels {
 
   // out = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, std::size_t count, float* out);
+
+  // out = gelu(gate) * up, where gelu is the approximation by a hyperbolic tangent.
+  void (*geglu)(const float* gate, const float* up, std::size_t count, float* out);
 
   // outputs = softmax(queries keys * scale) values, each row over the positions that it sees.
   void (*attend)(const AttentionTile& tile);

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out
 from entrollm.calibrate.store import StoredStatistics
+from entrollm.calibrate.sums import Squares
 from entrollm.calibrate.text import held_out_windows
-from entrollm.calibrate.walk import Squares
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.verify import verify

@@ -1,6 +1,6 @@
 """Measure what a model's matrices see of a text, for calibrated quantization."""
 
-from entrollm.calibrate.calibration import DEFAULT_WINDOWS, CalibrationText, calibrate, held_out
+from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, calibrate, held_out
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
@@ -9,6 +9,7 @@ from entrollm.calibrate.walk import measure
 
 __all__ = [
     "DEFAULT_WINDOWS",
+    "WINDOW_TOKENS",
     "CalibrationText",
     "StoredStatistics",
     "TuneResult",

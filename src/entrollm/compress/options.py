@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from entrollm.quantize.paper import Granularity
     from entrollm.quantize.select import BitsOverride
 
-Method = Literal["feedback", "gptq"]
+Method = Literal["feedback", "light", "gptq"]
 PostFit = Callable[[Path], "Mapping[str, NDArray[Any]]"]
 """Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
+ALL_MATRICES = "*"
+"""The glob of `lossless` with which every matrix is coded bit for bit."""
 DEFAULT_BITS = 4
 """Bits of the paper's grids where only the bits of other tensors are given."""
 
@@ -32,11 +34,14 @@ class CodingOptions:
         target: a size to meet, which then sets the grids in place of `bits` and `granularity`; None if absent. Without
             `bits`, a target and bits in `overrides`, a quantized checkpoint keeps its integers, and any other gets
             `DEFAULT_TARGET`.
-        method: how calibrated matrices are quantized: "feedback", or "gptq" for comparison.
+        method: how calibrated matrices are quantized: "feedback", "light" for steps of matrices and columns alone, or
+            "gptq" for comparison.
         drift: whether "feedback" makes each calibrated matrix compensate for the errors of those before it.
         fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits of the tensors that match a glob, or None for those that keep their type; the last match wins.
+        lossless: globs of matrices that are coded bit for bit; they win over widths, and tensors that keep their type
+            win over them. With "*", every matrix is, and no target is needed.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind of processor whose decoding times count.
         shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
@@ -51,6 +56,7 @@ class CodingOptions:
     fine_scales: bool = False
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
+    lossless: Sequence[str] = ()
     prefer: Prefer = "size"
     processor: Processor = "x86"
     shard_bytes: int = 1 << 30

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.control import RateControl
+from entrollm.compress.lossless import expected_bytes
 from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.rate import RateCurve
@@ -52,7 +53,7 @@ class SizedMethods:
         self._statistics = statistics
         self._method = options.method
         # With other preferences, fitted grids decode no faster, and those codes waste bits for other reasons.
-        self._grid = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
+        self._grid: dict[str, Any] = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = plan.coded[-1] if plan.coded else ""
@@ -64,7 +65,9 @@ class SizedMethods:
         }
         fixed = len(plan.shards) * _SHARD_BYTES
         for name in plan.kept:
-            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
+            is_lossless = plan.tensors[name].is_lossless
+            own = expected_bytes(checkpoint, name) if is_lossless else checkpoint.tensors[name].size_bytes
+            fixed += own + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(info.weights for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(plan.coded, statistics))
         self.control = RateControl(self.curves, steps, fixed, weights, options.target)
@@ -109,6 +112,9 @@ class SizedMethods:
         if self._statistics is None or factor is None:
             return EcsqQuantizer(step, precision, **self._grid)
         device = self._statistics.device
+        if self._method == "light":
+            sizes = np.sqrt(np.square(device.take(factor)).sum(axis=1))
+            return EcsqQuantizer(step, precision, **self._grid, column_sizes=sizes)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
         return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)

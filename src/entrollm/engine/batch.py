@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Cache, Mix
+from entrollm.engine.cache import Cache, Mix, Positions
 from entrollm.engine.weights import Floats, Ids
 
 
@@ -91,6 +91,15 @@ class SequencesAttention:
     def __init__(self, segments: Sequence[Segment], layer: int) -> None:
         self._caches = [segment.cache.layers[layer] for segment in segments]
         self._ends = np.cumsum([len(segment.ids) for segment in segments]).tolist()
+
+    def extend(self, n: int) -> list[Positions]:
+        """Add each sequence's rows, n in all, to its cache; see Attention."""
+        starts = [0, *self._ends]
+        return [
+            positions
+            for cache, start, end in zip(self._caches, starts, self._ends, strict=False)
+            for positions in cache.extend(end - start)
+        ]
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add each sequence's rows to its cache and mix values for them; see Attention."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from entrollm import _core
 from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
@@ -13,8 +14,9 @@ from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joi
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
-from entrollm.engine.projection import Apply, Projection, load_norm
+from entrollm.engine.projection import Norm, Projection, load_norm
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
+from entrollm.errors import CorruptStreamError
 from entrollm.models.config import ModelConfig
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
@@ -76,17 +78,17 @@ class Decoder:
         """An empty cache for one sequence."""
         return Cache(self.config)
 
-    def forward(self, ids: Ids, cache: Cache, *, last_only: bool = False) -> Floats:
+    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
         """Run the model on the tokens that follow those in the cache, and add them to it.
 
         Args:
             ids: int64 (n,), n >= 1, each in [0, vocab_size).
             cache: the tokens before; left in an undefined state if this call is interrupted, until its reset().
-            last_only: compute the logits of the last position alone.
+            last: compute the logits of that many last positions alone, n at most.
         Returns:
-            float32 (n, vocab_size), or (1, vocab_size) with last_only.
+            float32 (n, vocab_size), or (last, vocab_size).
         """
-        wanted = 1 if last_only else len(ids)
+        wanted = len(ids) if last is None else last
         ids = self._begin(ids, cache)
         hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
         return self.logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
@@ -162,6 +164,9 @@ class Decoder:
 class Layer:
     """Attention and a feed-forward part, whose outputs are added to the residual stream.
 
+    Each of the two runs as native code where that has all of its options and its matrices are coded, with the same
+    bits as result.
+
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
@@ -169,7 +174,7 @@ class Layer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
         prefix, block = f"{config.names.layers}{index}.", config.block
 
-        def norm(name: str | None) -> Apply | None:
+        def norm(name: str | None) -> Norm | None:
             return None if name is None else load_norm(config, weights, prefix + name)
 
         self._attention_norm, self._attention_output_norm = (
@@ -179,7 +184,7 @@ class Layer:
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
         self._attention = SelfAttention(config, weights, prefix)
         experts = config.experts[index] if config.experts else None
-        self._feed_forward: Apply
+        self._feed_forward: FeedForward | MixedExperts
         if experts is None:
             self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         else:
@@ -187,25 +192,67 @@ class Layer:
         self._is_parallel = block.is_parallel
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
+        self._eps, self._pool = config.norm_eps, weights.pool
+        self._native_attention: _core.AttentionBlock | None = None
+        self._native_feed_forward: _core.FeedForwardBlock | None = None
+        self._is_prepared = False
 
     def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
         """float32 (n, hidden_size) -> a new float32 (n, hidden_size)."""
-        normalised = x if self._attention_norm is None else self._attention_norm(x)
-        mixed = self._attention(normalised, angles, cache)
-        if self._attention_output_norm is not None:
-            mixed = self._attention_output_norm(mixed)
-        if self._scale is not None:
-            mixed *= self._scale
-        mixed += x
+        if not self._is_prepared:
+            self._prepare()
+        normalised = x
+        if self._native_attention is not None:
+            turns = (None, None, None) if angles is None else (angles.cosines, angles.sines, angles.query_factors)
+            mixed = _run(self._native_attention, x, *turns, cache.extend(len(x)), self._pool)
+        else:
+            if self._attention_norm is not None:
+                normalised = self._attention_norm(x)
+            mixed = self._added(self._attention(normalised, angles, cache), self._attention_output_norm, x)
+        if self._native_feed_forward is not None:
+            return _run(self._native_feed_forward, mixed, self._pool)
         read = x if self._is_parallel else mixed
         if self._shares_norm:
             read = normalised
         elif self._mlp_norm is not None:
             read = self._mlp_norm(read)
-        found = self._feed_forward(read)
-        if self._mlp_output_norm is not None:
-            found = self._mlp_output_norm(found)
+        return self._added(self._feed_forward(read), self._mlp_output_norm, mixed)
+
+    def _added(self, found: Floats, norm: Norm | None, x: Floats) -> Floats:
+        """What a part found, normalised, scaled and added to x."""
+        if norm is not None:
+            found = norm(found)
         if self._scale is not None:
             found *= self._scale
-        mixed += found
-        return mixed
+        found += x
+        return found
+
+    def _prepare(self) -> None:
+        """Make the native parts, once the matrices have their final form."""
+        if not self._is_parallel:
+            around = self._surroundings(self._attention_norm, self._attention_output_norm)
+            if around is not None:
+                self._native_attention = self._attention.native(around)
+            around = self._surroundings(self._mlp_norm, self._mlp_output_norm)
+            if around is not None and isinstance(self._feed_forward, FeedForward):
+                self._native_feed_forward = self._feed_forward.native(around)
+        self._is_prepared = True
+
+    def _surroundings(self, norm: Norm | None, output_norm: Norm | None) -> _core.Surroundings | None:
+        """What is around a part; None if a norm does more than native code does."""
+        if any(each is not None and (each.is_centered or each.bias is not None) for each in (norm, output_norm)):
+            return None
+        weights = [None if each is None else each.weight for each in (norm, output_norm)]
+        return _core.Surroundings(*weights, self._eps, None if self._scale is None else float(self._scale))
+
+
+def _run(block: Callable[..., Floats], *args: object) -> Floats:
+    """Run a native part.
+
+    Raises:
+        CorruptStreamError: a block of a matrix does not decode.
+    """
+    try:
+        return block(*args)
+    except _core.CorruptBlockError as error:
+        raise CorruptStreamError(f"{error}; the file is damaged, compress or fetch it again") from None
