@@ -154,6 +154,12 @@ def test_long_bodies(serve: Serve) -> None:
         content = b'{"prompt": "' + b"x" * 2000 + b'"}'
         error = refused(client.post(TEXT, content=content, headers={"content-type": "application/json"}), 413)
         assert "longer than 1000 bytes" in error["message"]
+        # A client that writes all of its body before it reads gets the answer, too.
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            head = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 10000000"
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head + b"\r\n\r\n" + b"x" * 10**7)
+            assert b" 413 " in connection.recv(1000)
         # Without a length, the body is counted.
         chunks = (content[i : i + 100] for i in range(0, len(content), 100))
         refused(client.post(TEXT, content=chunks, headers={"content-type": "application/json"}), 413)
