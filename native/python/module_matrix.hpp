@@ -10,6 +10,7 @@
 
 #include "product/flat_matrix.hpp"
 #include "product/grouped.hpp"
+#include "product/lossless.hpp"
 #include "product/matrix.hpp"
 #include "python/module_arrays.hpp"
 
@@ -50,6 +51,12 @@ struct PyGroupedMatrix {
   std::vector<StoredArray> arrays;
   std::optional<Vector<float>> values;
   GroupedMatrix matrix;
+};
+
+struct PyLosslessMatrix {
+  nanobind::object owner;  // of the coded matrix
+  std::optional<Vector<std::uint8_t>> low;
+  LosslessMatrix matrix;
 };
 
 }  // namespace entrollm

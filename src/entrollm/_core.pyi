@@ -195,14 +195,14 @@ class JoinedProduct:
 
     Args:
         name: for errors.
-        matrices: all with scale groups, or all without.
+        matrices: all with scale groups, all lossless, or none of both.
         bias: (sum of rows,); None for none.
     """
 
     def __init__(
         self,
         name: str,
-        matrices: Sequence[CodedMatrix | FlatMatrix] | Sequence[GroupedMatrix],
+        matrices: Sequence[CodedMatrix | FlatMatrix] | Sequence[GroupedMatrix] | Sequence[LosslessMatrix],
         bias: NDArray[np.float32] | None,
     ) -> None: ...
 

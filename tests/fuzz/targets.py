@@ -19,7 +19,8 @@ from entrollm import _core
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
-from entrollm.compress import CodingOptions, Target as Size, compress_folder
+from entrollm.compress import CodingOptions, compress_folder
+from entrollm.compress import Target as Size
 from entrollm.files.safetensors import open_safetensors
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME

@@ -53,6 +53,7 @@ class Method(StrEnum):
     """How calibrated matrices are rounded."""
 
     feedback = "feedback"
+    light = "light"
     gptq = "gptq"
 
 
@@ -144,7 +145,10 @@ def command(
     ] = True,
     method: Annotated[
         Method,
-        typer.Option("--method", help="With --calibration: how matrices are rounded. gptq is there to compare with."),
+        typer.Option(
+            "--method",
+            help="With --calibration: how matrices are rounded. light is quick; gptq is there to compare.",
+        ),
     ] = Method.feedback,
     device: Annotated[
         DeviceName,

@@ -192,6 +192,19 @@ class MatrixSlot:
                     self._transcode(pool)
         return self._matrix
 
+    def check_ahead(self) -> None:
+        """Check the bytes, unless another thread uses or prepares the matrix, which then checks them itself.
+
+        Raises:
+            CorruptStreamError: its bytes differ from their checksum.
+        """
+        lock = self._lock
+        if self._check is not None and lock.acquire(blocking=False):
+            try:
+                self._run_check()
+            finally:
+                lock.release()
+
     def renew_lock(self) -> None:
         """Forget a lock that a thread of the parent process held when this process was forked."""
         self._lock = threading.Lock()
@@ -213,17 +226,15 @@ class MatrixSlot:
 
 
 def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
-    """Start a thread that prepares slots in their order; it ends early when the program does.
+    """Start threads that prepare slots in their order; they end early when the program does.
 
     Args:
         slots: matrices to multiply with, which are checked and transcoded.
         looked_up: matrices that are only read by row; they come first, and are checked.
-        pool: threads to transcode on.
+        pool: threads to transcode on, beside which one more thread checks what comes next.
     """
 
-    def run() -> None:
-        steps: list[Callable[[], object]] = [slot.checked for slot in looked_up]
-        steps += [partial(slot.ready, pool) for slot in slots]
+    def run(steps: Sequence[Callable[[], object]]) -> None:
         for step in steps:
             if not threading.main_thread().is_alive():
                 return
@@ -232,7 +243,10 @@ def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], 
             except CorruptStreamError:
                 return  # what needs the matrix says so
 
-    threading.Thread(target=run, name="entrollm-prepare").start()
+    in_order = [slot.checked for slot in looked_up] + [partial(slot.ready, pool) for slot in slots]
+    ahead = [slot.check_ahead for slot in slots]
+    for steps in (ahead, in_order) if pool.size > 1 else (in_order,):
+        threading.Thread(target=run, args=(steps,), name="entrollm-prepare").start()
 
 
 _slots: WeakSet[MatrixSlot] = WeakSet()

@@ -55,7 +55,8 @@ class CompressOptions:
         sampled: windows of text that the model writes itself, added to a text file; `None` for 64. They take the whole
             model in memory; with 0, calibration takes one layer at a time.
         seed: of the text that the model writes itself.
-        method: how calibrated matrices are rounded: "feedback", or "gptq" to compare with.
+        method: how calibrated matrices are rounded: "feedback"; "light", which measures no more than how much matrices
+            and their inputs matter, on 16 short windows, and rounds as without calibration; or "gptq" to compare with.
         drift: let each calibrated matrix make up for the errors of those before it.
         tune: afterwards fit the stored scales to the original's predictions.
         device: what calibrates and rounds: "cpu", or "cuda" for a GPU.

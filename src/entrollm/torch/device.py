@@ -39,6 +39,11 @@ class TorchDevice:
         self.spare = 0.5 if self._is_cuda else 0.0
         self._recordings: dict[tuple[Function, tuple[torch.Size, ...]], _Recording] = {}
 
+    @property
+    def place(self) -> torch.device:
+        """Where its tensors are."""
+        return self._device
+
     def put(self, values: NDArray[Any]) -> Tensor:
         """A new float32 tensor; 16-bit types are widened on the device."""
         return self.hold(values).float()
