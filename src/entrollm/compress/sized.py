@@ -54,7 +54,8 @@ class SizedMethods:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._method = options.method
-        self._grid: dict[str, Any] = {"fits": _fits(options), "fine_scales": options.fine_scales}
+        self._fits = _fits(options)
+        self._fine_scales = options.fine_scales
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = plan.coded[-1] if plan.coded else ""
@@ -74,7 +75,7 @@ class SizedMethods:
         weights = sum(info.weights for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(plan.coded, statistics))
         self.control = RateControl(
-            self.curves, steps, fixed, weights, options.target, chooses_steps=self._grid["fits"] == "flat"
+            self.curves, steps, fixed, weights, options.target, chooses_steps=self._fits == "flat"
         )
 
     def quantizer(self, name: str) -> Quantizer:
@@ -115,14 +116,22 @@ class SizedMethods:
         """
         factor = self._factor(name)
         if self._statistics is None or factor is None:
-            return EcsqQuantizer(step, precision, **self._grid)
+            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales)
         device = self._statistics.device
         if self._method == "light":
             sizes = np.sqrt(np.square(device.take(factor)).sum(axis=1))
-            return EcsqQuantizer(step, precision, **self._grid, column_sizes=sizes)
+            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales, column_sizes=sizes)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
-        return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
+        return FeedbackQuantizer(
+            step,
+            factor,
+            precision,
+            fits=self._fits,
+            fine_scales=self._fine_scales,
+            device=device,
+            is_draft=is_draft,
+        )
 
     def _factor(self, name: str) -> Array | None:
         """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in a row."""
