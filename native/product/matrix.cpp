@@ -91,11 +91,8 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
     sparse_offsets_[i + 1] = sparse_offsets_[i] + sparse_sizes[i];
   }
   check_stream(sparse, sparse_offsets_.back(), "sparse");
-  part_offsets_.push_back(0);
-  for (std::size_t part = 0; part < geometry_.parts(); ++part) {
-    part_offsets_.push_back(part_offsets_.back() +
-                            code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
-  }
+  part_bytes_ = code_.dense_size(geometry_.block_rows * geometry_.block_columns);
+  row_block_bytes_ = geometry_.dense_before(code_, geometry_.block_rows, geometry_.parts());
   if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
 }
 
@@ -104,9 +101,9 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
   const std::size_t parts = geometry_.parts();
   const std::size_t rows = geometry_.rows_in(row_block);
   const std::size_t before = rows == geometry_.block_rows
-                                 ? part_offsets_[part]
+                                 ? part * part_bytes_
                                  : geometry_.dense_before(code_, rows, part);
-  const std::uint8_t* dense = dense_.data() + row_block * part_offsets_[parts] + before;
+  const std::uint8_t* dense = dense_.data() + row_block * row_block_bytes_ + before;
   const std::size_t block = code_.has_sparse() ? row_block * parts + part : 0;
   const auto sparse = code_.has_sparse()
                           ? sparse_.subspan(sparse_offsets_[block],

@@ -48,8 +48,8 @@ def check_arithmetic(config: ModelConfig) -> None:
         changed.append("block")
     if changed:
         raise UnsupportedError(
-            f"calibration and tuning do not follow these options of {config.model_type}: {', '.join(changed)}; "
-            "compress it without them"
+            f"tuning does not follow these options of {config.model_type}: {', '.join(changed)}; "
+            "compress it without tuning"
         )
 
 

@@ -29,8 +29,8 @@ plain torch operations everywhere."""
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """The back end of coded weights that are made from now on."""
 
-checks_bytes: ContextVar[bool] = ContextVar("checks_bytes", default=True)
-"""Whether folders that are loaded from now on are compared with their checksums."""
+checks_bytes: ContextVar[bool | None] = ContextVar("checks_bytes", default=None)
+"""Whether folders that are loaded from now on are compared with their checksums; `None` where nobody has decided."""
 
 
 class Concatenation:
