@@ -106,7 +106,7 @@ def test_logits_only_where_they_are_wanted(coded: Callable[[str], Model]) -> Non
 def test_hidden_states_are_those_that_the_logits_come_from(coded: Callable[[str], Model]) -> None:
     model = coded("llama")
     ids, other = random_ids(12), random_ids(5, seed=3)
-    seen: dict[int, Floats] = {}
+    seen: dict[int, np.ndarray] = {}
     step = SequenceStep(np.array(ids[:7]), model.new_cache(), observe=seen.__setitem__)
     model.step([SequenceStep(np.array(other), model.new_cache()), step])
     model.step([SequenceStep(np.array(ids[7:]), step.cache, needs_logits=False, observe=seen.__setitem__)])
