@@ -32,6 +32,8 @@ from entrollm import CompressOptions, Model, compress, load
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-llama"
 MOST_GROWTH = 0.05
 SLOTS = 8
+# After its last answer, the server gives freed memory back within this time.
+TRIM_S = 1.5
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if tools %}{{ tools | tojson }} <tool_call>\n{% endif %}assistant:"
@@ -257,7 +259,7 @@ def expect(holds: bool, what: object, found: object) -> None:
 
 
 async def fill(client: httpx.AsyncClient, slots: int) -> None:
-    """Let every slot hold a sequence that almost fills its context, so that later ones need no more memory."""
+    """Let every slot hold a sequence that almost fills its context, so that caches take the same memory each time."""
     context = (await client.get("/v1/models")).json()["data"][0]["context_length"]
     bodies = [{"prompt": [5 + slot] * (context - 2), "max_tokens": 1} for slot in range(slots)]
     for response in await asyncio.gather(*(client.post(TEXT, json=body) for body in bodies)):
@@ -310,11 +312,12 @@ async def measure(url: str, pid: int, expected: dict[str, str], arguments: argpa
     started = time.perf_counter()
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
         load_ = Load(url, expected, random.Random(arguments.seed), client)
-        await fill(client, SLOTS)
         for _ in range(5):
             await run(load_, arguments.requests // 5, arguments.clients)
+            await fill(client, SLOTS)
             while (await client.get("/health")).json()["running"]:
                 await asyncio.sleep(0.05)
+            await asyncio.sleep(TRIM_S)
             memory.append(resident_bytes(pid))
             print(f"{sum(load_.statuses.values())} requests, {memory[-1] / 1e6:.1f} MB", flush=True)
         counters = (await client.get("/metrics")).text

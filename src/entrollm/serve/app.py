@@ -30,6 +30,7 @@ from entrollm.serve.keys import Keys
 from entrollm.serve.metrics import Metrics
 from entrollm.serve.responses_fields import ResponsesRequest
 from entrollm.serve.scheduler import Scheduler
+from entrollm.serve.trim import keep_trimming
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Service:
         self.scheduler = Scheduler(settings.queue_length, self._post, metrics)
         self.api = Api(catalog, settings, self.scheduler, metrics)
         self._catalog = catalog
+        self._metrics = metrics
         self.app = FastAPI(
             title="EntroLLM",
             version=importlib.metadata.version("entrollm"),
@@ -77,11 +79,15 @@ class Service:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
-        releasing = asyncio.create_task(self._catalog.keep_releasing(self.scheduler.runs))
+        keeping = [
+            asyncio.create_task(self._catalog.keep_releasing(self.scheduler.runs)),
+            asyncio.create_task(keep_trimming(self._metrics.requests.total, lambda: self.scheduler.is_idle)),
+        ]
         try:
             yield
         finally:
-            releasing.cancel()
+            for task in keeping:
+                task.cancel()
             await asyncio.to_thread(self.scheduler.stop)
 
     def _post(self, events: Sequence[tuple[Job, Event]]) -> None:

@@ -52,6 +52,10 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
+_STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
+_STOPS = WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOPS}]})
+
+
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -109,7 +113,7 @@ class Sampling(Strict):
         None
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS), BeforeValidator(_listed)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS), BeforeValidator(_listed), _STOPS] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
