@@ -69,7 +69,7 @@ def test_quantizers_that_know_flat_codes_save_patches(
         chooser = functools.partial(choose_code, blocks=8, prefer=prefer)
         quantized = (quantizer or EcsqQuantizer(0.55, fits=fits)).quantize(ArraySource("w", weights), chooser)
         flat_bits = best_window([int(c) for c in quantized.counts])[1] / weights.size
-        return flat_bits + 0.5 * float(np.log2(output_error(quantized.weights(), weights, measured)))
+        return flat_bits + 0.5 * float(np.log2(output_error(quantized.weights().astype(np.float64), weights, measured)))
 
     assert excess_bits("flat", "speed") < excess_bits("none", "size") - 0.05
 
