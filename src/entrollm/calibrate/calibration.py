@@ -19,8 +19,9 @@ from entrollm.calibrate.text import calibration_windows, held_out_windows
 from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
+from entrollm.compress.source import stamps
 from entrollm.engine.files import read_model_files
-from entrollm.errors import UnsupportedError
+from entrollm.errors import FormatError, UnsupportedError
 
 DEFAULT_WINDOWS = 64
 WINDOW_TOKENS = 512
@@ -83,12 +84,16 @@ def calibrate(
     source = _Source(model)
     parts = []
     with Checkpoint.open(source.path) as checkpoint:
+        opened = stamps(checkpoint)
         tokens = source.tokens(checkpoint, text.tokens)
         if text.file is not None:
             parts.append(calibration_windows(source.tokenizer(), text.file, tokens, text.windows, text.held_out))
+            _check_tokens(checkpoint, parts[0])
         if text.sampled:
             parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
-        return measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured.source = opened
+        return measured
 
 
 def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
@@ -104,6 +109,20 @@ def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) ->
         return sample_windows(checkpoint, (text.held_out, tokens), text.seed + 1, device=device)
 
 
+def _check_tokens(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> None:
+    """Refuse the tokens of another model's tokenizer.
+
+    Raises:
+        FormatError: the model does not know a token.
+    """
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None)
+    if known is not None and windows.max() >= known:
+        raise FormatError(
+            f"{checkpoint.path}: tokenizer.json makes token {windows.max()} of the text, and the model knows {known}; "
+            "the tokenizer belongs to another model"
+        )
+
+
 class _Source:
     """A checkpoint's configuration and tokenizer."""
 
@@ -115,7 +134,7 @@ class _Source:
 
     def tokens(self, checkpoint: Checkpoint, wanted: int) -> int:
         """Tokens of a window."""
-        context = getattr(read_config(checkpoint), "max_position_embeddings", None)
+        context = getattr(read_config(checkpoint).get_text_config(), "max_position_embeddings", None)
         return min(wanted, context or wanted)
 
     def tokenizer(self) -> Tokenizer:

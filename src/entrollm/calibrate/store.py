@@ -13,6 +13,7 @@ from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.drift import DriftWalk
 from entrollm.calibrate.watch import Stream
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.source import Stamps
 from entrollm.quantize.statistics import Sensitivity
 from entrollm.system import naming
 
@@ -36,6 +37,7 @@ class StoredStatistics:
         self.windows = windows
         self.fingerprint = hashlib.sha256(windows.tobytes()).hexdigest()
         self.device = device
+        self.source: Stamps = {}
         self.streams: dict[str, Stream | None] = {}
         self._folder = folder
         self._order: dict[str, None] = {}
