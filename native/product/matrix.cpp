@@ -17,14 +17,6 @@ void check_scale(std::span<const float> values, std::size_t rows, const char* na
   }
 }
 
-// The padding is part of the stream, since wide loads read past its last block.
-void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
-  if (stored.size() == stored_bytes(size)) return;
-  throw std::invalid_argument("the " + std::string(name) + " stream has " +
-                              std::to_string(stored.size()) + " bytes, expected " +
-                              std::to_string(stored_bytes(size)));
-}
-
 // The code as a chain of fields. It has no levels if fused products cannot run the code.
 Cascade make_cascade(const Code& code) {
   Cascade cascade{};
@@ -43,6 +35,22 @@ Cascade make_cascade(const Code& code) {
 }
 
 }  // namespace
+
+void check_scales(const Scales& scales, std::size_t rows, std::size_t columns) {
+  check_scale(scales.scale, rows, "scale");
+  if (!scales.offset.empty()) check_scale(scales.offset, rows, "offset");
+  if (!scales.column_scale.empty() && scales.column_scale.size() != columns) {
+    throw std::invalid_argument("column_scale needs one entry a column");
+  }
+}
+
+// The padding is part of the stream, since wide loads read past its last block.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
+  if (stored.size() == stored_bytes(size)) return;
+  throw std::invalid_argument("the " + std::string(name) + " stream has " +
+                              std::to_string(stored.size()) + " bytes, expected " +
+                              std::to_string(stored_bytes(size)));
+}
 
 void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
@@ -75,11 +83,7 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
                          std::span<const std::uint16_t> sparse_sizes, Scales scales)
     : code_(std::move(code)), geometry_(geometry), dense_(dense), sparse_(sparse), scales_(scales) {
   geometry_.validate();
-  check_scale(scales.scale, geometry_.rows, "scale");
-  if (!scales.offset.empty()) check_scale(scales.offset, geometry_.rows, "offset");
-  if (!scales.column_scale.empty() && scales.column_scale.size() != geometry_.columns) {
-    throw std::invalid_argument("column_scale needs one entry a column");
-  }
+  check_scales(scales, geometry_.rows, geometry_.columns);
   check_stream(dense, geometry_.dense_size(code_), "dense");
   const std::size_t blocks = code_.has_sparse() ? geometry_.blocks() : 0;
   if (sparse_sizes.size() != blocks) {

@@ -34,6 +34,13 @@ struct Scales {
   }
 };
 
+// Throws std::invalid_argument unless each has a number of entries that it may have.
+void check_scales(const Scales& scales, std::size_t rows, std::size_t columns);
+
+// Throws std::invalid_argument unless a stored stream has `size` bytes and its padding. `name` is
+// for the message.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name);
+
 // Throws std::invalid_argument unless all rows are the matrix's.
 void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows);
 

@@ -31,8 +31,10 @@ struct PyMatrix {
   CodedMatrix matrix;
 };
 
-// A flat matrix has streams of its own and shares the scales of the coded one.
+// A transcoded matrix has streams of its own and shares the scales of the coded one.
 struct PyFlatMatrix {
+  std::optional<Vector<std::uint8_t>> fields;
+  std::optional<Vector<std::uint8_t>> patches;
   Vector<float> scale;
   std::optional<Vector<float>> offset;
   std::optional<Vector<float>> column_scale;

@@ -17,6 +17,7 @@ from entrollm.calibrate.network import Network
 from entrollm.calibrate.sums import draw_labels
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format import layout
 from entrollm.torch.device import TorchDevice
 from tests.engine.architectures import ARCHITECTURES
 
@@ -143,6 +144,20 @@ def test_an_expert_with_few_tokens_follows_the_others(tmp_path: Path) -> None:
         assert factors[0] is not None
         moments = factor @ factor.T
         np.testing.assert_allclose(moments, factors[0] @ factors[0].T, atol=0.2 * float(moments.max()))
+
+
+def test_stacks_that_compression_has_split_are_put_together(tmp_path: Path) -> None:
+    folder = save_model("gpt_oss", tmp_path)
+    with Checkpoint.open(folder) as checkpoint:
+        whole = Network(checkpoint, TorchDevice("cpu"))
+        whole.load(0)
+        stack = "model.layers.0.mlp.experts.down_proj"
+        checkpoint.split({stack: [layout.member_name(stack, index) for index in range(4)]})
+        split = Network(checkpoint, TorchDevice("cpu"))
+        split.load(0)
+    assert list(whole.views) == list(split.views)
+    for name, view in whole.views.items():
+        torch.testing.assert_close(view, split.views[name])
 
 
 class Layers(torch.nn.Module):

@@ -151,13 +151,15 @@ def test_an_existing_output_is_refused_before_calibration(model: Path, tmp_path:
 
 
 def test_a_missing_torch_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("entrollm.recipes.calibrated", "entrollm.recipes.device"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "entrollm.torch.device", None)
-    options = CompressOptions(bpw=3.0, calibration="self", device="cuda")
-    with pytest.raises(OptionError, match=r"^device='cuda': import of entrollm\.torch\.device halted") as raised:
+    options = CompressOptions(bpw=3.0, calibration="self")
+    with pytest.raises(OptionError, match=r"^calibration needs entrollm\.torch\.device, which is not") as raised:
         entrollm.compress(model, tmp_path / "out", options)
     shown = describe_error(raised.value)
-    assert shown.startswith("--device cuda: import of entrollm.torch.device halted")
-    assert shown.endswith("; install torch with: pip install 'entrollm[hf]'")
+    assert shown.startswith("--calibration needs entrollm.torch.device, which is not installed")
+    assert shown.endswith("; install torch and transformers with: pip install 'entrollm[hf]'")
 
 
 def test_a_plan_is_that_of_the_command(model: Path) -> None:

@@ -4,7 +4,7 @@ from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, Calib
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
-from entrollm.calibrate.tune import Tuner, TuneResult
+from entrollm.calibrate.tune import Tuner, TuneResult, check_tunable
 from entrollm.calibrate.walk import measure
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Tuner",
     "calibrate",
     "calibration_windows",
+    "check_tunable",
     "held_out",
     "measure",
     "sample_windows",

@@ -21,7 +21,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress.source import stamps
 from entrollm.engine.files import read_model_files
-from entrollm.errors import UnsupportedError
+from entrollm.errors import FormatError, UnsupportedError
 
 DEFAULT_WINDOWS = 64
 WINDOW_TOKENS = 512
@@ -88,6 +88,7 @@ def calibrate(
         tokens = source.tokens(checkpoint, text.tokens)
         if text.file is not None:
             parts.append(calibration_windows(source.tokenizer(), text.file, tokens, text.windows, text.held_out))
+            _check_tokens(checkpoint, parts[0])
         if text.sampled:
             parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
         measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
@@ -108,6 +109,20 @@ def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) ->
         return sample_windows(checkpoint, (text.held_out, tokens), text.seed + 1, device=device)
 
 
+def _check_tokens(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> None:
+    """Refuse the tokens of another model's tokenizer.
+
+    Raises:
+        FormatError: the model does not know a token.
+    """
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None)
+    if known is not None and windows.max() >= known:
+        raise FormatError(
+            f"{checkpoint.path}: tokenizer.json makes token {windows.max()} of the text, and the model knows {known}; "
+            "the tokenizer belongs to another model"
+        )
+
+
 class _Source:
     """A checkpoint's configuration and tokenizer."""
 
@@ -119,7 +134,7 @@ class _Source:
 
     def tokens(self, checkpoint: Checkpoint, wanted: int) -> int:
         """Tokens of a window."""
-        context = getattr(read_config(checkpoint), "max_position_embeddings", None)
+        context = getattr(read_config(checkpoint).get_text_config(), "max_position_embeddings", None)
         return min(wanted, context or wanted)
 
     def tokenizer(self) -> Tokenizer:

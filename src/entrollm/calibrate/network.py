@@ -236,15 +236,20 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, _Source]:
     known = model.state_dict()
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
-        path, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if path not in known and name in known:
-            path, pattern = name, None
+        member = layout.stack_member(name)
+        stored = name if member is None else member[0]
+        path, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)
+        if path not in known and stored in known:
+            path, pattern = stored, None
         if path in known:
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
     sources = {}
     for path, names in found.items():
         flat = [name for members in names.values() for name in members]
         if None in names:
+            if all(layout.stack_member(name) for name in flat):
+                sources[path] = _Source(tuple((name,) for name in flat), is_merged=True)
+                continue
             if len(flat) > 1:
                 raise FormatError(f"{path}: several tensors of {checkpoint.path} belong to it: {', '.join(flat)}")
             sources[path] = _Source(((flat[0],),), is_merged=False)

@@ -43,7 +43,7 @@ class CodingOptions:
         lossless: globs of matrices that are coded bit for bit; they win over widths, and tensors that keep their type
             win over them. With "*", every matrix is, and no target is needed.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind of processor whose decoding times count.
+        processor: what will run the model, with "speed".
         shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
         tokenizer: a folder whose tokenizer files replace those of the model; None if absent.
         threads: worker threads; None for one per core.

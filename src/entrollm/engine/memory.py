@@ -14,6 +14,7 @@ from weakref import WeakSet
 from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
+from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
@@ -68,11 +69,12 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
-        spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
+        spec: of the matrix. With group scales, no instruction set multiplies while it decodes. One that is flat in the
+            file stays there.
         isa: the name of the instruction set, as `_core.isa()` has it.
         threads: of products.
     """
-    if isa == "scalar":
+    if isa == "scalar" or isinstance(spec.code, FlatCode):
         return False
     if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS or threads <= _MOST_FLAT_THREADS:
         return True
@@ -101,7 +103,8 @@ class MemoryPlan:
                 continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
-            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
+            can_be_flat = not isinstance(spec.code, FlatCode)
+            if (memory == "fast" and can_be_flat) or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
         fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
+from entrollm.quantize.grid import PLAIN_GRID, Choices, CodeFit, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import (
     CodeChooser,
     Float32,
@@ -55,7 +55,7 @@ class EcsqQuantizer:
         step: the step of the grid over the RMS of the matrix.
         row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fits: the code that the grid may be stretched and shifted to suit.
         fine_scales: whether scales are fine enough for tuning.
         column_sizes: float32, shape (columns,), the RMS of the matrix's inputs, up to a factor; None if unknown.
     """
@@ -63,7 +63,7 @@ class EcsqQuantizer:
     step: float
     row_precision: Float32 | None = None
     price: float = PRICE
-    fits_code: bool = True
+    fits: CodeFit = "prefix"
     fine_scales: bool = False
     column_sizes: Float32 | None = None
 
@@ -77,7 +77,7 @@ class EcsqQuantizer:
         column_steps = np.ones(1, np.float32) if columns is None else columns.values()
         scaled = _Scaled(source, column_steps)
         steps, keeps_zero = self._row_steps(scaled, gain)
-        choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
         grid, rounding = self._rounding(scaled, steps.values(), choose, choices)
         steps = replace(steps, base=short_base(steps.base * grid.stretch))
         row_steps = steps.values()

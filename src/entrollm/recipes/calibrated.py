@@ -9,7 +9,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from entrollm.calibrate import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, Tuner, calibrate, held_out
+from entrollm.calibrate import (
+    DEFAULT_WINDOWS,
+    WINDOW_TOKENS,
+    CalibrationText,
+    Tuner,
+    calibrate,
+    check_tunable,
+    held_out,
+)
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress import CodingOptions, check_output, compress_folder
@@ -17,6 +25,9 @@ from entrollm.compress.folder import check_replaced
 from entrollm.compress.pipeline import side_contents
 from entrollm.compress.planning import make_plan, with_size
 from entrollm.compress.target import DEFAULT_TARGET
+from entrollm.engine.files import read_model_files
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
 from entrollm.recipes.device import open_device
 from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
@@ -41,6 +52,11 @@ def compress_calibrated(
     text = _text(options)
     check_output(out, overwrite)
     _check_plan(model, out, coding)
+    if options.tune:
+        check_tunable(model)
+    elif options.max_kl is not None:
+        # Raises if the engine, which measures divergences, does not run the model.
+        read_config(Fields(read_model_files(resolve(model)).config, "config.json"))
     device = open_device(options.device)
     with scratch_folder("entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None

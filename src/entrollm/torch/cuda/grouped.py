@@ -119,7 +119,7 @@ class GroupedFields:
         """Pack a matrix on the device where its symbols are: uint8, shape (rows, columns)."""
         device = symbols.device
         arrays = {
-            array: torch.from_numpy(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).to(device)
+            array: torch.from_numpy(np.array(values).reshape(-1).view(np.uint8)).to(device)
             for array, values in groups.arrays.items()
             if array != "column_order"
         }
@@ -204,7 +204,8 @@ class GroupedFields:
             return -(-self.rows // (rows * warps)) * rows * (1.15 if rows == 1 else 1)
 
         bits = sum(self.fields)
-        rows = min((count for count in (2, 1) if count * bits <= 12), key=cost)  # words that a lane has at a time
+        most_words = 12 if batch <= 2 else 16  # that a lane has at a time
+        rows = min((count for count in (2, 1) if count * bits <= most_words), key=cost)
         return (
             ("BATCH", batch),
             ("TYPE", dtype),

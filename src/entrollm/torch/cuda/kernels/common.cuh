@@ -33,6 +33,10 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 // Whether one instruction copies a whole chunk to shared memory. Without, the lanes of a warp copy
 // 16 bytes each at a time.
 constexpr bool kBulkCopies = __CUDA_ARCH__ >= 900;
+// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
+// bytes.
+constexpr int kStepBytes = 64;
+constexpr int kMaxMatrices = 4;
 
 // Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
 // unit. Dividend times divisor must be below 2^31.
