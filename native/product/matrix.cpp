@@ -104,9 +104,8 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
                               DecodeScratch& scratch) const {
   const std::size_t parts = geometry_.parts();
   const std::size_t rows = geometry_.rows_in(row_block);
-  const std::size_t before = rows == geometry_.block_rows
-                                 ? part * part_bytes_
-                                 : geometry_.dense_before(code_, rows, part);
+  const std::size_t before =
+      rows == geometry_.block_rows ? part * part_bytes_ : geometry_.dense_before(code_, rows, part);
   const std::uint8_t* dense = dense_.data() + row_block * row_block_bytes_ + before;
   const std::size_t block = code_.has_sparse() ? row_block * parts + part : 0;
   const auto sparse = code_.has_sparse()

@@ -103,7 +103,7 @@ class CodedMatrix {
   std::span<const std::uint8_t> dense_;
   std::span<const std::uint8_t> sparse_;
   std::vector<std::uint64_t>
-      sparse_offsets_;  // bytes; blocks + 1 entries, or one if there are no lists
+      sparse_offsets_;           // bytes; blocks + 1 entries, or one if there are no lists
   std::size_t part_bytes_;       // dense bytes of a part of a full row block; the last may be short
   std::size_t row_block_bytes_;  // and of all its parts
   Scales scales_;

@@ -270,8 +270,8 @@ class Product:
         self._is_mixed |= any(_column_order(matrix) is not None for matrix in matrices)
 
     def native(self, bias: NDArray[np.float32] | None) -> _core.JoinedProduct | None:
-        """The product for native layers, which add `bias` to it; None with lossless words, and for several calls."""
-        if self._is_mixed or self._lossless:
+        """The product for native layers, which add `bias` to it; None where it takes more than one native call."""
+        if self._is_mixed:
             return None
         names = ", ".join(matrix.name for matrix in self._matrices)
         return _core.JoinedProduct(names, self._grouped or self._lossless or self._native, bias)

@@ -165,8 +165,8 @@ def _read_specs(folder: Path) -> None:
     with CompressedModel.open(folder, check=False) as model:
         for name, spec in model.specs.items():
             matrix = matrix_of(model, name)
-            matrix.dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
-            if spec.rows * spec.columns < 100_000:
+            if spec.rows * spec.columns < 100_000:  # a matrix of one symbol may claim any shape in a few bytes
+                matrix.dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
                 x = np.ones((1, spec.columns), np.float32)
                 multiply([matrix], x, pool)
                 if matrix.can_be_flat:
