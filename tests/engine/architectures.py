@@ -47,6 +47,21 @@ _LLAMA3_ROPE = {
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PARTIAL = {"partial_rotary_factor": 0.5}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+_GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+_GROUPED_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -215,6 +230,46 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("OlmoeConfig", _EXPERTS),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN_ROPE, "truncate": False},
+        },
+    ),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 5, **_GRANITE}),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {"num_local_experts": 5, "shared_intermediate_size": 80, **_GRANITE},
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {**_GROUPED_EXPERTS, "head_dim": 16, "use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 1},
+    ),
+    "ernie4_5": ("Ernie4_5Config", {"head_dim": 16, "use_bias": True}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 2, "use_bias": True},
+    ),
+    "phimoe": (
+        "PhimoeConfig",
+        {
+            "num_local_experts": 5,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "rope_parameters": {
+                **_longrope(8),
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
 }
 
 # Seeds of weights with which no two experts have scores so close that rounding changes which one is chosen.
@@ -229,10 +284,13 @@ def _write_checkpoint(name: str, folder: Path) -> Path:
     # What these add to the weights of their norms is 1.
     center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
     with torch.no_grad():
+        for parameter_name, buffer in model.named_buffers():
+            if parameter_name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
-            elif parameter_name.endswith("gate.weight"):
+            elif parameter_name.endswith(("gate.weight", "router.weight")):
                 # Experts of clearly different scores, so that rounding changes no choice.
                 parameter.copy_(4 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
             elif parameter.dim() == 1:

@@ -40,6 +40,7 @@ CACHE_KINDS = [
     "gemma2",
     "cohere2",
     "mixtral",
+    "gpt_oss",
 ]
 
 

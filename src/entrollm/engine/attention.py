@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm import _core
-from entrollm.engine.arithmetic import capped_attention, rotate_neighbours
+from entrollm.engine.arithmetic import plain_attention, rotate_neighbours
 from entrollm.engine.cache import Attention
 from entrollm.engine.projection import Projection, offset_weight
 from entrollm.engine.weights import Floats, Weights, load_tensor
@@ -78,13 +78,17 @@ class SelfAttention:
         elif config.qk_norm == "width":
             q, k = (load_tensor(weights, name, (size,)) for name, size in zip(names, (wide, narrow), strict=True))
             self._width_norms = offset_weight(config, q), offset_weight(config, k)
+        self._sinks: Floats | None = None
+        if config.has_sinks:
+            self._sinks = load_tensor(weights, prefix + block.sinks, (config.num_heads,))
+        is_native = config.attention_cap is None and self._sinks is None
         self._query_factor: np.float32 | None = None
-        if config.attention_cap is not None:
-            # The native attention scales its scores; the capped one leaves them as they are.
+        if not is_native:
+            # The native attention scales its scores; the plain one leaves them as they are.
             self._query_factor = np.float32(config.attention_scale or config.head_dim**-0.5)
         elif config.attention_scale is not None:
             self._query_factor = np.float32(config.attention_scale * config.head_dim**0.5)
-        self._mix = self._mix_natively if config.attention_cap is None else self._mix_capped
+        self._mix = self._mix_natively if is_native else self._mix_plainly
 
     def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
@@ -122,5 +126,6 @@ class SelfAttention:
     def _mix_natively(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
         return _core.attention(queries, keys, values, window, self._pool)
 
-    def _mix_capped(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
-        return capped_attention(queries, keys, values, window, self._config.attention_cap or 0.0)
+    def _mix_plainly(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
+        bound = self._config.attention_cap
+        return plain_attention(queries, keys, values, window, bound=bound, sinks=self._sinks)

@@ -14,7 +14,7 @@ from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.projection import Apply, Projection, load_norm
-from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
+from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
 from entrollm.models.config import ModelConfig
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
@@ -67,9 +67,11 @@ class Decoder:
         self._norm = load_norm(config, weights, config.names.norm)
         names = config.names
         head = output_head(weights, is_tied=config.tied_embeddings, embedding=names.embedding, head=names.head)
-        self._head = Projection(
-            weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, config.head_bias
-        )
+        bias: Floats | bool = False
+        if config.head_bias:
+            # A head that is the embedding has a bias of its own.
+            bias = load_tensor(weights, f"{names.head.removesuffix('.weight')}.bias", (config.vocab_size,))
+        self._head = Projection(weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, bias)
         self._rotations = Rotations(config)
 
     def new_cache(self) -> Cache:

@@ -34,6 +34,7 @@ class Block:
     Attributes:
         qkv: the projections to queries, keys and values: three matrices, or one for all.
         output: the projection of the mixed values.
+        sinks: the scores that mix no value, where the model has them.
         up: the projections into the feed-forward part: gate and up, one for both, or up alone.
         down: the projection out of it.
         q_norm, k_norm: the norms of queries and keys, where the model has them.
@@ -45,6 +46,7 @@ class Block:
 
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     output: str = "self_attn.o_proj"
+    sinks: str = "self_attn.sinks"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     q_norm: str = "self_attn.q_norm"
@@ -58,6 +60,20 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClampedGlu:
+    """The gated activation min(gate, limit) * sigmoid(slope * min(gate, limit)) * (1 + clip(up, -limit, limit)).
+
+    Gate and up are neighbouring features of one projection.
+
+    Attributes:
+        slope, limit: its numbers.
+    """
+
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mlp:
     """A feed-forward part.
 
@@ -65,11 +81,47 @@ class Mlp:
         up: the projections into it: gate and up, one for both, or up alone.
         down: the projection out of it.
         size: features between them.
+        has_bias: both projections add a bias.
+        suffix: what the names of the matrices end with.
+        is_transposed: matrices are stored as (in_features, out_features).
+        glu: the activation, if it is not the one that the model names.
     """
 
     up: tuple[str, ...]
     down: str
     size: int
+    has_bias: bool = False
+    suffix: str = ".weight"
+    is_transposed: bool = False
+    glu: ClampedGlu | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How the products of a router become the experts of a token and their weights.
+
+    Attributes:
+        scores: what is made of the products: their softmax, the sigmoid of each, or SparseMixer's choice of two.
+        has_bias: the router adds a bias.
+        correction: the tensor that is added to the scores for the choice alone; "" if there is none.
+        is_correction_matrix: this tensor has two axes, the first of one row.
+        groups, used_groups: experts are chosen among the best groups of neighbours.
+        best: the score of a group is the sum of this many of its best scores.
+        scale: factor on the weights.
+        least_sum: what weights are divided by at least, where they are made to add up to 1.
+        jitter: how far scores may be below the best, relatively, to count in SparseMixer's weights.
+    """
+
+    scores: Literal["softmax", "sigmoid", "sparse_mixer"] = "softmax"
+    has_bias: bool = False
+    correction: str = ""
+    is_correction_matrix: bool = False
+    groups: int = 1
+    used_groups: int = 1
+    best: int = 1
+    scale: float = 1.0
+    least_sum: float = 0.0
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +134,11 @@ class Experts:
         router: the matrix whose products with a token are the scores of the experts, without `.weight`.
         expert: an expert, {} in its names being its number.
         normalises: the weights of the chosen experts add up to 1; else they are their shares among all.
+        stack: an expert where the checkpoint has all of them in one tensor of three axes; None if none does.
+        biases: the tensors whose rows are the biases of the experts' projections, up and down; empty without biases.
+        routing: how experts are chosen.
         shared: the part that all tokens run through beside the experts; None if there is none.
-        shared_gate: the matrix that scales the output of the shared part, without `.weight`.
+        shared_gate: the matrix that scales the output of the shared part, without `.weight`; "" if there is none.
     """
 
     count: int
@@ -91,6 +146,9 @@ class Experts:
     router: str
     expert: Mlp
     normalises: bool
+    stack: Mlp | None = None
+    biases: tuple[str, ...] = ()
+    routing: Routing = field(default_factory=Routing)
     shared: Mlp | None = None
     shared_gate: str = ""
 
@@ -126,6 +184,7 @@ class ModelConfig:
         qkv_bias, output_bias, mlp_bias, head_bias: which projections add a bias.
         is_qkv_by_head: the rows of a fused projection are ordered by head, the query, key and value of each together.
         qk_norm: queries and keys are normalised, per head or over their whole width.
+        has_sinks: each head has a score that takes part in the softmax and mixes no value.
         attention_scale: factor on the scores; None for head_dim ** -0.5.
         attention_cap, logit_cap: cap * tanh(x / cap) bounds the scores and the logits; None if it does not.
         activation: the nonlinearity of the feed-forward part, by its name in config.json.
@@ -161,6 +220,7 @@ class ModelConfig:
     head_bias: bool = False
     is_qkv_by_head: bool = False
     qk_norm: Literal["", "head", "width"] = ""
+    has_sinks: bool = False
     attention_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
@@ -184,7 +244,14 @@ class ModelConfig:
     @property
     def mlp(self) -> Mlp:
         """The feed-forward part of a layer without experts."""
-        return Mlp(up=self.block.up, down=self.block.down, size=self.intermediate_size)
+        block = self.block
+        return Mlp(
+            up=block.up,
+            down=block.down,
+            size=self.intermediate_size,
+            has_bias=self.mlp_bias,
+            is_transposed=block.is_transposed,
+        )
 
     @property
     def is_fused(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entrollm.errors import FormatError
-from entrollm.models.config import Experts, Mlp
+from entrollm.models.config import Experts, Mlp, Routing
 from entrollm.models.config_fields import Fields
 
 _MAX_EXPERTS = 2**16
@@ -27,6 +27,53 @@ def read_counts(fields: Fields, default_count: int, default_used: int) -> tuple[
     if used > count:
         raise FormatError(f"{fields.source}: num_experts_per_tok {used} is more than {key} {count}")
     return count, used
+
+
+def read_corrected_experts(fields: Fields, *, count: int, used: int, size: int, scale: float) -> Experts:
+    """Experts chosen by sigmoids plus a correction, within groups, as DeepSeek V3 has them.
+
+    Args:
+        fields: of config.json.
+        count, used, size, scale: what it means by default: experts, those of a token, their features, and the factor on
+            their weights.
+    Raises:
+        FormatError: a value is malformed, or the groups do not share the experts.
+    """
+    count, used = fields.integer("n_routed_experts", count), fields.integer("num_experts_per_tok", used)
+    groups, used_groups = read_groups(fields, count, used)
+    size = fields.integer("moe_intermediate_size", size)
+    shared = fields.integer("n_shared_experts", 1, low=0)
+    return Experts(
+        count=count,
+        used=used,
+        router="mlp.gate",
+        expert=named_mlp("mlp.experts.{}", size),
+        normalises=fields.flag("norm_topk_prob", True),
+        routing=Routing(
+            scores="sigmoid",
+            correction="mlp.gate.e_score_correction_bias",
+            groups=groups,
+            used_groups=used_groups,
+            best=2,
+            scale=fields.factor("routed_scaling_factor", scale),
+        ),
+        shared=named_mlp("mlp.shared_experts", size * shared) if shared else None,
+    )
+
+
+def read_groups(fields: Fields, count: int, used: int, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """Into how many groups the experts are divided, and in how many of them a token finds its own.
+
+    Raises:
+        FormatError: the groups do not share the experts evenly, or have too few for a token.
+    """
+    groups, used_groups = fields.integer("n_group", default[0]), fields.integer("topk_group", default[1])
+    if count % groups or used_groups > groups or used > count // groups * used_groups:
+        raise FormatError(
+            f"{fields.source}: {used} of {count} experts cannot come from {used_groups} (topk_group) of {groups} "
+            "(n_group) equal groups"
+        )
+    return groups, used_groups
 
 
 def sparse_layers(fields: Fields, num_layers: int, experts: Experts) -> tuple[Experts | None, ...]:
