@@ -62,6 +62,14 @@ _GROUPED_EXPERTS = {
     "n_shared_experts": 2,
     "routed_scaling_factor": 1.5,
 }
+_LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -255,6 +263,29 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Ernie4_5_MoeConfig",
         {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 2, "use_bias": True},
     ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**_LATENT, **_GROUPED_EXPERTS, "topk_method": "group_limited_greedy", "q_lora_rank": None},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            **_GROUPED_EXPERTS,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": {**_YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_LATENT, **_GROUPED_EXPERTS, "rope_interleave": False}),
+    "mistral4": (
+        "Mistral4Config",
+        {
+            **_LATENT,
+            **_GROUPED_EXPERTS,
+            "rope_parameters": {**_YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3},
+        },
+    ),
     "phimoe": (
         "PhimoeConfig",
         {
@@ -276,11 +307,18 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 _SEEDS = {"qwen3_moe": 8}
 
 
+def _causal_class(config: Any) -> Any:
+    """The class of a model; AutoModelForCausalLM does not know all of them."""
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    return getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"))
+
+
 def _write_checkpoint(name: str, folder: Path) -> Path:
     class_name, options = _CONFIGS[name]
     config = getattr(transformers, class_name)(**{**_COMMON, **options})
     torch.manual_seed(_SEEDS.get(name, 7))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = _causal_class(config)(config)
     # What these add to the weights of their norms is 1.
     center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
     with torch.no_grad():
@@ -312,9 +350,8 @@ def random_ids(count: int, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> li
 def load_reference(folder: Path) -> Any:
     """The checkpoint in transformers, in float32."""
     torch.set_num_threads(1)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return _causal_class(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def reference_logits(reference: Any, ids: list[int]) -> Floats:

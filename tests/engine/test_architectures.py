@@ -41,6 +41,7 @@ CACHE_KINDS = [
     "cohere2",
     "mixtral",
     "gpt_oss",
+    "deepseek_v3",
 ]
 
 

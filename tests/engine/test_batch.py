@@ -16,7 +16,7 @@ from tests.engine.architectures import random_ids, relative_difference
 from tests.engine.dense import load_dense
 
 KINDS = ["llama", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3"]
-KINDS += ["gemma2", "gemma3", "cohere2", "ministral3", "gpt_neox", "mixtral", "gpt_oss"]
+KINDS += ["gemma2", "gemma3", "cohere2", "ministral3", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3"]
 
 
 @pytest.fixture(scope="module")

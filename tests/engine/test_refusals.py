@@ -68,7 +68,7 @@ def small_model() -> Model:
     [
         (
             {"model_type": "bloom"},
-            "model_type 'bloom' is not supported; supported: cohere2, exaone4, .*plugin .* runs any other architecture",
+            "model_type 'bloom' is not supported; supported: cohere2, .*plugin .* runs any other architecture",
         ),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: gelu, .*silu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is not"),

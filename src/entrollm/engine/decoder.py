@@ -13,6 +13,7 @@ from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joi
 from entrollm.engine.cache import Attention, Cache
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
+from entrollm.engine.latent_attention import MultiHeadLatentAttention
 from entrollm.engine.projection import Apply, Projection, load_norm
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
 from entrollm.models.config import ModelConfig
@@ -175,7 +176,12 @@ class Layer:
             norm(block.attention_output_norm),
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
-        self._attention = SelfAttention(config, weights, prefix)
+        mixer = config.mixer(index)
+        self._attention: SelfAttention | MultiHeadLatentAttention
+        if mixer is None:
+            self._attention = SelfAttention(config, weights, prefix)
+        else:
+            self._attention = MultiHeadLatentAttention(config, weights, prefix, mixer)
         experts = config.experts[index] if config.experts else None
         self._feed_forward: Apply
         if experts is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from entrollm.errors import UnsupportedError
 from entrollm.models import (
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
     exaone4,
@@ -15,6 +17,7 @@ from entrollm.models import (
     gemma3,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -26,6 +29,7 @@ from entrollm.models import (
     ministral,
     ministral3,
     mistral,
+    mistral4,
     mixtral,
     nemotron,
     olmo2,
@@ -47,6 +51,8 @@ from entrollm.models.config_fields import Fields
 
 ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "cohere2": cohere2.read_config,
+    "deepseek_v2": deepseek_v2.read_config,
+    "deepseek_v3": deepseek_v3.read_config,
     "ernie4_5": ernie4_5.read_config,
     "ernie4_5_moe": ernie4_5_moe.read_config,
     "exaone4": exaone4.read_config,
@@ -55,6 +61,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "gemma3_text": gemma3.read_config,
     "glm4": glm4.read_config,
     "glm4_moe": glm4_moe.read_config,
+    "glm4_moe_lite": glm4_moe_lite.read_config,
     "gpt2": gpt2.read_config,
     "gpt_neox": gpt_neox.read_config,
     "gpt_oss": gpt_oss.read_config,
@@ -66,6 +73,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "ministral": ministral.read_config,
     "ministral3": ministral3.read_config,
     "mistral": mistral.read_config,
+    "mistral4": mistral4.read_config,
     "mixtral": mixtral.read_config,
     "nemotron": nemotron.read_config,
     "olmo2": olmo2.read_config,

@@ -154,6 +154,33 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Attention whose keys and values are projections of one short vector for each token (MLA).
+
+    Attributes:
+        rank: features of this vector.
+        query_rank: features of a vector in between of which queries are projections; None if there is none.
+        plain, rotated: features of a query that are not rotated, and of those that are; the rotated features of keys
+            are the same for all heads.
+        value: features of a value.
+        scale: factor on the scores.
+        has_bias: the projections of the input, and that of the mixed values, add a bias.
+    """
+
+    rank: int
+    query_rank: int | None
+    plain: int
+    rotated: int
+    value: int
+    scale: float
+    has_bias: bool
+
+
+# What mixes tokens in a layer in place of the usual attention.
+Mixer = LatentAttention
+
+
+@dataclass(frozen=True, kw_only=True)
 class Norm:
     """How a model normalises: by the root mean square, unless it is centered.
 
@@ -189,6 +216,7 @@ class ModelConfig:
         attention_cap, logit_cap: cap * tanh(x / cap) bounds the scores and the logits; None if it does not.
         activation: the nonlinearity of the feed-forward part, by its name in config.json.
         is_gated: the activation of one projection multiplies the other.
+        mixers: per layer, what mixes tokens in place of the usual attention, or None; an empty tuple if nothing does.
         experts: per layer, the experts in place of a feed-forward part; None for a layer without, and an empty tuple if
             no layer has any.
         embedding_scale, residual_scale, logit_scale: factors on the embeddings, on all that layers add, on the logits.
@@ -226,6 +254,7 @@ class ModelConfig:
     logit_cap: float | None = None
     activation: str = "silu"
     is_gated: bool = True
+    mixers: tuple[Mixer | None, ...] = ()
     experts: tuple[Experts | None, ...] = ()
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -252,6 +281,10 @@ class ModelConfig:
             has_bias=self.mlp_bias,
             is_transposed=block.is_transposed,
         )
+
+    def mixer(self, index: int) -> Mixer | None:
+        """What mixes tokens in a layer; None for the usual attention."""
+        return self.mixers[index] if self.mixers else None
 
     @property
     def is_fused(self) -> bool:

@@ -14,6 +14,11 @@ def named_mlp(prefix: str, size: int) -> Mlp:
     return Mlp(up=(f"{prefix}.gate_proj", f"{prefix}.up_proj"), down=f"{prefix}.down_proj", size=size)
 
 
+def stacked_mlp(prefix: str, size: int) -> Mlp:
+    """A gated part of experts that lie in tensors of three axes with the usual names."""
+    return Mlp(up=(f"{prefix}.gate_up_proj.{{}}",), down=f"{prefix}.down_proj.{{}}", size=size, suffix="")
+
+
 def read_counts(fields: Fields, default_count: int, default_used: int) -> tuple[int, int]:
     """How many experts there are, and how many a token runs through.
 
@@ -29,18 +34,20 @@ def read_counts(fields: Fields, default_count: int, default_used: int) -> tuple[
     return count, used
 
 
-def read_corrected_experts(fields: Fields, *, count: int, used: int, size: int, scale: float) -> Experts:
+def read_corrected_experts(
+    fields: Fields, *, count: int, used: int, size: int, scale: float, groups: tuple[int, int] = (1, 1)
+) -> Experts:
     """Experts chosen by sigmoids plus a correction, within groups, as DeepSeek V3 has them.
 
     Args:
         fields: of config.json.
-        count, used, size, scale: what it means by default: experts, those of a token, their features, and the factor on
-            their weights.
+        count, used, size, scale, groups: what it means by default: experts, those of a token, their features, the
+            factor on their weights, and the groups of all and of a token.
     Raises:
         FormatError: a value is malformed, or the groups do not share the experts.
     """
     count, used = fields.integer("n_routed_experts", count), fields.integer("num_experts_per_tok", used)
-    groups, used_groups = read_groups(fields, count, used)
+    all_groups, used_groups = read_groups(fields, count, used, groups)
     size = fields.integer("moe_intermediate_size", size)
     shared = fields.integer("n_shared_experts", 1, low=0)
     return Experts(
@@ -48,11 +55,12 @@ def read_corrected_experts(fields: Fields, *, count: int, used: int, size: int, 
         used=used,
         router="mlp.gate",
         expert=named_mlp("mlp.experts.{}", size),
+        stack=stacked_mlp("mlp.experts", size),
         normalises=fields.flag("norm_topk_prob", True),
         routing=Routing(
             scores="sigmoid",
             correction="mlp.gate.e_score_correction_bias",
-            groups=groups,
+            groups=all_groups,
             used_groups=used_groups,
             best=2,
             scale=fields.factor("routed_scaling_factor", scale),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +135,18 @@ def read_rope(config: Fields, heads: RotatedHeads) -> Rope:
     key = heads.keys.get("rope_theta", "rope_theta")
     theta = config.number(key, heads.theta, low=1.0, high=MAX_FACTOR)
     return read_rope_section(config, fields, heads, theta)
+
+
+def with_query_growth(rope: Rope, config: Fields) -> Rope:
+    """The rotary embedding with the growth of queries that its section in config.json states, if it does.
+
+    Raises:
+        FormatError: a value is malformed.
+    """
+    fields = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    growth = fields.number("llama_4_scaling_beta", 0.0)
+    length = fields.integer("original_max_position_embeddings", high=_MAX_CONTEXT) if growth else 0
+    return replace(rope, query_growth=growth, growth_length=length)
 
 
 def read_rope_section(config: Fields, fields: Fields, heads: RotatedHeads, theta: float) -> Rope:
