@@ -70,6 +70,15 @@ _LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
 }
+_DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_SHARED_EXPERT = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -284,6 +293,38 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_LATENT,
             **_GROUPED_EXPERTS,
             "rope_parameters": {**_YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3},
+        },
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, **_EXPERTS, **_SHARED_EXPERT}),
+    "qwen3_5": ("Qwen3_5TextConfig", {**_DELTA, "attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS, **_SHARED_EXPERT}),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 16},
+    ),
+    "granite-hybrid-mamba": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE,
+            "num_local_experts": 5,
+            "shared_intermediate_size": 80,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mamba_n_heads": 12,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            **_GROUPED_EXPERTS,
+            "moe_shared_expert_intermediate_size": 80,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
+            "head_dim": 16,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 8,
+            "n_groups": 3,
+            "ssm_state_size": 16,
         },
     ),
     "phimoe": (

@@ -42,6 +42,9 @@ CACHE_KINDS = [
     "mixtral",
     "gpt_oss",
     "deepseek_v3",
+    "qwen3_5",
+    "lfm2",
+    "nemotron_h",
 ]
 
 

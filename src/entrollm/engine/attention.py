@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm import _core
-from entrollm.engine.arithmetic import plain_attention, rotate_neighbours
+from entrollm.engine.arithmetic import plain_attention, rotate_neighbours, sigmoid
 from entrollm.engine.cache import Attention
 from entrollm.engine.projection import Projection, offset_weight
 from entrollm.engine.weights import Floats, Weights, load_tensor
@@ -64,7 +64,8 @@ class SelfAttention:
         self._pool = weights.pool
         block, hidden = config.block, config.hidden_size
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = [wide + 2 * narrow] if config.is_fused else [wide, narrow, narrow]
+        queries = 2 * wide if config.has_output_gate else wide
+        sizes = [queries + 2 * narrow] if config.is_fused else [queries, narrow, narrow]
         qkv = {prefix + name: size for name, size in zip(block.qkv, sizes, strict=True)}
         self._qkv = Projection(weights, qkv, hidden, config.qkv_bias, block.is_transposed)
         output = {prefix + block.output: hidden}
@@ -98,6 +99,11 @@ class SelfAttention:
         if config.is_qkv_by_head:
             by_head = qkv.reshape(len(x), config.num_kv_heads, -1, config.head_dim).swapaxes(1, 2)
             qkv = np.ascontiguousarray(by_head).reshape(qkv.shape)
+        gate: Floats | None = None
+        if config.has_output_gate:
+            pairs = qkv[:, : 2 * heads].reshape(len(x), heads, 2, config.head_dim)
+            gate = sigmoid(pairs[:, :, 1]).reshape(len(x), -1)
+            qkv = np.concatenate([pairs[:, :, 0], qkv[:, 2 * heads :]], axis=1)
         qk = qkv[:, :rotated_heads]
         if self._head_norms is not None:
             qk = _core.rms_norm(np.ascontiguousarray(qk), self._head_norms, config.norm_eps, self._pool)
@@ -112,7 +118,10 @@ class SelfAttention:
             queries *= self._query_factor
         if angles is not None and angles.query_factors is not None:
             queries *= angles.query_factors
-        return self._output(cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix))
+        mixed = cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix)
+        if gate is not None:
+            mixed *= gate
+        return self._output(mixed)
 
     def _normalised(self, qk: Floats, norms: tuple[Floats, Floats]) -> Floats:
         """Queries and keys, each normalised over its whole width."""

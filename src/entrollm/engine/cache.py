@@ -7,8 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from entrollm.engine.state import NoState, RecurrentState
 from entrollm.engine.weights import Floats
-from entrollm.models.config import ModelConfig
+from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
 
 _INITIAL_POSITIONS = 256
 # Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
@@ -136,22 +137,35 @@ class LayerCache:
         self._start = 0
 
 
-def new_layer_cache(config: ModelConfig, index: int) -> LayerCache:
+LayerState = LayerCache | RecurrentState | NoState
+
+
+def new_layer_state(config: ModelConfig, index: int) -> LayerState:
     """What layer `index` keeps of the tokens of a sequence."""
-    mixer = config.mixer(index)
-    if mixer is not None:
-        # The vectors that keys and values are made of, and the rotated features that all heads share.
-        return LayerCache(1, mixer.rank + mixer.rotated, config.windows[index], 0)
+    if config.layer_blocks and not config.layer_blocks[index].has_mixer:
+        return NoState()
+    match config.mixer(index):
+        case LatentAttention(rank=rank, rotated=rotated):
+            # The vectors that keys and values are made of, and the rotated features that all heads share.
+            return LayerCache(1, rank + rotated, config.windows[index], 0)
+        case GatedDelta() as form:
+            channels = 2 * form.key_heads * form.key_dim + form.value_heads * form.value_dim
+            return RecurrentState((form.kernel - 1, channels), (form.value_heads, form.key_dim, form.value_dim))
+        case ShortConvolution(kernel=kernel):
+            return RecurrentState((kernel - 1, config.hidden_size), None)
+        case Mamba2() as form:
+            channels = form.heads * form.head_dim + 2 * form.groups * form.state
+            return RecurrentState((form.kernel - 1, channels), (form.heads, form.state, form.head_dim))
     return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
 
 
 class Cache:
-    """The state of one sequence: its token ids and every layer's keys and values.
+    """The state of one sequence: its token ids and every layer's keys and values, or its state.
 
     Attributes:
         ids: the tokens seen so far.
         is_long: whether the keys were rotated with longrope's long frequencies.
-        layers: one LayerCache per layer.
+        layers: what each layer keeps.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -177,7 +191,9 @@ class Cache:
         """Forget everything."""
         self.ids: list[int] = []
         self.is_long = False
-        self.layers = [new_layer_cache(self._config, index) for index in range(self._config.num_layers)]
+        self.layers: list[LayerState] = [
+            new_layer_state(self._config, index) for index in range(self._config.num_layers)
+        ]
 
     def shared(self, ids: Sequence[int]) -> int:
         """The number of tokens that reuse(ids) would keep and a fork for `ids` would start with."""

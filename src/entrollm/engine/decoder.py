@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
-from entrollm.engine.attention import Angles, Rotations, SelfAttention
-from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joined_angles, passes
-from entrollm.engine.cache import Attention, Cache
+from entrollm.engine.attention import Angles, Rotations
+from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
+from entrollm.engine.cache import Cache, LayerState
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
-from entrollm.engine.latent_attention import MultiHeadLatentAttention
+from entrollm.engine.mixers import make_mixer
 from entrollm.engine.projection import Apply, Projection, load_norm
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
 from entrollm.models.config import ModelConfig
@@ -152,9 +153,7 @@ class Decoder:
         angles = rows[0] if only else joined_angles(rows)
         x = entering[0] if only else np.concatenate(entering)
         for index, layer in enumerate(self._layers):
-            x = layer(
-                x, angles[index], segments[0].cache.layers[index] if only else SequencesAttention(segments, index)
-            )
+            x = layer(x, angles[index], segments[0].cache.layers[index] if only else SequencesState(segments, index))
         return x
 
 
@@ -166,6 +165,8 @@ class Layer:
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        if config.layer_blocks:
+            config = replace(config, block=config.layer_blocks[index])
         prefix, block = f"{config.names.layers}{index}.", config.block
 
         def norm(name: str | None) -> Apply | None:
@@ -176,15 +177,12 @@ class Layer:
             norm(block.attention_output_norm),
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
-        mixer = config.mixer(index)
-        self._attention: SelfAttention | MultiHeadLatentAttention
-        if mixer is None:
-            self._attention = SelfAttention(config, weights, prefix)
-        else:
-            self._attention = MultiHeadLatentAttention(config, weights, prefix, mixer)
+        self._attention = make_mixer(config, weights, prefix, index) if block.has_mixer else None
         experts = config.experts[index] if config.experts else None
-        self._feed_forward: Apply
-        if experts is None:
+        self._feed_forward: Apply | None = None
+        if not block.has_mlp:
+            pass
+        elif experts is None:
             self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         else:
             self._feed_forward = MixedExperts(config, weights, prefix, experts)
@@ -192,24 +190,38 @@ class Layer:
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
 
-    def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
-        """float32 (n, hidden_size) -> a new float32 (n, hidden_size)."""
+    def __call__(self, x: Floats, angles: Angles | None, state: LayerState | SequencesState) -> Floats:
+        """float32 (n, hidden_size) -> a new float32 (n, hidden_size).
+
+        Args:
+            x: the residual stream.
+            angles: of the rotation; None if the layer does not rotate.
+            state: what the layer keeps of the sequence, or of each sequence in the pass.
+        """
+        if self._attention is None:
+            return self._add_feed_forward(x.copy(), x)
         normalised = x if self._attention_norm is None else self._attention_norm(x)
-        mixed = self._attention(normalised, angles, cache)
+        mixed = self._attention(normalised, angles, state)
         if self._attention_output_norm is not None:
             mixed = self._attention_output_norm(mixed)
         if self._scale is not None:
             mixed *= self._scale
         mixed += x
-        read = x if self._is_parallel else mixed
+        if self._feed_forward is None:
+            return mixed
         if self._shares_norm:
-            read = normalised
-        elif self._mlp_norm is not None:
+            return self._add_feed_forward(mixed, normalised, is_normalised=True)
+        return self._add_feed_forward(mixed, x if self._is_parallel else mixed)
+
+    def _add_feed_forward(self, stream: Floats, read: Floats, *, is_normalised: bool = False) -> Floats:
+        """Add to `stream`, in place, what the feed-forward part makes of `read`."""
+        assert self._feed_forward is not None  # a layer has one of its parts
+        if self._mlp_norm is not None and not is_normalised:
             read = self._mlp_norm(read)
         found = self._feed_forward(read)
         if self._mlp_output_norm is not None:
             found = self._mlp_output_norm(found)
         if self._scale is not None:
             found *= self._scale
-        mixed += found
-        return mixed
+        stream += found
+        return stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm.engine.attention import Rotations
-from entrollm.engine.cache import new_layer_cache
+from entrollm.engine.cache import new_layer_state
 from entrollm.engine.decoder import Embeddings, Layer
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.models.config import ModelConfig
@@ -36,4 +36,4 @@ class LayerWalk:
         """
         layer = Layer(self._config, weights, index)
         for number, x in enumerate(self.hidden):
-            self.hidden[number] = np.asarray(layer(x, self._angles[index], new_layer_cache(self._config, index)))
+            self.hidden[number] = np.asarray(layer(x, self._angles[index], new_layer_state(self._config, index)))

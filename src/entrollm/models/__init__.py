@@ -25,6 +25,7 @@ from entrollm.models import (
     granite_hybrid,
     granitemoe,
     granitemoeshared,
+    lfm2,
     llama,
     ministral,
     ministral3,
@@ -32,6 +33,7 @@ from entrollm.models import (
     mistral4,
     mixtral,
     nemotron,
+    nemotron_h,
     olmo2,
     olmo3,
     olmoe,
@@ -41,7 +43,10 @@ from entrollm.models import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     stablelm,
@@ -69,6 +74,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "granitemoe": granitemoe.read_config,
     "granitemoehybrid": granite_hybrid.read_config,
     "granitemoeshared": granitemoeshared.read_config,
+    "lfm2": lfm2.read_config,
     "llama": llama.read_config,
     "ministral": ministral.read_config,
     "ministral3": ministral3.read_config,
@@ -76,6 +82,7 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "mistral4": mistral4.read_config,
     "mixtral": mixtral.read_config,
     "nemotron": nemotron.read_config,
+    "nemotron_h": nemotron_h.read_config,
     "olmo2": olmo2.read_config,
     "olmo3": olmo3.read_config,
     "olmoe": olmoe.read_config,
@@ -85,13 +92,22 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "qwen2": qwen2.read_config,
     "qwen2_moe": qwen2_moe.read_config,
     "qwen3": qwen3.read_config,
+    "qwen3_5_moe_text": qwen3_5_moe.read_config,
+    "qwen3_5_text": qwen3_5.read_config,
     "qwen3_moe": qwen3_moe.read_config,
+    "qwen3_next": qwen3_next.read_config,
     "seed_oss": seed_oss.read_config,
     "smollm3": smollm3.read_config,
     "stablelm": stablelm.read_config,
 }
 # Models of text and images, by model type: what model type their text part has where its section names none.
-MULTIMODAL: Mapping[str, str] = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral"}
+MULTIMODAL: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
 # What a section for the text part leaves to the whole.
 _SHARED = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
 

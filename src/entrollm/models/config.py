@@ -40,6 +40,7 @@ class Block:
         q_norm, k_norm: the norms of queries and keys, where the model has them.
         attention_norm, mlp_norm: the norms of the inputs; None if there is none.
         attention_output_norm, mlp_output_norm: the norms of the outputs before they are added; None if there is none.
+        has_mixer, has_mlp: a layer has both parts, but in models whose layers are single parts.
         is_parallel: the feed-forward part reads the input of the layer, as attention does.
         is_transposed: matrices are stored as (in_features, out_features).
     """
@@ -55,6 +56,8 @@ class Block:
     attention_output_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
+    has_mixer: bool = True
+    has_mlp: bool = True
     is_parallel: bool = False
     is_transposed: bool = False
 
@@ -176,8 +179,67 @@ class LatentAttention:
     has_bias: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedDelta:
+    """Linear attention by the gated delta rule.
+
+    Attributes:
+        key_heads, key_dim: of queries and keys.
+        value_heads, value_dim: of values; the value heads share the key heads evenly.
+        kernel: tokens that the convolution before it sees.
+        is_by_head: the rows of its fused projections are ordered by key head.
+    """
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    kernel: int
+    is_by_head: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvolution:
+    """A convolution over a few tokens between two gates.
+
+    Attributes:
+        kernel: tokens that it sees.
+        has_bias: it and its projections add a bias.
+    """
+
+    kernel: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2:
+    """A state-space layer with one decay for each head.
+
+    Attributes:
+        place: its name in a layer.
+        heads, head_dim: of its features.
+        groups: heads of a group share where they read and write, and are normalised together.
+        state: features of the memory for each feature of a head.
+        kernel: tokens that the convolution before it sees.
+        has_bias, has_convolution_bias: whether its projections, and the convolution, add a bias.
+        activation: of the convolution.
+        time_limits: the least and the greatest step in time; None if there are none.
+    """
+
+    place: str
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    kernel: int
+    has_bias: bool
+    has_convolution_bias: bool
+    activation: str = "silu"
+    time_limits: tuple[float, float] | None = None
+
+
 # What mixes tokens in a layer in place of the usual attention.
-Mixer = LatentAttention
+Mixer = LatentAttention | GatedDelta | ShortConvolution | Mamba2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +273,7 @@ class ModelConfig:
         qkv_bias, output_bias, mlp_bias, head_bias: which projections add a bias.
         is_qkv_by_head: the rows of a fused projection are ordered by head, the query, key and value of each together.
         qk_norm: queries and keys are normalised, per head or over their whole width.
+        has_output_gate: what a head mixes is scaled by sigmoids, whose features follow those of its query.
         has_sinks: each head has a score that takes part in the softmax and mixes no value.
         attention_scale: factor on the scores; None for head_dim ** -0.5.
         attention_cap, logit_cap: cap * tanh(x / cap) bounds the scores and the logits; None if it does not.
@@ -222,6 +285,7 @@ class ModelConfig:
         embedding_scale, residual_scale, logit_scale: factors on the embeddings, on all that layers add, on the logits.
         norm: the kind of norm.
         block: the parts of a layer.
+        layer_blocks: the parts of each layer, where layers differ in them; an empty tuple if all have `block`.
         names: of the tensors.
         bos_token_id: the token that starts a text, if any.
         eos_token_ids: the tokens that end one.
@@ -248,6 +312,7 @@ class ModelConfig:
     head_bias: bool = False
     is_qkv_by_head: bool = False
     qk_norm: Literal["", "head", "width"] = ""
+    has_output_gate: bool = False
     has_sinks: bool = False
     attention_scale: float | None = None
     attention_cap: float | None = None
@@ -261,6 +326,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     norm: Norm = field(default_factory=Norm)
     block: Block = field(default_factory=Block)
+    layer_blocks: tuple[Block, ...] = ()
     names: Names = field(default_factory=Names)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
