@@ -47,6 +47,38 @@ _LLAMA3_ROPE = {
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _PARTIAL = {"partial_rotary_factor": 0.5}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2}
+_GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+_GROUPED_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+_DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_SHARED_EXPERT = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -215,24 +247,129 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("OlmoeConfig", _EXPERTS),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN_ROPE, "truncate": False},
+        },
+    ),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 5, **_GRANITE}),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {"num_local_experts": 5, "shared_intermediate_size": 80, **_GRANITE},
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {**_GROUPED_EXPERTS, "head_dim": 16, "use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 1},
+    ),
+    "ernie4_5": ("Ernie4_5Config", {"head_dim": 16, "use_bias": True}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 48, "moe_num_shared_experts": 2, "use_bias": True},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {**_LATENT, **_GROUPED_EXPERTS, "topk_method": "group_limited_greedy", "q_lora_rank": None},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            **_GROUPED_EXPERTS,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": {**_YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", {**_LATENT, **_GROUPED_EXPERTS, "rope_interleave": False}),
+    "mistral4": (
+        "Mistral4Config",
+        {
+            **_LATENT,
+            **_GROUPED_EXPERTS,
+            "rope_parameters": {**_YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3},
+        },
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**_DELTA, **_EXPERTS, **_SHARED_EXPERT}),
+    "qwen3_5": ("Qwen3_5TextConfig", {**_DELTA, "attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA, **_EXPERTS, **_SHARED_EXPERT}),
+    "lfm2": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 16},
+    ),
+    "granite-hybrid-mamba": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE,
+            "num_local_experts": 5,
+            "shared_intermediate_size": 80,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mamba_n_heads": 12,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 16,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        {
+            **_GROUPED_EXPERTS,
+            "moe_shared_expert_intermediate_size": 80,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "linear_attention", "moe"],
+            "head_dim": 16,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 8,
+            "n_groups": 3,
+            "ssm_state_size": 16,
+        },
+    ),
+    "phimoe": (
+        "PhimoeConfig",
+        {
+            "num_local_experts": 5,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "rope_parameters": {
+                **_longrope(8),
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
 }
 
 # Seeds of weights with which no two experts have scores so close that rounding changes which one is chosen.
 _SEEDS = {"qwen3_moe": 8}
 
 
+def _causal_class(config: Any) -> Any:
+    """The class of a model; AutoModelForCausalLM does not know all of them."""
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    return getattr(transformers, type(config).__name__.replace("Config", "ForCausalLM"))
+
+
 def _write_checkpoint(name: str, folder: Path) -> Path:
     class_name, options = _CONFIGS[name]
     config = getattr(transformers, class_name)(**{**_COMMON, **options})
     torch.manual_seed(_SEEDS.get(name, 7))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = _causal_class(config)(config)
     # What these add to the weights of their norms is 1.
     center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
     with torch.no_grad():
+        for parameter_name, buffer in model.named_buffers():
+            if parameter_name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
-            elif parameter_name.endswith("gate.weight"):
+            elif parameter_name.endswith(("gate.weight", "router.weight")):
                 # Experts of clearly different scores, so that rounding changes no choice.
                 parameter.copy_(4 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
             elif parameter.dim() == 1:
@@ -254,9 +391,8 @@ def random_ids(count: int, *, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> li
 def load_reference(folder: Path) -> Any:
     """The checkpoint in transformers, in float32."""
     torch.set_num_threads(1)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return _causal_class(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def reference_logits(reference: Any, ids: list[int]) -> Floats:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from entrollm import _core
 from entrollm.engine.files import read_model_files
 from entrollm.engine.model import Model
-from entrollm.engine.weights import Floats, Ids
+from entrollm.engine.weights import Floats, Ids, stacked_matrix
 
 
 class DenseMatrix:
@@ -37,16 +37,20 @@ class DenseWeights:
         self.pool = _core.ThreadPool(1)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors
+        return name in self.tensors or self._stacked(name) is not None
 
     def linear(self, *names: str) -> DenseMatrix:
-        return DenseMatrix(np.concatenate([self.tensors[name] for name in names]))
+        return DenseMatrix(np.concatenate([self.tensor(name) for name in names]))
 
     def embedding(self, name: str) -> DenseMatrix:
-        return DenseMatrix(self.tensors[name])
+        return DenseMatrix(self.tensor(name))
 
     def tensor(self, name: str) -> Floats:
-        return self.tensors[name]
+        stacked = None if name in self.tensors else self._stacked(name)
+        return self.tensors[name] if stacked is None else self.tensors[stacked[0]][stacked[1]]
+
+    def _stacked(self, name: str) -> tuple[str, int] | None:
+        return stacked_matrix(name, lambda stack: self.tensors[stack].shape if stack in self.tensors else None)
 
 
 def read_tensors(folder: Path) -> dict[str, Floats]:

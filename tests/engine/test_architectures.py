@@ -40,6 +40,11 @@ CACHE_KINDS = [
     "gemma2",
     "cohere2",
     "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_5",
+    "lfm2",
+    "nemotron_h",
 ]
 
 

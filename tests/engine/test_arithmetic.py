@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entrollm import _core
-from entrollm.engine.arithmetic import ACTIVATIONS, cap, capped_attention, rotate_neighbours
+from entrollm.engine.arithmetic import ACTIVATIONS, cap, plain_attention, rotate_neighbours
 
 REFERENCES = {
     "silu": torch.nn.functional.silu,
@@ -39,7 +39,7 @@ def test_attention_with_a_cap_out_of_reach_is_attention(n: int, length: int, win
         generator.standard_normal(shape).astype(np.float32) for shape in ((n, 6, 16), (2, 16, length), (2, length, 16))
     )
     expected = _core.attention(queries, keys, values, window, _core.ThreadPool(1))
-    found = capped_attention(queries * np.float32(16**-0.5), keys, values, window, 1e4)
+    found = plain_attention(queries * np.float32(16**-0.5), keys, values, window, bound=1e4)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -16,7 +16,10 @@ from tests.engine.architectures import random_ids, relative_difference
 from tests.engine.dense import load_dense
 
 KINDS = ["llama", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3"]
-KINDS += ["gemma2", "gemma3", "cohere2", "ministral3", "gpt_neox", "mixtral"]
+KINDS += ["gemma2", "gemma3", "cohere2", "ministral3", "gpt_neox", "mixtral", "deepseek_v3"]
+RECURRENT = ["qwen3_next", "lfm2", "granite-hybrid-mamba", "nemotron_h"]
+# Matrices that are stored as (in_features, out_features) are multiplied in floating point.
+TRANSPOSED = ["gpt2", "gpt_oss"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def last_logits(model: Model, ids: list[int]) -> np.ndarray:
     return model.step([SequenceStep(np.array(ids), model.new_cache())])[0]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *RECURRENT])
 def test_a_batch_gives_each_sequence_its_own_bits(name: str, coded: Callable[[str], Model]) -> None:
     model = coded(name)
     sequences = [random_ids(count, seed=count) for count in (3, 1, 45, 20)]
@@ -61,7 +64,7 @@ def test_a_batch_gives_each_sequence_its_own_bits(name: str, coded: Callable[[st
         assert cache.length == len(ids)
 
 
-@pytest.mark.parametrize("name", [*KINDS, "gpt2"])
+@pytest.mark.parametrize("name", [*KINDS, *RECURRENT, *TRANSPOSED])
 def test_a_step_equals_the_logits_of_the_whole_sequence(name: str, checkpoint: Callable[[str], Path]) -> None:
     model = load_dense(checkpoint(name))
     sequences = [random_ids(count, seed=count) for count in (45, 2, 30)]
@@ -115,7 +118,7 @@ def test_hidden_states_are_those_that_the_logits_come_from(coded: Callable[[str]
     np.testing.assert_allclose(found, model.logits(ids), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *RECURRENT])
 @pytest.mark.parametrize("length", [1, 7, 39])
 def test_a_fork_goes_on_as_the_sequence_would(name: str, length: int, coded: Callable[[str], Model]) -> None:
     model = coded(name)
@@ -131,6 +134,20 @@ def test_a_fork_goes_on_as_the_sequence_would(name: str, length: int, coded: Cal
     assert cache.reuse(other) == shared
     rest = np.array(other[shared:])
     np.testing.assert_array_equal(model.step([SequenceStep(rest, fork)])[0], model.step([SequenceStep(rest, cache)])[0])
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_state_is_forked_where_the_whole_sequence_is_shared(name: str, coded: Callable[[str], Model]) -> None:
+    model = coded(name)
+    ids = random_ids(20)
+    cache = model.new_cache()
+    model.step([SequenceStep(np.array(ids), cache)])
+    assert cache.shared([*ids, 3]) == 20
+    fork = cache.fork(20)
+    steps = [SequenceStep(np.array([3]), fork), SequenceStep(np.array([3, 4]), cache)]
+    first, second = model.step(steps)
+    assert relative_difference(first, last_logits(model, [*ids, 3])) < 5e-4
+    assert relative_difference(second, last_logits(model, [*ids, 3, 4])) < 5e-4
 
 
 def test_a_fork_has_buffers_of_its_own(coded: Callable[[str], Model]) -> None:

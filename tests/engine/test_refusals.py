@@ -68,16 +68,24 @@ def small_model() -> Model:
     [
         (
             {"model_type": "bloom"},
-            "model_type 'bloom' is not supported; supported: cohere2, exaone4, .*plugin .* runs any other architecture",
+            "model_type 'bloom' is not supported; supported: cohere2, .*plugin .* runs any other architecture",
         ),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported; supported: gelu, .*silu"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm is not supported"),
-        ({"model_type": "granitemoehybrid"}, "num_local_experts other than 0 is not supported"),
         (
-            {"model_type": "granitemoehybrid", "num_local_experts": 0, "layer_types": ["mamba"]},
-            "layer type 'mamba' is not supported; supported: attention",
+            {"model_type": "granitemoehybrid", "layer_types": ["conv"]},
+            "layer type 'conv' is not supported; supported: attention, mamba",
         ),
+        ({"model_type": "qwen3_next", "layer_types": ["conv"]}, "layer type 'conv' is not supported"),
+        ({"model_type": "lfm2", "layer_types": ["mamba"]}, "layer type 'mamba' is not supported"),
+        (
+            {"model_type": "nemotron_h", "layer_types": ["moe"], "moe_latent_size": 4},
+            "moe_latent_size is not supported",
+        ),
+        ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "topk_method": "noaux"}, "topk_method 'noaux' is not"),
+        ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["thin"]}, "mlp_layer_types has 'thin'; supported: dense"),
+        ({"model_type": "phimoe", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not"),
         ({"model_type": "granitemoehybrid", "num_local_experts": 0}, "layer type 'mamba' is not supported"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is not supported"),
         (

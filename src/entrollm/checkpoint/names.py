@@ -31,8 +31,9 @@ _PREFIXES = (
     "",
 )
 _BODY = re.compile(
-    r"embed_tokens\.weight|(norm|final_layernorm)\.(weight|bias)|rotary_emb\.inv_freq"
-    r"|layers\.\d+\.(self_attn|mlp|shared_mlp|block_sparse_moe|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
+    r"embed_tokens\.weight|(norm|final_layernorm|embedding_norm)\.(weight|bias)|rotary_emb\.inv_freq"
+    r"|layers\.\d+\.(self_attn|linear_attn|mamba|mlp|shared_mlp|block_sparse_moe|feed_forward|(operator|ffn)_norm"
+    r"|conv|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
 )
 # GPT-2's own names; its first checkpoints are saved without the prefix.
 _GPT2 = re.compile(r"(transformer\.)?(?P<body>w[tp]e\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn|mlp|ln_1|ln_2)\..+)")

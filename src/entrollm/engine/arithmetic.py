@@ -54,6 +54,22 @@ def relu2(x: Floats) -> Floats:
     return y
 
 
+def sigmoid(x: Floats) -> Floats:
+    """1 / (1 + exp(-x))."""
+    y: Floats = np.exp(-np.maximum(x, np.float32(-80)))
+    y += 1
+    np.reciprocal(y, out=y)
+    return y
+
+
+def clamped_glu(slope: float, limit: float, x: Floats) -> Floats:
+    """The activation that `ClampedGlu` describes: float32 (n, 2 * size) -> float32 (n, size)."""
+    gate = np.minimum(x[:, ::2], np.float32(limit))
+    up = np.clip(x[:, 1::2], -limit, limit).astype(np.float32, copy=False)
+    y: Floats = gate * sigmoid(np.float32(slope) * gate) * (up + 1)
+    return y
+
+
 ACTIVATIONS: Mapping[str, Callable[[Floats], Floats]] = {
     "silu": silu,
     "gelu": gelu,
@@ -81,8 +97,24 @@ def rotate_neighbours(x: Floats, cosines: Floats, sines: Floats) -> None:
     pairs *= cosines + np.complex64(1j) * sines
 
 
-def capped_attention(queries: Floats, keys: Floats, values: Floats, window: int | None, bound: float) -> Floats:
-    """Causal attention whose scores are bounded by `cap`; arguments and result as for `Mix`, the scale 1."""
+def plain_attention(
+    queries: Floats,
+    keys: Floats,
+    values: Floats,
+    window: int | None,
+    *,
+    bound: float | None = None,
+    sinks: Floats | None = None,
+) -> Floats:
+    """Causal attention with options that the native one lacks; the scale is 1.
+
+    Args:
+        queries, keys, values, window: as for `Mix`, but that values may have another number of features than keys.
+        bound: scores are bounded by `cap`; None if they are not.
+        sinks: float32 (heads,), a score of each head that takes part in the softmax and mixes no value; None if absent.
+    Returns:
+        float32 (n, heads * features of a value).
+    """
     n, heads, head_dim = queries.shape
     kv_heads, _, length = keys.shape
     group = heads // kv_heads
@@ -90,13 +122,22 @@ def capped_attention(queries: Floats, keys: Floats, values: Floats, window: int 
     hidden = np.arange(length) > position
     if window is not None:
         hidden |= np.arange(length) <= position - window
-    out = np.empty((n, heads, head_dim), dtype=np.float32)
+    width = values.shape[2]
+    out = np.empty((n, heads, width), dtype=np.float32)
     for head in range(kv_heads):
         ours = slice(head * group, (head + 1) * group)
-        scores = cap(queries[:, ours].reshape(n * group, head_dim) @ keys[head], bound).reshape(n, group, length)
+        scores = (queries[:, ours].reshape(n * group, head_dim) @ keys[head]).reshape(n, group, length)
+        if bound is not None:
+            cap(scores, bound)
         np.copyto(scores, np.float32(-np.inf), where=hidden[:, None])
-        scores -= scores.max(axis=-1, keepdims=True)
+        most = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            most = np.maximum(most, sinks[ours, None])
+        scores -= most
         np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-1, keepdims=True)
-        out[:, ours] = (scores.reshape(n * group, length) @ values[head]).reshape(n, group, head_dim)
-    return out.reshape(n, heads * head_dim)
+        total = scores.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[ours, None] - most)
+        scores /= total
+        out[:, ours] = (scores.reshape(n * group, length) @ values[head]).reshape(n, group, width)
+    return out.reshape(n, heads * width)

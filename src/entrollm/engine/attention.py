@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm import _core
-from entrollm.engine.arithmetic import capped_attention, rotate_neighbours
+from entrollm.engine.arithmetic import plain_attention, rotate_neighbours, sigmoid
 from entrollm.engine.cache import Attention
 from entrollm.engine.projection import Projection, offset_weight
 from entrollm.engine.weights import Floats, Weights, load_tensor
@@ -64,7 +64,8 @@ class SelfAttention:
         self._pool = weights.pool
         block, hidden = config.block, config.hidden_size
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        sizes = [wide + 2 * narrow] if config.is_fused else [wide, narrow, narrow]
+        queries = 2 * wide if config.has_output_gate else wide
+        sizes = [queries + 2 * narrow] if config.is_fused else [queries, narrow, narrow]
         qkv = {prefix + name: size for name, size in zip(block.qkv, sizes, strict=True)}
         self._qkv = Projection(weights, qkv, hidden, config.qkv_bias, block.is_transposed)
         output = {prefix + block.output: hidden}
@@ -78,13 +79,17 @@ class SelfAttention:
         elif config.qk_norm == "width":
             q, k = (load_tensor(weights, name, (size,)) for name, size in zip(names, (wide, narrow), strict=True))
             self._width_norms = offset_weight(config, q), offset_weight(config, k)
+        self._sinks: Floats | None = None
+        if config.has_sinks:
+            self._sinks = load_tensor(weights, prefix + block.sinks, (config.num_heads,))
+        is_native = config.attention_cap is None and self._sinks is None
         self._query_factor: np.float32 | None = None
-        if config.attention_cap is not None:
-            # The native attention scales its scores; the capped one leaves them as they are.
+        if not is_native:
+            # The native attention scales its scores; the plain one leaves them as they are.
             self._query_factor = np.float32(config.attention_scale or config.head_dim**-0.5)
         elif config.attention_scale is not None:
             self._query_factor = np.float32(config.attention_scale * config.head_dim**0.5)
-        self._mix = self._mix_natively if config.attention_cap is None else self._mix_capped
+        self._mix = self._mix_natively if is_native else self._mix_plainly
 
     def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
@@ -94,6 +99,11 @@ class SelfAttention:
         if config.is_qkv_by_head:
             by_head = qkv.reshape(len(x), config.num_kv_heads, -1, config.head_dim).swapaxes(1, 2)
             qkv = np.ascontiguousarray(by_head).reshape(qkv.shape)
+        gate: Floats | None = None
+        if config.has_output_gate:
+            pairs = qkv[:, : 2 * heads].reshape(len(x), heads, 2, config.head_dim)
+            gate = sigmoid(pairs[:, :, 1]).reshape(len(x), -1)
+            qkv = np.concatenate([pairs[:, :, 0], qkv[:, 2 * heads :]], axis=1)
         qk = qkv[:, :rotated_heads]
         if self._head_norms is not None:
             qk = _core.rms_norm(np.ascontiguousarray(qk), self._head_norms, config.norm_eps, self._pool)
@@ -108,7 +118,10 @@ class SelfAttention:
             queries *= self._query_factor
         if angles is not None and angles.query_factors is not None:
             queries *= angles.query_factors
-        return self._output(cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix))
+        mixed = cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix)
+        if gate is not None:
+            mixed *= gate
+        return self._output(mixed)
 
     def native(self, surroundings: _core.Surroundings) -> _core.AttentionBlock | None:
         """This part with what surrounds it as native code; None if that lacks an option or a kind of matrix.
@@ -117,7 +130,9 @@ class SelfAttention:
             CorruptStreamError: the bytes of a matrix are damaged.
         """
         config = self._config
-        if config.is_qkv_by_head or config.has_rotated_neighbours or config.attention_cap is not None:
+        if config.is_qkv_by_head or config.has_rotated_neighbours or config.has_output_gate or config.has_sinks:
+            return None
+        if config.attention_cap is not None:
             return None
         qkv, output = self._qkv.native(), self._output.native()
         if qkv is None or output is None:
@@ -140,5 +155,6 @@ class SelfAttention:
     def _mix_natively(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
         return _core.attention(queries, keys, values, window, self._pool)
 
-    def _mix_capped(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
-        return capped_attention(queries, keys, values, window, self._config.attention_cap or 0.0)
+    def _mix_plainly(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
+        bound = self._config.attention_cap
+        return plain_attention(queries, keys, values, window, bound=bound, sinks=self._sinks)

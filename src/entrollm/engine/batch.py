@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Cache, Mix, Positions
+from entrollm.engine.cache import Cache, LayerCache, Mix, Positions
+from entrollm.engine.state import Advance, RecurrentState
 from entrollm.engine.weights import Floats, Ids
 
 
@@ -80,8 +81,8 @@ def joined_angles(rows: Sequence[list[Angles | None]]) -> list[Angles | None]:
     return joined
 
 
-class SequencesAttention:
-    """Attention of one layer where each sequence of a pass looks back on its own tokens.
+class SequencesState:
+    """What one layer keeps, where each sequence of a pass looks back on its own tokens.
 
     Args:
         segments: what the rows of the pass are.
@@ -89,23 +90,35 @@ class SequencesAttention:
     """
 
     def __init__(self, segments: Sequence[Segment], layer: int) -> None:
-        self._caches = [segment.cache.layers[layer] for segment in segments]
+        self._states = [segment.cache.layers[layer] for segment in segments]
         self._ends = np.cumsum([len(segment.ids) for segment in segments]).tolist()
 
     def extend(self, n: int) -> list[Positions]:
         """Add each sequence's rows, n in all, to its cache; see Attention."""
-        starts = [0, *self._ends]
-        return [
-            positions
-            for cache, start, end in zip(self._caches, starts, self._ends, strict=False)
-            for positions in cache.extend(end - start)
-        ]
+        found: list[Positions] = []
+        start = 0
+        for cache, end in zip(self._states, self._ends, strict=True):
+            assert isinstance(cache, LayerCache)  # as the layer's own part asks for attention
+            found += cache.extend(end - start)
+            start = end
+        return found
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add each sequence's rows to its cache and mix values for them; see Attention."""
         parts = []
         start = 0
-        for cache, end in zip(self._caches, self._ends, strict=True):
+        for cache, end in zip(self._states, self._ends, strict=True):
+            assert isinstance(cache, LayerCache)  # as the layer's own part asks for attention
             parts.append(cache.attend(queries[start:end], keys[start:end], values[start:end], mix))
+            start = end
+        return np.concatenate(parts)
+
+    def advance(self, rows: Sequence[Floats], step: Advance) -> Floats:
+        """Bring each sequence's state forward by its rows; see Recurrence."""
+        parts = []
+        start = 0
+        for state, end in zip(self._states, self._ends, strict=True):
+            assert isinstance(state, RecurrentState)  # as the layer's own part asks for a state
+            parts.append(state.advance([part[start:end] for part in rows], step))
             start = end
         return np.concatenate(parts)

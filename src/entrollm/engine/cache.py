@@ -7,8 +7,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from entrollm.engine.state import NoState, RecurrentState
 from entrollm.engine.weights import Floats
-from entrollm.models.config import ModelConfig
+from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
 
 _INITIAL_POSITIONS = 256
 # Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
@@ -67,17 +68,23 @@ class Attention(Protocol):
 class LayerCache:
     """Keys and values of one layer; with a sliding window, only those that a later token can still see.
 
+    Args:
+        kv_heads, head_dim: of the keys.
+        window: positions that a token sees; None for all.
+        value_dim: features of a value; None if as many as of a key.
+
     Invariant: positions [first, first + held) lie in slots [start, start + held) of both buffers.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, window: int | None) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, window: int | None, value_dim: int | None = None) -> None:
         self._window = window
         self._start = 0
         self._held = 0
         self._first = 0
         # Keys lie feature by feature: that is the layout in which one query against all of them is a fast product.
         self._keys = np.empty((kv_heads, head_dim, 0), dtype=np.float32)
-        self._values = np.empty((kv_heads, 0, head_dim), dtype=np.float32)
+        width = head_dim if value_dim is None else value_dim
+        self._values = np.empty((kv_heads, 0, width), dtype=np.float32)
 
     @property
     def capacity(self) -> int:
@@ -129,7 +136,7 @@ class LayerCache:
     def fork(self, length: int) -> LayerCache:
         """A copy of the positions before `length`, in buffers of its own; can_truncate(length) must hold."""
         kv_heads, head_dim, _ = self._keys.shape
-        copy = LayerCache(kv_heads, head_dim, self._window)
+        copy = LayerCache(kv_heads, head_dim, self._window, self._values.shape[2])
         held = slice(self._start, self._start + max(0, length - self._first))
         copy.append(self._keys[:, :, held].transpose(2, 0, 1), self._values[:, held].transpose(1, 0, 2))
         copy._first = self._first if copy._held else length
@@ -149,19 +156,41 @@ class LayerCache:
         keys, values = self._keys[:, :, held], self._values[:, held]
         kv_heads, head_dim, _ = keys.shape
         self._keys = np.empty((kv_heads, head_dim, grown), dtype=np.float32)
-        self._values = np.empty((kv_heads, grown, head_dim), dtype=np.float32)
+        self._values = np.empty((kv_heads, grown, values.shape[2]), dtype=np.float32)
         self._keys[:, :, : self._held] = keys
         self._values[:, : self._held] = values
         self._start = 0
 
 
+LayerState = LayerCache | RecurrentState | NoState
+
+
+def new_layer_state(config: ModelConfig, index: int) -> LayerState:
+    """What layer `index` keeps of the tokens of a sequence."""
+    if config.layer_blocks and not config.layer_blocks[index].has_mixer:
+        return NoState()
+    match config.mixer(index):
+        case LatentAttention(rank=rank, rotated=rotated):
+            # The vectors that keys and values are made of, and the rotated features that all heads share.
+            return LayerCache(1, rank + rotated, config.windows[index], 0)
+        case GatedDelta() as form:
+            channels = 2 * form.key_heads * form.key_dim + form.value_heads * form.value_dim
+            return RecurrentState((form.kernel - 1, channels), (form.value_heads, form.key_dim, form.value_dim))
+        case ShortConvolution(kernel=kernel):
+            return RecurrentState((kernel - 1, config.hidden_size), None)
+        case Mamba2() as form:
+            channels = form.heads * form.head_dim + 2 * form.groups * form.state
+            return RecurrentState((form.kernel - 1, channels), (form.heads, form.state, form.head_dim))
+    return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
+
+
 class Cache:
-    """The state of one sequence: its token ids and every layer's keys and values.
+    """The state of one sequence: its token ids and every layer's keys and values, or its state.
 
     Attributes:
         ids: the tokens seen so far.
         is_long: whether the keys were rotated with longrope's long frequencies.
-        layers: one LayerCache per layer.
+        layers: what each layer keeps.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -185,10 +214,11 @@ class Cache:
 
     def reset(self) -> None:
         """Forget everything."""
-        config = self._config
         self.ids: list[int] = []
         self.is_long = False
-        self.layers = [LayerCache(config.num_kv_heads, config.head_dim, window) for window in config.windows]
+        self.layers: list[LayerState] = [
+            new_layer_state(self._config, index) for index in range(self._config.num_layers)
+        ]
 
     def shared(self, ids: Sequence[int]) -> int:
         """The number of tokens that reuse(ids) would keep and a fork for `ids` would start with."""
@@ -221,6 +251,8 @@ class Cache:
             length: at most what shared() returned for the sequence that goes on from there.
         """
         copy = Cache(self._config)
+        if length == 0:
+            return copy
         copy.ids = self.ids[:length]
         copy.is_long = self.is_long
         copy.layers = [layer.fork(length) for layer in self.layers]

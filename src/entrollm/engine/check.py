@@ -10,7 +10,7 @@ import numpy as np
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import text_names
 from entrollm.engine.decoder import Decoder
-from entrollm.engine.weights import Embedding, Floats, Ids, Linear
+from entrollm.engine.weights import Embedding, Floats, Ids, Linear, stacked_matrix
 from entrollm.errors import EntroLLMError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
@@ -41,17 +41,21 @@ class _Shapes:
         self.pool = start_pool(1)
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._shapes
+        return name in self._shapes or stacked_matrix(name, self._shapes.get) is not None
 
     def linear(self, *names: str) -> Linear:
-        return _Matrix(self._shapes[names[0]])
+        return _Matrix(self._shape(names[0]))
 
     def embedding(self, name: str, /) -> Embedding:
-        return _Matrix(self._shapes[name])
+        return _Matrix(self._shape(name))
 
     def tensor(self, name: str, /) -> Floats:
         zeros: Floats = np.broadcast_to(np.float32(0), self._shapes[name])
         return zeros
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        stacked = None if name in self._shapes else stacked_matrix(name, self._shapes.get)
+        return self._shapes[name] if stacked is None else self._shapes[stacked[0]][1:]
 
 
 class _Matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,12 +11,13 @@ from entrollm import _core
 from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
-from entrollm.engine.batch import Segment, SequencesAttention, SequenceStep, joined_angles, passes
-from entrollm.engine.cache import Attention, Cache
+from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
+from entrollm.engine.cache import Cache, LayerCache, LayerState
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
+from entrollm.engine.mixers import make_mixer
 from entrollm.engine.projection import Norm, Projection, load_norm
-from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding
+from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
 from entrollm.errors import CorruptStreamError
 from entrollm.models.config import ModelConfig
 
@@ -69,9 +71,11 @@ class Decoder:
         self._norm = load_norm(config, weights, config.names.norm)
         names = config.names
         head = output_head(weights, is_tied=config.tied_embeddings, embedding=names.embedding, head=names.head)
-        self._head = Projection(
-            weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, config.head_bias
-        )
+        bias: Floats | bool = False
+        if config.head_bias:
+            # A head that is the embedding has a bias of its own.
+            bias = load_tensor(weights, f"{names.head.removesuffix('.weight')}.bias", (config.vocab_size,))
+        self._head = Projection(weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, bias)
         self._rotations = Rotations(config)
 
     def new_cache(self) -> Cache:
@@ -155,9 +159,7 @@ class Decoder:
         angles = rows[0] if only else joined_angles(rows)
         x = entering[0] if only else np.concatenate(entering)
         for index, layer in enumerate(self._layers):
-            x = layer(
-                x, angles[index], segments[0].cache.layers[index] if only else SequencesAttention(segments, index)
-            )
+            x = layer(x, angles[index], segments[0].cache.layers[index] if only else SequencesState(segments, index))
         return x
 
 
@@ -172,6 +174,8 @@ class Layer:
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        if config.layer_blocks:
+            config = replace(config, block=config.layer_blocks[index])
         prefix, block = f"{config.names.layers}{index}.", config.block
 
         def norm(name: str | None) -> Norm | None:
@@ -182,10 +186,12 @@ class Layer:
             norm(block.attention_output_norm),
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
-        self._attention = SelfAttention(config, weights, prefix)
+        self._attention = make_mixer(config, weights, prefix, index) if block.has_mixer else None
         experts = config.experts[index] if config.experts else None
-        self._feed_forward: FeedForward | MixedExperts
-        if experts is None:
+        self._feed_forward: FeedForward | MixedExperts | None = None
+        if not block.has_mlp:
+            pass
+        elif experts is None:
             self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         else:
             self._feed_forward = MixedExperts(config, weights, prefix, experts)
@@ -197,18 +203,27 @@ class Layer:
         self._native_feed_forward: _core.FeedForwardBlock | None = None
         self._is_prepared = False
 
-    def __call__(self, x: Floats, angles: Angles | None, cache: Attention) -> Floats:
-        """float32 (n, hidden_size) -> a new float32 (n, hidden_size)."""
+    def __call__(self, x: Floats, angles: Angles | None, state: LayerState | SequencesState) -> Floats:
+        """float32 (n, hidden_size) -> a new float32 (n, hidden_size).
+
+        Args:
+            x: the residual stream.
+            angles: of the rotation; None if the layer does not rotate.
+            state: what the layer keeps of the sequence, or of each sequence in the pass.
+        """
         if not self._is_prepared:
             self._prepare()
-        normalised = x
+        normalised = mixed = x
         if self._native_attention is not None:
+            assert isinstance(state, LayerCache | SequencesState)  # as attention asks for
             turns = (None, None, None) if angles is None else (angles.cosines, angles.sines, angles.query_factors)
-            mixed = _run(self._native_attention, x, *turns, cache.extend(len(x)), self._pool)
-        else:
+            mixed = _run(self._native_attention, x, *turns, state.extend(len(x)), self._pool)
+        elif self._attention is not None:
             if self._attention_norm is not None:
                 normalised = self._attention_norm(x)
-            mixed = self._added(self._attention(normalised, angles, cache), self._attention_output_norm, x)
+            mixed = self._added(self._attention(normalised, angles, state), self._attention_output_norm, x)
+        if self._feed_forward is None:
+            return mixed
         if self._native_feed_forward is not None:
             return _run(self._native_feed_forward, mixed, self._pool)
         read = x if self._is_parallel else mixed
@@ -231,7 +246,7 @@ class Layer:
         """Make the native parts, once the matrices have their final form."""
         if not self._is_parallel:
             around = self._surroundings(self._attention_norm, self._attention_output_norm)
-            if around is not None:
+            if around is not None and isinstance(self._attention, SelfAttention):
                 self._native_attention = self._attention.native(around)
             around = self._surroundings(self._mlp_norm, self._mlp_output_norm)
             if around is not None and isinstance(self._feed_forward, FeedForward):

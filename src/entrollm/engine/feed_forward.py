@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from entrollm import _core
-from entrollm.engine.arithmetic import ACTIVATIONS
+from entrollm.engine.arithmetic import ACTIVATIONS, clamped_glu
 from entrollm.engine.projection import Apply, Projection
 from entrollm.engine.weights import Floats, Weights
 from entrollm.models.config import Mlp, ModelConfig
@@ -20,22 +22,35 @@ class FeedForward:
         weights: its tensors.
         prefix: what the names of the layer start with.
         mlp: the part.
+        biases: of the projections into and out of it, where their names do not tell.
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, mlp: Mlp) -> None:
-        block, hidden, inner = config.block, config.hidden_size, mlp.size
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        prefix: str,
+        mlp: Mlp,
+        biases: tuple[Floats, Floats] | None = None,
+    ) -> None:
+        hidden, inner = config.hidden_size, mlp.size
         width = 2 * inner if config.is_gated else inner
+        up_bias, down_bias = biases or (mlp.has_bias, mlp.has_bias)
         up = {prefix + name: width // len(mlp.up) for name in mlp.up}
-        self._up = Projection(weights, up, hidden, config.mlp_bias, block.is_transposed)
+        self._up = Projection(weights, up, hidden, up_bias, mlp.is_transposed, mlp.suffix)
         down = {prefix + mlp.down: hidden}
-        self._down = Projection(weights, down, inner, config.mlp_bias, block.is_transposed)
+        self._down = Projection(weights, down, inner, down_bias, mlp.is_transposed, mlp.suffix)
         self._inner = inner
         self._pool = weights.pool
         self._function = ACTIVATIONS[config.activation]
-        self._gated_natively = _GATED.get(config.activation) if config.is_gated else None
+        self._gated_natively = None
         self._activate: Apply = self._gated if config.is_gated else self._function
+        if mlp.glu is not None:
+            self._activate = partial(clamped_glu, mlp.glu.slope, mlp.glu.limit)
+        elif config.is_gated:
+            self._gated_natively = _GATED.get(config.activation)
 
     def __call__(self, x: Floats) -> Floats:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""

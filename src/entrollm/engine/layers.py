@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm.engine.attention import Rotations
-from entrollm.engine.cache import LayerCache
+from entrollm.engine.cache import new_layer_state
 from entrollm.engine.decoder import Embeddings, Layer
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.models.config import ModelConfig
@@ -34,8 +34,6 @@ class LayerWalk:
         Raises:
             FormatError: a tensor of the layer is missing or has the wrong shape.
         """
-        config = self._config
-        layer = Layer(config, weights, index)
+        layer = Layer(self._config, weights, index)
         for number, x in enumerate(self.hidden):
-            cache = LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
-            self.hidden[number] = np.asarray(layer(x, self._angles[index], cache))
+            self.hidden[number] = np.asarray(layer(x, self._angles[index], new_layer_state(self._config, index)))

@@ -12,7 +12,7 @@ from entrollm import _core
 from entrollm.checkpoint.names import text_names
 from entrollm.codec.words import encode_words, word_type
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
-from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear
+from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear, stacked_matrix
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import to_float32
 from entrollm.format.code import RAW_BITS, Code, Field
@@ -144,11 +144,11 @@ class CodedWeights:
         self._dense: dict[str, DenseMatrix] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._names
+        return name in self._names or self._stacked(name) is not None
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
-        if all(self._names[name] in self._model.specs for name in names):
+        if all(self._names.get(name) in self._model.specs for name in names):
             slots = [self._slot(name) for name in names]
             self._multiplied.update(zip(names, slots, strict=True))
             return CodedLinear(slots, self.pool)
@@ -158,7 +158,7 @@ class CodedWeights:
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
-        if self._names[name] in self._model.specs:
+        if self._names.get(name) in self._model.specs:
             self._looked_up[name] = self._slot(name)
             return CodedEmbedding(self._looked_up[name], self.pool)
         return self._kept(name)
@@ -170,13 +170,15 @@ class CodedWeights:
             CorruptStreamError: its bytes differ from their checksum.
             FormatError: it is a coded matrix, or is not of a floating type.
         """
-        stored = self._names[name]
+        stacked = self._stacked(name)
+        stored = self._names[name] if stacked is None else stacked[0]
         if stored in self._model.specs:
             raise FormatError(f"{name}: it is a coded matrix, config.json asks for a vector")
         if self._checks:
             self._model.check_checksum(stored)
+        array = self._model.array(stored)
         try:
-            return to_float32(self._model.array(stored))
+            return to_float32(array if stacked is None else array[stacked[1]])
         except TypeError as error:
             raise FormatError(f"{name}: {error}") from None
 
@@ -186,6 +188,17 @@ class CodedWeights:
         looked_up = list(self._looked_up.values()) if self._checks else []
         if slots or looked_up:
             prepare_ahead(slots, looked_up, self.pool)
+
+    def _stacked(self, name: str) -> tuple[str, int] | None:
+        """The kept tensor of three axes that holds the matrix `name`, and its number in it; None if none does."""
+        if name in self._names:
+            return None
+        found = stacked_matrix(name, self._kept_shape)
+        return None if found is None else (self._names[found[0]], found[1])
+
+    def _kept_shape(self, name: str) -> tuple[int, ...] | None:
+        stored = self._names.get(name)
+        return self._model.array(stored).shape if stored in self._model.plain else None
 
     def _slot(self, name: str) -> MatrixSlot:
         if name not in self._slots:
@@ -227,7 +240,7 @@ class DenseWeights:
         self._matrices: dict[str, DenseMatrix] = {}
 
     def __contains__(self, name: str, /) -> bool:
-        return name in self._names
+        return name in self._names or self._stacked(name) is not None
 
     def linear(self, *names: str) -> Linear:
         """The matrices `names`, their outputs side by side, to multiply with."""
@@ -244,8 +257,24 @@ class DenseWeights:
 
     def _matrix(self, name: str) -> DenseMatrix:
         if name not in self._matrices:
-            self._matrices[name] = self._open(self._names[name])
+            stacked = self._stacked(name)
+            if stacked is not None:
+                stack, index = stacked
+                self._matrices[name] = _dense(name, self._checkpoint.read_float32(stack, index, index + 1)[0])
+            else:
+                self._matrices[name] = self._open(self._names[name])
         return self._matrices[name]
+
+    def _stacked(self, name: str) -> tuple[str, int] | None:
+        """The tensor of three axes that holds the matrix `name`, and its number in it; None if none does."""
+        if name in self._names:
+            return None
+        found = stacked_matrix(name, self._shape)
+        return None if found is None else (self._names[found[0]], found[1])
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        stored = self._names.get(name)
+        return None if stored is None else self._checkpoint.tensors[stored].shape
 
     def _open(self, stored: str) -> DenseMatrix:
         """The matrix of a stored name."""

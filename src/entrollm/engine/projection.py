@@ -23,10 +23,11 @@ class Projection:
 
     Args:
         weights: the model's tensors.
-        outputs: out_features of each part, by name without `.weight`.
+        outputs: out_features of each part, by name without the suffix.
         in_features: of every part.
-        has_bias: whether every part has one.
+        bias: whether every part has one, named `.bias`; or the biases of all parts.
         is_transposed: the matrix, of which there is one, is stored as (in_features, out_features).
+        suffix: what the names of the matrices end with.
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
@@ -36,18 +37,21 @@ class Projection:
         weights: Weights,
         outputs: dict[str, int],
         in_features: int,
-        has_bias: bool,
+        bias: bool | Floats,
         is_transposed: bool = False,
+        suffix: str = ".weight",
     ) -> None:
         self._linear: Apply
         if is_transposed:
             ((name, size),) = outputs.items()
-            self._linear = _Transposed(load_embedding(weights, f"{name}.weight", (in_features, size)))
+            self._linear = _Transposed(load_embedding(weights, name + suffix, (in_features, size)))
         else:
-            shapes = {f"{name}.weight": (size, in_features) for name, size in outputs.items()}
+            shapes = {name + suffix: (size, in_features) for name, size in outputs.items()}
             self._linear = load_linear(weights, shapes)
         self._bias: Floats | None = None
-        if has_bias:
+        if not isinstance(bias, bool):
+            self._bias = bias
+        elif bias:
             parts = [load_tensor(weights, f"{name}.bias", (size,)) for name, size in outputs.items()]
             self._bias = np.concatenate(parts)
 

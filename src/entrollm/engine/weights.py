@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import check_finite
+from entrollm.format.layout import stack_member
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -60,6 +61,20 @@ class Weights(Protocol):
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` (a norm or a bias) in float32."""
+
+
+def stacked_matrix(name: str, shape_of: Callable[[str], tuple[int, ...] | None]) -> tuple[str, int] | None:
+    """The tensor of three axes that holds the matrix `name`, and the number of the matrix in it.
+
+    Args:
+        name: as `format.layout.member_name` makes it.
+        shape_of: the shape of a stored tensor; None if there is none of this name.
+    Returns:
+        None if no stored tensor holds it.
+    """
+    member = stack_member(name)
+    shape = None if member is None else shape_of(member[0])
+    return member if member is not None and shape is not None and len(shape) == 3 and member[1] < shape[0] else None
 
 
 def load_linear(weights: Weights, shapes: Mapping[str, tuple[int, int]]) -> Linear:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from entrollm.errors import FormatError
-from entrollm.models.config import Experts, Mlp
+from entrollm.models.config import Experts, Mlp, Routing
 from entrollm.models.config_fields import Fields
 
 _MAX_EXPERTS = 2**16
@@ -12,6 +12,11 @@ _MAX_EXPERTS = 2**16
 def named_mlp(prefix: str, size: int) -> Mlp:
     """A gated part with the usual names."""
     return Mlp(up=(f"{prefix}.gate_proj", f"{prefix}.up_proj"), down=f"{prefix}.down_proj", size=size)
+
+
+def stacked_mlp(prefix: str, size: int) -> Mlp:
+    """A gated part of experts that lie in tensors of three axes with the usual names."""
+    return Mlp(up=(f"{prefix}.gate_up_proj.{{}}",), down=f"{prefix}.down_proj.{{}}", size=size, suffix="")
 
 
 def read_counts(fields: Fields, default_count: int, default_used: int) -> tuple[int, int]:
@@ -27,6 +32,56 @@ def read_counts(fields: Fields, default_count: int, default_used: int) -> tuple[
     if used > count:
         raise FormatError(f"{fields.source}: num_experts_per_tok {used} is more than {key} {count}")
     return count, used
+
+
+def read_corrected_experts(
+    fields: Fields, *, count: int, used: int, size: int, scale: float, groups: tuple[int, int] = (1, 1)
+) -> Experts:
+    """Experts chosen by sigmoids plus a correction, within groups, as DeepSeek V3 has them.
+
+    Args:
+        fields: of config.json.
+        count, used, size, scale, groups: what it means by default: experts, those of a token, their features, the
+            factor on their weights, and the groups of all and of a token.
+    Raises:
+        FormatError: a value is malformed, or the groups do not share the experts.
+    """
+    count, used = fields.integer("n_routed_experts", count), fields.integer("num_experts_per_tok", used)
+    all_groups, used_groups = read_groups(fields, count, used, groups)
+    size = fields.integer("moe_intermediate_size", size)
+    shared = fields.integer("n_shared_experts", 1, low=0)
+    return Experts(
+        count=count,
+        used=used,
+        router="mlp.gate",
+        expert=named_mlp("mlp.experts.{}", size),
+        stack=stacked_mlp("mlp.experts", size),
+        normalises=fields.flag("norm_topk_prob", True),
+        routing=Routing(
+            scores="sigmoid",
+            correction="mlp.gate.e_score_correction_bias",
+            groups=all_groups,
+            used_groups=used_groups,
+            best=2,
+            scale=fields.factor("routed_scaling_factor", scale),
+        ),
+        shared=named_mlp("mlp.shared_experts", size * shared) if shared else None,
+    )
+
+
+def read_groups(fields: Fields, count: int, used: int, default: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """Into how many groups the experts are divided, and in how many of them a token finds its own.
+
+    Raises:
+        FormatError: the groups do not share the experts evenly, or have too few for a token.
+    """
+    groups, used_groups = fields.integer("n_group", default[0]), fields.integer("topk_group", default[1])
+    if count % groups or used_groups > groups or used > count // groups * used_groups:
+        raise FormatError(
+            f"{fields.source}: {used} of {count} experts cannot come from {used_groups} (topk_group) of {groups} "
+            "(n_group) equal groups"
+        )
+    return groups, used_groups
 
 
 def sparse_layers(fields: Fields, num_layers: int, experts: Experts) -> tuple[Experts | None, ...]:

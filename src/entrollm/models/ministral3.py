@@ -5,6 +5,7 @@ from dataclasses import replace
 from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
 from entrollm.models.read import Defaults, read_decoder, uniform_windows
+from entrollm.models.rope import with_query_growth
 
 _DEFAULTS = Defaults(context_length=262144, head_dim=128, kv_heads=8, norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
 _ROPE = {
@@ -25,11 +26,8 @@ def read_config(fields: Fields) -> ModelConfig:
     if "rope_parameters" not in fields and "rope_scaling" not in fields:
         fields = fields.updated(Fields({"rope_parameters": _ROPE}, fields.source))
     config = read_decoder(fields, _DEFAULTS)
-    section = fields.section("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
-    beta = section.number("llama_4_scaling_beta", 0.0)
-    length = section.integer("original_max_position_embeddings", high=2**31) if beta else 0
     return replace(
         config,
-        rope=replace(config.rope, query_growth=beta, growth_length=length),
+        rope=with_query_growth(config.rope, fields),
         windows=uniform_windows(fields, config.num_layers),
     )

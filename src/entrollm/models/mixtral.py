@@ -11,10 +11,10 @@ _DEFAULTS = Defaults(context_length=131072, kv_heads=8, norm_eps=1e-5, theta=1e6
 _PLACE = "block_sparse_moe"
 
 
-def read_config(fields: Fields) -> ModelConfig:
-    """Read a mixtral config.json."""
-    config = read_decoder(fields, _DEFAULTS)
-    count, used = read_counts(fields, 8, 2)
+def read_config(fields: Fields, defaults: Defaults = _DEFAULTS, count: int = 8) -> ModelConfig:
+    """Read a mixtral config.json, or one of an architecture with other defaults."""
+    config = read_decoder(fields, defaults)
+    count, used = read_counts(fields, count, 2)
     experts = Experts(
         count=count,
         used=used,

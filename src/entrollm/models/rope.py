@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ class Rope:
         scale: factor on the cosines and sines.
         long_frequencies: used instead, for every position, once the sequence is longer than `switch_length` (longrope).
         switch_length: tokens.
+        long_scale: the factor where the long frequencies are used; None if it is `scale`.
         context_factor: how far this variant stretches max_position_embeddings.
         query_growth: queries are multiplied by 1 + query_growth * log(1 + position // growth_length); 0 is off.
         growth_length: tokens.
@@ -36,6 +37,7 @@ class Rope:
     scale: float = 1.0
     long_frequencies: Floats | None = None
     switch_length: int = 0
+    long_scale: float | None = None
     context_factor: float = 1.0
     query_growth: float = 0.0
     growth_length: int = 0
@@ -71,11 +73,11 @@ class RopeTables:
         return factors
 
     def _compute(self, length: int, is_long: bool) -> tuple[Floats, Floats]:
-        long = self._rope.long_frequencies
-        frequencies = long if is_long and long is not None else self._rope.frequencies
+        rope, long, long_scale = self._rope, self._rope.long_frequencies, self._rope.long_scale
+        frequencies = long if is_long and long is not None else rope.frequencies
         # Angles are rounded to float32 before the cosine, as in the models' training code.
         angles = np.arange(length, dtype=np.float32)[:, None, None] * frequencies
-        scale = np.float32(self._rope.scale)
+        scale = np.float32(long_scale if is_long and long_scale is not None else rope.scale)
         return np.cos(angles) * scale, np.sin(angles) * scale
 
 
@@ -133,6 +135,18 @@ def read_rope(config: Fields, heads: RotatedHeads) -> Rope:
     key = heads.keys.get("rope_theta", "rope_theta")
     theta = config.number(key, heads.theta, low=1.0, high=MAX_FACTOR)
     return read_rope_section(config, fields, heads, theta)
+
+
+def with_query_growth(rope: Rope, config: Fields) -> Rope:
+    """The rotary embedding with the growth of queries that its section in config.json states, if it does.
+
+    Raises:
+        FormatError: a value is malformed.
+    """
+    fields = config.section("rope_scaling" if config.raw("rope_scaling") else "rope_parameters")
+    growth = fields.number("llama_4_scaling_beta", 0.0)
+    length = fields.integer("original_max_position_embeddings", high=_MAX_CONTEXT) if growth else 0
+    return replace(rope, query_growth=growth, growth_length=length)
 
 
 def read_rope_section(config: Fields, fields: Fields, heads: RotatedHeads, theta: float) -> Rope:

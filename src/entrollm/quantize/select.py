@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Modules that hold fused experts.
+_EXPERTS = frozenset({"experts", "block_sparse_moe"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
 
 def is_stack(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor holds the fused matrices of experts: three axes, the first over the experts."""
-    return len(shape) == 3 and "experts" in name.split(".") and 0 not in shape
+    return len(shape) == 3 and not _EXPERTS.isdisjoint(name.split(".")) and 0 not in shape
 
 
 def _check_bits(bits: int) -> None:
