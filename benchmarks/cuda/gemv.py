@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -32,6 +33,8 @@ DEVICE = torch.device("cuda", 0)
 # Of weights in every measurement, so that the second-level cache holds none of them.
 DISTINCT_BYTES = 600 << 20
 REPLAYS = 15
+# Launches of a graph at least, so that starting it counts little.
+LAUNCHES = 20
 # Columns that share a scale of the int4 baseline.
 GROUP = 128
 # Divisions of work that baselines may take: warps a block, rows a warp, loads ahead, blocks a multiprocessor.
@@ -84,21 +87,21 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median_us": statistics.median(times), "min_us": min(times), "max_us": max(times)}
 
 
-def measure_bf16(rows: int, columns: int) -> dict[str, float]:
+def measure_bf16(rows: int, columns: int, distinct_bytes: int = DISTINCT_BYTES * 3) -> dict[str, float]:
     """cuBLAS through torch."""
-    copies = max(4, DISTINCT_BYTES * 3 // (2 * rows * columns))
+    copies = max(1, distinct_bytes // (2 * rows * columns))
     weights = [torch.randn(rows, columns, device=DEVICE).bfloat16() for _ in range(copies)]
     x = torch.randn(1, columns, device=DEVICE).bfloat16()
     y = torch.empty(1, rows, device=DEVICE).bfloat16()
-    return summary(graph_times(lambda i: torch.matmul(x, weights[i].T, out=y), copies))
+    return summary(graph_times(lambda i: torch.matmul(x, weights[i % copies].T, out=y), max(copies, LAUNCHES)))
 
 
-def measure_uncoded(bits: int, rows: int, columns: int) -> dict[str, float]:
+def measure_uncoded(bits: int, rows: int, columns: int, distinct_bytes: int = DISTINCT_BYTES * 2) -> dict[str, float]:
     """The hand-written int8 or int4 product, checked against float64, with the fastest of several divisions of work."""
     edge = 1 << bits - 1
     weights = torch.randint(-edge, edge, (rows, columns), device=DEVICE, dtype=torch.int8)
     first = _packed(weights) if bits == 4 else weights
-    copies = [first.clone() for _ in range(max(4, DISTINCT_BYTES * 2 // first.numel()))]
+    copies = [first.clone() for _ in range(max(1, distinct_bytes // first.numel()))]
     groups = columns // GROUP if bits == 4 else 1
     scale = (torch.rand(rows, groups, device=DEVICE) + 0.5).to(torch.bfloat16 if bits == 4 else torch.float32)
     x = torch.randn(columns, device=DEVICE).bfloat16()
@@ -114,7 +117,7 @@ def measure_uncoded(bits: int, rows: int, columns: int) -> dict[str, float]:
         function = _uncoded(macros, columns)
 
         def launch(i: int, function: Function = function, warps: int = warps, blocks: int = blocks) -> None:
-            values[0] = ctypes.c_void_p(copies[i].data_ptr())
+            values[0] = ctypes.c_void_p(copies[i % len(copies)].data_ptr())
             grid = torch.cuda.get_device_properties(DEVICE).multi_processor_count * blocks
             function.launch(values, grid, warps * 32, overlap=True)
 
@@ -122,16 +125,29 @@ def measure_uncoded(bits: int, rows: int, columns: int) -> dict[str, float]:
         launch(0)
         error = float((y.double() - expected).norm() / expected.norm())
         assert error < 0.02, (macros, error)
-        found.append({**summary(graph_times(launch, len(copies))), "error": error, **dict(macros), "blocks": blocks})
+        found.append(
+            {
+                **summary(graph_times(launch, max(len(copies), LAUNCHES))),
+                "error": error,
+                **dict(macros),
+                "blocks": blocks,
+            }
+        )
     return min(found, key=lambda row: row["median_us"])
 
 
 def _uncoded(macros: tuple[tuple[str, int], ...], columns: int) -> Function:
     from cuda.core import ObjectCode
 
+    code = ObjectCode.from_cubin(_uncoded_cubin(macros))
+    # The digits lie behind what CUDA reserves and the kernel's variables.
+    return Function(code.get_kernel("multiply_uncoded"), DEVICE, columns + (2 << 10))
+
+
+@functools.cache
+def _uncoded_cubin(macros: tuple[tuple[str, int], ...]) -> bytes:
     source = (Path(__file__).parent / "uncoded.cu").read_text()
-    cubin = kernels.compile_source(source, torch.cuda.get_device_capability(DEVICE), macros)
-    return Function(ObjectCode.from_cubin(cubin).get_kernel("multiply_uncoded"), DEVICE, columns)
+    return kernels.compile_source(source, kernels.Target(torch.cuda.get_device_capability(DEVICE)), macros)
 
 
 def _packed(weights: Tensor) -> Tensor:

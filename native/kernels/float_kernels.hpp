@@ -66,6 +66,9 @@ struct FloatKernels {
   // out = gate / (1 + exp(-gate)) * up.
   void (*swiglu)(const float* gate, const float* up, std::size_t count, float* out);
 
+  // out = gelu(gate) * up, where gelu is the approximation by a hyperbolic tangent.
+  void (*geglu)(const float* gate, const float* up, std::size_t count, float* out);
+
   // outputs = softmax(queries keys * scale) values, each row over the positions that it sees.
   void (*attend)(const AttentionTile& tile);
 };

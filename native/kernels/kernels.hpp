@@ -10,6 +10,7 @@
 #include "kernels/flat_kernels.hpp"
 #include "kernels/float_kernels.hpp"
 #include "kernels/grouped_kernels.hpp"
+#include "kernels/lossless_kernels.hpp"
 
 namespace entrollm {
 
@@ -186,6 +187,7 @@ struct Kernels {
   const EncodeKernels* encode = &kScalarEncodeKernels;
   const FlatKernels* flat = &kScalarFlatKernels;
   const GroupedKernels* grouped = &kScalarGroupedKernels;
+  const LosslessKernels* lossless = &kScalarLosslessKernels;
   const FloatKernels* floats = &kPortableFloatKernels;
 };
 

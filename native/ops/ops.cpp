@@ -54,8 +54,9 @@ void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, st
 void run(ThreadPool& pool, const RmsNorm& op) {
   for_rows(pool, op.rows, op.features, [&](std::size_t begin, std::size_t end) {
     for (std::size_t row = begin; row < end; ++row) {
-      const float* weight = op.weight + row % op.weight_rows * op.features;
-      const std::size_t at = row * op.features;
+      const std::size_t place = row % op.weight_rows * op.features;
+      const float* weight = op.weight + place;
+      const std::size_t at = row / op.weight_rows * op.stride + place;
       kernels().floats->rms_norm(op.x + at, weight, op.features, op.eps, op.out + at);
     }
   });
@@ -72,12 +73,13 @@ void run(ThreadPool& pool, const Rotation& op) {
   });
 }
 
-void run(ThreadPool& pool, const Swiglu& op) {
+void run(ThreadPool& pool, const GatedUnits& op) {
+  const auto gated = op.gate == Gate::kSilu ? kernels().floats->swiglu : kernels().floats->geglu;
   constexpr std::size_t kExpCost = 4;
   for_rows(pool, op.rows, op.features * kExpCost, [&](std::size_t begin, std::size_t end) {
     for (std::size_t row = begin; row < end; ++row) {
       const float* gate = op.gate_up + row * 2 * op.features;
-      kernels().floats->swiglu(gate, gate + op.features, op.features, op.out + row * op.features);
+      gated(gate, gate + op.features, op.features, op.out + row * op.features);
     }
   });
 }

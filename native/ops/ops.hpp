@@ -9,13 +9,14 @@
 namespace entrollm {
 
 // out[i] = x[i] / sqrt(mean(x[i]^2) + eps) * weight[i % weight_rows]; x and out are (rows,
-// features).
+// features), which may be the same array. Sets of weight_rows rows begin `stride` floats apart.
 struct RmsNorm {
   const float* x;
   std::size_t rows;
   std::size_t features;
   const float* weight;
   std::size_t weight_rows;
+  std::size_t stride;
   float eps;
   float* out;
 };
@@ -35,14 +36,16 @@ struct Rotation {
 };
 void run(ThreadPool& pool, const Rotation& op);
 
-// out[i] = silu(first half of gate_up[i]) * second half; gate_up is (rows, 2 * features).
-struct Swiglu {
+// out[i] = gate(first half of gate_up[i]) * second half; gate_up is (rows, 2 * features).
+enum class Gate { kSilu, kGelu };
+struct GatedUnits {
   const float* gate_up;
   std::size_t rows;
   std::size_t features;
+  Gate gate;
   float* out;
 };
-void run(ThreadPool& pool, const Swiglu& op);
+void run(ThreadPool& pool, const GatedUnits& op);
 
 // Causal attention of the last `tokens` of `length` positions. heads / kv_heads query heads share a
 // key-value head.

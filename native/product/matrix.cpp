@@ -129,6 +129,20 @@ std::size_t CodedMatrix::for_blocks(std::size_t begin, std::size_t end,
   return SIZE_MAX;
 }
 
+std::size_t CodedMatrix::decode_rows(std::size_t row_block, std::uint8_t* out) const {
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  const std::size_t rows = geometry_.rows_in(row_block);
+  for (std::size_t part = 0; part < geometry_.parts(); ++part) {
+    if (!decode_part(row_block, part, scratch)) return row_block * geometry_.parts() + part;
+    const std::size_t width = geometry_.columns_in(part);
+    for (std::size_t row = 0; row < rows; ++row) {
+      std::memcpy(out + row * geometry_.padded_columns() + part * geometry_.block_columns,
+                  scratch.block() + row * width, width);
+    }
+  }
+  return SIZE_MAX;
+}
+
 void CodedMatrix::copy_rows(std::size_t row_block, std::size_t part, std::size_t begin,
                             std::size_t end, const std::uint8_t* block, std::uint8_t* out) const {
   const std::size_t width = geometry_.columns_in(part);

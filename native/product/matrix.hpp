@@ -73,6 +73,10 @@ class CodedMatrix {
   std::size_t for_blocks(std::size_t begin, std::size_t end,
                          const std::function<void(const DecodedBlock&)>& take) const;
 
+  // Writes the symbols of a row block, padded columns included, to out: (rows, padded columns).
+  // Returns a block that does not decode, or SIZE_MAX.
+  std::size_t decode_rows(std::size_t row_block, std::uint8_t* out) const;
+
   // Writes the symbols of rows [begin, end) to out, (end - begin, columns). Throws CorruptBlock.
   void decode(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
 

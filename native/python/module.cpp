@@ -51,14 +51,6 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
 
-// A flat matrix has streams of its own and shares the scales of the coded one.
-struct PyFlatMatrix {
-  Vector<float> scale;
-  std::optional<Vector<float>> offset;
-  std::optional<Vector<float>> column_scale;
-  FlatMatrix matrix;
-};
-
 std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool) {
   const auto make = [&] {
     const nb::gil_scoped_release release;
@@ -67,8 +59,6 @@ std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool)
   return std::unique_ptr<PyFlatMatrix>(
       new PyFlatMatrix{coded.scale, coded.offset, coded.column_scale, make()});
 }
-
-using PyAnyMatrix = std::variant<const PyMatrix*, const PyFlatMatrix*>;
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
@@ -224,5 +214,7 @@ NB_MODULE(_core, m) {
         "block_columns"_a);
   m.def("histogram", &histogram, "symbols"_a);
   bind_grouped(m);
+  bind_layer(m);
+  bind_lossless(m);
   bind_ops(m);
 }

@@ -31,7 +31,13 @@ nanobind::ndarray<nanobind::numpy, T> own(T* data, const std::size_t (&shape)[N]
 // Adds the functions of native/ops to the module.
 void bind_ops(nanobind::module_& m);
 
+// Adds the halves of a decoder layer.
+void bind_layer(nanobind::module_& m);
+
 // Adds matrices with group scales.
 void bind_grouped(nanobind::module_& m);
+
+// Adds lossless matrices.
+void bind_lossless(nanobind::module_& m);
 
 }  // namespace entrollm

@@ -9,7 +9,6 @@
 #include <string>
 #include <utility>
 
-#include "product/grouped.hpp"
 #include "python/module_matrix.hpp"
 
 namespace nb = nanobind;
@@ -17,9 +16,6 @@ using namespace nb::literals;
 
 namespace entrollm {
 namespace {
-
-// The bytes of an array, and the safetensors name of the type of its elements.
-using StoredArray = std::pair<Vector<std::uint8_t>, std::string>;
 
 Element element_of(const std::string& type) {
   if (type == "F32") return Element::kFloat32;
@@ -49,13 +45,6 @@ const void* checked(const StoredArray& array, std::size_t count) {
   }
   return array.first.data();
 }
-
-struct PyGroupedMatrix {
-  nb::object owner;  // of the coded matrix
-  std::vector<StoredArray> arrays;
-  std::optional<Vector<float>> values;
-  GroupedMatrix matrix;
-};
 
 // The arrays of a part, `values` and perhaps `supers`, by the names of the format.
 struct PartArrays {

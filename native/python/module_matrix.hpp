@@ -1,9 +1,15 @@
-// The coded matrix as Python holds it.
+// Matrices as Python holds them.
 #pragma once
 
 #include <optional>
 #include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
 
+#include "product/flat_matrix.hpp"
+#include "product/grouped.hpp"
 #include "product/matrix.hpp"
 #include "python/module_arrays.hpp"
 
@@ -22,6 +28,26 @@ struct PyMatrix {
   std::optional<Vector<float>> offset;
   std::optional<Vector<float>> column_scale;
   CodedMatrix matrix;
+};
+
+// A flat matrix has streams of its own and shares the scales of the coded one.
+struct PyFlatMatrix {
+  Vector<float> scale;
+  std::optional<Vector<float>> offset;
+  std::optional<Vector<float>> column_scale;
+  FlatMatrix matrix;
+};
+
+using PyAnyMatrix = std::variant<const PyMatrix*, const PyFlatMatrix*>;
+
+// The bytes of an array, and the safetensors name of the type of its elements.
+using StoredArray = std::pair<Vector<std::uint8_t>, std::string>;
+
+struct PyGroupedMatrix {
+  nanobind::object owner;  // of the coded matrix
+  std::vector<StoredArray> arrays;
+  std::optional<Vector<float>> values;
+  GroupedMatrix matrix;
 };
 
 }  // namespace entrollm

@@ -47,7 +47,7 @@ nb::ndarray<nb::numpy, float> rms_norm(Floats x, Floats weight, float eps, Threa
   nb::ndarray<nb::numpy, float> result(out, x.ndim(), shape, owner);
   const nb::gil_scoped_release release;
   run(pool, RmsNorm{x.data(), x.size() / features, features, weight.data(),
-                    weight.size() / features, eps, out});
+                    weight.size() / features, weight.size(), eps, out});
   return result;
 }
 
@@ -65,13 +65,13 @@ void rotate(nb::ndarray<float, nb::ndim<3>, nb::device::cpu> x, Floats cosines, 
   run(pool, op);
 }
 
-nb::ndarray<nb::numpy, float> swiglu(Matrix<float> gate_up, ThreadPool& pool) {
+nb::ndarray<nb::numpy, float> gated(Matrix<float> gate_up, ThreadPool& pool, Gate gate) {
   require(gate_up.shape(1) % 2 == 0, "gate_up should have an even number of columns");
   const std::size_t shape[2] = {gate_up.shape(0), gate_up.shape(1) / 2};
   float* out = allocate<float>(shape[0] * shape[1]);
   auto result = own(out, shape);
   const nb::gil_scoped_release release;
-  run(pool, Swiglu{gate_up.data(), shape[0], shape[1], out});
+  run(pool, GatedUnits{gate_up.data(), shape[0], shape[1], gate, out});
   return result;
 }
 
@@ -118,7 +118,14 @@ nb::ndarray<nb::numpy, float> attention(Heads queries, Heads keys, Heads values,
 void bind_ops(nb::module_& m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "pool"_a);
   m.def("rotate", &rotate, "x"_a, "cosines"_a, "sines"_a, "pool"_a);
-  m.def("swiglu", &swiglu, "gate_up"_a, "pool"_a);
+  m.def(
+      "swiglu",
+      [](Matrix<float> gate_up, ThreadPool& pool) { return gated(gate_up, pool, Gate::kSilu); },
+      "gate_up"_a, "pool"_a);
+  m.def(
+      "geglu",
+      [](Matrix<float> gate_up, ThreadPool& pool) { return gated(gate_up, pool, Gate::kGelu); },
+      "gate_up"_a, "pool"_a);
   m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "window"_a.none(), "pool"_a);
 }
 

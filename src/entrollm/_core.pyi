@@ -1,5 +1,7 @@
 """Types of the native module."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,6 +101,27 @@ class GroupedMatrix:
     def size_bytes(self) -> int:
         """Bytes of the flat fields."""
 
+class LosslessMatrix:
+    """A coded matrix whose weights keep the bits that they had.
+
+    Args:
+        coded: the high bytes of its words, rotated left by one bit.
+        low: the low bytes with their padding; None for words of 8 bits.
+        type: of the words, by its safetensors name.
+    """
+
+    def __init__(self, coded: CodedMatrix, low: NDArray[np.uint8] | None, type: str) -> None: ...
+    def words(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]:
+        """The bytes of the words of some rows: uint8 (end - begin, bytes of a row)."""
+
+    def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
+
+def split_words(words: NDArray[np.uint16]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The high and the low bytes of words that are rotated left by one bit, each of the shape of the words."""
+
+def multiply_lossless(
+    matrices: list[LosslessMatrix], x: NDArray[np.float32], pool: ThreadPool
+) -> NDArray[np.float32]: ...
 def multiply_grouped(
     matrices: list[GroupedMatrix], x: NDArray[np.float32], pool: ThreadPool
 ) -> NDArray[np.float32]: ...
@@ -130,6 +153,9 @@ def rotate(x: NDArray[np.float32], cosines: NDArray[np.float32], sines: NDArray[
 def swiglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
     """gate * sigmoid(gate) * up of (n, 2 * features), gate first -> a new (n, features)."""
 
+def geglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
+    """gelu(gate) * up, with the approximation of gelu by a hyperbolic tangent; otherwise as swiglu."""
+
 def attention(
     queries: NDArray[np.float32],
     keys: NDArray[np.float32],
@@ -147,5 +173,97 @@ def attention(
     Returns:
         A new (n, heads * head_dim).
     """
+
+class JoinedProduct:
+    """The product with several matrices side by side, plus a bias.
+
+    Args:
+        name: for errors.
+        matrices: all with scale groups, or all without.
+        bias: (sum of rows,); None for none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        matrices: Sequence[CodedMatrix | FlatMatrix] | Sequence[GroupedMatrix],
+        bias: NDArray[np.float32] | None,
+    ) -> None: ...
+
+class Surroundings:
+    """What is around a part of a layer: x + scale * output_norm(part(norm(x))).
+
+    Args:
+        norm, output_norm: weights of root-mean-square norms, (features,); None for none.
+        eps: of the norms.
+        scale: None for 1.
+    """
+
+    def __init__(
+        self,
+        norm: NDArray[np.float32] | None,
+        output_norm: NDArray[np.float32] | None,
+        eps: float,
+        scale: float | None,
+    ) -> None: ...
+
+class AttentionShape:
+    """The heads of attention, and what queries are multiplied by; None for 1."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, query_factor: float | None) -> None: ...
+
+class AttentionBlock:
+    """Attention with what is around it.
+
+    Args:
+        qkv, output: the products before and after.
+        surroundings: norms and scale.
+        shape: the heads.
+        head_norms: weights of the norms of each head of queries and keys, ((heads + kv_heads) * head_dim,); or
+        query_norm, key_norm: of their whole width. None for none.
+    """
+
+    def __init__(
+        self,
+        qkv: JoinedProduct,
+        output: JoinedProduct,
+        surroundings: Surroundings,
+        shape: AttentionShape,
+        head_norms: NDArray[np.float32] | None,
+        query_norm: NDArray[np.float32] | None,
+        key_norm: NDArray[np.float32] | None,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: NDArray[np.float32],
+        cosines: NDArray[np.float32] | None,
+        sines: NDArray[np.float32] | None,
+        query_factors: NDArray[np.float32] | None,
+        sequences: Sequence[tuple[int, NDArray[np.float32], NDArray[np.float32], int | None]],
+        pool: ThreadPool,
+    ) -> NDArray[np.float32]:
+        """Run the rows of some sequences: (n, features) -> a new (n, features).
+
+        Args:
+            x: the rows of each sequence in turn.
+            cosines, sines: (n, ..., at most head_dim / 2); None to rotate nothing.
+            query_factors: n factors; None for 1.
+            sequences: of each, the number of its rows, and as for `attention` its keys, values and window. Keys and
+                values of the rows, which are the last positions, are written.
+        """
+
+class FeedForwardBlock:
+    """A gated feed-forward part with what is around it.
+
+    Args:
+        up: the product that gives gates and what they multiply, gates first.
+        down: the product after.
+        surroundings: norms and scale.
+        is_gelu: the gate is that of `geglu`, not of `swiglu`.
+    """
+
+    def __init__(self, up: JoinedProduct, down: JoinedProduct, surroundings: Surroundings, is_gelu: bool) -> None: ...
+    def __call__(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
+        """(n, features) -> a new (n, features)."""
 
 def histogram(symbols: NDArray[np.uint8]) -> NDArray[np.int64]: ...

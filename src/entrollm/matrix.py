@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.codec.words import weights_of
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
 from entrollm.format.entry import split_entries
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind, GroupScales
 from entrollm.format.log_scales import decode_scales, zero_offsets
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import Kind, TensorSpec
 
@@ -45,6 +47,7 @@ class CodedMatrix:
         column_scale: float32, shape (columns,); None for none.
         groups: its group scales; None if absent.
         grouped: what multiplies with group scales; None if absent.
+        lossless: what multiplies with lossless words; None if the matrix has none.
     """
 
     name: str
@@ -56,10 +59,13 @@ class CodedMatrix:
     column_scale: NDArray[np.float32] | None
     groups: GroupScales | None = None
     grouped: _core.GroupedMatrix | None = None
+    lossless: _core.LosslessMatrix | None = None
 
     @property
     def can_be_flat(self) -> bool:
-        """Whether the flat form exists for it: not for fp8 values and odd sizes of scale groups."""
+        """Whether the flat form exists for it: not for fp8 values, odd sizes of scale groups, and lossless words."""
+        if self.lossless is not None:
+            return False
         return self.grouped is None or self.grouped.can_flatten
 
     @property
@@ -90,7 +96,10 @@ class CodedMatrix:
             ValueError: it has no flat form.
         """
         if not self.can_be_flat:
-            raise ValueError(f"{self.name}: matrices with fp8 values or an odd size of scale groups have no flat form")
+            raise ValueError(
+                f"{self.name}: matrices with fp8 values, an odd size of scale groups or lossless words have no flat "
+                "form"
+            )
         if self.is_flat or isinstance(self.native, _core.FlatMatrix):
             return self
         try:
@@ -120,10 +129,24 @@ class CodedMatrix:
             CorruptStreamError: a block does not decode.
         """
         try:
+            if self.lossless is not None:
+                return self.lossless.dequantize(rows, pool)
             values = self.native.dequantize(rows, pool)
         except _core.CorruptBlockError as error:
             raise self.corrupt(error) from None
         return values if self.groups is None else self.groups.apply(values, rows)
+
+    def original(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[Any]:
+        """Decode rows [begin, end) of a lossless matrix bit for bit: (end - begin, columns) in the original type.
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        assert self.lossless is not None and isinstance(self.spec.kind, LosslessKind)
+        try:
+            return weights_of(self.spec.kind, self.spec.dtype, self.lossless.words(begin, end, pool))
+        except _core.CorruptBlockError as error:
+            raise self.corrupt(error) from None
 
     def corrupt(self, error: Exception) -> CorruptStreamError:
         """The error for a block that does not decode."""
@@ -145,6 +168,8 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
     _check_entries(name, spec.kind, arrays)
     if isinstance(spec.kind, GroupedKind):
         scales = _Scales(_ONE, None, None, _read_groups(name, spec, spec.kind, arrays))
+    elif isinstance(spec.kind, LosslessKind):
+        scales = _Scales(_ONE, None, None, None)
     else:
         scales = _read_grid(name, spec.kind, arrays)
     try:
@@ -159,11 +184,23 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
             scales.offset,
             scales.column_scale,
         )
+        lossless = None
+        if isinstance(spec.kind, LosslessKind):
+            lossless = _core.LosslessMatrix(native, arrays.get(layout.LOW), spec.kind.type)
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
     grouped = None if scales.groups is None else _open_groups(native, scales.groups)
     return CodedMatrix(
-        name, spec, stored_bytes, native, scales.scale, scales.offset, scales.column_scale, scales.groups, grouped
+        name,
+        spec,
+        stored_bytes,
+        native,
+        scales.scale,
+        scales.offset,
+        scales.column_scale,
+        scales.groups,
+        grouped,
+        lossless,
     )
 
 
@@ -182,7 +219,8 @@ class Product:
 
     Activations are rounded to 16 bits of each row's largest magnitude, and sums are exact integers. With group scales,
     sums over a group are exact, those over groups are in float32 (in double precision for fp8 values and for odd group
-    sizes), and weights are not rounded to half precision first.
+    sizes), and weights are not rounded to half precision first. With lossless words, activations are not rounded, and
+    sums are in float32.
 
     Args:
         matrices: of as many columns each; one at least.
@@ -193,8 +231,17 @@ class Product:
         self._native = [matrix.native for matrix in matrices]
         grouped = [matrix.grouped for matrix in matrices if matrix.grouped is not None]
         self._grouped = grouped if len(grouped) == len(matrices) else []
-        self._is_mixed = bool(grouped) and not self._grouped
+        lossless = [matrix.lossless for matrix in matrices if matrix.lossless is not None]
+        self._lossless = lossless if len(lossless) == len(matrices) else []
+        self._is_mixed = bool(grouped or lossless) and not (self._grouped or self._lossless)
         self._is_mixed |= any(_column_order(matrix) is not None for matrix in matrices)
+
+    def native(self, bias: NDArray[np.float32] | None) -> _core.JoinedProduct | None:
+        """The product for native layers, which add `bias` to it; None where it takes more than one native call."""
+        if self._is_mixed:
+            return None
+        names = ", ".join(matrix.name for matrix in self._matrices)
+        return _core.JoinedProduct(names, self._grouped or self._native, bias)
 
     def __call__(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Multiply: float32 (n, columns) -> float32 (n, sum of rows), side by side.
@@ -208,6 +255,8 @@ class Product:
             x = np.ascontiguousarray(x)
             if self._grouped:
                 return _core.multiply_grouped(self._grouped, x, pool)
+            if self._lossless:
+                return _core.multiply_lossless(self._lossless, x, pool)
             return _core.multiply(self._native, x, pool)
         except _core.CorruptBlockError as error:
             names = ", ".join(matrix.name for matrix in self._matrices)
@@ -224,6 +273,8 @@ def multiply(matrices: Sequence[CodedMatrix], x: NDArray[np.float32], pool: _cor
 
 
 def _multiply_one(matrix: CodedMatrix, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
+    if matrix.lossless is not None:
+        return _core.multiply_lossless([matrix.lossless], np.ascontiguousarray(x), pool)
     if matrix.grouped is None:
         return _core.multiply([matrix.native], np.ascontiguousarray(x), pool)
     order = _column_order(matrix)
@@ -260,8 +311,8 @@ def _check_entries(name: str, kind: Kind, arrays: Mapping[str, NDArray[Any]]) ->
         FormatError: one is missing or not declared.
     """
     expected = tuple("." + entry for entry in kind.entry_names)
-    stray = [s for s in arrays if s in layout.GROUP_SUFFIXES and s not in expected]
-    if isinstance(kind, GroupedKind):
+    stray = [s for s in arrays if s in (layout.LOW, *layout.GROUP_SUFFIXES) and s not in expected]
+    if not isinstance(kind, GridKind):
         stray += [s for s in (layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE) if s in arrays]
     missing = [suffix for suffix in expected if suffix not in arrays]
     if missing:

@@ -90,7 +90,7 @@ def test_any_split_of_a_prompt_gives_the_same_logits(
     # Passes of 8 tokens.
     monkeypatch.setattr(decoder_module, "_TOKENS_PER_PASS", 8)
     assert relative_difference(forward(decoder, ids), expected) < 1e-5
-    last = decoder.forward(np.array(ids), decoder.new_cache(), last_only=True)
+    last = decoder.forward(np.array(ids), decoder.new_cache(), last=1)
     assert last.shape == (1, expected.shape[1])
     assert relative_difference(last[0], expected[-1]) < 1e-5
 

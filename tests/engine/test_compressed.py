@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from entrollm import CompressOptions, Model, _core, compress, load
 from entrollm.checkpoint.model_folder import Checkpoint
@@ -121,3 +122,16 @@ def test_threads_do_not_change_logits(granularity: str, checkpoint: Callable[[st
     expected = load(tmp_path / "coded", threads=1).logits(ids)
     for threads in (2, 5):
         np.testing.assert_array_equal(load(tmp_path / "coded", threads=threads).logits(ids), expected)
+
+
+def test_a_lossless_model_computes_what_its_original_does(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    reference = load_reference(checkpoint("llama")).to(torch.bfloat16)
+    reference.save_pretrained(words)
+    compress(words, tmp_path / "coded", CompressOptions(lossless=True))
+    compress(words, tmp_path / "kept", CompressOptions(bits=8, keep=["*"]))
+    ids = random_ids(PROMPT_TOKENS, seed=3)
+    expected = load(words).logits(ids)
+    for memory in ("file", "fast"):
+        assert relative_difference(load(tmp_path / "coded", memory=memory).logits(ids), expected) <= 1e-5
+    assert relative_difference(load(tmp_path / "kept").logits(ids), expected) <= 1e-5

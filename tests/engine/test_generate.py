@@ -51,8 +51,8 @@ class ScriptedDecoder:
     def new_cache(self) -> Cache:
         return Cache(self.config)
 
-    def forward(self, ids: Ids, cache: Cache, *, last_only: bool = False) -> Floats:
-        assert last_only
+    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
+        assert last == 1
         self.calls.append(ids.tolist())
         cache.ids.extend(ids.tolist())
         logits = np.zeros((1, self.config.vocab_size), dtype=np.float32)

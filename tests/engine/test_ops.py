@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.engine.arithmetic import gelu_tanh
 from tests.support import reference_ops as reference
 from tests.support.isa_workers import InstructionSets
 
@@ -35,6 +36,10 @@ def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
 
 def swiglu(gate_up: Floats) -> Floats:
     return _core.swiglu(gate_up, _core.ThreadPool(2))
+
+
+def geglu(gate_up: Floats) -> Floats:
+    return _core.geglu(gate_up, _core.ThreadPool(2))
 
 
 def attention(queries: Floats, keys: Floats, values: Floats, window: int | None, threads: int = 2) -> Floats:
@@ -77,9 +82,11 @@ def test_rotate_leaves_other_heads_alone() -> None:
 
 @shared
 @given(st.integers(1, 5), sizes, st.sampled_from([1.0, 30.0, 1e4]), seeds)
-def test_swiglu(instruction_sets: InstructionSets, rows: int, features: int, scale: float, seed: int) -> None:
+def test_gates(instruction_sets: InstructionSets, rows: int, features: int, scale: float, seed: int) -> None:
     gate_up = normal(seed, rows, 2 * features) * np.float32(scale)
     agree(instruction_sets.each(swiglu, gate_up), reference.swiglu(gate_up), 1e-6)
+    gate, up = gate_up[:, :features], gate_up[:, features:]
+    agree(instruction_sets.each(geglu, gate_up), gelu_tanh(gate.astype(np.float64)) * up, 1e-6)
 
 
 @shared

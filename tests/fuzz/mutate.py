@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import pickle
 import random
 from typing import Any
 
@@ -17,20 +17,22 @@ _OTHERS: tuple[Json, ...] = (None, True, False, [], {}, [[]], [None], {"": None}
 
 
 def mutate_json(value: Json, generator: random.Random) -> Json:
-    """A copy of a value with a few changes somewhere inside."""
-    value = copy.deepcopy(value)
+    """A copy of a value with a few changes somewhere inside; every list and object is as likely as a large one."""
+    value = _copy(value)
+    containers = _containers(value)
+    if not containers:
+        return random_json(generator)
     for _ in range(generator.choice((1, 1, 1, 2, 3, 6))):
-        places = list(_places(value))
-        if not places:
-            return random_json(generator)
-        _change(*generator.choice(places), generator, places)
+        container = generator.choice(containers)
+        if container:  # an earlier change may have emptied it
+            _change(container, _any_key(container, generator), generator, containers)
     return value
 
 
 def random_json(generator: random.Random) -> Json:
     """A value of any type, with a liking for the ends of ranges."""
     pool = generator.choice((_NUMBERS, _FLOATS, _TEXTS, _OTHERS))
-    return copy.deepcopy(generator.choice(pool))
+    return _copy(generator.choice(pool))
 
 
 def mutate_text(text: bytes, generator: random.Random) -> bytes:
@@ -72,29 +74,29 @@ def to_text(value: Json) -> bytes:
     return json.dumps(value).encode()
 
 
-def _places(value: Json) -> list[tuple[Json, Any]]:
-    """Every (container, key) inside a value."""
-    found: list[tuple[Json, Any]] = []
+def _copy(value: Json) -> Json:
+    """A deep copy, ten times as fast as `copy.deepcopy`."""
+    return pickle.loads(pickle.dumps(value, -1))
+
+
+def _containers(value: Json) -> list[Any]:
+    """The lists and objects in a value that are not empty, itself included."""
+    found = []
     stack = [value]
     while stack:
         container = stack.pop()
-        if isinstance(container, dict):
-            keys: Any = list(container)
-        elif isinstance(container, list):
-            keys = range(len(container))
-        else:
-            continue
-        for key in keys:
-            found.append((container, key))
-            stack.append(container[key])
+        if container and isinstance(container, dict | list):
+            found.append(container)
+            items = container.values() if isinstance(container, dict) else container
+            stack.extend([item for item in items if isinstance(item, dict | list)])
     return found
 
 
-def _change(container: Json, key: Any, generator: random.Random, places: list[tuple[Json, Any]]) -> None:
-    if isinstance(container, list) and not -len(container) <= key < len(container):
-        return  # an earlier change has shortened it
-    if isinstance(container, dict) and key not in container:
-        return
+def _any_key(container: Any, generator: random.Random) -> Any:
+    return generator.choice(list(container)) if isinstance(container, dict) else generator.randrange(len(container))
+
+
+def _change(container: Any, key: Any, generator: random.Random, containers: list[Any]) -> None:
     kind = generator.randrange(8)
     if kind <= 2:
         container[key] = _near(container[key], generator)
@@ -103,13 +105,13 @@ def _change(container: Json, key: Any, generator: random.Random, places: list[tu
     elif kind == 4:
         del container[key]
     elif kind == 5:
-        other, place = generator.choice(places)
-        if isinstance(other, dict) and place in other:
-            container[key] = copy.deepcopy(other[place])
+        other = generator.choice(containers)
+        if other:
+            container[key] = _copy(other[_any_key(other, generator)])
     elif kind == 6 and isinstance(container, dict):
         container[generator.choice((str(key) + "x", *_TEXTS))] = container[key]
     elif kind == 7:
-        container[key] = [copy.deepcopy(container[key])]
+        container[key] = [_copy(container[key])]
 
 
 def _near(value: Json, generator: random.Random) -> Json:

@@ -7,59 +7,55 @@ import json
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from entrollm import _core
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
-from entrollm.cli.compare import read_json
-from entrollm.compress import CodingOptions, compress_folder
-from entrollm.engine.files import read_model_files
-from entrollm.engine.options import resolve_options
+from entrollm.compress import CodingOptions, Target as Size, compress_folder
 from entrollm.files.safetensors import open_safetensors
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import matrix_of
-from entrollm.models import ARCHITECTURES, read_config
-from entrollm.models.config_fields import Fields
-from entrollm.report import read_points
-from tests.checkpoint.imported.test_damage import SOURCES
-from tests.engine.tokenizers_for_tests import byte_level, sentence_piece
+from entrollm.matrix import matrix_of, multiply
+from tests.checkpoint.imported import test_fp8
+from tests.checkpoint.imported.test_damage import LAYER, SOURCES
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
+from tests.fuzz.target import Target, mutated
+from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
-from tests.support.gguf_sources import GgufSource, llama_values, write_gguf
-from tests.support.quantized_sources import CONFIG, write_source
+from tests.support.gguf_sources import BLOCKS, TYPE_NUMBERS, GgufSource, llama_values
+from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
 _TABLE = "entrollm.tensors"
+_FILE = "model.safetensors"
+_FORMATS = {**SOURCES, "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks"))}
 
 
-@dataclass(frozen=True)
-class Target:
-    """A parser.
+def _small_weights() -> Arrays:
+    """Matrices with codes of several kinds, and kept tensors of several types, in few bytes."""
+    generator = np.random.default_rng(21)
 
-    Attributes:
-        prepare: writes what is not mutated into a folder; returns the seeds of mutations.
-        mutate: writes a mutation of a seed into the folder.
-        read: reads the folder as the product does; it may raise the errors that the product reports.
-    """
+    def normal(*shape: int) -> Any:
+        return generator.standard_normal(shape).astype(np.float32)
 
-    prepare: Callable[[Path], list[Any]]
-    mutate: Callable[[Path, Any, random.Random], None]
-    read: Callable[[Path], object]
-
-
-def _mutated(value: Any, generator: random.Random) -> bytes:
-    """Mostly a mutated value, now and then damaged text."""
-    if generator.randrange(5):
-        return to_text(mutate_json(value, generator))
-    return mutate_text(to_text(value), generator)
+    return {
+        "embed.weight": normal(30, 64).astype(ml_dtypes.bfloat16),
+        "layers.0.up.weight": normal(20, 130).astype(np.float16),
+        "layers.0.norm.weight": normal(64).astype(ml_dtypes.bfloat16),
+        "layers.1.positive.weight": np.abs(normal(5, 70)),
+        "layers.1.constant.weight": np.full((9, 65), 0.5, np.float32),
+        "layers.1.empty.weight": np.zeros((0, 5), np.float32),
+        "layers.1.bias": normal(13).astype(np.float64),
+        "head.weight": normal(30, 64),
+    }
 
 
 def _split(path: Path) -> tuple[Any, bytes]:
@@ -75,17 +71,25 @@ def _join(path: Path, header: bytes, data: bytes, generator: random.Random) -> N
     path.write_bytes(length.to_bytes(8, "little") + header + data)
 
 
+def _with_noise(data: bytes, generator: random.Random) -> bytes:
+    """The same number of bytes, a few of them changed."""
+    changed = bytearray(data)
+    for _ in range(generator.choice((1, 4, 40))):
+        changed[generator.randrange(len(data))] = generator.choice((0, 0xFF, 0x80, generator.randrange(256)))
+    return bytes(changed)
+
+
 def _mutate_header(folder: Path, seed: tuple[Any, bytes], generator: random.Random) -> None:
-    _join(folder / "model.safetensors", _mutated(seed[0], generator), seed[1], generator)
+    _join(folder / _FILE, mutated(seed[0], generator), seed[1], generator)
 
 
 def _prepare_safetensors(folder: Path) -> list[Any]:
-    write_checkpoint(folder / "source")
+    write_checkpoint(folder / "source", _small_weights())
     return [_split(path) for path in sorted((folder / "source").glob("*.safetensors"))]
 
 
 def _read_safetensors(folder: Path) -> None:
-    file = open_safetensors(folder / "model.safetensors")
+    file = open_safetensors(folder / _FILE)
     try:
         for name in file.tensors:
             file.array(name).sum(dtype=np.float64) if file.tensors[name].dtype[0] in "FB" else file.array(name)
@@ -94,30 +98,55 @@ def _read_safetensors(folder: Path) -> None:
 
 
 def _prepare_specs(folder: Path) -> list[Any]:
-    write_checkpoint(folder / "source")
-    compress_folder(folder / "source", folder / "coded")
-    shutil.copyfile(folder / "coded" / "config.json", folder / "config.json")  # without the checksums of headers
-    return [_split(folder / "coded" / "model.safetensors")]
+    kept = ("layers.0.norm.weight", "layers.1.empty.weight", "head.weight")
+    weights = {name: array for name, array in _small_weights().items() if name not in kept}
+    write_checkpoint(folder / "source", weights)
+    options = {
+        "row": CodingOptions(bits=4, granularity="row"),
+        "speed": CodingOptions(bits=8, prefer="speed"),
+        "fixed": CodingOptions(bits=3, prefer="fixed"),
+        "steps": CodingOptions(target=Size(bits_per_weight=4.5)),
+        "lossless": CodingOptions(lossless=("*",)),
+    }
+    for name, each in options.items():
+        compress_folder(folder / "source", folder / name, each)
+    shutil.copyfile(folder / "row" / "config.json", folder / "config.json")  # without the checksums of headers
+    return [_split(folder / name / _FILE) for name in options]
+
+
+def _prepare_groups(folder: Path) -> list[Any]:
+    seeds = []
+    for number, name in enumerate(_FORMATS):
+        source, coded = folder / f"source-{number}", folder / f"coded-{number}"
+        _write_packed(source, name)
+        compress_folder(source, coded)
+        seeds.append(_split(coded / _FILE))
+        shutil.copyfile(coded / "config.json", folder / "config.json")
+    return seeds
 
 
 def _mutate_specs(folder: Path, seed: tuple[Any, bytes], generator: random.Random) -> None:
-    """Change the table of specs, or a spec within it, and seldom the header around them."""
+    """Change the table of specs, a spec within it or the coded bytes, and seldom the header around them."""
     header, data = seed
-    if not generator.randrange(6):
+    kind = generator.randrange(12)
+    if kind < 2:
         _mutate_header(folder, seed, generator)
         return
+    if kind < 4:
+        _join(folder / _FILE, to_text(header), _with_noise(data, generator), generator)
+        return
     table = json.loads(zlib.decompress(base64.b64decode(header["__metadata__"][_TABLE])))
-    if generator.randrange(3):
+    if kind < 9:
         name = generator.choice(sorted(table["coded"]))
         table["coded"][name] = _mutated_spec(table["coded"][name], generator)
         text = to_text(table)
     else:
-        text = _mutated(table, generator)
-    packed = zlib.compress(text)
+        text = mutated(table, generator)
+    packed = zlib.compress(text, 1)
     if not generator.randrange(20):
         packed = mutate_text(packed, generator)
     changed = {**header, "__metadata__": {**header["__metadata__"], _TABLE: base64.b64encode(packed).decode()}}
-    _join(folder / "model.safetensors", to_text(changed), data, generator)
+    _join(folder / _FILE, to_text(changed), data, generator)
 
 
 def _mutated_spec(text: str, generator: random.Random) -> str:
@@ -130,31 +159,40 @@ def _mutated_spec(text: str, generator: random.Random) -> str:
 
 
 def _read_specs(folder: Path) -> None:
+    """Read rows of each matrix and multiply by it, as it is coded and, where it can be, as it is flat."""
     pool = _core.ThreadPool(1)
     with CompressedModel.open(folder, check=False) as model:
         for name, spec in model.specs.items():
-            matrix_of(model, name).dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
+            matrix = matrix_of(model, name)
+            matrix.dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
+            if spec.rows * spec.columns < 100_000:
+                x = np.ones((1, spec.columns), np.float32)
+                multiply([matrix], x, pool)
+                if matrix.can_be_flat:
+                    multiply([matrix.to_flat(pool)], x, pool)
         for name in model.plain:
             model.array(name)
 
 
 def _prepare_folder(folder: Path) -> list[Any]:
-    write_checkpoint(folder / "source")
-    compress_folder(folder / "source", folder / "coded", CodingOptions(shard_bytes=60_000))
+    write_checkpoint(folder / "source", _small_weights())
+    compress_folder(folder / "source", folder / "coded", CodingOptions(shard_bytes=6000))
     for file in (folder / "coded").iterdir():
         file.rename(folder / file.name)
+    shutil.rmtree(folder / "source")
+    (folder / "coded").rmdir()
     names = ("config.json", layout.INDEX_NAME, CHECKSUMS_NAME)
     seed = {name: json.loads((folder / name).read_text()) for name in names}
     seed["modules.json"] = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
     return [seed]
 
 
-def _mutate_folder(folder: Path, seed: Mapping[str, Any], generator: random.Random) -> None:
+def _mutate_files(folder: Path, seed: Mapping[str, Any], generator: random.Random) -> None:
     changed = generator.choice(sorted(seed))
     for name, value in seed.items():
         is_changed = name == changed or not generator.randrange(9)
-        (folder / name).write_bytes(_mutated(value, generator) if is_changed else to_text(value))
-    if changed != CHECKSUMS_NAME and generator.randrange(4):
+        (folder / name).write_bytes(mutated(value, generator) if is_changed else to_text(value))
+    if CHECKSUMS_NAME in seed and changed != CHECKSUMS_NAME and generator.randrange(4):
         (folder / CHECKSUMS_NAME).unlink()  # it would find the change
 
 
@@ -164,8 +202,30 @@ def _read_folder(folder: Path) -> None:
         model.file_bytes()
 
 
+def _prepare_checkpoint(folder: Path) -> list[Any]:
+    """The index of a checkpoint, and a configuration with a description of how weights are quantized, or nested."""
+    write_checkpoint(folder / "source", _small_weights())
+    for file in (folder / "source").glob("*.safetensors"):
+        file.rename(folder / file.name)
+    index = json.loads((folder / "source" / layout.INDEX_NAME).read_text())
+    shutil.rmtree(folder / "source")
+    configs: list[Any] = [{**CONFIG, "text_config": {"hidden_size": 64, "torch_dtype": "bfloat16"}}]
+    for quantization, _ in _FORMATS.values():
+        configs.append({**CONFIG, "quantization_config": quantization})
+        configs.append({**CONFIG, "compression_config": quantization, "text_config": {}})
+        configs.append({"model_type": "x", "text_config": {**CONFIG, "quantization_config": quantization}})
+    return [{"config.json": config, layout.INDEX_NAME: index} for config in configs]
+
+
+def _read_checkpoint(folder: Path) -> None:
+    with Checkpoint.open(folder) as checkpoint:
+        checkpoint.check_integers()
+        checkpoint.file_bytes()
+        for name in checkpoint.tensors:
+            checkpoint.read_float32(name)
+
+
 def _prepare_gguf(folder: Path) -> list[Any]:
-    write_gguf(folder / "model.gguf", "Q8_0")
     values = llama_values() | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.chat_template": "{{ messages }}"}
     more = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0, "tokenizer.ggml.model": "llama"}
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{i}" for i in range(61))]
@@ -177,7 +237,14 @@ def _prepare_gguf(folder: Path) -> list[Any]:
         ["blk.0.attn_q.weight", [32, 32], 8, 32 * 34],
         ["blk.0.attn_norm.weight", [32], 0, 128],
     ]
-    return [[values, tensors], [values | more, tensors]]
+    blocks = []  # one matrix of every type, two blocks to a row, and those of plain numbers
+    for kind, (size, pack) in BLOCKS.items():
+        block_bytes = len(pack(np.random.default_rng(0))[0])
+        blocks.append([f"blk.0.ffn_{kind}.weight", [2, 2 * size], TYPE_NUMBERS[kind], 4 * block_bytes])
+    blocks += [[f"blk.0.{kind}.weight", [2, 8], kind, 16 * size] for kind, size in ((0, 4), (1, 2), (30, 2))]
+    few = {"tokenizer.ggml.tokens": [*(f"t{i}" for i in range(19)), "1"]}
+    tensors_of_few = [["token_embd.weight", [20, 32], 8, 20 * 34], *tensors[1:]]
+    return [[values | few, tensors_of_few], [values | more, tensors], [{"general.architecture": "llama"}, blocks]]
 
 
 def _mutate_gguf(folder: Path, seed: Any, generator: random.Random) -> None:
@@ -201,144 +268,55 @@ def _read_gguf(folder: Path) -> None:
     convert_tokenizer(path)
 
 
-def _prepare_config(folder: Path) -> list[Any]:
-    scalings: list[Any] = [
-        None,
-        {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ]
-    more = {"tie_word_embeddings": False, "sliding_window": 32, "use_sliding_window": False, "layer_types": None}
-    return [{**CONFIG, **more, "model_type": kind, "rope_scaling": s} for kind in ARCHITECTURES for s in scalings]
+def _write_packed(folder: Path, name: str) -> None:
+    """A checkpoint with one linear layer in a quantized format."""
+    quantization, pack = _FORMATS[name]
+    parts, _ = pack(np.random.default_rng(5), 64, 128)
+    tensors: Arrays = {"model.embed_tokens.weight": np.ones((4, 8), np.float16)}
+    tensors |= {LAYER + part: np.asarray(array) for part, array in parts.items()}
+    if name == "fp8":
+        folder.mkdir(parents=True)
+        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, folder / _FILE)
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": quantization}))
+    else:
+        write_folder(folder, tensors, {**CONFIG, "quantization_config": quantization})
 
 
-def _mutate_config(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "config.json").write_bytes(_mutated(seed, generator))
+def _imported(name: str) -> Target:
+    def prepare(folder: Path) -> list[Any]:
+        _write_packed(folder / "source", name)
+        config = json.loads((folder / "source" / "config.json").read_text())
+        return [(config, *_split(folder / "source" / _FILE))]
 
-
-def _read_config(folder: Path) -> None:
-    read_config(Fields(read_model_files(folder).config, "config.json"))
-
-
-def _prepare_tokenizer(folder: Path) -> list[Any]:
-    (folder / "config.json").write_text("{}")
-    token = {"content": "<x>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    seeds = []
-    for tokenizer in (byte_level(), sentence_piece()):
-        added = {str(tokenizer.get_vocab_size()): {**token, "special": True}}
-        seeds.append(
-            {
-                "tokenizer.json": json.loads(tokenizer.to_str()),
-                "tokenizer_config.json": {
-                    "added_tokens_decoder": added,
-                    "bos_token": "<s>",
-                    "eos_token": {"content": "</s>"},
-                    "extra_special_tokens": ["<y>"],
-                    "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
-                },
-                "special_tokens_map.json": {"bos_token": "<s>", "additional_special_tokens": ["<z>"]},
-                "added_tokens.json": {"<x>": tokenizer.get_vocab_size()},
-            }
-        )
-    return seeds
-
-
-def _mutate_tokenizer(folder: Path, seed: Mapping[str, Any], generator: random.Random) -> None:
-    changed = generator.choice(sorted(seed))
-    for name, value in seed.items():
-        is_changed = name == changed or not generator.randrange(6)
-        if name == "tokenizer_config.json" and generator.randrange(2):
-            value = {key: item for key, item in value.items() if key != "added_tokens_decoder"}
-        (folder / name).write_bytes(_mutated(value, generator) if is_changed else to_text(value))
-
-
-def _read_tokenizer(folder: Path) -> None:
-    tokenizer = read_model_files(folder).tokenizer
-    if tokenizer is not None:
-        ids = tokenizer.encode("Once upon <x> a time, naïve <y>", add_special_tokens=False).ids
-        tokenizer.decode(ids)
-
-
-def _prepare_generation(folder: Path) -> list[Any]:
-    (folder / "config.json").write_text("{}")
-    common = {
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-        "pad_token_id": 0,
-        "max_length": 64,
-        "transformers_version": "5",
-    }
-    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.1, "typical_p": 1.0}
-    limits = {"max_new_tokens": 9, "min_new_tokens": 2, "min_length": 3, "stop_strings": ["x"], "num_beams": 1}
-    others = {"repetition_penalty": 1.1, "suppress_tokens": [], "bad_words_ids": None, "no_repeat_ngram_size": 0}
-    return [common | sampling, common | limits | others, common | sampling | limits | others]
-
-
-def _mutate_generation(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "generation_config.json").write_bytes(_mutated(seed, generator))
-
-
-def _read_generation(folder: Path) -> None:
-    read = read_model_files(folder).generation_config
-    resolve_options({}, Fields(read, "generation_config.json"), (2,), prompt_tokens=5)
-
-
-def _prepare_imported(folder: Path) -> list[Any]:
-    seeds = []
-    for number, source in enumerate(SOURCES.values()):
-        place = folder / f"source-{number}"
-        write_source(place, *source)
-        config = json.loads((place / "config.json").read_text())
-        seeds.append((config, *_split(place / "model.safetensors")))
-    return seeds
+    return Target(prepare, _mutate_imported, _read_imported)
 
 
 def _mutate_imported(folder: Path, seed: tuple[Any, Any, bytes], generator: random.Random) -> None:
     config, header, data = seed
-    part = generator.randrange(3)
-    quantization = config["quantization_config"]
+    part = generator.randrange(4)
     if part:
-        config = {**config, "quantization_config": mutate_json(quantization, generator)}
+        config = {**config, "quantization_config": mutate_json(config["quantization_config"], generator)}
     (folder / "config.json").write_bytes(to_text(config))
-    text = _mutated(header, generator) if part != 1 else to_text(header)
-    _join(folder / "model.safetensors", text, data, generator)
+    text = mutated(header, generator) if part in (0, 2) else to_text(header)
+    data = _with_noise(data, generator) if part == 3 else data
+    _join(folder / _FILE, text, data, generator)
 
 
 def _read_imported(folder: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
         checkpoint.check_integers()
-        for name in list(checkpoint.imported)[:2]:
+        for name in [*checkpoint.imported, *checkpoint.fp8]:
+            checkpoint.read_imported(name)
             checkpoint.read_float32(name)
-
-
-def _prepare_points(folder: Path) -> list[Any]:
-    model = {"model": "a", "method": "m", "file_bits": 3.5, "kl": {"mean": 0.02, "maximum": 1.0}}
-    return [{"models": [model, {**model, "file_bits": 4}], "reference": None, "window": 512}]
-
-
-def _mutate_points(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "points.json").write_bytes(_mutated(seed, generator))
-
-
-def _read_points(folder: Path) -> None:
-    read_points(read_json(folder / "points.json"), "points")
 
 
 TARGETS: Mapping[str, Target] = {
     "safetensors": Target(_prepare_safetensors, _mutate_header, _read_safetensors),
     "specs": Target(_prepare_specs, _mutate_specs, _read_specs),
-    "folder": Target(_prepare_folder, _mutate_folder, _read_folder),
+    "groups": Target(_prepare_groups, _mutate_specs, _read_specs),
+    "folder": Target(_prepare_folder, _mutate_files, _read_folder),
+    "checkpoint": Target(_prepare_checkpoint, _mutate_files, _read_checkpoint),
     "gguf": Target(_prepare_gguf, _mutate_gguf, _read_gguf),
-    "config": Target(_prepare_config, _mutate_config, _read_config),
-    "tokenizer": Target(_prepare_tokenizer, _mutate_tokenizer, _read_tokenizer),
-    "generation": Target(_prepare_generation, _mutate_generation, _read_generation),
-    "points": Target(_prepare_points, _mutate_points, _read_points),
-    "imported": Target(_prepare_imported, _mutate_imported, _read_imported),
+    **{name.lower().replace(", ", "-").replace(" ", "-"): _imported(name) for name in _FORMATS},
+    **TEXT_TARGETS,
 }

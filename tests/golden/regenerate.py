@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.support.golden_cases import write_golden
 from tests.support.golden_groups import write_golden_groups
+from tests.support.golden_lossless import write_golden_lossless
 
 HERE = Path(__file__).parent
 
@@ -19,3 +20,4 @@ if __name__ == "__main__":
     for version in (1, 2):
         write_golden(HERE / f"v{version}", version)
     write_golden_groups(HERE / "v1-groups")
+    write_golden_lossless(HERE / "v2-lossless")

@@ -39,8 +39,10 @@ def load(checkpoint: Path, config: EntroConfig, **options: Any) -> Any:
         EntroConfig(bits=4),
         EntroConfig(bits=8, prefer="speed", threads=2),
         EntroConfig(bits=3, granularity="row", overrides={"*embed*": 8}, keep=["*.0.*q_proj*"]),
+        EntroConfig(lossless=True),
+        EntroConfig(bits=4, lossless_for=["*embed*"]),
     ],
-    ids=["default", "4", "8-speed", "overrides"],
+    ids=["default", "4", "8-speed", "overrides", "lossless", "some lossless"],
 )
 def test_integers_are_those_of_the_command(checkpoint: Path, config: EntroConfig, tmp_path: Path) -> None:
     model = load(checkpoint, config, dtype=torch.bfloat16)

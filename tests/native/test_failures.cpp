@@ -7,6 +7,7 @@
 #include <new>
 
 #include "coded_case.hpp"
+#include "layer/blocks.hpp"
 #include "ops/ops.hpp"
 #include "product/flat_matrix.hpp"
 #include "product/grouped.hpp"
@@ -164,6 +165,40 @@ void check_attention(std::size_t threads) {
   });
 }
 
+// A layer on two sequences, one with a prompt and one with a token after others.
+void check_layer(const CodedMatrix& matrix, std::size_t threads) {
+  constexpr std::size_t kFeatures = 32, kDim = 8, kTokens = 5;
+  const AnyMatrix any = &matrix;
+  const std::vector<float> norm(kFeatures, 0.5f), x((kTokens + 1) * kFeatures, 0.25f);
+  const JoinedProduct qkv("qkv", std::vector<AnyMatrix>{any, any}, {});
+  const JoinedProduct square("square", std::vector<AnyMatrix>{any}, {});
+  const Surroundings around{norm, norm, 1e-5f, 0.5f};
+  const AttentionBlock attention(qkv, square, around, {4, 2, kDim, 2.0f}, {});
+  const FeedForwardBlock feed_forward(qkv, square, around, Gate::kGelu);
+  fail_each_allocation("layer", threads, [&](ThreadPool& pool) {
+    std::vector<float> keys(2 * 2 * kDim * kTokens), values(keys), y(x), z(x);
+    const std::size_t half = keys.size() / 2;
+    const std::size_t head = kDim * kTokens;
+    const SequenceCache caches[] = {
+        {kTokens, kTokens, keys.data(), head, kTokens, values.data(), head, {}},
+        {1, kTokens, keys.data() + half, head, kTokens, values.data() + half, head, 2}};
+    attention.run(pool, x.data(), kTokens + 1, {}, caches, y.data());
+    feed_forward.run(pool, y.data(), kTokens + 1, z.data());
+    z.insert(z.end(), keys.begin(), keys.end());
+    return z;
+  });
+}
+
+CodedCase square_case(Random& random, const RandomCode& source) {
+  CodedCase c(random, source);
+  c.geometry = {32, 32, 4, kVector};
+  c.symbols.resize(32 * 32);
+  for (auto& symbol : c.symbols) symbol = source.symbol(random, 0);
+  c.rows = encode_rows(c.code, c.geometry, c.symbols.data());
+  if (!c.code.has_sparse()) c.rows.sparse_sizes.clear();
+  return c;
+}
+
 }  // namespace
 
 int main() {
@@ -178,6 +213,13 @@ int main() {
                              {c.scale, c.offset, {}});
     check_matrix(c, matrix, seed % 2 == 0 ? 3 : 1);
   }
+  Random random(7);
+  const CodedCase c = square_case(random, RandomCode(random));
+  const ExactBuffer dense = pad(c.rows.dense);
+  const ExactBuffer sparse = pad(c.rows.sparse);
+  check_layer(CodedMatrix(c.code, c.geometry, dense.span(), sparse.span(), c.rows.sparse_sizes,
+                          {c.scale, c.offset, {}}),
+              3);
   check_attention(3);
   std::printf("failures: %zu allocations failed, and all were passed on\n", failures);
   require(failures > 500, "allocations fail");

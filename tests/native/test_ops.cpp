@@ -45,6 +45,9 @@ void check_elementwise(Random& random) {
   agree("swiglu", x, count, [&](const FloatKernels& floats, float* out) {
     floats.swiglu(x.get(), y.get(), count, out);
   });
+  agree("geglu", x, count, [&](const FloatKernels& floats, float* out) {
+    floats.geglu(x.get(), y.get(), count, out);
+  });
   agree("rotate", x, count, [&](const FloatKernels& floats, float* out) {
     floats.rotate(out, y.get(), y.get() + count - count / 2, count / 2);
   });

@@ -10,8 +10,8 @@ import uvicorn
 
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
-from entrollm.serve.job import ServedModel
 from entrollm.serve.keys import Keys
+from entrollm.serve.served import ServedModel
 from entrollm.serve.server import GracefulServer, listen
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from entrollm.serve.tool_calls import ToolCall, ToolCallFinder
+from entrollm.serve.grammar import Postponed
+from entrollm.serve.output.choose import choose
 from tests.serve.running import Running
 from tests.serve.test_completions import events
 from tests.serve.test_refusals import refused
@@ -147,9 +146,13 @@ def test_calls_in_a_stream_of_the_client(server: Running) -> None:
             stream=True,
         )
         chunks = [chunk.choices[0] for chunk in stream]
-    calls = [call.model_dump() for chunk in chunks for call in chunk.delta.tool_calls or []]
-    assert [call["index"] for call in calls] == [0]
-    check_call(calls[0])
+    begin, rest = (call for chunk in chunks for call in chunk.delta.tool_calls or [])
+    assert begin.index == rest.index == 0
+    assert begin.function is not None
+    assert rest.function is not None
+    assert (begin.function.arguments, rest.id, rest.function.name) == ("", None, None)
+    begin.function.arguments = rest.function.arguments
+    check_call(begin.model_dump())
     assert chunks[-1].finish_reason == "tool_calls"
     assert not any(chunk.delta.content for chunk in chunks)
 
@@ -181,9 +184,19 @@ def test_text_and_calls(client: httpx.Client, server: Running, monkeypatch: pyte
     ]
     pieces = [event["choices"][0] for event in events(client, CHAT, **ASK, tools=TOOLS)]
     streamed = [call for piece in pieces for call in piece["delta"].get("tool_calls", [])]
-    assert [(call["index"], call["function"]["name"]) for call in streamed] == [(0, "weather"), (1, "now")]
+    assert [(call["index"], call["function"].get("name")) for call in streamed] == [
+        (0, "weather"),
+        (0, None),
+        (1, "now"),
+        (1, None),
+    ]
+    assert "".join(call["function"]["arguments"] for call in streamed) == "".join(call["arguments"] for call in found)
     assert "".join(piece["delta"].get("content") or "" for piece in pieces).strip() == "I look."
     assert pieces[-1]["finish_reason"] == "tool_calls"
+    # One call at most: the answer ends behind it.
+    choice = chat(client, tools=TOOLS, parallel_tool_calls=False)
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
+    assert choice["finish_reason"] == "tool_calls"
     # Without tools the text is text.
     assert "<tool_call>" in chat(client, tools=TOOLS, tool_choice="none")["message"]["content"]
 
@@ -243,52 +256,41 @@ def test_bad_tools(client: httpx.Client, body: dict[str, Any], message: str) -> 
 
 
 def test_templates_without_tools(client: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.models[0].model, "_template_text", "{{ messages }}")
+    monkeypatch.setattr(server.models[0], "output", choose("{{ messages }}"))
     error = refused(client.post(CHAT, json=ASK | {"tools": TOOLS}), 400)
-    assert "the chat template of tiny has no tools of the form <tool_call>" in error["message"]
+    assert "the chat template of tiny writes no calls of tools that are known here" in error["message"]
 
 
-def split(text: str, cuts: list[int]) -> list[str | tuple[str, str]]:
-    """What a finder makes of a text in pieces, with neighbouring texts joined."""
-    finder = ToolCallFinder(["f"])
-    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
-    items: list[str | ToolCall] = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        items += finder.push(text[start:end])
-    items += finder.finish()
-    joined: list[str | tuple[str, str]] = []
-    for item in items:
-        if isinstance(item, ToolCall):
-            joined.append((item.name, item.arguments))
-        elif joined and isinstance(joined[-1], str):
-            joined[-1] += item
-        else:
-            joined.append(item)
-    return joined
+def test_reasoning(client: httpx.Client, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.models[0], "output", choose("tools <tool_call> </think>"))
+    say(monkeypatch, server, '<think>\nKings, kings.\n</think>\n\nI look.\n<tool_call>{"name": "now"}</tool_call>')
+    choice = chat(client, tools=TOOLS)
+    assert choice["message"]["reasoning_content"] == "Kings, kings."
+    assert choice["message"]["content"] == "I look."
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    found = events(client, CHAT, **ASK, tools=TOOLS, stream_options={"include_usage": True})
+    deltas = [event["choices"][0]["delta"] for event in found if event["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Kings, kings."
+    assert "".join(delta.get("content", "") for delta in deltas) == "I look."
+    assert 1 <= found[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 5
+    # A template may read the reasoning of earlier answers.
+    message = {"role": "assistant", "content": "Well.", "reasoning_content": "Hm."}
+    assert chat(client, messages=[*ASK["messages"], message, *ASK["messages"]])["finish_reason"] == "stop"
 
 
-GOOD = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-PARTS = ["a ", "\n", "<tool", "_call>", "</tool_call>", GOOD, "<tool_call>{", '{"name": "f"}', "<", "é"]
-
-
-@given(st.lists(st.sampled_from(PARTS), max_size=6).map("".join), st.lists(st.integers(0, 200), max_size=8))
-def test_how_a_text_is_cut_changes_nothing(text: str, cuts: list[int]) -> None:
-    assert split(text, cuts) == split(text, [])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain", ["plain"]),
-        (GOOD, [("f", '{"a": 1}')]),
-        (f"x \n{GOOD}", ["x", ("f", '{"a": 1}')]),
-        (GOOD.removesuffix("</tool_call>"), [("f", '{"a": 1}')]),
-        ('<tool_call>{"name": "g", "arguments": {}}</tool_call>', None),
-        ('<tool_call>{"name": "f", "arguments": 3}</tool_call>', None),
-        ("<tool_call>not JSON</tool_call> and more", None),
-        ("a < b and <tool_call", None),
-        ("ends in space \n", None),
-    ],
-)
-def test_what_is_a_call(text: str, expected: list[Any] | None) -> None:
-    assert split(text, []) == ([text] if expected is None else expected)
+def test_a_schema_begins_behind_the_reasoning(client: httpx.Client, server: Running) -> None:
+    served = server.models[0]
+    grammar = served.grammars.json_schema({"const": 7}, "response_format")
+    end = served.model.end_token_ids[0]
+    form = Postponed(grammar, [5, 6], served.model.config.vocab_size, [end])
+    twin = form.copy()
+    for token in (6, 5, 5, 6):
+        assert not form.is_complete
+        allowed = form.allowed()
+        assert allowed.sum() == len(allowed) - 1
+        assert not allowed[end]
+        form.accept(token)
+    texts = [served.token_text(int(token)).strip() for token in form.allowed().nonzero()[0]]
+    assert "7" in texts
+    assert set(texts) <= {"7", ""}
+    assert twin.allowed().sum() == len(twin.allowed()) - 1

@@ -9,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from entrollm.codec.choose import choose_code
 from entrollm.codec.reference import decode_matrix
+from entrollm.codec.words import encode_words
 from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
@@ -17,8 +19,10 @@ from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
 from entrollm.torch.entries import to_tensor
+from entrollm.torch.native import DecodedMatrix, open_native
 from entrollm.torch.plain import PlainMatrix
 from tests.support.folders import SPLIT_ROW, example_tensors
+from tests.support.lossless_cases import lossless_cases
 from tests.support.matrices import (
     StoredMatrix,
     block_shapes,
@@ -151,3 +155,21 @@ def test_damaged_lists_are_found_or_decode_as_the_reference_does(seed: int) -> N
             all_symbols(matrix, spec.blocks.rows, spec.rows)
     else:
         assert np.array_equal(all_symbols(matrix, spec.blocks.rows, spec.rows), np.array(expected, np.uint8))
+
+
+@pytest.mark.parametrize("name", lossless_cases())
+def test_lossless_words_decode_to_the_same_values(name: str) -> None:
+    weights = lossless_cases()[name]
+    spec, arrays = encode_words(weights, choose_code)
+    entries = {suffix: to_tensor(array) for suffix, array in arrays.items()}
+    expected = weights.astype(np.float32)
+    ids = torch.tensor([len(weights) - 1, 0])
+    for matrix in (PlainMatrix(name, spec, entries, CPU), DecodedMatrix(open_native(name, spec, entries), CPU)):
+        np.testing.assert_array_equal(matrix.dequantize(torch.float32).numpy(), expected)
+        np.testing.assert_array_equal(matrix.rows(ids).numpy(), expected[ids.numpy()])
+        x = torch.linspace(-1, 1, 2 * weights.shape[1]).reshape(2, -1)
+        torch.testing.assert_close(
+            matrix.multiply(x), torch.nn.functional.linear(x, torch.from_numpy(expected)), equal_nan=True
+        )
+        with pytest.raises(IndexError, match="outside of its"):
+            matrix.rows(torch.tensor([len(weights)]))

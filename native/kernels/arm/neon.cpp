@@ -47,6 +47,7 @@ struct NeonProducts {
 constexpr Kernels kTable = [] {
   Kernels kernels = kernels_of<NeonVectors, NeonProducts>("neon");
   kernels.flat = &kNeonFlatKernels;
+  kernels.lossless = &kNeonLosslessKernels;
   kernels.grouped = &kNeonGroupedKernels;
   return kernels;
 }();
@@ -59,6 +60,7 @@ constinit const Kernels kNeonDotKernels = [] {
   Kernels kernels = kTable;
   kernels.name = "neon-dot";
   kernels.flat = &kNeonDotFlatKernels;
+  kernels.lossless = &kNeonLosslessKernels;
   kernels.grouped = &kNeonDotGroupedKernels;
   kernels.dot = neon_sdot;
   kernels.dot_tile = neon_sdot_tile;

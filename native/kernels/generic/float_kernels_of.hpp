@@ -84,19 +84,32 @@ void rotate(float* x, const float* cosines, const float* sines, std::size_t half
   }
 }
 
-Lanes swiglu_of(const Lanes& gate, const Lanes& up) {
-  return gate / (exp_of(splat(0.0f) - gate) + splat(1.0f)) * up;
+inline Lanes silu_of(const Lanes& x) { return x / (exp_of(splat(0.0f) - x) + splat(1.0f)); }
+
+// x / 2 * (1 + tanh(u)) is x / (1 + exp(-2 u)), with u = sqrt(2 / pi) * (x + 0.044715 * x^3).
+inline Lanes gelu_of(const Lanes& x) {
+  const Lanes cube = x * x * x;
+  const Lanes u = splat(0.7978845608f) * (x + splat(0.044715f) * cube);
+  return x / (exp_of(splat(-2.0f) * u) + splat(1.0f));
 }
 
-void swiglu(const float* gate, const float* up, std::size_t count, float* out) {
+template <Lanes Gate(const Lanes&)>
+void gated(const float* gate, const float* up, std::size_t count, float* out) {
   const std::size_t whole = count / kLanes * kLanes;
   const std::size_t rest = count - whole;
   for (std::size_t i = 0; i < whole; i += kLanes) {
-    store_lanes(out + i, swiglu_of(load_lanes(gate + i), load_lanes(up + i)));
+    store_lanes(out + i, Gate(load_lanes(gate + i)) * load_lanes(up + i));
   }
-  const Lanes last =
-      swiglu_of(load_some(gate + whole, rest, 0.0f), load_some(up + whole, rest, 0.0f));
+  const Lanes last = Gate(load_some(gate + whole, rest, 0.0f)) * load_some(up + whole, rest, 0.0f);
   store_some(out + whole, last, rest);
+}
+
+void swiglu(const float* gate, const float* up, std::size_t count, float* out) {
+  gated<silu_of>(gate, up, count, out);
+}
+
+void geglu(const float* gate, const float* up, std::size_t count, float* out) {
+  gated<gelu_of>(gate, up, count, out);
 }
 
 // Calls block<4>(at) for each whole set of four vectors in `count` floats, then block<1>(at) for

@@ -36,6 +36,7 @@ struct Avx2Products {
 constexpr Kernels kTable = [] {
   Kernels kernels = kernels_of<Avx2Vectors, Avx2Products>("avx2");
   kernels.flat = &kAvx2FlatKernels;
+  kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2GroupedKernels;
   kernels.floats = &kAvx2FloatKernels;
   return kernels;
@@ -49,6 +50,7 @@ constinit const Kernels kAvx2VnniKernels = [] {
   Kernels kernels = kTable;
   kernels.name = "avx2-vnni";
   kernels.flat = &kAvx2VnniFlatKernels;
+  kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2VnniGroupedKernels;
   kernels.dot = avx2_vnni_dot;
   kernels.dot_tile = avx2_vnni_dot_tile;

@@ -3,6 +3,6 @@
 namespace entrollm {
 
 const FloatKernels kAvx2FloatKernels = {largest_bits, split_digits, scale_sums, rms_norm,
-                                        rotate,       swiglu,       attend};
+                                        rotate,       swiglu,       geglu,      attend};
 
 }  // namespace entrollm

@@ -92,6 +92,7 @@ constexpr Kernels kTable = {.name = "avx512",
                             .encode = &kAvx512EncodeKernels,
                             .flat = &kAvx512FlatKernels,
                             .grouped = &kAvx512GroupedKernels,
+                            .lossless = &kAvx512LosslessKernels,
                             .floats = &kAvx512FloatKernels};
 
 }  // namespace

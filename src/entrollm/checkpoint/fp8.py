@@ -19,6 +19,8 @@ Float32 = NDArray[np.float32]
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALE_DTYPES = frozenset({"F32", "F16", "BF16", "F8_E8M0"})
 _DEFAULT_BLOCK = (128, 128)
+# Cut blocks stay a multiple of this, for which there are kernels.
+_MULTIPLE = 128
 _ACTIVATION_SCALES = (".input_scale", ".activation_scale")
 
 
@@ -110,7 +112,12 @@ def read_scales(name: str, shape: Sequence[int], scale: NDArray[Any], block_shap
             f"tensor {name!r} of shape {(rows, columns)} is fp8 with scales of shape {scale.shape}; "
             f"expected one scale, one per row, or {expected} for blocks of {blocks[0]} x {blocks[1]}"
         )
-    return BlockScales(scale, blocks)
+    return BlockScales(scale, (_limited(blocks[0], rows), _limited(blocks[1], columns)))
+
+
+def _limited(block: int, length: int) -> int:
+    """The length of a block, without what lies far beyond the end of the weight."""
+    return min(block, -(-length // _MULTIPLE) * _MULTIPLE)
 
 
 def _whole(shape: Sequence[int]) -> tuple[int, int]:

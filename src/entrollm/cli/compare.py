@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import ThreadsOption, json_safe, message, print_json
+from entrollm.cli.console import ThreadsOption, json_safe, message, print_json, write_text
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
 from entrollm.errors import FormatError
 from entrollm.system import naming
@@ -73,7 +73,7 @@ def command(
     else:
         measured.print_table()
         if json_file is not None:
-            _write(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
+            write_text(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n")
     if plot is not None:
         points = [*read_points(result, "measured"), *earlier]
         with naming(plot):
@@ -92,13 +92,3 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with naming(path):
-            temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

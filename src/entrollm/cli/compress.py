@@ -10,7 +10,14 @@ import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, json_safe, message, print_json, warn
 from entrollm.cli.flags import write_flags
-from entrollm.cli.options import BpwOption, KeepOption, SizeOption, parse_bits
+from entrollm.cli.options import (
+    BpwOption,
+    KeepOption,
+    LosslessForOption,
+    LosslessOption,
+    SizeOption,
+    parse_bits,
+)
 from entrollm.cli.progress import ProgressBars
 from entrollm.cli.summary import print_summary
 
@@ -25,6 +32,8 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
     ("entrollm compress MODEL -o OUT --bits 8", "the paper's 8-bit grids, nearly lossless"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "its 4-bit grids, 8 bits for one tensor"),
+    ("entrollm compress MODEL -o OUT --lossless", "every bit of the original, in two thirds of its size"),
+    ("entrollm compress MODEL -o OUT --lossless-for 'lm_head*'", "every bit of one tensor, 4.5 bits for the others"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
@@ -84,6 +93,8 @@ def command(
             "the last match wins.",
         ),
     ] = None,
+    lossless: LosslessOption = False,
+    lossless_for: LosslessForOption = None,
     keep: KeepOption = None,
     bpw: BpwOption = None,
     size: SizeOption = None,
@@ -177,7 +188,8 @@ def command(
     Matrices (linear layers, embeddings, output head) are rounded to uniform grids and entropy-coded; norms and biases
     keep their type. --bpw and --fit choose the steps of all grids so that the files have the requested size, finer
     where a matrix matters more; without them, matrices take 4.5 bits per weight. --calibration comes closer to the
-    original at the same size. --bits rounds to the EntroLLM paper's grids of fixed width instead.
+    original at the same size. --bits rounds to the EntroLLM paper's grids of fixed width instead. --lossless rounds
+    nothing: matrices of bf16, f16 and fp8 keep every bit.
 
     A checkpoint that is quantized already (GPTQ, AWQ, GGUF and others) keeps its integers, without loss. The folder
     appears when it is complete; after an interruption, run the same command again to resume. The last line says how
@@ -193,6 +205,8 @@ def command(
         size=size,
         max_kl=max_kl,
         overrides=overrides,
+        lossless=lossless,
+        lossless_for=lossless_for or (),
         keep=keep or (),
         granularity=granularity.value,
         prefer=prefer.value,

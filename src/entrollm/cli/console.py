@@ -25,6 +25,7 @@ from entrollm.cli.flags import write_flags
 from entrollm.cli.streams import STDOUT, discard, naming_stdout, write_stdout
 from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
+from entrollm.system import naming
 from entrollm.threads import MAX_THREADS
 
 __all__ = [
@@ -277,3 +278,18 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

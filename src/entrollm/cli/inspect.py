@@ -43,11 +43,13 @@ def command(
     if json_output:
         print_json(report.to_json())
         return
-    stdout.print(_table(str(model), report).to_rich())
-    _print_totals(report)
+    stdout.print(tensor_table(str(model), report).to_rich())
+    for name, value in totals(report):
+        stdout.print(f"{name}: {value}")
 
 
-def _table(title: str, report: ModelReport) -> Table:
+def tensor_table(title: str, report: ModelReport) -> Table:
+    """One row for each coded matrix."""
     from entrollm.report import Column, Table
 
     columns = (
@@ -78,20 +80,20 @@ def _table(title: str, report: ModelReport) -> Table:
     return Table(title, columns, tuple(rows))
 
 
-def _print_totals(report: ModelReport) -> None:
+def totals(report: ModelReport) -> list[tuple[str, str]]:
+    """What all matrices, all other tensors and the files take, each with its name."""
     from entrollm.report import format_bytes, format_count
 
-    stdout.print(
-        f"{len(report.tensors)} coded matrices, {format_count(report.coded_weights)} weights: "
-        f"entropy {report.entropy_bits:.3f}, Huffman {report.huffman_bits:.3f}, in the file "
-        f"[bold]{report.coded_bits:.3f}[/bold] bits (+{100 * _excess(report):.2f} % over Huffman)"
-    )
-    stdout.print(f"{len(report.kept)} tensors in their own type: {format_bytes(report.kept_bytes)}")
-    stdout.print(
-        f"weight files: {format_bytes(report.file_bytes)}, [bold]{report.file_bits:.3f}[/bold] bits per weight, "
-        "everything included"
-    )
-
-
-def _excess(report: ModelReport) -> float:
-    return report.coded_bits / report.huffman_bits - 1 if report.huffman_bits else 0.0
+    excess = report.coded_bits / report.huffman_bits - 1 if report.huffman_bits else 0.0
+    return [
+        (
+            f"{len(report.tensors)} coded matrices",
+            f"{format_count(report.coded_weights)} weights: entropy {report.entropy_bits:.3f}, Huffman "
+            f"{report.huffman_bits:.3f}, in the file {report.coded_bits:.3f} bits (+{100 * excess:.2f} % over Huffman)",
+        ),
+        (f"{len(report.kept)} tensors in their own type", format_bytes(report.kept_bytes)),
+        (
+            "weight files",
+            f"{format_bytes(report.file_bytes)}, {report.file_bits:.3f} bits per weight, everything included",
+        ),
+    ]

@@ -30,6 +30,7 @@ _COMMANDS = (
     "verify",
     "eval",
     "compare",
+    "report",
     "export",
     "demo",
     "info",

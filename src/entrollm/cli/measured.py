@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from entrollm.engine.model import Model
     from entrollm.evaluate import Evaluation, ModelSize, Protocol, Windows
     from entrollm.models.config import ModelConfig
-    from entrollm.report import QualityRow
+    from entrollm.report import QualityRow, Table
 
 TextOption = Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.", show_default=False)]
 WindowOption = Annotated[
@@ -101,16 +101,21 @@ class Measured:
             "models": [model.to_json() for model in self.models],
         }
 
-    def print_table(self) -> None:
-        """Print one row for each model, the reference first."""
+    def table(self) -> Table:
+        """One row for each model, the reference first."""
         from entrollm.report import quality_table
 
         every = self.models if self.reference is None else (self.reference, *self.models)
         count, window = self.windows.ids.shape
         title = f"{self.text.name}: {count} windows of {window} tokens, {count * (window - 1):,} predictions"
-        stdout.print(quality_table(title, [model.to_row() for model in every]).to_rich())
-        rate = format_rate(self.windows.ids.size * len(every), self.elapsed_s, "tokens")
-        stdout.print(f"{self.elapsed_s:.1f} s, {rate} over {len(every)} model(s)")
+        return quality_table(title, [model.to_row() for model in every])
+
+    def print_table(self) -> None:
+        """Print the table, and how long it took."""
+        stdout.print(self.table().to_rich())
+        models = len(self.models) + (self.reference is not None)
+        rate = format_rate(self.windows.ids.size * models, self.elapsed_s, "tokens")
+        stdout.print(f"{self.elapsed_s:.1f} s, {rate} over {models} model(s)")
 
 
 def measure(

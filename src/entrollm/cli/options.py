@@ -22,6 +22,22 @@ KeepOption = Annotated[
         help="Leave tensors whose names match in their own type. Can be repeated; wins over --bits GLOB=N.",
     ),
 ]
+LosslessOption = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Keep every bit of the matrices, in two thirds of bf16. Nothing is rounded, so no size is given.",
+    ),
+]
+LosslessForOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lossless-for",
+        metavar="GLOB",
+        help="Keep every bit of the matrices whose names match, and round the others. Can be repeated; wins over "
+        "--bits.",
+    ),
+]
 
 
 def parse_bits(values: Sequence[str]) -> tuple[int | None, dict[str, int | None]]:

@@ -8,7 +8,13 @@ import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, stdout, warn
 from entrollm.cli.flags import write_flags
-from entrollm.cli.options import BpwOption, KeepOption, SizeOption
+from entrollm.cli.options import (
+    BpwOption,
+    KeepOption,
+    LosslessForOption,
+    LosslessOption,
+    SizeOption,
+)
 
 if TYPE_CHECKING:
     from entrollm.compress import SizePlan
@@ -19,6 +25,7 @@ EXAMPLES = (
     ("entrollm plan MODEL --fit 1.9GB", "what fits: bits and error of every tensor"),
     ("entrollm plan MODEL --bpw 3", "how much error, memory and speed 3 bits per weight give"),
     ("entrollm plan MODEL --bpw 3 --keep 'lm_head*'", "with one tensor in its own type"),
+    ("entrollm plan MODEL --lossless", "with every bit of the matrices"),
     ("entrollm plan MODEL --bpw 3 --json", "the same for scripts"),
 )
 
@@ -27,6 +34,8 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
     bpw: BpwOption = None,
     size: SizeOption = None,
+    lossless: LosslessOption = False,
+    lossless_for: LosslessForOption = None,
     keep: KeepOption = None,
     threads: ThreadsOption = None,
     json_output: JsonOption = False,
@@ -42,7 +51,9 @@ def command(
     from entrollm.recipes import CompressOptions, plan
     from entrollm.recipes.closeness import damage_of_plan
 
-    options = CompressOptions(bpw=bpw, size=size, keep=keep or (), threads=threads)
+    options = CompressOptions(
+        bpw=bpw, size=size, lossless=lossless, lossless_for=lossless_for or (), keep=keep or (), threads=threads
+    )
     result = plan(model, options)
     if json_output:
         print_json(result.to_json())
@@ -74,7 +85,7 @@ def _table(model: str, result: SizePlan) -> Table:
         (
             tensor.name,
             f"{tensor.shape[0]} x {tensor.shape[1]}",
-            f"{tensor.step:.3f}",
+            f"{tensor.step:.3f}" if tensor.step else "lossless",
             f"{tensor.file_bits:.3f}",
             f"{tensor.relative_error:.4f}",
         )

@@ -41,6 +41,22 @@ def command(
     grace: Annotated[
         float, typer.Option("--grace", min=0, metavar="S", help="Seconds for running answers after SIGTERM.")
     ] = 60,
+    tool_format: Annotated[
+        str,
+        typer.Option(
+            "--tool-format",
+            metavar="auto|none|hermes|llama|pythonic|mistral|gemma|harmony",
+            help="How the models write calls of tools; auto reads it off their chat templates.",
+        ),
+    ] = "auto",
+    reasoning_format: Annotated[
+        str,
+        typer.Option(
+            "--reasoning-format",
+            metavar="auto|none|think|mistral|gemma",
+            help="How they mark reasoning, which is then split off.",
+        ),
+    ] = "auto",
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
     check: CheckOption = True,
@@ -63,13 +79,16 @@ def command(
         raise UnsupportedError(f"{error.name} is missing; install it with: pip install 'entrollm[serve]'") from None
     from entrollm.serve.api import Settings
     from entrollm.serve.keys import read_keys
+    from entrollm.serve.output.choose import check_formats
     from entrollm.serve.server import LoadOptions, load_models, serve
 
     keys = None if api_key_file is None else read_keys(api_key_file)
     is_local = _is_loopback(host)
     if not is_local and keys is None:
         warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")
-    served = load_models(models, LoadOptions(slots, context, threads, check_memory(memory), check))
+    check_formats(tool_format, reasoning_format)
+    options = LoadOptions(slots, context, threads, check_memory(memory), check, tool_format, reasoning_format)
+    served = load_models(models, options)
     settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
     names = ", ".join(each.name for each in served)
     serve(served, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))

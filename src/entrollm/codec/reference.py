@@ -121,6 +121,18 @@ def decode_matrix(
     return matrix
 
 
+def divide_word(word: int, bits: int) -> tuple[int, int]:
+    """The symbol and the low byte of a lossless word of 8 or 16 bits; the low byte of 8 bits is 0."""
+    rotated = (word << 1 | word >> bits - 1) & (1 << bits) - 1
+    return (rotated, 0) if bits == 8 else (rotated >> 8, rotated & 0xFF)
+
+
+def join_word(symbol: int, low: int, bits: int) -> int:
+    """Undo `divide_word`."""
+    rotated = symbol if bits == 8 else symbol << 8 | low
+    return rotated >> 1 | (rotated & 1) << bits - 1
+
+
 def code_bits(node: Node, symbol: int) -> int | None:
     """The length of a symbol's code below `node` in bits; None if it has no code there."""
     if isinstance(node, Leaf):

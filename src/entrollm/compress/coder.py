@@ -25,7 +25,7 @@ from entrollm.format.blocks import block_count
 from entrollm.format.grid import GridKind
 from entrollm.format.header import TensorTable
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
-from entrollm.format.spec import TensorSpec
+from entrollm.format.spec import Kind, TensorSpec
 from entrollm.format.stored import StoredMatrix, store_matrix
 from entrollm.matrix import CodedMatrix
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, Scales, out_of_range, too_large
@@ -43,7 +43,7 @@ class CodedResult:
     Attributes:
         matrix: what is stored.
         stored_bytes: what it adds to its file, its share of the header included, to within a few bytes.
-        entropy_bits, huffman_bits: per weight, of the histogram of its symbols.
+        entropy_bits, huffman_bits: per weight, of the histogram of its symbols, and of the low bytes of lossless words.
     """
 
     matrix: StoredMatrix
@@ -124,11 +124,13 @@ class MatrixCoder:
             grid_name=quantized.grid,
             code=code,
             blocks=source.blocks,
-            kind=quantized.groups.form if quantized.groups is not None else _grid_kind(quantized),
+            kind=_kind(quantized),
             relative_error=relative_error(quantized.error, quantized.energy),
         )
         matrix = store_matrix(name, spec, arrays)
-        return CodedResult(matrix, table.stored_bytes(matrix), entropy_bits(counts), huffman_bits(counts))
+        low_bits = 0 if quantized.lossless is None else quantized.lossless.low_bits
+        bits = entropy_bits(counts) + low_bits, huffman_bits(counts) + low_bits
+        return CodedResult(matrix, table.stored_bytes(matrix), *bits)
 
     def _check_underflow(self, name: str, energy: float) -> None:
         """Check that the weights of a matrix in float64 do not vanish in float32."""
@@ -172,9 +174,11 @@ def relative_error(error: float, energy: float) -> float:
 
 
 def _scale_arrays(quantized: Quantized) -> dict[str, NDArray[np.generic]]:
-    """The scales that are stored as arrays; one scale or offset for the whole matrix goes into the spec."""
+    """What is stored besides the symbols: arrays of scales, or low bytes. A scale of all rows goes into the spec."""
     if quantized.groups is not None:
         return {f".{name}": layout.deflate_array(array) for name, array in quantized.groups.arrays.items()}
+    if quantized.lossless is not None:
+        return {} if quantized.low is None else {layout.LOW: layout.padded_stream([quantized.low.reshape(-1)])}
     arrays: dict[str, NDArray[np.generic]] = {}
     if len(quantized.scale) > 1:
         arrays[layout.SCALE] = _stored(quantized.scale)
@@ -195,6 +199,12 @@ def _check_range(name: str, quantized: Quantized) -> None:
 
 def _stored(scales: Scales) -> NDArray[Any]:
     return scales.codes if isinstance(scales, LogScales) else scales
+
+
+def _kind(quantized: Quantized) -> Kind:
+    if quantized.lossless is not None:
+        return quantized.lossless
+    return quantized.groups.form if quantized.groups is not None else _grid_kind(quantized)
 
 
 def _grid_kind(quantized: Quantized) -> GridKind:

@@ -13,6 +13,7 @@ from entrollm import _core
 from entrollm.checkpoint.names import natural_key
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.format.code import Code, Field, Leaf, Node, Split
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of
 
@@ -27,7 +28,7 @@ class TensorReport:
         name, shape, grid: what it is and how it was quantized.
         code: the form of its code, as `describe_code` states it.
         symbols: the number of distinct symbols that occur.
-        entropy_bits, huffman_bits: of the histogram of its symbols.
+        entropy_bits, huffman_bits: of the histogram of its symbols, and of the low bytes of lossless words.
         file_bits: stored bits, without a share of the file's header.
         relative_error: RMS quantization error over the RMS of the original weights.
     """
@@ -151,14 +152,15 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
     for _, symbols in symbol_chunks(matrix, pool):
         counts += _core.histogram(symbols)
     histogram = [int(c) for c in counts]
+    low_bits = spec.kind.low_bits if isinstance(spec.kind, LosslessKind) else 0
     return TensorReport(
         name=matrix.name,
         shape=(spec.rows, spec.columns),
         grid=spec.grid_name,
         code=describe_code(spec.code),
         symbols=sum(1 for c in histogram if c),
-        entropy_bits=entropy_bits(histogram),
-        huffman_bits=huffman_bits(histogram),
+        entropy_bits=entropy_bits(histogram) + low_bits,
+        huffman_bits=huffman_bits(histogram) + low_bits,
         file_bits=matrix.stored_bytes * 8 / (spec.rows * spec.columns),
         relative_error=spec.relative_error,
     )

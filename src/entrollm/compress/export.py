@@ -146,7 +146,11 @@ def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPoo
         matrix = matrix_of(model, name)
         step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)
         for begin in range(0, matrix.spec.rows, step):
-            rows = np.arange(begin, min(matrix.spec.rows, begin + step), dtype=np.int64)
+            end = min(matrix.spec.rows, begin + step)
+            if matrix.lossless is not None and dtype == matrix.spec.dtype:
+                yield matrix.original(begin, end, pool)
+                continue
+            rows = np.arange(begin, end, dtype=np.int64)
             yield matrix.dequantize(rows, pool).astype(DTYPES[dtype])
     model.release(name)
 

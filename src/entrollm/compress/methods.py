@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.lossless import LosslessQuantizer
 from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.sized import SizedMethods
@@ -46,11 +48,37 @@ def make_methods(
     Raises:
         ValueError: the target is out of reach.
     """
+    if plan.lossless:
+        others = tuple(name for name in plan.coded if name not in plan.lossless)
+        rest = make_methods(checkpoint, replace(plan, coded=others), options, statistics)
+        return LosslessMethods(checkpoint, plan.lossless, rest)
     if plan.imported:
         return ImportedMethods(checkpoint, plan)
     if options.target is None:
         return PaperMethods(plan.tensors)
     return SizedMethods(checkpoint, plan, options, statistics)
+
+
+class LosslessMethods:
+    """The bits of lossless matrices; other methods for the other matrices."""
+
+    def __init__(self, checkpoint: Checkpoint, names: frozenset[str], rest: Methods) -> None:
+        self._lossless = LosslessQuantizer(checkpoint)
+        self._names = names
+        self._rest = rest
+
+    def quantizer(self, name: str) -> Quantizer:
+        """The quantizer of a matrix."""
+        return self._lossless if name in self._names else self._rest.quantizer(name)
+
+    def settle(self, name: str, stored_bytes: int) -> bool:
+        """Accept any size of a lossless matrix."""
+        return name in self._names or self._rest.settle(name, stored_bytes)
+
+    def resume(self, name: str, stored_bytes: int, weights: Callable[[], Float32]) -> None:
+        """Record a matrix that is not lossless."""
+        if name not in self._names:
+            self._rest.resume(name, stored_bytes, weights)
 
 
 class PaperMethods:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Method = Literal["feedback", "gptq"]
 PostFit = Callable[[Path], "Mapping[str, NDArray[Any]]"]
 """Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
+ALL_MATRICES = "*"
+"""The glob of `lossless` with which every matrix is coded bit for bit."""
 DEFAULT_BITS = 4
 """Bits of the paper's grids where only the bits of other tensors are given."""
 
@@ -37,6 +39,8 @@ class CodingOptions:
         fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits of the tensors that match a glob, or None for those that keep their type; the last match wins.
+        lossless: globs of matrices that are coded bit for bit; they win over widths, and tensors that keep their type
+            win over them. With "*", every matrix is, and no target is needed.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind of processor whose decoding times count.
         shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
@@ -51,6 +55,7 @@ class CodingOptions:
     fine_scales: bool = False
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()
+    lossless: Sequence[str] = ()
     prefer: Prefer = "size"
     processor: Processor = "x86"
     shard_bytes: int = 1 << 30

@@ -18,7 +18,7 @@ from entrollm.checkpoint.side_files import side_files, tokenizer_files
 from entrollm.compress.coder import MatrixCoder
 from entrollm.compress.folder import OutputFolder, check_output, check_replaced, write_index
 from entrollm.compress.methods import make_methods
-from entrollm.compress.options import DEFAULT_BITS, CodingOptions, PostFit
+from entrollm.compress.options import ALL_MATRICES, DEFAULT_BITS, CodingOptions, PostFit
 from entrollm.compress.planning import Plan, make_plan, with_size
 from entrollm.compress.progress import CompressProgress, ProgressCounter
 from entrollm.compress.refit import Refit
@@ -99,7 +99,7 @@ def _fingerprint(
         "format_version": FORMAT_VERSION,
         "record_version": RECORD_VERSION,
         "files": _stamps(checkpoint),
-        "tensors": {name: [t.bits, t.granularity, t.is_imported] for name, t in plan.tensors.items()},
+        "tensors": {name: [t.bits, t.granularity, t.is_imported, t.is_lossless] for name, t in plan.tensors.items()},
         "prefer": options.prefer,
         "processor": options.processor,
         "method": options.method,
@@ -161,6 +161,8 @@ def _config(checkpoint: Checkpoint, plan: Plan, options: CodingOptions, is_calib
     method: dict[str, Any]
     if plan.imported:
         method = {"method": "imported", "source": checkpoint.quantization}
+    elif ALL_MATRICES in options.lossless:
+        method = {"method": "lossless"}
     elif options.target is None:
         method = {"method": "paper", "bits": options.bits or DEFAULT_BITS, "granularity": options.granularity}
     else:

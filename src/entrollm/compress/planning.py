@@ -10,7 +10,8 @@ from typing import Self
 
 from entrollm.checkpoint.imported import ImportedMatrix
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.compress.options import DEFAULT_BITS, CodingOptions
+from entrollm.compress.lossless import make_lossless
+from entrollm.compress.options import ALL_MATRICES, DEFAULT_BITS, CodingOptions
 from entrollm.compress.stacks import split_stacks
 from entrollm.compress.target import DEFAULT_TARGET
 from entrollm.errors import FormatError, Message, Option, OptionError, Placeholder
@@ -39,6 +40,11 @@ class Plan:
         coded = frozenset(self.coded)
         return tuple(name for name in self.tensors if name not in coded)
 
+    @property
+    def lossless(self) -> frozenset[str]:
+        """Names of the matrices that are coded bit for bit."""
+        return frozenset(name for name in self.coded if self.tensors[name].is_lossless)
+
     def coding(self, names: Iterable[str]) -> Self:
         """This plan with only the matrices `names` coded, in one file."""
         return replace(self, coded=tuple(names), shards=(tuple(self.tensors),))
@@ -48,7 +54,7 @@ def with_size(checkpoint: Checkpoint, options: CodingOptions) -> CodingOptions:
     """The options with the default size, where they state none and the checkpoint has no integers to keep."""
     states_size = options.bits is not None or options.target is not None
     has_widths = any(override.bits is not None for override in options.overrides)
-    if states_size or has_widths or _imported(checkpoint, options):
+    if states_size or has_widths or ALL_MATRICES in options.lossless or _imported(checkpoint, options):
         return options
     return replace(options, target=DEFAULT_TARGET)
 
@@ -74,7 +80,7 @@ def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[st
     else:
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         tensors = plan_tensors(shapes, options.bits or DEFAULT_BITS, options.overrides, options.granularity)
-    tensors = split_stacks(checkpoint, tensors)
+    tensors = split_stacks(checkpoint, make_lossless(checkpoint, tensors, options))
     if not tensors:
         raise FormatError(f"{checkpoint.path} has no tensors")
     tensors = {name: tensors[name] for name in [*order, *tensors] if name in tensors}

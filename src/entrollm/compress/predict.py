@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +19,9 @@ from entrollm.checkpoint.names import natural_key
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
-from entrollm.compress.options import CodingOptions
+from entrollm.codec.words import encode_words
+from entrollm.compress.lossless import expected_bytes
+from entrollm.compress.options import ALL_MATRICES, CodingOptions
 from entrollm.compress.planning import make_plan, with_size
 from entrollm.compress.result import MatrixError
 from entrollm.compress.sized import SizedMethods
@@ -26,6 +29,7 @@ from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.format import layout
 from entrollm.format.log_scales import float_scales
+from entrollm.matrix import multiply, open_matrix
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
 from entrollm.quantize.rounding import ZERO
@@ -57,13 +61,18 @@ class TensorEstimate:
     file_bits: float
     relative_error: float
 
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class SizePlan:
     """A prediction for a whole model.
 
     Attributes:
-        tensors: the matrices.
+        tensors: the matrices; a lossless one has a step and an error of 0.
         weights: weights of the whole model.
         file_bytes: of all weight files, everything included; file_bits, the same per weight.
         load_bytes: memory of the loaded model; its code bytes are file cache, which the system may drop.
@@ -105,19 +114,23 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
                 "so no size can be chosen; plan the checkpoint that it was made from"
             )
         options = with_size(checkpoint, options)
-        if options.target is None:
+        if options.target is None and ALL_MATRICES not in options.lossless:
             raise ValueError("a plan needs a size: bits per weight or bytes")
         planned = make_plan(checkpoint, options)
         if not planned.coded:
             raise ValueError(f"{checkpoint.path} has no matrix to quantize")
-        methods = SizedMethods(checkpoint, planned, options)
-        tensors = tuple(_estimate(methods, name) for name in sorted(methods.curves, key=natural_key))
+        exact = {name: _exact(checkpoint, name) for name in planned.coded if name in planned.lossless}
+        rest = replace(planned, coded=tuple(name for name in planned.coded if name not in exact))
+        methods = SizedMethods(checkpoint, rest, options) if rest.coded else None
+        found = exact if methods is None else exact | {name: _estimate(methods, name) for name in methods.curves}
+        tensors = tuple(found[name] for name in sorted(found, key=natural_key))
         weights = sum(info.weights for info in checkpoint.tensors.values())
-        embeddings = sum(t.shape[0] * t.shape[1] for t in tensors if _is_looked_up(t.name, methods))
-    file_bytes = round(methods.control.predicted_bytes())
-    multiplied = sum(t.shape[0] * t.shape[1] for t in tensors) - embeddings
-    largest = max(shape[0] * shape[1] for shape in (t.shape for t in tensors))
-    threads = options.threads or default_threads()
+        kept_bytes = sum(checkpoint.tensors[name].size_bytes for name in planned.kept)
+    if methods is None:
+        file_bytes = kept_bytes + round(sum(t.file_bits * t.weights / 8 for t in tensors))
+    else:
+        file_bytes = round(methods.control.predicted_bytes())
+    largest = max(t.weights for t in tensors)
     return SizePlan(
         tensors=tensors,
         weights=weights,
@@ -127,7 +140,7 @@ def plan(model: str | Path, options: CodingOptions) -> SizePlan:
         compress_bytes=2 * 4 * largest + 300_000_000,
         relative_error=_mean_error(tensors),
         worst=max((MatrixError(t.name, t.relative_error) for t in tensors), key=lambda found: found.relative_error),
-        tokens_per_s=_product_rate(methods, threads, options) / max(1, multiplied),
+        tokens_per_s=1 / max(_multiplying_s(tensors, exact, methods, options), 1e-9),
     )
 
 
@@ -162,9 +175,30 @@ def _mean_error(tensors: Sequence[TensorEstimate]) -> float:
     return math.sqrt(math.fsum(t.relative_error**2 * t.shape[0] * t.shape[1] for t in tensors) / weights)
 
 
-def _is_looked_up(name: str, methods: SizedMethods) -> bool:
+def _exact(checkpoint: Checkpoint, name: str) -> TensorEstimate:
+    """A lossless matrix."""
+    rows, columns = checkpoint.tensors[name].shape
+    return TensorEstimate(name, (rows, columns), 0.0, expected_bytes(checkpoint, name) * 8 / (rows * columns), 0.0)
+
+
+def _multiplying_s(
+    tensors: Sequence[TensorEstimate],
+    exact: Collection[str],
+    methods: SizedMethods | None,
+    options: CodingOptions,
+) -> float:
+    """Seconds that the products of one token take."""
+    threads = options.threads or default_threads()
+    multiplied = [t for t in tensors if not _is_looked_up(t.name, tensors)]
+    lossless = sum(t.weights for t in multiplied if t.name in exact)
+    rounded = sum(t.weights for t in multiplied) - lossless
+    elapsed = rounded / _product_rate(methods, threads, options) if methods is not None else 0.0
+    return elapsed + (lossless / _lossless_rate(threads) if lossless else 0.0)
+
+
+def _is_looked_up(name: str, tensors: Sequence[TensorEstimate]) -> bool:
     """Whether a token reads only one row of a matrix: the embedding of a model that has a separate head."""
-    return "embed_tokens" in name and any("lm_head" in other for other in methods.curves)
+    return "embed_tokens" in name and any("lm_head" in other.name for other in tensors)
 
 
 def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -196,10 +230,23 @@ def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -
         None,
     )
     pool = start_pool(threads)
-    x = weights[:1]
+    return _timed_rate(lambda: matrix.multiply(weights[:1], pool))
+
+
+def _lossless_rate(threads: int) -> float:
+    """Weights per second of a product with a Gaussian matrix of lossless bfloat16."""
+    shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
+    weights = np.random.default_rng(0).standard_normal(shape, np.float32)
+    spec, arrays = encode_words(weights.astype(ml_dtypes.bfloat16), choose_code)
+    matrix = open_matrix("timed", spec, arrays)
+    pool = start_pool(threads)
+    return _timed_rate(lambda: multiply([matrix], weights[:1], pool))
+
+
+def _timed_rate(run: Callable[[], object]) -> float:
     elapsed = []
     for _ in range(_TIMED_RUNS):
         started = time.perf_counter()
-        matrix.multiply(x, pool)
+        run()
         elapsed.append(time.perf_counter() - started)
     return _TIMED_WEIGHTS / min(elapsed)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from entrollm.arrays import Array
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.control import RateControl
+from entrollm.compress.lossless import expected_bytes
 from entrollm.compress.options import CodingOptions
 from entrollm.compress.planning import Plan
 from entrollm.compress.rate import RateCurve
@@ -64,7 +65,9 @@ class SizedMethods:
         }
         fixed = len(plan.shards) * _SHARD_BYTES
         for name in plan.kept:
-            fixed += checkpoint.tensors[name].size_bytes + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
+            is_lossless = plan.tensors[name].is_lossless
+            own = expected_bytes(checkpoint, name) if is_lossless else checkpoint.tensors[name].size_bytes
+            fixed += own + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(info.weights for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(plan.coded, statistics))
         self.control = RateControl(self.curves, steps, fixed, weights, options.target)

@@ -21,6 +21,7 @@ from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.format import layout
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of
 from entrollm.quantize.paper import Grid, quantize_rows
@@ -28,6 +29,7 @@ from entrollm.quantize.paper import Grid, quantize_rows
 # The stored error was added up in another order.
 _ERROR_TOLERANCE = 1e-3
 _PAPER_PREFIX = "paper-"
+_COMPARED_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ def verify(
 
     A plain tensor passes if its bytes have their checksum and its values are finite. A coded matrix passes if, in
     addition, every block decodes to its stated length and encoding the symbols again gives the stored bytes. If there
-    is an original, quantizing it again must give the symbols of every paper grid, imported weights must equal the
-    original's bit for bit, the error of every matrix must be the stored one, and plain tensors must be equal.
+    is an original, quantizing it again must give the symbols of every paper grid, imported and lossless weights must
+    equal the original's bit for bit, the error of every matrix must be the stored one, and plain tensors must be equal.
 
     Args:
         model: the folder.
@@ -136,6 +138,9 @@ def _check_padding(matrix: CodedMatrix, stored: Mapping[str, NDArray[Any]], ends
 
 
 def _check_end(matrix: CodedMatrix, entries: Mapping[str, NDArray[Any]]) -> None:
+    low = entries.get(layout.LOW)
+    if low is not None and low[matrix.spec.rows * matrix.spec.columns :].any():
+        raise CorruptStreamError(f"{matrix.name}: the padding after its low bytes is not zero")
     parts = matrix.spec.parts
     if parts is not None and entries[layout.CODED][sum(parts) :].any():
         raise CorruptStreamError(f"{matrix.name}: the padding at the end of its entry is not zero")
@@ -158,6 +163,9 @@ def _compare_matrix(
     if original.tensors[name].shape != (spec.rows, spec.columns):
         shape = (spec.rows, spec.columns)
         raise FormatError(f"{name}: the original has shape {original.tensors[name].shape}, not {shape}")
+    if isinstance(spec.kind, LosslessKind):
+        _compare_bits(matrix, original, pool)
+        return
     is_exact = isinstance(spec.kind, GroupedKind)
     grid = _stored_grid(matrix, stored) if spec.grid_name.startswith(_PAPER_PREFIX) else None
     error = energy = 0.0
@@ -175,6 +183,17 @@ def _compare_matrix(
     relative = math.sqrt(error / energy) if energy else 0.0
     if not math.isclose(relative, spec.relative_error, rel_tol=_ERROR_TOLERANCE, abs_tol=1e-6):
         raise FormatError(f"{name}: its error against the original is {relative:.6f}, stored {spec.relative_error:.6f}")
+
+
+def _compare_bits(matrix: CodedMatrix, original: Checkpoint, pool: _core.ThreadPool) -> None:
+    spec, name = matrix.spec, matrix.name
+    if original.plain_dtype(name) != spec.dtype or name in original.imported:
+        raise FormatError(f"{name}: the original has type {original.plain_dtype(name)}, not {spec.dtype}")
+    step = max(1, _COMPARED_WEIGHTS // (spec.columns * spec.blocks.rows)) * spec.blocks.rows
+    for begin in range(0, spec.rows, step):
+        end = min(spec.rows, begin + step)
+        if matrix.original(begin, end, pool).tobytes() != original.read(name, begin, end).tobytes():
+            raise FormatError(f"{name}: its weights are not bit for bit those of the original, from row {begin} on")
 
 
 def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:

@@ -123,6 +123,25 @@ class SelfAttention:
             mixed *= gate
         return self._output(mixed)
 
+    def native(self, surroundings: _core.Surroundings) -> _core.AttentionBlock | None:
+        """This part with what surrounds it as native code; None if that lacks an option or a kind of matrix.
+
+        Raises:
+            CorruptStreamError: the bytes of a matrix are damaged.
+        """
+        config = self._config
+        is_plain = config.attention_cap is None and not (config.has_sinks or config.has_output_gate)
+        if config.is_qkv_by_head or config.has_rotated_neighbours or not is_plain:
+            return None
+        qkv, output = self._qkv.native(), self._output.native()
+        if qkv is None or output is None:
+            return None
+        factor = None if self._query_factor is None else float(self._query_factor)
+        shape = _core.AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, factor)
+        heads = None if self._head_norms is None else self._head_norms.reshape(-1)
+        query, key = self._width_norms or (None, None)
+        return _core.AttentionBlock(qkv, output, surroundings, shape, heads, query, key)
+
     def _normalised(self, qk: Floats, norms: tuple[Floats, Floats]) -> Floats:
         """Queries and keys, each normalised over its whole width."""
         heads = self._config.num_heads

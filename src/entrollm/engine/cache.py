@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,8 +31,27 @@ class Mix(Protocol):
         """
 
 
+class Positions(NamedTuple):
+    """The positions of one sequence in a layer, the last ones of which are new.
+
+    Attributes:
+        count: how many are new, at least 1.
+        keys, values: of all that the new ones may see, themselves included: views, float32 (kv_heads, head_dim, length)
+            and (kv_heads, length, head_dim), valid until the cache changes.
+        window: positions that a query sees, its own included; None for all.
+    """
+
+    count: int
+    keys: Floats
+    values: Floats
+    window: int | None
+
+
 class Attention(Protocol):
     """What a layer asks for attention over the tokens so far."""
+
+    def extend(self, n: int) -> list[Positions]:
+        """Add n tokens, whose keys and values the caller writes: the positions of each sequence, in their order."""
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n tokens and mix values for each.
@@ -82,15 +101,21 @@ class LayerCache:
             valid until the next call.
         """
         n = keys.shape[0]
+        ((_, all_keys, all_values, _),) = self.extend(n)
+        first = all_values.shape[1] - n
+        all_keys[:, :, first:] = keys.transpose(1, 2, 0)
+        all_values[:, first:] = values.transpose(1, 0, 2)
+        return all_keys, all_values
+
+    def extend(self, n: int) -> list[Positions]:
+        """Add n positions of one sequence, whose keys and values the caller writes; see Attention."""
         if self._window is not None and self._held >= self._window:
             self._drop(self._held - self._window + 1)
         if self._start + self._held + n > self.capacity:
             self._make_room(n)
-        stop = self._start + self._held
-        self._keys[:, :, stop : stop + n] = keys.transpose(1, 2, 0)
-        self._values[:, stop : stop + n] = values.transpose(1, 0, 2)
         self._held += n
-        return self._keys[:, :, self._start : stop + n], self._values[:, self._start : stop + n]
+        seen = slice(self._start, self._start + self._held)
+        return [Positions(n, self._keys[:, :, seen], self._values[:, seen], self._window)]
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""

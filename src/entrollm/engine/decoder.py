@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from entrollm import _core
 from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
-from entrollm.engine.attention import Angles, Rotations
+from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
-from entrollm.engine.cache import Cache, LayerState
+from entrollm.engine.cache import Cache, LayerCache, LayerState
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.mixers import make_mixer
-from entrollm.engine.projection import Apply, Projection, load_norm
+from entrollm.engine.projection import Norm, Projection, load_norm
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
+from entrollm.errors import CorruptStreamError
 from entrollm.models.config import ModelConfig
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
@@ -80,17 +82,17 @@ class Decoder:
         """An empty cache for one sequence."""
         return Cache(self.config)
 
-    def forward(self, ids: Ids, cache: Cache, *, last_only: bool = False) -> Floats:
+    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
         """Run the model on the tokens that follow those in the cache, and add them to it.
 
         Args:
             ids: int64 (n,), n >= 1, each in [0, vocab_size).
             cache: the tokens before; left in an undefined state if this call is interrupted, until its reset().
-            last_only: compute the logits of the last position alone.
+            last: compute the logits of that many last positions alone, n at most.
         Returns:
-            float32 (n, vocab_size), or (1, vocab_size) with last_only.
+            float32 (n, vocab_size), or (last, vocab_size).
         """
-        wanted = 1 if last_only else len(ids)
+        wanted = len(ids) if last is None else last
         ids = self._begin(ids, cache)
         hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
         return self._logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
@@ -160,6 +162,9 @@ class Decoder:
 class Layer:
     """Attention and a feed-forward part, whose outputs are added to the residual stream.
 
+    Each of the two runs as native code where that has all of its options and its matrices are coded, with the same
+    bits as result.
+
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
@@ -169,7 +174,7 @@ class Layer:
             config = replace(config, block=config.layer_blocks[index])
         prefix, block = f"{config.names.layers}{index}.", config.block
 
-        def norm(name: str | None) -> Apply | None:
+        def norm(name: str | None) -> Norm | None:
             return None if name is None else load_norm(config, weights, prefix + name)
 
         self._attention_norm, self._attention_output_norm = (
@@ -177,18 +182,20 @@ class Layer:
             norm(block.attention_output_norm),
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
-        self._attention = make_mixer(config, weights, prefix, index) if block.has_mixer else None
+        self._mixer = make_mixer(config, weights, prefix, index) if block.has_mixer else None
         experts = config.experts[index] if config.experts else None
-        self._feed_forward: Apply | None = None
-        if not block.has_mlp:
-            pass
-        elif experts is None:
-            self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
-        else:
+        self._feed_forward: FeedForward | MixedExperts | None = None
+        if block.has_mlp and experts is not None:
             self._feed_forward = MixedExperts(config, weights, prefix, experts)
+        elif block.has_mlp:
+            self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         self._is_parallel = block.is_parallel
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
+        self._eps, self._pool = config.norm_eps, weights.pool
+        self._native_attention: _core.AttentionBlock | None = None
+        self._native_feed_forward: _core.FeedForwardBlock | None = None
+        self._is_prepared = False
 
     def __call__(self, x: Floats, angles: Angles | None, state: LayerState | SequencesState) -> Floats:
         """float32 (n, hidden_size) -> a new float32 (n, hidden_size).
@@ -198,30 +205,62 @@ class Layer:
             angles: of the rotation; None if the layer does not rotate.
             state: what the layer keeps of the sequence, or of each sequence in the pass.
         """
-        if self._attention is None:
-            return self._add_feed_forward(x.copy(), x)
-        normalised = x if self._attention_norm is None else self._attention_norm(x)
-        mixed = self._attention(normalised, angles, state)
-        if self._attention_output_norm is not None:
-            mixed = self._attention_output_norm(mixed)
-        if self._scale is not None:
-            mixed *= self._scale
-        mixed += x
+        if not self._is_prepared:
+            self._prepare()
+        normalised, mixed = x, x
+        if self._native_attention is not None and isinstance(state, LayerCache | SequencesState):
+            turns = (None, None, None) if angles is None else (angles.cosines, angles.sines, angles.query_factors)
+            mixed = _run(self._native_attention, x, *turns, state.extend(len(x)), self._pool)
+        elif self._mixer is not None:
+            if self._attention_norm is not None:
+                normalised = self._attention_norm(x)
+            mixed = self._added(self._mixer(normalised, angles, state), self._attention_output_norm, x)
         if self._feed_forward is None:
             return mixed
+        if self._native_feed_forward is not None:
+            return _run(self._native_feed_forward, mixed, self._pool)
+        read = x if self._is_parallel else mixed
         if self._shares_norm:
-            return self._add_feed_forward(mixed, normalised, is_normalised=True)
-        return self._add_feed_forward(mixed, x if self._is_parallel else mixed)
-
-    def _add_feed_forward(self, stream: Floats, read: Floats, *, is_normalised: bool = False) -> Floats:
-        """Add to `stream`, in place, what the feed-forward part makes of `read`."""
-        assert self._feed_forward is not None  # a layer has one of its parts
-        if self._mlp_norm is not None and not is_normalised:
+            read = normalised
+        elif self._mlp_norm is not None:
             read = self._mlp_norm(read)
-        found = self._feed_forward(read)
-        if self._mlp_output_norm is not None:
-            found = self._mlp_output_norm(found)
+        return self._added(self._feed_forward(read), self._mlp_output_norm, mixed)
+
+    def _added(self, found: Floats, norm: Norm | None, x: Floats) -> Floats:
+        """What a part found, normalised, scaled and added to x."""
+        if norm is not None:
+            found = norm(found)
         if self._scale is not None:
             found *= self._scale
-        stream += found
-        return stream
+        found += x
+        return found
+
+    def _prepare(self) -> None:
+        """Make the native parts, once the matrices have their final form."""
+        if not self._is_parallel:
+            around = self._surroundings(self._attention_norm, self._attention_output_norm)
+            if around is not None and isinstance(self._mixer, SelfAttention):
+                self._native_attention = self._mixer.native(around)
+            around = self._surroundings(self._mlp_norm, self._mlp_output_norm)
+            if around is not None and isinstance(self._feed_forward, FeedForward):
+                self._native_feed_forward = self._feed_forward.native(around)
+        self._is_prepared = True
+
+    def _surroundings(self, norm: Norm | None, output_norm: Norm | None) -> _core.Surroundings | None:
+        """What is around a part; None if a norm does more than native code does."""
+        if any(each is not None and (each.is_centered or each.bias is not None) for each in (norm, output_norm)):
+            return None
+        weights = [None if each is None else each.weight for each in (norm, output_norm)]
+        return _core.Surroundings(*weights, self._eps, None if self._scale is None else float(self._scale))
+
+
+def _run(block: Callable[..., Floats], *args: object) -> Floats:
+    """Run a native part.
+
+    Raises:
+        CorruptStreamError: a block of a matrix does not decode.
+    """
+    try:
+        return block(*args)
+    except _core.CorruptBlockError as error:
+        raise CorruptStreamError(f"{error}; the file is damaged, compress or fetch it again") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -22,10 +22,15 @@ class Detokenizer:
     Args:
         tokenizer: special tokens are left out of the text.
         context: the tokens before the first, if the text continues theirs.
+        shown: special tokens that are in the text all the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._hidden: frozenset[int] | None = None
+        if shown:
+            added = tokenizer.get_added_tokens_decoder()
+            self._hidden = frozenset(token for token, entry in added.items() if entry.special).difference(shown)
         self._ids = list(context[-_CONTEXT_TOKENS:])
         if self._decode(self._ids).endswith(_REPLACEMENT):
             self._ids = []  # the prompt ends within a character, which is then the answer's
@@ -50,8 +55,11 @@ class Detokenizer:
         return new[len(old) :]
 
     def _decode(self, ids: list[int]) -> str:
+        hidden = self._hidden
         with panics_named("tokenizer.json"):
-            return self._tokenizer.decode(ids, skip_special_tokens=True)
+            if hidden is None:
+                return self._tokenizer.decode(ids, skip_special_tokens=True)
+            return self._tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
 
 
 class StopFinder:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from entrollm import _core
 from entrollm.engine.arithmetic import ACTIVATIONS, clamped_glu
-from entrollm.engine.projection import Projection
+from entrollm.engine.projection import Apply, Projection
 from entrollm.engine.weights import Floats, Weights
 from entrollm.models.config import Mlp, ModelConfig
+
+# Of gated parts, by their activation.
+_GATED = {"silu": _core.swiglu, "gelu_tanh": _core.geglu}
 
 
 class FeedForward:
@@ -43,20 +45,31 @@ class FeedForward:
         self._inner = inner
         self._pool = weights.pool
         self._function = ACTIVATIONS[config.activation]
-        self._activate: Callable[[Floats], Floats] = self._gated if config.is_gated else self._function
+        self._gated_natively = _GATED.get(config.activation) if config.is_gated and mlp.glu is None else None
+        self._activate: Apply = self._gated if config.is_gated else self._function
         if mlp.glu is not None:
             self._activate = partial(clamped_glu, mlp.glu.slope, mlp.glu.limit)
-        elif config.is_gated and config.activation == "silu":
-            self._activate = self._swiglu
 
     def __call__(self, x: Floats) -> Floats:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
         return self._down(self._activate(self._up(x)))
 
-    def _swiglu(self, x: Floats) -> Floats:
-        return _core.swiglu(x, self._pool)
+    def native(self, surroundings: _core.Surroundings) -> _core.FeedForwardBlock | None:
+        """This part with what surrounds it as native code; None if that lacks an option or a kind of matrix.
+
+        Raises:
+            CorruptStreamError: the bytes of a matrix are damaged.
+        """
+        if self._gated_natively is None:
+            return None
+        up, down = self._up.native(), self._down.native()
+        if up is None or down is None:
+            return None
+        return _core.FeedForwardBlock(up, down, surroundings, self._gated_natively is _core.geglu)
 
     def _gated(self, x: Floats) -> Floats:
+        if self._gated_natively is not None:
+            return self._gated_natively(x, self._pool)
         y = self._function(x[:, : self._inner])
         y *= x[:, self._inner :]
         return y

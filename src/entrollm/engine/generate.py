@@ -150,4 +150,4 @@ class _Run:
                 "another stream has used this stream's cache in the meantime; give each of the streams that run side "
                 "by side a cache of its own, from new_cache()"
             )
-        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last_only=True)
+        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last=1)

@@ -10,12 +10,14 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.checkpoint.names import text_names
+from entrollm.codec.words import encode_words, word_type
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
 from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear, stacked_matrix
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import to_float32
+from entrollm.format.code import RAW_BITS, Code, Field
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import Product, matrix_of
+from entrollm.matrix import CodedMatrix, Product, matrix_of, open_matrix
 from entrollm.threads import spin_us, start_pool
 
 if TYPE_CHECKING:
@@ -34,9 +36,20 @@ class CodedLinear:
 
     def __call__(self, x: Floats, /) -> Floats:
         """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
+        return self._prepared()(x, self._pool)
+
+    def native(self, bias: Floats | None) -> _core.JoinedProduct | None:
+        """The product for native layers, which add `bias` to it; None if they do not take it.
+
+        Raises:
+            CorruptStreamError: the bytes of a matrix are damaged.
+        """
+        return self._prepared().native(bias)
+
+    def _prepared(self) -> Product:
         if self._product is None:
             self._product = Product([slot.ready(self._pool) for slot in self._slots])  # in their final form
-        return self._product(x, self._pool)
+        return self._product
 
 
 class CodedEmbedding:
@@ -66,6 +79,24 @@ class DenseLinear:
     def rows(self, ids: Ids, /) -> Floats:
         """Look up: int64 (n,) -> float32 (n, in_features)."""
         return self._weight[ids]
+
+
+class WordLinear:
+    """A matrix in the words of its own type, in memory."""
+
+    def __init__(self, matrix: CodedMatrix, pool: _core.ThreadPool) -> None:
+        self._matrix = matrix
+        self._pool = pool
+        self._product = Product([matrix])
+        self.shape = (matrix.spec.rows, matrix.spec.columns)
+
+    def __call__(self, x: Floats, /) -> Floats:
+        """Multiply: float32 (n, in_features) -> float32 (n, out_features)."""
+        return self._product(x, self._pool)
+
+    def rows(self, ids: Ids, /) -> Floats:
+        """Look up: int64 (n,) -> float32 (n, in_features)."""
+        return self._matrix.dequantize(ids, self._pool)
 
 
 class SideBySide:
@@ -110,7 +141,7 @@ class CodedWeights:
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
         self._looked_up: dict[str, MatrixSlot] = {}
-        self._dense: dict[str, DenseLinear] = {}
+        self._dense: dict[str, DenseMatrix] = {}
 
     def __contains__(self, name: str, /) -> bool:
         return name in self._names or self._stacked(name) is not None
@@ -178,10 +209,24 @@ class CodedWeights:
             self._slots[name] = MatrixSlot(matrix, stored in self._flat, release, check)
         return self._slots[name]
 
-    def _kept(self, name: str) -> DenseLinear:
+    def _kept(self, name: str) -> DenseMatrix:
         if name not in self._dense:
-            self._dense[name] = _dense(name, self.tensor(name))
+            self._dense[name] = self._open_kept(name)
         return self._dense[name]
+
+    def _open_kept(self, name: str) -> DenseMatrix:
+        """A matrix that was kept in its type: in words of two bytes or one where these hold it, else in float32."""
+        values = self.tensor(name)
+        if values.ndim != 2 or not values.size or (words := word_type(self._model.array(self._names[name]))) is None:
+            return _dense(name, values)
+        stored = self._model.array(self._names[name])
+        spec, arrays = encode_words(stored if words != "BF16" else values, _as_they_are)
+        return WordLinear(open_matrix(name, spec, arrays), self.pool)
+
+
+def _as_they_are(counts: Sequence[int], blocks: int) -> Code:
+    """The code that stores symbols as bytes."""
+    return Code(Field(RAW_BITS, ()))
 
 
 class DenseWeights:

@@ -15,6 +15,7 @@ from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
@@ -96,6 +97,8 @@ class MemoryPlan:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
+            if isinstance(spec.kind, LosslessKind):
+                continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
             if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):

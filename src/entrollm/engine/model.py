@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
@@ -96,18 +96,31 @@ class Model:
         """An empty cache, to pass to successive generations that share a beginning."""
         return self._decoder.new_cache()
 
-    def logits(self, ids: Sequence[int] | Ids) -> Floats:
+    def logits(self, ids: Sequence[int] | Ids, *, last: int | None = None, cache: Cache | None = None) -> Floats:
         """Return the logits of the token after each prefix of `ids`, as raw ids: no token is added.
 
         Args:
             ids: integers (n,), n >= 1.
+            last: return only the logits after the `last` longest prefixes, which saves the rest of the output head.
+            cache: from new_cache(); what it shares with the ids is not computed again, as far as no logits are wanted
+                there. It holds the ids afterwards.
         Returns:
-            float32 (n, vocab_size).
+            float32 (n, vocab_size), or (last, vocab_size).
         Raises:
             TypeError: the ids are not integers.
-            ValueError: there are none, they are not one-dimensional, or one is outside the vocabulary.
+            ValueError: there are none, they are not one-dimensional, one is outside the vocabulary, or last is not
+                between 1 and n.
         """
-        return self._decoder.forward(self._checked(ids), self._decoder.new_cache())
+        checked = self._checked(ids)
+        wanted = len(checked) if last is None else last
+        if not 1 <= wanted <= len(checked):
+            raise ValueError(f"last should be between 1 and the number of token ids, {len(checked)}, got {last}")
+        if cache is None:
+            cache = self._decoder.new_cache()
+        else:
+            cache.claim()
+        known = cache.reuse(checked[: len(checked) - wanted + 1].tolist())
+        return self._decoder.forward(checked[known:], cache, last=wanted)
 
     def step(self, steps: Sequence[SequenceStep]) -> Floats:
         """Run the model on the next tokens of several sequences at once; see Decoder.step.
@@ -183,6 +196,7 @@ class Model:
         *,
         continues_text: bool,
         context_length: int | None = None,
+        shown_tokens: Collection[int] = (),
         **options: Unpack[GenerateKeywords],
     ) -> AnswerText:
         """What chooses the tokens of an answer and makes its text, for callers that run `step` themselves.
@@ -191,6 +205,7 @@ class Model:
             prompt_ids: token ids, at least one.
             continues_text: whether the answer is a continuation of the prompt's text, and not a text of its own.
             context_length: tokens of prompt and answer together; by default the model's.
+            shown_tokens: special tokens that the text shows.
             options: as for generate.
         Raises:
             TypeError, ValueError, UnsupportedError: as for generate.
@@ -200,7 +215,9 @@ class Model:
         if len(ids) >= context_length:
             raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {context_length}")
         resolved = resolve_options(options, self._generation_config, self._config.eos_token_ids, len(ids))
-        detokenizer = Detokenizer(self._tokenizer, ids if continues_text else []) if self._tokenizer else None
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer, ids if continues_text else [], shown_tokens)
         return AnswerText(resolved, self._config.vocab_size, ids, context_length - len(ids), detokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -231,10 +248,23 @@ class Model:
             UnsupportedError: the model has no chat template.
             ValueError: the model has no tokenizer, or the template refuses the messages.
         """
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self._checked_list(self._encode(text, add_special_tokens=False))
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object
+    ) -> str:
+        """The text of a dialogue laid out by the chat template, special tokens included.
+
+        Args:
+            messages, add_generation_prompt, variables: as for encode_chat.
+        Raises:
+            UnsupportedError: the model has no chat template.
+            ValueError: the template refuses the messages.
+        """
         if self._template is None:
             raise UnsupportedError("this model has no chat template; use generate with a prompt of your own")
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self._checked_list(self._encode(text, add_special_tokens=False))
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._tokenizer is None:

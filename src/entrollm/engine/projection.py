@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from entrollm import _core
+from entrollm.engine.linear import CodedLinear
 from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_linear, load_tensor
 from entrollm.models.config import ModelConfig
 
@@ -53,6 +55,14 @@ class Projection:
             parts = [load_tensor(weights, f"{name}.bias", (size,)) for name, size in outputs.items()]
             self._bias = np.concatenate(parts)
 
+    def native(self) -> _core.JoinedProduct | None:
+        """The product for native layers, made once; None if they do not take it.
+
+        Raises:
+            CorruptStreamError: the bytes of a matrix are damaged.
+        """
+        return self._linear.native(self._bias) if isinstance(self._linear, CodedLinear) else None
+
     def __call__(self, x: Floats) -> Floats:
         """float32 (n, in_features) -> float32 (n, sum of out_features)."""
         y = self._linear(x)
@@ -77,8 +87,36 @@ class _Transposed:
         return y
 
 
-def load_norm(config: ModelConfig, weights: Weights, name: str) -> Apply:
-    """The norm `name`, without `.weight`: float32 (n, hidden_size) -> a new one.
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the features of a token: float32 (n, hidden_size) -> a new one.
+
+    Attributes:
+        weight: what the result is multiplied by, float32 (hidden_size,).
+        bias: what is added to it; None if there is none.
+        is_centered: the mean is subtracted first.
+        eps: added to the mean square.
+        pool: threads.
+    """
+
+    weight: Floats
+    bias: Floats | None
+    is_centered: bool
+    eps: float
+    pool: _core.ThreadPool
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, hidden_size) -> a new float32 (n, hidden_size)."""
+        if self.is_centered:
+            x = x - x.mean(axis=-1, keepdims=True)
+        y = _core.rms_norm(x, self.weight, self.eps, self.pool)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+
+def load_norm(config: ModelConfig, weights: Weights, name: str) -> Norm:
+    """The norm `name`, without `.weight`.
 
     Raises:
         FormatError: a tensor is missing or has another shape.
@@ -86,18 +124,7 @@ def load_norm(config: ModelConfig, weights: Weights, name: str) -> Apply:
     kind, shape = config.norm, (config.hidden_size,)
     weight = offset_weight(config, load_tensor(weights, f"{name}.weight", shape))
     bias = load_tensor(weights, f"{name}.bias", shape) if kind.has_bias else None
-    eps, pool = config.norm_eps, weights.pool
-
-    def root_mean_square(x: Floats) -> Floats:
-        return _core.rms_norm(x, weight, eps, pool)
-
-    def centered(x: Floats) -> Floats:
-        y = _core.rms_norm(x - x.mean(axis=-1, keepdims=True), weight, eps, pool)
-        if bias is not None:
-            y += bias
-        return y
-
-    return centered if kind.is_centered else root_mean_square
+    return Norm(weight, bias, kind.is_centered, config.norm_eps, weights.pool)
 
 
 def offset_weight(config: ModelConfig, weight: Floats) -> Floats:

@@ -95,7 +95,7 @@ def convolve(state: RecurrentState, x: Floats, weight: Floats, bias: Floats | No
         float32 (n, channels).
     """
     joined = np.concatenate([state.window, x])
-    y = joined[: len(x)] * weight[0]
+    y: Floats = joined[: len(x)] * weight[0]
     for offset in range(1, len(weight)):
         y += joined[offset : offset + len(x)] * weight[offset]
     if bias is not None:

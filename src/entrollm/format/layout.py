@@ -39,13 +39,16 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _SEPARATE_SUFFIXES = 
 )
 # Entries of group scales; each is one deflated array.
 GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
-SUFFIXES = (CODED, *_SEPARATE_SUFFIXES, *GROUP_SUFFIXES)
+# The bytes of lossless words that are not coded, (rows, columns), with the padding of a stream.
+LOW = ".low"
+SUFFIXES = (CODED, LOW, *_SEPARATE_SUFFIXES, *GROUP_SUFFIXES)
 # The entries that a file of each version may have.
 VERSION_1_SUFFIXES = (*_SEPARATE_SUFFIXES, *GROUP_SUFFIXES)
-VERSION_2_SUFFIXES = (CODED, *GROUP_SUFFIXES)
+VERSION_2_SUFFIXES = (CODED, LOW, *GROUP_SUFFIXES)
 # The types that an entry may have. Scales may be BF16, which halves them, if the quantizer rounded with BF16 scales.
 SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
     CODED: ("U8",),
+    LOW: ("U8",),
     DENSE: ("U8",),
     SPARSE: ("U8",),
     SPARSE_SIZES: ("U16",),
@@ -60,6 +63,8 @@ _INDEX_DIGITS = 9
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # The engine reads these streams in place; it copies small arrays at load.
 STREAMS = (DENSE, SPARSE)
+# Entries that products read in place; writers place them first, so that they stay aligned.
+ALIGNED = (CODED, LOW)
 
 
 def entry_dtype(suffix: str, array: NDArray[Any]) -> str:

@@ -1,8 +1,9 @@
 """What a compressed matrix is, with a strict JSON form.
 
 The kind of a matrix says what its symbols mean. It is a tagged union: `GridKind` has scales of rows and columns,
-`GroupedKind` has scales of groups of columns. All kinds share the shape, the code, the blocks and the checksum. A new
-kind is a dataclass with `to_json`, `from_json` and `entry_names`, and a line in `_kind_from_json`.
+`GroupedKind` has scales of groups of columns, and `LosslessKind` has none. All kinds share the shape, the code, the
+blocks and the checksum. A new kind is a dataclass with `to_json`, `from_json` and `entry_names`, and a line in
+`_kind_from_json`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from entrollm.format.code import MAX_LOW_BITS, Code, listed_symbols, node_to_jso
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.json_fields import JsonFields, is_int
+from entrollm.format.lossless import LosslessKind
 
 FORMAT_VERSION = 2
 """The version that is written."""
@@ -27,11 +29,11 @@ MAX_BLOCK_WEIGHTS = 8192
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SPEC_KEYS = frozenset(
     {"shape", "dtype", "grid", "block", "code", "low_bits", "error", "scale", "offset", "zero", "scales", "parts"}
-    | {"groups", "crc32"}
+    | {"groups", "lossless", "crc32"}
 )
 _MAX_PART_BYTES = 2**44
 
-Kind: TypeAlias = GridKind | GroupedKind
+Kind: TypeAlias = GridKind | GroupedKind | LosslessKind
 """What the symbols of a matrix mean."""
 
 
@@ -118,6 +120,8 @@ class TensorSpec:
 
 
 def _kind_from_json(fields: JsonFields) -> Kind:
+    if "lossless" in fields:
+        return LosslessKind.from_json(fields)
     return GroupedKind.from_json(fields) if fields.get("groups") is not None else GridKind.from_json(fields)
 
 

@@ -58,7 +58,7 @@ class ShardWriter:
             self._claim(claimed)
         for suffix, array in matrix.entries.items():
             entry = FileEntry(matrix.name + suffix, layout.entry_dtype(suffix, array), array.shape, array.nbytes)
-            if suffix == layout.CODED:
+            if suffix in layout.ALIGNED:
                 self.entries.append(entry)
                 self._write(array.view(np.uint8))
             else:

@@ -19,12 +19,14 @@ from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS
 from entrollm.quantize.paper import Granularity
 from entrollm.recipes.options import CompressOptions
 
-Method = Literal["paper", "ecsq", "feedback", "imported"]
+Method = Literal["paper", "ecsq", "feedback", "imported", "lossless"]
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
+# Bits of a bfloat16 weight. GPUs hold lossless matrices decoded.
+_LOSSLESS_BITS = 16
 _FIELDS = frozenset(
     {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}
-    | {"overrides", "keep", "source"}
+    | {"overrides", "keep", "lossless_for", "source"}
 )
 
 
@@ -40,7 +42,9 @@ class EntroConfig(QuantizationConfigMixin):
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind whose decoding times count with "speed": "x86" or "arm".
         overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
-        keep: globs of tensors that keep their type; they win over `overrides`.
+        lossless: code every matrix bit for bit; no size goes with it.
+        lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.
+        keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         threads: that quantize; by default one for each core.
     Raises:
         ValueError: an option is out of range, or options exclude each other.
@@ -56,6 +60,8 @@ class EntroConfig(QuantizationConfigMixin):
         prefer: Prefer = "size",
         processor: Processor = "x86",
         overrides: Mapping[str, int | None] | None = None,
+        lossless: bool = False,
+        lossless_for: Sequence[str] = (),
         keep: Sequence[str] = (),
         threads: int | None = None,
     ) -> None:
@@ -65,6 +71,8 @@ class EntroConfig(QuantizationConfigMixin):
             size=size,
             granularity=granularity,
             overrides=dict(overrides or {}),
+            lossless=lossless,
+            lossless_for=[lossless_for] if isinstance(lossless_for, str) else list(lossless_for),
             keep=[keep] if isinstance(keep, str) else list(keep),
             prefer=prefer,
             processor=processor,
@@ -73,17 +81,18 @@ class EntroConfig(QuantizationConfigMixin):
         self.quant_method: Any = layout.QUANT_METHOD
         # Whether the size is the default one, which suits any model.
         states_size = bits is not None or options.target is not None
-        self._is_default = not (states_size or options.has_widths)
+        self._is_default = not (states_size or options.has_widths or lossless)
         self.bits = DEFAULT_BITS if options.has_widths and not states_size else bits
         self.bpw = DEFAULT_BPW if self._is_default else bpw
         self.file_bytes = None if options.target is None else options.target.file_bytes
-        self.method: Method = "paper" if self.bits is not None else "ecsq"
+        self.method: Method = "lossless" if lossless else "paper" if self.bits is not None else "ecsq"
         # Where the integers of an imported model come from; nothing can be coded by such a configuration.
         self.source: str | None = None
         self.granularity = options.granularity
         self.prefer = options.prefer
         self.processor = options.processor
         self.overrides = dict(options.overrides)
+        self.lossless_for = list(options.lossless_for)
         self.keep = list(options.keep)
         self.threads = options.threads
 
@@ -95,6 +104,8 @@ class EntroConfig(QuantizationConfigMixin):
             size=self.file_bytes,
             granularity=self.granularity,
             overrides=self.overrides,
+            lossless=self.method == "lossless",
+            lossless_for=self.lossless_for,
             keep=self.keep,
             prefer=self.prefer,
             processor=self.processor,
@@ -103,7 +114,7 @@ class EntroConfig(QuantizationConfigMixin):
 
     def expected_bits(self) -> float:
         """Bits per weight to plan device memory with."""
-        return self.bits or self.bpw or _PLANNED_BITS
+        return _LOSSLESS_BITS if self.method == "lossless" else self.bits or self.bpw or _PLANNED_BITS
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores: the form of docs/reference/format.md, options that have their default left out."""
@@ -116,6 +127,8 @@ class EntroConfig(QuantizationConfigMixin):
             stored["source"] = self.source
         elif self.bits is not None:
             stored |= {"bits": self.bits, "granularity": self.granularity}
+        elif self.method == "lossless":
+            pass
         elif self.bpw is not None:
             stored["bits_per_weight"] = self.bpw
         else:
@@ -125,6 +138,8 @@ class EntroConfig(QuantizationConfigMixin):
             stored["processor"] = self.processor
         if self.overrides:
             stored["overrides"] = dict(self.overrides)
+        if self.lossless_for:
+            stored["lossless_for"] = list(self.lossless_for)
         if self.keep:
             stored["keep"] = list(self.keep)
         return stored
@@ -155,6 +170,8 @@ class EntroConfig(QuantizationConfigMixin):
                 prefer=config_dict.get("prefer", "size"),
                 processor=config_dict.get("processor", "x86"),
                 overrides=config_dict.get("overrides"),
+                lossless=config_dict.get("method") == "lossless",
+                lossless_for=config_dict.get("lossless_for", ()),
                 keep=config_dict.get("keep", ()),
             )
             config._adopt_method(config_dict.get("method", config.method), config_dict.get("source"))

@@ -14,6 +14,7 @@ from entrollm.errors import FormatError, Message, Option
 from entrollm.format.code import Code
 from entrollm.format.group_scales import GroupScales
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
+from entrollm.format.lossless import LosslessKind
 
 Float32 = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -63,6 +64,8 @@ class Quantized:
         column_scale: float32, bfloat16 or codes of base 1, shape (columns,); None if absent.
         error, energy: sums of squares of the quantization error and of the weights.
         groups: group scales, which replace all other scales; None if absent.
+        lossless: what the symbols are of lossless words, which replaces all scales; None if absent.
+        low: uint8, shape (rows, columns), the bytes of lossless words that are not coded; None if absent.
     """
 
     symbols: NDArray[np.uint8]
@@ -75,6 +78,8 @@ class Quantized:
     zero: float | None = None
     column_scale: Scales | None = None
     groups: GroupScales | None = None
+    lossless: LosslessKind | None = None
+    low: NDArray[np.uint8] | None = None
 
     def weights(self) -> Float32:
         """The dequantized matrix, exactly as readers decode it; needs a `zero`. float32, shape (rows, columns)."""

@@ -19,16 +19,18 @@ class TensorPlan:
         bits: of its paper grid; None if it keeps its type, or the integers that it has.
         granularity: one grid for the tensor, or one for each row.
         is_imported: whether it keeps the integers that it has.
+        is_lossless: whether it is coded bit for bit.
     """
 
     bits: int | None
     granularity: Granularity = "tensor"
     is_imported: bool = False
+    is_lossless: bool = False
 
     @property
     def is_kept(self) -> bool:
         """Whether the tensor keeps its type."""
-        return self.bits is None and not self.is_imported
+        return self.bits is None and not self.is_imported and not self.is_lossless
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,9 @@ class CompressOptions:
         overrides: grid widths by glob over tensor names, or None for tensors that keep their type; a later match wins.
             Widths go with `bits`, which is then 4 by default, and with none of `bpw`, `size`, `max_kl` and
             `calibration`.
-        keep: globs of tensors that keep their type; they win over `overrides`.
+        lossless: code every matrix bit for bit, which leaves nothing to round: no size goes with it.
+        lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.
+        keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: the kind whose decoding times count with "speed": "x86" or "arm".
@@ -70,6 +72,8 @@ class CompressOptions:
     size: int | str | None = None
     max_kl: float | None = None
     overrides: Mapping[str, int | None] = field(default_factory=dict)
+    lossless: bool = False
+    lossless_for: Sequence[str] = ()
     keep: Sequence[str] = ()
     granularity: Granularity = "tensor"
     prefer: Prefer = "size"
@@ -115,7 +119,7 @@ class CompressOptions:
         Raises:
             ValueError: `overrides` has widths, which would change nothing beside a size or calibration.
         """
-        from entrollm.compress.options import CodingOptions
+        from entrollm.compress.options import ALL_MATRICES, CodingOptions
         from entrollm.quantize.select import BitsOverride
 
         if self.has_widths and (self.target is not None or self.max_kl is not None):
@@ -131,6 +135,7 @@ class CompressOptions:
             fine_scales=self.tune,
             granularity=self.granularity,
             overrides=(*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)),
+            lossless=(*((ALL_MATRICES,) if self.lossless else ()), *self.lossless_for),
             prefer=self.prefer,
             processor=self.processor,
             shard_bytes=self.shard_bytes,
@@ -160,8 +165,10 @@ def _check_values(options: CompressOptions) -> None:
         allowed, value = get_args(choice), getattr(options, name)
         if value not in allowed:
             raise OptionError(Message("{} must be one of {}, found {!r}", Option(name), ", ".join(allowed), value))
-    if isinstance(options.keep, str):
-        raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option("keep"), options.keep))
+    for name in ("keep", "lossless_for"):
+        globs = getattr(options, name)
+        if isinstance(globs, str):
+            raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option(name), globs))
     for name, fewest in (("sampled", 0), ("seed", 0), ("shard_bytes", 1), ("threads", 1)):
         count = getattr(options, name)
         if count is not None and (type(count) is not int or count < fewest):
@@ -194,6 +201,10 @@ def _check_calibration(options: CompressOptions) -> None:
 def _check_size(options: CompressOptions) -> None:
     """Check that one option at most decides the size, and that calibration has one."""
     given = [value for value in (options.bits, options.bpw, options.size) if value is not None]
+    if options.lossless and (given or options.has_widths or options.max_kl is not None or options.calibration):
+        words = "{} leaves nothing to round: leave out {}, {}, {}, {} and {}, or name some matrices with {}"
+        others = Option("max_kl"), Option("calibration"), Option("lossless_for", [Placeholder("GLOB")])
+        raise OptionError(Message(words, Option("lossless"), *_SIZES, *others))
     if options.max_kl is not None:
         if given or options.calibration is None:
             raise OptionError(

@@ -13,7 +13,8 @@ from starlette.responses import Response as HttpResponse
 
 from entrollm.serve.answers import Choice, Format, Json, Response
 from entrollm.serve.errors import ApiError
-from entrollm.serve.job import Event, Job, NewToken
+from entrollm.serve.job import Event, Job
+from entrollm.serve.output.items import Item
 from entrollm.serve.scheduler import Scheduler
 
 _PING_S = 15
@@ -39,6 +40,9 @@ def deliver(events: Sequence[tuple[Job, Event]]) -> None:
 class Answers:
     """The answers to one request, while they are generated.
 
+    Attributes:
+        jobs, choices: one per answer.
+
     Args:
         scheduler: generates them.
         jobs: one per choice; their sinks are set here.
@@ -46,7 +50,7 @@ class Answers:
 
     def __init__(self, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
         self._scheduler = scheduler
-        self._jobs = jobs
+        self.jobs = jobs
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.choices = [Choice(index) for index in range(len(jobs))]
         for index, job in enumerate(jobs):
@@ -58,10 +62,10 @@ class Answers:
         Raises:
             ApiError: the queue is full.
         """
-        self._scheduler.submit(self._jobs)
+        self._scheduler.submit(self.jobs)
 
-    async def tokens(self) -> AsyncIterator[tuple[Choice, NewToken]]:
-        """Each token with the choice that it belongs to, until all choices have ended.
+    async def tokens(self) -> AsyncIterator[tuple[Choice, list[Item]]]:
+        """What each token completes, with the choice that it belongs to, until all choices have ended.
 
         Raises:
             ApiError: one of them failed.
@@ -69,19 +73,27 @@ class Answers:
         left = len(self.choices)
         while left:
             index, event = await self._events.get()
+            choice = self.choices[index]
+            if choice.finish_reason != "unfinished":
+                continue  # it ended after a call
             if isinstance(event, ApiError):
                 raise event
-            choice = self.choices[index]
             choice.tokens += 1
             choice.finish_reason = event.finish_reason
-            left -= event.finish_reason != "unfinished"
-            yield choice, event
+            if event.logprobs is not None:
+                choice.unsent.append(event.logprobs)
+            items = choice.read(event.text)
+            if choice.finish_reason != "unfinished":
+                left -= 1
+                if event.finish_reason == "unfinished":
+                    self._scheduler.cancel([self.jobs[index]])
+            yield choice, items
 
     def close(self) -> None:
         """Give up what has not ended."""
         unfinished = [
             job
-            for job, choice in zip(self._jobs, self.choices, strict=True)
+            for job, choice in zip(self.jobs, self.choices, strict=True)
             if choice.finish_reason == "unfinished" and not job.is_over
         ]
         if unfinished:
@@ -125,12 +137,10 @@ async def _events(answers: Answers, response: Response, form: Format, with_usage
             opening = form.opening(choice)
             if opening is not None:
                 yield _event(response.piece(opening))
-        async for choice, token in answers.tokens():
-            if token.logprobs is not None:
-                choice.unsent.append(token.logprobs)
-            for piece in form.pieces(choice, token.text):
+        async for choice, items in answers.tokens():
+            for piece in form.pieces(choice, items):
                 yield _event(response.piece(piece))
-            if token.finish_reason != "unfinished":
+            if choice.finish_reason != "unfinished":
                 yield _event(response.piece(form.closing(choice)))
         if with_usage:
             yield _event(response.piece(None, response.usage(answers.choices)))
@@ -142,10 +152,10 @@ async def _events(answers: Answers, response: Response, form: Format, with_usage
 
 
 async def _collect(answers: Answers) -> None:
-    async for choice, token in answers.tokens():
-        choice.text.append(token.text)
-        if token.logprobs is not None:
-            choice.logprobs.append(token.logprobs)
+    async for choice, items in answers.tokens():
+        choice.items += items
+        choice.logprobs += choice.unsent
+        choice.unsent.clear()
 
 
 async def _until_gone(request: Request) -> None:

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from entrollm.engine.answer import FinishReason
 from entrollm.engine.sampling import TokenLogprobs
 from entrollm.serve.job import Job
+from entrollm.serve.output.items import Item, Parser, Reasoning, ToolCall
 from entrollm.serve.token_text import TokenText
-from entrollm.serve.tool_calls import ToolCall, ToolCallFinder
 
 Json = dict[str, object]
 _LEAST_LOGPROB = -9999.0
@@ -24,20 +24,51 @@ class Choice:
 
     Attributes:
         index: its number in the response.
+        items: what it consists of.
         unsent: logprobs of tokens whose text was held back.
-        finder: finds calls of tools in the text; `None` if there are no tools.
-        calls: how many it has found.
+        parser: finds reasoning and calls in the text; `None` if it is text alone.
+        most_calls: the answer ends after so many calls; `None` for any number.
+        calls, sent_calls: how many it has, and how many of them are in the stream.
+        reasoning_tokens: tokens of its reasoning.
     """
 
     index: int
-    text: list[str] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     unsent: list[TokenLogprobs] = field(default_factory=list)
     tokens: int = 0
     finish_reason: FinishReason = "unfinished"
     offset: int = 0
-    finder: ToolCallFinder | None = None
+    parser: Parser | None = None
+    most_calls: int | None = None
     calls: int = 0
+    sent_calls: int = 0
+    reasoning_tokens: int = 0
+
+    def read(self, text: str) -> list[Item]:
+        """What a token's text completes; finish_reason is that of the token.
+
+        The call after which the answer ends sets finish_reason.
+        """
+        found: list[Item] = [text] if text else []
+        if self.parser is not None:
+            found = self.parser.push(text)
+            if self.finish_reason != "unfinished":
+                found += self.parser.finish()
+        kept = []
+        for item in found:
+            kept.append(item)
+            self.calls += isinstance(item, ToolCall)
+            if self.calls == self.most_calls:
+                self.finish_reason = "stop"
+                break
+        self.reasoning_tokens += any(isinstance(item, Reasoning) for item in kept)
+        return kept
+
+    @property
+    def text(self) -> str:
+        """The text, without reasoning and calls."""
+        return "".join(item for item in self.items if isinstance(item, str))
 
 
 class Format(Protocol):
@@ -50,8 +81,8 @@ class Format(Protocol):
     def opening(self, choice: Choice) -> Json | None:
         """The first piece of a stream, if it has one before any text."""
 
-    def pieces(self, choice: Choice, text: str) -> list[Json]:
-        """What a token adds to a stream; choice.finish_reason tells the last one."""
+    def pieces(self, choice: Choice, items: Sequence[Item]) -> list[Json]:
+        """What a token adds to a stream."""
 
     def closing(self, choice: Choice) -> Json:
         """The last piece of a stream."""
@@ -74,9 +105,9 @@ class Chat:
         """The role."""
         return self._piece(choice, {"role": "assistant", "content": ""}, None)
 
-    def pieces(self, choice: Choice, text: str) -> list[Json]:
-        """Text, or calls that are complete."""
-        deltas = [self._delta(choice, item) for item in self._items(choice, text)]
+    def pieces(self, choice: Choice, items: Sequence[Item]) -> list[Json]:
+        """Text, reasoning, or calls that are complete: each in two pieces, its name and its arguments."""
+        deltas = [delta for item in items for delta in self._deltas(choice, item)]
         if not deltas and choice.unsent:
             deltas = [{"content": ""}]
         pieces = []
@@ -91,12 +122,14 @@ class Chat:
 
     def whole(self, choice: Choice) -> Json:
         """The message."""
-        items = self._items(choice, "".join(choice.text))
-        calls = [self._delta(choice, item) for item in items if isinstance(item, ToolCall)]
-        text = "".join(item for item in items if isinstance(item, str))
+        calls = [item for item in choice.items if isinstance(item, ToolCall)]
+        reasoning = "".join(item.text for item in choice.items if isinstance(item, Reasoning))
+        text = choice.text
         message: Json = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [call["tool_calls"][0] for call in calls]
+            message["tool_calls"] = [self._call(call, call.arguments) for call in calls]
         return {
             "index": choice.index,
             "message": message,
@@ -104,24 +137,21 @@ class Chat:
             "finish_reason": self._reason(choice),
         }
 
-    def _items(self, choice: Choice, text: str) -> list[str | ToolCall]:
-        """Text and calls that `text` completes."""
-        if choice.finder is None:
-            return [text] if text else []
-        items = choice.finder.push(text)
-        return items if choice.finish_reason == "unfinished" else items + choice.finder.finish()
-
-    def _delta(self, choice: Choice, item: str | ToolCall) -> dict[str, Any]:
+    def _deltas(self, choice: Choice, item: Item) -> list[dict[str, Any]]:
         if isinstance(item, str):
-            return {"content": item}
-        call = {
-            "index": choice.calls,
-            "id": item.call_id,
-            "type": "function",
-            "function": {"name": item.name, "arguments": item.arguments},
-        }
-        choice.calls += 1
-        return {"tool_calls": [call]}
+            return [{"content": item}]
+        if isinstance(item, Reasoning):
+            return [{"reasoning_content": item.text}]
+        index = choice.sent_calls
+        choice.sent_calls += 1
+        begin = {"index": index, **self._call(item, "")}
+        return [
+            {"tool_calls": [begin]},
+            {"tool_calls": [{"index": index, "function": {"arguments": item.arguments}}]},
+        ]
+
+    def _call(self, call: ToolCall, arguments: str) -> Json:
+        return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
     def _reason(self, choice: Choice) -> str | None:
         reason = finish_reason(choice.finish_reason)
@@ -160,8 +190,9 @@ class Completion:
         """None: a text begins with its text."""
         return None
 
-    def pieces(self, choice: Choice, text: str) -> list[Json]:
+    def pieces(self, choice: Choice, items: Sequence[Item]) -> list[Json]:
         """Some text."""
+        text = "".join(item for item in items if isinstance(item, str))
         if not (text or choice.unsent):
             return []
         piece = self._piece(choice, text, choice.unsent)
@@ -174,7 +205,7 @@ class Completion:
 
     def whole(self, choice: Choice) -> Json:
         """The text."""
-        piece = self._piece(choice, "".join(choice.text), choice.logprobs)
+        piece = self._piece(choice, choice.text, choice.logprobs)
         return piece | {"finish_reason": finish_reason(choice.finish_reason)}
 
     def _piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
@@ -231,11 +262,13 @@ class Response:
         first = self._jobs[:: self._choices]
         prompt_tokens = sum(len(job.prompt) for job in first)
         completion_tokens = sum(choice.tokens for choice in choices)
+        reasoning_tokens = sum(choice.reasoning_tokens for choice in choices)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(job.reused_tokens for job in first)},
+            "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
         }
 
 

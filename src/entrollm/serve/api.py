@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -15,24 +15,16 @@ from starlette.responses import PlainTextResponse, Response
 from entrollm.errors import EntroLLMError
 from entrollm.serve import answers as formats
 from entrollm.serve.answering import Answers, JsonResponse, respond, stream
+from entrollm.serve.chat_fields import ChatRequest, check_chat, check_tools
 from entrollm.serve.errors import ApiError, bad_request
-from entrollm.serve.fields import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Sampling,
-    TokenizeRequest,
-    check_chat,
-    check_tools,
-    parse,
-)
-from entrollm.serve.grammar import Grammars, TokenGrammar
-from entrollm.serve.job import Job, ServedModel
+from entrollm.serve.fields import CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest, parse
+from entrollm.serve.grammar import AnswerForm
+from entrollm.serve.job import Job
 from entrollm.serve.metrics import Metrics
+from entrollm.serve.output.harmony import Harmony
 from entrollm.serve.page import page
 from entrollm.serve.scheduler import Scheduler
-from entrollm.serve.token_text import TokenText
-from entrollm.serve.tool_calls import OPEN, ToolCallFinder, call_grammar
+from entrollm.serve.served import ServedModel
 
 # What /v1/completions of OpenAI takes.
 _COMPLETION_TOKENS = 16
@@ -65,8 +57,9 @@ class _Ask:
     body: Sampling
     ids: Sequence[int]
     logprobs: int | None
+    shown_tokens: Collection[int] = ()
+    form: AnswerForm | None = None
     is_chat: bool = False
-    grammar: TokenGrammar | None = None
 
 
 class Api:
@@ -87,14 +80,6 @@ class Api:
         self._scheduler = scheduler
         self._metrics = metrics
         self._started_s = int(time.time())
-        self._token_texts = {
-            served.name: TokenText(served.model.tokenizer) for served in models if served.model.tokenizer is not None
-        }
-        self._grammars = {
-            served.name: Grammars(served.model.tokenizer, served.model.config.vocab_size, served.model.end_token_ids)
-            for served in models
-            if served.model.tokenizer is not None
-        }
         self._page = page()
         self.is_stopping = False
 
@@ -109,14 +94,23 @@ class Api:
         messages = [message.to_template() for message in body.messages]
         variables = dict(body.chat_template_kwargs or {})
         if body.offered:
-            if "tools" not in (template := served.model.chat_template or "") or OPEN not in template:
-                raise bad_request(f"the chat template of {served.name} has no tools of the form {OPEN}", "tools")
+            if served.output.calls is None:
+                raise bad_request(
+                    f"the chat template of {served.name} writes no calls of tools that are known here; if you know how "
+                    "the model writes them, start the server with --tool-format",
+                    "tools",
+                )
             variables["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         ids = await _in_thread(lambda: served.model.encode_chat(messages, **variables), "messages")
-        grammar = await _in_thread(lambda: self._grammar(served, body), "response_format")
-        jobs = self._jobs(request, _Ask(served, body, ids, body.listed_logprobs, is_chat=True, grammar=grammar))
+        form = await _in_thread(lambda: self._form(served, body, ids), "response_format")
         names = [function.name for function in body.offered]
-        return await self._answer(request, body, jobs, formats.Chat(self._token_texts[served.name]), names)
+        shown = served.shown_tokens(with_calls=bool(names))
+        jobs = self._jobs(request, _Ask(served, body, ids, body.listed_logprobs, shown, form, is_chat=True))
+        answers = Answers(self._scheduler, jobs)
+        for choice in answers.choices:
+            choice.parser = served.output.parser(names, is_open=served.begins_in_reasoning(ids))
+            choice.most_calls = 1 if body.parallel_tool_calls is False else None
+        return await self._answer(request, body, answers, formats.Chat(served.token_text))
 
     async def complete(self, request: Request) -> Response:
         """/v1/completions: continue one or more texts."""
@@ -128,7 +122,7 @@ class Api:
                 prompt if isinstance(prompt, list) else await _in_thread(partial(served.model.encode, prompt), "prompt")
             )
             jobs += self._jobs(request, _Ask(served, body, ids, body.logprobs))
-        return await self._answer(request, body, jobs, formats.Completion(self._token_texts[served.name]))
+        return await self._answer(request, body, Answers(self._scheduler, jobs), formats.Completion(served.token_text))
 
     async def tokenize(self, request: Request) -> Response:
         """/tokenize: the token ids of a text."""
@@ -143,11 +137,11 @@ class Api:
         """/detokenize: the text of token ids."""
         body = parse(DetokenizeRequest, await request.body())
         served = self._served(body.model)
-        tokenizer, vocab_size = served.model.tokenizer, served.model.config.vocab_size
+        vocab_size = served.model.config.vocab_size
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
-        if wrong is not None or tokenizer is None:
+        if wrong is not None:
             raise bad_request(f"token id {wrong} is outside the vocabulary of {vocab_size}", "tokens")
-        return JsonResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JsonResponse({"prompt": served.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     async def page(self) -> Response:
         """/: the chat page."""
@@ -192,16 +186,17 @@ class Api:
             "chat": served.model.has_chat_template,
         }
 
-    def _grammar(self, served: ServedModel, body: ChatRequest) -> TokenGrammar | None:
+    def _form(self, served: ServedModel, body: ChatRequest, prompt: Sequence[int]) -> AnswerForm | None:
         """What the answer must look like, if the request says so."""
-        grammars = self._grammars[served.name]
         schema = None if body.response_format is None else body.response_format.schema_of_answer
         if schema is not None:
-            return grammars.json_schema(schema, "response_format")
+            return served.after_reasoning(served.grammars.json_schema(schema, "response_format"), prompt)
         if not body.required:
             return None
         functions = {function.name: function.parameters or {"type": "object"} for function in body.required}
-        return grammars.lark(call_grammar(functions, several=body.parallel_tool_calls is not False), "tools")
+        grammar = served.call_grammar(functions, several=body.parallel_tool_calls is not False)
+        # The grammar of harmony has room for reasoning.
+        return grammar if isinstance(served.output.calls, Harmony) else served.after_reasoning(grammar, prompt)
 
     def _jobs(self, request: Request, ask: _Ask) -> list[Job]:
         """One job for each choice to a prompt."""
@@ -222,29 +217,25 @@ class Api:
                     ids,
                     continues_text=not ask.is_chat,
                     context_length=served.context_length,
+                    shown_tokens=ask.shown_tokens,
                     **ask.body.keywords(choice, room if ask.is_chat else _COMPLETION_TOKENS),
                 )
             except (TypeError, ValueError) as error:
                 raise bad_request(str(error)) from None
-            if ask.grammar is not None:
-                answer.constrain(ask.grammar.copy())
+            if ask.form is not None:
+                answer.constrain(ask.form.copy())
             job = Job(request.state.client, served, ids, answer, lambda _: None, deadline_s, ask.logprobs)
             job.after = jobs[0] if jobs else None
             jobs.append(job)
         return jobs
 
-    async def _answer(
-        self, request: Request, body: Sampling, jobs: list[Job], form: formats.Format, functions: Sequence[str] = ()
-    ) -> Response:
-        """The response; calls of `functions` are found in the answers."""
+    async def _answer(self, request: Request, body: Sampling, answers: Answers, form: formats.Format) -> Response:
+        """The response."""
+        jobs = answers.jobs
         if len(jobs) > self._settings.queue_length:
             raise bad_request(f"a request may ask for {self._settings.queue_length} answers, found {len(jobs)}", "n")
         if body.stream_options and not body.stream:
             raise bad_request("stream_options needs stream: true", "stream_options")
-        answers = Answers(self._scheduler, jobs)
-        if functions:
-            for each in answers.choices:
-                each.finder = ToolCallFinder(functions)
         answers.submit()
         response = formats.Response(form, jobs[0].served.name, jobs, body.choices)
         if body.stream:

@@ -16,13 +16,15 @@ from starlette.responses import Response
 
 from entrollm.serve.answering import JsonResponse, deliver
 from entrollm.serve.api import Api, Settings
+from entrollm.serve.chat_fields import ChatRequest
 from entrollm.serve.errors import ApiError
-from entrollm.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from entrollm.serve.fields import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from entrollm.serve.guard import Guard
-from entrollm.serve.job import Event, Job, ServedModel
+from entrollm.serve.job import Event, Job
 from entrollm.serve.keys import Keys
 from entrollm.serve.metrics import Metrics
 from entrollm.serve.scheduler import Scheduler
+from entrollm.serve.served import ServedModel
 
 _LOG = logging.getLogger(__name__)
 

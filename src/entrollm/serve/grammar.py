@@ -1,7 +1,8 @@
-"""Answers that must be JSON: schemas compiled by llguidance to masks over the vocabulary."""
+"""Answers of a form: schemas and grammars compiled by llguidance to masks over the vocabulary."""
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -106,3 +107,51 @@ class TokenGrammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ValueError(f"the grammar of the answer failed: {self._matcher.get_error()[:300]}")
+
+
+class Postponed:
+    """A grammar that begins to hold behind some tokens; see `Constraint` of the engine.
+
+    Args:
+        grammar: holds from then on.
+        trigger: the tokens, at least one. Until they have come, an answer cannot end.
+        vocab_size: logits per token.
+        end_tokens: token ids that end an answer.
+    """
+
+    def __init__(
+        self, grammar: TokenGrammar, trigger: Sequence[int], vocab_size: int, end_tokens: Sequence[int]
+    ) -> None:
+        self._grammar = grammar
+        self._trigger = list(trigger)
+        self._last: list[int] = []
+        self._has_begun = False
+        self._before = np.ones(vocab_size, dtype=np.bool_)
+        self._before[[token for token in end_tokens if token < vocab_size]] = False
+
+    def copy(self) -> Postponed:
+        """The same for another answer."""
+        twin = copy.copy(self)
+        twin._grammar = self._grammar.copy()
+        return twin
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow the tokens so far."""
+        return self._has_begun and self._grammar.is_complete
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which tokens may come next, end tokens included: bool (vocab_size,)."""
+        return self._grammar.allowed() if self._has_begun else self._before
+
+    def accept(self, token: int) -> None:
+        """Go on after a token that was allowed."""
+        if self._has_begun:
+            self._grammar.accept(token)
+            return
+        self._last = [*self._last, token][-len(self._trigger) :]
+        self._has_begun = self._last == self._trigger
+
+
+# What an answer must look like.
+AnswerForm = TokenGrammar | Postponed

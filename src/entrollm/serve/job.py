@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from entrollm.engine.answer import AnswerText, FinishReason
-from entrollm.engine.model import Model
 from entrollm.engine.sampling import TokenLogprobs
 from entrollm.serve.errors import ApiError
-from entrollm.serve.pace import Pace
-from entrollm.serve.slots import Slot, Slots
-
-
-@dataclass
-class ServedModel:
-    """A model with the slots in which its sequences run.
-
-    Attributes:
-        name: what requests call it.
-        model: the model; only the scheduler's thread runs it.
-        context_length: tokens of prompt and answer together.
-        slots: the caches.
-        pace: how much of a prompt is read in one step.
-    """
-
-    name: str
-    model: Model
-    context_length: int
-    slots: Slots
-    pace: Pace = field(default_factory=Pace)
+from entrollm.serve.served import ServedModel
+from entrollm.serve.slots import Slot
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError
 from entrollm.serve.errors import ApiError
 from entrollm.serve.fair_queue import FairQueue, QueueFullError
-from entrollm.serve.job import Event, Job, NewToken, ServedModel
+from entrollm.serve.job import Event, Job, NewToken
 from entrollm.serve.metrics import Metrics
+from entrollm.serve.served import ServedModel
 
 _LOG = logging.getLogger(__name__)
 _MAX_RETRY_AFTER_S = 120

@@ -15,11 +15,11 @@ from sse_starlette.sse import AppStatus
 
 from entrollm.engine.load import load
 from entrollm.engine.memory import Memory
-from entrollm.errors import UnsupportedError
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
-from entrollm.serve.job import ServedModel
 from entrollm.serve.keys import Keys
+from entrollm.serve.output.choose import choose
+from entrollm.serve.served import ServedModel
 from entrollm.serve.slots import Slots
 
 # Connections beyond these are refused at once.
@@ -36,6 +36,7 @@ class LoadOptions:
         slots: sequences that each model runs at a time, at least 1.
         context_length: tokens of prompt and answer together; a model's own limit still holds.
         threads, memory, check: see `entrollm.load`.
+        tool_format, reasoning_format: how the models write calls and reasoning; see `choose`.
     """
 
     slots: int = 8
@@ -43,6 +44,8 @@ class LoadOptions:
     threads: int | None = None
     memory: Memory = "auto"
     check: bool = True
+    tool_format: str = "auto"
+    reasoning_format: str = "auto"
 
 
 def load_models(paths: Sequence[str], options: LoadOptions) -> list[ServedModel]:
@@ -59,10 +62,8 @@ def load_models(paths: Sequence[str], options: LoadOptions) -> list[ServedModel]
     served = []
     for path, name in zip(paths, names, strict=True):
         model = load(path, threads=options.threads, memory=options.memory, check=options.check)
-        if model.tokenizer is None:
-            raise UnsupportedError(f"{path} has no tokenizer.json, which serving needs")
-        context_length = min(options.context_length, model.config.context_length)
-        served.append(ServedModel(name, model, context_length, Slots(model, options.slots)))
+        output = choose(model.chat_template, options.tool_format, options.reasoning_format)
+        served.append(ServedModel(name, model, options.context_length, Slots(model, options.slots), output))
     return served
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from entrollm.errors import UnsupportedError
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
-from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix
+from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix, GroupedCudaMatrix
 from entrollm.torch.matrix import Matrix
-from entrollm.torch.native import HostMatrix, NativeMatrix, open_native
+from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
 from entrollm.torch.plain import PlainMatrix
 
 Backend = Literal["auto", "plain"]
@@ -80,10 +81,12 @@ def open_on(
     """
     if backend == "auto" and device.type == "cpu":
         return NativeMatrix([open_native(name, spec, entries)])
-    if isinstance(spec.kind, GroupedKind):
-        return HostMatrix(open_native(name, spec, entries), device)
+    if backend == "auto" and isinstance(spec.kind, LosslessKind):
+        return DecodedMatrix(open_native(name, spec, entries), device)
     if backend == "auto" and uses_cuda_kernels(device):
         return _open_cuda(open_native(name, spec, entries), device)
+    if isinstance(spec.kind, GroupedKind):
+        return HostMatrix(open_native(name, spec, entries), device)
     return PlainMatrix(name, spec, {suffix: entry.to(device) for suffix, entry in entries.items()}, device)
 
 
@@ -117,7 +120,7 @@ def _is_capable(index: int) -> bool:
 
 def _open_cuda(matrix: CodedMatrix, device: torch.device) -> Matrix:
     check_cuda_packages()
-    return CudaMatrix([matrix], device)
+    return CudaMatrix([matrix], device) if matrix.groups is None else GroupedCudaMatrix(matrix, device)
 
 
 def check_cuda_packages() -> None:

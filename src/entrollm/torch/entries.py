@@ -10,6 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# The types of lossless words.
+WORD_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
 
 def to_array(entry: Tensor) -> NDArray[Any]:
     """View a stored entry on the CPU as an array."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from entrollm import _core
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix, Product, open_matrix
 from entrollm.threads import start_pool
-from entrollm.torch.entries import to_array
+from entrollm.torch.entries import WORD_TYPES, to_array
 
 # Weights that are decoded on the CPU at a time for another device.
 _DECODED_WEIGHTS = 1 << 22
@@ -101,6 +102,40 @@ class HostMatrix:
 
     def _decode(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self._matrix.rows(ids).to(device=self._device, dtype=dtype)
+
+
+class DecodedMatrix:
+    """A lossless matrix on a device that has no product for it: decoded once, in the words of its own type.
+
+    Args:
+        matrix: the matrix, on the CPU.
+        device: where it multiplies.
+    """
+
+    def __init__(self, matrix: CodedMatrix, device: torch.device) -> None:
+        self.shape = (matrix.spec.rows, matrix.spec.columns)
+        assert matrix.lossless is not None and isinstance(matrix.spec.kind, LosslessKind)
+        self._name = matrix.name
+        words = torch.from_numpy(matrix.lossless.words(0, matrix.spec.rows, _pool()))
+        self._weight = words.to(device).view(WORD_TYPES[matrix.spec.kind.type])
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
+        return functional.linear(x, self._weight.to(x.dtype))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Look up rows: integers (n,) -> float32 (n, in_features).
+
+        Raises:
+            IndexError: an id is outside of the matrix.
+        """
+        if ids.numel() and not bool(((ids >= 0) & (ids < self.shape[0])).all()):
+            raise IndexError(f"{self._name}: a row is looked up that is outside of its {self.shape[0]} rows")
+        return self._weight[ids].to(torch.float32)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """All weights: (out_features, in_features)."""
+        return self._weight.to(dtype)
 
 
 def _pool() -> _core.ThreadPool:

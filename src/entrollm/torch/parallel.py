@@ -100,6 +100,9 @@ class PartCutter:
         for suffix, axis in ((layout.SCALE, rows), (layout.OFFSET, rows), (layout.COLUMN_SCALE, columns)):
             if suffix in arrays:
                 coded[suffix] = arrays[suffix] if arrays[suffix].size == 1 else arrays[suffix][slice(*axis)]
+        if layout.LOW in arrays:
+            low = arrays[layout.LOW][: spec.rows * spec.columns].reshape(spec.rows, spec.columns)
+            coded[layout.LOW] = layout.padded_stream([low[slice(*rows), slice(*columns)].reshape(-1)])
         return replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None), coded
 
 

@@ -21,13 +21,15 @@ from entrollm.format.blocks import padded
 from entrollm.format.entry import split_entries_with
 from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import decode_scales
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
 from entrollm.torch.bit_fields import DenseFields, Node, Stream, children, decode_lists, dense_bytes, width_of
+from entrollm.torch.entries import WORD_TYPES
 
 # Weights that are decoded at a time. Index tensors take a few hundred bytes for every 16 weights.
 _CHUNK_WEIGHTS = 1 << 20
 _KNOWN = frozenset(
-    {layout.CODED, layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES}
+    {layout.CODED, layout.LOW, layout.DENSE, layout.SPARSE, layout.SPARSE_SIZES}
     | {layout.SCALE, layout.OFFSET, layout.COLUMN_SCALE}
 )
 
@@ -60,6 +62,8 @@ class PlainMatrix:
         self._sizes = None if sizes is None else sizes.view(torch.int16).to(torch.int64) & 0xFFFF
         self._starts = None if self._sizes is None else torch.cumsum(self._sizes, 0) - self._sizes
         kind = spec.kind
+        if isinstance(kind, LosslessKind):
+            return
         if not isinstance(kind, GridKind):
             raise UnsupportedError(f"{name}: matrices with group scales are not decoded by plain torch operations")
         self._forms = kind.stored
@@ -129,14 +133,27 @@ class PlainMatrix:
     def _weights(self, row_blocks: Tensor) -> Tensor:
         """The rows of some row blocks in float32, rounded after each operation as the format says."""
         symbols = self.symbols(row_blocks)
-        weights = symbols.to(torch.float32)
-        rows = slice(0, 1)
         offsets = torch.arange(self._spec.blocks.rows, device=self._device)
         ids = (row_blocks[:, None] * self._spec.blocks.rows + offsets).reshape(-1)[: len(symbols)]
+        if isinstance(self._spec.kind, LosslessKind):
+            return self._word_values(symbols, ids, self._spec.kind)
+        weights = symbols.to(torch.float32)
+        rows = slice(0, 1)
         for values, operation in ((self._scale, torch.mul), (self._offset, torch.add)):
             if values is not None:
                 weights = operation(weights, values[rows if len(values) == 1 else ids][:, None])
         return weights if self._column_scale is None else weights * self._column_scale
+
+    def _word_values(self, symbols: Tensor, ids: Tensor, kind: LosslessKind) -> Tensor:
+        """The values of lossless words, from their symbols and the low bytes of rows `ids`."""
+        words, bits = symbols.to(torch.int32), 8
+        if kind.has_low:
+            low = self._entries[layout.LOW][: self.shape[0] * self.shape[1]].reshape(self.shape)
+            words, bits = words << 8 | low[ids].to(torch.int32), 16
+        words = words >> 1 | (words & 1) << bits - 1
+        # Integers of as many bits, signed since torch does little with others, have the same bytes.
+        narrow = (words - (words >> bits - 1 << bits)).to(torch.int16 if bits == 16 else torch.int8)
+        return narrow.view(WORD_TYPES[kind.type]).to(torch.float32)
 
     def _scales(self, suffix: str, value: float | None) -> Tensor | None:
         stored = self._entries.get(suffix)

@@ -97,3 +97,23 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     write_source(tmp_path / "source", BLOCKS, pack)
     with pytest.raises(FormatError, match="has a weight or a scale that is not finite"):
         compress(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("block", [[2**31, 2**31], [64, 2**70], [10**30, 32]])
+def test_blocks_far_larger_than_the_matrix(tmp_path: Path, block: list[int]) -> None:
+    """They are cut off at its ends, and take no memory beyond."""
+
+    def pack(generator: np.random.Generator, rows: int, columns: int) -> tuple[Arrays, NDArray[np.float32]]:
+        octets = (generator.standard_normal((rows, columns)) * 40).astype(ml_dtypes.float8_e4m3fn)
+        shape = (-(-rows // block[0]), -(-columns // block[1]))
+        scale = generator.uniform(0.5, 1.5, shape).astype(np.float32)
+        wide = np.repeat(scale, min(block[0], rows), axis=0)[:rows]
+        wide = np.repeat(wide, min(block[1], columns), axis=1)[:, :columns]
+        return {"weight": octets, "weight_scale_inv": scale}, octets.astype(np.float32) * wide
+
+    expected = write_source(tmp_path / "source", {"quant_method": "fp8", "weight_block_size": block}, pack)
+    with Checkpoint.open(tmp_path / "source") as checkpoint:
+        for name, weights in expected.items():
+            np.testing.assert_array_equal(checkpoint.read_float32(name), weights)
+            found = checkpoint.read_imported(name)
+            np.testing.assert_array_equal(found.groups.apply(found.symbols.astype(np.float32), slice(0, None)), weights)

@@ -20,7 +20,7 @@ from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.gpu import Gpu, typical_gpu
 from entrollm.torch.cuda.launch import MAX_MATRICES
 from entrollm.torch.cuda.matrix import CudaMatrix
-from entrollm.torch.cuda.plan import chunk_limit, plan_of
+from entrollm.torch.cuda.plan import TablePlace, chunk_limit, plan_of
 from entrollm.torch.cuda.shape import Room, Shape, choose_shape
 from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
 from entrollm.torch.cuda.tuning import FAMILIES, HOPPER, Tuning, tuning_of
@@ -121,7 +121,7 @@ def test_one_vector_fits_the_shared_memory(columns: int, raw: bool) -> None:
     room = 227 << 10
     plan = plan_of(gpu(room), 1, columns, raw, 18 << 10)
     assert plan.slots >= 3
-    assert plan.shared_bytes + 16 * 16 * 20 + 2048 <= room
+    assert plan.end_bytes <= room
 
 
 @pytest.mark.parametrize("columns", [4096, 14336, 28672])
@@ -204,8 +204,19 @@ def test_kernels_refuse_other_devices() -> None:
 
 
 def test_old_gpus_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"need compute capability 9\.0 or later, this is 8\.6"):
-        kernels.kernel("product.cu", "multiply", (8, 6), ())
+    with pytest.raises(UnsupportedError, match=r"need compute capability 8\.0 or later, this is 7\.5"):
+        kernels.kernel("product.cu", "multiply", kernels.Target((7, 5)), ())
+
+
+def test_kernels_of_older_gpus_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.Target.chosen((9, 0)) == kernels.Target((9, 0), is_portable=False)
+    monkeypatch.setenv("ENTROLLM_CUDA_TARGET", "8.6")
+    assert kernels.Target.chosen((9, 0)) == kernels.Target((8, 6), is_portable=True)
+    assert kernels.Target.chosen((8, 6)) == kernels.Target((8, 6), is_portable=False)
+    for text in ("9.0", "sm_80"):
+        monkeypatch.setenv("ENTROLLM_CUDA_TARGET", text)
+        with pytest.raises(UnsupportedError, match=rf"a compute capability up to that of .* as 8\.6; it is '{text}'"):
+            kernels.Target.chosen((8, 6))
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +227,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sources_are_complete() -> None:
     for name in ("product.cu", "decode.cu"):
-        text = kernels._read(name)
+        text = kernels.read_source(name)
         assert "#include" not in text
         assert text.count("struct Matrix {") == text.count("struct Ring {") == 1
 
@@ -226,17 +237,18 @@ def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("cuda.core")
     pytest.importorskip("cuda.bindings.nvrtc")
     monkeypatch.setenv("ENTROLLM_CACHE", str(tmp_path))
-    kernels._cubin.cache_clear()
-    found = kernels._cubin("decode.cu", (9, 0), (("THREADS", 768), ("SLOTS", 8)))
+    kernels._compiled.cache_clear()
+    target, macros = kernels.Target((9, 0)), (("THREADS", 768), ("SLOTS", 8), *TablePlace(30 << 10, 32).macros())
+    found = kernels._compiled("decode.cu", target, macros)
     (kept,) = (tmp_path / "cuda").iterdir()
     assert kept.read_bytes() == found
     with pytest.raises(UnsupportedError, match="NVRTC cannot compile"):
-        kernels.compile_source("not a kernel", (9, 0), ())
+        kernels.compile_source("not a kernel", target, ())
 
 
 def test_sizes_are_those_of_the_kernels() -> None:
     """What Python and the kernels both know about the layout."""
-    text = "".join(kernels._read(name) for name in ("product.cu", "decode.cu"))
+    text = "".join(kernels.read_source(name) for name in ("product.cu", "decode.cu"))
 
     def constant(name: str) -> str:
         (value,) = set(re.findall(rf"constexpr int {name} = ([^;]+);", text))
@@ -250,12 +262,12 @@ def test_sizes_are_those_of_the_kernels() -> None:
     assert constant("kSpanTriples") == str(layout.SPAN_TRIPLES)
     assert constant("kUnitColumns") == str(layout.UNIT_COLUMNS)
     assert constant("kStepBytes") == str(layout.STEP_BYTES)
-    assert constant("kWindowBit") == str(layout.WINDOW_BIT)
+    assert constant("kFirstBit") == str(layout.FIRST_BIT)
     assert constant("kTogether") == str(layout.TOGETHER)
     assert constant("kMaxBounds") == str(layout.MAX_BOUNDS + 1)
     assert constant("kMaxMatrices") == str(MAX_MATRICES)
-    assert constant("kTableBytes") == "kTableEntries * kLanes * 4"
-    assert int(constant("kTableEntries")) * layout.LANES * 4 == layout.TABLE_BYTES
+    assert constant("kTableBytes") == "kTableEntries * kCopies * 4"
+    assert int(constant("kTableEntries")) * 4 == layout.TABLE_BYTES
     (row,) = set(re.findall(r"struct Row {(.*?)};", text, re.DOTALL))
     assert 4 * len(re.findall(r"(?:int|float) \w+;", row)) == layout.ROW_BYTES
 
@@ -264,7 +276,8 @@ def test_sizes_are_those_of_the_kernels() -> None:
 def test_tables_hold_together(tuning: Tuning) -> None:
     """What the kernels require of a table of tuning, whatever GPU it is for."""
     assert tuning_of(tuning.capability) is tuning
-    assert tuning_of((tuning.capability[0], tuning.capability[1] + 1)) is tuning
+    major, minor = tuning.capability
+    assert tuning_of((major, minor + 1)).capability in (tuning.capability, (major, minor + 1))
     for slots in tuning.product_slots:
         assert slots.open_tiles > slots.chunks >= tuning.wanted_slots >= tuning.fewest_slots
         assert slots.chunks <= layout.LANES
@@ -272,3 +285,18 @@ def test_tables_hold_together(tuning: Tuning) -> None:
     assert vectors == sorted(set(vectors)) and tuning.max_batch == vectors[-1]
     for threads in (tuning.product_threads // 2, tuning.product_threads, tuning.decode_threads):
         assert threads % layout.LANES == 0 and threads > layout.MAX_BOUNDS
+
+
+@pytest.mark.parametrize("tuning", FAMILIES, ids=lambda tuning: tuning.family)
+def test_every_family_multiplies_long_rows(tuning: Tuning) -> None:
+    """One vector of 14336 columns leaves room for chunks; tables lie where masks find them."""
+    gpu = typical_gpu(tuning)
+    for columns, raw in ((4096, True), (14336, False), (14336, True)):
+        limit = chunk_limit(gpu, columns, raw)
+        plan = plan_of(gpu, 1, columns, raw, limit)
+        assert limit >= 2 << 10 and plan.slots >= tuning.wanted_slots
+        assert plan.end_bytes <= gpu.block_bytes == tuning.multiprocessor_bytes - 1024
+        assert plan.table.begin % (layout.TABLE_BYTES * plan.table.copies) == 0
+        activations = plan.triple_bytes + plan.raw_bytes
+        taken = plan.slot_bytes * plan.front_slots + (activations if plan.in_front else 0)
+        assert taken <= plan.table.begin - 1024 - plan.table.state_bytes

@@ -1,6 +1,7 @@
 """The CUDA back end: products that decode as they multiply, on NVIDIA GPUs."""
 
+from entrollm.torch.cuda.grouped import GroupedCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
 from entrollm.torch.cuda.tuning import MIN_CAPABILITY
 
-__all__ = ["MIN_CAPABILITY", "CudaMatrix"]
+__all__ = ["MIN_CAPABILITY", "CudaMatrix", "GroupedCudaMatrix"]

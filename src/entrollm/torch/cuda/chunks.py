@@ -14,6 +14,7 @@ from torch import Tensor
 
 from entrollm.errors import UnsupportedError
 from entrollm.torch.cuda.layout import (
+    FIRST_BIT,
     LANES,
     MAX_SEGMENTS,
     ROW_BYTES,
@@ -23,7 +24,6 @@ from entrollm.torch.cuda.layout import (
     STREAMS,
     TILE_ROWS,
     UNIT_COLUMNS,
-    WINDOW_BIT,
     starts_bytes,
 )
 from entrollm.torch.cuda.shape import Room, Shape
@@ -156,7 +156,7 @@ class _Writer:
             end = starts[:, :, segment] + bits[:, :, segment]
         if int(end.max()) >= 1 << 16:
             raise UnsupportedError(f"{self._name}: a chunk takes more than 65535 bits of one lane")
-        rows = (end.amax(-1) + WINDOW_BIT + 31) // 32
+        rows = (end.amax(-1) + FIRST_BIT + 31) // 32
         patches = torch.zeros(tiles, shape.chunks, 1, dtype=torch.int64, device=self._device)
         tile, _, column, _ = self._patches(symbols, triples)
         patches.view(-1).index_add_(0, tile * shape.chunks + self._column_chunk[column], torch.ones_like(tile))
@@ -229,7 +229,7 @@ class _Writer:
         segments = self._bounds.diff()
         first = position[..., self._bounds[:-1].clamp(max=position.shape[-1] - 1)]
         placed = starts.permute(0, 3, 4, 1, 2).flatten(-2)  # (tiles, 2, 32, chunks * segments)
-        position += torch.repeat_interleave((placed - first + WINDOW_BIT).to(torch.int32), segments, -1)
+        position += torch.repeat_interleave((placed - first + FIRST_BIT).to(torch.int32), segments, -1)
         origin = chunks[..., 0] * 4
         origin = torch.stack([origin, origin + sizes[..., 0] * LANES], 1)  # (tiles, 2, chunks)
         per_chunk = segments.reshape(shape.chunks, -1).sum(1)

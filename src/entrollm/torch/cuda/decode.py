@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
+from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.device_matrix import DeviceMatrix
 from entrollm.torch.cuda.gpu import gpu_of
 from entrollm.torch.cuda.launch import TYPES, DecodeStruct, divisor, function
 from entrollm.torch.cuda.layout import LANES, ROW_BYTES, SPAN_COLUMNS, TILE_ROWS
-from entrollm.torch.cuda.plan import TABLE_END, slot_bytes
+from entrollm.torch.cuda.plan import TablePlace, slot_bytes
 from entrollm.torch.cuda.tuning import Tuning
 
 
@@ -28,7 +29,8 @@ def decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.de
     gpu = gpu_of(device)
     tuning = gpu.tuning
     slot_size = slot_bytes(part.chunks.largest_bytes)
-    slots = min(tuning.decode_slots, (gpu.block_bytes - _decode_state_bytes(tuning) - TABLE_END) // slot_size)
+    table, macros = decode_macros(tuning)
+    slots = min(tuning.decode_slots, (gpu.block_bytes - table.end) // slot_size)
     if slots < 1:
         raise UnsupportedError(f"{part.name}: a chunk of {slot_size} bytes does not fit this GPU's shared memory")
     items = part.shape.tiles if ids is None else len(ids)
@@ -43,12 +45,14 @@ def decode(part: DeviceMatrix, out: Tensor, ids: Tensor | None, device: torch.de
         slots=divisor(slots),
         slot_bytes=slot_size,
     )
-    macros = (("THREADS", tuning.decode_threads), ("SLOTS", tuning.decode_slots))
-    kernel = function("decode.cu", "decode", device, macros, TABLE_END + slots * slot_size)
+    kernel = function("decode.cu", "decode", device, macros, table.end + slots * slot_size)
     kernel.launch([struct], min(items, gpu.multiprocessors), tuning.decode_threads, overlap=False)
 
 
-def _decode_state_bytes(tuning: Tuning) -> int:
-    """`State` of decode.cu, at most: a stage for each warp, the rows of each slot's tile, and the ring."""
+def decode_macros(tuning: Tuning) -> tuple[TablePlace, Macros]:
+    """Where the table is, and what the compiler must know."""
     stage = tuning.decode_threads // LANES * SPAN_COLUMNS
-    return (stage + tuning.decode_slots * ROW_BYTES) * TILE_ROWS + (2 << 10)
+    # `State` of decode.cu, at most: a stage for each warp, the rows of each slot's tile, and the ring.
+    state_bytes = (stage + tuning.decode_slots * ROW_BYTES) * TILE_ROWS + (2 << 10)
+    table = TablePlace(state_bytes, tuning.table_copies[0])
+    return table, (("THREADS", tuning.decode_threads), ("SLOTS", tuning.decode_slots), *table.macros())

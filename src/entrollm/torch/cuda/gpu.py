@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from entrollm.torch.cuda.launch import device_attribute
+from entrollm.torch.cuda.launch import device_attribute, target_of
 from entrollm.torch.cuda.tuning import HOPPER, Tuning, tuning_of
 
 RESERVED_BYTES = 1 << 10
@@ -36,7 +36,7 @@ class Gpu:
 
 
 def typical_gpu(tuning: Tuning) -> Gpu:
-    """The GPU that a table is made for."""
+    """A GPU of a family, with as many multiprocessors as its table says."""
     whole = tuning.multiprocessor_bytes
     return Gpu(tuning, tuning.multiprocessors, whole - RESERVED_BYTES, whole // 2 - RESERVED_BYTES)
 
@@ -50,11 +50,8 @@ def gpu_of(device: torch.device) -> Gpu:
     """
     if device.type != "cuda":
         return typical_gpu(HOPPER)
-    properties = torch.cuda.get_device_properties(device)
-    half = device_attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // 2
-    return Gpu(
-        tuning_of((properties.major, properties.minor)),
-        int(properties.multi_processor_count),
-        device_attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        half - device_attribute(device, "RESERVED_SHARED_MEMORY_PER_BLOCK"),
-    )
+    tuning = tuning_of(target_of(device).capability)
+    whole = min(tuning.multiprocessor_bytes, device_attribute(device, "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR"))
+    # The GPU's own number, of which a family has several.
+    count = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return typical_gpu(replace(tuning, multiprocessors=count, multiprocessor_bytes=whole))

@@ -96,32 +96,45 @@ def device_attribute(device: torch.device, name: str) -> int:
 
 
 @functools.cache
-def function(
-    source: str, name: str, device: torch.device, macros: tuple[tuple[str, int], ...], shared_bytes: int
-) -> Function:
+def function(source: str, name: str, device: torch.device, macros: kernels.Macros, end_bytes: int) -> Function:
     """Get the kernel `name` of kernels/`source` for a GPU, compiled with some macros.
 
+    Args:
+        source, name: the kernel.
+        device: the GPU.
+        macros: names and values.
+        end_bytes: where the shared memory that a block uses ends.
     Raises:
         UnsupportedError: the GPU is too old, or the compiler is missing or fails.
     """
     with torch.cuda.device(device):
-        capability = torch.cuda.get_device_capability(device)
-        return Function(kernels.kernel(source, name, capability, macros), device, shared_bytes)
+        return Function(kernels.kernel(source, name, target_of(device), macros), device, end_bytes)
+
+
+def target_of(device: torch.device) -> kernels.Target:
+    """What kernels are compiled for on a GPU.
+
+    Raises:
+        UnsupportedError: ENTROLLM_CUDA_TARGET names a newer capability than the GPU has, or none.
+    """
+    return kernels.Target.chosen(torch.cuda.get_device_capability(device))
 
 
 class Function:
-    """A compiled kernel that may use a given amount of dynamic shared memory."""
+    """A compiled kernel whose blocks use shared memory up to an address."""
 
-    def __init__(self, kernel: Any, device: torch.device, shared_bytes: int) -> None:
+    def __init__(self, kernel: Any, device: torch.device, end_bytes: int) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
         self._kernel = kernel
         self._handle = driver.CUfunction(int(kernel.handle))
-        self._shared_bytes = shared_bytes
         self._device = device
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(device.index)))
+        on, attributes = driver.CUdevice(device.index), driver.CUfunction_attribute
+        static = _check(driver.cuKernelGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel.handle, on))
+        self._shared_bytes = max(0, end_bytes - static)
+        dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuKernelSetAttribute(dynamic, self._shared_bytes, kernel.handle, on))
 
     def launch(self, arguments: Sequence[Any], grid: int, threads: int, overlap: bool) -> None:
         """Launch on torch's current stream.

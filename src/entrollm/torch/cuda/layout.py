@@ -10,8 +10,8 @@ LANES = 32
 STREAMS = 2
 SPAN_TRIPLES = 6
 """Triples of a span in one stream of a lane."""
-WINDOW_BIT = 7
-"""Where the next codeword begins in a window of a stream."""
+FIRST_BIT = 7
+"""Where the first codeword begins in a stream."""
 
 MAX_SEGMENTS = 8
 """Segments of a chunk at most: so many starts have room in it."""
@@ -22,8 +22,8 @@ MAX_BOUNDS = 256
 MAX_COLUMNS = (1 << 16) - 1
 """Columns of a matrix at most: sums of more products could exceed 32 bits."""
 
-TABLE_BYTES = 32 << 10
-"""The code's table, with a copy for every lane."""
+TABLE_BYTES = 4 * 256
+"""One copy of the code's table."""
 STEP_BYTES = 64
 """The digits of one vector for one step."""
 ROW_BYTES = 12

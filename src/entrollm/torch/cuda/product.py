@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.device_matrix import DeviceMatrix
 from entrollm.torch.cuda.gpu import gpu_of
 from entrollm.torch.cuda.launch import TYPES, ProductStruct, divisor, function
@@ -21,12 +22,26 @@ def product_plan(parts: Sequence[DeviceMatrix], batch: int, device: torch.device
     columns = padded_columns(parts[0].shape.columns)
     raw = any(part.code.raw_bits for part in parts)
     chunk_bytes = max(part.chunks.largest_bytes for part in parts)
-    if sum(part.shape.tiles for part in parts) <= 2 * gpu.multiprocessors:
+    if gpu.tuning.tile_bytes and sum(part.shape.tiles for part in parts) <= 2 * gpu.multiprocessors:
         # A block for each tile: the next product gets ready beside the last blocks of this one.
         half = plan_of(gpu, batch, columns, raw, chunk_bytes, blocks=2)
         if half.slots >= max(part.shape.chunks for part in parts):
             return half
     return plan_of(gpu, batch, columns, raw, chunk_bytes)
+
+
+def product_macros(plan: Plan, batch: int, dtype: int) -> Macros:
+    """What the compiler must know about a product with `batch` vectors of a type, by its number in TYPES."""
+    slots = plan.tuning.slots(batch)
+    return (
+        ("BATCH", batch),
+        ("TYPE", dtype),
+        ("THREADS", plan.threads),
+        ("BLOCKS", plan.blocks),
+        ("SLOTS", slots.chunks),
+        ("OPEN_TILES", slots.open_tiles),
+        *plan.table.macros(),
+    )
 
 
 class Product:
@@ -40,16 +55,9 @@ class Product:
         gpu = gpu_of(device)
         plan = product_plan(parts, batch, device)
         self._threads = plan.threads
-        slots = gpu.tuning.slots(batch)
-        macros = (
-            ("BATCH", batch),
-            ("TYPE", TYPES[dtype]),
-            ("THREADS", plan.threads),
-            ("BLOCKS", plan.blocks),
-            ("SLOTS", slots.chunks),
-            ("OPEN_TILES", slots.open_tiles),
-        )
-        self._function = function("product.cu", "multiply", device, macros, plan.shared_bytes)
+        self._overlaps = gpu.tuning.overlaps
+        macros = product_macros(plan, batch, TYPES[dtype])
+        self._function = function("product.cu", "multiply", device, macros, plan.end_bytes)
         structs = []
         y_begin = cta_begin = 0
         tiles = [part.shape.tiles for part in parts]
@@ -77,7 +85,7 @@ class Product:
         """Multiply `x` into `y`. Both are contiguous and of the product's type; rows of `x` are padded."""
         self._struct.x = x.data_ptr()
         self._struct.y = y.data_ptr()
-        self._function.launch([self._struct], self._grid, self._threads, overlap=True)
+        self._function.launch([self._struct], self._grid, self._threads, self._overlaps)
 
 
 def _share(parts: Sequence[DeviceMatrix], ctas: int) -> list[int]:

@@ -1,5 +1,6 @@
 // What all kernels need: the layout of a matrix on the GPU (docs/research/cuda.md) and a few
-// instructions.
+// instructions. The compiler defines THREADS, COPIES of the table, and TABLE_AT, the address in
+// shared memory where the table begins.
 //
 // A tile is 16 rows. A span is 72 columns of a tile: three matrix-unit steps of 24 columns. In a
 // step, lane 4 g + q holds rows g and g + 8 and the columns 12 h + 3 q + {0, 1, 2} of half h =
@@ -8,12 +9,8 @@
 // first chunk), raw words, and patches.
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "basic.cuh"
 
-constexpr int kLanes = 32;
 constexpr int kTileRows = 16;
 constexpr int kStreams = 2;
 constexpr int kStepColumns = 24;
@@ -21,11 +18,21 @@ constexpr int kSpanColumns = 72;
 constexpr int kSpanTriples = 6;   // of one stream
 constexpr int kUnitColumns = 64;  // two steps of raw bits; units begin at multiples of this
 constexpr int kTableEntries = 256;
-constexpr int kTableBytes = kTableEntries * kLanes * 4;
 constexpr int kWordRowBytes = kLanes * 4;
+// In stored streams, the first code begins at this bit.
+constexpr int kFirstBit = 7;
+// Copies of the table. Lanes that share one may have to wait for each other.
+constexpr int kCopies = COPIES;
+constexpr int kTableBytes = kTableEntries * kCopies * 4;
+constexpr u32 kTableAt = TABLE_AT;
+static_assert(kTableAt % kTableBytes == 0, "a masked window must need no addition");
 // A window has its next code at this bit, so that masking it gives a table address.
-constexpr int kWindowBit = 7;
+constexpr int kWindowBit = kCopies == 32 ? 7 : kCopies == 16 ? 6 : 5;
+static_assert(kCopies * 4 == 1 << kWindowBit && kWindowBit <= kFirstBit);
 constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
+// Whether one instruction copies a whole chunk to shared memory. Without, the lanes of a warp copy
+// 16 bytes each at a time.
+constexpr bool kBulkCopies = __CUDA_ARCH__ >= 900;
 // A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
 // bytes.
 constexpr int kStepBytes = 64;
@@ -82,11 +89,19 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
 // afterwards.
 __device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+// A barrier that waits for copies of one request after another: for the bytes of bulk copies that
+// one lane requests, or for each of a warp's lanes to have its pieces.
+__device__ __forceinline__ void barrier_init(u64* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(kBulkCopies ? 1 : kLanes));
+  if constexpr (kBulkCopies) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
 }
 
-__device__ __forceinline__ void copy_bytes(void* to, const void* from, u32 size, u64* barrier) {
+// Copies bytes, a multiple of 16, that the barrier waits for. Only with bulk copies.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 size, u64* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(to)),
@@ -94,36 +109,68 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, u32 size,
       : "memory");
 }
 
-__device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size, u64* barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(size)
-               : "memory");
-  copy_bytes(to, from, size, barrier);
+// Copies a lane's share of bytes, a multiple of 16. Only without bulk copies.
+__device__ __forceinline__ void copy_share(void* to, const void* from, u32 size) {
+  const u32 address = shared_address(to);
+#pragma unroll 4
+  for (u32 at = threadIdx.x % kLanes * 16; at < size; at += kLanes * 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address + at),
+                 "l"(static_cast<const u8*>(from) + at)
+                 : "memory");
+  }
 }
 
 // Copies bytes that the barrier waits for in addition to a chunk that is requested afterwards.
 __device__ __forceinline__ void copy_more(void* to, const void* from, u32 size, u64* barrier) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(size)
-               : "memory");
-  copy_bytes(to, from, size, barrier);
+  if constexpr (kBulkCopies) {
+    asm volatile(
+        "mbarrier.expect_tx.relaxed.cta.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(size)
+        : "memory");
+    copy_bulk(to, from, size, barrier);
+  } else {
+    copy_share(to, from, size);
+  }
+}
+
+// Copies the last bytes of a request.
+__device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size, u64* barrier) {
+  if constexpr (kBulkCopies) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(size)
+                 : "memory");
+    copy_bulk(to, from, size, barrier);
+  } else {
+    copy_share(to, from, size);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   const u32 address = shared_address(barrier);
   u32 done;
   do {
-    asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, "
-        "p;\n}\n"
-        : "=r"(done)
-        : "r"(address), "r"(phase)
-        : "memory");
+    if constexpr (kBulkCopies) {
+      asm volatile(
+          "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
+          "0, p;\n}\n"
+          : "=r"(done)
+          : "r"(address), "r"(phase)
+          : "memory");
+    } else {
+      asm volatile(
+          "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
+          "0, p;\n}\n"
+          : "=r"(done)
+          : "r"(address), "r"(phase)
+          : "memory");
+    }
   } while (!done);
 }
 
-// Loads the table from global memory and stores a copy of it for every lane, so that no two lanes
-// of a warp read the same bank.
+// Loads the table from global memory and stores copies of it. With a copy for every lane, no two
+// lanes of a warp read the same bank.
 class TableCopies {
  public:
   // Requests the entries without waiting for them.
@@ -131,7 +178,7 @@ class TableCopies {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       entries_[turn] = __ldg(
-          &table[min(static_cast<int>(threadIdx.x) + turn * THREADS, kStores - 1) / (kLanes / 4)]);
+          &table[min(static_cast<int>(threadIdx.x) + turn * THREADS, kStores - 1) / (kCopies / 4)]);
     }
   }
 
@@ -146,41 +193,24 @@ class TableCopies {
   }
 
  private:
-  static constexpr int kStores = kTableEntries * kLanes / 4;
+  static constexpr int kStores = kTableEntries * kCopies / 4;
   static constexpr int kTurns = (kStores + THREADS - 1) / THREADS;
   u32 entries_[kTurns];
 };
 
-// Stores a value in the type of the output: 0 float32, 1 bfloat16, 2 float16.
-__device__ __forceinline__ void store_value(void* out, long long at, float value, int type) {
-  if (type == 0) {
-    static_cast<float*>(out)[at] = value;
-    return;
-  }
-  u16 bits;
-  if (type == 1) {
-    asm("{\n .reg .b16 h;\n cvt.rn.bf16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
-  } else {
-    asm("{\n .reg .b16 h;\n cvt.rn.f16.f32 h, %1;\n mov.b16 %0, h;\n}" : "=h"(bits) : "f"(value));
-  }
-  static_cast<u16*>(out)[at] = bits;
-}
-
-// Where the table begins: at a multiple of its size, so that a masked window needs no addition.
-// Kernels also use the memory in front of it.
-__device__ __forceinline__ u8* aligned_table(u8* memory) {
-  return memory + (-shared_address(memory) & (kTableBytes - 1));
+// Where the table begins. Kernels also use the memory in front of it.
+__device__ __forceinline__ u8* table_in(u8* memory) {
+  return memory + (kTableAt - shared_address(memory));
 }
 
 // The bits of one stream of one lane.
 class Stream {
  public:
-  __device__ __forceinline__ Stream(const u8* table, const u8* words, u32 start)
-      : position_((shared_address(words) >> 2) + start),
+  __device__ __forceinline__ Stream(const u8* words, u32 start)
+      : position_((shared_address(words) >> 2) + start + (kFirstBit - kWindowBit)),
         lane_(threadIdx.x % kLanes * 4),
         // The shuffle keeps the compiler from computing this from two registers at every use.
-        copy_(__shfl_sync(~0u, shared_address(table) | threadIdx.x % kLanes * 4,
-                          threadIdx.x % kLanes)) {}
+        copy_(__shfl_sync(~0u, kTableAt | threadIdx.x % kCopies * 4, threadIdx.x % kLanes)) {}
 
   // Decodes three codes. An entry is the length of the code, then three symbols. A code has at most
   // 8 bits, so three fit in the 25 bits of a window.

@@ -1,13 +1,12 @@
 // Decodes a matrix, or some of its rows, to memory. Every warp decodes and writes segments of its
-// own. The compiler defines THREADS and SLOTS, the slots for chunks.
+// own. The compiler defines SLOTS, the slots for chunks, and what common.cuh needs; STATE_BYTES is
+// the room for State.
 #include "ring.cuh"
 
 namespace {
 
 constexpr int kSlots = SLOTS;
 constexpr int kWarps = THREADS / kLanes;
-// Neighbours that a lane converts and writes together.
-constexpr int kPieceColumns = 8;
 constexpr int kPieces = kSpanColumns / kPieceColumns;  // of a row
 constexpr int kTurns = (kTileRows * kPieces + kLanes - 1) / kLanes;
 constexpr int kRowsBytes = kTileRows * sizeof(Row);
@@ -31,11 +30,17 @@ struct State {
   u8 stage[kWarps][kTileRows * kSpanColumns];
 };
 
+static_assert(sizeof(State) <= STATE_BYTES, "plans of shared memory must leave room for it");
+
 // The table's entry for a chunk, and the one for the first chunk of its tile.
 struct StoredChunk {
   uint4 first;
   uint4 self;
 };
+
+__device__ __forceinline__ StoredChunk from_lane(const StoredChunk& value, int lane) {
+  return {from_lane(value.first, lane), from_lane(value.self, lane)};
+}
 
 // Computes the weights of eight neighbours: symbol * scale, rounded, + offset.
 __device__ __forceinline__ void scale_piece(uint2 bytes, float scale, float offset,
@@ -49,35 +54,6 @@ __device__ __forceinline__ void scale_piece(uint2 bytes, float scale, float offs
     const u32 bits =
         __byte_perm(i < 4 ? bytes.x : bytes.y, __float_as_uint(kLift), 0x7440u + i % 4);
     values[i] = __fadd_rn(__fmaf_rn(__uint_as_float(bits), scale, lifted), offset);
-  }
-}
-
-// Stores eight neighbours, the first at a multiple of eight, past the first-level cache.
-template <int kType>
-__device__ __forceinline__ void store_piece(u8* out, const float (&values)[kPieceColumns]) {
-  uint4* to = reinterpret_cast<uint4*>(out);
-  if constexpr (kType == 0) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      __stcs(to + i,
-             make_uint4(__float_as_uint(values[4 * i]), __float_as_uint(values[4 * i + 1]),
-                        __float_as_uint(values[4 * i + 2]), __float_as_uint(values[4 * i + 3])));
-    }
-  } else {
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kType == 1) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
-            : "=r"(words[i])
-            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
-      } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
-            : "=r"(words[i])
-            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
-      }
-    }
-    __stcs(to, make_uint4(words[0], words[1], words[2], words[3]));
   }
 }
 
@@ -231,9 +207,8 @@ __device__ __forceinline__ void write_edge(const Launch& launch, const Row* rows
 
 // Decodes one segment of a chunk and writes it; `only` and `item` are those of write_edge.
 template <int kType>
-__device__ __forceinline__ void decode_segment(const Launch& launch, State& state, const u8* table,
-                                               const u8* data, const Position& at, int tile,
-                                               int only, int item) {
+__device__ __forceinline__ void decode_segment(const Launch& launch, State& state, const u8* data,
+                                               const Position& at, int tile, int only, int item) {
   constexpr int kSize = kType == 0 ? 4 : 2;
   const Matrix& matrix = launch.matrix;
   const int lane = threadIdx.x % kLanes;
@@ -243,8 +218,8 @@ __device__ __forceinline__ void decode_segment(const Launch& launch, State& stat
   const int begin = bounds[at.segment];
   const int end = bounds[at.segment + 1];
   Stream streams[kStreams] = {
-      {table, data, segment_start(tail, at.segment, 0, lane)},
-      {table, data + (stored.w >> 16) * kWordRowBytes, segment_start(tail, at.segment, 1, lane)}};
+      {data, segment_start(tail, at.segment, 0, lane)},
+      {data + (stored.w >> 16) * kWordRowBytes, segment_start(tail, at.segment, 1, lane)}};
   Raw raw{chunk_words(tail, matrix.segments, at.in_tile == 0), matrix.raw_bits, 0,
           first_unit(bounds[0] * kSpanColumns)};
   raw.units = end_unit(min(bounds[matrix.segments] * kSpanColumns, launch.columns)) - raw.left;
@@ -290,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(128) u8 memory[];
   __shared__ __align__(16) State state;
   const Matrix& matrix = launch.matrix;
-  u8* table = aligned_table(memory);
+  u8* table = table_in(memory);
   const auto slot_data = [&](int slot) { return table + kTableBytes + slot * launch.slot_bytes; };
   const int block = blockIdx.x;
   const int items =
@@ -317,7 +292,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const TableCopies copies(matrix.table);
   if (threadIdx.x < launch.slots) state.ring.open(threadIdx.x);
   __syncthreads();
-  if (threadIdx.x < min(launch.slots, chunks)) fetch(threadIdx.x, stored_chunk(threadIdx.x));
+  if (threadIdx.x < kLanes) {
+    fetch_first(0, min(launch.slots, chunks), stored_chunk(threadIdx.x), fetch);
+  }
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
   if (threadIdx.x < bound_count)
     state.ring.bounds[threadIdx.x] = __ldg(&matrix.bounds[threadIdx.x]);
@@ -332,15 +309,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u8* data = slot_data(at.slot);
     const int tile = position / kTileRows;
     if (launch.type == 0) {
-      decode_segment<0>(launch, state, table, data, at, tile, only, item_of(at.tile));
+      decode_segment<0>(launch, state, data, at, tile, only, item_of(at.tile));
     } else if (launch.type == 1) {
-      decode_segment<1>(launch, state, table, data, at, tile, only, item_of(at.tile));
+      decode_segment<1>(launch, state, data, at, tile, only, item_of(at.tile));
     } else {
-      decode_segment<2>(launch, state, table, data, at, tile, only, item_of(at.tile));
+      decode_segment<2>(launch, state, data, at, tile, only, item_of(at.tile));
     }
-    if (threadIdx.x % kLanes == 0 && state.ring.release(at, matrix.segments) && ahead < chunks) {
-      fetch(at.slot, next);
-    }
-    __syncwarp();
+    const bool wanted =
+        threadIdx.x % kLanes == 0 && state.ring.release(at, matrix.segments) && ahead < chunks;
+    fetch_next(wanted, [&] { fetch(at.slot, next); });
   }
 }

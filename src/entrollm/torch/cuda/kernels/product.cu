@@ -1,7 +1,7 @@
 // y = W x for a few vectors. Each chunk is copied to shared memory, decoded to registers, and
 // multiplied by the matrix unit; no decoded weight is ever written to memory. The compiler defines
 // BATCH, TYPE of x and y (0 float32, 1 bfloat16, 2 float16), THREADS, BLOCKS of a multiprocessor,
-// SLOTS for chunks, and OPEN_TILES.
+// SLOTS for chunks, OPEN_TILES, and what common.cuh needs; STATE_BYTES is the room for State.
 #include "matrix_unit.cuh"
 #include "ring.cuh"
 
@@ -38,8 +38,9 @@ struct State {
   Rounded rounded;
 };
 
+static_assert(sizeof(State) <= STATE_BYTES, "plans of shared memory must leave room for it");
+
 struct Dynamic {
-  u8* table;
   u8* triples;
   u8* raws;
   u8* front;  // slots in front of the table
@@ -118,11 +119,10 @@ __device__ __forceinline__ void multiply_segments(const Launch& launch, const Ma
   const uint4 stored = state.ring.wait(at);
   const u8* tail = data + stored.z;
   const u8* second = data + (stored.w >> 16) * kWordRowBytes;
-  Stream streams[kTogether][kStreams] = {
-      {{dynamic.table, data, segment_start(tail, at.segment, 0, lane)},
-       {dynamic.table, second, segment_start(tail, at.segment, 1, lane)}},
-      {{dynamic.table, data, segment_start(tail, at.segment + 1, 0, lane)},
-       {dynamic.table, second, segment_start(tail, at.segment + 1, 1, lane)}}};
+  Stream streams[kTogether][kStreams] = {{{data, segment_start(tail, at.segment, 0, lane)},
+                                          {second, segment_start(tail, at.segment, 1, lane)}},
+                                         {{data, segment_start(tail, at.segment + 1, 0, lane)},
+                                          {second, segment_start(tail, at.segment + 1, 1, lane)}}};
   u32 activations[kTogether];
 #pragma unroll
   for (int k = 0; k < kTogether; ++k) {
@@ -201,12 +201,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     multiply(const __grid_constant__ Launch launch) {
   extern __shared__ __align__(128) u8 memory[];
   __shared__ State state;
-  u8* table = aligned_table(memory);
+  u8* table = table_in(memory);
   u8* behind = table + kTableBytes;
   u8* activations = launch.in_front ? memory : behind;
   const int activation_bytes =
       launch.in_front ? 0 : (launch.triple_bytes + launch.raw_bytes + 127) & ~127;
-  const Dynamic dynamic{table, activations, activations + launch.triple_bytes, memory,
+  const Dynamic dynamic{activations, activations + launch.triple_bytes, memory,
                         behind + activation_bytes};
   int index = 0;
   while (index + 1 < launch.count &&
@@ -234,25 +234,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const TableCopies copies(matrix.table);
   const int bound_count = matrix.tile_chunks * matrix.segments + 1;
   const u16 bound = __ldg(&matrix.bounds[min(thread, bound_count - 1)]);
-  const auto fetch = [&](int begin, int end) {
-    if (slot >= begin && slot < end) {
-      state.ring.fetch(slot, dynamic.slot(launch, slot), matrix, chunk);
-    }
+  const auto fetch = [&](int into, uint4 stored) {
+    state.ring.fetch(into, dynamic.slot(launch, into), matrix, stored);
   };
   if (slot >= 0) {
     if (slot < launch.slots) state.ring.open(slot);
-    __syncwarp();  // any lane of a warp may issue its bulk copies
+    __syncwarp();  // any lane of a warp may issue its copies
+    fetch_first(0, min(launch.early, asked), chunk, fetch);
   }
-  fetch(0, min(launch.early, asked));
   if (thread < kBatch) state.rounded.sum[thread] = 0;
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  wait_for_previous();
   const DigitsOut out{dynamic.triples, matrix.spans * (kSpanColumns / kDozen), dynamic.raws,
                       launch.raw_bytes / (8 * kBatch)};
   const auto vector = [&](int i) {
     return Vector(launch.x, i, launch.columns, matrix.column_scale);
   };
   round_vector(vector(0), 0, out, state.rounded, [&] {
-    fetch(launch.early, asked);
+    if (slot >= 0) fetch_first(launch.early, asked, chunk, fetch);
     if (thread < bound_count) state.ring.bounds[thread] = bound;
     copies.store(table, 0);
     for (int i = thread; i < kOpenTiles * kTileRows * kBatch * 2; i += THREADS)
@@ -264,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   __syncthreads();
 
   const int lane = threadIdx.x % kLanes;
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  let_next_begin();
   const int shares = matrix.segments / kTogether;
   for (int share = threadIdx.x / kLanes; share < chunks * shares; share += THREADS / kLanes) {
     const Position at(share * kTogether, matrix, launch.slots);
@@ -289,9 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       __syncwarp();
     }
     // The tile is finished before its last slot is filled again.
-    if (lane == 0 && state.ring.release(at, shares) && ahead < chunks) {
-      state.ring.fetch(at.slot, dynamic.slot(launch, at.slot), matrix, next);
-    }
-    __syncwarp();
+    const bool wanted = lane == 0 && state.ring.release(at, shares) && ahead < chunks;
+    fetch_next(wanted, [&] { fetch(at.slot, next); });
   }
 }

@@ -26,6 +26,36 @@ struct Position {
   }
 };
 
+__device__ __forceinline__ uint4 from_lane(const uint4& value, int lane) {
+  return make_uint4(__shfl_sync(~0u, value.x, lane), __shfl_sync(~0u, value.y, lane),
+                    __shfl_sync(~0u, value.z, lane), __shfl_sync(~0u, value.w, lane));
+}
+
+// Requests the first chunks of slots [begin, end). All lanes of a warp call this, and lane i knows
+// the chunk of slot i.
+template <class Stored, class Fetch>
+__device__ __forceinline__ void fetch_first(int begin, int end, const Stored& stored, Fetch fetch) {
+  const int lane = threadIdx.x % kLanes;
+  if constexpr (kBulkCopies) {
+    if (lane >= begin && lane < end) fetch(lane, stored);
+  } else {
+    for (int slot = begin; slot < end; ++slot) fetch(slot, from_lane(stored, slot));
+  }
+}
+
+// Requests a chunk if lane 0 says so. All lanes of a warp call this with the same chunk.
+template <class Fetch>
+__device__ __forceinline__ void fetch_next(bool wanted, Fetch fetch) {
+  if constexpr (kBulkCopies) {
+    if (threadIdx.x % kLanes == 0 && wanted) fetch();
+  } else {
+    const bool all = __shfl_sync(~0u, wanted, 0);
+    __syncwarp();  // shows the other lanes what lane 0's fence made visible
+    if (all) fetch();
+  }
+  __syncwarp();
+}
+
 template <int kSlots>
 struct Ring {
   uint4 chunks[kSlots];
@@ -37,17 +67,19 @@ struct Ring {
   // One thread per slot calls this: the one that requests the slot's first chunk. The block must
   // meet at a barrier before any thread waits for a chunk.
   __device__ __forceinline__ void open(int slot) {
-    barrier_init(&barriers[slot], 1);
+    barrier_init(&barriers[slot]);
     rounds[slot] = done[slot] = 0;
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
 
+  // Requests a chunk. One lane calls this, or without bulk copies all lanes of a warp.
   __device__ __forceinline__ void fetch(int slot, u8* data, const Matrix& matrix, uint4 stored) {
-    chunks[slot] = stored;
+    const bool tells = kBulkCopies || threadIdx.x % kLanes == 0;
+    if (tells) chunks[slot] = stored;
     copy_chunk(data, matrix.data + static_cast<u64>(stored.x) * 16, stored.y * 16, &barriers[slot]);
-    fence_block();
-    ++*static_cast<volatile u32*>(&rounds[slot]);
+    if (tells) {
+      fence_block();
+      ++*static_cast<volatile u32*>(&rounds[slot]);
+    }
   }
 
   // Waits for a chunk; returns its entry in the table of chunks.

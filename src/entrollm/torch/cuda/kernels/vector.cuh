@@ -17,31 +17,6 @@ constexpr u32 kFinite = 0x7f7fffffu;
 constexpr float kToBits = 12582912.0f + 32768.0f;
 constexpr u32 kBias = 32768;
 
-// Four activations as they are stored.
-template <int kStoredType>
-struct Stored {
-  using Bits = uint2;
-
-  __device__ static __forceinline__ float4 values(uint2 bits) {
-    return make_float4(value(bits.x), value(bits.x >> 16), value(bits.y), value(bits.y >> 16));
-  }
-
-  __device__ static __forceinline__ float value(u32 bits) {
-    if constexpr (kStoredType == 1) return __uint_as_float(bits << 16);
-    float value;
-    asm("{\n .reg .b16 h;\n mov.b16 h, %1;\n cvt.f32.f16 %0, h;\n}"
-        : "=f"(value)
-        : "h"(static_cast<u16>(bits)));
-    return value;
-  }
-};
-
-template <>
-struct Stored<0> {
-  using Bits = float4;
-  __device__ static __forceinline__ float4 values(float4 bits) { return bits; }
-};
-
 class Vector {
  public:
   using Bits = typename Stored<kType>::Bits;

@@ -1,0 +1,211 @@
+"""Predict tokens per second of GPUs from instructions and bytes, and check the model on the GPU at hand.
+
+    python benchmarks/cuda/speed_model.py --measure speed.json     # on a GPU, once for each path
+    python benchmarks/cuda/speed_model.py speed.json speed-8.0.json speed-8.9.json
+
+The time of a product is max(instructions, bytes) + launch. Matrices that stay in the second-level cache give the time
+of instructions and of a launch: two sizes with equal work for all multiprocessors, whose difference is the first and
+the rest the second. Distinct matrices then say how well the model predicts products that read weights from memory.
+ENTROLLM_CUDA_TARGET=8.0 or 8.9 measures the kernels of older GPUs, with their shared memory, on a newer one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SOURCES = (1.47, 2.2, 3.2, 5.6)
+COLUMNS = 4096
+# Tiles of each multiprocessor in the two matrices that stay in the second-level cache.
+CACHED_TILES = (3, 5)
+SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
+# Of the published bandwidth, what products that wait for memory alone reach: cuBLAS with bfloat16 on an H200.
+SHARE = 0.9
+# Bits in GPU memory of weights without a code: int4 with a 16-bit scale for every 128 columns.
+UNCODED_BITS = {"bf16": 16.0, "int8": 8.0, "int4": 4.125}
+# Matrices of a token in Llama-3-8B, as they are launched: (rows, columns), and how often.
+LLAMA_3_8B = (((6144, 4096), 32), ((4096, 4096), 32), ((28672, 4096), 32), ((4096, 14336), 32), ((128256, 4096), 1))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its maker describes it.
+
+    Attributes:
+        multiprocessors: their number.
+        clock_ghz: the boost clock.
+        bandwidth_gbs: of its memory, in 10^9 bytes per second.
+        path: the capability of the kernels that it runs.
+        memory_gb: of its memory.
+    """
+
+    multiprocessors: int
+    clock_ghz: float
+    bandwidth_gbs: float
+    path: str
+    memory_gb: int
+
+
+# Sources: NVIDIA H200 data sheet; Ampere GA102 whitepaper and the product page of the GeForce RTX 3060; Ada whitepaper
+# (RTX 4090); RTX Blackwell whitepaper (RTX 5090); L4 data sheet and Ada's 128 cores per multiprocessor; Jetson Orin NX
+# and Orin Nano series data sheets (16 GB and 8 GB modules, without their later "Super" modes).
+CARDS = {
+    "H200": Card(132, 1.98, 4800, "9.0", 141),
+    "RTX 3060": Card(28, 1.777, 360, "8.9", 12),
+    "RTX 4090": Card(128, 2.52, 1008, "8.9", 24),
+    "RTX 5090": Card(170, 2.407, 1792, "8.9", 32),
+    "L4": Card(58, 2.04, 300, "8.9", 24),
+    "Orin NX": Card(8, 0.918, 102.4, "8.0", 16),
+    "Orin Nano": Card(8, 0.625, 68, "8.0", 8),
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a kind of product costs.
+
+    Attributes:
+        bits: of a weight in GPU memory.
+        cycles: of a multiprocessor for a weight.
+        launch_us: of a launch, on the GPU that was measured.
+    """
+
+    bits: float
+    cycles: float
+    launch_us: float
+
+    def product_us(self, rows: int, columns: int, card: Card) -> tuple[float, str]:
+        """Microseconds of a product with one vector, and what bounds it."""
+        tiles = -(-rows // (16 * card.multiprocessors))  # of the multiprocessor with the most
+        instructions = tiles * 16 * columns * self.cycles / (card.clock_ghz * 1e3)
+        memory = rows * columns * self.bits / 8 / (card.bandwidth_gbs * SHARE * 1e3)
+        return max(instructions, memory) + self.launch_us, "memory" if memory > instructions else "instructions"
+
+    def tokens(self, card: Card) -> tuple[float, str]:
+        """Tokens per second that the products of Llama-3-8B allow, and what bounds most of their time."""
+        total, bound = 0.0, {"memory": 0.0, "instructions": 0.0}
+        for (rows, columns), count in LLAMA_3_8B:
+            each, by = self.product_us(rows, columns, card)
+            total += each * count
+            bound[by] += each * count
+        return 1e6 / total, max(bound, key=lambda by: bound[by])
+
+
+def _uncoded_us(name: str, rows: int, columns: int, distinct_bytes: int) -> float:
+    import gemv
+
+    if name == "bf16":
+        return gemv.measure_bf16(rows, columns, distinct_bytes)["median_us"]
+    return gemv.measure_uncoded(8 if name == "int8" else 4, rows, columns, distinct_bytes)["median_us"]
+
+
+def measure() -> dict[str, Any]:
+    """Measure on the GPU at hand; see the module's text."""
+    import torch
+
+    import gemv
+
+    properties = torch.cuda.get_device_properties(gemv.DEVICE)
+    tile_rows = 16 * properties.multi_processor_count
+    kinds: dict[str, Any] = {}
+    target = os.environ.get("ENTROLLM_CUDA_TARGET")
+    for name, bits in UNCODED_BITS.items() if target is None else ():  # whose kernels are the same for all targets
+        sizes = [tiles * tile_rows for tiles in CACHED_TILES]
+        cached = [_uncoded_us(name, rows, COLUMNS, 1) for rows in sizes] if name != "bf16" else None
+        shapes = {f"{rows} x {columns}": _uncoded_us(name, rows, columns, 1 << 30) for rows, columns in SHAPES}
+        kinds[name] = {"bits": bits, "cached_us": cached, "distinct_us": shapes}
+        print(name, kinds[name], flush=True)
+    for entropy in SOURCES:
+        cached = []
+        for tiles in CACHED_TILES:
+            matrix = gemv.CudaMatrix.from_parts(
+                [gemv.random_matrix(tiles * tile_rows, COLUMNS, entropy)[2]], gemv.DEVICE
+            )
+            x = torch.randn(1, COLUMNS, device=gemv.DEVICE).bfloat16()
+            y = torch.empty(1, tiles * tile_rows, device=gemv.DEVICE).bfloat16()
+            product = matrix.product(1, x.dtype)
+            cached.append(statistics.median(gemv.graph_times(lambda _, call=product, x=x, y=y: call(x, y), 20)))
+        measured = {f"{rows} x {columns}": gemv.measure_coded(rows, columns, entropy) for rows, columns in SHAPES}
+        kinds[f"entropy {entropy}"] = {
+            "bits": measured["14336 x 4096"]["bits"],
+            "cached_us": cached,
+            "distinct_us": {shape: found["median_us"] for shape, found in measured.items()},
+            "spread_us": {shape: [found["min_us"], found["max_us"]] for shape, found in measured.items()},
+        }
+        print(entropy, kinds[f"entropy {entropy}"], flush=True)
+    major, minor = torch.cuda.get_device_capability(gemv.DEVICE)
+    return {
+        "device": properties.name,
+        "commit": gemv.commit(),
+        "multiprocessors": properties.multi_processor_count,
+        "clock_ghz": CARDS["H200"].clock_ghz,
+        "path": target or f"{major}.{minor}",
+        "kinds": kinds,
+    }
+
+
+def rates(measured: dict[str, Any]) -> dict[str, Rate]:
+    """The costs of each kind of product, from the two cached matrices."""
+    found = {}
+    for name, kind in measured["kinds"].items():
+        # Products with bfloat16, which need no decoding, wait for memory alone.
+        few, many = kind["cached_us"] or [measured["kinds"]["int8"]["cached_us"][0]] * 2
+        tile_us = (many - few) / (CACHED_TILES[1] - CACHED_TILES[0])
+        cycles = tile_us * measured["clock_ghz"] * 1e3 / (16 * COLUMNS)
+        found[name] = Rate(kind["bits"], cycles, few - tile_us * CACHED_TILES[0])
+    launch_us = found["int8"].launch_us
+    found["bf16"] = Rate(found["bf16"].bits, 0.0, launch_us)
+    return found
+
+
+def report(files: list[Path]) -> None:
+    """Print how well the model predicts what was measured, and what it predicts for other GPUs, as Markdown."""
+    paths = {measured["path"]: measured for measured in (json.loads(file.read_text()) for file in files)}
+    by_path = {path: rates(measured) for path, measured in paths.items()}
+    print(
+        "| path | product | bits | cycles a weight | launch, µs | shape | measured, µs | model, µs | model / measured |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for path, measured in paths.items():
+        for name, rate in by_path[path].items():
+            for shape, us in measured["kinds"][name]["distinct_us"].items():
+                rows, columns = (int(part) for part in shape.split(" x "))
+                model, _ = rate.product_us(rows, columns, CARDS["H200"])
+                print(
+                    f"| {path} | {name} | {rate.bits:.2f} | {rate.cycles:.4f} | {rate.launch_us:.1f} | {shape} "
+                    f"| {us:.1f} | {model:.1f} | {model / us:.2f} |"
+                )
+    names = list(next(iter(by_path.values())))
+    print("\nPredicted tokens per second of the products of Llama-3-8B (m: bound by memory, i: by instructions)\n")
+    print("| GPU | " + " | ".join(names) + " |")
+    print("|---|" + "---|" * len(names))
+    for card_name, card in CARDS.items():
+        cells = []
+        for name in names:
+            rate = by_path[card.path][name] if card.path in by_path else next(iter(by_path.values()))[name]
+            tokens, bound = rate.tokens(card)
+            weights = sum(rows * columns * count for (rows, columns), count in LLAMA_3_8B)
+            fits = weights * rate.bits / 8 < card.memory_gb * 0.9e9
+            cells.append(f"{tokens:.0f} {bound[0]}" if fits else "-")
+        print(f"| {card_name} | " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Measure, or print what measurements say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="measurements to report on")
+    parser.add_argument("--measure", type=Path, metavar="FILE", help="measure and write FILE")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        arguments.measure.write_text(json.dumps(measure(), indent=1) + "\n")
+    if arguments.files:
+        report(arguments.files)
+
+
+if __name__ == "__main__":
+    main()

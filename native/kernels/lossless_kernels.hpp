@@ -1,0 +1,65 @@
+// The primitives of lossless matrices, whose weights keep the bits that they had.
+//
+// A word of 16 bits is rotated left by one bit and stored as two bytes: the high one, which is
+// coded, has the exponent first, and the low one, which is not, has the sign last.
+//
+// Sums are defined by columns, not by registers, so that all instruction sets give the same bits. A
+// sum has kLosslessLanes lanes. Every chunk of kVector columns is four runs of sixteen weights; the
+// first and the third are added to the first sixteen lanes and the others to the other sixteen,
+// each product by one fused multiply-add in float32. lossless_column() says which columns a run
+// has.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "format/layout.hpp"
+
+namespace entrollm {
+
+// What words of 16 bits stand for.
+enum class WordFormat : std::uint8_t { kBfloat16, kHalf };
+
+inline constexpr std::size_t kLosslessRun = 16;
+inline constexpr std::size_t kLosslessLanes = 2 * kLosslessRun;
+
+// The column in its chunk of weight `lane` of run `run`. Bytes that lie side by side in a register
+// of 16 bytes become words by interleaving, and then floats: the even and the odd words of bfloat16
+// apart, those of half precision in order.
+constexpr std::size_t lossless_column(WordFormat format, std::size_t run, std::size_t lane) {
+  const std::size_t of_half = 16 * (lane / 4) + 8 * (run / 2);
+  return format == WordFormat::kBfloat16 ? of_half + 2 * (lane % 4) + run % 2
+                                         : of_half + 4 * (run % 2) + lane % 4;
+}
+
+// A row, or the part of it that consists of whole chunks, and activations in the order of runs.
+struct LosslessRow {
+  const std::uint8_t* high;
+  const std::uint8_t* low;
+  std::size_t chunks;
+  const float* x;        // of the first vector
+  std::size_t x_stride;  // floats from a vector to the next
+  std::size_t vectors;   // at least 1
+  float* lanes;          // (vectors, kLosslessLanes), added to
+};
+
+struct LosslessKernels {
+  // Divides `count` words.
+  void (*split)(const std::uint16_t* words, std::size_t count, std::uint8_t* high,
+                std::uint8_t* low);
+
+  // Undoes split.
+  void (*join)(const std::uint8_t* high, const std::uint8_t* low, std::size_t count,
+               std::uint16_t* words);
+
+  // Adds the products of a row of either format.
+  void (*add_bfloat16)(const LosslessRow& row);
+  void (*add_half)(const LosslessRow& row);
+};
+
+extern const LosslessKernels kScalarLosslessKernels;
+extern const LosslessKernels kAvx2LosslessKernels;
+extern const LosslessKernels kAvx512LosslessKernels;
+extern const LosslessKernels kNeonLosslessKernels;
+
+}  // namespace entrollm

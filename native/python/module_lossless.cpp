@@ -1,0 +1,114 @@
+// The part of entrollm._core that binds lossless matrices.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernels/kernels.hpp"
+#include "product/lossless.hpp"
+#include "python/module_matrix.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace entrollm {
+namespace {
+
+FloatType type_of(const std::string& name) {
+  if (name == "BF16") return FloatType::kBfloat16;
+  if (name == "F16") return FloatType::kHalf;
+  if (name == "F8_E4M3") return FloatType::kE4M3;
+  if (name == "F8_E5M2") return FloatType::kE5M2;
+  throw std::invalid_argument("unknown type of lossless weights: " + name);
+}
+
+struct PyLosslessMatrix {
+  nb::object owner;  // of the coded matrix
+  std::optional<Vector<std::uint8_t>> low;
+  LosslessMatrix matrix;
+};
+
+std::unique_ptr<PyLosslessMatrix> make_lossless(nb::object coded,
+                                                std::optional<Vector<std::uint8_t>> low,
+                                                const std::string& type) {
+  const auto& source = nb::cast<const PyMatrix&>(coded);
+  LosslessMatrix matrix(source.matrix, low ? view(*low) : std::span<const std::uint8_t>(),
+                        type_of(type));
+  return std::unique_ptr<PyLosslessMatrix>(new PyLosslessMatrix{std::move(coded), low, matrix});
+}
+
+nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyLosslessMatrix*>& matrices,
+                                           Matrix<float> x, ThreadPool& pool) {
+  std::vector<const LosslessMatrix*> all;
+  std::size_t outputs = 0;
+  for (const PyLosslessMatrix* matrix : matrices) {
+    if (matrix == nullptr) throw nb::type_error("a matrix is None");
+    const Geometry& geometry = matrix->matrix.geometry();
+    if (x.shape(1) != geometry.columns) {
+      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
+                                  " columns, the matrix has " + std::to_string(geometry.columns));
+    }
+    all.push_back(&matrix->matrix);
+    outputs += geometry.rows;
+  }
+  const std::size_t shape[2] = {x.shape(0), outputs};
+  float* y = allocate<float>(shape[0] * shape[1]);
+  auto result = own(y, shape);
+  const nb::gil_scoped_release release;
+  multiply_lossless(pool, all, x.data(), shape[0], y);
+  return result;
+}
+
+nb::ndarray<nb::numpy, std::uint8_t> words(const PyLosslessMatrix& self, std::size_t begin,
+                                           std::size_t end, ThreadPool& pool) {
+  const Geometry& geometry = self.matrix.geometry();
+  if (begin > end || end > geometry.rows) throw std::invalid_argument("rows out of range");
+  const std::size_t shape[2] = {end - begin, geometry.columns * word_bytes(self.matrix.type())};
+  std::uint8_t* out = allocate<std::uint8_t>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  const nb::gil_scoped_release release;
+  self.matrix.words(pool, begin, end, out);
+  return result;
+}
+
+nb::ndarray<nb::numpy, float> dequantize(const PyLosslessMatrix& self, Vector<std::int64_t> rows,
+                                         ThreadPool& pool) {
+  const std::size_t shape[2] = {rows.size(), self.matrix.geometry().columns};
+  float* out = allocate<float>(shape[0] * shape[1]);
+  auto result = own(out, shape);
+  const nb::gil_scoped_release release;
+  self.matrix.dequantize(pool, view(rows), out);
+  return result;
+}
+
+nb::tuple split(Matrix<std::uint16_t> words) {
+  const std::size_t shape[2] = {words.shape(0), words.shape(1)};
+  std::uint8_t* high = allocate<std::uint8_t>(words.size());
+  auto high_array = own(high, shape);
+  std::uint8_t* low = allocate<std::uint8_t>(words.size());
+  auto low_array = own(low, shape);
+  {
+    const nb::gil_scoped_release release;
+    kernels().lossless->split(words.data(), words.size(), high, low);
+  }
+  return nb::make_tuple(high_array, low_array);
+}
+
+}  // namespace
+
+void bind_lossless(nb::module_& m) {
+  nb::class_<PyLosslessMatrix>(m, "LosslessMatrix")
+      .def(nb::new_(&make_lossless), "coded"_a, "low"_a.none(), "type"_a)
+      .def("words", &words, "begin"_a, "end"_a, "pool"_a)
+      .def("dequantize", &dequantize, "rows"_a, "pool"_a);
+  m.def("multiply_lossless", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
+  m.def("split_words", &split, "words"_a);
+}
+
+}  // namespace entrollm

@@ -1,0 +1,99 @@
+"""A loaded model, with what answers to its requests need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from entrollm.engine.model import Model
+from entrollm.errors import UnsupportedError
+from entrollm.serve.errors import bad_request
+from entrollm.serve.grammar import AnswerForm, Grammars, Postponed, TokenGrammar
+from entrollm.serve.output.choose import OutputFormat
+from entrollm.serve.output.harmony import Harmony
+from entrollm.serve.output.items import Functions
+from entrollm.serve.pace import Pace
+from entrollm.serve.slots import Slots
+from entrollm.serve.token_text import TokenText
+
+# Enough of a prompt's end for a marker and the white space around it.
+_LAST_TOKENS = 12
+
+
+class ServedModel:
+    """A model with the slots in which its sequences run.
+
+    Attributes:
+        name: what requests call it.
+        model: the model; only the scheduler's thread runs it.
+        context_length: tokens of prompt and answer together.
+        slots: the caches.
+        output: how it writes calls and reasoning.
+        tokenizer: the model's.
+        pace: how much of a prompt is read in one step.
+        token_text: the text of single tokens.
+        grammars: compiles grammars.
+
+    Raises:
+        UnsupportedError: the model has no tokenizer.
+    """
+
+    def __init__(self, name: str, model: Model, context_length: int, slots: Slots, output: OutputFormat) -> None:
+        if model.tokenizer is None:
+            raise UnsupportedError(f"{name} has no tokenizer.json, which serving needs")
+        self.name = name
+        self.model = model
+        self.context_length = min(context_length, model.config.context_length)
+        self.slots = slots
+        self.output = output
+        self.tokenizer = model.tokenizer
+        self.pace = Pace()
+        self.token_text = TokenText(self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, model.config.vocab_size, model.end_token_ids)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._special = {token: entry.content for token, entry in added.items() if entry.special}
+
+    def shown_tokens(self, *, with_calls: bool) -> frozenset[int]:
+        """The special tokens that mark reasoning and, with `with_calls`, calls."""
+        marks = self.output.marks(with_calls=with_calls)
+        return frozenset(token for token, text in self._special.items() if text in marks)
+
+    def call_grammar(self, functions: Functions, *, several: bool) -> TokenGrammar:
+        """The grammar of an answer that calls one or more of `functions`.
+
+        Raises:
+            ApiError: a schema is invalid, or uses what is not implemented.
+            ValueError: the model writes no calls that are known here.
+        """
+        if self.output.calls is None:
+            raise ValueError(f"{self.name} writes no calls that are known here")
+        return self.grammars.lark(self.output.calls.grammar(functions, self._mark, several=several), "tools")
+
+    def begins_in_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the marker behind which the model reasons."""
+        if self.output.reasoning is None:
+            return False
+        end = self.tokenizer.decode(list(prompt[-_LAST_TOKENS:]), skip_special_tokens=False).rstrip()
+        return end.endswith(self.output.reasoning.opening.rstrip())
+
+    def after_reasoning(self, grammar: TokenGrammar, prompt: Sequence[int]) -> AnswerForm:
+        """A grammar that holds from the end of the reasoning on, if an answer to `prompt` begins with it.
+
+        Raises:
+            ApiError: there is no telling where the reasoning ends.
+        """
+        if isinstance(self.output.calls, Harmony):
+            marker = "<|channel|>final<|message|>"
+        elif self.output.reasoning is not None and self.begins_in_reasoning(prompt):
+            marker = self.output.reasoning.closing
+            if self.tokenizer.token_to_id(marker) is None:
+                raise bad_request(f"{self.name} reasons first, and {marker} is not a token that a grammar could follow")
+        else:
+            return grammar
+        trigger = self.tokenizer.encode(marker, add_special_tokens=False).ids
+        return Postponed(grammar, trigger, self.model.config.vocab_size, self.model.end_token_ids)
+
+    def _mark(self, marker: str) -> str:
+        """A marker in a Lark grammar: as a token if it is a special one, else as text."""
+        token = self.tokenizer.token_to_id(marker)
+        return f"<[{token}]>" if token in self._special else json.dumps(marker)

@@ -1,0 +1,91 @@
+"""Words of lossless matrices: divided as the reference does, and multiplied in float32 in the stated order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from entrollm import _core
+from entrollm.codec.choose import choose_code
+from entrollm.codec.reference import divide_word, join_word
+from entrollm.codec.words import divide, encode_words, word_type
+from entrollm.format.lossless import LosslessKind
+from entrollm.matrix import CodedMatrix, multiply, open_matrix
+from tests.support.isa_workers import InstructionSets
+from tests.support.lossless_cases import lossless_cases
+
+POOL = _core.ThreadPool(2)
+
+
+def _open(name: str) -> tuple[CodedMatrix, np.ndarray[Any, np.dtype[Any]]]:
+    weights = lossless_cases()[name]
+    spec, arrays = encode_words(weights, choose_code)
+    return open_matrix(name, spec, arrays), weights
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F8_E4M3", "F8_E5M2"])
+def test_words_are_divided_as_the_reference_divides_them(kind: str) -> None:
+    bits = 16 if LosslessKind(kind).has_low else 8
+    words = np.arange(1 << bits).astype(f"u{bits // 8}").reshape(4, -1)
+    symbols, low = divide(LosslessKind(kind), words)
+    expected = [divide_word(int(word), bits) for word in words.reshape(-1)]
+    assert symbols.reshape(-1).tolist() == [symbol for symbol, _ in expected]
+    assert (low is None) == (bits == 8)
+    if low is not None:
+        assert low.reshape(-1).tolist() == [rest for _, rest in expected]
+    assert [join_word(*pair, bits) for pair in expected] == list(range(1 << bits))
+
+
+def test_only_float32_that_is_bfloat16_has_words() -> None:
+    assert word_type(np.array([[1.5, -0.0, np.inf]], np.float32)) == "BF16"
+    assert word_type(np.array([[1.5, 0.1]], np.float32)) is None
+    assert word_type(np.ones((1, 2))) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["bf16.weight", "f16.weight", "f32.weight", "e4m3.weight", "e5m2.weight", "parts.weight"]
+)
+def test_products_are_those_of_float32(name: str) -> None:
+    matrix, weights = _open(name)
+    x = np.random.default_rng(3).standard_normal((11, weights.shape[1]), np.float32)
+    exact = x.astype(np.float64) @ weights.astype(np.float64).T
+    bound = np.abs(x).astype(np.float64) @ np.abs(weights.astype(np.float64)).T
+    found = multiply([matrix], x, POOL)
+    np.testing.assert_array_less(np.abs(found - exact), 1e-6 * bound)
+    for count in (1, 2, 4, 8):  # a batch does not change the bits
+        np.testing.assert_array_equal(multiply([matrix], x[:count], _core.ThreadPool(1)), found[:count])
+    both = multiply([matrix, matrix], x, POOL)
+    np.testing.assert_array_equal(both, np.concatenate([found, found], axis=1))
+
+
+def _product_bits(name: str) -> bytes:
+    matrix, weights = _open(name)
+    x = np.random.default_rng(4).standard_normal((3, weights.shape[1]), np.float32)
+    return multiply([matrix], x, _core.ThreadPool(1)).tobytes()
+
+
+@pytest.mark.parametrize("name", ["bf16.weight", "f16.weight", "e5m2.weight"])
+def test_instruction_sets_give_the_same_bits(name: str, instruction_sets: InstructionSets) -> None:
+    found = instruction_sets.each(_product_bits, name)
+    assert len(set(found.values())) == 1, list(found)
+
+
+def test_a_row_that_is_not_finite_does_not_spoil_others() -> None:
+    matrix, weights = _open("words.weight")
+    x = np.ones((1, weights.shape[1]), np.float32)
+    clean = weights.astype(np.float32)
+    is_finite = np.isfinite(clean).all(axis=1)
+    found = multiply([matrix], x, POOL)[0]
+    assert np.isnan(found[~is_finite]).all() or not np.isfinite(found[~is_finite]).all()
+    assert not np.isfinite(found[~is_finite]).any()
+
+
+def test_padded_columns_add_nothing() -> None:
+    # The padding symbol is that of the most frequent exponent, here of infinities and NaNs.
+    weights = np.full((2, 65), np.inf, np.float16)
+    weights[1, :] = 1
+    spec, arrays = encode_words(weights, choose_code)
+    found = multiply([open_matrix("a", spec, arrays)], np.ones((1, 65), np.float32), POOL)
+    assert found.tolist() == [[np.inf, 65.0]]

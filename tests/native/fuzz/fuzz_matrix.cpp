@@ -1,0 +1,164 @@
+// libFuzzer: a small matrix whose streams were changed or are arbitrary. The coded product, the
+// flat one and those of scale groups must refuse it alike, or compute the same bits.
+#include <optional>
+
+#include "../coded_case.hpp"
+#include "product/grouped.hpp"
+#include "product/product.hpp"
+
+using namespace entrollm;
+using namespace entrollm::test;
+
+namespace {
+
+// Numbers from the input; zeros behind its end.
+class Input {
+ public:
+  Input(const std::uint8_t* data, std::size_t size) : data_(data, size) {}
+  std::size_t byte() {
+    if (data_.empty()) return 0;
+    const std::uint8_t value = data_[0];
+    data_ = data_.subspan(1);
+    return value;
+  }
+  std::size_t word() { return byte() | byte() << 8; }
+  bool empty() const { return data_.empty(); }
+
+ private:
+  std::span<const std::uint8_t> data_;
+};
+
+Geometry small_geometry(Input& input) {
+  Geometry geometry{1 + input.byte() % 12, 1 + input.word() % 700, 1, kVector};
+  const std::size_t chunks = geometry.padded_columns() / kVector;
+  geometry.block_columns = kVector * (1 + input.byte() % chunks);
+  geometry.block_rows = 1 + input.byte() % (kMaxBlock / geometry.block_columns);
+  geometry.validate();
+  return geometry;
+}
+
+// Streams of random symbols with some bytes changed, or of the input's own bytes.
+EncodedRows streams(Input& input, const RandomCode& source, const Code& code,
+                    const Geometry& geometry, Random& random) {
+  EncodedRows rows;
+  if (input.byte() % 2 == 0) {
+    Bytes symbols(geometry.rows * geometry.columns);
+    for (auto& symbol : symbols) symbol = source.symbol(random, 4);
+    rows = encode_rows(code, geometry, symbols.data());
+    while (!input.empty()) {
+      Bytes& stream = input.byte() % 4 == 0 ? rows.dense : rows.sparse;
+      const std::size_t at = input.word();
+      const auto value = static_cast<std::uint8_t>(input.byte());
+      if (!stream.empty()) stream[at % stream.size()] = value;
+    }
+  } else {
+    for (std::size_t i = 0; i < geometry.blocks(); ++i) {
+      rows.sparse_sizes.push_back(static_cast<std::uint16_t>(input.byte()));
+    }
+    std::size_t sum = 0;
+    for (const auto size : rows.sparse_sizes) sum += size;
+    for (std::size_t i = 0; i < sum; ++i) {
+      rows.sparse.push_back(static_cast<std::uint8_t>(input.byte()));
+    }
+    rows.dense.resize(geometry.dense_size(code));
+    for (auto& byte : rows.dense) byte = static_cast<std::uint8_t>(input.byte());
+  }
+  if (!code.has_sparse()) {
+    rows.sparse.clear();
+    rows.sparse_sizes.clear();
+  }
+  return rows;
+}
+
+using Product = std::optional<std::vector<float>>;
+
+// What `compute` writes, or nothing if a block is corrupt.
+template <class Compute>
+Product product(std::size_t size, const Compute& compute) {
+  std::vector<float> y(size);
+  try {
+    compute(y.data());
+  } catch (const CorruptBlock&) {
+    return std::nullopt;
+  }
+  return y;
+}
+
+void require_equal(const Product& left, const Product& right, const char* what) {
+  require(left.has_value() == right.has_value(), std::string(what) + " is refused alike");
+  require(!left || std::memcmp(left->data(), right->data(), left->size() * sizeof(float)) == 0,
+          std::string(what) + " has the same bits");
+}
+
+// Activations, (batch, columns), and the columns that share a scale.
+struct Case {
+  const std::vector<float>& x;
+  std::size_t batch;
+  std::size_t group;
+};
+
+void check_flat(ThreadPool& pool, const CodedMatrix& matrix, const Case& c) {
+  const std::size_t outputs = c.batch * matrix.geometry().rows;
+  const AnyMatrix coded = &matrix;
+  const Product before =
+      product(outputs, [&](float* y) { multiply(pool, {&coded, 1}, c.x.data(), c.batch, y); });
+  const Product after = product(outputs, [&](float* y) {
+    const FlatMatrix transcoded(pool, matrix);
+    const AnyMatrix flat = &transcoded;
+    multiply(pool, {&flat, 1}, c.x.data(), c.batch, y);
+  });
+  require_equal(before, after, "the flat product");
+}
+
+void check_groups(ThreadPool& pool, const CodedMatrix& matrix, const Case& c, Random& random) {
+  const Geometry& geometry = matrix.geometry();
+  const std::size_t groups = (geometry.columns + c.group - 1) / c.group;
+  std::vector<float> scales(geometry.rows * groups);
+  for (auto& value : scales) value = static_cast<float>(random.byte()) / 64.0f;
+  GroupTerms terms{groups, {scales.data()}, {}, {}};
+  terms.zero_of_all = static_cast<float>(random.below(9));
+  GroupedMatrix grouped(matrix, {c.group, terms, {}});
+  const auto multiply_groups = [&](float* y) {
+    const GroupedMatrix* each = &grouped;
+    multiply_grouped(pool, {&each, 1}, c.x.data(), c.batch, y);
+  };
+  const std::size_t outputs = c.batch * geometry.rows;
+  const Product before = product(outputs, multiply_groups);
+  const Product after = product(outputs, [&](float* y) {
+    if (grouped.can_flatten()) grouped.flatten(pool);
+    multiply_groups(y);
+  });
+  require_equal(before, after, "the product of scale groups");
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  static ThreadPool pool(1);
+  Input input(data, size);
+  Random random(input.word());
+  const RandomCode source(random);
+  const Code code = source.code();
+  const Geometry geometry = small_geometry(input);
+  const std::size_t batch = 1 + input.byte() % 3;
+  constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 24};
+  const bool has_groups = input.byte() % 2 != 0;
+  const std::size_t group = kSizes[input.byte() % std::size(kSizes)];
+  const EncodedRows rows = streams(input, source, code, geometry, random);
+
+  const ExactBuffer dense = pad(rows.dense);
+  const ExactBuffer sparse = pad(rows.sparse);
+  const float scale = 0.5f;
+  const float offset = -3.0f;
+  const CodedMatrix matrix(code, geometry, dense.span(), sparse.span(), rows.sparse_sizes,
+                           {{&scale, 1}, {&offset, 1}, {}});
+  std::vector<float> x(batch * geometry.columns);
+  for (auto& value : x) value = static_cast<float>(random.byte()) - 100.0f;
+
+  if (has_groups) {
+    check_groups(pool, matrix, {x, batch, group}, random);
+  } else {
+    check_flat(pool, matrix, {x, batch, group});
+  }
+  return 0;
+}

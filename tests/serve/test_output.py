@@ -1,0 +1,276 @@
+"""What texts of models are split into: reasoning, text and calls, in every format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+
+from entrollm.engine.detokenize import Detokenizer
+from entrollm.serve.grammar import Grammars
+from entrollm.serve.output.choose import CALL_FORMATS, REASONING_FORMATS, OutputFormat, check_formats, choose
+from entrollm.serve.output.items import CallFormat, Item, Reasoning, ToolCall
+from entrollm.serve.output.mistral import Mistral
+from tests.support.paths import TINY_LLAMA
+
+FUNCTION_GEMMA = choose("tools <start_function_call>").calls
+FORMATS: dict[str, CallFormat] = {**CALL_FORMATS, "mistral, one by one": Mistral(is_listed=False)}
+assert FUNCTION_GEMMA is not None
+FORMATS["function gemma"] = FUNCTION_GEMMA
+
+
+def split(form: OutputFormat, text: str, cuts: Sequence[int] = (), *, is_open: bool = False) -> list[object]:
+    """What a parser makes of a text in pieces, with neighbouring texts joined; calls become pairs."""
+    parser = form.parser(["f", "g-1"], is_open=is_open)
+    assert parser is not None
+    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
+    items: list[Item] = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        items += parser.push(text[start:end])
+    items += parser.finish()
+    joined: list[object] = []
+    for item in items:
+        last = joined[-1] if joined else None
+        if isinstance(item, ToolCall):
+            joined.append((item.name, json.loads(item.arguments)))
+        elif isinstance(item, str) and isinstance(last, str):
+            joined[-1] = last + item
+        elif isinstance(item, Reasoning) and isinstance(last, Reasoning):
+            joined[-1] = Reasoning(last.text + item.text)
+        else:
+            joined.append(item)
+    return joined
+
+
+def calls_of(name: str, reasoning: str | None = None) -> OutputFormat:
+    return OutputFormat(FORMATS[name], REASONING_FORMATS[reasoning] if reasoning else None)
+
+
+GOOD = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+F: tuple[str, object] = ("f", {"a": 1})
+G: tuple[str, object] = ("g-1", {})
+# A text, and what it is split into; `None` if it is text as a whole.
+CASES: list[tuple[str, str, list[object] | None]] = [
+    ("hermes", "plain", None),
+    ("hermes", GOOD, [F]),
+    ("hermes", f"x \n{GOOD}", ["x", F]),
+    ("hermes", f"x {GOOD}\n{GOOD}\n", ["x", F, F]),
+    ("hermes", GOOD.removesuffix("</tool_call>"), [F]),
+    ("hermes", f"<tool_call>{{ {GOOD}", ["<tool_call>{", F]),
+    ("hermes", '<tool_call>{"name": "h", "arguments": {}}</tool_call>', None),
+    ("hermes", '<tool_call>{"name": "f", "arguments": 3}</tool_call>', None),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', None),
+    ("hermes", '<tool_call>{"name": ["f"]}</tool_call>', None),
+    ("hermes", "<tool_call>" + "[" * 100_000, None),
+    ("hermes", "<tool_call>not JSON</tool_call> and more", None),
+    ("hermes", "a < b and <tool_call", None),
+    ("hermes", "ends in space \n", None),
+    ("llama", '{"name": "f", "parameters": {"a": 1}}', [F]),
+    ("llama", ' {"name": "f", "parameters": {"a": 1}}; {"name": "g-1", "parameters": {}}', [F, G]),
+    ("llama", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}', [F]),
+    ("llama", 'So: <|python_tag|>{"name": "f", "arguments": {"a": 1}}', ["So:", F]),
+    ("llama", '{"name": "f", "parameters": {"a": "}\\"{"}}', [("f", {"a": '}"{'})]),
+    ("llama", '{"name": "f", "parameters": {"a": 1}', None),
+    ("llama", '{"kings": 3}', None),
+    ("llama", 'It is {"name": "f", "parameters": {"a": 1}}', None),
+    ("llama", '{"name": "f", "parameters": {"a": 1}}; and more', [F, "; and more"]),
+    ("llama", '<|python_tag|>print("x")', None),
+    ("pythonic", "[f(a=1)]", [F]),
+    ("pythonic", "<|python_start|>[f(a=1), g-1()]<|python_end|>", [F, G]),
+    (
+        "pythonic",
+        "[f(a=[1, -2.5, 'x]', {\"k\": None, 'l': true}])]",
+        [("f", {"a": [1, -2.5, "x]", {"k": None, "l": True}]})],
+    ),
+    ("pythonic", "[f(1)]", None),
+    ("pythonic", "[f(a=b)]", None),
+    ("pythonic", "[f(**{})]", None),
+    ("pythonic", "[f(a=1), h()]", None),
+    ("pythonic", "[1] says so", None),
+    ("pythonic", "[it's " + "(" * 5000, None),
+    ("pythonic", "See [f(a=1)]", None),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}, {"name": "g-1", "arguments": {}}]', [F, G]),
+    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', [F]),
+    ("mistral", 'Hm. [TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g-1[CALL_ID]123456789[ARGS]{}', ["Hm.", F, G]),
+    ("mistral", '[TOOL_CALLS]f{"a": 1}', [F]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}', None),
+    ("mistral", '[TOOL_CALLS]h[ARGS]{"a": 1}', None),
+    ("mistral", "[TOOL_CALLS]" + "f" * 300, None),
+    ("gemma", "<|tool_call>call:f{a:1}<tool_call|>", [F]),
+    (
+        "gemma",
+        'Hm.\n<|tool_call>call:f{a:<|"|>x, {y}<|"|>,b:[1,-2.5e3,true,null],c:{d:<|"|><|"|>}}<tool_call|>'
+        "<|tool_call>call:g-1{}<tool_call|>",
+        ["Hm.", ("f", {"a": "x, {y}", "b": [1, -2500.0, True, None], "c": {"d": ""}}), G],
+    ),
+    ("gemma", "<|tool_call>call:f{a:}<tool_call|>", None),
+    ("gemma", "<|tool_call>call:f{a:1}x<tool_call|>", None),
+    ("gemma", '<|tool_call>call:f{a:<|"|>x}<tool_call|>', None),
+    ("gemma", "<|tool_call>call:f" + "{a:" * 5000 + "<tool_call|>", None),
+    ("function gemma", "<start_function_call>call:f{a:1}<end_function_call>", [F]),
+    ("function gemma", "<start_function_call>call:f{a:<escape>x<escape>}", [("f", {"a": "x"})]),
+    ("harmony", "plain <|x|>", None),
+    ("harmony", "<|channel|>final<|message|>Hello.<|return|>", ["Hello."]),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello.",
+        [Reasoning("Hm."), "Hello."],
+    ),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>',
+        [Reasoning("Hm."), "I look.", F],
+    ),
+    ("harmony", ' to=functions.f<|channel|>commentary json<|message|>{"a": 1}', [F]),
+    ("harmony", '<|channel|>commentary to=functions.f<|message|>{"a": 1', None),
+    ("harmony", "<|channel|>commentary to=browser.open<|message|>{}", None),
+    ("harmony", "<|channel|>fin", None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), CASES)
+def test_what_is_a_call(name: str, text: str, expected: list[object] | None) -> None:
+    found = split(calls_of(name), text)
+    assert found == ([text] if expected is None else expected)
+    assert split(calls_of(name), text, range(len(text)) if len(text) < 1000 else ()) == found
+
+
+PARTS = ["a ", "\n", "[1", "<", "{", "]", "}", "'", "<think>", "</think>", "f(a=1)", '"name"']
+PARTS += [text for _, text, _ in CASES if len(text) < 1000]
+PARTS += sorted({mark for form in FORMATS.values() for mark in form.marks})
+TEXTS = st.lists(st.sampled_from(PARTS), max_size=5).map("".join)
+
+
+@given(st.sampled_from(sorted(FORMATS)), TEXTS, st.lists(st.integers(0, 300), max_size=8), st.booleans())
+def test_how_a_text_is_cut_changes_nothing(name: str, text: str, cuts: list[int], is_open: bool) -> None:
+    form = calls_of(name, None if name == "harmony" else "think")
+    assert split(form, text, cuts, is_open=is_open) == split(form, text, is_open=is_open)
+
+
+@given(st.sampled_from(sorted(set(FORMATS) - {"harmony", "pythonic"})), TEXTS)
+def test_without_known_functions_nothing_is_lost(name: str, text: str) -> None:
+    parser = FORMATS[name].parser(["unknown"])
+    found = [*parser.push(text), *parser.finish()]
+    assert "".join(item for item in found if isinstance(item, str)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "expected"),
+    [
+        ("<think>\nHm.\n</think>\n\nHello.", False, [Reasoning("Hm."), "Hello."]),
+        ("\nHm.</think>Hello.", True, [Reasoning("Hm."), "Hello."]),
+        ("<think>\n\n</think>\n\nHello.", False, ["Hello."]),
+        ("Hello <think>.", False, ["Hello <think>."]),
+        ("<think>cut off", False, [Reasoning("cut off")]),
+        ("<thi", False, ["<thi"]),
+        (" \n", False, [" \n"]),
+        (f"<think>Hm.</think>{GOOD}", False, [Reasoning("Hm."), F]),
+        (f"<think>{GOOD}</think>", False, [Reasoning(GOOD)]),
+    ],
+)
+def test_what_is_reasoning(text: str, is_open: bool, expected: list[object]) -> None:
+    form = calls_of("hermes", "think")
+    assert split(form, text, is_open=is_open) == expected
+    assert split(form, text, range(len(text)), is_open=is_open) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "calls", "reasoning"),
+    [
+        (None, None, None),
+        ("{{ messages }}", None, None),
+        ("{% if tools %}<tool_call>", "hermes", None),
+        ("{% if tools %}<tool_call> <think></think>", "hermes", "think"),
+        ("{% if tools %}<tool_call>\n<function=name>", None, None),
+        ("{% if tools %}<|python_tag|> <|eot_id|>", "llama", None),
+        ("{% if tools %}<|python_start|>[func_name1(a=b)]<|eot|>", "pythonic", None),
+        ("{% if tools %}[TOOL_CALLS] [THINK][/THINK]", "mistral", "mistral"),
+        ("{% if tools %}<|tool_call>call: <|channel>thought\n<channel|>", "gemma", "gemma"),
+        ("{% if tools %}<start_function_call>call:", "gemma", None),
+        ("<|start|>assistant<|channel|>final<|message|> </think>", "harmony", None),
+    ],
+)
+def test_formats_are_recognized(template: str | None, calls: str | None, reasoning: str | None) -> None:
+    form = choose(template)
+    assert (form.calls and form.calls.name, form.reasoning and form.reasoning.name) == (calls, reasoning)
+
+
+def test_formats_can_be_named() -> None:
+    assert choose("", "llama", "think") == OutputFormat(CALL_FORMATS["llama"], REASONING_FORMATS["think"])
+    assert choose("tools <tool_call> </think>", "none", "none") == OutputFormat(None, None)
+    assert choose("<start_function_call>", "gemma").calls is FUNCTION_GEMMA
+    assert choose("").parser(["f"], is_open=False) is None
+
+
+def test_unknown_formats() -> None:
+    check_formats("none", "think")
+    with pytest.raises(ValueError, match="--tool-format should be auto, none, hermes, .* got 'xml'"):
+        check_formats("xml", "auto")
+    with pytest.raises(ValueError, match="--reasoning-format should be auto, none, think, .* got 'harmony'"):
+        check_formats("auto", "harmony")
+
+
+def marked_tokenizer() -> Tokenizer:
+    """The example's tokenizer with every marker as a special token."""
+    tokenizer = Tokenizer.from_file(str(TINY_LLAMA / "tokenizer.json"))
+    tokenizer.add_special_tokens(
+        [AddedToken(mark, special=True) for mark in sorted({mark for form in FORMATS.values() for mark in form.marks})]
+    )
+    return tokenizer
+
+
+FUNCTIONS = {
+    "f": {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "é"]}, "b": {"type": "array", "items": {"type": "integer"}}, "c": True},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    "g-1": {"type": "object", "properties": {"d": {"type": "boolean"}}, "additionalProperties": False},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("several", [False, True])
+def test_grammars_lead_to_calls(name: str, several: bool) -> None:
+    """Any walk through the grammar that prefers late tokens and few characters is parsed as calls."""
+    tokenizer = marked_tokenizer()
+    ids = tokenizer.get_vocab()
+    form = FORMATS[name]
+    text = form.grammar(FUNCTIONS, lambda mark: f"<[{ids[mark]}]>", several=several)
+    grammar = Grammars(tokenizer, len(ids), [2]).lark(text, "tools")
+    answer: list[int] = []
+    # Markers and closing brackets first, so that every text is short.
+    order = sorted(range(len(ids)), key=lambda token: (-len(tokenizer.id_to_token(token) or ""), token))
+    closing = [token for token in order if tokenizer.decode([token]).strip() in {"}", "]", ")", '"', "/"}]
+    marks = [ids[mark] for mark in form.marks]
+    while len(answer) < 200:
+        allowed = grammar.allowed()
+        if allowed[2]:
+            break
+        token = next(token for token in [*marks, *closing, *order] if allowed[token])
+        grammar.accept(token)
+        answer.append(token)
+    shown = Detokenizer(tokenizer, shown=marks)
+    written = "".join([*map(shown.push, answer), shown.finish()])
+    found = split(OutputFormat(form, None), written)
+    calls = [item for item in found if isinstance(item, tuple)]
+    assert calls, written
+    assert all(isinstance(item, (tuple, Reasoning)) for item in found), written
+
+
+def test_shown_tokens() -> None:
+    tokenizer = marked_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[mark] for mark in ("[TOOL_CALLS]", "[ARGS]")]
+    king = tokenizer.encode("king", add_special_tokens=False).ids
+    for shown, expected in (([], "{}"), (ids[:1], "[TOOL_CALLS]{}"), (ids, "[TOOL_CALLS]{}[ARGS]")):
+        text = Detokenizer(tokenizer, shown=shown)
+        pieces = [text.push(token) for token in [ids[0], *king, ids[1]]]
+        written = "".join(pieces) + text.finish()
+        assert written in (expected.format("king"), expected.format(" king"))

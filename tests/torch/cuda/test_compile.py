@@ -1,0 +1,53 @@
+"""Every kernel compiles for every family of GPUs, without spills and within its shared memory; no GPU is needed."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+
+from entrollm.torch.cuda.compile import Target, read_source
+from entrollm.torch.cuda.decode import decode_macros
+from entrollm.torch.cuda.gpu import typical_gpu
+from entrollm.torch.cuda.launch import TYPES
+from entrollm.torch.cuda.plan import plan_of
+from entrollm.torch.cuda.product import product_macros
+from entrollm.torch.cuda.tuning import FAMILIES, Tuning
+
+core = pytest.importorskip("cuda.core")
+pytest.importorskip("cuda.bindings.nvrtc")
+
+REGISTERS = 1 << 16  # of a multiprocessor
+
+
+def usage(source: str, tuning: Tuning, macros: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """What the compiler says that a kernel uses."""
+    options = core.ProgramOptions(
+        arch=Target(tuning.capability).architecture,
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in macros],
+        ptxas_options="-v",
+    )
+    log = io.StringIO()
+    core.Program(read_source(source), "c++", options).compile("cubin", logs=log)
+    found = {}
+    for what in ("registers", "bytes spill stores", "bytes smem", "bytes stack frame"):
+        (found[what],) = (int(number) for number in re.findall(rf"(\d+) {what}", log.getvalue()))
+    return found
+
+
+@pytest.mark.parametrize("tuning", FAMILIES, ids=lambda tuning: tuning.family)
+def test_kernels_fit_every_family(tuning: Tuning) -> None:
+    gpu = typical_gpu(tuning)
+    plan = plan_of(gpu, 1, 4096, True, 8 << 10)
+    product = usage("product.cu", tuning, product_macros(plan, 1, TYPES[torch.bfloat16]))
+    table, macros = decode_macros(tuning)
+    decode = usage("decode.cu", tuning, macros)
+    for found, threads, place in ((product, plan.threads, plan.table), (decode, tuning.decode_threads, table)):
+        # The compiler spills one register for sm_120.
+        assert found["bytes spill stores"] <= 4 and found["bytes stack frame"] <= 8
+        assert found["registers"] * threads <= REGISTERS
+        assert found["bytes smem"] <= place.state_bytes
+        assert place.end < gpu.block_bytes
