@@ -1,4 +1,4 @@
-"""Locks of folders, renames that last, the size of the memory."""
+"""Locks of folders, renames that last, scratch folders, the size of the memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entrollm.system import FolderLock, memory_bytes, sync_folder
+from entrollm.system import FolderLock, memory_bytes, scratch_folder, sync_folder
 
 
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:
@@ -42,6 +42,22 @@ def test_a_missing_folder_is_not_locked(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows syncs no folders")
+def test_a_scratch_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, entrollm.system as s\n"
+        f"with s.scratch_folder('x-', {str(tmp_path)!r}) as folder:\n"
+        "    (folder / 'file').touch()\n"
+        "    os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "y-other").mkdir()
+    (left,) = tmp_path.glob("x-*/file")
+    with scratch_folder("x-", tmp_path) as first, scratch_folder("x-", tmp_path) as second:
+        assert not left.exists()
+        assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name, "y-other"}
+    assert [path.name for path in tmp_path.iterdir()] == ["y-other"]
+
+
 def test_only_a_folder_that_exists_is_synced(tmp_path: Path) -> None:
     sync_folder(tmp_path)
     with pytest.raises(FileNotFoundError):

@@ -25,8 +25,6 @@ from entrollm.calibrate import DEFAULT_WINDOWS, measure, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.progress import CompressProgress
-from entrollm.models import read_config
-from entrollm.models.config_fields import Fields
 from entrollm.torch.device import TorchDevice
 from gemv import commit
 
@@ -110,19 +108,18 @@ def run(folder: Path, layers: int, bits: float, record: Record) -> None:
     write_model(model, layers)
     record.phase("write the model")
     device = TorchDevice("cuda")
-    config = read_config(Fields(json.loads((model / "config.json").read_text()), "config.json"))
     with Checkpoint.open(model) as checkpoint:
         shape = (DEFAULT_WINDOWS, WINDOW)
-        written = sample_windows(checkpoint, config, shape, device=device)
+        written = sample_windows(checkpoint, shape, device=device)
         torch.cuda.empty_cache()
         record.phase("let it write")
-        text = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+        text = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], shape)
 
         def progress(done: float, total: float) -> None:
             if done == total / 2:
                 record.phase("forward")
 
-        statistics = measure(checkpoint, config, np.concatenate([text, written]), statistics_folder, progress, device)
+        statistics = measure(checkpoint, np.concatenate([text, written]), statistics_folder, progress, device)
         record.phase("backward")
     kept = sum(file.stat().st_size for file in statistics_folder.iterdir())
     record.figures |= {"windows": 2 * DEFAULT_WINDOWS, "tokens": WINDOW, "statistics_bytes": kept}

@@ -5,7 +5,8 @@
 
 The time of a product is max(instructions, bytes) + launch. Matrices that stay in the second-level cache give the time
 of instructions and of a launch: two sizes with equal work for all multiprocessors, whose difference is the first and
-the rest the second. Distinct matrices then say how well the model predicts products that read weights from memory.
+the rest the second. The instructions of long rows, which leave less shared memory for weights, are those of the
+distinct matrix of 4096 x 14336. The other distinct matrices say how well the model predicts.
 ENTROLLM_CUDA_TARGET=8.0 or 8.9 measures the kernels of older GPUs, with their shared memory, on a newer one.
 """
 
@@ -24,6 +25,10 @@ COLUMNS = 4096
 # Tiles of each multiprocessor in the two matrices that stay in the second-level cache.
 CACHED_TILES = (3, 5)
 SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096))
+LONG_SHAPE = (4096, 14336)
+CHECKED = ((14336, 4096), (4096, 4096))
+LONG_COLUMNS = 8192  # rows of more are long
+FIRST_PATH = "9.0"  # the one with products without a code, which are the same for all
 # Of the published bandwidth, what products that wait for memory alone reach: cuBLAS with bfloat16 on an H200.
 SHARE = 0.9
 # Bits in GPU memory of weights without a code: int4 with a 16-bit scale for every 128 columns.
@@ -72,17 +77,20 @@ class Rate:
     Attributes:
         bits: of a weight in GPU memory.
         cycles: of a multiprocessor for a weight.
+        long_cycles: the same in long rows.
         launch_us: of a launch, on the GPU that was measured.
     """
 
     bits: float
     cycles: float
+    long_cycles: float
     launch_us: float
 
     def product_us(self, rows: int, columns: int, card: Card) -> tuple[float, str]:
         """Microseconds of a product with one vector, and what bounds it."""
         tiles = -(-rows // (16 * card.multiprocessors))  # of the multiprocessor with the most
-        instructions = tiles * 16 * columns * self.cycles / (card.clock_ghz * 1e3)
+        cycles = self.long_cycles if columns > LONG_COLUMNS else self.cycles
+        instructions = tiles * 16 * columns * cycles / (card.clock_ghz * 1e3)
         memory = rows * columns * self.bits / 8 / (card.bandwidth_gbs * SHARE * 1e3)
         return max(instructions, memory) + self.launch_us, "memory" if memory > instructions else "instructions"
 
@@ -152,42 +160,51 @@ def measure() -> dict[str, Any]:
 def rates(measured: dict[str, Any]) -> dict[str, Rate]:
     """The costs of each kind of product, from the two cached matrices."""
     found = {}
+    rows, columns = LONG_SHAPE
+    long_tiles = -(-rows // (16 * measured["multiprocessors"]))
     for name, kind in measured["kinds"].items():
         # Products with bfloat16, which need no decoding, wait for memory alone.
         few, many = kind["cached_us"] or [measured["kinds"]["int8"]["cached_us"][0]] * 2
         tile_us = (many - few) / (CACHED_TILES[1] - CACHED_TILES[0])
         cycles = tile_us * measured["clock_ghz"] * 1e3 / (16 * COLUMNS)
-        found[name] = Rate(kind["bits"], cycles, few - tile_us * CACHED_TILES[0])
-    launch_us = found["int8"].launch_us
-    found["bf16"] = Rate(found["bf16"].bits, 0.0, launch_us)
+        launch_us = few - tile_us * CACHED_TILES[0]
+        long_cycles = cycles
+        if name not in UNCODED_BITS:
+            long_us = kind["distinct_us"][f"{rows} x {columns}"] - launch_us
+            long_cycles = long_us * measured["clock_ghz"] * 1e3 / (long_tiles * 16 * columns)
+        found[name] = Rate(kind["bits"], cycles, long_cycles, launch_us)
+    if "bf16" in found:
+        found["bf16"] = Rate(found["bf16"].bits, 0.0, 0.0, found["int8"].launch_us)
     return found
+
+
+def _joined(values: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def report(files: list[Path]) -> None:
     """Print how well the model predicts what was measured, and what it predicts for other GPUs, as Markdown."""
     paths = {measured["path"]: measured for measured in (json.loads(file.read_text()) for file in files)}
     by_path = {path: rates(measured) for path, measured in paths.items()}
-    print(
-        "| path | product | bits | cycles a weight | launch, µs | shape | measured, µs | model, µs | model / measured |"
-    )
+    print("| path | product | bits | cycles a weight | in long rows | launch, µs | measured, µs | model, µs | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     for path, measured in paths.items():
         for name, rate in by_path[path].items():
-            for shape, us in measured["kinds"][name]["distinct_us"].items():
-                rows, columns = (int(part) for part in shape.split(" x "))
-                model, _ = rate.product_us(rows, columns, CARDS["H200"])
-                print(
-                    f"| {path} | {name} | {rate.bits:.2f} | {rate.cycles:.4f} | {rate.launch_us:.1f} | {shape} "
-                    f"| {us:.1f} | {model:.1f} | {model / us:.2f} |"
-                )
-    names = list(next(iter(by_path.values())))
+            us = [measured["kinds"][name]["distinct_us"][f"{rows} x {columns}"] for rows, columns in CHECKED]
+            model = [rate.product_us(rows, columns, CARDS["H200"])[0] for rows, columns in CHECKED]
+            print(
+                f"| {path} | {name} | {rate.bits:.2f} | {rate.cycles:.3f} | {rate.long_cycles:.3f} "
+                f"| {rate.launch_us:.1f} | {_joined(us, 1)} | {_joined(model, 1)} "
+                f"| {_joined([m / u for m, u in zip(model, us, strict=True)], 2)} |"
+            )
+    names = list(by_path[FIRST_PATH])
     print("\nPredicted tokens per second of the products of Llama-3-8B (m: bound by memory, i: by instructions)\n")
     print("| GPU | " + " | ".join(names) + " |")
     print("|---|" + "---|" * len(names))
     for card_name, card in CARDS.items():
         cells = []
         for name in names:
-            rate = by_path[card.path][name] if card.path in by_path else next(iter(by_path.values()))[name]
+            rate = by_path[card.path].get(name) or by_path[FIRST_PATH][name]
             tokens, bound = rate.tokens(card)
             weights = sum(rows * columns * count for (rows, columns), count in LLAMA_3_8B)
             fits = weights * rate.bits / 8 < card.memory_gb * 0.9e9

@@ -1,5 +1,7 @@
 #include "format/flat.hpp"
 
+#include <initializer_list>
+
 namespace entrollm {
 namespace {
 

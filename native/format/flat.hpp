@@ -10,12 +10,16 @@
 //   8-bit part, 64 bytes: one byte a column
 //
 // Chunks follow each other along a row, and rows follow each other without padding.
+//
+// A patch is a word of 16 bits: in its low 12 bits, the columns from the patch before it in its
+// row, or from column 0; in its high 4 bits, a difference from -8 to 7. A larger difference takes
+// several patches of one column, and a longer way takes patches with a difference of 0 in between.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/kernels.hpp"
+#include "format/layout.hpp"
 
 namespace entrollm {
 
@@ -36,6 +40,17 @@ constexpr bool has_flat_part(int bits, int part) { return bits != 8 && (bits & p
 constexpr int flat_part_shift(int bits, int part) { return bits & ~(2 * part - 1); }
 constexpr std::size_t flat_part_offset(int bits, int part) {
   return flat_chunk_bytes(flat_part_shift(bits, part));
+}
+
+using FlatPatch = std::uint16_t;
+inline constexpr std::size_t kMostPatchGap = 4095;
+inline constexpr int kLeastPatch = -8;
+inline constexpr int kMostPatch = 7;
+
+constexpr std::size_t patch_gap(FlatPatch patch) { return patch & kMostPatchGap; }
+constexpr int patch_difference(FlatPatch patch) { return static_cast<std::int16_t>(patch) >> 12; }
+constexpr FlatPatch make_patch(std::size_t gap, int difference) {
+  return static_cast<FlatPatch>(gap | static_cast<std::size_t>(difference & 15) << 12);
 }
 
 // The field of a column, below kVector, of a chunk: the definition of the layout.

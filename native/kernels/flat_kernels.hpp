@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "format/flat.hpp"
+
 namespace entrollm {
 
 // Activation vectors that one product takes at most.
@@ -23,13 +25,10 @@ struct FlatVectors {
   std::size_t count;
 };
 
-// The weights of some rows that differ from their field plus base. Those of a row follow each other
-// in ascending order of columns.
+// The weights of some rows that differ from their field plus base; all columns are the rows'.
 struct FlatPatches {
-  const std::uint32_t* first;         // (rows + 1): where each row's patches begin
-  const std::uint16_t* columns;       // or null, and then
-  const std::uint32_t* wide_columns;  // of rows with more than 65536 columns
-  const std::int16_t* differences;
+  const std::uint32_t* first;  // (rows + 1): where each row's patches begin
+  const FlatPatch* words;
 };
 
 struct FlatKernels {

@@ -31,7 +31,8 @@ constexpr std::size_t attention_scratch(std::size_t positions) {
 
 // Computes results from the exact sums of some rows with eight activation vectors.
 struct SumScaling {
-  const std::int64_t* sums;  // (rows, 8)
+  const std::int64_t* sums;  // 8 of each row, rows `sum_stride` apart
+  std::size_t sum_stride;
   std::size_t rows;
   const float* scales;  // one for each row, or one for all: `scale_step` is 1 or 0
   std::size_t scale_step;

@@ -40,6 +40,7 @@ struct Digits {
 
 // The activation vectors that dot_tile multiplies at once.
 inline constexpr std::size_t kColumnTile = 4;
+inline constexpr std::size_t kPairColumns = 32 * kVector;
 
 // Decoded rows are stored in panels of sixteen rows: the first vectors of all sixteen rows, then
 // their second vectors, and so on.
@@ -167,7 +168,8 @@ struct Kernels {
   void (*dot_tile)(const std::uint8_t* weights, const Digits* x, std::size_t count,
                    std::int64_t* out);
 
-  // Optional. dot_tile for two rows that lie `stride` bytes apart; `out` is (2, kColumnTile).
+  // Optional. dot_tile for two rows that lie `stride` bytes apart, and at most kPairColumns weights
+  // of each; `out` is (2, kColumnTile).
   void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
                         std::size_t count, std::int64_t* out) = nullptr;
 

@@ -12,6 +12,24 @@ const Geometry& geometry_of(const AnyMatrix& matrix) {
 
 const Geometry& geometry_of(const GroupedMatrix* matrix) { return matrix->coded().geometry(); }
 
+const Geometry& geometry_of(const LosslessMatrix* matrix) { return matrix->geometry(); }
+
+// Which product takes which matrices.
+struct Multiply {
+  ThreadPool& pool;
+  const float* x;
+  std::size_t batch;
+  float* y;
+
+  void operator()(const std::vector<AnyMatrix>& all) const { multiply(pool, all, x, batch, y); }
+  void operator()(const std::vector<const GroupedMatrix*>& all) const {
+    multiply_grouped(pool, all, x, batch, y);
+  }
+  void operator()(const std::vector<const LosslessMatrix*>& all) const {
+    multiply_lossless(pool, all, x, batch, y);
+  }
+};
+
 }  // namespace
 
 JoinedProduct::JoinedProduct(std::string name, Matrices matrices, std::span<const float> bias)
@@ -34,11 +52,7 @@ JoinedProduct::JoinedProduct(std::string name, Matrices matrices, std::span<cons
 
 void JoinedProduct::run(ThreadPool& pool, const float* x, std::size_t batch, float* y) const {
   try {
-    if (const auto* grouped = std::get_if<std::vector<const GroupedMatrix*>>(&matrices_)) {
-      multiply_grouped(pool, *grouped, x, batch, y);
-    } else {
-      multiply(pool, std::get<std::vector<AnyMatrix>>(matrices_), x, batch, y);
-    }
+    std::visit(Multiply{pool, x, batch, y}, matrices_);
   } catch (const CorruptBlock& error) {
     throw CorruptBlock(name_ + ": " + error.what());
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "product/grouped.hpp"
+#include "product/lossless.hpp"
 #include "product/product.hpp"
 #include "threads/pool.hpp"
 
@@ -15,7 +16,8 @@ namespace entrollm {
 
 class JoinedProduct {
  public:
-  using Matrices = std::variant<std::vector<AnyMatrix>, std::vector<const GroupedMatrix*>>;
+  using Matrices = std::variant<std::vector<AnyMatrix>, std::vector<const GroupedMatrix*>,
+                                std::vector<const LosslessMatrix*>>;
 
   // The matrices, one at least and of as many columns each, must outlive the product, and so must
   // the bias, which is empty or has one entry for each output. Throws std::invalid_argument if

@@ -13,6 +13,9 @@ constexpr float kLargest = 32639.0f;
 
 constexpr std::int32_t kInfinity = 0x7f800000;
 
+// Rows of a task that rounds activations.
+constexpr std::size_t kTaskRows = 16;
+
 // Columns of one activation vector that lie side by side in a digit group.
 constexpr std::size_t kRun = 4;
 
@@ -48,10 +51,14 @@ Activations::Activations(ThreadPool& pool, const ActivationRows& rows, Layout la
              [&](std::size_t group, std::size_t) { fill_digit_group(rows, group); });
     return;
   }
-  for (std::size_t row = 0; row < rows.batch; ++row) {
-    const std::size_t at = row * padded_;
-    fill_row(rows, row, {whole_.data() + at, high_.data() + at, low_.data() + at});
-  }
+  // A task of few rows would take longer to share than to do.
+  pool.run((rows.batch + kTaskRows - 1) / kTaskRows, [&](std::size_t task, std::size_t) {
+    const std::size_t end = std::min(rows.batch, (task + 1) * kTaskRows);
+    for (std::size_t row = task * kTaskRows; row < end; ++row) {
+      const std::size_t at = row * padded_;
+      fill_row(rows, row, {whole_.data() + at, high_.data() + at, low_.data() + at});
+    }
+  });
   if (interleaved_.size() != 0) interleave();
 }
 

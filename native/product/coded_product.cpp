@@ -45,7 +45,7 @@ CascadeRun CodedProduct::cascade_run(std::size_t begin, std::size_t end) const {
   DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
   CascadeRun run{};
   run.code = &matrix_.cascade_;
-  run.dense = matrix_.dense_.data() + begin * matrix_.part_offsets_[parts];
+  run.dense = matrix_.dense_.data() + begin * matrix_.row_block_bytes_;
   run.sparse = matrix_.sparse_.data();
   run.sparse_offsets =
       matrix_.sparse_offsets_.data() + (matrix_.code_.has_sparse() ? begin * parts : 0);

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "codec/decode.hpp"
 #include "product/flat_transcode.hpp"
@@ -23,13 +26,20 @@ std::size_t rows_of_segments(const Geometry& geometry) {
   return std::max<std::size_t>(1, rows / geometry.block_rows) * geometry.block_rows;
 }
 
+// Flat matrices have no blocks: any block sizes that are allowed.
+Geometry geometry_of(std::size_t rows, std::size_t columns) {
+  const Geometry geometry{rows, columns, 1, kVector};
+  geometry.validate();
+  return geometry;
+}
+
 }  // namespace
 
 FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
     : geometry_(matrix.geometry()),
       scales_(matrix.scales()),
       segment_rows_(rows_of_segments(geometry_)),
-      arena_(most_flat_bytes(geometry_, segment_rows_)),
+      arena_(std::in_place, most_flat_bytes(geometry_, segment_rows_)),
       segments_((geometry_.rows - 1) / segment_rows_ + 1) {
   const std::size_t padded = geometry_.padded_columns();
   const std::size_t groups = segment_rows_ / geometry_.block_rows;
@@ -53,9 +63,84 @@ FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
         }
       }
     }
-    segments_[segment] = transcoder.transcode(rows, geometry_.columns, arena_);
+    segments_[segment] = transcoder.transcode(rows, geometry_.columns, *arena_);
   });
-  arena_.trim();
+  arena_->trim();
+}
+
+FlatMatrix::FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams,
+                       Scales scales)
+    : geometry_(geometry_of(rows, columns)), scales_(scales), segment_rows_(streams.segment_rows) {
+  check_scales(scales, rows, columns);
+  if (segment_rows_ == 0) throw std::invalid_argument("segments have no rows");
+  const std::size_t count = (rows - 1) / segment_rows_ + 1;
+  if (streams.windows.size() != count) {
+    throw std::invalid_argument("there are " + std::to_string(streams.windows.size()) +
+                                " segments, expected " + std::to_string(count));
+  }
+  const std::size_t sizes = streams.patches.size() > stored_bytes(0) ? rows : 0;
+  if (streams.row_sizes.size() != sizes) {
+    throw std::invalid_argument("there are " + std::to_string(streams.row_sizes.size()) +
+                                " sizes of patches, expected " + std::to_string(sizes));
+  }
+  segments_.reserve(count);
+  // At most 2^40 weights of 8 bits, and at most 2^16 bytes of patches a row: all fit 64 bits.
+  std::size_t fields = 0, patches = 0;
+  for (std::size_t segment = 0; segment < count; ++segment) {
+    const FlatWindow window = FlatWindow::of(streams.windows[segment]);
+    if (!window.is_valid()) {
+      throw std::invalid_argument("segment " + std::to_string(segment) + " has fields of " +
+                                  std::to_string(window.bits) + " bits from symbol " +
+                                  std::to_string(window.base) + " on");
+    }
+    const std::size_t rows_here = std::min(segment_rows_, rows - segment * segment_rows_);
+    segments_.push_back({rows_here, window.bits, window.base, nullptr, {}});
+    fields += rows_here * flat_row_bytes(chunks(), window.bits);
+  }
+  for (const std::uint16_t size : streams.row_sizes) patches += size;
+  check_stream(streams.fields, fields, "field");
+  check_stream(streams.patches, patches, "patch");
+  place(streams);
+}
+
+// Sets where the fields and patches of stored segments are, now that the streams have them all.
+void FlatMatrix::place(const FlatStreams& streams) {
+  const std::uint8_t* fields = streams.fields.data();
+  // Python aligns the stream.
+  const auto* words = reinterpret_cast<const FlatPatch*>(streams.patches.data());
+  first_.resize(geometry_.rows + segments_.size());
+  std::uint32_t* first = first_.data();
+  const std::uint16_t* sizes = streams.row_sizes.empty() ? nullptr : streams.row_sizes.data();
+  for (FlatSegment& segment : segments_) {
+    segment.fields = fields;
+    segment.patches = {first, words};
+    fields += segment.rows * flat_row_bytes(chunks(), segment.bits);
+    std::size_t at = 0;
+    for (std::size_t row = 0; row < segment.rows; ++row) {
+      *first++ = static_cast<std::uint32_t>(at);
+      if (sizes != nullptr) at += check_row(words + at, *sizes++);
+    }
+    if (at > std::numeric_limits<std::uint32_t>::max()) {
+      throw std::invalid_argument("a segment has more than 2^32 patches");
+    }
+    *first++ = static_cast<std::uint32_t>(at);
+    words += at;
+  }
+}
+
+// The number of a row's patches.
+std::size_t FlatMatrix::check_row(const FlatPatch* words, std::size_t size) const {
+  const std::size_t count = size / sizeof(FlatPatch);
+  if (size % sizeof(FlatPatch) != 0) {
+    throw std::invalid_argument("a row has half a patch");
+  }
+  std::size_t column = 0;  // at most 2^15 patches of 2^12 columns
+  for (std::size_t i = 0; i < count; ++i) column += patch_gap(words[i]);
+  if (column >= geometry_.columns) {
+    throw std::invalid_argument("a row of " + std::to_string(geometry_.columns) +
+                                " columns has a patch in column " + std::to_string(column));
+  }
+  return count;
 }
 
 std::array<std::size_t, kMaxFlatBits + 1> FlatMatrix::rows_by_bits() const {
@@ -80,10 +165,10 @@ void FlatMatrix::unpack(std::size_t first, std::size_t count, std::uint8_t* out)
                          count * chunks(), segment.bits, segment.base, out);
   const FlatPatches& patches = segment.patches;
   for (std::size_t i = 0; i < count; ++i, out += padded) {
+    std::size_t column = 0;
     for (std::size_t at = patches.first[row + i]; at < patches.first[row + i + 1]; ++at) {
-      const std::size_t column =
-          patches.columns != nullptr ? patches.columns[at] : patches.wide_columns[at];
-      out[column] = static_cast<std::uint8_t>(out[column] + patches.differences[at]);
+      column += patch_gap(patches.words[at]);
+      out[column] = static_cast<std::uint8_t>(out[column] + patch_difference(patches.words[at]));
     }
   }
 }

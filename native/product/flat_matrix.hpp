@@ -1,28 +1,30 @@
-// A matrix in the flat form, in memory: fields of one width for each segment of rows, and patches
-// where a weight lies outside. It has the same integers, products and rows as the coded matrix that
-// it is made from.
+// A matrix in the flat form: fields of one width for each segment of rows, and patches where a
+// weight lies outside. It is read in place from its stored bytes, or transcoded from a coded
+// matrix, whose integers, products and rows it then has.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "format/flat.hpp"
+#include "format/flat_streams.hpp"
 #include "product/arena.hpp"
 #include "product/matrix.hpp"
 #include "threads/pool.hpp"
 
 namespace entrollm {
 
-// Consecutive rows: symbol[i, j] = field[i, j] + base + the difference of a patch at (i, j).
+// Consecutive rows: symbol[i, j] = field[i, j] + base + the differences of the patches at (i, j).
 struct FlatSegment {
   std::size_t rows;
   int bits;
   std::uint8_t base;           // base + 2^bits - 1 is at most 255
   const std::uint8_t* fields;  // rows * flat_row_bytes
-  FlatPatches patches;         // columns below the matrix's
+  FlatPatches patches;
 };
 
 class FlatMatrix {
@@ -30,6 +32,11 @@ class FlatMatrix {
   // Transcodes a matrix, whose scales must outlive the result; its streams need not. Throws
   // CorruptBlock when a block does not decode.
   FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix);
+
+  // Reads stored streams in place; they and the scales must outlive the matrix. Throws
+  // std::invalid_argument if a size does not match, a window is out of range, or a patch lies
+  // outside of its row.
+  FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams, Scales scales);
 
   const Geometry& geometry() const { return geometry_; }
   const Scales& scales() const { return scales_; }
@@ -39,8 +46,10 @@ class FlatMatrix {
   std::span<const FlatSegment> segments() const { return segments_; }
   std::size_t segment_rows() const { return segment_rows_; }
 
-  // Bytes of fields and patches.
-  std::size_t size_bytes() const { return arena_.used(); }
+  // Bytes of memory that it holds itself.
+  std::size_t size_bytes() const {
+    return (arena_ ? arena_->used() : 0) + first_.size() * sizeof(first_[0]);
+  }
   // Rows of each width, by bits.
   std::array<std::size_t, kMaxFlatBits + 1> rows_by_bits() const;
   std::size_t patches() const;
@@ -54,10 +63,14 @@ class FlatMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
+  void place(const FlatStreams& streams);
+  std::size_t check_row(const FlatPatch* words, std::size_t size) const;
+
   Geometry geometry_;
   Scales scales_;
   std::size_t segment_rows_;
-  Arena arena_;
+  std::optional<Arena> arena_;        // of a transcoded matrix
+  std::vector<std::uint32_t> first_;  // where the patches of stored rows begin in their segment
   std::vector<FlatSegment> segments_;
 };
 

@@ -11,8 +11,9 @@ constexpr std::size_t kUnitRows = 8;
 // Rows whose sums a few vectors share a buffer for, in the first-level cache.
 constexpr std::size_t kFewRows = 64;
 
-// Symbols that fit the first-level cache together with digits.
-constexpr std::size_t kTileSymbols = 32768;
+// Symbols that fit the second-level cache together with digits, and their rows.
+constexpr std::size_t kTileSymbols = 131072;
+constexpr std::size_t kMostTileRows = 16;
 
 }  // namespace
 
@@ -31,7 +32,7 @@ std::size_t FlatProduct::run(std::size_t begin, std::size_t end) const {
     for_segments(begin, end, kFewRows, [&](const Run& run) { run_few(run); });
   } else {
     const std::size_t most = kTileSymbols / matrix_.geometry().padded_columns();
-    for_segments(begin, end, std::clamp<std::size_t>(most, 2, kTileRows),
+    for_segments(begin, end, std::clamp<std::size_t>(most, 2, kMostTileRows),
                  [&](const Run& run) { run_tile(run); });
   }
   return kNoBlock;

@@ -5,23 +5,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec/flat_encode.hpp"
 #include "format/geometry.hpp"
 #include "product/arena.hpp"
 #include "product/flat_matrix.hpp"
 
 namespace entrollm {
-
-// The width of the fields and the symbol of field 0.
-struct FlatWindow {
-  int bits;
-  std::uint8_t base;
-
-  int largest() const { return base + (1 << bits) - 1; }
-};
-
-// The window that costs least, in memory traffic and in time, for symbols that occur `counts[s]`
-// times each; a symbol outside costs a patch, and a window of 8 bits has none outside.
-FlatWindow choose_flat_window(const std::uint64_t (&counts)[256], bool is_wide);
 
 // Bytes that segments of `segment_rows` rows of a matrix take at most: those of 8-bit fields, which
 // segments get whose patches would take more.
@@ -39,13 +28,10 @@ class Transcoder {
  private:
   FlatWindow choose(std::size_t rows, std::size_t columns) const;
   void find_patches(std::size_t rows, std::size_t columns, const FlatWindow& window);
-  void find_row_patches(const std::uint8_t* symbols, std::size_t padded, const FlatWindow& window);
-  FlatPatches store_patches(std::size_t columns, Arena& arena) const;
 
   std::vector<std::uint8_t> symbols_;
   std::vector<std::uint32_t> first_;
-  std::vector<std::uint32_t> columns_;
-  std::vector<std::int16_t> differences_;
+  std::vector<FlatPatch> patches_;
 };
 
 Transcoder& thread_transcoder();

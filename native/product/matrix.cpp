@@ -17,14 +17,6 @@ void check_scale(std::span<const float> values, std::size_t rows, const char* na
   }
 }
 
-// The padding is part of the stream, since wide loads read past its last block.
-void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
-  if (stored.size() == stored_bytes(size)) return;
-  throw std::invalid_argument("the " + std::string(name) + " stream has " +
-                              std::to_string(stored.size()) + " bytes, expected " +
-                              std::to_string(stored_bytes(size)));
-}
-
 // The code as a chain of fields. It has no levels if fused products cannot run the code.
 Cascade make_cascade(const Code& code) {
   Cascade cascade{};
@@ -43,6 +35,22 @@ Cascade make_cascade(const Code& code) {
 }
 
 }  // namespace
+
+void check_scales(const Scales& scales, std::size_t rows, std::size_t columns) {
+  check_scale(scales.scale, rows, "scale");
+  if (!scales.offset.empty()) check_scale(scales.offset, rows, "offset");
+  if (!scales.column_scale.empty() && scales.column_scale.size() != columns) {
+    throw std::invalid_argument("column_scale needs one entry a column");
+  }
+}
+
+// The padding is part of the stream, since wide loads read past its last block.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name) {
+  if (stored.size() == stored_bytes(size)) return;
+  throw std::invalid_argument("the " + std::string(name) + " stream has " +
+                              std::to_string(stored.size()) + " bytes, expected " +
+                              std::to_string(stored_bytes(size)));
+}
 
 void throw_corrupt(std::size_t block) {
   throw CorruptBlock("block " + std::to_string(block) + " does not decode to its stated length");
@@ -75,11 +83,7 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
                          std::span<const std::uint16_t> sparse_sizes, Scales scales)
     : code_(std::move(code)), geometry_(geometry), dense_(dense), sparse_(sparse), scales_(scales) {
   geometry_.validate();
-  check_scale(scales.scale, geometry_.rows, "scale");
-  if (!scales.offset.empty()) check_scale(scales.offset, geometry_.rows, "offset");
-  if (!scales.column_scale.empty() && scales.column_scale.size() != geometry_.columns) {
-    throw std::invalid_argument("column_scale needs one entry a column");
-  }
+  check_scales(scales, geometry_.rows, geometry_.columns);
   check_stream(dense, geometry_.dense_size(code_), "dense");
   const std::size_t blocks = code_.has_sparse() ? geometry_.blocks() : 0;
   if (sparse_sizes.size() != blocks) {
@@ -91,11 +95,8 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
     sparse_offsets_[i + 1] = sparse_offsets_[i] + sparse_sizes[i];
   }
   check_stream(sparse, sparse_offsets_.back(), "sparse");
-  part_offsets_.push_back(0);
-  for (std::size_t part = 0; part < geometry_.parts(); ++part) {
-    part_offsets_.push_back(part_offsets_.back() +
-                            code_.dense_size(geometry_.block_rows * geometry_.columns_in(part)));
-  }
+  part_bytes_ = code_.dense_size(geometry_.block_rows * geometry_.block_columns);
+  row_block_bytes_ = geometry_.dense_before(code_, geometry_.block_rows, geometry_.parts());
   if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
 }
 
@@ -103,10 +104,9 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
                               DecodeScratch& scratch) const {
   const std::size_t parts = geometry_.parts();
   const std::size_t rows = geometry_.rows_in(row_block);
-  const std::size_t before = rows == geometry_.block_rows
-                                 ? part_offsets_[part]
-                                 : geometry_.dense_before(code_, rows, part);
-  const std::uint8_t* dense = dense_.data() + row_block * part_offsets_[parts] + before;
+  const std::size_t before =
+      rows == geometry_.block_rows ? part * part_bytes_ : geometry_.dense_before(code_, rows, part);
+  const std::uint8_t* dense = dense_.data() + row_block * row_block_bytes_ + before;
   const std::size_t block = code_.has_sparse() ? row_block * parts + part : 0;
   const auto sparse = code_.has_sparse()
                           ? sparse_.subspan(sparse_offsets_[block],

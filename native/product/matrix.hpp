@@ -34,6 +34,13 @@ struct Scales {
   }
 };
 
+// Throws std::invalid_argument unless each has a number of entries that it may have.
+void check_scales(const Scales& scales, std::size_t rows, std::size_t columns);
+
+// Throws std::invalid_argument unless a stored stream has `size` bytes and its padding. `name` is
+// for the message.
+void check_stream(std::span<const std::uint8_t> stored, std::size_t size, const char* name);
+
 // Throws std::invalid_argument unless all rows are the matrix's.
 void check_rows(const Geometry& geometry, std::span<const std::int64_t> rows);
 
@@ -96,8 +103,9 @@ class CodedMatrix {
   std::span<const std::uint8_t> dense_;
   std::span<const std::uint8_t> sparse_;
   std::vector<std::uint64_t>
-      sparse_offsets_;  // bytes; blocks + 1 entries, or one if there are no lists
-  std::vector<std::size_t> part_offsets_;  // dense bytes before each part of a full row block
+      sparse_offsets_;           // bytes; blocks + 1 entries, or one if there are no lists
+  std::size_t part_bytes_;       // dense bytes of a part of a full row block; the last may be short
+  std::size_t row_block_bytes_;  // and of all its parts
   Scales scales_;
   Cascade cascade_{};  // no levels if there is no fused product for the code
 };

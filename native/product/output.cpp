@@ -4,45 +4,65 @@
 
 namespace entrollm {
 
+namespace {
+
+// The scales and offsets of a matrix from row `first` on.
+SumScaling scaling_of(const Scales& scales, std::size_t first, std::size_t rows) {
+  static constexpr float kNoOffset = 0.0f;
+  SumScaling scaling{};
+  scaling.rows = rows;
+  scaling.scale_step = scales.scale.size() > 1 ? 1 : 0;
+  scaling.scales = scales.scale.data() + first * scaling.scale_step;
+  scaling.offset_step = scales.offset.size() > 1 ? 1 : 0;
+  scaling.offsets =
+      scales.offset.empty() ? &kNoOffset : scales.offset.data() + first * scaling.offset_step;
+  return scaling;
+}
+
+}  // namespace
+
+void Output::write_eight(SumScaling& scaling, std::size_t first_row, std::size_t first) const {
+  double x_sums[kDigitGroup] = {}, x_scales[kDigitGroup] = {};
+  scaling.columns = std::min(kDigitGroup, x_.batch() - first);
+  for (std::size_t i = 0; i < scaling.columns; ++i) {
+    x_sums[i] = static_cast<double>(x_.sum(first + i));
+    x_scales[i] = x_.scale(first + i);
+  }
+  scaling.x_sums = x_sums;
+  scaling.x_scales = x_scales;
+  scaling.out = out_.y + first * out_.stride + first_row;
+  scaling.stride = out_.stride;
+  kernels().floats->scale_sums(scaling);
+}
+
 void Output::write(std::size_t first_row, std::size_t rows, const RowSums& sums, std::size_t first,
                    std::size_t batch) const {
+  SumScaling scaling = scaling_of(scales_, first_row, rows);
+  scaling.sum_stride = sums.stride;
+  std::size_t column = 0;
+  for (; column + kDigitGroup <= batch; column += kDigitGroup) {
+    scaling.sums = sums.data + column;
+    write_eight(scaling, first_row, first + column);
+  }
   for (std::size_t row = 0; row < rows; ++row) {
     const std::size_t i = first_row + row;
     const double scale = scales_.scale_of(i);
     const double offset = scales_.offset_of(i);
-    for (std::size_t column = 0; column < batch; ++column) {
-      const double sum = scale * static_cast<double>(sums.data[row * sums.stride + column]) +
-                         offset * static_cast<double>(x_.sum(first + column));
-      out_.y[(first + column) * out_.stride + i] =
-          static_cast<float>(sum * x_.scale(first + column));
+    for (std::size_t rest = column; rest < batch; ++rest) {
+      const double sum = scale * static_cast<double>(sums.data[row * sums.stride + rest]) +
+                         offset * static_cast<double>(x_.sum(first + rest));
+      out_.y[(first + rest) * out_.stride + i] = static_cast<float>(sum * x_.scale(first + rest));
     }
   }
 }
 
 void Output::write_panels(const PanelProduct& product, std::size_t first_row,
                           std::size_t first) const {
-  static constexpr float kNoOffset = 0.0f;
-  SumScaling scaling{};
-  scaling.rows = product.rows;
-  scaling.scale_step = scales_.scale.size() > 1 ? 1 : 0;
-  scaling.scales = scales_.scale.data() + first_row * scaling.scale_step;
-  scaling.offset_step = scales_.offset.size() > 1 ? 1 : 0;
-  scaling.offsets =
-      scales_.offset.empty() ? &kNoOffset : scales_.offset.data() + first_row * scaling.offset_step;
-  scaling.stride = out_.stride;
+  SumScaling scaling = scaling_of(scales_, first_row, product.rows);
+  scaling.sum_stride = kDigitGroup;
   for (std::size_t group = 0; group < product.digit_groups; ++group) {
-    double x_sums[kDigitGroup] = {}, x_scales[kDigitGroup] = {};
-    const std::size_t begin = first + group * kDigitGroup;
-    scaling.columns = std::min(kDigitGroup, x_.batch() - begin);
-    for (std::size_t i = 0; i < scaling.columns; ++i) {
-      x_sums[i] = static_cast<double>(x_.sum(begin + i));
-      x_scales[i] = x_.scale(begin + i);
-    }
     scaling.sums = product.sums + group * product.rows * kDigitGroup;
-    scaling.x_sums = x_sums;
-    scaling.x_scales = x_scales;
-    scaling.out = out_.y + begin * out_.stride + first_row;
-    kernels().floats->scale_sums(scaling);
+    write_eight(scaling, first_row, first + group * kDigitGroup);
   }
 }
 

@@ -36,6 +36,9 @@ class Output {
   void write_panels(const PanelProduct& product, std::size_t first_row, std::size_t first) const;
 
  private:
+  // Scales and writes up to eight sums of each row, with the vectors from `first` on.
+  void write_eight(SumScaling& scaling, std::size_t first_row, std::size_t first) const;
+
   const Scales& scales_;
   const Activations& x_;
   const OutputRows out_;

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/variant.h>
@@ -13,6 +14,7 @@
 
 #include "codec/decode.hpp"
 #include "codec/encode.hpp"
+#include "codec/flat_encode.hpp"
 #include "format/code.hpp"
 #include "format/geometry.hpp"
 #include "kernels/kernels.hpp"
@@ -57,7 +59,25 @@ std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool)
     return FlatMatrix(pool, coded.matrix);
   };
   return std::unique_ptr<PyFlatMatrix>(
-      new PyFlatMatrix{coded.scale, coded.offset, coded.column_scale, make()});
+      new PyFlatMatrix{{}, {}, coded.scale, coded.offset, coded.column_scale, make()});
+}
+
+std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shape,
+                                        std::size_t segment_rows, Vector<std::uint16_t> windows,
+                                        Vector<std::uint8_t> fields, Vector<std::uint8_t> patches,
+                                        Vector<std::uint16_t> row_sizes, Vector<float> scale,
+                                        std::optional<Vector<float>> offset,
+                                        std::optional<Vector<float>> column_scale) {
+  if (reinterpret_cast<std::uintptr_t>(patches.data()) % alignof(FlatPatch) != 0) {
+    throw std::invalid_argument("patches are not aligned");
+  }
+  const Scales scales{view(scale), offset ? view(*offset) : std::span<const float>(),
+                      column_scale ? view(*column_scale) : std::span<const float>()};
+  const FlatStreams streams{segment_rows, view(fields), view(patches), view(row_sizes),
+                            view(windows)};
+  return std::unique_ptr<PyFlatMatrix>(
+      new PyFlatMatrix{fields, patches, scale, offset, column_scale,
+                       FlatMatrix(shape.first, shape.second, streams, scales)});
 }
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
@@ -121,6 +141,19 @@ nb::tuple encode(nb::bytes program, int low_bits, Matrix<std::uint8_t> symbols,
   }
   return nb::make_tuple(to_array(encoded.dense), to_array(encoded.sparse),
                         to_array(encoded.sparse_sizes));
+}
+
+nb::tuple encode_flat_symbols(Matrix<std::uint8_t> symbols, std::size_t segment_rows,
+                              Vector<std::uint16_t> windows) {
+  if (segment_rows == 0) throw std::invalid_argument("segments have no rows");
+  EncodedFlat encoded;
+  {
+    const nb::gil_scoped_release release;
+    encoded = encode_flat(symbols.data(), symbols.shape(0), symbols.shape(1), segment_rows,
+                          view(windows));
+  }
+  return nb::make_tuple(to_array(encoded.fields), to_array(encoded.patches),
+                        to_array(encoded.row_sizes), to_array(encoded.windows));
 }
 
 nb::ndarray<nb::numpy, std::int64_t> histogram(Matrix<std::uint8_t> symbols) {
@@ -190,6 +223,8 @@ NB_MODULE(_core, m) {
       .def("dequantize", &dequantize<PyMatrix>, "rows"_a, "pool"_a);
   nb::class_<PyFlatMatrix>(m, "FlatMatrix")
       .def(nb::new_(&transcode), "coded"_a, "pool"_a)
+      .def_static("open", &open_flat, "shape"_a, "segment_rows"_a, "windows"_a, "fields"_a,
+                  "patches"_a, "row_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
       .def_prop_ro("size_bytes", [](const PyFlatMatrix& self) { return self.matrix.size_bytes(); })
       .def_prop_ro("patches", [](const PyFlatMatrix& self) { return self.matrix.patches(); })
       .def_prop_ro("rows_by_bits",
@@ -212,6 +247,7 @@ NB_MODULE(_core, m) {
   m.def("multiply", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
   m.def("encode", &encode, "program"_a, "low_bits"_a, "symbols"_a, "block_rows"_a,
         "block_columns"_a);
+  m.def("encode_flat", &encode_flat_symbols, "symbols"_a, "segment_rows"_a, "windows"_a);
   m.def("histogram", &histogram, "symbols"_a);
   bind_grouped(m);
   bind_layer(m);

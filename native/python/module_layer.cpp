@@ -47,20 +47,28 @@ struct PyProduct {
 
 std::unique_ptr<PyProduct> make_joined(std::string name, const std::vector<nb::object>& matrices,
                                        Weight bias) {
-  std::vector<AnyMatrix> plain;
-  std::vector<const GroupedMatrix*> grouped;
-  for (const nb::object& matrix : matrices) {
-    if (nb::isinstance<PyGroupedMatrix>(matrix)) {
-      grouped.push_back(&nb::cast<const PyGroupedMatrix&>(matrix).matrix);
-    } else if (nb::isinstance<PyFlatMatrix>(matrix)) {
-      plain.push_back(&nb::cast<const PyFlatMatrix&>(matrix).matrix);
-    } else {
-      plain.push_back(&nb::cast<const PyMatrix&>(matrix).matrix);
+  require(!matrices.empty(), "a product needs a matrix");
+  const auto all_of = [&]<class Py>() {
+    std::vector<decltype(&std::declval<const Py&>().matrix)> all;
+    for (const nb::object& matrix : matrices) all.push_back(&nb::cast<const Py&>(matrix).matrix);
+    return all;
+  };
+  JoinedProduct::Matrices all;
+  if (nb::isinstance<PyGroupedMatrix>(matrices.front())) {
+    all = all_of.operator()<PyGroupedMatrix>();
+  } else if (nb::isinstance<PyLosslessMatrix>(matrices.front())) {
+    all = all_of.operator()<PyLosslessMatrix>();
+  } else {
+    std::vector<AnyMatrix> plain;
+    for (const nb::object& matrix : matrices) {
+      if (nb::isinstance<PyFlatMatrix>(matrix)) {
+        plain.push_back(&nb::cast<const PyFlatMatrix&>(matrix).matrix);
+      } else {
+        plain.push_back(&nb::cast<const PyMatrix&>(matrix).matrix);
+      }
     }
+    all = std::move(plain);
   }
-  require(plain.empty() || grouped.empty(), "all matrices have scale groups, or none has");
-  JoinedProduct::Matrices all = std::move(plain);
-  if (!grouped.empty()) all = std::move(grouped);
   JoinedProduct product(std::move(name), std::move(all), span_of(bias));
   return std::unique_ptr<PyProduct>(new PyProduct{matrices, bias, std::move(product)});
 }

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "kernels/kernels.hpp"
-#include "product/lossless.hpp"
 #include "python/module_matrix.hpp"
 
 namespace nb = nanobind;
@@ -27,12 +26,6 @@ FloatType type_of(const std::string& name) {
   if (name == "F8_E5M2") return FloatType::kE5M2;
   throw std::invalid_argument("unknown type of lossless weights: " + name);
 }
-
-struct PyLosslessMatrix {
-  nb::object owner;  // of the coded matrix
-  std::optional<Vector<std::uint8_t>> low;
-  LosslessMatrix matrix;
-};
 
 std::unique_ptr<PyLosslessMatrix> make_lossless(nb::object coded,
                                                 std::optional<Vector<std::uint8_t>> low,

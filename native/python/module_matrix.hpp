@@ -10,6 +10,7 @@
 
 #include "product/flat_matrix.hpp"
 #include "product/grouped.hpp"
+#include "product/lossless.hpp"
 #include "product/matrix.hpp"
 #include "python/module_arrays.hpp"
 
@@ -30,8 +31,10 @@ struct PyMatrix {
   CodedMatrix matrix;
 };
 
-// A flat matrix has streams of its own and shares the scales of the coded one.
+// A transcoded matrix has streams of its own and shares the scales of the coded one.
 struct PyFlatMatrix {
+  std::optional<Vector<std::uint8_t>> fields;
+  std::optional<Vector<std::uint8_t>> patches;
   Vector<float> scale;
   std::optional<Vector<float>> offset;
   std::optional<Vector<float>> column_scale;
@@ -48,6 +51,12 @@ struct PyGroupedMatrix {
   std::vector<StoredArray> arrays;
   std::optional<Vector<float>> values;
   GroupedMatrix matrix;
+};
+
+struct PyLosslessMatrix {
+  nanobind::object owner;  // of the coded matrix
+  std::optional<Vector<std::uint8_t>> low;
+  LosslessMatrix matrix;
 };
 
 }  // namespace entrollm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from entrollm import interrupts as _interrupts  # noqa: F401 (first, so that it covers the imports that follow)
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING
 

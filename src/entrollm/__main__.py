@@ -1,11 +1,14 @@
 """The `entrollm` command, also as `python -m entrollm`."""
 
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line; an interrupt while it is still being imported ends it in one line as well."""
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `entrollm.interrupts`; other callers may ignore it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         from entrollm.cli.streams import prepare_streams
 
         prepare_streams()
@@ -20,8 +23,6 @@ def main() -> None:
         sys.exit(130)
     finally:
         # From here on an interrupt finds nothing to clean up, and Python would report it with a traceback.
-        import signal
-
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

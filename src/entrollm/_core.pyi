@@ -45,15 +45,27 @@ class CodedMatrix:
     def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
 
 class FlatMatrix:
-    """A coded matrix transcoded to the flat form, in memory of its own.
+    """A matrix in the flat form: a coded one transcoded to memory of its own, or one that is stored in this form.
 
     Attributes:
-        size_bytes: memory of its fields and patches.
-        patches: how many weights lie outside of their segment's fields.
+        size_bytes: memory of its own.
+        patches: how many corrections there are of weights outside of their segment's fields.
         rows_by_bits: how many rows have fields of each width.
     """
 
     def __init__(self, coded: CodedMatrix, pool: ThreadPool) -> None: ...
+    @staticmethod
+    def open(
+        shape: tuple[int, int],
+        segment_rows: int,
+        windows: NDArray[np.uint16],
+        fields: NDArray[np.uint8],
+        patches: NDArray[np.uint8],
+        row_sizes: NDArray[np.uint16],
+        scale: NDArray[np.float32],
+        offset: NDArray[np.float32] | None,
+        column_scale: NDArray[np.float32] | None,
+    ) -> FlatMatrix: ...
     @property
     def size_bytes(self) -> int: ...
     @property
@@ -174,19 +186,23 @@ def attention(
         A new (n, heads * head_dim).
     """
 
+def encode_flat(
+    symbols: NDArray[np.uint8], segment_rows: int, windows: NDArray[np.uint16]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint16]]: ...
+
 class JoinedProduct:
     """The product with several matrices side by side, plus a bias.
 
     Args:
         name: for errors.
-        matrices: all with scale groups, or all without.
+        matrices: all with scale groups, all lossless, or none of both.
         bias: (sum of rows,); None for none.
     """
 
     def __init__(
         self,
         name: str,
-        matrices: Sequence[CodedMatrix | FlatMatrix] | Sequence[GroupedMatrix],
+        matrices: Sequence[CodedMatrix | FlatMatrix] | Sequence[GroupedMatrix] | Sequence[LosslessMatrix],
         bias: NDArray[np.float32] | None,
     ) -> None: ...
 

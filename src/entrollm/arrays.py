@@ -59,12 +59,6 @@ class Device(Protocol):
     def put(self, values: NDArray[Any]) -> Array:
         """A new array on the device, in float32, of values in float32, float16 or bfloat16."""
 
-    def hold(self, values: NDArray[Any]) -> Array:
-        """A matrix of a model that stays on the device: in the type in which its products are best made of it."""
-
-    def held_bytes(self, stored_bytes: int, weights: int) -> int:
-        """Memory that `hold` takes for weights that take `stored_bytes` in their own type."""
-
     def take(self, array: Array) -> NDArray[Any]:
         """An array of the device as a NumPy array."""
 
@@ -92,12 +86,6 @@ class _Host:
 
     def put(self, values: NDArray[Any]) -> Array:
         return values.astype(np.float32)
-
-    def hold(self, values: NDArray[Any]) -> Array:
-        return values.astype(np.float32)
-
-    def held_bytes(self, stored_bytes: int, weights: int) -> int:
-        return 4 * weights
 
     def take(self, array: Array) -> NDArray[Any]:
         taken: NDArray[Any] = array

@@ -14,6 +14,7 @@ from entrollm.codec.words import weights_of
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
 from entrollm.format.entry import split_entries
+from entrollm.format.flat import FlatCode
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind, GroupScales
 from entrollm.format.log_scales import decode_scales, zero_offsets
@@ -41,7 +42,8 @@ class CodedMatrix:
         name: the tensor's name.
         spec: what it is.
         stored_bytes: all its bytes in the file, without its share of the header.
-        native: what multiplies and decodes it, coded or flat; where there are groups, of the integers alone.
+        native: what multiplies and decodes it, coded or flat, in memory or in the file; where there are groups, of the
+            integers alone.
         scale: float32, shape (1,) or (rows,); of no use where there are groups.
         offset: float32, the shape of scale; None for none.
         column_scale: float32, shape (columns,); None for none.
@@ -63,20 +65,25 @@ class CodedMatrix:
 
     @property
     def can_be_flat(self) -> bool:
-        """Whether the flat form exists for it: not for fp8 values, odd sizes of scale groups, and lossless words."""
-        if self.lossless is not None:
+        """Whether it can be transcoded to the flat form.
+
+        Fp8 values, odd sizes of scale groups and lossless words have none, and a file may have the matrix in it.
+        """
+        if self.lossless is not None or isinstance(self.spec.code, FlatCode):
             return False
         return self.grouped is None or self.grouped.can_flatten
 
     @property
     def is_flat(self) -> bool:
-        """Whether it is in the flat form, which needs no bytes of the file."""
+        """Whether it was transcoded to the flat form, which needs no bytes of the file."""
+        if isinstance(self.spec.code, FlatCode):
+            return False
         return isinstance(self.native, _core.FlatMatrix) or (self.grouped is not None and self.grouped.is_flat)
 
     @property
     def flat_bytes(self) -> int | None:
-        """Memory that the flat form takes besides group scales; None while coded."""
-        if isinstance(self.native, _core.FlatMatrix):
+        """Memory that the flat form takes besides group scales; None while it is read from the file."""
+        if isinstance(self.native, _core.FlatMatrix) and self.is_flat:
             return self.native.size_bytes
         return self.grouped.size_bytes if self.grouped is not None and self.grouped.is_flat else None
 
@@ -95,6 +102,8 @@ class CodedMatrix:
             MemoryError: the memory does not suffice.
             ValueError: it has no flat form.
         """
+        if isinstance(self.spec.code, FlatCode):
+            return self
         if not self.can_be_flat:
             raise ValueError(
                 f"{self.name}: matrices with fp8 values, an odd size of scale groups or lossless words have no flat "
@@ -172,24 +181,15 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
         scales = _Scales(_ONE, None, None, None)
     else:
         scales = _read_grid(name, spec.kind, arrays)
+    grouped = lossless = None
     try:
-        native = _core.CodedMatrix(
-            spec.code.program(),
-            spec.code.low_bits,
-            _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
-            arrays.get(layout.DENSE, _NO_STREAM),
-            arrays.get(layout.SPARSE, _NO_STREAM),
-            _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES)),
-            scales.scale,
-            scales.offset,
-            scales.column_scale,
-        )
-        lossless = None
-        if isinstance(spec.kind, LosslessKind):
+        native = _open_native(spec, arrays, scales)
+        if isinstance(spec.kind, LosslessKind) and isinstance(native, _core.CodedMatrix):
             lossless = _core.LosslessMatrix(native, arrays.get(layout.LOW), spec.kind.type)
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None
-    grouped = None if scales.groups is None else _open_groups(native, scales.groups)
+    if scales.groups is not None and isinstance(native, _core.CodedMatrix):
+        grouped = _open_groups(native, scales.groups)
     return CodedMatrix(
         name,
         spec,
@@ -201,6 +201,39 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
         scales.groups,
         grouped,
         lossless,
+    )
+
+
+def _open_native(
+    spec: TensorSpec, arrays: Mapping[str, NDArray[Any]], scales: _Scales
+) -> _core.CodedMatrix | _core.FlatMatrix:
+    dense, sparse = (arrays.get(suffix, _NO_STREAM) for suffix in layout.STREAMS)
+    sizes = _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES))
+    if isinstance(spec.code, FlatCode):
+        shape, windows = (spec.rows, spec.columns), _aligned(arrays.get(layout.SEGMENTS, _NO_SIZES))
+        if sparse.ctypes.data % windows.itemsize:
+            sparse = _aligned(sparse)
+        return _core.FlatMatrix.open(
+            shape,
+            spec.code.segment_rows,
+            windows,
+            dense,
+            sparse,
+            sizes,
+            scales.scale,
+            scales.offset,
+            scales.column_scale,
+        )
+    return _core.CodedMatrix(
+        spec.code.program(),
+        spec.code.low_bits,
+        _core.Geometry(spec.rows, spec.columns, spec.blocks.rows, spec.blocks.columns),
+        dense,
+        sparse,
+        sizes,
+        scales.scale,
+        scales.offset,
+        scales.column_scale,
     )
 
 
@@ -241,7 +274,7 @@ class Product:
         if self._is_mixed:
             return None
         names = ", ".join(matrix.name for matrix in self._matrices)
-        return _core.JoinedProduct(names, self._grouped or self._native, bias)
+        return _core.JoinedProduct(names, self._grouped or self._lossless or self._native, bias)
 
     def __call__(self, x: NDArray[np.float32], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Multiply: float32 (n, columns) -> float32 (n, sum of rows), side by side.

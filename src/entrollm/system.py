@@ -1,11 +1,15 @@
-"""What differs between operating systems: locks and exchanges of folders, renames that last, the size of the memory."""
+"""What differs between operating systems: locks and exchanges of folders, renames that last, scratch
+folders, the size of the memory."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +18,8 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
+_SCRATCH_ATTEMPTS = 3
 
 
 class FolderLock:
@@ -49,6 +55,46 @@ class FolderLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: str | Path | None = None) -> Iterator[Path]:
+    """A temporary folder, locked while it is in use and removed at the end.
+
+    Folders of the same prefix whose process was killed are removed first.
+
+    Args:
+        prefix: how its name begins.
+        parent: where to make it; by default where the system wants temporary files.
+    """
+    place = Path(tempfile.gettempdir() if parent is None else parent)
+    for earlier in place.glob(glob.escape(prefix) + "*"):
+        _remove_abandoned(earlier)
+    for _ in range(_SCRATCH_ATTEMPTS):
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+        lock = _lock_of(folder)
+        if lock is not None:
+            break  # otherwise another process has taken it for abandoned, or nothing can be locked there
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what is left, the next one removes
+        if lock is not None:
+            lock.release()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    lock = None if folder.is_symlink() else _lock_of(folder)
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def _lock_of(folder: Path) -> FolderLock | None:
+    try:
+        return FolderLock(folder)
+    except BlockingIOError:
+        return None
 
 
 @contextmanager

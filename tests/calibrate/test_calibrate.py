@@ -7,21 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from entrollm import _core
 from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out
 from entrollm.calibrate.store import StoredStatistics
+from entrollm.calibrate.sums import Squares
 from entrollm.calibrate.text import held_out_windows
-from entrollm.calibrate.walk import Squares
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.verify import verify
 from entrollm.engine.files import read_model_files
 from entrollm.engine.linear import DenseLinear, DenseWeights
 from entrollm.engine.model import Model
-from entrollm.errors import EntroLLMError, FormatError
+from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
 from entrollm.evaluate.divergence import token_divergences
 from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 from tests.support.paths import SENTENCES, TINY_LLAMA
 
 
@@ -140,6 +142,43 @@ def test_a_short_text_is_refused(model: Path, tmp_path: Path) -> None:
     short.write_text("Once upon a time")
     with pytest.raises(FormatError, match="calibration needs at least 8 windows of 512"):
         calibrate(model, CalibrationText(short), tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 100}), encoding="utf-8")
+    with pytest.raises(FormatError, match=r"makes token \d+ of the text, and the model knows 100; the"):
+        calibrate(other, CalibrationText(text, sampled=0), tmp_path)
+
+
+def test_a_model_that_writes_no_text_needs_one(tmp_path: Path) -> None:
+    BertForMaskedLM(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"BertForMaskedLM does not write text; calibrate on a text alone"):
+        calibrate(tmp_path, CalibrationText(None), tmp_path)
+
+
+def test_the_light_method_moves_steps_alone(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "factors").mkdir()
+    statistics = calibrate(model, CalibrationText(text, 8, sampled=0, tokens=64), tmp_path / "factors")
+    assert statistics.windows.shape == (8, 64)
+    options = CodingOptions(target=Target(bits_per_weight=4.0), method="light", threads=1)
+    result = compress_folder(model, tmp_path / "out", options, statistics=statistics)
+    assert result.file_bits == pytest.approx(4.0, rel=0.005)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with CompressedModel.open(tmp_path / "out") as compressed, Checkpoint.open(model) as original:
+        assert verify(compressed, _core.ThreadPool(2), original).compared
+        assert compressed.specs[name].grid_name.startswith("ecsq-")
+        steps = matrix_of(compressed, name).column_scale
+    factor = statistics.factor(name)
+    assert factor is not None
+    assert steps is not None
+    # The larger the inputs of a column, the smaller its step: in proportion to the root, to within half a code.
+    product = steps * np.linalg.norm(factor, axis=1) ** 0.5
+    np.testing.assert_allclose(product / product.mean(), 1, atol=0.1)
 
 
 def test_a_text_that_is_not_utf8_is_refused(model: Path, tmp_path: Path) -> None:

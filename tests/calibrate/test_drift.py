@@ -1,9 +1,12 @@
 """Drift: what is added to matrices whose inputs come from quantized ones, against its closed form."""
 
 import functools
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,37 +17,33 @@ from safetensors.torch import load_file, save_file
 from entrollm.arrays import HOST, Device
 from entrollm.calibrate import measure
 from entrollm.calibrate.drift import DriftWalk
-from entrollm.calibrate.forward import start
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.progress import CompressProgress
-from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
 from entrollm.errors import EntroLLMError
 from entrollm.evaluate.divergence import token_divergences
 from entrollm.format.reader import CompressedModel
-from entrollm.models import read_config
-from entrollm.models.config import ModelConfig
-from entrollm.models.config_fields import Fields
 from entrollm.quantize.select import BitsOverride
 from entrollm.torch.device import TorchDevice
-from tests.engine.architectures import VOCAB_SIZE
+from tests.engine.architectures import VOCAB_SIZE, load_reference
 
 Floats = NDArray[np.float32]
 # Between them: a tied head and one of its own, biases, fused matrices, a window, norms of queries and keys.
 NAMES = ("llama-tied", "phi3-partial", "qwen3-window")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STREAMS = {
+    f"model.layers.{layer}.{name}_proj.weight": None
+    for layer in range(2)
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+}
 WINDOWS = np.random.default_rng(4).integers(0, VOCAB_SIZE, (24, 40))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def config_of(folder: Path) -> ModelConfig:
-    return read_config(Fields(read_model_files(folder).config, "config.json"))
 
 
 def noisy_copy(folder: Path, out: Path) -> Path:
@@ -60,28 +59,31 @@ def noisy_copy(folder: Path, out: Path) -> Path:
 
 def seen(folder: Path) -> dict[str, tuple[Floats, Floats | None]]:
     """What each matrix reads, and what is waiting for its outputs, over all tokens."""
-    config, found = config_of(folder), {}
-    with Checkpoint.open(folder) as checkpoint:
-        forward = start(checkpoint, config, WINDOWS, HOST)
-        for index in range(config.num_layers):
-            read: dict[str, list[Floats]] = {}
+    model = load_reference(folder).float()
+    read: dict[str, Floats] = {}
+    given: dict[str, Floats] = {}
 
-            def see(names: tuple[str, ...], x: Floats, read: dict[str, list[Floats]] = read) -> None:
-                for name in names:
-                    read.setdefault(name, []).append(x)
+    def rows(x: torch.Tensor) -> Floats:
+        return x.detach().reshape(-1, x.shape[-1]).numpy()
 
-            before = np.concatenate(forward.hidden)
-            forward.step(index, see)
-            after = np.concatenate(forward.hidden)
-            for name, parts in read.items():
-                x = np.concatenate(parts)
-                adds = before if "o_proj" in name else None
-                if "down_proj" in name:
-                    adds = after - x @ checkpoint.read_float32(name).T
-                found[name] = x, adds
-        norm = checkpoint.read_float32("model.norm.weight")
-    size = np.sqrt(np.square(after).mean(axis=1, keepdims=True) + config.norm_eps)
-    found[HEAD] = after / size * norm, None
+    def watch(module: torch.nn.Module, name: str) -> None:
+        def see(_: torch.nn.Module, args: tuple[torch.Tensor, ...], y: Any) -> None:
+            read[name], given[name] = rows(args[0]), rows(y[0] if isinstance(y, tuple) else y)
+
+        module.register_forward_hook(see)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) or re.fullmatch(r"model\.layers\.\d+", name):
+            watch(module, name)
+    with torch.no_grad():
+        model(torch.from_numpy(WINDOWS))
+    found: dict[str, tuple[Floats, Floats | None]] = {}
+    for name in [name for name in read if not name.rpartition(".")[2].isdigit()]:
+        layer = name.split(".self_attn")[0].split(".mlp")[0]
+        adds = read[layer] if name.endswith("o_proj") else None
+        if name.endswith("down_proj"):
+            adds = given[layer] - given[name]
+        found[f"{name}.weight"] = read[name], adds
     return found
 
 
@@ -100,7 +102,7 @@ def closed_form(
 def statistics_of(folder: Path, place: Path, windows: NDArray[np.int64] = WINDOWS) -> StoredStatistics:
     place.mkdir()
     with Checkpoint.open(folder) as checkpoint:
-        return measure(checkpoint, config_of(folder), windows, place)
+        return measure(checkpoint, windows, place)
 
 
 @pytest.mark.parametrize("device", [HOST, TorchDevice("cpu")], ids=["numpy", "torch"])
@@ -111,9 +113,11 @@ def test_corrections_are_those_of_the_closed_form(
     folder = checkpoint(name)
     noisy = noisy_copy(folder, tmp_path / "noisy")
     original, drifted = seen(folder), seen(noisy)
-    order = statistics_of(folder, tmp_path / "statistics").order
+    statistics = statistics_of(folder, tmp_path / "statistics")
+    order = statistics.order
+    is_tied = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     with Checkpoint.open(folder) as source, Checkpoint.open(noisy) as changed:
-        walk = DriftWalk(source, config_of(folder), WINDOWS, device)
+        walk = DriftWalk(source, WINDOWS, statistics.streams, device)
         for matrix in order:
             correction = walk.correction(matrix)
             if matrix == EMBEDDING:
@@ -123,21 +127,21 @@ def test_corrections_are_those_of_the_closed_form(
                 found = device.take(correction)
                 np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max(), err_msg=matrix)
             walk.record(matrix, functools.partial(changed.read_float32, matrix))
-    matrices = [key for key, (x, _) in original.items() if key != HEAD or not config_of(folder).tied_embeddings]
+    matrices = [key for key in original if key != HEAD or not is_tied]
     assert sorted(order) == sorted([EMBEDDING, *matrices])
 
 
 def test_without_any_drift_nothing_is_corrected(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:
-        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk = DriftWalk(source, WINDOWS, STREAMS, HOST)
         assert not walk.correction("model.layers.1.mlp.down_proj.weight").any()
 
 
 def test_matrices_that_are_asked_for_too_late_are_refused(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:
-        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk = DriftWalk(source, WINDOWS, STREAMS, HOST)
         walk.correction("model.layers.1.self_attn.o_proj.weight")
         with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj.weight: .* asked for before"):
             walk.correction("model.layers.0.mlp.up_proj.weight")
@@ -154,7 +158,7 @@ def test_matrices_are_read_when_the_walk_passes_them(checkpoint: Callable[[str],
             found.append(name)
             return source.read_float32(name)
 
-        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk = DriftWalk(source, WINDOWS, STREAMS, HOST)
         for name in order:
             walk.record(name, functools.partial(read, name))
         assert not found
@@ -165,7 +169,7 @@ def test_matrices_are_read_when_the_walk_passes_them(checkpoint: Callable[[str],
 def test_dead_inputs_are_not_corrected(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:
-        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk = DriftWalk(source, WINDOWS, STREAMS, HOST)
         for part in ("gate", "up"):
             name = f"model.layers.0.mlp.{part}_proj.weight"
             walk.record(name, functools.partial(np.zeros, source.tensors[name].shape, np.float32))
@@ -176,7 +180,7 @@ def test_dead_inputs_are_not_corrected(checkpoint: Callable[[str], Path]) -> Non
 def test_activations_that_are_not_finite_are_named(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama-tied")
     with Checkpoint.open(folder) as source:
-        walk = DriftWalk(source, config_of(folder), WINDOWS, HOST)
+        walk = DriftWalk(source, WINDOWS, STREAMS, HOST)
         name = "model.layers.1.self_attn.v_proj.weight"
         walk.record(name, lambda: np.full(source.tensors[name].shape, np.nan, np.float32))
         message = r"layers.1.self_attn.o_proj.weight: its inputs in the quantized model are not finite"

@@ -1,6 +1,5 @@
 """Text that a model writes itself."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,33 +10,20 @@ from safetensors.numpy import load_file, save_file
 from entrollm.calibrate import CalibrationText, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
-from entrollm.engine.layers import LayerWalk
-from entrollm.engine.linear import DenseWeights
+from entrollm.engine.load import load
 from entrollm.errors import EntroLLMError
-from entrollm.models import read_config
-from entrollm.models.config import ModelConfig
-from entrollm.models.config_fields import Fields
 from tests.support.paths import TINY_LLAMA
-
-
-def config_of(folder: Path) -> ModelConfig:
-    return read_config(Fields(json.loads((folder / "config.json").read_text()), "config.json"))
 
 
 def test_a_trained_model_writes_what_it_finds_likely() -> None:
     with Checkpoint.open(TINY_LLAMA) as checkpoint:
-        config = config_of(TINY_LLAMA)
-        windows = sample_windows(checkpoint, config, (6, 40))
-        assert windows.shape == (6, 40)
-        assert len(np.unique(windows, axis=0)) == 6
-        walk = LayerWalk(config, DenseWeights(checkpoint), windows)
-        for index in range(config.num_layers):
-            walk.step(index, DenseWeights(checkpoint))
-        norm = checkpoint.read_float32("model.norm.weight")
-        head = checkpoint.read_float32("model.embed_tokens.weight")
+        windows = sample_windows(checkpoint, (6, 40))
+    assert windows.shape == (6, 40)
+    assert len(np.unique(windows, axis=0)) == 6
+    model = load(TINY_LLAMA, threads=1)
     losses = []
-    for x, ids in zip(walk.hidden, windows, strict=True):
-        logits = (x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-5) * norm) @ head.T
+    for ids in windows:
+        logits = model.logits(ids)
         logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
         losses.append(-logits[np.arange(39), ids[1:]].mean())
     # Random tokens would cost ln 8192 = 9 nats or more.
@@ -46,8 +32,7 @@ def test_a_trained_model_writes_what_it_finds_likely() -> None:
 
 def test_equal_seeds_write_equal_text() -> None:
     with Checkpoint.open(TINY_LLAMA) as checkpoint:
-        config = config_of(TINY_LLAMA)
-        first, again, other = (sample_windows(checkpoint, config, (2, 8), seed) for seed in (1, 1, 2))
+        first, again, other = (sample_windows(checkpoint, (2, 8), seed) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
 
@@ -63,7 +48,7 @@ def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path) as checkpoint,
         pytest.raises(EntroLLMError, match=r"logits are not finite; its weights may be damaged"),
     ):
-        sample_windows(checkpoint, config_of(tmp_path), (1, 2))
+        sample_windows(checkpoint, (1, 2))
 
 
 def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +59,7 @@ def test_a_model_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
             EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 0.0 GB; .* sampled=0"
         ) as raised,
     ):
-        sample_windows(checkpoint, config_of(TINY_LLAMA), (1, 2))
+        sample_windows(checkpoint, (1, 2))
     assert describe_error(raised.value).endswith("has 0.0 GB; calibrate on a text alone, with --sampled 0")
 
 

@@ -1,8 +1,7 @@
-"""Calibration and feedback in torch give what they give in NumPy."""
+"""Calibration on a device of torch gives what it gives on the host, and feedback what it gives in NumPy."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,7 @@ from entrollm.cli.console import describe_error
 from entrollm.codec.choose import choose_code
 from entrollm.codec.huffman import entropy_bits
 from entrollm.compress import CodingOptions, Target, compress_folder
-from entrollm.engine.files import read_model_files
 from entrollm.errors import EntroLLMError, FormatError, UnsupportedError
-from entrollm.models import read_config
-from entrollm.models.config import ModelConfig
-from entrollm.models.config_fields import Fields
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized
@@ -34,17 +29,7 @@ from entrollm.torch.device import TorchDevice
 from tests.engine.architectures import ARCHITECTURES, VOCAB_SIZE
 from tests.support.matrices import scale_values
 
-# Between them: a tied head, grouped queries, biases, head_dim, every kind of rotation, fused matrices, windows, norms
-# of queries and keys.
-NAMES = (
-    "llama-tied",
-    "llama-bias",
-    "llama-head-dim",
-    "llama-llama3-rope",
-    "phi3-partial",
-    "qwen2-yarn",
-    "qwen3-window",
-)
+NAMES = ("phi3-partial", "qwen3-window")
 
 
 # The GPU as well where there is one.
@@ -61,19 +46,15 @@ def device(request: pytest.FixtureRequest) -> TorchDevice:
     return TorchDevice(request.param)
 
 
-def config_of(folder: Path) -> ModelConfig:
-    return read_config(Fields(read_model_files(folder).config, "config.json"))
-
-
 def measured(folder: Path, statistics: Path, device: Device) -> StoredStatistics:
     statistics.mkdir()
     windows = np.random.default_rng(4).integers(0, VOCAB_SIZE, (9, 40))
     with Checkpoint.open(folder) as checkpoint:
-        return measure(checkpoint, config_of(folder), windows, statistics, device=device)
+        return measure(checkpoint, windows, statistics, device=device)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_statistics_are_those_of_numpy(name: str, device: TorchDevice, tmp_path: Path) -> None:
+def test_statistics_are_those_of_the_host(name: str, device: TorchDevice, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     folder = ARCHITECTURES[name](tmp_path / "model")
     expected = measured(folder, tmp_path / "numpy", HOST)
@@ -93,13 +74,11 @@ def test_statistics_are_those_of_numpy(name: str, device: TorchDevice, tmp_path:
             np.testing.assert_allclose(one.row_weights, other.row_weights, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "phi3-longrope"])
+@pytest.mark.parametrize("name", ["mistral-window", "phi3-longrope"])
 def test_a_model_writes_the_same_text(name: str, device: TorchDevice, tmp_path: Path) -> None:
     folder = ARCHITECTURES[name](tmp_path)
     with Checkpoint.open(folder) as checkpoint:
-        host, other = (
-            sample_windows(checkpoint, config_of(folder), (5, 40), 3, device=place) for place in (HOST, device)
-        )
+        host, other = (sample_windows(checkpoint, (5, 40), 3, device=place) for place in (HOST, device))
     # A draw on the edge between two tokens may fall either way, and changes what follows.
     assert (host == other).all(axis=1).sum() >= 4
 
@@ -157,19 +136,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytes
         Checkpoint.open(folder) as checkpoint,
         pytest.raises(EntroLLMError, match=r"needs 1.1 GB of memory, and this machine has 1.0 GB; .* sampled=0"),
     ):
-        sample_windows(checkpoint, config_of(folder), (1, 2), device=device)
-
-
-def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
-    folder = ARCHITECTURES["llama"](tmp_path)
-    windows = np.zeros((8, 4), np.int64)
-    with Checkpoint.open(folder) as checkpoint:
-        config = config_of(folder)
-        wide = replace(config, intermediate_size=129)
-        with pytest.raises(FormatError, match=r"gate_proj.weight: config.json asks for shape \(129, 96\), found"):
-            measure(checkpoint, wide, windows, tmp_path, device=TorchDevice("cpu"))
-        with pytest.raises(FormatError, match=r"q_norm.weight: the tensor is missing; config.json asks for shape"):
-            measure(checkpoint, replace(config, qk_norm=True), windows, tmp_path, device=TorchDevice("cpu"))
+        sample_windows(checkpoint, (1, 2), device=device)
 
 
 def test_a_torch_without_cuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +179,9 @@ def test_numbers_round_to_the_same_integers(device: TorchDevice, numbers: list[f
 def test_a_stored_triangle_comes_back(
     size: int, device: TorchDevice, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = config_of(checkpoint("llama-tied"))
     triangle = np.tril(np.random.default_rng(size).standard_normal((size, size)).astype(np.float32))
     for place in (HOST, device):
-        statistics = StoredStatistics(tmp_path, config, np.zeros((1, 8), np.int64), place)
+        statistics = StoredStatistics(tmp_path, np.zeros((1, 8), np.int64), place)
         statistics.add("w", place.put(triangle), Sensitivity(1.0))
         np.testing.assert_array_equal(place.take(statistics.factor("w")), triangle)
         spool = Spool(tmp_path, place)

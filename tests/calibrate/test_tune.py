@@ -43,9 +43,8 @@ def windows(count: int, seed: int) -> NDArray[np.int64]:
 
 @pytest.fixture(scope="module")
 def statistics(model: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredStatistics:
-    config = read_config(Fields(read_model_files(model).config, "config.json"))
     with Checkpoint.open(model) as checkpoint:
-        return measure(checkpoint, config, windows(24, 1), tmp_path_factory.mktemp("statistics"))
+        return measure(checkpoint, windows(24, 1), tmp_path_factory.mktemp("statistics"))
 
 
 @pytest.fixture(scope="module")

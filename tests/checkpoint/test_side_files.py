@@ -119,7 +119,7 @@ def test_only_a_tokenizer_is_taken_from_another_folder(tmp_path: Path) -> None:
 def test_a_run_with_another_plan_clears_subfolders(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", "custom/code.py")
     partial = tmp_path / "out.partial"
-    write(partial, "plan.json", "custom/old.py", "model.safetensors")
+    write(partial, ".plan.json", "custom/old.py", "model.safetensors")
     compress(source, tmp_path / "out", CompressOptions(bits=8))
     assert names_of(tmp_path / "out") == ["config.json", "custom/code.py", CHECKSUMS_NAME, "model.safetensors"]
 

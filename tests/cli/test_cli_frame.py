@@ -52,6 +52,7 @@ def test_every_command_has_help_with_examples() -> None:
         "verify",
         "eval",
         "compare",
+        "report",
         "export",
         "demo",
         "info",

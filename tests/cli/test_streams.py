@@ -101,6 +101,23 @@ def test_an_interrupt_is_one_line_also_while_importing() -> None:
     assert seen <= {0, 1, 130, -signal.SIGINT}
 
 
+@pytest.mark.parametrize(("program", "is_command"), [("/usr/bin/entrollm", True), ("-m", False), ("script.py", False)])
+def test_an_interrupt_while_the_package_is_imported(program: str, is_command: bool) -> None:
+    """It ends the command without a word, and raises KeyboardInterrupt in other programs."""
+    code = (
+        "import os, signal, sys\n"
+        f"sys.argv[0] = {program!r}\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'entrollm.recipes':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "import entrollm"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, bool(result.stderr)) == (-signal.SIGINT, not is_command)
+
+
 def test_an_interrupted_json_run_prints_an_object() -> None:
     application = typer.Typer(pretty_exceptions_enable=False)
 

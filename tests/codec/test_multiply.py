@@ -96,7 +96,7 @@ def test_shapes_of_models_on_1_to_64_threads(rows: int, columns: int) -> None:
     """Vocabularies and widths of published models, with the code that such a histogram would get."""
     generator = np.random.default_rng(rows)
     symbols = np.clip(np.rint(generator.normal(128, 1.3, (rows, columns))), 0, 255).astype(np.uint8)
-    code = choose_code(np.bincount(symbols.reshape(-1), minlength=256).tolist(), rows, "speed")
+    code = choose_code(np.bincount(symbols.reshape(-1), minlength=256).tolist(), rows, "speed", "avx512")
     stored = store(code, symbols, scale=[0.01], offset=[-1.28])
     x = generator.standard_normal((1, columns)).astype(np.float32)
     expected, bound = exact(stored, symbols, x)

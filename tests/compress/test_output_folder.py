@@ -88,12 +88,38 @@ def test_a_changed_checkpoint_starts_over(checkpoint: Path, tmp_path: Path) -> N
     assert compress_folder(checkpoint, tmp_path / "out", OPTIONS).resumed_weights == 0
 
 
+def test_a_changed_configuration_starts_over(checkpoint: Path, tmp_path: Path) -> None:
+    interrupt(checkpoint, tmp_path / "out")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert compress_folder(checkpoint, tmp_path / "out", OPTIONS).resumed_weights == 0
+
+
+def test_a_run_that_goes_on_has_the_side_files_of_its_source(checkpoint: Path, tmp_path: Path) -> None:
+    """Those that were changed, added or removed between the two runs, and those named like its own notes."""
+    (checkpoint / "custom").mkdir()
+    (checkpoint / "custom" / "code.py").write_text("old")
+    interrupt(checkpoint, tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    for name in ("merges.txt", "tokenizer.json", "custom/code.py", "vocab.json.tmp"):  # by a run that came further
+        (partial / name).parent.mkdir(exist_ok=True)
+        (partial / name).write_text("stale")
+    shutil.rmtree(checkpoint / "custom")
+    for name in ("tokenizer.json", "plan.json", "model-00001-of-00003.json"):
+        (checkpoint / name).write_text('{"new": 1}')
+    assert compress_folder(checkpoint, tmp_path / "out", OPTIONS).resumed_weights > 0
+    compress_folder(checkpoint, tmp_path / "whole", OPTIONS)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert (tmp_path / "out" / "plan.json").read_text() == '{"new": 1}'
+    assert not (tmp_path / "out" / "custom").exists()
+
+
 def test_a_run_stopped_while_it_started_over_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
-    (partial / "plan.json.tmp").write_text("{")
+    (partial / ".plan.json.tmp").write_text("{")
     compress_folder(checkpoint, tmp_path / "out", OPTIONS)
-    assert "plan.json" not in files(tmp_path / "out")
+    assert ".plan.json" not in files(tmp_path / "out")
 
 
 def test_an_existing_output_is_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -221,7 +247,7 @@ def compress_elsewhere(checkpoint: Path, out: Path, file_limit: int = 0) -> int 
 def test_a_file_that_cannot_grow_leaves_no_output(checkpoint: Path, tmp_path: Path) -> None:
     assert compress_elsewhere(checkpoint, tmp_path / "out", 50_000) == errno.EFBIG
     assert not (tmp_path / "out").exists()
-    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["plan.json"]
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == [".plan.json"]
     compress_folder(checkpoint, tmp_path / "out")
 
 
@@ -261,9 +287,9 @@ def test_files_of_others_are_not_deleted(checkpoint: Path, tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
     shutil.rmtree(out / "notes")
     (out / "adapter_model.safetensors").unlink()
-    (out / "plan.json").write_text("{}")  # of a run that was stopped when it was all but done
+    (out / ".plan.json").write_text("{}")  # of a run that was stopped when it was all but done
     compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
-    assert not (out / "plan.json").exists()
+    assert not (out / ".plan.json").exists()
 
 
 def test_many_files_of_others_are_counted(checkpoint: Path, tmp_path: Path) -> None:
@@ -276,7 +302,7 @@ def test_many_files_of_others_are_counted(checkpoint: Path, tmp_path: Path) -> N
 
 def test_the_plan_says_what_a_resumed_run_must_share(checkpoint: Path, tmp_path: Path) -> None:
     interrupt(checkpoint, tmp_path / "out")
-    plan = json.loads((tmp_path / "out.partial" / "plan.json").read_text())
+    plan = json.loads((tmp_path / "out.partial" / ".plan.json").read_text())
     assert plan["format_version"] == 2 and plan["shard_bytes"] == 60_000
     assert set(plan["files"]) == {str((checkpoint / shard).resolve()) for shard in SHARDS}
 

@@ -14,6 +14,7 @@ from entrollm.compress import CodingOptions, Target, compress_folder, parse_size
 from entrollm.compress.describe import describe
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError
+from entrollm.format.flat import FlatCode
 from entrollm.format.reader import CompressedModel
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
@@ -86,6 +87,19 @@ def test_bits_per_weight_are_met(checkpoint: Path, tmp_path: Path, bits: float) 
     result = compress_folder(checkpoint, tmp_path / "out", CodingOptions(target=Target(bits_per_weight=bits)))
     assert result.file_bits == pytest.approx(bits, rel=0.005)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == result.file_bytes
+
+
+@pytest.mark.parametrize("bits", [4.8])
+def test_bits_per_weight_are_met_with_flat_codes(checkpoint: Path, tmp_path: Path, bits: float) -> None:
+    options = CodingOptions(target=Target(bits_per_weight=bits), prefer="speed")
+    result = compress_folder(checkpoint, tmp_path / "out", options)
+    assert result.file_bits == pytest.approx(bits, rel=0.005)
+    assert plan(checkpoint, options).file_bits == pytest.approx(bits, rel=0.02)
+    with CompressedModel.open(tmp_path / "out") as model:
+        assert all(isinstance(spec.code, FlatCode) for spec in model.specs.values())
+        verify(model, _core.ThreadPool(1), Checkpoint.open(checkpoint))
+        codes = {tensor.code for tensor in describe(model, _core.ThreadPool(1)).tensors}
+    assert all(code.startswith("flat ") for code in codes) and len(codes) > 1
 
 
 @pytest.mark.parametrize("size", [90_000, 120_000, 200_000])

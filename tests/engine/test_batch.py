@@ -104,6 +104,18 @@ def test_logits_only_where_they_are_wanted(coded: Callable[[str], Model]) -> Non
     assert (first.ids, second.ids) == (ids, ids[:5] + ids)
 
 
+def test_hidden_states_are_those_that_the_logits_come_from(coded: Callable[[str], Model]) -> None:
+    model = coded("llama")
+    ids, other = random_ids(12), random_ids(5, seed=3)
+    seen: dict[int, np.ndarray] = {}
+    step = SequenceStep(np.array(ids[:7]), model.new_cache(), observe=seen.__setitem__)
+    model.step([SequenceStep(np.array(other), model.new_cache()), step])
+    model.step([SequenceStep(np.array(ids[7:]), step.cache, needs_logits=False, observe=seen.__setitem__)])
+    assert {start: len(hidden) for start, hidden in seen.items()} == {0: 7, 7: 5}
+    found = model.logits_of(np.concatenate([seen[0], seen[7]]))
+    np.testing.assert_allclose(found, model.logits(ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("length", [1, 7, 39])
 def test_a_fork_goes_on_as_the_sequence_would(name: str, length: int, coded: Callable[[str], Model]) -> None:

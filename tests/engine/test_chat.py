@@ -114,7 +114,7 @@ def test_broken_templates(template: str, message: str) -> None:
 )
 def test_hostile_templates_end_soon_and_the_next_dialogue_works(template: str, message: str) -> None:
     hostile = "{% if messages[0].role == 'user' %}ok{% else %}" + template + "{% endif %}"
-    chat = ChatTemplate(hostile, "folder", {}, seconds=1)
+    chat = ChatTemplate(hostile, "folder", {}, seconds=1 if "1 seconds" in message else 60)
     with pytest.raises(FormatError, match=message):
         chat.render(DIALOGUE)
     if "not valid" not in message:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from entrollm import CompressOptions, _core, compress, load
-from entrollm.calibrate import CalibrationText, calibrate
+from entrollm.calibrate import CalibrationText, calibrate, check_tunable
 from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
 from entrollm.errors import UnsupportedError
@@ -117,7 +117,7 @@ def test_gpt2_has_no_positions_beyond_its_context(tmp_path: Path) -> None:
         model.logits(random_ids(257))
 
 
-def test_calibration_names_what_it_does_not_follow(tmp_path: Path) -> None:
+def test_tuning_names_what_it_does_not_follow(tmp_path: Path) -> None:
     source = ARCHITECTURES["gemma2"](tmp_path)
-    with pytest.raises(UnsupportedError, match="do not follow these options of gemma2: attention_scale, attention_cap"):
-        calibrate(source, CalibrationText(None, sampled=8), tmp_path / "statistics")
+    with pytest.raises(UnsupportedError, match="does not follow these options of gemma2: attention_scale, "):
+        check_tunable(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,22 @@ def test_absurd_sizes_take_no_memory(folder: Path, file: Path, name: str) -> Non
         matrix = matrix_of(model, name)
         last = 2**31 - 1
         assert (matrix.symbols(last, last + 1, _core.ThreadPool(1)) == 9).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory differ elsewhere")
+def test_absurd_widths_take_no_memory(folder: Path, file: Path) -> None:
+    import resource
+
+    change_spec(file, CONSTANT, shape=[512, 2**31], block=[128, 64], code=9, low_bits=None)
+    status = Path("/proc/self/status").read_text()
+    data_bytes = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
+    earlier = resource.getrlimit(resource.RLIMIT_DATA)
+    with CompressedModel.open(folder) as model:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes + (100 << 20), earlier[1]))
+        try:
+            assert matrix_of(model, CONSTANT).spec.columns == 2**31
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, earlier)
 
 
 BAD_METADATA: dict[str, tuple[Callable[[dict[str, str]], Any], type[Exception], str]] = {

@@ -119,7 +119,8 @@ def _near(value: Json, generator: random.Random) -> Json:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return generator.choice((value + 1, value - 1, 2 * value, -value, value // 2, float(value), str(value)))
+        as_float = float(value) if abs(value) < 2**1000 else math.inf
+        return generator.choice((value + 1, value - 1, 2 * value, -value, value // 2, as_float, str(value)))
     if isinstance(value, float):
         return generator.choice((value * 2, -value, int(value) if math.isfinite(value) else 0, value * 1e30))
     if isinstance(value, str):

@@ -19,7 +19,8 @@ from entrollm import _core
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
-from entrollm.compress import CodingOptions, Target as Size, compress_folder
+from entrollm.compress import CodingOptions, compress_folder
+from entrollm.compress import Target as Size
 from entrollm.files.safetensors import open_safetensors
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME
@@ -164,8 +165,8 @@ def _read_specs(folder: Path) -> None:
     with CompressedModel.open(folder, check=False) as model:
         for name, spec in model.specs.items():
             matrix = matrix_of(model, name)
-            matrix.dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
-            if spec.rows * spec.columns < 100_000:
+            if spec.rows * spec.columns < 100_000:  # a matrix of one symbol may claim any shape in a few bytes
+                matrix.dequantize(np.arange(min(spec.rows, 2), dtype=np.int64), pool)
                 x = np.ones((1, spec.columns), np.float32)
                 multiply([matrix], x, pool)
                 if matrix.can_be_flat:

@@ -12,6 +12,7 @@ if sys.platform != "linux":
 
 from tests.fuzz import campaign, targets
 from tests.fuzz.mutate import mutate_json, mutate_text
+from tests.fuzz.target import Target
 
 INPUTS = 250
 
@@ -40,7 +41,7 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return b"x" * (2 * campaign.MEMORY_LIMIT_BYTES)
 
     faults = iter((KeyError("x"), PanicException("x"), "loop", "memory", ValueError("reported")))
-    target = targets.Target(lambda folder: [None], lambda folder, seed, generator: None, read)
+    target = Target(lambda folder: [None], lambda folder, seed, generator: None, read)
     monkeypatch.setattr(campaign, "TARGETS", {"broken": target})
     monkeypatch.setattr(campaign, "TIME_LIMIT_S", 0.05)
     outcome = campaign.run("broken", inputs=5, seconds=30)

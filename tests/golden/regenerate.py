@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.support.golden_cases import write_golden
+from tests.support.golden_flat import write_golden_flat
 from tests.support.golden_groups import write_golden_groups
 from tests.support.golden_lossless import write_golden_lossless
 
@@ -20,4 +21,5 @@ if __name__ == "__main__":
     for version in (1, 2):
         write_golden(HERE / f"v{version}", version)
     write_golden_groups(HERE / "v1-groups")
+    write_golden_flat(HERE / "v2-flat")
     write_golden_lossless(HERE / "v2-lossless")

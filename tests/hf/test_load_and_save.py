@@ -53,7 +53,9 @@ def test_logits_are_those_of_the_engine(coded: Path) -> None:
     assert difference(logits(model, tokens)[0, -1], expected.reshape(-1, expected.shape[-1])[-1]) < TOLERANCE
 
 
-def test_damage_is_refused_unless_checks_are_left_out(coded: Path, tmp_path: Path) -> None:
+def test_damage_is_refused_unless_checks_are_left_out(
+    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(coded, tmp_path / "damaged")
     name = "model.layers.1.mlp.down_proj.weight"
     for file, opened in open_weight_files(folder).items():
@@ -65,6 +67,13 @@ def test_damage_is_refused_unless_checks_are_left_out(coded: Path, tmp_path: Pat
         with pytest.raises(CorruptStreamError, match=f"the bytes of '{name}' have CRC-32"):
             load(folder)
     entrollm.hf.load(folder, check=False)
+    monkeypatch.setenv("ENTROLLM_CHECK", "0")
+    AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(CorruptStreamError):
+        entrollm.hf.load(folder)
+    monkeypatch.setenv("ENTROLLM_CHECK", "no")
+    with pytest.raises(ValueError, match="ENTROLLM_CHECK should be 0 or 1, found 'no'"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_tied_head_shares_the_embedding(coded: Path) -> None:

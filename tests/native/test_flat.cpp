@@ -121,36 +121,29 @@ void check_patches(const Kernels& kernels, Random& random) {
   for (const std::size_t vectors : {1, 2, 4, 8}) {
     const std::size_t rows = random.below(6), columns = random.coin() ? 64 : 1280;
     const ProductCase c(random, 2, 1, columns / kVector, vectors);
-    std::vector<std::uint32_t> first{0}, wide;
-    std::vector<std::uint16_t> narrow;
-    std::vector<std::int16_t> differences;
+    std::vector<std::uint32_t> first{0};
+    std::vector<FlatPatch> words;
+    std::vector<std::int64_t> expected(rows * vectors, 7);
     const bool is_full = random.coin(), is_extreme = random.coin();
     for (std::size_t row = 0; row < rows; ++row) {
+      std::size_t last = 0;
       for (std::size_t column = 0; column < columns; ++column) {
         if (!is_full && random.below(10) != 0) continue;
-        narrow.push_back(static_cast<std::uint16_t>(column));
-        wide.push_back(static_cast<std::uint32_t>(column));
-        differences.push_back(static_cast<std::int16_t>(
-            is_extreme ? 255 : static_cast<int>(random.below(511)) - 255));
-      }
-      first.push_back(static_cast<std::uint32_t>(wide.size()));
-    }
-    std::vector<std::int64_t> expected(rows * vectors, 7);
-    for (std::size_t row = 0; row < rows; ++row) {
-      for (std::size_t at = first[row]; at < first[row + 1]; ++at) {
-        for (std::size_t i = 0; i < vectors; ++i) {
-          expected[row * vectors + i] +=
-              std::int64_t{differences[at]} * c.whole[wide[at] * vectors + i];
+        for (std::size_t times = random.below(3); times > 0; --times) {
+          const int difference = is_extreme ? kLeastPatch : static_cast<int>(random.below(16)) - 8;
+          words.push_back(make_patch(column - last, difference));
+          last = column;
+          for (std::size_t i = 0; i < vectors; ++i) {
+            expected[row * vectors + i] += std::int64_t{difference} * c.whole[column * vectors + i];
+          }
         }
       }
+      first.push_back(static_cast<std::uint32_t>(words.size()));
     }
-    for (const bool is_wide : {false, true}) {
-      const FlatPatches patches{first.data(), is_wide ? nullptr : narrow.data(),
-                                is_wide ? wide.data() : nullptr, differences.data()};
-      std::vector<std::int64_t> sums(expected.size(), 7);
-      kernels.flat->add_patches(patches, rows, c.whole.data(), vectors, sums.data());
-      require(sums == expected, std::string(kernels.name) + " adds patches");
-    }
+    const FlatPatches patches{first.data(), words.data()};
+    std::vector<std::int64_t> sums(expected.size(), 7);
+    kernels.flat->add_patches(patches, rows, c.whole.data(), vectors, sums.data());
+    require(sums == expected, std::string(kernels.name) + " adds patches");
   }
 }
 

@@ -2,6 +2,7 @@
 #include <array>
 #include <cmath>
 
+#include "codec/flat_encode.hpp"
 #include "coded_case.hpp"
 #include "product/flat_matrix.hpp"
 #include "product/flat_transcode.hpp"
@@ -119,8 +120,7 @@ void check_wide(ThreadPool& pool) {
   Random random(3);
   const Crowded c(random, blocks_of(5, 70001), 16, 5);
   const FlatMatrix flat(pool, c.matrix);
-  require(flat.segments()[0].patches.wide_columns != nullptr && flat.patches() > 0,
-          "more than 65536 columns are numbered in 32 bits");
+  require(flat.patches() > 0, "rows wider than 16 bits can number have patches");
   check_equal(c.matrix, flat, pool, random);
 }
 
@@ -146,14 +146,137 @@ void check_misleading(ThreadPool& pool) {
 void check_choice() {
   std::uint64_t counts[256] = {};
   for (std::size_t i = 0; i < 16; ++i) counts[100 + i] = 1000;
-  const FlatWindow exact = choose_flat_window(counts, false);
+  const FlatWindow exact = choose_flat_window(counts, FlatGoal::kSpeed);
   require(exact.bits == 4 && exact.base == 100, "the window that has everything");
   counts[7] = 3;
-  require(choose_flat_window(counts, false).bits == 4, "a few patches are cheaper than a bit");
+  require(choose_flat_window(counts, FlatGoal::kSpeed).bits == 4,
+          "a few patches are cheaper than a bit");
   counts[96] = counts[97] = 1000;
-  require(choose_flat_window(counts, false).bits == 5, "many are not");
+  require(choose_flat_window(counts, FlatGoal::kSpeed).bits == 5, "many are not");
   const std::uint64_t none[256] = {};
-  require(is_flat_width(choose_flat_window(none, true).bits), "nothing fits anywhere");
+  require(is_flat_width(choose_flat_window(none, FlatGoal::kSize).bits), "nothing fits anywhere");
+}
+
+// A flat matrix in its stored form, in allocations of exactly its size.
+struct Stored {
+  std::size_t rows;
+  std::size_t columns;
+  std::size_t segment_rows;
+  EncodedFlat encoded;
+  ExactBuffer fields{pad(encoded.fields)};
+  ExactBuffer patches{pad(bytes_of(encoded.patches))};
+  std::vector<std::uint16_t> sizes =
+      encoded.patches.empty() ? std::vector<std::uint16_t>{} : encoded.row_sizes;
+
+  static Bytes bytes_of(const std::vector<FlatPatch>& patches) {
+    Bytes bytes(patches.size() * sizeof(FlatPatch));
+    if (!bytes.empty()) std::memcpy(bytes.data(), patches.data(), bytes.size());
+    return bytes;
+  }
+
+  FlatStreams streams() const {
+    return {segment_rows, fields.span(), patches.span(), sizes, encoded.windows};
+  }
+};
+
+Stored store(const CodedMatrix& coded, std::size_t segment_rows, ThreadPool& pool) {
+  const Geometry& geometry = coded.geometry();
+  Bytes symbols(geometry.rows * geometry.columns);
+  coded.decode(pool, 0, geometry.rows, symbols.data());
+  return {geometry.rows, geometry.columns, segment_rows,
+          encode_flat(symbols.data(), geometry.rows, geometry.columns, segment_rows, {})};
+}
+
+void check_stored(ThreadPool& pool) {
+  Random random(6);
+  std::size_t patches = 0, without = 0;
+  for (const std::size_t columns : {1, 65, 576, 9000}) {
+    for (int bits = kMinFlatBits; bits <= kMaxFlatBits; ++bits) {
+      const std::size_t strays = random.coin() ? 0 : columns > 4096 ? 1 : 20;
+      const Crowded c(random, blocks_of(1 + random.below(40), columns), std::size_t{1} << bits,
+                      strays);
+      const Stored stored = store(c.matrix, 1 + random.below(20), pool);
+      const FlatMatrix flat(stored.rows, stored.columns, stored.streams(), c.matrix.scales());
+      check_equal(c.matrix, flat, pool, random);
+      patches += flat.patches();
+      without += flat.patches() == 0;
+    }
+  }
+  require(patches > 0 && without > 0, "stored with and without patches");
+}
+
+template <class Body>
+bool is_refused(const Body& body) {
+  try {
+    body();
+    return false;
+  } catch (const std::invalid_argument&) {
+    return true;
+  }
+}
+
+// Damaged streams are refused, or give wrong numbers without leaving their buffers.
+void check_hostile(ThreadPool& pool) {
+  Random random(7);
+  const Crowded c(random, blocks_of(9, 300), 16, 30);
+  const Scales scales = c.matrix.scales();
+  const std::vector<float> x(300, 1.0f);
+  std::size_t refused = 0;
+  for (int n = 0; n < 300; ++n) {
+    EncodedFlat encoded = store(c.matrix, 4, pool).encoded;
+    require(encoded.patches.size() > 4, "there are patches to damage");
+    const std::uint16_t bits = static_cast<std::uint16_t>(1u << random.below(16));
+    switch (random.below(3)) {
+      case 0:
+        encoded.windows[random.below(encoded.windows.size())] ^= bits;
+        break;
+      case 1:
+        encoded.row_sizes[random.below(encoded.row_sizes.size())] ^= bits;
+        break;
+      default:
+        encoded.patches[random.below(encoded.patches.size())] ^= bits;
+    }
+    const Stored stored{9, 300, 4, std::move(encoded)};
+    refused += is_refused([&] {
+      const FlatMatrix flat(9, 300, stored.streams(), scales);
+      const AnyMatrix matrices[] = {&flat};
+      product_of(pool, matrices, x, 1, 9);
+      Bytes symbols(9 * 300);
+      flat.decode(pool, 0, 9, symbols.data());
+    });
+  }
+  require(refused > 100 && refused < 300, "damage is refused where it could do harm");
+  const Stored stored = store(c.matrix, 4, pool);
+  for (const std::size_t wrong : {0, 1, 2, 3, 4}) {
+    FlatStreams streams = stored.streams();
+    if (wrong == 0) streams.fields = streams.fields.first(streams.fields.size() - 64);
+    if (wrong == 1) streams.patches = streams.patches.first(streams.patches.size() - 64);
+    if (wrong == 2) streams.row_sizes = streams.row_sizes.first(8);
+    if (wrong == 3) streams.windows = streams.windows.first(2);
+    if (wrong == 4) streams.segment_rows = 0;
+    require(is_refused([&] { FlatMatrix(9, 300, streams, scales); }), "sizes must agree");
+  }
+}
+
+void check_encoding() {
+  Bytes symbols(9000, 100);
+  symbols[8500] = 130;
+  symbols[8501] = 99;
+  const std::uint16_t narrow = FlatWindow{2, 100}.word();
+  const EncodedFlat found = encode_flat(symbols.data(), 1, symbols.size(), 1, {&narrow, 1});
+  const std::vector<FlatPatch> expected{
+      make_patch(4095, 0), make_patch(4095, 0), make_patch(310, 7), make_patch(0, 7),
+      make_patch(0, 7),    make_patch(0, 6),    make_patch(1, -1)};
+  require(found.patches == expected, "long ways and large differences take several patches");
+  Bytes wild(70000, 0);
+  for (std::size_t i = 0; i < wild.size(); ++i) wild[i] = static_cast<std::uint8_t>(i % 2 * 255);
+  require(is_refused([&] { encode_flat(wild.data(), 1, wild.size(), 1, {&narrow, 1}); }),
+          "more patches than a row can have");
+  const std::uint16_t beyond = FlatWindow{4, 250}.word();
+  require(is_refused([&] { encode_flat(wild.data(), 1, wild.size(), 1, {&beyond, 1}); }),
+          "a window beyond the symbols");
+  require(encode_flat(wild.data(), 1, wild.size(), 1, {}).windows[0] == kWholeWindow.word(),
+          "bytes where patches take more");
 }
 
 // Returns whether a damaged stream was refused; one that was not still has the coded products.
@@ -186,6 +309,9 @@ int main() {
   check_widths(three);
   check_wide(three);
   check_misleading(one);
+  check_encoding();
+  check_stored(three);
+  check_hostile(one);
   std::size_t refused = 0;
   for (std::uint64_t seed = 0; seed < 60; ++seed) {
     Random random(seed);

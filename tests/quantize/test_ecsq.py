@@ -18,6 +18,7 @@ from entrollm.quantize.rounding import ZERO, Rounding
 from tests.support.matrices import scale_values
 
 choose = functools.partial(choose_code, blocks=16)
+ANY = [1] * 256
 
 
 def quantize(weights: NDArray[np.float32], step: float, **options: float) -> Quantized:
@@ -56,13 +57,13 @@ def test_rounding_without_a_price_goes_to_the_nearest_and_clips_at_the_ends() ->
 
 
 def test_code_lengths_of_every_kind_of_node() -> None:
-    assert code_lengths(Code(Leaf(7)))[7] == 0
+    assert code_lengths(Code(Leaf(7)), ANY)[7] == 0
     tree = Split(Field(1, (128, 129)), Field(2, (120, 121, 122), Field(8, ())))
-    lengths = code_lengths(Code(tree))
+    lengths = code_lengths(Code(tree), ANY)
     assert lengths[128] == lengths[129] == 2
     assert lengths[120] == lengths[122] == 3
     assert lengths[0] == lengths[255] == 3 + 8
-    low = code_lengths(Code(Field(1, (0, 8)), low_bits=3))
+    low = code_lengths(Code(Field(1, (0, 8)), low_bits=3), ANY)
     assert set(low[:16]) == {4.0}
     assert set(low[16:]) == {8.0}
 
@@ -90,7 +91,8 @@ def test_rounding_by_length_comes_closer_to_the_rate_distortion_limit(step: floa
 
     def excess_bits(price: float) -> float:
         quantized = quantize(weights, step, price=price)
-        lengths = code_lengths(choose([int(c) for c in quantized.counts]))
+        counts = [int(c) for c in quantized.counts]
+        lengths = code_lengths(choose(counts), counts)
         rate = float(quantized.counts @ lengths) / weights.size
         return rate - 0.5 * float(np.log2(quantized.energy / quantized.error))
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from entrollm.codec.choose import choose_code, stored_bits
+from entrollm.codec.choose import Prefer, choose_code, stored_bits
+from entrollm.codec.flat import best_window
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
+from entrollm.quantize.grid import CodeFit
 from entrollm.quantize.method import ArraySource, Quantized, Quantizer
 from entrollm.quantize.statistics import damped_factor
 from tests.support.matrices import scale_values
@@ -53,6 +55,23 @@ def output_error(values: NDArray[np.float64], weights: NDArray[np.float32], mome
     difference = values - weights
     original = weights.astype(np.float64)
     return float(np.trace(difference @ moments @ difference.T) / np.trace(original @ moments @ original.T))
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_quantizers_that_know_flat_codes_save_patches(
+    is_calibrated: bool, weights: NDArray[np.float32], moments: NDArray[np.float64]
+) -> None:
+    """At equal error, in bits of flat codes."""
+    measured = moments if is_calibrated else np.eye(COLUMNS)
+
+    def excess_bits(fits: CodeFit, prefer: Prefer) -> float:
+        quantizer = FeedbackQuantizer(0.55, damped_factor(moments), fits=fits) if is_calibrated else None
+        chooser = functools.partial(choose_code, blocks=8, prefer=prefer)
+        quantized = (quantizer or EcsqQuantizer(0.55, fits=fits)).quantize(ArraySource("w", weights), chooser)
+        flat_bits = best_window([int(c) for c in quantized.counts])[1] / weights.size
+        return flat_bits + 0.5 * float(np.log2(output_error(quantized.weights().astype(np.float64), weights, measured)))
+
+    assert excess_bits("flat", "speed") < excess_bits("none", "size") - 0.05
 
 
 @pytest.mark.parametrize("step", [0.4, 0.9])

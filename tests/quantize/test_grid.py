@@ -18,9 +18,9 @@ from entrollm.quantize.rounding import ZERO, Rounding
 from tests.support.matrices import scale_values
 
 choose = functools.partial(choose_code, blocks=16)
-FREE = grid_choices(fits_code=True, keeps_zero=False)
-HELD = grid_choices(fits_code=True, keeps_zero=True)
-FIXED = grid_choices(fits_code=False, keeps_zero=False)
+FREE = grid_choices(fits="prefix", keeps_zero=False)
+HELD = grid_choices(fits="prefix", keeps_zero=True)
+FIXED = grid_choices(fits="none", keeps_zero=False)
 PRICE = 0.07
 
 
@@ -75,7 +75,7 @@ def test_a_row_of_zeros_that_no_sample_sees_stays_zero() -> None:
 
 def test_a_grid_that_may_not_move_does_not() -> None:
     weights = np.random.default_rng(3).standard_normal((64, 512)).astype(np.float32)
-    assert EcsqQuantizer(0.85, fits_code=False).quantize(ArraySource("w", weights), choose).zero == ZERO
+    assert EcsqQuantizer(0.85, fits="none").quantize(ArraySource("w", weights), choose).zero == ZERO
     assert EcsqQuantizer(0.85).quantize(ArraySource("w", weights), choose).zero != ZERO
 
 

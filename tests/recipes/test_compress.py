@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import entrollm
-from entrollm import CompressOptions, CompressResult, OptionError, load
+from entrollm import CompressOptions, CompressResult, EntroLLMError, OptionError, load
 from entrollm.cli.console import describe_error
 from entrollm.cli.main import app
 from entrollm.compress import CodingOptions, compress_folder
@@ -116,6 +117,20 @@ def test_calibration_pays(model: Path, tmp_path: Path) -> None:
     assert found[1] < 0.9 * found[0]
 
 
+def test_an_input_that_changes_after_calibration_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*args: object, **kwargs: object) -> object:
+        os.utime(model / "model.safetensors", (1, 1))
+        return compress_folder(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("entrollm.recipes.calibrated.compress_folder", late)
+    options = CompressOptions(bpw=4.0, calibration="self", sampled=8, threads=1)
+    with pytest.raises(EntroLLMError, match=r"model\.safetensors changed while it was calibrated; run the command"):
+        entrollm.compress(model, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_of_others_are_refused_before_calibration(model: Path, tmp_path: Path) -> None:
     entrollm.compress(model, tmp_path / "out", CompressOptions(bits=8, measure=False))
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -136,13 +151,15 @@ def test_an_existing_output_is_refused_before_calibration(model: Path, tmp_path:
 
 
 def test_a_missing_torch_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("entrollm.recipes.calibrated", "entrollm.recipes.device"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "entrollm.torch.device", None)
-    options = CompressOptions(bpw=3.0, calibration="self", device="cuda")
-    with pytest.raises(OptionError, match=r"^device='cuda': import of entrollm\.torch\.device halted") as raised:
+    options = CompressOptions(bpw=3.0, calibration="self")
+    with pytest.raises(OptionError, match=r"^calibration needs entrollm\.torch\.device, which is not") as raised:
         entrollm.compress(model, tmp_path / "out", options)
     shown = describe_error(raised.value)
-    assert shown.startswith("--device cuda: import of entrollm.torch.device halted")
-    assert shown.endswith("; install torch with: pip install 'entrollm[hf]'")
+    assert shown.startswith("--calibration needs entrollm.torch.device, which is not installed")
+    assert shown.endswith("; install torch and transformers with: pip install 'entrollm[hf]'")
 
 
 def test_a_plan_is_that_of_the_command(model: Path) -> None:

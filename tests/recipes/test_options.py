@@ -31,8 +31,8 @@ SELF: dict[str, Any] = {"calibration": "self"}
         ),
         (
             {"processor": "sparc"},
-            "processor must be one of x86, arm, found 'sparc'",
-            "--target must be one of x86, arm, found 'sparc'",
+            "processor must be one of x86, arm, avx512, found 'sparc'",
+            "--target must be one of x86, arm, avx512, found 'sparc'",
         ),
         (
             {"device": "tpu"},

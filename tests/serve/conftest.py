@@ -13,7 +13,7 @@ import pytest
 from entrollm import CompressOptions, compress
 from entrollm.serve.api import Settings
 from entrollm.serve.keys import Keys
-from entrollm.serve.server import LoadOptions, load_models
+from entrollm.serve.server import LoadOptions, open_models
 from tests.serve.running import Running
 from tests.support.paths import TINY_LLAMA
 
@@ -47,8 +47,8 @@ def serve(folder: Path) -> Iterator[Serve]:
             settings: Settings | None = None,
             keys: Keys | None = None,
         ) -> Running:
-            models = load_models([str(folder)], options or LoadOptions(slots=4, threads=2))
-            running = Running(models, settings or Settings(), keys)
+            catalog = open_models([str(folder)], options or LoadOptions(slots=4, threads=2))
+            running = Running(catalog, settings or Settings(), keys)
             stack.callback(running.stop)
             return running
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import uvicorn
 
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
+from entrollm.serve.catalog import Catalog
 from entrollm.serve.keys import Keys
-from entrollm.serve.served import ServedModel
 from entrollm.serve.server import GracefulServer, listen
 
 
@@ -20,14 +20,14 @@ class Running:
 
     Attributes:
         url: where it listens.
-        models: what it serves.
+        models: those that are loaded at the start.
         service: the application.
         server: the HTTP server, for signals.
     """
 
-    def __init__(self, models: Sequence[ServedModel], settings: Settings, keys: Keys | None) -> None:
-        self.models = models
-        self.service = Service(models, settings, keys)
+    def __init__(self, catalog: Catalog, settings: Settings, keys: Keys | None) -> None:
+        self.models = [entry.served for entry in catalog.entries if entry.served is not None]
+        self.service = Service(catalog, settings, keys)
         listening = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         started = threading.Event()

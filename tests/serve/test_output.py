@@ -209,9 +209,9 @@ def test_formats_can_be_named() -> None:
 
 def test_unknown_formats() -> None:
     check_formats("none", "think")
-    with pytest.raises(ValueError, match="--tool-format should be auto, none, hermes, .* got 'xml'"):
+    with pytest.raises(ValueError, match=r"--tool-format should be auto, none, hermes, .* got 'xml'"):
         check_formats("xml", "auto")
-    with pytest.raises(ValueError, match="--reasoning-format should be auto, none, think, .* got 'harmony'"):
+    with pytest.raises(ValueError, match=r"--reasoning-format should be auto, none, think, .* got 'harmony'"):
         check_formats("auto", "harmony")
 
 

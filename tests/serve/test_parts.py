@@ -118,8 +118,26 @@ def test_an_interrupted_cache_is_dropped(model: Model) -> None:
     slots = Slots(model, 1)
     slot, _ = slots.take([5, 6])
     run(model, slot, [5, 6])
-    slots.give_back(slot, is_intact=False)
+    slots.give_back(slot, keep=False)
     assert slots.take([5, 6, 7]) == (slot, 0)
+
+
+def test_a_prompt_that_is_only_read_leaves_the_caches_alone(model: Model) -> None:
+    slots = Slots(model, 1)
+    slot, _ = slots.take([5, 6])
+    run(model, slot, [5, 6])
+    slots.give_back(slot)
+    reading = slots.take_empty()
+    run(model, reading, [7, 8, 9])
+    assert reading.cache.ids == [7, 8, 9]
+    slots.give_back(reading, keep=False)
+    assert slots.take([5, 6, 7]) == (slot, 2)
+    slots.give_back(slot)
+    # One that is answered takes the place of the former.
+    reading = slots.take_empty()
+    run(model, reading, [7, 8, 9])
+    slots.give_back(reading)
+    assert slots.take([7, 8, 9]) == (slot, 2)
 
 
 def test_keys() -> None:

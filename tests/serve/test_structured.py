@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from entrollm.serve.grammar import Postponed
+from entrollm.serve.grammar import GrammarError, Postponed, TokenGrammar
 from entrollm.serve.output.choose import choose
 from tests.serve.running import Running
 from tests.serve.test_completions import events
@@ -92,15 +93,68 @@ def test_any_object(client: httpx.Client) -> None:
         (schema_format({"type": "king"}), "response_format: Invalid type: king"),
         (schema_format({"type": "object", "if": {}}), 'response_format: Unimplemented keys: ["if"]'),
         (schema_format({"$ref": "file:///etc/passwd"}), "response_format: "),
-        (schema_format({"enum": ["x" * 70000]}), "the schema is longer than 65536 bytes"),
+        (schema_format({"enum": ["x" * 70000]}), "response_format is longer than 65536 bytes"),
         ({"type": "json_schema"}, "needs json_schema"),
-        ({"type": "xml"}, "response_format.type: Input should be 'text', 'json_object' or 'json_schema'"),
+        ({"type": "xml"}, "response_format.type: Input should be 'text', 'json_object', 'json_schema' or 'grammar'"),
     ],
 )
 def test_bad_formats(client: httpx.Client, form: dict[str, Any], message: str) -> None:
     error = refused(client.post(CHAT, json=ASK | {"response_format": form}), 400)
     assert message in error["message"]
     assert "root:" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern"),
+    [
+        ({"guided_regex": "[0-9]{3}-[a-f]+x"}, "[0-9]{3}-[a-f]+x"),
+        ({"guided_choice": ["yes", "no\\"]}, r"yes|no\\"),
+        ({"guided_grammar": 'start: "king" /[0-9]{2}/'}, "king[0-9]{2}"),
+        ({"guided_json": {"const": [1]}}, r"\[\s*1\s*\]"),
+    ],
+)
+def test_guided_answers(client: httpx.Client, field: dict[str, Any], pattern: str) -> None:
+    for path, prompt in ((CHAT, {"messages": ASK["messages"]}), ("/v1/completions", {"prompt": "The king"})):
+        body = {**prompt, **field, "temperature": 1.5, "seed": 4, "max_tokens": 80}
+        choice = client.post(path, json=body).json()["choices"][0]
+        text = choice["message"]["content"] if path == CHAT else choice["text"]
+        assert choice["finish_reason"] == "stop"
+        assert re.fullmatch(pattern, text), text
+
+
+def test_a_grammar_as_the_format(client: httpx.Client) -> None:
+    for syntax, definition in (("regex", "a[bc]{2}"), ("lark", "start: /a[bc]{2}/")):
+        choice = chat(client, response_format={"type": "grammar", "syntax": syntax, "definition": definition})
+        assert re.fullmatch("a[bc]{2}", choice["message"]["content"])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"guided_regex": "("}, "guided_regex: "),
+        ({"guided_regex": "(?=a)b"}, "guided_regex: "),
+        ({"guided_regex": "x" * 70000}, "at most 65536 characters"),
+        ({"guided_grammar": "nope"}, "guided_grammar: "),
+        ({"guided_grammar": "start: nope"}, "guided_grammar: "),
+        ({"guided_choice": []}, "at least 1 item"),
+        ({"guided_json": {"type": "king"}}, "guided_json: "),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_json and guided_regex cannot be combined"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "cannot be combined"),
+        ({"guided_regex": "a", "tools": TOOLS}, "guided_regex and tools cannot be combined"),
+        ({"response_format": {"type": "grammar", "syntax": "lark"}}, "needs syntax and definition"),
+    ],
+)
+def test_bad_guides(client: httpx.Client, body: dict[str, Any], message: str) -> None:
+    assert message in refused(client.post(CHAT, json=ASK | body), 400)["message"]
+
+
+def test_a_grammar_that_becomes_too_complex(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TokenGrammar) -> None:
+        raise GrammarError("the grammar of the answer failed: too many states")
+
+    monkeypatch.setattr(TokenGrammar, "_check", fail)
+    error = refused(client.post(CHAT, json=ASK | {"guided_regex": "a+"}), 400)
+    assert error["code"] == "grammar_failed"
 
 
 def check_call(call: Any) -> None:

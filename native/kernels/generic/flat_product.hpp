@@ -31,8 +31,8 @@ namespace {
 constexpr std::size_t flat_cut_chunks(std::size_t vectors) { return 256 / vectors; }
 static_assert(flat_cut_chunks(1) * kVector <= 65536);
 
-// Products of differences and activations that fit 32 bits together: 255 * 32639 * 256 < 2^31.
-inline constexpr std::size_t kPatchRun = 256;
+// Products of differences and activations that fit 32 bits together: 8 * 32768 * 4096 < 2^31.
+inline constexpr std::size_t kPatchRun = 4096;
 
 // Fields are fetched into the second-level cache about this far ahead of their use. Nearer, or into
 // the first level, a core of Zen 4 waits for memory: 20 Gweights/s at 4 bits instead of 37.
@@ -242,30 +242,22 @@ struct PatchSums<4> {
   }
 };
 
-template <std::size_t Vectors, class Column>
-void add_flat_patches_at(const FlatPatches& patches, const Column* columns, std::size_t rows,
-                         const std::int16_t* whole, std::int64_t* sums) {
+template <std::size_t Vectors>
+void add_flat_patches_of(const FlatPatches& patches, std::size_t rows, const std::int16_t* whole,
+                         std::int64_t* sums) {
   for (std::size_t row = 0; row < rows; ++row, sums += Vectors) {
     std::size_t at = patches.first[row];
     const std::size_t end = patches.first[row + 1];
+    const std::int16_t* x = whole;
     while (at < end) {
       const std::size_t stop = end - at < kPatchRun ? end : at + kPatchRun;
       PatchSums<Vectors> run;
       for (; at < stop; ++at) {
-        run.add(patches.differences[at], whole + std::size_t{columns[at]} * Vectors);
+        x += patch_gap(patches.words[at]) * Vectors;
+        run.add(patch_difference(patches.words[at]), x);
       }
       for (std::size_t i = 0; i < Vectors; ++i) sums[i] += run.lanes[i];
     }
-  }
-}
-
-template <std::size_t Vectors>
-void add_flat_patches_of(const FlatPatches& patches, std::size_t rows, const std::int16_t* whole,
-                         std::int64_t* sums) {
-  if (patches.wide_columns != nullptr) {
-    add_flat_patches_at<Vectors>(patches, patches.wide_columns, rows, whole, sums);
-  } else {
-    add_flat_patches_at<Vectors>(patches, patches.columns, rows, whole, sums);
   }
 }
 

@@ -44,7 +44,7 @@ void scale_sums(const SumScaling& s) {
     for (std::size_t row = 0; row < rows; ++row) {
       const double scale = s.scales[(first + row) * s.scale_step];
       const double offset = s.offsets[(first + row) * s.offset_step];
-      const std::int64_t* sums = s.sums + (first + row) * kColumns;
+      const std::int64_t* sums = s.sums + (first + row) * s.sum_stride;
       for (std::size_t i = 0; i < kColumns; ++i) {
         const double sum = scale * static_cast<double>(sums[i]) + offset * s.x_sums[i];
         block[row][i] = static_cast<float>(sum * s.x_scales[i]);

@@ -22,7 +22,7 @@ inline constexpr std::size_t kNative = 4;
 #endif
 
 using NativeFloats = float __attribute__((vector_size(kNative * sizeof(float))));
-using NativeInts = std::int32_t __attribute__((vector_size(kNative * sizeof(float))));
+using NativeWords = std::uint32_t __attribute__((vector_size(kNative * sizeof(float))));
 
 struct Lanes {
   static constexpr std::size_t kParts = kLanes / kNative;
@@ -111,7 +111,8 @@ inline NativeFloats exp_part(NativeFloats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const NativeInts exponent = ((NativeInts)shifted << 23) + (127 << 23);
+  // Unsigned, since it overflows where x is outside the range.
+  const NativeWords exponent = ((NativeWords)shifted << 23) + (127u << 23);
   const NativeFloats result = p * (NativeFloats)exponent;
   const NativeFloats low = x < -87.0f ? NativeFloats{} : result;
   return x > 88.0f ? NativeFloats{} + std::numeric_limits<float>::infinity() : low;

@@ -53,11 +53,11 @@ void product(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums) {
 void add_patches(const FlatPatches& patches, std::size_t rows, const std::int16_t* whole,
                  std::size_t count, std::int64_t* sums) {
   for (std::size_t row = 0; row < rows; ++row, sums += count) {
+    std::size_t column = 0;
     for (std::size_t at = patches.first[row]; at < patches.first[row + 1]; ++at) {
-      const std::size_t column =
-          patches.columns != nullptr ? patches.columns[at] : patches.wide_columns[at];
+      column += patch_gap(patches.words[at]);
       for (std::size_t i = 0; i < count; ++i) {
-        sums[i] += std::int64_t{patches.differences[at]} * whole[column * count + i];
+        sums[i] += std::int64_t{patch_difference(patches.words[at])} * whole[column * count + i];
       }
     }
   }

@@ -67,7 +67,11 @@ void dot_tile_of(const std::uint8_t* weights, std::size_t stride, const Digits* 
     (add_products(high[I], w[I / kColumnTile], digits[I % kColumnTile]), ...);
     (add_products(low[I], w[I / kColumnTile], digits[kColumnTile + I % kColumnTile]), ...);
   }
-  ((out[I] = reduce_digits(high[I], low[I])), ...);
+  if constexpr (sizeof...(I) == 8) {
+    store(reinterpret_cast<std::uint8_t*>(out), reduce_eight(high, low));
+  } else {
+    ((out[I] = reduce_digits(high[I], low[I])), ...);
+  }
 }
 
 void dot_tile(const std::uint8_t* weights, const Digits* x, std::size_t count, std::int64_t* out) {

@@ -23,6 +23,32 @@ inline std::int64_t reduce_digits(__m512i high, __m512i low) {
   return _mm512_reduce_add_epi64(wide);
 }
 
+// The totals of four vectors, those of each 128 bits apart, in turn.
+inline __m512i total_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const auto pair = [](__m512i v, __m512i w) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(v, w), _mm512_unpackhi_epi32(v, w));
+  };
+  const __m512i ab = pair(a, b), cd = pair(c, d);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+// 256 * high + low of eight sums, summed over lanes: totals of digits, over kPairColumns columns,
+// are below 2^31.
+inline __m512i reduce_eight(const __m512i (&high)[8], const __m512i (&low)[8]) {
+  const auto halves = [](__m512i v, __m512i w) {
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(v, w, 0x44), _mm512_shuffle_i64x2(v, w, 0xee));
+  };
+  const __m512i highs = halves(total_quarters(high[0], high[1], high[2], high[3]),
+                               total_quarters(high[4], high[5], high[6], high[7]));
+  const __m512i lows = halves(total_quarters(low[0], low[1], low[2], low[3]),
+                              total_quarters(low[4], low[5], low[6], low[7]));
+  const __m512i totals = _mm512_add_epi32(_mm512_shuffle_i64x2(highs, lows, 0x88),
+                                          _mm512_shuffle_i64x2(highs, lows, 0xdd));
+  return _mm512_add_epi64(
+      _mm512_slli_epi64(_mm512_cvtepi32_epi64(_mm512_castsi512_si256(totals)), 8),
+      _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(totals, 1)));
+}
+
 // Four sums of each digit, which do not wait for each other. Indices are constants throughout,
 // which keeps the sums in registers.
 class DigitSums {

@@ -1,20 +1,22 @@
 """Measure what a model's matrices see of a text, for calibrated quantization."""
 
-from entrollm.calibrate.calibration import DEFAULT_WINDOWS, CalibrationText, calibrate, held_out
+from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, calibrate, held_out
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
-from entrollm.calibrate.tune import Tuner, TuneResult
+from entrollm.calibrate.tune import Tuner, TuneResult, check_tunable
 from entrollm.calibrate.walk import measure
 
 __all__ = [
     "DEFAULT_WINDOWS",
+    "WINDOW_TOKENS",
     "CalibrationText",
     "StoredStatistics",
     "TuneResult",
     "Tuner",
     "calibrate",
     "calibration_windows",
+    "check_tunable",
     "held_out",
     "measure",
     "sample_windows",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
-from entrollm.arrays import Array, functions, like
-from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient, rotate, softmax, swiglu, swiglu_gradient
+from entrollm.arrays import Array, functions
+from entrollm.calibrate.arithmetic import rms_norm, rms_norm_gradient, rotate, swiglu, swiglu_gradient
 from entrollm.calibrate.layer import LayerWeights, Part, WindowAttention
 
 Record = Callable[[str, Array, Array], None]
@@ -85,12 +83,3 @@ class _AttentionGradient(WindowAttention):
             raw = self.qkv.reshape(n, -1, config.head_dim)[:, : qk.shape[1]]
             qk = rms_norm_gradient(raw, self.layer.qk_norm, config.norm_eps, qk)
         return xp.concatenate([qk, values.swapaxes(0, 1)], axis=1).reshape(n, -1)
-
-
-def draw_labels(logits: Array, generator: np.random.Generator) -> tuple[Array, Array]:
-    """Predicted probabilities, in place of the logits, and one token drawn from each row's, int64."""
-    xp = functions(logits)
-    probabilities = softmax(logits)
-    summed = xp.cumsum(probabilities, 1, dtype=xp.float64)
-    points = like(logits, generator.random((len(logits), 1)))
-    return probabilities, (summed <= points * summed[:, -1:]).sum(axis=1)

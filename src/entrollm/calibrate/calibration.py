@@ -12,20 +12,19 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from entrollm.arrays import HOST, Device
-from entrollm.calibrate.layer import check_arithmetic
+from entrollm.calibrate.network import read_config
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows, held_out_windows
 from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
+from entrollm.compress.source import stamps
 from entrollm.engine.files import read_model_files
-from entrollm.errors import UnsupportedError
-from entrollm.models import read_config
-from entrollm.models.config_fields import Fields
+from entrollm.errors import FormatError, UnsupportedError
 
 DEFAULT_WINDOWS = 64
-_WINDOW = 512
+WINDOW_TOKENS = 512
 _FEWEST_WINDOWS = 8
 
 Action = Literal["writing", "calibrating"]
@@ -37,10 +36,11 @@ class CalibrationText:
 
     Attributes:
         file: a UTF-8 text; None to use sampled windows alone.
-        windows: windows of 512 tokens, or the model's context if less, spread over the text.
+        windows: windows of `tokens`, or the model's context if less, spread over the text.
         sampled: windows that the model writes itself; see `sample_windows` for the memory they take, 0 for none.
         held_out: windows that `held_out_windows` gives and calibration does not see: the last ones of the file.
         seed: of the sampled windows; those held out have the next one.
+        tokens: of a window.
     """
 
     file: str | Path | None
@@ -48,6 +48,7 @@ class CalibrationText:
     sampled: int = DEFAULT_WINDOWS
     held_out: int = 0
     seed: int = 0
+    tokens: int = WINDOW_TOKENS
 
     def __post_init__(self) -> None:
         if self.file is None and self.sampled < _FEWEST_WINDOWS:
@@ -73,7 +74,7 @@ def calibrate(
         device: what computes.
     Raises:
         EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
-        UnsupportedError: the engine does not run this model, or calibration does not follow its architecture.
+        UnsupportedError: transformers does not know the model, or its layers cannot be walked.
         ValueError: the model has no tokenizer.
     """
 
@@ -82,14 +83,17 @@ def calibrate(
 
     source = _Source(model)
     parts = []
-    if text.file is not None:
-        parts.append(calibration_windows(source.tokenizer(), text.file, source.tokens, text.windows, text.held_out))
     with Checkpoint.open(source.path) as checkpoint:
+        opened = stamps(checkpoint)
+        tokens = source.tokens(checkpoint, text.tokens)
+        if text.file is not None:
+            parts.append(calibration_windows(source.tokenizer(), text.file, tokens, text.windows, text.held_out))
+            _check_tokens(checkpoint, parts[0])
         if text.sampled:
-            shape = (text.sampled, source.tokens)
-            written = sample_windows(checkpoint, source.config, shape, text.seed, report("writing"), device)
-            parts.append(written)
-        return measure(checkpoint, source.config, np.concatenate(parts), folder, report("calibrating"), device)
+            parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
+        measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured.source = opened
+        return measured
 
 
 def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) -> NDArray[np.int64]:
@@ -98,11 +102,25 @@ def held_out(model: str | Path, text: CalibrationText, device: Device = HOST) ->
     Args and errors as for `calibrate`.
     """
     source = _Source(model)
-    if text.file is not None:
-        return held_out_windows(source.tokenizer(), text.file, source.tokens, text.held_out)
     with Checkpoint.open(source.path) as checkpoint:
-        shape = (text.held_out, source.tokens)
-        return sample_windows(checkpoint, source.config, shape, text.seed + 1, device=device)
+        tokens = source.tokens(checkpoint, text.tokens)
+        if text.file is not None:
+            return held_out_windows(source.tokenizer(), text.file, tokens, text.held_out)
+        return sample_windows(checkpoint, (text.held_out, tokens), text.seed + 1, device=device)
+
+
+def _check_tokens(checkpoint: Checkpoint, windows: NDArray[np.int64]) -> None:
+    """Refuse the tokens of another model's tokenizer.
+
+    Raises:
+        FormatError: the model does not know a token.
+    """
+    known = getattr(read_config(checkpoint).get_text_config(), "vocab_size", None)
+    if known is not None and windows.max() >= known:
+        raise FormatError(
+            f"{checkpoint.path}: tokenizer.json makes token {windows.max()} of the text, and the model knows {known}; "
+            "the tokenizer belongs to another model"
+        )
 
 
 class _Source:
@@ -111,11 +129,13 @@ class _Source:
     def __init__(self, model: str | Path) -> None:
         self.path = resolve(model)
         self._files = read_model_files(self.path)
-        self.config = read_config(Fields(self._files.config, "config.json"))
         if "text_config" in self._files.config:
             raise UnsupportedError(f"{self.path}: calibration covers models of text alone; compress it without")
-        check_arithmetic(self.config)
-        self.tokens = min(_WINDOW, self.config.context_length)
+
+    def tokens(self, checkpoint: Checkpoint, wanted: int) -> int:
+        """Tokens of a window."""
+        context = getattr(read_config(checkpoint).get_text_config(), "max_position_embeddings", None)
+        return min(wanted, context or wanted)
 
     def tokenizer(self) -> Tokenizer:
         if self._files.tokenizer is None:

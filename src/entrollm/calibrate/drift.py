@@ -9,53 +9,58 @@ ridge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from entrollm.arrays import Array, Device, double, functions, single
-from entrollm.calibrate.arithmetic import rms_norm, swiglu
-from entrollm.calibrate.layer import (
-    NORM,
-    LayerWeights,
-    Part,
-    Tensors,
-    WindowAttention,
-    causal_mask,
-    rotation,
-)
+from entrollm.arrays import HOST, Array, Device
+from entrollm.calibrate.inputs import batches, model_inputs
+from entrollm.calibrate.lockstep import Call, Lockstep, RunHere, pause
+from entrollm.calibrate.network import Matrix, Network
+from entrollm.calibrate.watch import Stream, Streams, Watch
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.checkpoint.names import EMBEDDING, HEAD
-from entrollm.errors import EntroLLMError
-from entrollm.models.config import ModelConfig
+from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.torch.device import TorchDevice
 
 # The part of the correction that is applied, and the ridge over the mean square of an input.
 _TRUST = 0.6
 _RIDGE = 0.2
-# Inputs of so many tokens share a product.
-_TOKENS_PER_PRODUCT = 4096
 
-Pair = tuple[Array, Array]
-"""What a window has in the original model, and in that whose matrices so far are quantized."""
+Weights = Callable[[], NDArray[np.float32]]
+Stop = tuple[str, list[Call], list[Call]]
+"""A matrix, and the products with it that all windows wait for: in the original model and in the quantized one."""
 
 
 class DriftWalk:
-    """What the quantized matrices of a model do to the inputs of those after them; see `Drift`.
+    """What the quantized matrices of a model do to the inputs of those after them; see `compress.statistics.Drift`.
 
-    Memory: 8 bytes x tokens x (hidden_size + the widest input of a matrix), and one layer in float32.
+    Memory: for all windows and both models, what a layer holds while it runs, and two layers in float32.
 
     Args:
         checkpoint: the model.
-        config: its configuration.
         windows: token ids, shape (windows, tokens).
+        streams: the matrices that can be corrected, and what their outputs are added to, if anything is known of it.
         device: what computes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, windows: NDArray[np.int64], device: Device) -> None:
-        self._models = _Models(checkpoint, config, windows, device)
-        self._parts = self._models.walk()
-        self._corrections: dict[str, Array] = {}
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: NDArray[np.int64],
+        streams: Mapping[str, Stream | None],
+        device: Device = HOST,
+    ) -> None:
+        self._is_host = not isinstance(device, TorchDevice)
+        self._streams = streams
+        place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
+        self._models = _Models(checkpoint, windows, streams, place)
+        self._stops = self._models.walk()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._current: tuple[str, Array | None] = "", None
 
     def correction(self, name: str) -> Array | None:
         """What is added to a matrix before it is rounded: float32, its shape; None for nothing.
@@ -63,124 +68,151 @@ class DriftWalk:
         Raises:
             EntroLLMError: activations of the quantized model are not finite.
             FormatError: a tensor is missing or has the wrong shape.
+            UnsupportedError: the layers depend on the text.
             ValueError: matrices are not asked for in the order of a forward pass.
         """
-        if name == EMBEDDING:
+        if name not in self._streams:
             return None
-        if name not in self._corrections:
-            found = next((step for step in self._parts if name in step[0].names), None)
+        if name != self._current[0]:  # the last matrix is asked for again and again, until the size fits
+            found = next((stop for stop in self._stops if stop[0] == name), None)
             if found is None:
                 raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
-            self._corrections = _solve(found[0], *self._models.products(found[1]))
-        return self._corrections[name]
+            correction = self._solve(*found)
+            self._current = name, correction.cpu().numpy() if self._is_host else correction
+        return self._current[1]
 
-    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
+    def record(self, name: str, weights: Weights) -> None:
         """Take note of what a matrix has become, to be read when the walk passes it; else it counts as unchanged."""
-        self._models.record(name, weights)
+        self._models.recorded[name] = weights
 
+    def _solve(self, name: str, original: list[Call], quantized: list[Call]) -> Tensor:
+        shared, moments, drift = self._sums(name, original, quantized)
+        if not (torch.isfinite(moments).all() and torch.isfinite(drift).all()):
+            raise EntroLLMError(f"{name}: its inputs in the quantized model are not finite")
+        is_transposed = original[0].args[2]
+        weight = self._models.original.views[name].double()
+        wanted = (weight.T if is_transposed else weight) @ drift
+        if self._streams[name] is not None:
+            for before, now in zip(original, quantized, strict=True):
+                if before.args[3] is not None and now.args[3] is not None:
+                    wanted = wanted + (_rows(before.args[3] - now.args[3]).T @ _rows(now.args[0])).double()
+        self._last = shared, moments, drift
+        mean = float(torch.trace(moments)) / len(moments)
+        # Where all inputs are dead, so is the drift.
+        moments = moments + torch.diag(torch.full_like(moments[0], _RIDGE * mean if mean > 0 else 1.0))
+        whole: Tensor = (_TRUST * torch.linalg.solve(moments, wanted.T)).float()
+        return whole if is_transposed else whole.T.contiguous()
 
-def _solve(part: Part, moments: Array, drift: Array, missing: Array) -> dict[str, Array]:
-    """The corrections of matrices on one input; the arguments after them are those of `_Models.products`."""
-    xp = functions(moments)
-    if not (xp.isfinite(moments).all() and xp.isfinite(drift).all()):
-        raise EntroLLMError(f"{part.names[0]}: its inputs in the quantized model are not finite")
-    places = np.arange(len(moments))
-    mean = float(xp.trace(moments)) / len(moments)
-    # Where all inputs are dead, so is the drift.
-    moments[places, places] += _RIDGE * mean if mean > 0 else 1.0
-    wanted = double(part.weight) @ drift + missing
-    whole = single(_TRUST * xp.linalg.solve(moments, wanted.T).T)
-    ends = np.cumsum(part.rows)
-    return {name: whole[end - rows : end] for name, rows, end in zip(part.names, part.rows, ends, strict=True)}
+    def _sums(self, name: str, original: list[Call], quantized: list[Call]) -> tuple[Tensor, Tensor, Tensor]:
+        """Over all tokens, in float64: x' x'^T and (x - x') x'^T; matrices on one input share them."""
+        first = quantized[0].args[0]
+        if self._last is not None and self._last[0] is first:
+            return self._last
+        self._last = None
+        moments = drift = torch.zeros((), dtype=torch.float64, device=first.device)
+        for before, now in zip(original, quantized, strict=True):
+            x, y = _rows(before.args[0]), _rows(now.args[0])
+            moments = moments + (y.T @ y).double()
+            drift = drift + ((x - y).T @ y).double()
+        return first, moments, drift
 
 
 class _Models:
     """A model, and beside it what its matrices have become, on their way through windows of text."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, windows: NDArray[np.int64], device: Device) -> None:
-        self._config = config
-        self._windows = windows
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: NDArray[np.int64],
+        streams: Mapping[str, Stream | None],
+        device: TorchDevice,
+    ) -> None:
+        self.original, self._quantized = (Network(checkpoint, device) for _ in range(2))
+        self.recorded: dict[str, Weights] = {}
         self._device = device
-        self._tensors = Tensors(checkpoint, device)
-        self._recorded: dict[str, Callable[[], NDArray[np.float32]]] = {}
-        self._hidden: list[Pair] = []
-        self._inputs: list[Pair] = []
+        self._streams = streams
+        self._batches = batches(windows, self.original.model)
 
-    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
-        """Take note of what a matrix has become, before the walk goes on."""
-        self._recorded[name] = weights
+    def walk(self) -> Iterator[Stop]:
+        """The matrices that can be corrected one after another, once all windows of both models have got there."""
+        for name in set(self.recorded) & set(self._quantized.views):
+            self._apply(name)
+        networks = (self.original, self._quantized)
+        watchers = [[_Pauser(self, network) for _ in self._batches] for network in networks]
+        walks = [
+            Lockstep(network.layers, network.names).run(
+                [partial(self._go, network, watcher, ids) for watcher, ids in zip(row, self._batches, strict=True)]
+            )
+            for network, row in zip(networks, watchers, strict=True)
+        ]
+        layer: int | None = None
+        for (stop, original), (other, quantized) in zip(*walks, strict=True):
+            if stop != other:
+                raise UnsupportedError(f"the quantized model goes another way than the original: {other}, not {stop}")
+            if isinstance(stop, str):
+                yield stop, original, quantized
+                self._apply(stop)
+                for call in (*original, *quantized):
+                    call.result = call.args[1]()
+                continue
+            for network, calls, row in zip(networks, (original, quantized), watchers, strict=True):
+                if layer is not None:
+                    network.release(layer)
+                network.load(stop)
+                for call in calls:
+                    call.result = RunHere(row[call.batch].streams.enter)
+            layer = stop
 
-    def walk(self) -> Iterator[tuple[Part, bool]]:
-        """The matrices on one input after another, once both models have got there, and whether they write to the
-        residual stream."""
-        config, eps = self._config, self._config.norm_eps
-        tables = rotation(config, self._windows.shape[1], self._device)
-        self._embed()
-        for index in range(config.num_layers):
-            layer = LayerWeights(config, self._tensors.read, self._tensors.read, index)
-            mask = self._device.put(causal_mask(self._windows.shape[1], layer.window))
-            attention = WindowAttention(layer, tables, mask)
-            self._norm(layer.attention_norm, eps)
-            yield layer.qkv, False
-            self._multiply(layer.qkv, attention)
-            yield layer.output, True
-            self._add(layer.output)
-            self._norm(layer.mlp_norm, eps)
-            yield layer.gate_up, False
-            self._multiply(layer.gate_up, swiglu)
-            yield layer.down, True
-            self._add(layer.down)
-        if HEAD in self._tensors:
-            shape = (config.vocab_size, config.hidden_size)
-            self._norm(self._tensors.read(NORM, (config.hidden_size,)), eps)
-            yield Part((HEAD,), shape[:1], self._tensors.read(HEAD, shape), 0.0), False
+    def apply(self, network: Network, matrix: Matrix) -> None:
+        """Give the quantized model a matrix as it was recorded, if it was."""
+        if network is self._quantized:
+            for piece in matrix.pieces:
+                self._apply(piece.name)
 
-    def _embed(self) -> None:
-        embedding = self._tensors.read(EMBEDDING, (self._config.vocab_size, self._config.hidden_size))
-        quantized = self._became(EMBEDDING, embedding)
-        self._hidden = [(embedding[ids], quantized[ids]) for ids in self._windows]
+    def stream(self, name: str) -> Stream | None:
+        """What the outputs of a matrix are added to."""
+        return self._streams[name]
 
-    def _norm(self, weight: Array, eps: float) -> None:
-        self._inputs = [(rms_norm(x, weight, eps), rms_norm(y, weight, eps)) for x, y in self._hidden]
+    def is_corrected(self, matrix: Matrix) -> bool:
+        """Whether the walk stops at a matrix."""
+        return not matrix.stack and matrix.pieces[0].name in self._streams
 
-    def _multiply(self, part: Part, then: Callable[[Array], Array]) -> None:
-        quantized = self._quantized(part)
-        for number, (x, y) in enumerate(self._inputs):
-            self._inputs[number] = then(part(x)), then(quantized(y))
+    def _apply(self, name: str) -> None:
+        weights = self.recorded.pop(name, None)
+        if weights is not None:
+            self._quantized.views[name].copy_(self._device.put(weights()))
 
-    def _add(self, part: Part) -> None:
-        quantized = self._quantized(part)
-        for number, (x, y) in enumerate(self._inputs):
-            original, drifted = self._hidden[number]
-            self._hidden[number] = original + part(x), drifted + quantized(y)
-        self._inputs.clear()
-
-    def _quantized(self, part: Part) -> Part:
-        """The matrices as they were recorded."""
-        begin, rows = 0, []
-        for name, count in zip(part.names, part.rows, strict=True):
-            rows.append(self._became(name, part.weight[begin : begin + count]))
-            begin += count
-        return Part(part.names, part.rows, functions(rows[0]).concatenate(rows), part.bias)
-
-    def _became(self, name: str, original: Array) -> Array:
-        weights = self._recorded.pop(name, None)
-        return original if weights is None else self._device.put(weights())
-
-    def products(self, is_stream: bool) -> tuple[Array, Array, Array]:
-        """Sums in float64 over all tokens: x' x'^T; (x - x') x'^T; (h - h') x'^T with h the stream, or 0."""
-        moments = drift = missing = 0.0
-        step = max(1, _TOKENS_PER_PRODUCT // self._windows.shape[1])
-        for begin in range(0, len(self._inputs), step):
-            original, quantized = _joined(self._inputs[begin : begin + step])
-            moments = moments + double(quantized.T @ quantized)
-            drift = drift + double((original - quantized).T @ quantized)
-            if is_stream:
-                before, now = _joined(self._hidden[begin : begin + step])
-                missing = missing + double((before - now).T @ quantized)
-        return moments, drift, missing
+    def _go(self, network: Network, watcher: _Pauser, ids: NDArray[np.int64]) -> None:
+        with torch.no_grad(), Watch(network, watcher):
+            network.model(**model_inputs(network, ids, predicts=True))
 
 
-def _joined(pairs: list[Pair]) -> Pair:
-    xp = functions(pairs[0][0])
-    return xp.concatenate([x for x, _ in pairs]), xp.concatenate([y for _, y in pairs])
+class _Pauser:
+    """Stops at the products with matrices that can be corrected."""
+
+    def __init__(self, models: _Models, network: Network) -> None:
+        self.streams = Streams()
+        self._models = models
+        self._network = network
+
+    def product(self, matrix: Matrix, x: Tensor, is_transposed: bool, multiply: Callable[[], Tensor]) -> Tensor:
+        """Stop before a product."""
+        if not self._models.is_corrected(matrix):
+            self._models.apply(self._network, matrix)
+            return multiply()
+        name = matrix.pieces[0].name
+        stream = self.streams.tensor(self._models.stream(name))
+        y: Tensor = pause(name, x, multiply, is_transposed, stream)
+        self.streams.product(name, y)
+        return y
+
+    def look_up(self, matrix: Matrix, ids: Tensor, rows: Tensor) -> None:
+        """Do nothing."""
+
+    def add(self, first: Tensor, second: Tensor, total: Tensor) -> None:
+        """Follow the streams."""
+        self.streams.add(first, second, total)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

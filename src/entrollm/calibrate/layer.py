@@ -1,8 +1,7 @@
-"""One decoder layer with dense weights, on any device: its forward pass, and attention over a window."""
+"""One decoder layer with dense weights, and its attention over a window, for gradients by hand."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
 
@@ -10,18 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.arrays import Array, Device, functions, single
-from entrollm.calibrate.arithmetic import rms_norm, rotate, softmax, swiglu
-from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.calibrate.arithmetic import rms_norm, rotate, softmax
+from entrollm.errors import UnsupportedError
 from entrollm.models.config import Block, ModelConfig
 from entrollm.models.rope import RopeTables
 
 NORM = "model.norm.weight"
-_DIRECT = ("BF16", "F16", "F32")
 
 Read = Callable[[str, tuple[int, ...]], Array]
-See = Callable[[tuple[str, ...], Array], None]
-"""Called with the names of matrices and what they read, (n, in_features)."""
 
 
 # Options of a ModelConfig that the arithmetic here follows; the others must have their defaults.
@@ -48,8 +43,8 @@ def check_arithmetic(config: ModelConfig) -> None:
         changed.append("block")
     if changed:
         raise UnsupportedError(
-            f"calibration and tuning do not follow these options of {config.model_type}: {', '.join(changed)}; "
-            "compress it without them"
+            f"tuning does not follow these options of {config.model_type}: {', '.join(changed)}; "
+            "compress it without tuning"
         )
 
 
@@ -58,51 +53,6 @@ def _differs(value: object, item: Field[object]) -> bool:
     if item.default is not MISSING:
         return value != item.default
     return item.default_factory is not MISSING and value != item.default_factory()
-
-
-class Tensors:
-    """A checkpoint's tensors on a device."""
-
-    def __init__(self, checkpoint: Checkpoint, device: Device) -> None:
-        self._checkpoint = checkpoint
-        self._device = device
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint.tensors
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A tensor in float32.
-
-        Raises:
-            FormatError: it is missing or has another shape.
-        """
-        return self._device.put(self._stored(name, shape))
-
-    def hold(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A tensor that stays on the device, or raise as `read` does."""
-        return self._device.hold(self._stored(name, shape))
-
-    def held_bytes(self) -> int:
-        """What `hold` of all tensors takes."""
-        held = 0
-        for name, info in self._checkpoint.tensors.items():
-            weights = math.prod(info.shape)
-            held += self._device.held_bytes(info.size_bytes, weights) if self._is_direct(name) else 4 * weights
-        return held
-
-    def _is_direct(self, name: str) -> bool:
-        """Whether the file has the weights as they are; others are read in float32."""
-        return self._checkpoint.tensors[name].dtype in _DIRECT and name not in self._checkpoint.imported
-
-    def _stored(self, name: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
-        if name not in self._checkpoint.tensors:
-            raise FormatError(f"{name}: the tensor is missing; config.json asks for shape {shape}")
-        info = self._checkpoint.tensors[name]
-        if info.shape != shape:
-            raise FormatError(f"{name}: config.json asks for shape {shape}, found {info.shape}")
-        if self._is_direct(name):
-            return self._checkpoint.read(name)
-        return self._checkpoint.read_float32(name)
 
 
 @dataclass(frozen=True)
@@ -172,16 +122,6 @@ class LayerWeights:
             norms = [q_norm] * config.num_heads + [k_norm] * config.num_kv_heads
             self.qk_norm = functions(q_norm).stack(norms)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of the matrices."""
-        parts = (self.qkv, self.output, self.gate_up, self.down)
-        return {
-            name: (rows, part.weight.shape[1])
-            for part in parts
-            for name, rows in zip(part.names, part.rows, strict=True)
-        }
-
     def heads(self, qkv: Array, tables: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Split the outputs of q, k and v, (n, all side by side), into queries, keys and values.
 
@@ -194,29 +134,6 @@ class LayerWeights:
         qk = raw if self.qk_norm is None else rms_norm(raw, self.qk_norm, config.norm_eps)
         qk = rotate(qk, *tables)
         return qk[:, : config.num_heads], qk[:, config.num_heads :], split[:, config.num_heads + config.num_kv_heads :]
-
-    def forward(self, x: Array, mix: Callable[[Array], Array], see: See | None = None) -> Array:
-        """Run the layer.
-
-        Args:
-            x: float32 (n, hidden_size).
-            mix: from the outputs of q, k and v side by side to the mixed values, (n, heads * head_dim).
-            see: told of every matrix product.
-        Returns:
-            float32 (n, hidden_size).
-        """
-
-        def product(part: Part, x: Array) -> Array:
-            if see is not None:
-                see(part.names, x)
-            return part(x)
-
-        eps = self.config.norm_eps
-        mixed = mix(product(self.qkv, rms_norm(x, self.attention_norm, eps)))
-        middle = x + product(self.output, mixed)
-        gate_up = product(self.gate_up, rms_norm(middle, self.mlp_norm, eps))
-        middle += product(self.down, swiglu(gate_up))
-        return middle
 
 
 class WindowAttention:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import HOST, Array, Device, single
 from entrollm.calibrate.drift import DriftWalk
+from entrollm.calibrate.watch import Stream
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.models.config import ModelConfig
+from entrollm.compress.source import Stamps
 from entrollm.quantize.statistics import Sensitivity
 from entrollm.system import naming
 
@@ -25,17 +26,21 @@ class StoredStatistics:
 
     Args:
         folder: an empty folder that outlives this.
-        config: the model's.
         windows: token ids, shape (windows, tokens), that it was measured on.
         device: where factors go.
+    Attributes:
+        streams: the matrices whose inputs drift when those before them are quantized, and what their outputs are added
+            to; None if unknown.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, windows: NDArray[np.int64], device: Device = HOST) -> None:
+    def __init__(self, folder: Path, windows: NDArray[np.int64], device: Device = HOST) -> None:
         self.windows = windows
         self.fingerprint = hashlib.sha256(windows.tobytes()).hexdigest()
         self.device = device
-        self._config = config
+        self.source: Stamps = {}
+        self.streams: dict[str, Stream | None] = {}
         self._folder = folder
+        self._order: dict[str, None] = {}
         self._factors: dict[str, tuple[Path, int]] = {}
         self._sensitivities: dict[str, Sensitivity] = {}
 
@@ -52,14 +57,18 @@ class StoredStatistics:
     @property
     def order(self) -> Sequence[str]:
         """The matrices in the order in which the model multiplies with them."""
-        return list(reversed(self._factors))
+        return [name for name in self._order if name in self._factors]
+
+    def add_order(self, names: Iterable[str]) -> None:
+        """Add matrices that come after all that were added before."""
+        self._order |= dict.fromkeys(names)
 
     def drift(self, checkpoint: Checkpoint) -> DriftWalk:
         """A walk through the model that starts with nothing quantized."""
-        return DriftWalk(checkpoint, self._config, self.windows, self.device)
+        return DriftWalk(checkpoint, self.windows, self.streams, self.device)
 
     def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:
-        """Keep what is known of a matrix; gradients come to matrices in the reverse of `order`."""
+        """Keep what is known of a matrix."""
         path = self._folder / f"factor-{len(self._factors)}"
         _save_triangle(path, factor, self.device)
         self._factors[name] = path, len(factor)

@@ -131,6 +131,15 @@ class Tuner:
         return scales if self.result.is_kept else {}
 
 
+def check_tunable(model: str | Path) -> None:
+    """Refuse a model whose scales cannot be tuned, before it is compressed.
+
+    Raises:
+        UnsupportedError: its layers are computed otherwise than here; the message names the difference.
+    """
+    check_arithmetic(read_config(Fields(read_model_files(resolve(model)).config, "config.json")))
+
+
 class _Teacher:
     """The original's predictions: what its last layer gave for each window, and its head.
 

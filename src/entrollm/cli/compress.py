@@ -53,6 +53,7 @@ class Method(StrEnum):
     """How calibrated matrices are rounded."""
 
     feedback = "feedback"
+    light = "light"
     gptq = "gptq"
 
 
@@ -76,6 +77,7 @@ class Processor(StrEnum):
 
     x86 = "x86"
     arm = "arm"
+    avx512 = "avx512"
 
 
 def command(
@@ -143,7 +145,10 @@ def command(
     ] = True,
     method: Annotated[
         Method,
-        typer.Option("--method", help="With --calibration: how matrices are rounded. gptq is there to compare with."),
+        typer.Option(
+            "--method",
+            help="With --calibration: how matrices are rounded. light is quick; gptq is there to compare.",
+        ),
     ] = Method.feedback,
     device: Annotated[
         DeviceName,
@@ -157,13 +162,17 @@ def command(
         Prefer,
         typer.Option(
             "--prefer",
-            help="size: the fewest bits. speed: the fastest decoding within 0.25 bits of them. fixed: no entropy "
-            "coding, to compare with.",
+            help="size: the fewest bits. speed: the fastest code for the --target, which takes 0.2 to 0.4 bits more. "
+            "fixed: no entropy coding, to compare with.",
         ),
     ] = Prefer.size,
     processor: Annotated[
         Processor,
-        typer.Option("--target", help="The processors that will run the model; --prefer speed chooses codes for them."),
+        typer.Option(
+            "--target",
+            help="What will run the model, for --prefer speed. x86: PCs. arm: boards and phones. avx512: servers with "
+            "AVX-512 and more than four cores.",
+        ),
     ] = Processor.x86,
     tokenizer: Annotated[
         Path | None,

@@ -137,7 +137,7 @@ def describe_error(error: BaseException) -> str:
         return f"{os.fsdecode(error.filename)}: {reason}" if isinstance(error.filename, str | bytes) else reason
     text = error.describe(write_flags) if isinstance(error, EntroLLMError) else str(error)
     text = " ".join(text.split())
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_lack_of_memory(error):
         return "out of memory" + (f": {text}" if text else "")
     if _is_lack_of_threads(error):
         return "the system does not let this process start another thread; use fewer, with --threads"
@@ -146,6 +146,13 @@ def describe_error(error: BaseException) -> str:
 
 def _is_lack_of_threads(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether a library could not be mapped; the words are glibc's."""
+    return isinstance(error, ImportError) and any(
+        words in str(error) for words in ("failed to map segment", "cannot allocate memory", "Cannot allocate memory")
+    )
 
 
 def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -169,8 +176,9 @@ def guard(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise  # nobody reads stdout any more: typer exits quietly
-        except (EntroLLMError, ValueError, OSError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_lack_of_threads(error):
+        except (EntroLLMError, ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
+            is_defect = isinstance(error, RuntimeError | ImportError)
+            if is_defect and not (_is_lack_of_threads(error) or _is_lack_of_memory(error)):
                 raise
             if os.environ.get(_TRACEBACK_VARIABLE) == "1":
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,14 +59,15 @@ def command(
     """
     from entrollm.engine.load import load
     from entrollm.engine.memory import check_memory
+    from entrollm.system import scratch_folder
 
     for path, option in ((model, "--model"), (text, "--text")):
         if not path.exists():
             raise ValueError(f"{path} is missing; run this in a clone of the project, or name another with {option}")
-    with tempfile.TemporaryDirectory(prefix="entrollm-demo-") as folder:
+    with scratch_folder("entrollm-demo-") as folder:
         results = {}
         for label, bits, prefer in _VARIANTS:
-            results[label] = _compress(model, Path(folder) / label.replace(" ", ""), bits, prefer, threads, json_output)
+            results[label] = _compress(model, folder / label.replace(" ", ""), bits, prefer, threads, json_output)
         loader = partial(load, threads=threads, memory=check_memory(memory))
         evaluations, original = _evaluate(model, results, (text, windows), loader, json_output)
         rows = _rows(model, results, evaluations, original)

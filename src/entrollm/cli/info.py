@@ -106,15 +106,23 @@ def _table(title: str, report: MemoryReport) -> Table:
     rows = [
         (
             matrix.name,
-            describe_code(matrix.code),
+            describe_code(matrix.code, matrix.flat_rows),
             f"{matrix.file_bytes * 8 / matrix.weights:.2f}",
-            " + ".join(f"{bits}" for bits in matrix.flat_rows) or "group scales",
+            _flat_form(matrix),
             "" if matrix.flat_bytes is None else f"{matrix.flat_bytes * 8 / matrix.weights:.2f}",
             "flat" if matrix.is_flat else "file",
         )
         for matrix in report.matrices
     ]
     return Table(title, columns, tuple(rows))
+
+
+def _flat_form(matrix: MatrixForms) -> str:
+    from entrollm.format.flat import FlatCode
+
+    if isinstance(matrix.code, FlatCode):
+        return "in the file"
+    return " + ".join(f"{bits}" for bits in matrix.flat_rows) or "group scales"
 
 
 def _print_choices(report: MemoryReport) -> None:
@@ -150,7 +158,7 @@ def _matrix_to_json(matrix: MatrixForms) -> dict[str, Any]:
     return {
         "name": matrix.name,
         "weights": matrix.weights,
-        "code": describe_code(matrix.code),
+        "code": describe_code(matrix.code, matrix.flat_rows),
         "file_bytes": matrix.file_bytes,
         "flat_bytes": matrix.flat_bytes,
         "flat_rows": {str(bits): rows for bits, rows in matrix.flat_rows.items()},

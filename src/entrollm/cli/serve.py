@@ -41,6 +41,10 @@ def command(
     grace: Annotated[
         float, typer.Option("--grace", min=0, metavar="S", help="Seconds for running answers after SIGTERM.")
     ] = 60,
+    idle_release: Annotated[
+        float | None,
+        typer.Option("--idle-release", min=0, metavar="S", help="Release a model after so many seconds without use."),
+    ] = None,
     tool_format: Annotated[
         str,
         typer.Option(
@@ -63,9 +67,10 @@ def command(
 ) -> None:
     """Serve models over HTTP, with the API that OpenAI's clients speak, and a chat page.
 
-    Several requests are answered at once, and prompts that begin like an earlier one are not read again. The server
-    needs the extra: pip install 'entrollm[serve]'. It listens on this machine only, unless --host says otherwise.
-    SIGTERM or Ctrl-C lets running answers end; a second one stops at once.
+    Several requests are answered at once, and prompts that begin like an earlier one are not read again. Of several
+    models, the first is loaded at the start, and each of the others when a request first names it. The server needs
+    the extra: pip install 'entrollm[serve]'. It listens on this machine only, unless --host says otherwise. SIGTERM or
+    Ctrl-C lets running answers end; a second one stops at once.
     """
     from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
@@ -80,18 +85,27 @@ def command(
     from entrollm.serve.api import Settings
     from entrollm.serve.keys import read_keys
     from entrollm.serve.output.choose import check_formats
-    from entrollm.serve.server import LoadOptions, load_models, serve
+    from entrollm.serve.server import LoadOptions, open_models, serve
 
     keys = None if api_key_file is None else read_keys(api_key_file)
     is_local = _is_loopback(host)
     if not is_local and keys is None:
         warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")
     check_formats(tool_format, reasoning_format)
-    options = LoadOptions(slots, context, threads, check_memory(memory), check, tool_format, reasoning_format)
-    served = load_models(models, options)
+    options = LoadOptions(
+        slots,
+        context,
+        threads,
+        check_memory(memory),
+        check,
+        tool_format,
+        reasoning_format,
+        idle_release,
+    )
+    catalog = open_models(models, options)
     settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
-    names = ", ".join(each.name for each in served)
-    serve(served, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))
+    names = ", ".join(entry.name for entry in catalog.entries)
+    serve(catalog, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from entrollm._core import MAX_BLOCK, MAX_BLOCK_COLUMNS
 from entrollm.format.blocks import Blocks, padded
+from entrollm.format.flat import AnyCode, FlatCode
 
 # A product sums at most this many columns in 32 bits; see kMaxBlockColumns in native/format/geometry.hpp.
 _WIDEST = MAX_BLOCK_COLUMNS
@@ -11,6 +12,11 @@ _WIDEST = MAX_BLOCK_COLUMNS
 _TARGET = MAX_BLOCK
 # The dense layout fills whole bytes with runs of up to this many fields; blocks of whole runs waste nothing.
 _RUN = 512
+
+
+def blocks_for(code: AnyCode, rows: int, columns: int) -> Blocks:
+    """The blocks that a matrix has with a code: segments with a flat one."""
+    return code.blocks(columns) if isinstance(code, FlatCode) else choose_blocks(rows, columns)
 
 
 def choose_blocks(rows: int, columns: int) -> Blocks:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from entrollm.codec.cost import MACHINES, CostModel, Processor
+from entrollm.codec.flat import SEGMENT_ROWS, best_window
 from entrollm.codec.huffman import huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
 from entrollm.format.code import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
+from entrollm.format.flat import AnyCode, FlatCode
 
 Prefer = Literal["size", "speed", "fixed"]
 
@@ -18,25 +20,38 @@ _BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.12}
 # "speed" promises at most this many bits per weight above the Huffman optimum. The margin is the accuracy of the
 # estimated padding.
 _SPEED_EXCESS_BITS = 0.25
+# AVX2 and NEON take three to five times as long for a cascade as for flat fields, so that these may cost more bits.
+# AVX-512 decodes cascades as fast as memory delivers them to several cores.
+_FLAT_EXCESS_BITS = 1.0
+_FLAT_PROCESSORS: frozenset[Processor] = frozenset(("x86", "arm"))
 _MARGIN_BITS = 0.01
 
 
-def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", processor: Processor = "x86") -> Code:
+def choose_code(
+    counts: Sequence[int],
+    blocks: int,
+    prefer: Prefer = "size",
+    processor: Processor = "x86",
+    *,
+    can_be_flat: bool = True,
+) -> AnyCode:
     """The best code for a histogram of symbols.
 
     Args:
         counts: 256 entries, how often each symbol occurs, without padding.
         blocks: the number of blocks of the matrix; each has a small fixed cost.
-        prefer: "size" for the fewest bits, "speed" for the fastest decoding within 0.25 bits per weight of the
-            Huffman optimum, "fixed" for fixed-width integers, for comparison with entropy coding.
-        processor: the kind of processor that will decode.
+        prefer: "size" for the fewest bits, "speed" for the fastest product within 0.25 bits per weight of the
+            Huffman optimum, or within one bit with a flat code, "fixed" for fixed-width integers, for comparison with
+            entropy coding.
+        processor: what will run the model.
+        can_be_flat: whether flat codes are an option, which only matrices on grids have.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
     if prefer != "fixed" and prefer not in _BITS_PER_CYCLE:
         raise ValueError(f"prefer must be 'size', 'speed' or 'fixed', not {prefer!r}")
     if processor not in MACHINES:
-        raise ValueError(f"processor must be 'x86' or 'arm', not {processor!r}")
+        raise ValueError(f"processor must be 'x86', 'arm' or 'avx512', not {processor!r}")
     weights = sum(counts)
     if weights == 0:
         raise ValueError("the histogram is empty")
@@ -48,7 +63,11 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", pro
     model = CostModel(_BITS_PER_CYCLE[prefer], weights, blocks, MACHINES[processor])
     if prefer == "size":
         return min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
-    limit = huffman_bits(counts) + _SPEED_EXCESS_BITS - _MARGIN_BITS
+    optimum = huffman_bits(counts)
+    may_be_flat = can_be_flat and is_flat_preferred(prefer, processor)
+    if may_be_flat and best_window(counts)[1] <= weights * (optimum + _FLAT_EXCESS_BITS):
+        return FlatCode(SEGMENT_ROWS)
+    limit = optimum + _SPEED_EXCESS_BITS - _MARGIN_BITS
     candidates = list(_candidates(counts, model))
     within = [c for c in candidates if stored_bits(c[1], counts, blocks) <= limit]
     if within:
@@ -56,14 +75,21 @@ def choose_code(counts: Sequence[int], blocks: int, prefer: Prefer = "size", pro
     return min((c[1] for c in candidates), key=lambda code: stored_bits(code, counts, blocks))
 
 
+def is_flat_preferred(prefer: Prefer, processor: Processor) -> bool:
+    """Whether a processor is to multiply as fast as it can, and does that with flat codes."""
+    return prefer == "speed" and processor in _FLAT_PROCESSORS
+
+
 def _fixed_width(largest: int) -> Field:
     bits = max(1, largest.bit_length())
     return Field(bits, tuple(range(2**bits))) if bits <= MAX_FIELD_BITS else Field(RAW_BITS, ())
 
 
-def stored_bits(code: Code, counts: Sequence[int], blocks: int) -> float:
+def stored_bits(code: AnyCode, counts: Sequence[int], blocks: int) -> float:
     """Predict the stored bits per weight of a matrix with this histogram, block headers and padding included."""
     weights = sum(counts)
+    if isinstance(code, FlatCode):
+        return best_window(counts)[1] / weights
     model = CostModel(0.0, weights, blocks)
     high = _high_histogram(counts, code.low_bits)
     listed = listed_symbols(code.tree)

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.codec.flat import encode_flat
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
-from entrollm.format.code import Code
+from entrollm.format.flat import AnyCode, FlatCode
 
 # Enough weights to be worth waking a thread, few enough to keep temporaries small.
 _CHUNK_WEIGHTS = 1 << 18
@@ -26,7 +27,7 @@ def row_chunks(rows: int, columns: int, blocks: Blocks) -> tuple[tuple[int, int]
 
 def encode_symbols(
     symbols: NDArray[np.uint8],
-    code: Code,
+    code: AnyCode,
     blocks: Blocks,
     chunks: Sequence[tuple[int, int]],
     executor: ThreadPoolExecutor,
@@ -36,13 +37,15 @@ def encode_symbols(
 
     Args:
         symbols: uint8, shape (rows, columns), all in the code.
-        code, blocks: how they are stored.
+        code, blocks: how they are stored; a flat code has no blocks.
         chunks: ranges of rows from `row_chunks`.
         executor: encodes chunks side by side.
         progress: called from its threads with the weights of each chunk that is finished.
     Returns:
         the streams by suffix, with their padding; the sparse stream may be empty, and then there are no sizes.
     """
+    if isinstance(code, FlatCode):
+        return encode_flat(symbols, code, executor, progress)
     program = code.program()
 
     def encode(chunk: tuple[int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]:

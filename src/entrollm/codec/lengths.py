@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.format.code import RAW_BITS, Code, Field, Leaf, Node, Split
+from entrollm.codec.flat import best_window
+from entrollm.format.code import RAW_BITS, Field, Leaf, Node, Split
+from entrollm.format.flat import AnyCode, FlatCode
 
 _ABSENT = -1.0
 
 
-def code_lengths(code: Code) -> NDArray[np.float64]:
+def code_lengths(code: AnyCode, counts: Sequence[int]) -> NDArray[np.float64]:
     """The bits that each symbol takes in a code.
 
     Symbols that are not in the code get the longest length plus four bits, since a code for a histogram that had them
     would include them.
 
+    Args:
+        code: the code.
+        counts: the histogram that it was chosen for, 256 entries, which decides on the fields of a flat code.
     Returns:
         float64, shape (256,).
     """
+    if isinstance(code, FlatCode):
+        return best_window(counts)[0].lengths()
     of_high = np.full(256, _ABSENT)
     _visit(code.tree, float(code.low_bits), of_high)
     lengths: NDArray[np.float64] = of_high[np.arange(256) >> code.low_bits << code.low_bits]

@@ -293,3 +293,104 @@ def _unpack_dense(stored: bytes, count: int, width: int) -> list[int]:
                 value = part[group * _VECTOR + lane] >> slot * bits & (2**bits - 1)
             fields[i] |= value << shift
     return fields
+
+
+def encode_flat(
+    rows: Sequence[Sequence[int]], segment_rows: int, windows: Sequence[tuple[int, int]]
+) -> tuple[bytes, bytes, list[int]]:
+    """Encode a matrix of symbols as flat fields and patches.
+
+    Args:
+        rows: the symbols.
+        segment_rows: rows of a segment.
+        windows: the width of the fields of each segment, and the symbol of field 0.
+    Returns:
+        the fields and the patches without their final padding, and the bytes of each row's patches.
+    """
+    fields, patches, sizes = b"", b"", []
+    for i, row in enumerate(rows):
+        bits, base = windows[i // segment_rows]
+        largest = base + 2**bits - 1
+        inside = [min(max(symbol, base), largest) for symbol in row]
+        inside += [base] * (padded(len(row)) - len(row))
+        for begin in range(0, len(inside), _VECTOR):
+            fields += _pack_chunk([symbol - base for symbol in inside[begin : begin + _VECTOR]], bits)
+        words = _patch_words([symbol - near for symbol, near in zip(row, inside, strict=False)])
+        patches += b"".join(word.to_bytes(2, "little") for word in words)
+        sizes.append(2 * len(words))
+    return fields, patches, sizes
+
+
+def decode_flat(
+    shape: tuple[int, int],
+    segment_rows: int,
+    windows: Sequence[tuple[int, int]],
+    fields: bytes,
+    patches: bytes,
+    sizes: Sequence[int],
+) -> list[list[int]]:
+    """Decode a flat matrix; undoes `encode_flat`. The streams may end in padding.
+
+    Raises:
+        CorruptStreamError: a patch lies outside of its row.
+    """
+    rows, columns = shape
+    matrix = []
+    field_at = patch_at = 0
+    for i in range(rows):
+        bits, base = windows[i // segment_rows]
+        row: list[int] = []
+        for _ in range(padded(columns) // _VECTOR):
+            row += [base + field for field in _unpack_chunk(fields[field_at : field_at + 8 * bits], bits)]
+            field_at += 8 * bits
+        column = 0
+        for _ in range(sizes[i] // 2 if sizes else 0):
+            word = int.from_bytes(patches[patch_at : patch_at + 2], "little")
+            column += word & 0xFFF
+            if column >= columns:
+                raise CorruptStreamError(f"row {i} of {columns} columns has a patch in column {column}")
+            row[column] += (word >> 12 ^ 8) - 8
+            patch_at += 2
+        matrix.append(row[:columns])
+    return matrix
+
+
+def _patch_words(differences: Sequence[int]) -> list[int]:
+    words, last = [], 0
+    for column, difference in enumerate(differences):
+        while difference:
+            gap = column - last
+            part = 0 if gap > 0xFFF else min(max(difference, -8), 7)
+            words.append(min(gap, 0xFFF) | (part & 15) << 12)
+            last += min(gap, 0xFFF)
+            difference -= part
+    return words
+
+
+def _pack_chunk(fields: Sequence[int], bits: int) -> bytes:
+    """64 fields: their lowest four bits, then two, then one, as far as the width has them."""
+    if bits == RAW_BITS:
+        return bytes(fields)
+    out = b""
+    for part in (4, 2, 1):
+        if bits & part:
+            shift, octets = bits & ~(2 * part - 1), bytearray(8 * part)
+            for column, field in enumerate(fields):
+                octets[column % (8 * part)] |= (field >> shift & (2**part - 1)) << column // (8 * part) * part
+            out += bytes(octets)
+    return out
+
+
+def _unpack_chunk(stored: bytes, bits: int) -> list[int]:
+    if bits == RAW_BITS:
+        return list(stored)
+    fields = [0] * _VECTOR
+    at = 0
+    for part in (4, 2, 1):
+        if bits & part:
+            shift = bits & ~(2 * part - 1)
+            for column in range(_VECTOR):
+                octet = stored[at + column % (8 * part)]
+                fields[column] |= (octet >> column // (8 * part) * part & (2**part - 1)) << shift
+            at += 8 * part
+    return fields

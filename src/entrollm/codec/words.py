@@ -15,6 +15,7 @@ from entrollm.files.dtypes import DTYPES
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
 from entrollm.format.code import Code
+from entrollm.format.flat import AnyCode
 from entrollm.format.lossless import GRID_NAME, LosslessKind
 from entrollm.format.spec import TensorSpec
 
@@ -54,13 +55,13 @@ def divide(kind: LosslessKind, weights: NDArray[Any]) -> tuple[NDArray[np.uint8]
 
 
 def encode_words(
-    weights: NDArray[Any], choose: Callable[[Sequence[int], int], Code]
+    weights: NDArray[Any], choose: Callable[[Sequence[int], int], AnyCode]
 ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
     """Encode a matrix in memory.
 
     Args:
         weights: shape (rows, columns), at least one weight, of a type that `word_type` knows.
-        choose: returns the code for a histogram of symbols and a number of blocks.
+        choose: returns the code for a histogram of symbols and a number of blocks; not a flat one.
     Returns:
         its spec, without a checksum and parts, and its arrays by suffix.
     """
@@ -69,6 +70,7 @@ def encode_words(
     rows, columns = weights.shape
     blocks = choose_blocks(rows, columns)
     code = choose([int(count) for count in _core.histogram(symbols)], block_count(rows, columns, blocks))
+    assert isinstance(code, Code)  # flat codes are chosen for speed alone
     dense, sparse, sizes = _core.encode(code.program(), code.low_bits, symbols, blocks.rows, blocks.columns)
     arrays: dict[str, NDArray[Any]] = {
         layout.DENSE: layout.padded_stream([dense]),

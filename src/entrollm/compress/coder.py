@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.blocks import blocks_for, choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.huffman import entropy_bits, huffman_bits
@@ -108,12 +108,12 @@ class MatrixCoder:
 
     def _code(self, name: str, table: TensorTable, progress: Callable[[int], None]) -> CodedResult:
         source = CheckpointRows(self._checkpoint, name, self._executor)
-        choose = self._chooser(source)
-        quantized = self._methods.quantizer(name).quantize(source, choose)
+        quantized = self._methods.quantizer(name).quantize(source, self._chooser(source))
         _check_range(name, quantized)
         self._check_underflow(name, quantized.energy)
         counts = [int(c) for c in quantized.counts]
-        code = choose(counts)
+        is_grid = quantized.groups is None and quantized.lossless is None
+        code = self._chooser(source, can_be_flat=is_grid)(counts)
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, source.blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
@@ -123,7 +123,7 @@ class MatrixCoder:
             dtype=self._checkpoint.plain_dtype(name),
             grid_name=quantized.grid,
             code=code,
-            blocks=source.blocks,
+            blocks=blocks_for(code, *source.shape),
             kind=_kind(quantized),
             relative_error=relative_error(quantized.error, quantized.energy),
         )
@@ -138,10 +138,12 @@ class MatrixCoder:
         if info.dtype == "F64" and energy <= info.weights * _TINY**2 and self._checkpoint.read(name).any():
             raise out_of_range(name, "its weights are float64, and too small for float32")
 
-    def _chooser(self, source: CheckpointRows) -> CodeChooser:
+    def _chooser(self, source: CheckpointRows, *, can_be_flat: bool = True) -> CodeChooser:
         """Chooses the code of a matrix of this shape by the histogram of its symbols."""
         count = block_count(*source.shape, source.blocks)
-        return functools.partial(choose_code, blocks=count, prefer=self._prefer, processor=self._processor)
+        return functools.partial(
+            choose_code, blocks=count, prefer=self._prefer, processor=self._processor, can_be_flat=can_be_flat
+        )
 
 
 class CheckpointRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from entrollm.compress.rate import RateCurve
 from entrollm.compress.target import Target
@@ -18,12 +18,18 @@ MAX_STEP = 4.0
 # A Gaussian of unit variance takes about this many bits minus log2 of the step.
 _BITS_AT_STEP_1 = 2.1
 _CLOSE_BITS = 2e-4
+_CLOSE_CHOICES_BITS = 0.01
 _ITERATIONS = 60
 # The share of the target that a size may fall short of; the promise is 0.005.
 _SLACK = 0.002
 _TRIES = 16
 # Predictions are corrected by the ratio of actual to predicted sizes so far, at most by this factor.
 _LARGEST_CORRECTION = 1.03
+# Matrices with this share of the weights take any step, to meet the size; the others choose steps of their own, at
+# coarsenesses that are spread by this factor either way.
+_FREE_SHARE = 0.15
+_SPREAD = 1.1
+_GOLDEN = 0.618034
 
 
 class RateControl:
@@ -39,6 +45,8 @@ class RateControl:
         fixed_bytes: bytes of the files without the matrices.
         weights: weights of the whole model, kept tensors included.
         target: the size to meet.
+        chooses_steps: whether matrices take the best steps of their own near the common one, for codes whose bits fall
+            unevenly. The last of them do not, so that they can meet the target.
     Raises:
         ValueError: no step meets the target; the message states the possible range.
     """
@@ -50,16 +58,19 @@ class RateControl:
         fixed_bytes: int,
         weights: int,
         target: Target,
+        *,
+        chooses_steps: bool = False,
     ) -> None:
         self._curves = dict(curves)
         self._remaining = dict.fromkeys(curves)
-        self._relative = relative_steps
+        self._relative = dict(relative_steps)
+        self._choosing = self._spread_choices() if chooses_steps else frozenset()
         self._fixed = fixed_bytes
         self._weights = weights
         self._is_strict = target.coded_bits is None
         self._coarsest = MAX_COARSENESS if self._is_strict else COARSEST_BY_DEFAULT
         self._spent = self._expected = 0.0
-        self._nudge = 1.0
+        self._nudge = self._free_coarseness = 1.0
         self._too_fine = self._too_coarse = 0.0  # nudges at which the last matrix was too large and too small
         self._best = 0.0, 0.0  # the largest size within the limit, and its nudge
         self._tries = 0
@@ -74,11 +85,15 @@ class RateControl:
 
     def step(self, name: str) -> float:
         """The step of a matrix, over the RMS of the matrix."""
-        return min(MAX_STEP, max(MIN_STEP, self.coarseness * self._relative[name] * self._nudge))
+        coarseness = self.coarseness if name in self._choosing else self._free_coarseness
+        return self._step(name, coarseness * self._nudge)
 
     def predicted_bytes(self) -> float:
         """The predicted size of all files."""
-        return self._fixed + self._spent + self._predict(self.coarseness)
+        free = [name for name in self._remaining if name not in self._choosing]
+        choosing = [name for name in self._remaining if name in self._choosing]
+        predicted = self._predict(self.coarseness, choosing) + self._predict(self._free_coarseness, free)
+        return self._fixed + self._spent + predicted
 
     def settle(self, name: str, stored_bytes: int) -> bool:
         """Record the size of a matrix that was coded.
@@ -128,11 +143,31 @@ class RateControl:
     def _coded_weights(self) -> int:
         return sum(self._curves[name].weights for name in self._remaining)
 
-    def _predict(self, coarseness: float) -> float:
+    def _predict(self, coarseness: float, names: Collection[str]) -> float:
         correction = self._spent / self._expected if self._expected else 1.0
         correction = min(_LARGEST_CORRECTION, max(1 / _LARGEST_CORRECTION, correction))
-        steps = {name: min(MAX_STEP, max(MIN_STEP, coarseness * self._relative[name])) for name in self._remaining}
-        return correction * sum(self._curves[name].at(step).stored_bytes for name, step in steps.items())
+        return correction * sum(self._curves[name].at(self._step(name, coarseness)).stored_bytes for name in names)
+
+    def _step(self, name: str, coarseness: float) -> float:
+        step = min(MAX_STEP, max(MIN_STEP, coarseness * self._relative[name]))
+        return self._curves[name].best_step(step) if name in self._choosing else step
+
+    def _spread_choices(self) -> frozenset[str]:
+        """The matrices that choose their steps: all but the last, in the order of coding.
+
+        Their relative steps are spread a little. Otherwise, all of them would change to the next width at about the
+        same coarseness, and no size in between could be met.
+        """
+        found = set()
+        left = self._coded_weights()
+        last = _FREE_SHARE * left
+        for i, name in enumerate(self._remaining):
+            left -= self._curves[name].weights
+            if left < last:
+                break
+            found.add(name)
+            self._relative[name] *= _SPREAD ** (2 * (i * _GOLDEN % 1) - 1)
+        return frozenset(found)
 
     def _solve(self, coarseness: float) -> float:
         """The coarseness at which the remaining matrices take the remaining bytes, or the nearest in range.
@@ -141,24 +176,38 @@ class RateControl:
         Moving by half of the excess converges in all cases.
         """
         wanted = self._aim - self._fixed - self._spent
-        weights = max(1, self._coded_weights())
+        choosing = [name for name in self._remaining if name in self._choosing]
+        close_bits = _CLOSE_CHOICES_BITS if choosing else _CLOSE_BITS
+        coarseness = self._approach(coarseness, self._remaining, wanted, close_bits)
+        self._free_coarseness = coarseness
+        if choosing:
+            free = [name for name in self._remaining if name not in self._choosing]
+            left = wanted - self._predict(coarseness, choosing)
+            self._free_coarseness = self._approach(coarseness, free, left, _CLOSE_BITS)
+        return coarseness
+
+    def _approach(self, coarseness: float, names: Collection[str], wanted: float, close_bits: float) -> float:
+        weights = max(1, sum(self._curves[name].weights for name in names))
         for _ in range(_ITERATIONS):
-            excess_bits = (self._predict(coarseness) - wanted) * 8 / weights
+            excess_bits = (self._predict(coarseness, names) - wanted) * 8 / weights
             moved = min(self._coarsest, max(MIN_COARSENESS, coarseness * 2 ** min(2.0, max(-2.0, excess_bits / 2))))
-            if abs(excess_bits) < _CLOSE_BITS or moved == coarseness:
+            if abs(excess_bits) < close_bits or moved == coarseness:
                 break
             coarseness = moved
         return coarseness
 
     def size_range(self) -> tuple[float, float]:
         """The smallest and the largest size of all files in bytes; valid before any matrix is settled."""
-        return self._fixed + self._predict(MAX_COARSENESS), self._fixed + self._predict(MIN_COARSENESS)
+        smallest, largest = (self._predict(limit, self._remaining) for limit in (MAX_COARSENESS, MIN_COARSENESS))
+        return self._fixed + smallest, self._fixed + largest
 
     def _check_feasible(self, requested_bytes: float) -> None:
         predicted = self.predicted_bytes()
         if abs(predicted - self._aim) <= 0.005 * self._aim or (self._is_limit and predicted < self._aim):
             return
         smallest, largest = self.size_range()
+        if self._choosing and smallest <= self._aim <= largest:
+            return  # the last matrices meet what lies between two widths of another
         bits = 8 / self._weights
         raise ValueError(
             f"this model cannot take {requested_bytes:.0f} bytes ({requested_bytes * bits:.3f} bits per weight); "

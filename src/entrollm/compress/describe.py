@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint.names import natural_key
 from entrollm.codec.huffman import entropy_bits, huffman_bits
-from entrollm.format.code import Code, Field, Leaf, Node, Split
+from entrollm.format.code import Field, Leaf, Node, Split
+from entrollm.format.flat import AnyCode, FlatCode
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of
@@ -157,7 +158,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
         name=matrix.name,
         shape=(spec.rows, spec.columns),
         grid=spec.grid_name,
-        code=describe_code(spec.code),
+        code=describe_code(spec.code, matrix.flat_rows),
         symbols=sum(1 for c in histogram if c),
         entropy_bits=entropy_bits(histogram) + low_bits,
         huffman_bits=huffman_bits(histogram) + low_bits,
@@ -166,8 +167,15 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
     )
 
 
-def describe_code(code: Code) -> str:
-    """A code in words: the field widths of a cascade, "flat 2-3 + 1 raw", or the nodes of a tree, "tree of 12"."""
+def describe_code(code: AnyCode, flat_rows: Mapping[int, int]) -> str:
+    """A code in words: a cascade, its field widths and raw bits, a tree and its nodes, or the widths of flat fields.
+
+    Args:
+        code: the code.
+        flat_rows: how many rows have flat fields of each width, by bits; used with a flat code.
+    """
+    if isinstance(code, FlatCode):
+        return "flat " + " + ".join(map(str, sorted(flat_rows)))
     low = f" + {code.low_bits} raw" if code.low_bits else ""
     if isinstance(code.tree, Leaf):
         return "constant" + low

@@ -16,7 +16,8 @@ from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import is_compressed, read_config
 from entrollm.system import FolderLock, exchange, is_mount_point, naming, sync_folder, sync_tree
 
-_PLAN = "plan.json"
+# Hidden files are no side files, so nothing of a model has such a name.
+_PLAN = ".plan.json"
 # Files that an error lists; more are counted.
 _LISTED = 8
 
@@ -87,6 +88,16 @@ class OutputFolder:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(path)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove all files but those of these names, as paths in the folder, and the plan."""
+        kept = {_PLAN, *names}
+        for file in sorted(self.partial.rglob("*"), reverse=True):
+            if file.is_dir() and not file.is_symlink():
+                if not any(file.iterdir()):
+                    file.rmdir()
+            elif file.relative_to(self.partial).as_posix() not in kept:
+                file.unlink()
 
     def _check_path(self) -> None:
         if self._replaced.exists():

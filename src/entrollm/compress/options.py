@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from entrollm.quantize.paper import Granularity
     from entrollm.quantize.select import BitsOverride
 
-Method = Literal["feedback", "gptq"]
+Method = Literal["feedback", "light", "gptq"]
 PostFit = Callable[[Path], "Mapping[str, NDArray[Any]]"]
 """Given a compressed folder, returns new values for some of its stored scales, by their entry in the file."""
 ALL_MATRICES = "*"
@@ -34,7 +34,8 @@ class CodingOptions:
         target: a size to meet, which then sets the grids in place of `bits` and `granularity`; None if absent. Without
             `bits`, a target and bits in `overrides`, a quantized checkpoint keeps its integers, and any other gets
             `DEFAULT_TARGET`.
-        method: how calibrated matrices are quantized: "feedback", or "gptq" for comparison.
+        method: how calibrated matrices are quantized: "feedback", "light" for steps of matrices and columns alone, or
+            "gptq" for comparison.
         drift: whether "feedback" makes each calibrated matrix compensate for the errors of those before it.
         fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.
         granularity: one grid per tensor, as in the paper, or one per row.
@@ -42,7 +43,7 @@ class CodingOptions:
         lossless: globs of matrices that are coded bit for bit; they win over widths, and tensors that keep their type
             win over them. With "*", every matrix is, and no target is needed.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind of processor whose decoding times count.
+        processor: what will run the model, with "speed".
         shard_bytes: source bytes that go into one output file; an interrupted run resumes after the last whole file.
         tokenizer: a folder whose tokenizer files replace those of the model; None if absent.
         threads: worker threads; None for one per core.

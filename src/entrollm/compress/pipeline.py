@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +24,9 @@ from entrollm.compress.planning import Plan, make_plan, with_size
 from entrollm.compress.progress import CompressProgress, ProgressCounter
 from entrollm.compress.refit import Refit
 from entrollm.compress.result import FolderResult, Run, summarize
-from entrollm.compress.shard import RECORD_VERSION, ShardMaker, ShardRecord
+from entrollm.compress.shard import RECORD_VERSION, ShardMaker, ShardRecord, record_of
 from entrollm.compress.sized import has_drift
+from entrollm.compress.source import check_unchanged, stamps
 from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.errors import EntroLLMError, Message, Option, Placeholder, UnsupportedError
@@ -51,7 +53,9 @@ def compress_folder(
     options = options or CodingOptions()
     started = time.monotonic()
     with Checkpoint.open(resolve(model)) as checkpoint:
-        stamps = _stamps(checkpoint)
+        opened = stamps(checkpoint)
+        if statistics is not None and statistics.source:
+            check_unchanged(checkpoint, statistics.source, "calibrated")
         options = with_size(checkpoint, options)
         if statistics is not None and options.target is None:
             raise ValueError("calibration needs a size to compress to: bits per weight or bytes")
@@ -78,7 +82,7 @@ def compress_folder(
             if post_fit is not None:
                 _check_limit(refitted, options)
             _write_checksums(folder)
-            _check_unchanged(checkpoint, stamps)
+            check_unchanged(checkpoint, opened)
             run = Run(Path(out), elapsed_s, maker.resumed_weights, is_refitted=refitted is not records)
             result = summarize(checkpoint, plan, refitted, run)
             folder.publish()
@@ -98,7 +102,8 @@ def _fingerprint(
     return {
         "format_version": FORMAT_VERSION,
         "record_version": RECORD_VERSION,
-        "files": _stamps(checkpoint),
+        "files": stamps(checkpoint),
+        "config": f"{zlib.crc32(json.dumps(checkpoint.config, sort_keys=True).encode()):08x}",
         "tensors": {name: [t.bits, t.granularity, t.is_imported, t.is_lossless] for name, t in plan.tensors.items()},
         "prefer": options.prefer,
         "processor": options.processor,
@@ -109,29 +114,6 @@ def _fingerprint(
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,
     }
-
-
-def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Sizes and times of the weight files."""
-    found = {str(file.resolve()): file.stat() for file in checkpoint.files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
-
-
-def _check_unchanged(checkpoint: Checkpoint, stamps: Mapping[str, list[int]]) -> None:
-    """Check that the weight files are those that were opened, so that no output mixes two states of a model.
-
-    Raises:
-        EntroLLMError: one has changed or is gone.
-    """
-    try:
-        now = _stamps(checkpoint)
-    except FileNotFoundError as error:
-        raise EntroLLMError(
-            f"{error.filename} was removed while it was compressed; put it back and run the command again"
-        ) from None
-    for name in stamps.keys() | now.keys():
-        if stamps.get(name) != now.get(name):
-            raise EntroLLMError(f"{name} changed while it was compressed; run the command again when it is complete")
 
 
 def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, bytes]:
@@ -186,7 +168,9 @@ def _write_surroundings(
     config: Mapping[str, Any],
     small_files: Mapping[str, bytes],
 ) -> None:
-    (folder.partial / CHECKSUMS_NAME).unlink(missing_ok=True)  # of an interrupted run; shards may change yet
+    # An interrupted run may have left files that the source no longer has, and checksums of shards that change yet.
+    shards = [folder.partial / record.file for record in records]
+    folder.keep_only({*small_files, *(path.name for shard in shards for path in (shard, record_of(shard)))})
     for name, content in small_files.items():
         folder.write_bytes(name, content)
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -224,7 +208,7 @@ def _refit(
         refit = None
     # Without its record, a later run does not take a shard for one that it could resume.
     for record in records:
-        (folder.partial / record.file).with_suffix(".json").unlink()
+        record_of(folder.partial / record.file).unlink()
     if refit is None:
         return records
     refitted = [

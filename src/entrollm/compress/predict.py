@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import natural_key
 from entrollm.checkpoint.resolve import resolve
-from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.blocks import blocks_for, choose_blocks
 from entrollm.codec.choose import choose_code
+from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.words import encode_words
 from entrollm.compress.lossless import expected_bytes
 from entrollm.compress.options import ALL_MATRICES, CodingOptions
@@ -28,7 +29,11 @@ from entrollm.compress.sized import SizedMethods
 from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.format import layout
+from entrollm.format.blocks import block_count
+from entrollm.format.entry import join_arrays
+from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import float_scales
+from entrollm.format.spec import TensorSpec
 from entrollm.matrix import multiply, open_matrix
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.method import ArraySource
@@ -201,36 +206,25 @@ def _is_looked_up(name: str, tensors: Sequence[TensorEstimate]) -> bool:
     return "embed_tokens" in name and any("lm_head" in other.name for other in tensors)
 
 
-def _stream(coded: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return layout.padded_stream([coded]) if coded.size else np.zeros(_core.SLACK_BYTES, np.uint8)
-
-
 def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -> float:
     """Weights per second of a product with a Gaussian matrix at the model's median step; the best of a few runs."""
     steps = sorted(methods.control.step(name) for name in methods.curves)
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
     weights = np.random.default_rng(0).standard_normal(shape, np.float32)
     blocks = choose_blocks(*shape)
-    geometry = _core.Geometry(*shape, blocks.rows, blocks.columns)
-    quantized = EcsqQuantizer(steps[len(steps) // 2], price=0.0).quantize(
-        ArraySource("timed", weights), lambda counts: choose_code(counts, geometry.blocks, options.prefer)
-    )
-    code = choose_code([int(c) for c in quantized.counts], geometry.blocks, options.prefer)
-    dense, sparse, sizes = _core.encode(code.program(), code.low_bits, quantized.symbols, blocks.rows, blocks.columns)
-    scale = float_scales(quantized.scale)
-    matrix = _core.CodedMatrix(
-        code.program(),
-        code.low_bits,
-        geometry,
-        _stream(dense),
-        _stream(sparse),
-        sizes if sparse.size else np.zeros(0, np.uint16),
-        scale,
-        scale * np.float32(-ZERO),
-        None,
-    )
+    count = block_count(*shape, blocks)
+    choose = partial(choose_code, blocks=count, prefer=options.prefer, processor=options.processor)
+    quantized = EcsqQuantizer(steps[len(steps) // 2], price=0.0).quantize(ArraySource("timed", weights), choose)
+    code = choose([int(c) for c in quantized.counts])
+    with ThreadPoolExecutor(threads) as executor:
+        arrays = encode_symbols(
+            quantized.symbols, code, blocks, row_chunks(*shape, blocks), executor, lambda finished: None
+        )
+    arrays[layout.SCALE] = float_scales(quantized.scale)
+    spec = TensorSpec(*shape, "F32", quantized.grid, code, blocks_for(code, *shape), GridKind(zero=ZERO))
+    matrix = open_matrix("timed", *join_arrays(spec, arrays))
     pool = start_pool(threads)
-    return _timed_rate(lambda: matrix.multiply(weights[:1], pool))
+    return _timed_rate(lambda: multiply([matrix], weights[:1], pool))
 
 
 def _lossless_rate(threads: int) -> float:

@@ -100,6 +100,11 @@ class ShardRecord:
         )
 
 
+def record_of(shard: Path) -> Path:
+    """Where the record of a shard is kept; no file of a model is hidden."""
+    return shard.with_name(f".{shard.stem}.json")
+
+
 class ShardMaker:
     """Makes the shards of a plan, in their order.
 
@@ -138,7 +143,7 @@ class ShardMaker:
         """
         path = self._folder.partial / layout.shard_name(index, len(self._plan.shards))
         names = self._plan.shards[index]
-        record_path = path.with_suffix(".json")
+        record_path = record_of(path)
         if path.is_file() and record_path.is_file():
             record = ShardRecord.read(record_path)
             self._resume(path, record, names[0])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import Array
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.codec.choose import is_flat_preferred
 from entrollm.compress.control import RateControl
 from entrollm.compress.lossless import expected_bytes
 from entrollm.compress.options import CodingOptions
@@ -22,6 +23,7 @@ from entrollm.compress.statistics import Drift, Statistics
 from entrollm.quantize.ecsq import EcsqQuantizer
 from entrollm.quantize.feedback import FeedbackQuantizer
 from entrollm.quantize.gptq import GptqQuantizer
+from entrollm.quantize.grid import CodeFit
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.method import ArraySource, CodeChooser, Float32, Quantized, Quantizer, RowSource
 from entrollm.quantize.statistics import Sensitivity
@@ -52,15 +54,17 @@ class SizedMethods:
         self._checkpoint = checkpoint
         self._statistics = statistics
         self._method = options.method
-        # With other preferences, fitted grids decode no faster, and those codes waste bits for other reasons.
-        self._grid = {"fits_code": options.prefer == "size", "fine_scales": options.fine_scales}
+        self._fits = _fits(options)
+        self._fine_scales = options.fine_scales
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = plan.coded[-1] if plan.coded else ""
         assert options.target is not None
         shapes = {name: _matrix_shape(checkpoint, name) for name in plan.coded}
         self.curves = {
-            name: RateCurve(name, shapes[name], _Sampler(checkpoint, name, self).quantize, options.prefer)
+            name: RateCurve(
+                name, shapes[name], _Sampler(checkpoint, name, self).quantize, options.prefer, options.processor
+            )
             for name in plan.coded
         }
         fixed = len(plan.shards) * _SHARD_BYTES
@@ -70,7 +74,9 @@ class SizedMethods:
             fixed += own + _PLAIN_ENTRY_BYTES + 2 * len(json.dumps(name))
         weights = sum(info.weights for info in checkpoint.tensors.values())
         steps = relative_steps(shapes, _sensitivities(plan.coded, statistics))
-        self.control = RateControl(self.curves, steps, fixed, weights, options.target)
+        self.control = RateControl(
+            self.curves, steps, fixed, weights, options.target, chooses_steps=self._fits == "flat"
+        )
 
     def quantizer(self, name: str) -> Quantizer:
         """The quantizer of a matrix at its step."""
@@ -110,11 +116,22 @@ class SizedMethods:
         """
         factor = self._factor(name)
         if self._statistics is None or factor is None:
-            return EcsqQuantizer(step, precision, **self._grid)
+            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales)
         device = self._statistics.device
+        if self._method == "light":
+            sizes = np.sqrt(np.square(device.take(factor)).sum(axis=1))
+            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales, column_sizes=sizes)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
-        return FeedbackQuantizer(step, factor, precision, **self._grid, device=device, is_draft=is_draft)
+        return FeedbackQuantizer(
+            step,
+            factor,
+            precision,
+            fits=self._fits,
+            fine_scales=self._fine_scales,
+            device=device,
+            is_draft=is_draft,
+        )
 
     def _factor(self, name: str) -> Array | None:
         """The factor of a matrix; the last one is kept, since a matrix is quantized at several steps in a row."""
@@ -139,6 +156,13 @@ class _Corrected:
         quantized = replace(self.inner, correction=self.drift.correction(self.name)).quantize(source, choose)
         self.drift.record(self.name, quantized.weights)
         return quantized
+
+
+def _fits(options: CodingOptions) -> CodeFit:
+    if is_flat_preferred(options.prefer, options.processor):
+        return "flat"
+    # Codes for other preferences decode no faster on fitted grids, and waste bits for other reasons.
+    return "prefix" if options.prefer == "size" else "none"
 
 
 def has_drift(options: CodingOptions) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from entrollm.arrays import Array, Device
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.source import Stamps
 from entrollm.quantize.statistics import Sensitivity
 
 
@@ -38,6 +39,7 @@ class Statistics(Protocol):
     Attributes:
         fingerprint: equal for equal statistics of one model.
         device: where the factors are; it quantizes with them.
+        source: the stamps of the checkpoint when it was opened for calibration; empty if unknown.
     """
 
     @property
@@ -45,6 +47,9 @@ class Statistics(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def source(self) -> Stamps: ...
 
     def factor(self, name: str) -> Array | None:
         """The lower triangle L with L L^T = the damped second moments of the inputs of a matrix.

@@ -19,10 +19,12 @@ from entrollm.compress.stacks import find_stacks
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.files.dtypes import DTYPES, check_finite
 from entrollm.format import layout
+from entrollm.format.flat import FlatCode
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix, matrix_of
 from entrollm.quantize.paper import Grid, quantize_rows
 
@@ -111,14 +113,12 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
     empty = np.zeros(0, np.uint8)
     for begin, symbols in symbol_chunks(matrix, pool):
         try:
-            encoded: tuple[NDArray[Any], ...] = _core.encode(
-                spec.code.program(), spec.code.low_bits, symbols, spec.blocks.rows, spec.blocks.columns
-            )
+            encoded = _encode(spec, stored, begin, symbols)
         except ValueError as error:
             raise CorruptStreamError(f"{matrix.name}: rows from {begin} on: {error}") from None
         for suffix, array in zip(ends, encoded, strict=True):
             if suffix == layout.SPARSE_SIZES and not ends[layout.SPARSE]:
-                continue  # a code without lists has no sizes
+                continue  # a code without lists, or a flat one without patches so far, has no sizes
             found = stored.get(suffix, empty)[ends[suffix] : ends[suffix] + array.size]
             if not np.array_equal(found, array):
                 raise CorruptStreamError(
@@ -126,6 +126,19 @@ def _check_coding(matrix: CodedMatrix, stored: dict[str, NDArray[Any]], pool: _c
                 )
             ends[suffix] += array.size
     _check_padding(matrix, stored, ends)
+
+
+def _encode(
+    spec: TensorSpec, stored: dict[str, NDArray[Any]], begin: int, symbols: NDArray[np.uint8]
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The dense and the sparse stream of some rows, and the sizes of the latter."""
+    code = spec.code
+    if isinstance(code, FlatCode):
+        first = begin // code.segment_rows
+        windows = np.array(stored[layout.SEGMENTS][first : first + code.segments(len(symbols))])
+        fields, patches, sizes, _ = _core.encode_flat(symbols, code.segment_rows, windows)
+        return fields, patches.view(np.uint8), sizes
+    return _core.encode(code.program(), code.low_bits, symbols, spec.blocks.rows, spec.blocks.columns)
 
 
 def _check_padding(matrix: CodedMatrix, stored: Mapping[str, NDArray[Any]], ends: Mapping[str, int]) -> None:

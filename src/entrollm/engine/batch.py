@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,14 @@ class SequenceStep:
         ids: int64 (n,), n >= 1: the tokens that follow those in the cache.
         cache: the tokens before.
         needs_logits: whether the logits after the last token are wanted; they cost a row of the output head.
+        observe: is given the hidden states of the tokens behind the final norm, in one or more pieces: the position
+            of the first, and float32 (n, hidden_size). Position 0 comes again if the sequence has to start over.
     """
 
     ids: Ids
     cache: Cache
     needs_logits: bool = True
+    observe: Callable[[int, Floats], None] | None = None
 
 
 @dataclass(frozen=True)

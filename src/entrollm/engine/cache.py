@@ -35,13 +35,13 @@ class Positions(NamedTuple):
     """The positions of one sequence in a layer, the last ones of which are new.
 
     Attributes:
-        count: how many are new, at least 1.
+        tokens: how many are new, at least 1.
         keys, values: of all that the new ones may see, themselves included: views, float32 (kv_heads, head_dim, length)
             and (kv_heads, length, head_dim), valid until the cache changes.
         window: positions that a query sees, its own included; None for all.
     """
 
-    count: int
+    tokens: int
     keys: Floats
     values: Floats
     window: int | None

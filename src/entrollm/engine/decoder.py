@@ -95,7 +95,7 @@ class Decoder:
         wanted = len(ids) if last is None else last
         ids = self._begin(ids, cache)
         hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
-        return self._logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
+        return self.logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
 
     def step(self, steps: Sequence[SequenceStep]) -> Floats:
         """Run the model on the next tokens of several sequences at once, and add them to their caches.
@@ -114,12 +114,15 @@ class Decoder:
         for x, done in self._run(segments):
             row = 0
             for segment in done:
-                row += len(segment.ids)
+                count, observe = len(segment.ids), steps[segment.index].observe
+                if observe is not None:
+                    observe(segment.cache.length - count, self._norm(x[row : row + count]))
+                row += count
                 last[segment.index] = x[row - 1 : row]
         wanted = [last[index] for index, step in enumerate(steps) if step.needs_logits]
         if not wanted:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
-        return self._logits(self._norm(np.concatenate(wanted)))
+        return self.logits(self._norm(np.concatenate(wanted)))
 
     def _begin(self, ids: Ids, cache: Cache) -> Ids:
         """The tokens to run: `ids`, or the sequence from its start where its rotations change."""
@@ -136,8 +139,9 @@ class Decoder:
         for part in passes(segments, _TOKENS_PER_PASS):
             yield self._run_layers(part), part
 
-    def _logits(self, x: Floats) -> Floats:
-        logits = self._head(x)
+    def logits(self, hidden: Floats) -> Floats:
+        """The logits of hidden states behind the final norm: float32 (n, hidden_size) to (n, vocab_size)."""
+        logits = self._head(hidden)
         if self.config.logit_scale != 1.0:
             logits *= np.float32(self.config.logit_scale)
         if self.config.logit_cap is not None:
@@ -250,8 +254,9 @@ class Layer:
         """What is around a part; None if a norm does more than native code does."""
         if any(each is not None and (each.is_centered or each.bias is not None) for each in (norm, output_norm)):
             return None
-        weights = [None if each is None else each.weight for each in (norm, output_norm)]
-        return _core.Surroundings(*weights, self._eps, None if self._scale is None else float(self._scale))
+        weight, output_weight = (None if each is None else each.weight for each in (norm, output_norm))
+        scale = None if self._scale is None else float(self._scale)
+        return _core.Surroundings(weight, output_weight, self._eps, scale)
 
 
 def _run(block: Callable[..., Floats], *args: object) -> Floats:

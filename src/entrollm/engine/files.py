@@ -52,11 +52,11 @@ def read_model_files(folder: Path) -> ModelFiles:
     Raises:
         FormatError: config.json is missing, or a file is malformed; the message names it.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise FormatError(f"{folder / 'config.json'}: there is no such file; a model folder needs one")
     names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    tokenizer_config, special_tokens_map, added_tokens = (_read_json(folder / name) or {} for name in names)
+    tokenizer_config, special_tokens_map, added_tokens = (read_json(folder / name) or {} for name in names)
     special_tokens = _read_special_tokens(special_tokens_map) | _read_special_tokens(tokenizer_config)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     if tokenizer is not None:
@@ -66,7 +66,7 @@ def read_model_files(folder: Path) -> ModelFiles:
         config=config,
         tokenizer=tokenizer,
         no_tokenizer="" if tokenizer is not None else why_no_tokenizer(folder),
-        generation_config=_read_json(folder / "generation_config.json") or {},
+        generation_config=read_json(folder / "generation_config.json") or {},
         special_tokens=special_tokens,
         chat_template=_read_chat_template(folder, tokenizer_config),
     )
@@ -81,7 +81,12 @@ def _read_text(path: Path) -> str | None:
         raise FormatError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, object] | None:
+def read_json(path: Path) -> dict[str, object] | None:
+    """The object in a JSON file, or None if there is no such file.
+
+    Raises:
+        FormatError: it is not UTF-8, not JSON, or not an object.
+    """
     text = _read_text(path)
     if text is None:
         return None
@@ -137,6 +142,15 @@ def _read_special_tokens(values: Mapping[str, object]) -> dict[str, str]:
     return tokens
 
 
+def chat_template_of(folder: Path) -> str | None:
+    """The chat template of a model folder, or None if it has none.
+
+    Raises:
+        FormatError: a file is malformed; the message names it.
+    """
+    return _read_chat_template(folder, read_json(folder / "tokenizer_config.json") or {})
+
+
 def _read_chat_template(folder: Path, tokenizer_config: Mapping[str, object]) -> str | None:
     """The template from its own file, else from tokenizer_config.json, else from chat_template.json."""
     text = _read_text(folder / "chat_template.jinja")
@@ -145,7 +159,7 @@ def _read_chat_template(folder: Path, tokenizer_config: Mapping[str, object]) ->
     source, template = folder / "tokenizer_config.json", tokenizer_config.get("chat_template")
     if template is None:
         source = folder / "chat_template.json"
-        template = (_read_json(source) or {}).get("chat_template")
+        template = (read_json(source) or {}).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

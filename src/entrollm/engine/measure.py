@@ -11,6 +11,7 @@ from entrollm import _core
 from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.format.blocks import block_count
+from entrollm.format.code import Code
 from entrollm.format.layout import padded_stream
 from entrollm.threads import start_pool
 
@@ -38,7 +39,8 @@ def product_speed(threads: int) -> ProductSpeed:
     symbols = np.clip(np.rint(generator.standard_normal((_ROWS, _COLUMNS)) * 2 + 8), 0, 15).astype(np.uint8)
     blocks = choose_blocks(_ROWS, _COLUMNS)
     counts = [int(count) for count in _core.histogram(symbols)]
-    code = choose_code(counts, block_count(_ROWS, _COLUMNS, blocks), "speed")
+    code = choose_code(counts, block_count(_ROWS, _COLUMNS, blocks), "speed", "avx512")
+    assert isinstance(code, Code)  # flat codes are for other processors
     dense, sparse, sizes = _core.encode(code.program(), code.low_bits, symbols, blocks.rows, blocks.columns)
     matrix = _core.CodedMatrix(
         code.program(),

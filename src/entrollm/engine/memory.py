@@ -14,6 +14,7 @@ from weakref import WeakSet
 from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
+from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
@@ -68,11 +69,12 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
-        spec: of the matrix. With group scales, no instruction set multiplies while it decodes.
+        spec: of the matrix. With group scales, no instruction set multiplies while it decodes. One that is flat in the
+            file stays there.
         isa: the name of the instruction set, as `_core.isa()` has it.
         threads: of products.
     """
-    if isa == "scalar":
+    if isa == "scalar" or isinstance(spec.code, FlatCode):
         return False
     if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS or threads <= _MOST_FLAT_THREADS:
         return True
@@ -101,7 +103,8 @@ class MemoryPlan:
                 continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
-            if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
+            can_be_flat = not isinstance(spec.code, FlatCode)
+            if (memory == "fast" and can_be_flat) or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
         self.flat_bytes = sum(sizes.values())
         fits = self.available_bytes is None or self.flat_bytes <= _USABLE * self.available_bytes
@@ -189,6 +192,19 @@ class MatrixSlot:
                     self._transcode(pool)
         return self._matrix
 
+    def check_ahead(self) -> None:
+        """Check the bytes, unless another thread uses or prepares the matrix, which then checks them itself.
+
+        Raises:
+            CorruptStreamError: its bytes differ from their checksum.
+        """
+        lock = self._lock
+        if self._check is not None and lock.acquire(blocking=False):
+            try:
+                self._run_check()
+            finally:
+                lock.release()
+
     def renew_lock(self) -> None:
         """Forget a lock that a thread of the parent process held when this process was forked."""
         self._lock = threading.Lock()
@@ -210,17 +226,15 @@ class MatrixSlot:
 
 
 def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
-    """Start a thread that prepares slots in their order; it ends early when the program does.
+    """Start threads that prepare slots in their order; they end early when the program does.
 
     Args:
         slots: matrices to multiply with, which are checked and transcoded.
         looked_up: matrices that are only read by row; they come first, and are checked.
-        pool: threads to transcode on.
+        pool: threads to transcode on, beside which one more thread checks what comes next.
     """
 
-    def run() -> None:
-        steps: list[Callable[[], object]] = [slot.checked for slot in looked_up]
-        steps += [partial(slot.ready, pool) for slot in slots]
+    def run(steps: Sequence[Callable[[], object]]) -> None:
         for step in steps:
             if not threading.main_thread().is_alive():
                 return
@@ -229,7 +243,10 @@ def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], 
             except CorruptStreamError:
                 return  # what needs the matrix says so
 
-    threading.Thread(target=run, name="entrollm-prepare").start()
+    in_order = [slot.checked for slot in looked_up] + [partial(slot.ready, pool) for slot in slots]
+    ahead = [slot.check_ahead for slot in slots]
+    for steps in (ahead, in_order) if pool.size > 1 else (in_order,):
+        threading.Thread(target=run, args=(steps,), name="entrollm-prepare").start()
 
 
 _slots: WeakSet[MatrixSlot] = WeakSet()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from entrollm import _core
 from entrollm.checkpoint.names import natural_key
 from entrollm.engine.memory import MemoryPlan
-from entrollm.format.code import Code
+from entrollm.format.flat import AnyCode
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of
 
@@ -21,14 +21,14 @@ class MatrixForms:
         name: of the tensor.
         weights: how many it has.
         code: of its bytes in the file, of which it has file_bytes.
-        flat_bytes: what its flat form takes in memory; `None` if it has none.
+        flat_bytes: what its flat form takes in memory; `None` if it has none, or the file has it already.
         flat_rows: how many rows have fields of each width, by bits.
         is_flat: whether "auto" multiplies with the flat form on this machine.
     """
 
     name: str
     weights: int
-    code: Code
+    code: AnyCode
     file_bytes: int
     flat_bytes: int | None
     flat_rows: dict[int, int]

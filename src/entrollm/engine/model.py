@@ -135,6 +135,16 @@ class Model:
             raise ValueError("two sequences of a step share a cache; give each one of its own, from new_cache()")
         return self._decoder.step([replace(step, ids=self._checked(step.ids)) for step in steps])
 
+    def logits_of(self, hidden: Floats) -> Floats:
+        """The logits of the hidden states that a step's `observe` is given.
+
+        Args:
+            hidden: float32 (n, hidden_size).
+        Returns:
+            float32 (n, vocab_size).
+        """
+        return self._decoder.logits(hidden)
+
     def generate(
         self,
         prompt: Prompt,

@@ -13,12 +13,13 @@ from entrollm._core import SLACK_BYTES
 from entrollm.errors import FormatError
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
+from entrollm.format.flat import FlatCode
 from entrollm.format.grid import SCALE_ARRAYS, GridKind
 from entrollm.format.spec import TensorSpec
 
 # Decoders read whole vectors past the end of either stream, up to the next multiple of ALIGNMENT_BYTES.
 ROOM_BYTES = 2 * SLACK_BYTES
-_SMALL = (layout.SPARSE_SIZES, *(f".{name}" for name in SCALE_ARRAYS))
+_SMALL = (layout.SPARSE_SIZES, layout.SEGMENTS, *(f".{name}" for name in SCALE_ARRAYS))
 _JOINED = (layout.DENSE, layout.SPARSE, *_SMALL)
 
 
@@ -120,9 +121,12 @@ def _entry_bytes(parts: tuple[int, int, int]) -> int:
 def _inflate_side(name: str, spec: TensorSpec, side: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """The small arrays that the spec declares."""
     expected: list[tuple[str, str, int]] = []
+    flat = spec.code if isinstance(spec.code, FlatCode) else None
     if spec.parts is not None and spec.parts[1]:
-        blocks = block_count(spec.rows, spec.columns, spec.blocks)
-        expected.append((layout.SPARSE_SIZES, "U16", blocks))
+        count = spec.rows if flat else block_count(spec.rows, spec.columns, spec.blocks)
+        expected.append((layout.SPARSE_SIZES, "U16", count))
+    if flat:
+        expected.append((layout.SEGMENTS, "U16", flat.segments(spec.rows)))
     forms = spec.kind.stored if isinstance(spec.kind, GridKind) else {}
     for which in SCALE_ARRAYS:
         if which in forms:

@@ -37,6 +37,8 @@ DENSE, SPARSE, SPARSE_SIZES, SCALE, OFFSET, COLUMN_SCALE = _SEPARATE_SUFFIXES = 
     ".offset",
     ".column_scale",
 )
+# Fields and first symbols of the segments of a flat code; always a part of the one entry.
+SEGMENTS = ".segments"
 # Entries of group scales; each is one deflated array.
 GROUP_SUFFIXES = tuple(f".{name}" for name in GROUP_ARRAY_TYPES)
 # The bytes of lossless words that are not coded, (rows, columns), with the padding of a stream.

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from entrollm.format.blocks import Blocks
 from entrollm.format.code import MAX_LOW_BITS, Code, listed_symbols, node_to_json, tree_from_json
+from entrollm.format.flat import AnyCode, FlatCode, flat_from_json
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.json_fields import JsonFields, is_int
@@ -45,7 +46,7 @@ class TensorSpec:
         rows, columns: out_features and in_features.
         dtype: the type of the original tensor, which `export` restores, by its safetensors name.
         grid_name: how the scales were chosen, human-readable ("paper-asymmetric-4", ...).
-        code, blocks: how the symbols are stored.
+        code, blocks: how the symbols are stored; blocks of a flat code are its segments.
         kind: what the symbols mean.
         relative_error: RMS quantization error over the RMS of the original weights.
         checksum: CRC-32 of the name, this spec and all entries of the matrix; see docs/reference/format.md.
@@ -57,7 +58,7 @@ class TensorSpec:
     columns: int
     dtype: str
     grid_name: str
-    code: Code
+    code: AnyCode
     blocks: Blocks
     kind: Kind
     relative_error: float = 0.0
@@ -70,11 +71,14 @@ class TensorSpec:
             "shape": [self.rows, self.columns],
             "dtype": self.dtype,
             "grid": self.grid_name,
-            "block": [self.blocks.rows, self.blocks.columns],
-            "code": node_to_json(self.code.tree),
-            "error": self.relative_error,
         }
-        if self.code.low_bits:
+        if isinstance(self.code, FlatCode):
+            fields["code"] = self.code.to_json()
+        else:
+            fields["block"] = [self.blocks.rows, self.blocks.columns]
+            fields["code"] = node_to_json(self.code.tree)
+        fields["error"] = self.relative_error
+        if isinstance(self.code, Code) and self.code.low_bits:
             fields["low_bits"] = self.code.low_bits
         fields |= self.kind.to_json()
         if self.parts is not None:
@@ -97,7 +101,8 @@ class TensorSpec:
         rows, columns = fields.int_pair("shape", MAX_AXIS)
         if rows * columns > MAX_WEIGHTS:
             raise fields.error(f"{rows} x {columns} weights are more than the format allows")
-        block_rows, block_columns = fields.int_pair("block", MAX_BLOCK_WEIGHTS)
+        kind = _kind_from_json(fields)
+        code, blocks = _read_coding(fields, columns, kind)
         dtype = fields.text("dtype")
         if dtype not in SOURCE_DTYPES:
             raise fields.error(f"dtype is {dtype!r}, expected one of {', '.join(sorted(SOURCE_DTYPES))}")
@@ -110,9 +115,9 @@ class TensorSpec:
             columns=columns,
             dtype=dtype,
             grid_name=fields.text("grid"),
-            code=_read_code(fields),
-            blocks=Blocks(block_rows, block_columns),
-            kind=_kind_from_json(fields),
+            code=code,
+            blocks=blocks,
+            kind=kind,
             relative_error=relative_error,
             checksum=checksum,
             parts=_read_parts(fields),
@@ -132,6 +137,20 @@ def _read_checksum(fields: JsonFields, text: str) -> int:
     if not text.endswith(f',"crc32":"{checksum}"}}'):
         raise fields.error("crc32 must come last in the stored spec")
     return int(checksum, 16)
+
+
+def _read_coding(fields: JsonFields, columns: int, kind: Kind) -> tuple[AnyCode, Blocks]:
+    flat = flat_from_json(fields.require("code"), fields.name)
+    if flat is None:
+        return _read_code(fields), Blocks(*fields.int_pair("block", MAX_BLOCK_WEIGHTS))
+    if not isinstance(kind, GridKind):
+        raise fields.error("a flat code has neither group scales nor lossless words")
+    for key in ("block", "low_bits"):
+        if fields.get(key) is not None:
+            raise fields.error(f"a flat code has no {key}")
+    if fields.get("parts") is None:
+        raise fields.error("a flat code needs parts")
+    return flat, flat.blocks(columns)
 
 
 def _read_code(fields: JsonFields) -> Code:

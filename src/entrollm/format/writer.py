@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
@@ -100,11 +101,15 @@ class ShardWriter:
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
-            self._spool.close()
+            self._close_spool()
 
     def _write(self, data: NDArray[np.uint8]) -> None:
         with naming(self.path):
             self._spool.write(data.data)
+
+    def _close_spool(self) -> None:
+        with suppress(OSError):  # of bytes that it still buffers, on a full disk: seek() has raised that already
+            self._spool.close()
 
     def _metadata(self) -> dict[str, str]:
         return {layout.FORMAT_KEY: "pt"} if self._ordinary else self.table.metadata()
@@ -129,4 +134,4 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._spool.close()
+            self._close_spool()

@@ -40,7 +40,7 @@ class EntroConfig(QuantizationConfigMixin):
         size: a size of the weights instead, in bytes or as "1.9GB".
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind whose decoding times count with "speed": "x86" or "arm".
+        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
         overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
         lossless: code every matrix bit for bit; no size goes with it.
         lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
@@ -75,8 +76,9 @@ class EntroQuantizer(HfQuantizer):
 
     def _prepare_stored(self, model: Any, folder: Path) -> None:
         """Put modules for the folder's matrices into the model, whose entries transformers then loads."""
-        with CompressedModel.open(folder, check=checks_bytes.get()) as stored:
-            if checks_bytes.get():
+        check = _checks_bytes()
+        with CompressedModel.open(folder, check=check) as stored:
+            if check:
                 for name in (*stored.specs, *stored.plain):
                     stored.check_checksum(name)
             shapes = {name: (spec.rows, spec.columns) for name, spec in stored.specs.items()}
@@ -202,6 +204,19 @@ def _put(model: Any, path: str, weight: CodedWeight | CodedStack, owns: bool) ->
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
     """The coded matrices of a model by their path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CodedWeight)}
+
+
+def _checks_bytes() -> bool:
+    """Whether to compare files with their checksums: as `load` says, or ENTROLLM_CHECK for plain from_pretrained.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    chosen = checks_bytes.get()
+    text = os.environ.get("ENTROLLM_CHECK", "1")
+    if chosen is None and text not in ("0", "1"):
+        raise ValueError(f"ENTROLLM_CHECK should be 0 or 1, found {text!r}")
+    return text == "1" if chosen is None else chosen
 
 
 def _device(name: Any) -> torch.device:

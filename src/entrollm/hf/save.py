@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
 from entrollm.format.stored import store_matrix
 from entrollm.format.writer import ShardWriter
-from entrollm.system import naming
+from entrollm.system import naming, scratch_folder
 from entrollm.torch.entries import to_array
 from entrollm.torch.weight import CodedWeight
 
@@ -75,12 +73,9 @@ def save_pretrained(
     if folder.is_file():
         raise ValueError(f"{folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".entrollm-", dir=folder))
-    try:
+    with scratch_folder(".entrollm-", folder) as temporary:
         _write(model, temporary, parse_size(str(max_shard_size)))
         _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(model: Any, folder: Path, shard_bytes: int) -> None:

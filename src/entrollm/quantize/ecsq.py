@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.grid import PLAIN_GRID, Choices, Grid, fit_rounding, grid_choices
+from entrollm.quantize.grid import PLAIN_GRID, Choices, CodeFit, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import (
     CodeChooser,
     Float32,
@@ -36,6 +36,10 @@ rounding many weights towards 0 hurts a model more than its squared error sugges
 # the same, to second order in the spread of the sizes: the first shares bits badly, the second has one code for unlike
 # rows. Halfway between them, half of that loss is left.
 _ROW_POWER = 0.5
+# The same holds for columns, whose best steps are in inverse proportion to the size of their inputs.
+_COLUMN_POWER = 0.5
+# Inputs below this share of the RMS count as if they had it.
+_SMALLEST_COLUMN = 0.02
 # Code lengths are estimated from about this many weights.
 _SAMPLE_WEIGHTS = 1 << 18
 # The largest distance of a symbol from 0. It leaves room for a grid that is shifted.
@@ -51,15 +55,17 @@ class EcsqQuantizer:
         step: the step of the grid over the RMS of the matrix.
         row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fits: the code that the grid may be stretched and shifted to suit.
         fine_scales: whether scales are fine enough for tuning.
+        column_sizes: float32, shape (columns,), the RMS of the matrix's inputs, up to a factor; None if unknown.
     """
 
     step: float
     row_precision: Float32 | None = None
     price: float = PRICE
-    fits_code: bool = True
+    fits: CodeFit = "prefix"
     fine_scales: bool = False
+    column_sizes: Float32 | None = None
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix. A weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
@@ -67,9 +73,12 @@ class EcsqQuantizer:
         Raises:
             FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.
         """
-        steps, keeps_zero = self._row_steps(source)
-        choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
-        grid, rounding = self._rounding(source, steps.values(), choose, choices)
+        columns, gain = self._column_steps(source.shape)
+        column_steps = np.ones(1, np.float32) if columns is None else columns.values()
+        scaled = _Scaled(source, column_steps)
+        steps, keeps_zero = self._row_steps(scaled, gain)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
+        grid, rounding = self._rounding(scaled, steps.values(), choose, choices)
         steps = replace(steps, base=short_base(steps.base * grid.stretch))
         row_steps = steps.values()
         symbols = np.empty(source.shape, np.uint8)
@@ -77,7 +86,7 @@ class EcsqQuantizer:
 
         def quantize(chunk: tuple[int, int]) -> tuple[NDArray[np.int64], float, float]:
             rows = slice(*chunk)
-            weights = source.read(*chunk).astype(np.float32)
+            weights = scaled.read(*chunk)
             symbols[rows] = rounding.symbols(weights / row_steps[rows, np.newaxis])
             found = symbols[rows].astype(np.float32)
             found -= np.float32(grid.zero)
@@ -86,6 +95,9 @@ class EcsqQuantizer:
             with np.errstate(over="ignore"):  # an infinite error is refused below
                 found *= scale.values()[:, np.newaxis]
                 found -= weights
+            if columns is not None:
+                found *= column_steps
+                weights *= column_steps
             return _core.histogram(symbols[rows]), sum_of_squares(found), sum_of_squares(weights)
 
         histograms, errors, energies = zip(*source.map(quantize), strict=True)
@@ -100,13 +112,28 @@ class EcsqQuantizer:
             error=math.fsum(errors),
             energy=math.fsum(energies),
             zero=grid.zero,
+            column_scale=columns,
         )
 
-    def _row_steps(self, source: RowSource) -> tuple[LogScales, bool]:
+    def _column_steps(self, shape: tuple[int, int]) -> tuple[LogScales | None, float]:
+        """Steps of the columns around 1, and the factor on all steps at which they do the damage of equal ones."""
+        if self.column_sizes is None:
+            return None, 1.0
+        sizes = self.column_sizes.astype(np.float64)
+        whole = math.sqrt(float(np.square(sizes).mean()))
+        if not 0 < whole < math.inf:
+            return None, 1.0
+        sizes = np.maximum(sizes, _SMALLEST_COLUMN * whole)
+        typical = float(np.exp(np.log(sizes).mean()))
+        columns = snap((sizes / typical) ** -_COLUMN_POWER, octave_codes(shape[0], self.step, self.fine_scales), 1.0)
+        damage = float(np.square(sizes * columns.values()).mean())
+        return columns, math.sqrt(float(np.square(sizes).mean()) / damage)
+
+    def _row_steps(self, source: _Scaled, gain: float) -> tuple[LogScales, bool]:
         """The step of each row, and whether all weights of a row are 0; such rows have positive steps too."""
 
-        def measure(chunk: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            weights = source.read(*chunk).astype(np.float32)
+        def measure(chunk: tuple[int, int]) -> tuple[NDArray[np.float64], ...]:
+            weights = source.read(*chunk)
             largest = np.abs(weights).max(axis=1).astype(np.float64)
             if not np.isfinite(largest).all():
                 row, column = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
@@ -116,9 +143,11 @@ class EcsqQuantizer:
                 )
             # Ratios are squared, because squares of the weights may exceed float32.
             weights /= np.maximum(largest, _TINY)[:, np.newaxis].astype(np.float32)
-            return largest, largest * np.sqrt(np.einsum("ij,ij->i", weights, weights) / weights.shape[1])
+            size = largest * np.sqrt(np.einsum("ij,ij->i", weights, weights) / weights.shape[1])
+            weights *= source.column_steps
+            return largest, size, largest * np.sqrt(np.einsum("ij,ij->i", weights, weights) / weights.shape[1])
 
-        maxima, sizes = (np.concatenate(parts) for parts in zip(*source.map(measure), strict=True))
+        maxima, sizes, plain = (np.concatenate(parts) for parts in zip(*source.map(measure), strict=True))
         whole = math.sqrt(float(np.mean(np.square(sizes / max(float(sizes.max()), _TINY))))) * float(sizes.max())
         if whole == 0.0:
             return snap(np.ones(len(sizes)), 1), True
@@ -126,7 +155,8 @@ class EcsqQuantizer:
             raise out_of_range(
                 source.name, f"its weights, of size {whole:.3g}, are too small for free steps in float32"
             )
-        steps = self.step * whole * (sizes / whole) ** _ROW_POWER
+        gain *= math.sqrt(float(np.mean(np.square(plain / whole))))
+        steps = self.step * gain * whole * (sizes / whole) ** _ROW_POWER
         if self.row_precision is not None:
             steps /= self.row_precision
         finest = octave_codes(source.shape[1], self.step, self.fine_scales)
@@ -135,15 +165,32 @@ class EcsqQuantizer:
         return snap(steps, finest), bool(sizes.min() == 0)
 
     def _rounding(
-        self, source: RowSource, steps: Float32, choose: CodeChooser, choices: Choices
+        self, source: _Scaled, steps: Float32, choose: CodeChooser, choices: Choices
     ) -> tuple[Grid, Rounding]:
         """A grid, and rounding by the lengths of the code that a sample of the rows would get on the grid."""
         if self.price <= 0:
             return PLAIN_GRID, Rounding()
         rows, columns = source.shape
         stride = max(1, rows * columns // _SAMPLE_WEIGHTS)
-        sample = np.concatenate([source.read(i, i + 1).astype(np.float32) / steps[i] for i in range(0, rows, stride)])
+        sample = np.concatenate([source.read(i, i + 1) / steps[i] for i in range(0, rows, stride)])
         return fit_rounding(sample, self.price, choose, choices)
+
+
+class _Scaled:
+    """A matrix in float32 whose columns are divided by their steps."""
+
+    def __init__(self, source: RowSource, column_steps: Float32) -> None:
+        self.name, self.shape = source.name, source.shape
+        self.map = source.map
+        self.column_steps = column_steps
+        self._source = source
+
+    def read(self, begin: int, end: int) -> Float32:
+        """Rows [begin, end), a new array."""
+        weights: Float32 = self._source.read(begin, end).astype(np.float32)
+        if len(self.column_steps) > 1:
+            weights /= self.column_steps
+        return weights
 
 
 def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.float64]:

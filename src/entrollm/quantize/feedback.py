@@ -21,7 +21,7 @@ from entrollm.arrays import HOST, Array, Device, double, functions, like, single
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.ecsq import PRICE
-from entrollm.quantize.grid import PLAIN_GRID, Grid, fit_grid, fit_rounding, grid_choices
+from entrollm.quantize.grid import PLAIN_GRID, CodeFit, Grid, fit_grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range
 from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 
@@ -47,7 +47,7 @@ class FeedbackQuantizer:
         factor: float32, shape (columns, columns), on the device; see `Statistics.factor`.
         row_precision: float32, shape (rows,), what the steps of the rows are divided by; None if all rows are alike.
         price: what a bit is worth in rounding, in squared steps.
-        fits_code: whether the grid may be stretched and shifted to suit a prefix code.
+        fits: the code that the grid may be stretched and shifted to suit.
         fine_scales: whether scales are fine enough for tuning.
         device: the device that computes.
         correction: float32, shape (rows, columns), on the device, added to the weights before they are rounded; None
@@ -59,7 +59,7 @@ class FeedbackQuantizer:
     factor: Array
     row_precision: Float32 | None = None
     price: float = PRICE
-    fits_code: bool = True
+    fits: CodeFit = "prefix"
     fine_scales: bool = False
     device: Device = HOST
     correction: Array | None = None
@@ -121,7 +121,7 @@ class FeedbackQuantizer:
         if self.price <= 0:
             return PLAIN_GRID, Rounding()
         keeps_zero = not float(row_maxima(weights).min())
-        choices = grid_choices(fits_code=self.fits_code, keeps_zero=keeps_zero)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
         if self.is_draft:
             grid = fit_grid(self.device.take(weights / steps[0][:, None] / steps[1]), self.price, choices)
             return grid, Rounding(grid.lengths, self.price)

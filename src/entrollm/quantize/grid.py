@@ -7,13 +7,15 @@ likely, and most shifted grids waste less. Neither changes the distortion much, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.codec.flat import best_window
 from entrollm.codec.huffman import huffman_lengths
 from entrollm.codec.lengths import code_lengths
 from entrollm.quantize.method import CodeChooser
@@ -22,10 +24,12 @@ from entrollm.quantize.rounding import ZERO, Rounding, thresholds_between
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-Choices = tuple[Sequence[float], Sequence[float]]
-"""The stretches and the shifts to choose from."""
+CodeFit = Literal["prefix", "flat", "none"]
+"""What grids are chosen to suit: a prefix code, a flat code, or nothing."""
 _STRETCHES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
+# An even number of fields fits symbols of both signs if 0 lies between two of them.
+_FLAT_SHIFTS = (0.0, 0.5)
 _ROUNDS = 2
 # Grids are compared on a histogram of the weights with this many bins per step, up to this many steps from 0.
 _FINE = 64
@@ -37,13 +41,27 @@ _STEEPEST = 4.0
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Grids to choose from.
+
+    Attributes:
+        stretches, shifts: every pair of these makes a grid.
+        lengths: the bits of each symbol, float64 of shape (256,), in the code for a histogram of 256 entries.
+    """
+
+    stretches: Sequence[float]
+    shifts: Sequence[float]
+    lengths: Callable[[Float64], Float64]
+
+
+@dataclass(frozen=True)
 class Grid:
     """A stretched and shifted grid: a weight, in requested steps, is about (symbol - zero) * stretch * gain.
 
     Attributes:
         stretch: the step to round with, in requested steps.
         shift: a symbol stands for its integer plus this.
-        lengths: float64, shape (256,), the bits of each symbol in a Huffman code for the sample.
+        lengths: float64, shape (256,), the bits of each symbol in a Huffman code, or a flat one, for the sample.
         gain, zero: the best linear map from symbols to weights; zero is ZERO if there is no shift.
     """
 
@@ -57,14 +75,18 @@ class Grid:
 PLAIN_GRID = Grid(1.0, 0.0, np.zeros(256), 1.0, ZERO)
 
 
-def grid_choices(*, fits_code: bool, keeps_zero: bool) -> Choices:
+def grid_choices(*, fits: CodeFit, keeps_zero: bool) -> Choices:
     """The grids to choose from.
 
     Args:
-        fits_code: whether the grid may be stretched and shifted to suit a code.
+        fits: what they are to suit.
         keeps_zero: whether the grid must hold 0.
     """
-    return (_STRETCHES if fits_code else (1.0,), _SHIFTS if fits_code and not keeps_zero else (0.0,))
+    if fits == "flat":
+        # The steps of flat codes are chosen for each matrix before.
+        return Choices((1.0,), (0.0,) if keeps_zero else _FLAT_SHIFTS, _flat_lengths)
+    stretches, shifts = (_STRETCHES, _SHIFTS) if fits == "prefix" else ((1.0,), (0.0,))
+    return Choices(stretches, (0.0,) if keeps_zero else shifts, _prefix_lengths)
 
 
 def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Choices) -> tuple[Grid, Rounding]:
@@ -78,15 +100,15 @@ def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Ch
     """
     grid = fit_grid(sample, price, choices)
     rounding = Rounding(grid.lengths, price, grid.shift)
-    counts = _core.histogram(rounding.symbols(sample / np.float32(grid.stretch)))
-    return grid, Rounding(code_lengths(choose([int(c) for c in counts])), price, grid.shift)
+    counts = [int(c) for c in _core.histogram(rounding.symbols(sample / np.float32(grid.stretch)))]
+    return grid, Rounding(code_lengths(choose(counts), counts), price, grid.shift)
 
 
 def fit_grid(sample: Float32, price: float, choices: Choices) -> Grid:
     """The grid with the least rate for its distortion; arguments as for `fit_rounding`."""
     x = _Fine(sample)
-    stretches, shifts = choices if x.spread() < _WIDE else ((1.0,), (0.0,))
-    tried = [_try(x, stretch, shift, price) for shift in shifts for stretch in stretches]
+    stretches, shifts = (choices.stretches, choices.shifts) if x.spread() < _WIDE else ((1.0,), (0.0,))
+    tried = [_try(x, stretch, shift, price, choices.lengths) for shift in shifts for stretch in stretches]
     return min(tried, key=lambda found: found[0])[1]
 
 
@@ -115,16 +137,27 @@ class _Fine:
         return cells
 
 
-def _try(x: _Fine, stretch: float, shift: float, price: float) -> tuple[float, Grid]:
+def _prefix_lengths(count: Float64) -> Float64:
+    present = np.flatnonzero(count)
+    found = huffman_lengths(count[present].astype(np.int64).tolist())
+    lengths = np.full(256, max(found) + 4.0)
+    lengths[present] = found
+    return lengths
+
+
+def _flat_lengths(count: Float64) -> Float64:
+    return best_window(count)[0].lengths()
+
+
+def _try(
+    x: _Fine, stretch: float, shift: float, price: float, lengths_of: Callable[[Float64], Float64]
+) -> tuple[float, Grid]:
     lengths = np.zeros(256)
     values = np.arange(256) - ZERO + shift
     for _ in range(_ROUNDS):
         edges = thresholds_between(lengths, price) + shift
         count, first, second = x.between(edges * stretch)
-        present = np.flatnonzero(count)
-        found = huffman_lengths(count[present].astype(np.int64).tolist())
-        lengths = np.full(256, max(found) + 4.0)
-        lengths[present] = found
+        lengths = lengths_of(count)
     total = count.sum()
     symbols = values * stretch
     mean, centre = first.sum() / total, (count * symbols).sum() / total

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.errors import FormatError, Message, Option
-from entrollm.format.code import Code
+from entrollm.format.flat import AnyCode
 from entrollm.format.group_scales import GroupScales
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
 from entrollm.format.lossless import LosslessKind
@@ -46,7 +46,7 @@ class RowSource(Protocol):
         """The results of `work` for each chunk, in order; `work` runs on several threads."""
 
 
-CodeChooser = Callable[[Sequence[int]], Code]
+CodeChooser = Callable[[Sequence[int]], AnyCode]
 """Returns the code with which symbols of a histogram of 256 entries would be stored."""
 
 

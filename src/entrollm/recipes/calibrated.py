@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from entrollm.calibrate import DEFAULT_WINDOWS, CalibrationText, Tuner, calibrate, held_out
+from entrollm.calibrate import (
+    DEFAULT_WINDOWS,
+    WINDOW_TOKENS,
+    CalibrationText,
+    Tuner,
+    calibrate,
+    check_tunable,
+    held_out,
+)
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress import CodingOptions, check_output, compress_folder
@@ -18,12 +25,18 @@ from entrollm.compress.folder import check_replaced
 from entrollm.compress.pipeline import side_contents
 from entrollm.compress.planning import make_plan, with_size
 from entrollm.compress.target import DEFAULT_TARGET
+from entrollm.engine.files import read_model_files
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
 from entrollm.recipes.device import open_device
 from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
 from entrollm.recipes.result import CompressResult
 from entrollm.recipes.search import DivergenceLimit, compress_within
+from entrollm.system import scratch_folder
 
+# What the light method reads: of a text, and as much again that the model writes.
+LIGHT_WINDOWS, LIGHT_TOKENS = 16, 128
 # Windows that max_kl and tune measure on.
 _HELD_OUT_WINDOWS = 16
 
@@ -39,10 +52,15 @@ def compress_calibrated(
     text = _text(options)
     check_output(out, overwrite)
     _check_plan(model, out, coding)
+    if options.tune:
+        check_tunable(model)
+    elif options.max_kl is not None:
+        # Raises if the engine, which measures divergences, does not run the model.
+        read_config(Fields(read_model_files(resolve(model)).config, "config.json"))
     device = open_device(options.device)
-    with tempfile.TemporaryDirectory(prefix="entrollm-calibration-") as folder, device.guard():
+    with scratch_folder("entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
-        statistics = calibrate(model, text, Path(folder), progress.advance, device)
+        statistics = calibrate(model, text, folder, progress.advance, device)
         tuner = None
         if options.tune:
             assert windows is not None  # `_text` holds some out
@@ -89,9 +107,13 @@ def _check_plan(model: str | Path, out: Path, coding: CodingOptions) -> None:
 def _text(options: CompressOptions) -> CalibrationText:
     assert options.calibration is not None
     measures = options.tune or options.max_kl is not None
+    is_light = options.method == "light"
+    default = LIGHT_WINDOWS if is_light else DEFAULT_WINDOWS
     return CalibrationText(
         None if options.calibration == SELF else options.calibration,
-        sampled=DEFAULT_WINDOWS if options.sampled is None else options.sampled,
+        windows=default,
+        sampled=default if options.sampled is None else options.sampled,
+        tokens=LIGHT_TOKENS if is_light else WINDOW_TOKENS,
         held_out=_HELD_OUT_WINDOWS if measures else 0,
         seed=options.seed,
     )

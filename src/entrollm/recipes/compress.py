@@ -53,8 +53,12 @@ def _compress(
     model: str | Path, out: Path, options: CompressOptions, overwrite: bool, progress: Progress
 ) -> CompressResult:
     if options.calibration is not None:
-        from entrollm.recipes.calibrated import compress_calibrated
-
+        try:
+            from entrollm.recipes.calibrated import compress_calibrated
+        except ModuleNotFoundError as error:
+            hint = Message("install torch and transformers with: pip install 'entrollm[hf]'")
+            needed = Message("{} needs {}, which is not installed", Option("calibration"), error.name)
+            raise OptionError(needed, hint=hint) from None
         return compress_calibrated(model, out, options, overwrite=overwrite, progress=progress)
     from entrollm.compress import compress_folder
     from entrollm.recipes.result import CompressResult

@@ -50,12 +50,13 @@ class CompressOptions:
         keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: the kind whose decoding times count with "speed": "x86" or "arm".
+        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
         calibration: a UTF-8 text file like what the model will read, or "self" for what the model writes itself.
         sampled: windows of text that the model writes itself, added to a text file; `None` for 64. They take the whole
             model in memory; with 0, calibration takes one layer at a time.
         seed: of the text that the model writes itself.
-        method: how calibrated matrices are rounded: "feedback", or "gptq" to compare with.
+        method: how calibrated matrices are rounded: "feedback"; "light", which measures no more than how much matrices
+            and their inputs matter, on 16 short windows, and rounds as without calibration; or "gptq" to compare with.
         drift: let each calibrated matrix make up for the errors of those before it.
         tune: afterwards fit the stored scales to the original's predictions.
         device: what calibrates and rounds: "cpu", or "cuda" for a GPU.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from entrollm.evaluate.divergence import Divergence
 from entrollm.evaluate.evaluation import evaluate
 from entrollm.evaluate.windows import Windows
 from entrollm.recipes.progress import Progress, Silent, report_weights
+from entrollm.system import scratch_folder
 
 # Where the search starts, and the slope of ln KL over bits: one bit more cuts an error to a quarter.
 _START_BITS, _START_KL = 4.0, 0.05
@@ -106,10 +106,10 @@ def compress_within(
     progress = progress or Silent()
     search = _Search(model, options, limit, statistics, post_fit, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.trial-", dir=out.parent) as folder:
+    with scratch_folder(f"{out.name}.trial-", out.parent) as folder:
 
         def attempt(bits: float) -> float:
-            return search.attempt(Path(folder) / "model", bits)
+            return search.attempt(folder / "model", bits)
 
         bits = smallest_size(attempt, size_range(model, options, statistics), limit.max_kl)
     written = search.compress(out, bits, overwrite)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
+from typing import TypeVar
 
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
@@ -13,11 +14,12 @@ from starlette.responses import Response as HttpResponse
 
 from entrollm.serve.answers import Choice, Format, Json, Response
 from entrollm.serve.errors import ApiError
-from entrollm.serve.job import Event, Job
+from entrollm.serve.job import Event, Job, PromptRead
 from entrollm.serve.output.items import Item
 from entrollm.serve.scheduler import Scheduler
 
 _PING_S = 15
+Result = TypeVar("Result")
 _END = b"data: [DONE]\n\n"
 
 
@@ -78,6 +80,11 @@ class Answers:
                 continue  # it ended after a call
             if isinstance(event, ApiError):
                 raise event
+            if isinstance(event, PromptRead):
+                choice.finish_reason = "length"
+                left -= 1
+                yield choice, []
+                continue
             choice.tokens += 1
             choice.finish_reason = event.finish_reason
             if event.logprobs is not None:
@@ -103,59 +110,78 @@ class Answers:
         self._events.put_nowait((index, event))
 
 
-async def respond(request: Request, answers: Answers, response: Response) -> HttpResponse:
+async def unless_gone(request: Request, work: Coroutine[object, object, Result]) -> Result | None:
+    """The result of `work`, or `None` if the client goes away before; work is cancelled then.
+
+    Raises:
+        ApiError: work raised it.
+    """
+    gone = asyncio.create_task(_until_gone(request))
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait((gone, task), return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+def nobody_reads() -> HttpResponse:
+    """The response to a client that has gone; the status is the usual one for that."""
+    return HttpResponse(status_code=499)
+
+
+async def respond(request: Request, answers: Answers, whole: Callable[[Sequence[Choice]], Json]) -> HttpResponse:
     """The whole response, once all answers have ended; they are given up if the client goes away.
 
+    Args:
+        request: of the client.
+        answers: submitted ones.
+        whole: makes the body.
     Raises:
         ApiError: an answer failed.
     """
-    gone = asyncio.create_task(_until_gone(request))
-    collected = asyncio.create_task(_collect(answers))
     try:
-        await asyncio.wait((gone, collected), return_when=asyncio.FIRST_COMPLETED)
-        if not collected.done():
-            # Nobody reads this; the status is the usual one for a client that closed its request.
-            return HttpResponse(status_code=499)
-        await collected
+        choices = await unless_gone(request, _collect(answers))
     finally:
-        gone.cancel()
-        collected.cancel()
         answers.close()
-    return JsonResponse(response.whole(answers.choices))
+    return nobody_reads() if choices is None else JsonResponse(whole(choices))
 
 
-def stream(answers: Answers, response: Response, form: Format, *, with_usage: bool, timeout_s: float) -> HttpResponse:
-    """The response as events, which end early if the client goes away or does not read for `timeout_s`."""
-    return EventSourceResponse(
-        _events(answers, response, form, with_usage), ping=_PING_S, send_timeout=timeout_s, sep="\n"
-    )
+def stream(events: AsyncIterator[bytes], timeout_s: float) -> HttpResponse:
+    """A response of events, which end early if the client goes away or does not read for `timeout_s`."""
+    return EventSourceResponse(events, ping=_PING_S, send_timeout=timeout_s, sep="\n")
 
 
-async def _events(answers: Answers, response: Response, form: Format, with_usage: bool) -> AsyncIterator[bytes]:
+async def completion_events(
+    answers: Answers, response: Response, form: Format, *, with_usage: bool
+) -> AsyncIterator[bytes]:
+    """The events of a stream of completions; the answers are given up when the iteration ends early."""
     try:
         for choice in answers.choices:
             opening = form.opening(choice)
             if opening is not None:
-                yield _event(response.piece(opening))
+                yield event_of(response.piece(opening))
         async for choice, items in answers.tokens():
             for piece in form.pieces(choice, items):
-                yield _event(response.piece(piece))
+                yield event_of(response.piece(piece))
             if choice.finish_reason != "unfinished":
-                yield _event(response.piece(form.closing(choice)))
+                yield event_of(response.piece(form.closing(choice)))
         if with_usage:
-            yield _event(response.piece(None, response.usage(answers.choices)))
+            yield event_of(response.piece(None, response.usage(answers.choices)))
         yield _END
     except ApiError as error:
-        yield _event(error.to_json())
+        yield event_of(error.to_json())
     finally:
         answers.close()
 
 
-async def _collect(answers: Answers) -> None:
+async def _collect(answers: Answers) -> Sequence[Choice]:
     async for choice, items in answers.tokens():
         choice.items += items
         choice.logprobs += choice.unsent
         choice.unsent.clear()
+    return answers.choices
 
 
 async def _until_gone(request: Request) -> None:
@@ -163,5 +189,7 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _event(body: Json) -> bytes:
-    return b"data: " + json.dumps(body, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+def event_of(body: Json, name: str | None = None) -> bytes:
+    """An event of a stream."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + json.dumps(body, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"

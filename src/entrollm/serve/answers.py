@@ -6,10 +6,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any, Protocol
 
 from entrollm.engine.answer import FinishReason
 from entrollm.engine.sampling import TokenLogprobs
+from entrollm.serve.echo import Echo
 from entrollm.serve.job import Job
 from entrollm.serve.output.items import Item, Parser, Reasoning, ToolCall
 from entrollm.serve.token_text import TokenText
@@ -30,6 +32,7 @@ class Choice:
         most_calls: the answer ends after so many calls; `None` for any number.
         calls, sent_calls: how many it has, and how many of them are in the stream.
         reasoning_tokens: tokens of its reasoning.
+        echo: the prompt, until it is in the response; `None` to leave it out.
     """
 
     index: int
@@ -44,6 +47,7 @@ class Choice:
     calls: int = 0
     sent_calls: int = 0
     reasoning_tokens: int = 0
+    echo: Echo | None = None
 
     def read(self, text: str) -> list[Item]:
         """What a token's text completes; finish_reason is that of the token.
@@ -193,7 +197,7 @@ class Completion:
     def pieces(self, choice: Choice, items: Sequence[Item]) -> list[Json]:
         """Some text."""
         text = "".join(item for item in items if isinstance(item, str))
-        if not (text or choice.unsent):
+        if not (text or choice.unsent or choice.echo):
             return []
         piece = self._piece(choice, text, choice.unsent)
         choice.unsent.clear()
@@ -209,6 +213,9 @@ class Completion:
         return piece | {"finish_reason": finish_reason(choice.finish_reason)}
 
     def _piece(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs]) -> Json:
+        echo, choice.echo = choice.echo, None
+        if echo is not None:
+            text, logprobs = echo.text + text, [*echo.logprobs, *logprobs]
         logged = self._logprobs(choice, logprobs)
         return {"index": choice.index, "text": text, "logprobs": logged, "finish_reason": None}
 
@@ -217,14 +224,16 @@ class Completion:
             return None
         texts = [self._token_text(each.token) for each in tokens]
         offsets = []
-        for text in texts:
+        for each, text in zip(tokens, texts, strict=True):
             offsets.append(choice.offset)
-            choice.offset += len(text)
+            choice.offset += 0 if self._token_text.is_special(each.token) else len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(each.logprob, _LEAST_LOGPROB) for each in tokens],
+            "token_logprobs": [None if isnan(each.logprob) else max(each.logprob, _LEAST_LOGPROB) for each in tokens],
             "top_logprobs": [
-                {self._token_text(token): max(logprob, _LEAST_LOGPROB) for token, logprob in each.top}
+                None
+                if isnan(each.logprob)
+                else {self._token_text(token): max(logprob, _LEAST_LOGPROB) for token, logprob in each.top}
                 for each in tokens
             ],
             "text_offset": offsets,

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from entrollm.serve.errors import bad_request
-from entrollm.serve.fields import Sampling, Strict
+from entrollm.serve.fields import GUIDES, Sampling, Strict
 
-_MAX_MESSAGES = 2048
-_MAX_TOOLS = 64
+MAX_MESSAGES = 2048
+MAX_TOOLS = 64
+_MAX_DEFINITION = 64 << 10
 
 
 class TextPart(Strict):
@@ -47,7 +48,7 @@ class ChatMessage(Strict):
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Call], Field(max_length=_MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -110,14 +111,16 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """Whether an answer must be JSON."""
+    """What an answer must look like: JSON, or a grammar."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: JsonSchema | None = None
+    syntax: Literal["lark", "regex"] | None = None
+    definition: Annotated[str, Field(max_length=_MAX_DEFINITION)] | None = None
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """The schema that an answer must have; `None` for plain text."""
+        """The schema that an answer must have; `None` if it is not JSON."""
         if self.type == "json_object":
             return {"type": "object"}
         return None if self.json_schema is None else self.json_schema.schema_
@@ -126,15 +129,16 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampling):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=_MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @property
     def offered(self) -> list[Function]:
@@ -186,8 +190,14 @@ def check_tools(request: ChatRequest) -> None:
     form = request.response_format
     if form is not None and form.type == "json_schema" and form.json_schema is None:
         raise bad_request("response_format of type json_schema needs json_schema", "response_format")
-    if form is not None and form.schema_of_answer is not None and request.offered:
-        raise bad_request("response_format and tools cannot be combined; give one of them", "response_format")
+    if form is not None and form.type == "grammar" and (form.syntax is None or form.definition is None):
+        raise bad_request("response_format of type grammar needs syntax and definition", "response_format")
+    guides = [name for name in GUIDES if getattr(request, name) is not None]
+    guides += ["response_format"] if form is not None and form.type != "text" else []
+    if guides and request.offered:
+        raise bad_request(f"{guides[0]} and tools cannot be combined; give one of them", guides[0])
+    if len(guides) > 1:
+        raise bad_request(f"{' and '.join(guides)} cannot be combined; give one of them", guides[0])
 
 
 def _template_call(call: Call) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -15,6 +16,9 @@ MAX_CHOICES = 16
 _MAX_STOPS = 16
 _MAX_BIASES = 1024
 _MAX_PROMPTS = 64
+_MAX_INPUTS = 2048
+_MAX_PATTERN = 64 << 10
+_MAX_GUIDED_CHOICES = 256
 
 # Fields of OpenAI's that say who asks or how to bill and store, and nothing about the answer.
 _INERT = frozenset(
@@ -23,15 +27,17 @@ _INERT = frozenset(
 # Fields that would change the answer and are not implemented, with the values at which they do nothing.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
+    "background": (False,),
     "best_of": (1,),
-    "echo": (False,),
+    "conversation": (),
     "function_call": (),
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
+    "max_tool_calls": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "reasoning_effort": (),
+    "previous_response_id": (),
     "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
@@ -46,31 +52,37 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
+_STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
+_STOPS = WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOPS}]})
+
+
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(value: object) -> object:
+def _prompts(value: object, most: int = _MAX_PROMPTS) -> object:
     """The prompts of a request as a list, each of them text or token ids."""
     prompts = value if isinstance(value, list) else [value]
     if isinstance(value, list) and value and all(type(token) is int for token in value):
         prompts = [value]
-    if not 1 <= len(prompts) <= _MAX_PROMPTS:
-        raise ValueError(f"should hold 1 to {_MAX_PROMPTS} prompts")
+    if not 1 <= len(prompts) <= most:
+        raise ValueError(f"should hold 1 to {most} prompts")
     for prompt in prompts:
-        is_ids = isinstance(prompt, list) and prompt and all(type(token) is int and token >= 0 for token in prompt)
+        is_ids = (
+            isinstance(prompt, list) and prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt)
+        )
         if not (isinstance(prompt, str) or is_ids):
             raise ValueError("should be a text, token ids, or a list of either")
     return prompts
 
 
+# Fields of which each says what an answer must look like.
+GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 _TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _ONE_PROMPT = [{"type": "string"}, _TOKEN_IDS]
-Prompts = Annotated[
-    list[Any],
-    BeforeValidator(_prompts),
-    WithJsonSchema({"anyOf": [*_ONE_PROMPT, {"type": "array", "items": {"anyOf": _ONE_PROMPT}}]}),
-]
+_PROMPTS = WithJsonSchema({"anyOf": [*_ONE_PROMPT, {"type": "array", "items": {"anyOf": _ONE_PROMPT}}]})
+Prompts = Annotated[list[Any], BeforeValidator(_prompts), _PROMPTS]
+Inputs = Annotated[list[Any], BeforeValidator(partial(_prompts, most=_MAX_INPUTS)), _PROMPTS]
 
 
 class Strict(BaseModel):
@@ -101,11 +113,15 @@ class Sampling(Strict):
         None
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS), BeforeValidator(_listed)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS), BeforeValidator(_listed), _STOPS] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: Annotated[str, Field(max_length=_MAX_PATTERN)] | None = None
+    guided_grammar: Annotated[str, Field(max_length=_MAX_PATTERN)] | None = None
+    guided_choice: Annotated[list[Stop], Field(min_length=1, max_length=_MAX_GUIDED_CHOICES)] | None = None
 
     @property
     def choices(self) -> int:
@@ -135,7 +151,7 @@ class Sampling(Strict):
             "logit_bias": _token_biases(self.logit_bias or {}),
             "seed": None if self.seed is None else (self.seed + choice) % 2**63,
             "stop": self.stop,
-            "max_tokens": self.max_tokens or max_tokens,
+            "max_tokens": max_tokens if self.max_tokens is None else self.max_tokens,
         }
 
 
@@ -144,6 +160,18 @@ class CompletionRequest(Sampling):
 
     prompt: Prompts
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
+class EmbeddingRequest(Strict):
+    """The body of /v1/embeddings."""
+
+    model: str | None = None
+    input: Inputs
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    pooling: Literal["mean", "last"] | None = None
 
 
 class TokenizeRequest(Strict):
@@ -197,8 +225,9 @@ def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
 
 def _explain(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, in a sentence that names the field."""
-    # Of the alternatives of a field, the one that failed deepest says most.
-    first = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
+    # Of the alternatives of a field, the one that failed deepest says most, and one of another type least.
+    problems = error.errors(include_url=False)
+    first = max(problems, key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")))
     # The names of alternatives are pydantic's, such as list[TextPart].
     path = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
     name = ".".join(path)[:200]

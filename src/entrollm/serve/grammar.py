@@ -52,9 +52,17 @@ class Grammars:
         """The grammar of a Lark grammar; see json_schema."""
         return self._compile(LLMatcher.grammar_from_lark(grammar), field)
 
+    def regex(self, pattern: str, field: str) -> TokenGrammar:
+        """The grammar of texts that match a regular expression as a whole; see json_schema."""
+        return self._compile(LLMatcher.grammar_from_regex(pattern), field)
+
+    def choice(self, texts: Sequence[str], field: str) -> TokenGrammar:
+        """The grammar of one of some texts; see json_schema."""
+        return self.lark(f"start: {' | '.join(map(json.dumps, texts))}", field)
+
     def _compile(self, grammar: str, field: str) -> TokenGrammar:
         if len(grammar) > _MAX_GRAMMAR_BYTES:
-            raise bad_request(f"{field}: the schema is longer than {_MAX_GRAMMAR_BYTES} bytes", field)
+            raise bad_request(f"{field} is longer than {_MAX_GRAMMAR_BYTES} bytes", field)
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
         if matcher.is_error():
             raise bad_request(f"{field}: {matcher.get_error().splitlines()[0][:300]}", field)
@@ -67,6 +75,10 @@ class Grammars:
                 size = max(self._vocab_size, self._tokenizer.get_vocab_size(with_added_tokens=True))
                 self._compiled = LLTokenizer(self._tokenizer.to_str(), n_vocab=size, eos_token=self._end_tokens)
             return self._compiled
+
+
+class GrammarError(ValueError):
+    """A grammar became too complex while an answer was made."""
 
 
 class TokenGrammar:
@@ -89,7 +101,7 @@ class TokenGrammar:
         """Which tokens may come next, end tokens included: bool (vocab_size,).
 
         Raises:
-            ValueError: the grammar became too complex.
+            GrammarError: the grammar became too complex.
         """
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -99,14 +111,14 @@ class TokenGrammar:
         """Go on after a token that was allowed.
 
         Raises:
-            ValueError: the grammar became too complex.
+            GrammarError: the grammar became too complex.
         """
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar of the answer failed: {self._matcher.get_error()[:300]}")
+            raise GrammarError(f"the grammar of the answer failed: {self._matcher.get_error()[:300]}")
 
 
 class Postponed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from entrollm.serve.metrics import Metrics
 # The page asks for a key itself, and probes have none.
 _OPEN_PATHS = frozenset({"/", "/health"})
 _BODY_TIMEOUT_S = 60.0
+# Of a refused body, so much is read and dropped: a connection that closes while a client writes loses the answer.
+_MOST_DROPPED_BYTES = 64 << 20
+_DROP_TIMEOUT_S = 10.0
 
 
 class Guard:
@@ -69,6 +73,8 @@ class Guard:
             await self._app(scope, await self._bounded(receive) if scope["method"] == "POST" else receive, counted)
         except ApiError as error:
             if not has_started:
+                if scope["method"] == "POST":
+                    await _drop_body(scope, receive)
                 await _send_error(error, counted)
 
     def _count(self, scope: Scope, status: int) -> None:
@@ -126,6 +132,22 @@ class Guard:
         return replayed
 
 
+async def _drop_body(scope: Scope, receive: Receive) -> None:
+    """Read the rest of a refused body, unless it is longer than what is dropped."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit() or int(length[:20]) > _MOST_DROPPED_BYTES or b"expect" in headers:
+        return
+    dropped = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DROP_TIMEOUT_S):
+            while dropped <= _MOST_DROPPED_BYTES:
+                message = await receive()
+                dropped += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+
 def _is_local(host: str) -> bool:
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if name.lower() == "localhost":
@@ -139,7 +161,7 @@ def _is_local(host: str) -> bool:
 async def _send_error(error: ApiError, send: Send) -> None:
     body = json.dumps(error.to_json()).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    # The rest of a refused body is not read.
+    # The rest of a refused body may not have been read.
     headers["connection"] = "close"
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})

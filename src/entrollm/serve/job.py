@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from entrollm.engine.answer import AnswerText, FinishReason
 from entrollm.engine.sampling import TokenLogprobs
+from entrollm.engine.weights import Floats
 from entrollm.serve.errors import ApiError
 from entrollm.serve.served import ServedModel
 from entrollm.serve.slots import Slot
@@ -28,8 +29,13 @@ class NewToken:
     logprobs: TokenLogprobs | None
 
 
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt of a job without an answer has been read."""
+
+
 # An ApiError ends the answer.
-Event = NewToken | ApiError
+Event = NewToken | PromptRead | ApiError
 
 
 @dataclass(eq=False)
@@ -40,10 +46,11 @@ class Job:
         client: whose turn it uses in the queue.
         served: the model.
         prompt: token ids, at least one, which leave room in the context.
-        answer: chooses the tokens and makes the text.
+        answer: chooses the tokens and makes the text; `None` to read the prompt only.
         sink: is given each event, in the order in which they happen.
         deadline_s: time.monotonic() at which it is given up.
         logprobs: how many likeliest tokens to report with each token; `None` for no report.
+        observe: is given the prompt's hidden states, all of them, on the scheduler's thread; see SequenceStep.
         after: an answer to the same prompt, whose reading of the prompt this one waits for.
         is_cancelled: nobody waits for it any more; set by cancel of the scheduler.
         reused_tokens: tokens of the prompt that a cache held when the answer began.
@@ -52,10 +59,11 @@ class Job:
     client: Hashable
     served: ServedModel
     prompt: Sequence[int]
-    answer: AnswerText
+    answer: AnswerText | None
     sink: Callable[[Event], None]
     deadline_s: float
     logprobs: int | None = None
+    observe: Callable[[int, Floats], None] | None = None
     after: Job | None = None
     is_cancelled: bool = False
     reused_tokens: int = 0

@@ -16,7 +16,8 @@ from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError
 from entrollm.serve.errors import ApiError
 from entrollm.serve.fair_queue import FairQueue, QueueFullError
-from entrollm.serve.job import Event, Job, NewToken
+from entrollm.serve.grammar import GrammarError
+from entrollm.serve.job import Event, Job, NewToken, PromptRead
 from entrollm.serve.metrics import Metrics
 from entrollm.serve.served import ServedModel
 
@@ -30,17 +31,17 @@ Post = Callable[[Sequence[tuple[Job, Event]]], None]
 class Scheduler:
     """Generates many answers at once: each step of a model takes the next tokens of all its running sequences.
 
+    Models take steps in turn, in the order in which the first of their running answers began.
+
     Prompts are read in pieces beside the running streams, as many tokens at a time as `Pace` allows.
 
     Args:
-        models: the models to run; one after the other takes a step.
         queue_length: answers that may wait for a slot.
         post: is called with the events of a step.
         metrics: where to count.
     """
 
-    def __init__(self, models: Sequence[ServedModel], queue_length: int, post: Post, metrics: Metrics) -> None:
-        self._models = models
+    def __init__(self, queue_length: int, post: Post, metrics: Metrics) -> None:
         self._queue: FairQueue[Job] = FairQueue(queue_length)
         self._post = post
         self._metrics = metrics
@@ -75,6 +76,11 @@ class Scheduler:
     def running(self) -> int:
         """Answers that have a slot."""
         return len(self._running)
+
+    def runs(self, served: ServedModel) -> bool:
+        """Whether an answer of this model waits or runs."""
+        with self._changed:
+            return any(job.served is served for job in self._arrivals)
 
     @property
     def is_idle(self) -> bool:
@@ -112,23 +118,12 @@ class Scheduler:
             self._changed.notify()
 
     def _retry_after_s(self) -> int:
-        slots = sum(served.slots.busy for served in self._models) or 1
+        slots = len(self._running) or 1
         return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(len(self._queue) * self._mean_answer_s / slots)))
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._must_end or self._queue or self._running)
-                if self._must_end:
-                    break
-                events = self._give_up()
-                self._admit()
-            for served in self._models:
-                jobs = [job for job in self._running if job.served is served]
-                if jobs:
-                    events += self._step(served, jobs)
-            if events:
-                self._post(events)
+        while self._turn():
+            pass
         with self._changed:
             left = [*self._running, *self._queue.remove(lambda _: True)]
             events = [(job, _stopping()) for job in left if not job.is_cancelled]
@@ -136,6 +131,20 @@ class Scheduler:
                 self._end(job)
         if events:
             self._post(events)
+
+    def _turn(self) -> bool:
+        """Let each model that runs take a step, and say whether to go on; nothing of a turn outlives it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._must_end or self._queue or self._running)
+            if self._must_end:
+                return False
+            events = self._give_up()
+            self._admit()
+        for served in dict.fromkeys(job.served for job in self._running):
+            events += self._step(served, [job for job in self._running if job.served is served])
+        if events:
+            self._post(events)
+        return True
 
     def _give_up(self) -> list[tuple[Job, Event]]:
         """End what was cancelled or has waited too long."""
@@ -163,7 +172,11 @@ class Scheduler:
             return is_first and job.served.slots.has_room
 
         while (job := self._queue.take(fits)) is not None:
-            job.slot, reused = job.served.slots.take(job.prompt)
+            slots, reused = job.served.slots, 0
+            if job.observe is None:
+                job.slot, reused = slots.take(job.prompt)
+            else:
+                job.slot = slots.take_empty()
             job.pending, job.reused_tokens = job.prompt[reused:], reused
             self._running.append(job)
             self._metrics.prompt_tokens += len(job.prompt)
@@ -184,21 +197,27 @@ class Scheduler:
         for job, count in taken:
             assert job.slot is not None
             ids = np.array(job.pending[:count], dtype=np.int64)
-            steps.append(SequenceStep(ids, job.slot.cache, needs_logits=count == len(job.pending)))
+            is_last = count == len(job.pending)
+            observe = None if job.has_read_prompt else job.observe
+            steps.append(SequenceStep(ids, job.slot.cache, is_last and job.answer is not None, observe))
         started = time.perf_counter()
         try:
             rows = iter(served.model.step(steps))
         except Exception as error:
             # Whatever went wrong, those who wait must hear of it, and the other sequences go on.
             _LOG.exception("a step of %s failed", served.name)
-            return [(job, self._fail(job, f"the model failed: {error}", is_intact=False)) for job, _ in taken]
+            return [(job, self._fail(job, f"the model failed: {error}", keep=False)) for job, _ in taken]
         events: list[tuple[Job, Event]] = []
         for (job, count), step in zip(taken, steps, strict=True):
+            job.pending = job.pending[count:]
+            if job.pending:
+                continue
+            job.has_read_prompt = True
             if step.needs_logits:
-                job.has_read_prompt = True
                 events.append((job, self._push(job, next(rows))))
             else:
-                job.pending = job.pending[count:]
+                self._end(job)
+                events.append((job, PromptRead()))
         elapsed_s = time.perf_counter() - started
         served.pace.record(len(streams), prompt_tokens, elapsed_s)
         self._metrics.steps += 1
@@ -207,8 +226,12 @@ class Scheduler:
 
     def _push(self, job: Job, logits: Floats) -> Event:
         """Choose the job's next token."""
+        assert job.answer is not None
         try:
             token, text = job.answer.push(logits)
+        except GrammarError as error:
+            self._fail(job, str(error))
+            return ApiError(400, str(error), code="grammar_failed")
         except (FormatError, ValueError) as error:
             return self._fail(job, str(error))
         job.pending = (token,)
@@ -221,17 +244,18 @@ class Scheduler:
             self._end(job)
         return NewToken(token, text, reason, logprobs)
 
-    def _fail(self, job: Job, message: str, *, is_intact: bool = True) -> ApiError:
+    def _fail(self, job: Job, message: str, *, keep: bool = True) -> ApiError:
         self._metrics.failed += 1
-        self._end(job, is_intact=is_intact)
+        self._end(job, keep=keep)
         return ApiError(500, message, code="model_failed")
 
-    def _end(self, job: Job, *, is_intact: bool = True) -> None:
+    def _end(self, job: Job, *, keep: bool = True) -> None:
         job.is_over = True
         arrival_s = self._arrivals.pop(job)
         if job.slot is not None:
             self._mean_answer_s += 0.2 * (time.monotonic() - arrival_s - self._mean_answer_s)
-            job.served.slots.give_back(job.slot, is_intact=is_intact)
+            # A prompt that was only read is nobody's beginning.
+            job.served.slots.give_back(job.slot, keep=keep and job.answer is not None)
             job.slot = None
             self._running.remove(job)
 

@@ -13,10 +13,16 @@ from types import FrameType
 import uvicorn
 from sse_starlette.sse import AppStatus
 
+from entrollm.checkpoint.resolve import resolve
+from entrollm.engine.files import chat_template_of, read_json
 from entrollm.engine.load import load
 from entrollm.engine.memory import Memory
+from entrollm.errors import UnsupportedError
+from entrollm.models import read_config
+from entrollm.models.config_fields import Fields
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
+from entrollm.serve.catalog import Catalog, Entry
 from entrollm.serve.keys import Keys
 from entrollm.serve.output.choose import choose
 from entrollm.serve.served import ServedModel
@@ -37,6 +43,7 @@ class LoadOptions:
         context_length: tokens of prompt and answer together; a model's own limit still holds.
         threads, memory, check: see `entrollm.load`.
         tool_format, reasoning_format: how the models write calls and reasoning; see `choose`.
+        idle_release_s: see Catalog.
     """
 
     slots: int = 8
@@ -46,29 +53,43 @@ class LoadOptions:
     check: bool = True
     tool_format: str = "auto"
     reasoning_format: str = "auto"
+    idle_release_s: float | None = None
 
 
-def load_models(paths: Sequence[str], options: LoadOptions) -> list[ServedModel]:
-    """Load models under the names of their folders.
+def open_models(paths: Sequence[str], options: LoadOptions) -> Catalog:
+    """Models under the names of their folders; the first is loaded, and others when they are first asked for.
 
     Raises:
         ValueError: two have the same name, or as load.
+        FormatError: a folder is malformed, or as load.
         UnsupportedError: a model has no tokenizer, or as load.
     """
     names = [Path(path).resolve().name if Path(path).exists() else path.rpartition("/")[2] for path in paths]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two models have the name {twice}; rename one of the folders")
-    served = []
-    for path, name in zip(paths, names, strict=True):
+    entries = [_entry(name, resolve(path), options) for path, name in zip(paths, names, strict=True)]
+    entries[0].served = entries[0].load()
+    return Catalog(entries, options.idle_release_s)
+
+
+def _entry(name: str, path: Path, options: LoadOptions) -> Entry:
+    """What the small files of a model tell before it is loaded."""
+    if not (path / "tokenizer.json").is_file():
+        raise UnsupportedError(f"{path} has no tokenizer.json, which serving needs")
+    config = read_config(Fields(read_json(path / "config.json") or {}, "config.json"))
+    template = chat_template_of(path)
+
+    def load_it() -> ServedModel:
         model = load(path, threads=options.threads, memory=options.memory, check=options.check)
         output = choose(model.chat_template, options.tool_format, options.reasoning_format)
-        served.append(ServedModel(name, model, options.context_length, Slots(model, options.slots), output))
-    return served
+        return ServedModel(name, model, options.context_length, Slots(model, options.slots), output)
+
+    return Entry(name, min(options.context_length, config.context_length), template is not None, load_it)
 
 
 def serve(
-    models: Sequence[ServedModel],
+    models: Catalog,
     settings: Settings,
     keys: Keys | None,
     address: tuple[str, int],
@@ -78,7 +99,7 @@ def serve(
     """Answer requests until SIGTERM or SIGINT; running answers then end first.
 
     Args:
-        models: from load_models.
+        models: from open_models.
         settings: how the server behaves.
         keys: the keys that clients may use, `None` to ask for none.
         address: host and port; port 0 takes a free one.

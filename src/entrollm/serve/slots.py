@@ -17,11 +17,13 @@ class Slot:
         cache: of the sequence that runs, or of the last one.
         is_busy: whether a sequence runs.
         last_use: a number that grows with each use.
+        aside: the cache of the last sequence, while a prompt runs that is only read.
     """
 
     cache: Cache
     is_busy: bool = False
     last_use: int = 0
+    aside: Cache | None = None
 
 
 class Slots:
@@ -70,12 +72,27 @@ class Slots:
         self._touch(slot)
         return slot, shared
 
-    def give_back(self, slot: Slot, *, is_intact: bool = True) -> None:
-        """Free a slot; a cache that is not intact, because a step was interrupted, is dropped."""
+    def take_empty(self) -> Slot:
+        """Occupy the least recently used slot with an empty cache, beside its own; has_room must hold."""
+        slot = min((slot for slot in self._slots if not slot.is_busy), key=lambda slot: slot.last_use)
+        slot.aside, slot.cache = slot.cache, self._model.new_cache()
+        slot.is_busy = True
+        return slot
+
+    def give_back(self, slot: Slot, *, keep: bool = True) -> None:
+        """Free a slot.
+
+        Args:
+            slot: a busy one.
+            keep: whether its cache may serve a later prompt. Without it the slot has its former cache again, if that
+                was put aside, or an empty one.
+        """
         slot.is_busy = False
-        self._touch(slot)
-        if not is_intact:
-            slot.cache = self._model.new_cache()
+        aside, slot.aside = slot.aside, None
+        if keep:
+            self._touch(slot)
+        else:
+            slot.cache = self._model.new_cache() if aside is None else aside
 
     def _touch(self, slot: Slot) -> None:
         self._uses += 1

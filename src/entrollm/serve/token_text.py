@@ -11,6 +11,12 @@ class TokenText:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, entry in added.items() if entry.special)
+
+    def is_special(self, token: int) -> bool:
+        """Whether texts leave the token out."""
+        return token in self._special
 
     def __call__(self, token: int) -> str:
         """The token's text; U+FFFD stands for a part of a character."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
+from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
@@ -29,8 +30,8 @@ plain torch operations everywhere."""
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """The back end of coded weights that are made from now on."""
 
-checks_bytes: ContextVar[bool] = ContextVar("checks_bytes", default=True)
-"""Whether folders that are loaded from now on are compared with their checksums."""
+checks_bytes: ContextVar[bool | None] = ContextVar("checks_bytes", default=None)
+"""Whether folders that are loaded from now on are compared with their checksums; `None` where nobody has decided."""
 
 
 class Concatenation:
@@ -79,11 +80,14 @@ def open_on(
         FormatError: the entries do not match the spec.
         UnsupportedError: packages that the CUDA kernels need are missing.
     """
+    uses_kernels = backend == "auto" and uses_cuda_kernels(device)
     if backend == "auto" and device.type == "cpu":
         return NativeMatrix([open_native(name, spec, entries)])
+    if isinstance(spec.code, FlatCode) and not uses_kernels:
+        return HostMatrix(open_native(name, spec, entries), device)
     if backend == "auto" and isinstance(spec.kind, LosslessKind):
         return DecodedMatrix(open_native(name, spec, entries), device)
-    if backend == "auto" and uses_cuda_kernels(device):
+    if uses_kernels:
         return _open_cuda(open_native(name, spec, entries), device)
     if isinstance(spec.kind, GroupedKind):
         return HostMatrix(open_native(name, spec, entries), device)

@@ -39,22 +39,19 @@ class TorchDevice:
         self.spare = 0.5 if self._is_cuda else 0.0
         self._recordings: dict[tuple[Function, tuple[torch.Size, ...]], _Recording] = {}
 
+    @property
+    def place(self) -> torch.device:
+        """Where its tensors are."""
+        return self._device
+
     def put(self, values: NDArray[Any]) -> Tensor:
         """A new float32 tensor; 16-bit types are widened on the device."""
-        return self.hold(values).float()
-
-    def hold(self, values: NDArray[Any]) -> Tensor:
-        """A new tensor in the values' own type, which products widen as they need it."""
         is_bfloat16 = values.dtype == ml_dtypes.bfloat16
         with warnings.catch_warnings():
             # Mapped files cannot be written, and nothing writes to what is only copied from.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             view = torch.from_numpy(values.view(np.int16) if is_bfloat16 else values)
-        return (view.view(torch.bfloat16) if is_bfloat16 else view).to(self._device, copy=True)
-
-    def held_bytes(self, stored_bytes: int, weights: int) -> int:
-        """The bytes of the own type."""
-        return stored_bytes
+        return (view.view(torch.bfloat16) if is_bfloat16 else view).to(self._device, copy=True).float()
 
     def take(self, array: Tensor) -> NDArray[Any]:
         """A tensor as a NumPy array, its elements in order."""

@@ -68,7 +68,7 @@ class NativeMatrix:
 
 
 class HostMatrix:
-    """A coded matrix that multiplies on another device, but whose scales only the CPU can apply.
+    """A coded matrix that multiplies on another device, but that only the CPU can decode.
 
     The CPU decodes it, a few rows at a time, and the device multiplies.
 

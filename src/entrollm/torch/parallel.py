@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from entrollm.codec.blocks import choose_blocks
+from entrollm.codec.blocks import blocks_for
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.entry import join_arrays
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
@@ -87,7 +88,7 @@ class PartCutter:
         arrays = self._stored.matrix_arrays(name)
         symbols = matrix_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
         shape = (rows[1] - rows[0], columns[1] - columns[0])
-        blocks = choose_blocks(*shape)
+        blocks = blocks_for(spec.code, *shape)
         with ThreadPoolExecutor(self._pool.size) as executor:
             coded: dict[str, NDArray[Any]] = encode_symbols(
                 np.ascontiguousarray(symbols),
@@ -103,7 +104,8 @@ class PartCutter:
         if layout.LOW in arrays:
             low = arrays[layout.LOW][: spec.rows * spec.columns].reshape(spec.rows, spec.columns)
             coded[layout.LOW] = layout.padded_stream([low[slice(*rows), slice(*columns)].reshape(-1)])
-        return replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None), coded
+        part = replace(spec, rows=shape[0], columns=shape[1], blocks=blocks, checksum=0, parts=None)
+        return join_arrays(part, coded)
 
 
 def without_entries(stored: CompressedModel, name: str, dtype: torch.dtype) -> CodedWeight:

@@ -19,6 +19,7 @@ from entrollm.errors import CorruptStreamError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.blocks import padded
 from entrollm.format.entry import split_entries_with
+from entrollm.format.flat import FlatCode
 from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import decode_scales
 from entrollm.format.lossless import LosslessKind
@@ -56,7 +57,10 @@ class PlainMatrix:
         self._entries: dict[str, Tensor] = {**slices, **{suffix: _to_device(a, device) for suffix, a in small.items()}}
         self._device = device
         self._padded = padded(spec.columns)
+        if isinstance(spec.code, FlatCode):
+            raise UnsupportedError(f"{name}: flat codes are not decoded by plain torch operations")
         self._tree: Node = spec.code.tree
+        self._low_bits = spec.code.low_bits
         sizes = self._entries.get(layout.SPARSE_SIZES)
         # The entry holds unsigned 16-bit integers, which some devices lack.
         self._sizes = None if sizes is None else sizes.view(torch.int16).to(torch.int64) & 0xFFFF
@@ -186,15 +190,13 @@ class PlainMatrix:
         return sum(self._block_size(rows * min(width, columns - begin)) for begin in range(0, columns, width))
 
     def _block_size(self, count: int) -> int:
-        return dense_bytes(count, width_of(self._tree)) + dense_bytes(count, self._spec.code.low_bits)
+        return dense_bytes(count, width_of(self._tree)) + dense_bytes(count, self._low_bits)
 
     def _decode_blocks(self, blocks: Tensor, dense_starts: Tensor, count: int) -> Tensor:
         """Decode blocks of `count` symbols each: uint8 (blocks, count)."""
         dense = self._entries.get(layout.DENSE)
         root = DenseFields(dense, dense_starts, count, width_of(self._tree))
-        low = DenseFields(
-            dense, dense_starts + dense_bytes(count, width_of(self._tree)), count, self._spec.code.low_bits
-        )
+        low = DenseFields(dense, dense_starts + dense_bytes(count, width_of(self._tree)), count, self._low_bits)
         sparse = None
         if children(self._tree):
             assert self._sizes is not None and self._starts is not None

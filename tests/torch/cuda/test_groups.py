@@ -64,4 +64,13 @@ def test_sizes_of_groups() -> None:
         symbols, groups = random_groups(name, 2, 500)
         part = GroupedFields.of(name, torch.from_numpy(symbols), groups)
         assert part.is_multipliable == (name != "odd groups")
+        assert not part.has_nan
         assert part.group_columns % grouped.UNIT_COLUMNS == 0 or part.group_columns == KINDS[name][1].size
+
+
+def test_bytes_that_are_not_numbers_are_not_multiplied() -> None:
+    """Products take E4M3's NaN for a number; decoding to memory does not."""
+    symbols, groups = random_groups("e4m3", 2, 128)
+    symbols[1, 5] = 0xFF
+    part = GroupedFields.of("tensor", torch.from_numpy(symbols), groups)
+    assert part.has_nan and not part.is_multipliable

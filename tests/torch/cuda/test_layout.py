@@ -283,7 +283,8 @@ def test_tables_hold_together(tuning: Tuning) -> None:
         assert slots.chunks <= layout.LANES
     vectors = [slots.vectors for slots in tuning.product_slots]
     assert vectors == sorted(set(vectors)) and tuning.max_batch == vectors[-1]
-    for threads in (tuning.product_threads // 2, tuning.product_threads, tuning.decode_threads):
+    blocks = 2 if tuning.tile_bytes else 1
+    for threads in (tuning.product_threads // blocks, tuning.product_threads, tuning.decode_threads):
         assert threads % layout.LANES == 0 and threads > layout.MAX_BOUNDS
 
 

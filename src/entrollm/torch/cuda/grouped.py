@@ -119,7 +119,7 @@ class GroupedFields:
         """Pack a matrix on the device where its symbols are: uint8, shape (rows, columns)."""
         device = symbols.device
         arrays = {
-            array: torch.from_numpy(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).to(device)
+            array: torch.from_numpy(np.array(values).reshape(-1).view(np.uint8)).to(device)
             for array, values in groups.arrays.items()
             if array != "column_order"
         }
@@ -204,13 +204,14 @@ class GroupedFields:
             return -(-self.rows // (rows * warps)) * rows * (1.15 if rows == 1 else 1)
 
         bits = sum(self.fields)
-        rows = min((count for count in (2, 4, 1) if count * bits <= 16 and (count <= 2 or batch == 1)), key=cost)
+        most_words = 12 if batch <= 2 else 16  # that a lane has at a time
+        rows = min((count for count in (2, 1) if count * bits <= most_words), key=cost)
         return (
             ("BATCH", batch),
             ("TYPE", dtype),
             ("THREADS", threads),
             ("ROWS", rows),
-            ("AHEAD", 2 if rows * bits <= 8 else 1),
+            ("AHEAD", 2 if rows * bits <= 4 else 1),
             *self.macros(),
         )
 

@@ -147,26 +147,31 @@ __device__ __forceinline__ void copy_chunk(void* to, const void* from, u32 size,
   }
 }
 
+__device__ __forceinline__ bool barrier_is_open(u32 address, u32 phase) {
+  u32 done;
+  if constexpr (kBulkCopies) {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, "
+        "p;\n}\n"
+        : "=r"(done)
+        : "r"(address), "r"(phase)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
+        "0, "
+        "p;\n}\n"
+        : "=r"(done)
+        : "r"(address), "r"(phase)
+        : "memory");
+  }
+  return done != 0;
+}
+
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
   const u32 address = shared_address(barrier);
-  u32 done;
-  do {
-    if constexpr (kBulkCopies) {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
-          "0, p;\n}\n"
-          : "=r"(done)
-          : "r"(address), "r"(phase)
-          : "memory");
-    } else {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, "
-          "0, p;\n}\n"
-          : "=r"(done)
-          : "r"(address), "r"(phase)
-          : "memory");
-    }
-  } while (!done);
+  while (!barrier_is_open(address, phase)) {
+  }
 }
 
 // Loads the table from global memory and stores copies of it. With a copy for every lane, no two
