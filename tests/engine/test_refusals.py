@@ -86,7 +86,6 @@ def small_model() -> Model:
         ({"model_type": "deepseek_v2", "num_experts_per_tok": 2, "topk_method": "noaux"}, "topk_method 'noaux' is not"),
         ({"model_type": "glm4_moe_lite", "mlp_layer_types": ["thin"]}, "mlp_layer_types has 'thin'; supported: dense"),
         ({"model_type": "phimoe", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not"),
-        ({"model_type": "granitemoehybrid", "num_local_experts": 0}, "layer type 'mamba' is not supported"),
         ({"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is not supported"),
         (
             {"model_type": "gemma3", "text_config": {"model_type": "t5"}},
@@ -168,6 +167,28 @@ def test_unsupported(changes: dict[str, object], message: str) -> None:
         (
             {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5},
             "num_experts_per_tok 5 is more than num_local_experts 4",
+        ),
+        (
+            {"model_type": "granitemoehybrid", "mamba_n_heads": 3, "layer_types": ["mamba"]},
+            "mamba_n_heads 3 of 5 features, in 1 groups, do not share the 16 features",
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 8, "n_group": 3, "topk_group": 1},
+            r"8 of 8 experts cannot come from 1 \(topk_group\) of 3 \(n_group\) equal groups",
+        ),
+        (
+            {"model_type": "qwen3_next", "linear_num_key_heads": 3, "linear_num_value_heads": 4},
+            "linear_num_value_heads 4 is not a multiple of linear_num_key_heads 3",
+        ),
+        ({"model_type": "ernie4_5_moe", "moe_k": 3, "moe_num_experts": 2}, "moe_k 3 is more than moe_num_experts 2"),
+        ({"model_type": "phimoe", "num_experts_per_tok": 3}, "num_experts_per_tok 3 should be 2"),
+        (
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "MX"},
+            r"hybrid_override_pattern should be letters of M\*-E, found 'MX'",
+        ),
+        (
+            {"model_type": "nemotron_h", "layer_types": ["mamba"], "n_groups": 1, "time_step_limit": [2, 1]},
+            "time_step_limit should be two numbers in order",
         ),
         ({"model_type": "qwen3_moe", "mlp_only_layers": [True]}, "mlp_only_layers should be a list of layers"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling should be a finite number from 1e-06"),

@@ -130,9 +130,8 @@ class SelfAttention:
             CorruptStreamError: the bytes of a matrix are damaged.
         """
         config = self._config
-        if config.is_qkv_by_head or config.has_rotated_neighbours or config.has_output_gate or config.has_sinks:
-            return None
-        if config.attention_cap is not None:
+        is_plain = config.attention_cap is None and not (config.has_sinks or config.has_output_gate)
+        if config.is_qkv_by_head or config.has_rotated_neighbours or not is_plain:
             return None
         qkv, output = self._qkv.native(), self._output.native()
         if qkv is None or output is None:

@@ -95,20 +95,18 @@ class SequencesState:
 
     def extend(self, n: int) -> list[Positions]:
         """Add each sequence's rows, n in all, to its cache; see Attention."""
-        found: list[Positions] = []
-        start = 0
-        for cache, end in zip(self._states, self._ends, strict=True):
-            assert isinstance(cache, LayerCache)  # as the layer's own part asks for attention
-            found += cache.extend(end - start)
-            start = end
-        return found
+        starts = [0, *self._ends]
+        return [
+            positions
+            for cache, start, end in zip(self._caches(), starts, self._ends, strict=False)
+            for positions in cache.extend(end - start)
+        ]
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add each sequence's rows to its cache and mix values for them; see Attention."""
         parts = []
         start = 0
-        for cache, end in zip(self._states, self._ends, strict=True):
-            assert isinstance(cache, LayerCache)  # as the layer's own part asks for attention
+        for cache, end in zip(self._caches(), self._ends, strict=True):
             parts.append(cache.attend(queries[start:end], keys[start:end], values[start:end], mix))
             start = end
         return np.concatenate(parts)
@@ -118,7 +116,11 @@ class SequencesState:
         parts = []
         start = 0
         for state, end in zip(self._states, self._ends, strict=True):
-            assert isinstance(state, RecurrentState)  # as the layer's own part asks for a state
+            assert isinstance(state, RecurrentState)  # the layer's own part asks for what the layer keeps
             parts.append(state.advance([part[start:end] for part in rows], step))
             start = end
         return np.concatenate(parts)
+
+    def _caches(self) -> list[LayerCache]:
+        """The caches of a layer that keeps keys and values."""
+        return [state for state in self._states if isinstance(state, LayerCache)]

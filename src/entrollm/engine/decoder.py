@@ -186,15 +186,13 @@ class Layer:
             norm(block.attention_output_norm),
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
-        self._attention = make_mixer(config, weights, prefix, index) if block.has_mixer else None
+        self._mixer = make_mixer(config, weights, prefix, index) if block.has_mixer else None
         experts = config.experts[index] if config.experts else None
         self._feed_forward: FeedForward | MixedExperts | None = None
-        if not block.has_mlp:
-            pass
-        elif experts is None:
-            self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
-        else:
+        if block.has_mlp and experts is not None:
             self._feed_forward = MixedExperts(config, weights, prefix, experts)
+        elif block.has_mlp:
+            self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         self._is_parallel = block.is_parallel
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
@@ -213,15 +211,14 @@ class Layer:
         """
         if not self._is_prepared:
             self._prepare()
-        normalised = mixed = x
-        if self._native_attention is not None:
-            assert isinstance(state, LayerCache | SequencesState)  # as attention asks for
+        normalised, mixed = x, x
+        if self._native_attention is not None and isinstance(state, LayerCache | SequencesState):
             turns = (None, None, None) if angles is None else (angles.cosines, angles.sines, angles.query_factors)
             mixed = _run(self._native_attention, x, *turns, state.extend(len(x)), self._pool)
-        elif self._attention is not None:
+        elif self._mixer is not None:
             if self._attention_norm is not None:
                 normalised = self._attention_norm(x)
-            mixed = self._added(self._attention(normalised, angles, state), self._attention_output_norm, x)
+            mixed = self._added(self._mixer(normalised, angles, state), self._attention_output_norm, x)
         if self._feed_forward is None:
             return mixed
         if self._native_feed_forward is not None:
@@ -246,8 +243,8 @@ class Layer:
         """Make the native parts, once the matrices have their final form."""
         if not self._is_parallel:
             around = self._surroundings(self._attention_norm, self._attention_output_norm)
-            if around is not None and isinstance(self._attention, SelfAttention):
-                self._native_attention = self._attention.native(around)
+            if around is not None and isinstance(self._mixer, SelfAttention):
+                self._native_attention = self._mixer.native(around)
             around = self._surroundings(self._mlp_norm, self._mlp_output_norm)
             if around is not None and isinstance(self._feed_forward, FeedForward):
                 self._native_feed_forward = self._feed_forward.native(around)

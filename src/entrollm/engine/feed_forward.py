@@ -45,12 +45,10 @@ class FeedForward:
         self._inner = inner
         self._pool = weights.pool
         self._function = ACTIVATIONS[config.activation]
-        self._gated_natively = None
+        self._gated_natively = _GATED.get(config.activation) if config.is_gated and mlp.glu is None else None
         self._activate: Apply = self._gated if config.is_gated else self._function
         if mlp.glu is not None:
             self._activate = partial(clamped_glu, mlp.glu.slope, mlp.glu.limit)
-        elif config.is_gated:
-            self._gated_natively = _GATED.get(config.activation)
 
     def __call__(self, x: Floats) -> Floats:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""

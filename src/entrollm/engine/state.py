@@ -62,9 +62,13 @@ class RecurrentState:
         """Do nothing; can_truncate(length) must hold."""
 
     def fork(self, length: int) -> RecurrentState:
-        """A copy; can_truncate(length) must hold."""
+        """A copy, or a state at the start if `length` is 0; else can_truncate(length) must hold."""
         copy = RecurrentState((0, 0), None)
-        copy.window, copy.memory, copy._length = self.window.copy(), self.memory.copy(), self._length
+        copy.window, copy.memory = self.window.copy(), self.memory.copy()
+        if length == 0:
+            copy.window.fill(0)
+            copy.memory.fill(0)
+        copy._length = length
         return copy
 
 

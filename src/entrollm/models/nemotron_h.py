@@ -1,4 +1,4 @@
-"""Nemotron-H and 3: layers of state spaces, of attention without rotation, of feed-forward parts or experts."""
+"""Nemotron-H and Nemotron 3: a layer is a state space, attention without rotation, a feed-forward part or experts."""
 
 from __future__ import annotations
 
