@@ -17,7 +17,7 @@ from tests.engine.dense import load_dense
 
 KINDS = ["llama", "mistral-window", "phi3-longrope", "qwen2-window", "qwen3"]
 KINDS += ["gemma2", "gemma3", "cohere2", "ministral3", "gpt_neox", "mixtral", "deepseek_v3"]
-KINDS += ["qwen3_next", "lfm2", "granite-hybrid-mamba", "nemotron_h"]
+RECURRENT = ["qwen3_next", "lfm2", "granite-hybrid-mamba", "nemotron_h"]
 
 
 @pytest.fixture(scope="module")

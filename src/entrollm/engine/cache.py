@@ -251,8 +251,6 @@ class Cache:
             length: at most what shared() returned for the sequence that goes on from there.
         """
         copy = Cache(self._config)
-        if length == 0:
-            return copy
         copy.ids = self.ids[:length]
         copy.is_long = self.is_long
         copy.layers = [layer.fork(length) for layer in self.layers]
