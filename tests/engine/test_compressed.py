@@ -124,6 +124,15 @@ def test_threads_do_not_change_logits(granularity: str, checkpoint: Callable[[st
         np.testing.assert_array_equal(load(tmp_path / "coded", threads=threads).logits(ids), expected)
 
 
+@pytest.mark.parametrize(("name", "keep"), [("gpt_oss", "*experts*"), ("granitemoe", "*moe*")])
+def test_kept_experts_of_a_stack_run(name: str, keep: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    load_reference(checkpoint(name)).to(torch.bfloat16).save_pretrained(words)
+    compress(words, tmp_path / "kept", CompressOptions(lossless=True, keep=[keep]))
+    ids = random_ids(PROMPT_TOKENS, seed=3)
+    assert relative_difference(load(tmp_path / "kept").logits(ids), load(words).logits(ids)) <= 1e-5
+
+
 def test_a_lossless_model_computes_what_its_original_does(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     words = tmp_path / "words"
     reference = load_reference(checkpoint("llama")).to(torch.bfloat16)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.names import text_names
@@ -170,6 +171,10 @@ class CodedWeights:
             CorruptStreamError: its bytes differ from their checksum.
             FormatError: it is a coded matrix, or is not of a floating type.
         """
+        return _as_float32(name, self._array(name))
+
+    def _array(self, name: str) -> NDArray[Any]:
+        """The tensor `name`, which may be one of a stack, as it is stored; see tensor."""
         stacked = self._stacked(name)
         stored = self._names[name] if stacked is None else stacked[0]
         if stored in self._model.specs:
@@ -177,10 +182,7 @@ class CodedWeights:
         if self._checks:
             self._model.check_checksum(stored)
         array = self._model.array(stored)
-        try:
-            return to_float32(array if stacked is None else array[stacked[1]])
-        except TypeError as error:
-            raise FormatError(f"{name}: {error}") from None
+        return array if stacked is None else array[stacked[1]]
 
     def prepare(self) -> None:
         """Start to check matrices and to transcode those that are to be flat, in the order of their first use."""
@@ -216,12 +218,20 @@ class CodedWeights:
 
     def _open_kept(self, name: str) -> DenseMatrix:
         """A matrix that was kept in its type: in words of two bytes or one where these hold it, else in float32."""
-        values = self.tensor(name)
-        if values.ndim != 2 or not values.size or (words := word_type(self._model.array(self._names[name]))) is None:
-            return _dense(name, values)
-        stored = self._model.array(self._names[name])
-        spec, arrays = encode_words(stored if words != "BF16" else values, _as_they_are)
+        stored = self._array(name)
+        words = word_type(stored) if stored.ndim == 2 and stored.size else None
+        if words is None:
+            return _dense(name, _as_float32(name, stored))
+        weights = _as_float32(name, stored) if words == "BF16" else stored
+        spec, arrays = encode_words(weights, _as_they_are)
         return WordLinear(open_matrix(name, spec, arrays), self.pool)
+
+
+def _as_float32(name: str, stored: NDArray[Any]) -> Floats:
+    try:
+        return to_float32(stored)
+    except TypeError as error:
+        raise FormatError(f"{name}: {error}") from None
 
 
 def _as_they_are(counts: Sequence[int], blocks: int) -> Code:

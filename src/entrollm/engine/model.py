@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
@@ -53,6 +53,7 @@ class Model:
             raise UnsupportedError(error.message, hint=_OTHER_WAY) from None
         self._tokenizer = files.tokenizer
         self._no_tokenizer = files.no_tokenizer
+        self._special_tokens = files.special_tokens
         self._generation_config = Fields(files.generation_config, "generation_config.json")
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:
@@ -76,6 +77,11 @@ class Model:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer, or None for a model without tokenizer.json."""
         return self._tokenizer
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The text of bos_token, eos_token and so on, as far as the model names them."""
+        return self._special_tokens
 
     @property
     def has_chat_template(self) -> bool:

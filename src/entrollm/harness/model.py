@@ -12,9 +12,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.batch import SequenceStep
-from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
 from entrollm.engine.memory import check_memory
 from entrollm.engine.model import Model
@@ -75,7 +73,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             raise ValueError(f"{path}: {self._model.no_tokenizer}")
         self._path = path
         self._tokens = self._model.tokenizer
-        self._special = read_model_files(resolve(path)).special_tokens
+        self._special = self._model.special_tokens
         self._adds_start = add_bos_token
         context = self._model.config.context_length
         self.max_length = context if max_length is None else max_length
