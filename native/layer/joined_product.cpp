@@ -10,9 +10,10 @@ const Geometry& geometry_of(const AnyMatrix& matrix) {
   return std::visit([](const auto* m) -> const Geometry& { return m->geometry(); }, matrix);
 }
 
-const Geometry& geometry_of(const GroupedMatrix* matrix) { return matrix->coded().geometry(); }
-
-const Geometry& geometry_of(const LosslessMatrix* matrix) { return matrix->geometry(); }
+template <class AnyNativeMatrix>
+const Geometry& geometry_of(const AnyNativeMatrix* matrix) {
+  return matrix->geometry();
+}
 
 // Which product takes which matrices.
 struct Multiply {

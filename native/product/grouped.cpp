@@ -158,7 +158,7 @@ struct Scratch {
 class GroupedProduct {
  public:
   GroupedProduct(const GroupedMatrix& matrix, const GroupedVectors& x, float* y, std::size_t stride)
-      : matrix_(matrix), geometry_(matrix.coded().geometry()), x_(x), y_(y), stride_(stride) {}
+      : matrix_(matrix), geometry_(matrix.geometry()), x_(x), y_(y), stride_(stride) {}
 
   // Runs of rows that tasks consist of.
   std::size_t units() const {
@@ -285,13 +285,13 @@ class GroupedProduct {
 void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> matrices,
                       const float* x, std::size_t batch, float* y) {
   if (matrices.empty() || batch == 0) return;
-  const Geometry& geometry = matrices.front()->coded().geometry();
+  const Geometry& geometry = matrices.front()->geometry();
   std::size_t outputs = 0;
   for (const GroupedMatrix* matrix : matrices) {
-    if (matrix->coded().geometry().columns != geometry.columns) {
+    if (matrix->geometry().columns != geometry.columns) {
       throw std::invalid_argument("matrices must have the same number of columns");
     }
-    outputs += matrix->coded().geometry().rows;
+    outputs += matrix->geometry().rows;
   }
   const Activations activations(
       pool, ActivationRows{x, batch, geometry.columns, geometry.padded_columns(), {}},
@@ -315,7 +315,7 @@ void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> ma
                             y + at, outputs);
       first_unit.push_back(first_unit.back() + products.back().units());
     }
-    at += matrix->coded().geometry().rows;
+    at += matrix->geometry().rows;
   }
   const std::size_t units = first_unit.back();
   if (units == 0) return;

@@ -42,6 +42,7 @@ class GroupedMatrix {
   std::size_t size_bytes() const { return fields_ ? fields_->used() : 0; }
 
   const CodedMatrix& coded() const { return coded_; }
+  const Geometry& geometry() const { return coded().geometry(); }
   const GroupScales& scales() const { return scales_; }
   int bits() const { return bits_; }
   const std::uint8_t* fields() const { return fields_begin_; }

@@ -54,7 +54,7 @@ void for_segments(std::size_t begin, std::size_t end, std::size_t size, const Ta
 class SegmentedProduct {
  public:
   SegmentedProduct(const GroupedMatrix& matrix, const Activations& x, float* y, std::size_t stride)
-      : matrix_(matrix), geometry_(matrix.coded().geometry()), x_(x), y_(y), stride_(stride) {}
+      : matrix_(matrix), geometry_(matrix.geometry()), x_(x), y_(y), stride_(stride) {}
 
   std::size_t run(std::size_t begin, std::size_t end) const {
     std::vector<double> sums;
@@ -127,7 +127,7 @@ class SegmentedProduct {
 void multiply_by_segments(ThreadPool& pool, const GroupedMatrix& matrix, const Activations& x,
                           float* y, std::size_t stride) {
   const SegmentedProduct product(matrix, x, y, stride);
-  const std::size_t units = matrix.coded().geometry().row_blocks();
+  const std::size_t units = matrix.geometry().row_blocks();
   const std::size_t tasks =
       std::min(units, pool.size() == 1 ? std::size_t{1} : pool.size() * kTasksPerThread);
   std::atomic<std::size_t> corrupt{kNoBlock};

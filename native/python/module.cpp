@@ -82,25 +82,13 @@ std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shap
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
-  std::vector<AnyMatrix> all;
-  std::size_t outputs = 0;
-  const auto add = [&](const auto* matrix) {
-    if (matrix == nullptr) throw nb::type_error("a matrix is None");
-    const Geometry& geometry = matrix->matrix.geometry();
-    if (x.shape(1) != geometry.columns) {
-      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                  " columns, the matrix has " + std::to_string(geometry.columns));
-    }
-    all.push_back(&matrix->matrix);
-    outputs += geometry.rows;
-  };
-  for (const PyAnyMatrix& matrix : matrices) std::visit(add, matrix);
-  const std::size_t shape[2] = {x.shape(0), outputs};
-  float* y = allocate<float>(shape[0] * shape[1]);
-  auto result = own(y, shape);
-  const nb::gil_scoped_release release;
-  multiply(pool, all, x.data(), shape[0], y);
-  return result;
+  ProductCall<std::vector<AnyMatrix>> call(std::move(x));
+  for (const PyAnyMatrix& matrix : matrices) {
+    std::visit([&](const auto* each) { call.add(each); }, matrix);
+  }
+  return call.run([&](const auto& all, const float* rows, std::size_t count, float* y) {
+    multiply(pool, all, rows, count, y);
+  });
 }
 
 template <class AnyPyMatrix>

@@ -100,24 +100,11 @@ std::unique_ptr<PyGroupedMatrix> make_grouped(nb::object coded, std::size_t size
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyGroupedMatrix*>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
-  std::vector<const GroupedMatrix*> grouped;
-  std::size_t outputs = 0;
-  for (const PyGroupedMatrix* matrix : matrices) {
-    if (matrix == nullptr) throw nb::type_error("a matrix is None");
-    const Geometry& geometry = matrix->matrix.coded().geometry();
-    if (x.shape(1) != geometry.columns) {
-      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                  " columns, the matrix has " + std::to_string(geometry.columns));
-    }
-    grouped.push_back(&matrix->matrix);
-    outputs += geometry.rows;
-  }
-  const std::size_t shape[2] = {x.shape(0), outputs};
-  float* y = allocate<float>(shape[0] * shape[1]);
-  auto result = own(y, shape);
-  const nb::gil_scoped_release release;
-  multiply_grouped(pool, grouped, x.data(), shape[0], y);
-  return result;
+  ProductCall<std::vector<const GroupedMatrix*>> call(std::move(x));
+  for (const PyGroupedMatrix* matrix : matrices) call.add(matrix);
+  return call.run([&](const auto& all, const float* rows, std::size_t count, float* y) {
+    multiply_grouped(pool, all, rows, count, y);
+  });
 }
 
 }  // namespace

@@ -38,24 +38,11 @@ std::unique_ptr<PyLosslessMatrix> make_lossless(nb::object coded,
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyLosslessMatrix*>& matrices,
                                            Matrix<float> x, ThreadPool& pool) {
-  std::vector<const LosslessMatrix*> all;
-  std::size_t outputs = 0;
-  for (const PyLosslessMatrix* matrix : matrices) {
-    if (matrix == nullptr) throw nb::type_error("a matrix is None");
-    const Geometry& geometry = matrix->matrix.geometry();
-    if (x.shape(1) != geometry.columns) {
-      throw std::invalid_argument("x has " + std::to_string(x.shape(1)) +
-                                  " columns, the matrix has " + std::to_string(geometry.columns));
-    }
-    all.push_back(&matrix->matrix);
-    outputs += geometry.rows;
-  }
-  const std::size_t shape[2] = {x.shape(0), outputs};
-  float* y = allocate<float>(shape[0] * shape[1]);
-  auto result = own(y, shape);
-  const nb::gil_scoped_release release;
-  multiply_lossless(pool, all, x.data(), shape[0], y);
-  return result;
+  ProductCall<std::vector<const LosslessMatrix*>> call(std::move(x));
+  for (const PyLosslessMatrix* matrix : matrices) call.add(matrix);
+  return call.run([&](const auto& all, const float* rows, std::size_t count, float* y) {
+    multiply_lossless(pool, all, rows, count, y);
+  });
 }
 
 nb::ndarray<nb::numpy, std::uint8_t> words(const PyLosslessMatrix& self, std::size_t begin,

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
@@ -57,6 +58,41 @@ struct PyLosslessMatrix {
   nanobind::object owner;  // of the coded matrix
   std::optional<Vector<std::uint8_t>> low;
   LosslessMatrix matrix;
+};
+
+// A product with several matrices, their outputs side by side. `All` is a vector of pointers to
+// what the native product takes.
+template <class All>
+class ProductCall {
+ public:
+  explicit ProductCall(Matrix<float> x) : x_(std::move(x)) {}
+
+  template <class AnyPyMatrix>
+  void add(const AnyPyMatrix* matrix) {
+    if (matrix == nullptr) throw nanobind::type_error("a matrix is None");
+    const Geometry& geometry = matrix->matrix.geometry();
+    if (x_.shape(1) != geometry.columns) {
+      throw std::invalid_argument("x has " + std::to_string(x_.shape(1)) +
+                                  " columns, the matrix has " + std::to_string(geometry.columns));
+    }
+    all_.push_back(&matrix->matrix);
+    outputs_ += geometry.rows;
+  }
+
+  template <class Multiply>
+  nanobind::ndarray<nanobind::numpy, float> run(const Multiply& multiply) const {
+    const std::size_t shape[2] = {x_.shape(0), outputs_};
+    float* y = allocate<float>(shape[0] * shape[1]);
+    auto result = own(y, shape);
+    const nanobind::gil_scoped_release release;
+    multiply(all_, x_.data(), shape[0], y);
+    return result;
+  }
+
+ private:
+  Matrix<float> x_;
+  All all_;
+  std::size_t outputs_ = 0;
 };
 
 }  // namespace entrollm

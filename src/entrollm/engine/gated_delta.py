@@ -13,7 +13,7 @@ from entrollm import _core
 from entrollm.engine.arithmetic import sigmoid, silu
 from entrollm.engine.attention import Angles
 from entrollm.engine.projection import Projection
-from entrollm.engine.state import Recurrence, RecurrentState, convolve
+from entrollm.engine.state import Recurrence, RecurrentState, convolve, load_kernel
 from entrollm.engine.weights import Floats, Weights, load_tensor
 from entrollm.models.config import GatedDelta, ModelConfig
 
@@ -40,8 +40,7 @@ class GatedDeltaRule:
             names = {"in_proj_qkvz": mixed + self._values, "in_proj_ba": 2 * form.value_heads}
         self._input = Projection(weights, {place + name: size for name, size in names.items()}, hidden, False)
         self._output = Projection(weights, {f"{place}out_proj": hidden}, self._values, False)
-        kernel = load_tensor(weights, f"{place}conv1d.weight", (mixed, 1, form.kernel))
-        self._kernel = np.ascontiguousarray(kernel[:, 0].T)
+        self._kernel = load_kernel(weights, f"{place}conv1d.weight", mixed, form.kernel)
         self._decay = -np.exp(load_tensor(weights, f"{place}A_log", (form.value_heads,)))
         self._decay_bias = load_tensor(weights, f"{place}dt_bias", (form.value_heads,))
         self._norm = load_tensor(weights, f"{place}norm.weight", (form.value_dim,))

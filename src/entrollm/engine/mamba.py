@@ -12,7 +12,7 @@ from entrollm import _core
 from entrollm.engine.arithmetic import ACTIVATIONS, silu
 from entrollm.engine.attention import Angles
 from entrollm.engine.projection import Projection
-from entrollm.engine.state import Recurrence, RecurrentState, convolve
+from entrollm.engine.state import Recurrence, RecurrentState, convolve, load_kernel
 from entrollm.engine.weights import Floats, Weights, load_tensor
 from entrollm.models.config import Mamba2, ModelConfig
 
@@ -35,8 +35,7 @@ class Mamba2Mixer:
         parts = {f"{place}in_proj": self._inner + channels + form.heads}
         self._input = Projection(weights, parts, hidden, form.has_bias)
         self._output = Projection(weights, {f"{place}out_proj": hidden}, self._inner, form.has_bias)
-        kernel = load_tensor(weights, f"{place}conv1d.weight", (channels, 1, form.kernel))
-        self._kernel = np.ascontiguousarray(kernel[:, 0].T)
+        self._kernel = load_kernel(weights, f"{place}conv1d.weight", channels, form.kernel)
         self._kernel_bias: Floats | None = None
         if form.has_convolution_bias:
             self._kernel_bias = load_tensor(weights, f"{place}conv1d.bias", (channels,))

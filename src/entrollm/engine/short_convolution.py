@@ -6,7 +6,7 @@ import numpy as np
 
 from entrollm.engine.attention import Angles
 from entrollm.engine.projection import Projection
-from entrollm.engine.state import Recurrence, RecurrentState, convolve
+from entrollm.engine.state import Recurrence, RecurrentState, convolve, load_kernel
 from entrollm.engine.weights import Floats, Weights, load_tensor
 from entrollm.models.config import ModelConfig, ShortConvolution
 
@@ -22,8 +22,7 @@ class GatedConvolution:
         hidden, place = config.hidden_size, f"{prefix}conv."
         self._input = Projection(weights, {f"{place}in_proj": 3 * hidden}, hidden, form.has_bias)
         self._output = Projection(weights, {f"{place}out_proj": hidden}, hidden, form.has_bias)
-        kernel = load_tensor(weights, f"{place}conv.weight", (hidden, 1, form.kernel))
-        self._kernel = np.ascontiguousarray(kernel[:, 0].T)
+        self._kernel = load_kernel(weights, f"{place}conv.weight", hidden, form.kernel)
         self._bias = load_tensor(weights, f"{place}conv.bias", (hidden,)) if form.has_bias else None
 
     def __call__(self, x: Floats, angles: Angles | None, cache: Recurrence) -> Floats:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from entrollm.engine.weights import Floats
+from entrollm.engine.weights import Floats, Weights, load_tensor
 
 
 class Advance(Protocol):
@@ -85,6 +85,15 @@ class NoState:
     def fork(self, length: int) -> NoState:
         """Return itself."""
         return self
+
+
+def load_kernel(weights: Weights, name: str, channels: int, size: int) -> Floats:
+    """The kernel `name` of a convolution, as `convolve` takes it.
+
+    Raises:
+        FormatError: it is missing or has another shape.
+    """
+    return np.ascontiguousarray(load_tensor(weights, name, (channels, 1, size))[:, 0].T)
 
 
 def convolve(state: RecurrentState, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
