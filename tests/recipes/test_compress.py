@@ -162,6 +162,21 @@ def test_a_missing_torch_is_named(model: Path, tmp_path: Path, monkeypatch: pyte
     assert shown.endswith("; install torch and transformers with: pip install 'entrollm[hf]'")
 
 
+def test_what_needs_no_calibration_needs_no_torch(model: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('torch', 'transformers', 'accelerate'))\n"
+        "import entrollm\n"
+        "from entrollm import CompressOptions, compress, plan\n"
+        "source, out = sys.argv[1:]\n"
+        "for name, options in {'a': {'bits': 4}, 'b': {'bpw': 4.0}, 'c': {'lossless': True}}.items():\n"
+        "    compress(source, f'{out}/{name}', CompressOptions(**options))\n"
+        "    entrollm.load(f'{out}/{name}').logits([1, 2])\n"
+        "plan(source, CompressOptions(bpw=4.0))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(model), str(tmp_path)], check=True, timeout=120)
+
+
 def test_a_plan_is_that_of_the_command(model: Path) -> None:
     planned = entrollm.plan(model, CompressOptions(bpw=4.0))
     result = CliRunner().invoke(app, ["plan", str(model), "--bpw", "4.0", "--json"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from entrollm.calibrate.tune import TuneResult
 from entrollm.compress.result import FolderResult
 from entrollm.recipes.search import SearchResult
 
 if TYPE_CHECKING:
+    from entrollm.calibrate.tune import TuneResult
     from entrollm.evaluate.closeness import Closeness
 
 
