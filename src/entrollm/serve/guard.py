@@ -59,7 +59,13 @@ class Guard:
             return
         if scope["type"] != "http":
             return
-        has_started = False
+        has_started = has_whole_body = False
+
+        async def noted() -> Message:
+            nonlocal has_whole_body
+            message = await receive()
+            has_whole_body = not message.get("more_body", False)
+            return message
 
         async def counted(message: Message) -> None:
             nonlocal has_started
@@ -70,16 +76,16 @@ class Guard:
 
         try:
             self._check(scope)
-            await self._app(scope, await self._bounded(receive) if scope["method"] == "POST" else receive, counted)
+            await self._app(scope, await self._bounded(noted) if scope["method"] == "POST" else receive, counted)
         except ApiError as error:
             if not has_started:
-                if scope["method"] == "POST":
+                if scope["method"] == "POST" and not has_whole_body:
                     await _drop_body(scope, receive)
                 await _send_error(error, counted)
 
     def _count(self, scope: Scope, status: int) -> None:
         # Paths that do not exist share a line, or a stranger could fill the memory with them.
-        path = scope["path"] if status != 404 and "route" in scope else "other"
+        path = scope["path"] if status != 404 and "endpoint" in scope else "other"
         self._metrics.requests[path, status] += 1
 
     def _check(self, scope: Scope) -> None:
