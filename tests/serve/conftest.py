@@ -12,6 +12,7 @@ import pytest
 
 from entrollm import CompressOptions, compress
 from entrollm.serve.api import Settings
+from entrollm.serve.engines import CpuEngine
 from entrollm.serve.keys import Keys
 from entrollm.serve.server import LoadOptions, open_models
 from tests.serve.running import Running
@@ -47,7 +48,7 @@ def serve(folder: Path) -> Iterator[Serve]:
             settings: Settings | None = None,
             keys: Keys | None = None,
         ) -> Running:
-            catalog = open_models([str(folder)], options or LoadOptions(slots=4, threads=2))
+            catalog = open_models([str(folder)], options or LoadOptions(slots=4, engine=CpuEngine(threads=2)))
             running = Running(catalog, settings or Settings(), keys)
             stack.callback(running.stop)
             return running

@@ -16,6 +16,7 @@ import pytest
 from entrollm import load
 from entrollm.serve.api import Settings
 from entrollm.serve.catalog import Catalog, Entry
+from entrollm.serve.engines import CpuEngine
 from entrollm.serve.server import LoadOptions, open_models
 from tests.serve.running import Running
 from tests.serve.test_refusals import refused
@@ -34,7 +35,7 @@ def folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 
 @pytest.fixture(scope="module")
 def running(folders: list[Path]) -> Iterator[Running]:
-    options = LoadOptions(slots=2, threads=2, idle_release_s=IDLE_S)
+    options = LoadOptions(slots=2, engine=CpuEngine(threads=2), idle_release_s=IDLE_S)
     found = Running(open_models([str(each) for each in folders], options), Settings(), None)
     yield found
     found.stop()
@@ -117,7 +118,8 @@ def test_idle_models_are_released_by_themselves(running: Running) -> None:
 def test_a_model_that_vanishes_is_named(folders: list[Path], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     shutil.copytree(folders[1], gone)
-    running = Running(open_models([str(folders[0]), str(gone)], LoadOptions(slots=1, threads=1)), Settings(), None)
+    options = LoadOptions(slots=1, engine=CpuEngine(threads=1))
+    running = Running(open_models([str(folders[0]), str(gone)], options), Settings(), None)
     shutil.rmtree(gone)
     with httpx.Client(base_url=running.url, timeout=60) as client:
         error = refused(client.post("/v1/completions", json={"model": "gone", "prompt": "x"}), 503)

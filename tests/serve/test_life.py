@@ -22,6 +22,7 @@ from entrollm.cli.main import app
 from entrollm.engine.sampling import Sampler
 from entrollm.errors import FormatError
 from entrollm.serve.api import Settings
+from entrollm.serve.engines import CpuEngine
 from entrollm.serve.server import LoadOptions
 from tests.serve.conftest import Serve
 from tests.serve.running import Running
@@ -59,7 +60,7 @@ class Stream:
 @pytest.fixture(scope="module")
 def narrow(serve: Serve) -> Running:
     """A server with one slot and a queue of two."""
-    return serve(LoadOptions(slots=1, threads=2), Settings(queue_length=2))
+    return serve(LoadOptions(slots=1, engine=CpuEngine(threads=2)), Settings(queue_length=2))
 
 
 def counter(running: Running, name: str) -> float:
@@ -116,7 +117,7 @@ def test_a_client_that_leaves_while_it_waits(narrow: Running) -> None:
 
 
 def test_choices_wait_for_the_prompt_of_the_first(serve: Serve) -> None:
-    running = serve(LoadOptions(slots=4, threads=2))
+    running = serve(LoadOptions(slots=4, engine=CpuEngine(threads=2)))
     before = counter(running, "reused_prompt_tokens_total")
     with httpx.Client(base_url=running.url, timeout=60) as client:
         answer = complete(client, prompt="word " * 100, n=4, max_tokens=2)
@@ -127,7 +128,7 @@ def test_choices_wait_for_the_prompt_of_the_first(serve: Serve) -> None:
 
 
 def test_time_limits(serve: Serve) -> None:
-    running = serve(LoadOptions(slots=1, threads=2), Settings(timeout_s=0.4))
+    running = serve(LoadOptions(slots=1, engine=CpuEngine(threads=2)), Settings(timeout_s=0.4))
     with httpx.Client(base_url=running.url, timeout=60) as client:
         body = {"prompt": "The king", "max_tokens": 500, "logit_bias": {"1": -100}}
         slow = running.models[0].model.step
@@ -151,7 +152,7 @@ def test_time_limits(serve: Serve) -> None:
 
 
 def test_a_step_that_fails_is_reported_and_the_server_goes_on(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    running = serve(LoadOptions(slots=2, threads=2))
+    running = serve(LoadOptions(slots=2, engine=CpuEngine(threads=2)))
     model = running.models[0].model
     step = model.step
 
@@ -173,7 +174,7 @@ def test_a_step_that_fails_is_reported_and_the_server_goes_on(serve: Serve, capl
 
 
 def test_a_sampler_that_fails_ends_its_answer_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = serve(LoadOptions(slots=2, threads=2))
+    running = serve(LoadOptions(slots=2, engine=CpuEngine(threads=2)))
     choose = Sampler.__call__
 
     def failing(self: Sampler, logits: Any, **keywords: Any) -> int:
@@ -193,7 +194,7 @@ def test_a_sampler_that_fails_ends_its_answer_alone(serve: Serve, monkeypatch: p
 
 def test_a_long_prompt_does_not_stall_a_stream(serve: Serve) -> None:
     """Steps that read a prompt beside a stream take a bounded number of its tokens."""
-    running = serve(LoadOptions(slots=2, threads=2))
+    running = serve(LoadOptions(slots=2, engine=CpuEngine(threads=2)))
     model = running.models[0].model
     step, sizes = model.step, []
 
@@ -216,7 +217,7 @@ def test_a_long_prompt_does_not_stall_a_stream(serve: Serve) -> None:
 
 
 def test_a_stop_lets_running_answers_end(serve: Serve) -> None:
-    running = serve(LoadOptions(slots=1, threads=2))
+    running = serve(LoadOptions(slots=1, engine=CpuEngine(threads=2)))
     stream = Stream(running, **LONG | {"max_tokens": 200})
     stream.read_until(b"data: ")
     running.server.handle_exit(signal.SIGTERM, None)
@@ -233,7 +234,7 @@ def test_a_stop_lets_running_answers_end(serve: Serve) -> None:
 
 
 def test_grace_ends(serve: Serve) -> None:
-    running = serve(LoadOptions(slots=1, threads=2))
+    running = serve(LoadOptions(slots=1, engine=CpuEngine(threads=2)))
     running.server._grace_s = 0.2
     stream = Stream(running, **LONG | {"logit_bias": {"1": -100}, "max_tokens": 500})
     stream.read_until(b"data: ")

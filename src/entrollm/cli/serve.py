@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
 
+if TYPE_CHECKING:
+    from entrollm.serve.engines import Engine
+
 EXAMPLES = (
     ("entrollm serve OUT", "API at http://127.0.0.1:8000/v1, chat page at /"),
     ("entrollm serve OUT OUT2 --port 9000 --slots 16", "two models"),
     ("entrollm serve OUT --host 0.0.0.0 --api-key-file KEYS", "for other machines"),
+    ("entrollm serve OUT --device cuda", "on a GPU, with transformers"),
 )
 
 
@@ -61,6 +66,17 @@ def command(
             help="How they mark reasoning, which is then split off.",
         ),
     ] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, or a device of torch such as cuda or cuda:1.")
+    ] = "cpu",
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="auto|entrollm|transformers",
+            help="What runs the models; auto takes entrollm's own engine on the CPU and transformers elsewhere.",
+        ),
+    ] = "auto",
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
     check: CheckOption = True,
@@ -72,16 +88,11 @@ def command(
     the extra: pip install 'entrollm[serve]'. It listens on this machine only, unless --host says otherwise. SIGTERM or
     Ctrl-C lets running answers end; a second one stops at once.
     """
-    from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    try:
-        import fastapi  # noqa: F401
-        import llguidance  # noqa: F401
-        import sse_starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(f"{error.name} is missing; install it with: pip install 'entrollm[serve]'") from None
+    for package in ("starlette", "pydantic", "uvicorn", "sse_starlette", "llguidance"):
+        if importlib.util.find_spec(package) is None:
+            raise UnsupportedError(f"{package} is missing; install it with: pip install 'entrollm[serve]'")
     from entrollm.serve.api import Settings
     from entrollm.serve.keys import read_keys
     from entrollm.serve.output.choose import check_formats
@@ -95,9 +106,7 @@ def command(
     options = LoadOptions(
         slots,
         context,
-        threads,
-        check_memory(memory),
-        check,
+        _engine(engine, device, threads, memory, check=check),
         tool_format,
         reasoning_format,
         idle_release,
@@ -106,6 +115,29 @@ def command(
     settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
     names = ", ".join(entry.name for entry in catalog.entries)
     serve(catalog, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))
+
+
+def _engine(name: str, device: str, threads: int | None, memory: str, *, check: bool) -> Engine:
+    """What runs the models.
+
+    Raises:
+        ValueError: there is no such engine, or an option is not one of it.
+    """
+    from entrollm.engine.memory import check_memory
+    from entrollm.serve.engines import CpuEngine
+
+    if name not in ("auto", "entrollm", "transformers"):
+        raise ValueError(f"--engine should be auto, entrollm or transformers; got {name!r}")
+    if name == "entrollm" or (name == "auto" and device == "cpu"):
+        if device != "cpu":
+            raise ValueError(f"--engine entrollm runs on the CPU alone; leave it out for --device {device}")
+        return CpuEngine(threads, check_memory(memory), check)
+    for option, is_given in (("--threads", threads is not None), ("--memory", memory != "auto")):
+        if is_given:
+            raise ValueError(f"{option} is an option of entrollm's own engine, and transformers runs these models")
+    from entrollm.hf.serving import TransformersEngine
+
+    return TransformersEngine(device, check)
 
 
 def _is_loopback(host: str) -> bool:

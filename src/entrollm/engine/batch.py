@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,20 +14,41 @@ from entrollm.engine.state import Advance, RecurrentState
 from entrollm.engine.weights import Floats, Ids
 
 
+class SequenceCache(Protocol):
+    """What a model keeps of the tokens of one sequence."""
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """The number of tokens that reuse(ids) would keep and a fork for `ids` would start with."""
+
+    def reuse(self, ids: Sequence[int]) -> int:
+        """Keep the longest usable beginning that the sequence shares with `ids`, short of its last token.
+
+        Returns:
+            The number of tokens kept; the caller runs the model on ids from there on.
+        """
+
+    def fork(self, length: int) -> SequenceCache:
+        """A cache of its own that starts with the first `length` tokens of this one, at most what shared() returned."""
+
+
 @dataclass(frozen=True)
 class SequenceStep:
     """The next tokens of one sequence.
 
     Attributes:
         ids: int64 (n,), n >= 1: the tokens that follow those in the cache.
-        cache: the tokens before.
+        cache: the tokens before, from new_cache() of the model that takes the step.
         needs_logits: whether the logits after the last token are wanted; they cost a row of the output head.
         observe: is given the hidden states of the tokens behind the final norm, in one or more pieces: the position
             of the first, and float32 (n, hidden_size). Position 0 comes again if the sequence has to start over.
     """
 
     ids: Ids
-    cache: Cache
+    cache: SequenceCache
     needs_logits: bool = True
     observe: Callable[[int, Floats], None] | None = None
 

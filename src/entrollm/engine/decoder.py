@@ -109,7 +109,11 @@ class Decoder:
         Returns:
             float32 (n, vocab_size): the logits after the last token of each step with needs_logits, in their order.
         """
-        segments = [Segment(i, self._begin(step.ids, step.cache), step.cache) for i, step in enumerate(steps)]
+        segments = []
+        for index, each in enumerate(steps):
+            if not isinstance(each.cache, Cache):
+                raise TypeError(f"the cache of a step should be from new_cache(), got {type(each.cache).__name__}")
+            segments.append(Segment(index, self._begin(each.ids, each.cache), each.cache))
         last: dict[int, Floats] = {}
         for x, done in self._run(segments):
             row = 0

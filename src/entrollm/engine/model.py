@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
-import numpy as np
-from tokenizers import Tokenizer
-
 from entrollm import errors
-from entrollm.checkpoint.panics import panics_named
-from entrollm.engine.answer import AnswerText
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
 from entrollm.engine.decoder import Decoder
@@ -19,6 +14,7 @@ from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.generate import Generation, GenerationResult
 from entrollm.engine.options import GenerateKeywords, resolve_options
+from entrollm.engine.text_model import TextModel, TextShape
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
 from entrollm.models import read_config
@@ -26,14 +22,14 @@ from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
 
 if TYPE_CHECKING:
-    from entrollm.engine.chat import ChatTemplate, Message
+    from entrollm.engine.chat import Message
 
 Prompt = str | Sequence[int]
 _OTHER_WAY = errors.Message("transformers may run it, with the plugin entrollm.hf for a compressed folder")
 
 
-class Model:
-    """A causal language model.
+class Model(TextModel):
+    """A causal language model that runs on the CPU.
 
     Args:
         files: the model folder's small files.
@@ -46,57 +42,17 @@ class Model:
     def __init__(self, files: ModelFiles, weights: Weights) -> None:
         try:
             self._config = read_config(Fields(files.config, "config.json"))
+            super().__init__(files, shape_of(self._config))
             self._decoder = Decoder(self._config, weights)
         except UnsupportedError as error:
             if "entrollm.hf" in str(error):
                 raise
             raise UnsupportedError(error.message, hint=_OTHER_WAY) from None
-        self._tokenizer = files.tokenizer
-        self._no_tokenizer = files.no_tokenizer
-        self._special_tokens = files.special_tokens
-        self._generation_config = Fields(files.generation_config, "generation_config.json")
-        self._template: ChatTemplate | None = None
-        if files.chat_template is not None:
-            # Here, since few callers lay out a dialogue.
-            from entrollm.engine.chat import ChatTemplate
-
-            self._template = ChatTemplate(files.chat_template, "chat template", files.special_tokens)
-        self._template_text = files.chat_template
 
     @property
     def config(self) -> ModelConfig:
         """The shape and options of the architecture."""
         return self._config
-
-    @property
-    def no_tokenizer(self) -> str:
-        """Why there is no tokenizer, and what to do; empty if there is one."""
-        return self._no_tokenizer
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, or None for a model without tokenizer.json."""
-        return self._tokenizer
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        """The text of bos_token, eos_token and so on, as far as the model names them."""
-        return self._special_tokens
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model has a chat template, which chat needs."""
-        return self._template is not None
-
-    @property
-    def chat_template(self) -> str | None:
-        """The source of the chat template, or None for a model without one."""
-        return self._template_text
-
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer."""
-        return self._generation_config.token_ids("eos_token_id") or self._config.eos_token_ids
 
     def new_cache(self) -> Cache:
         """An empty cache, to pass to successive generations that share a beginning."""
@@ -142,13 +98,7 @@ class Model:
         return self._decoder.step([replace(step, ids=self._checked(step.ids)) for step in steps])
 
     def logits_of(self, hidden: Floats) -> Floats:
-        """The logits of the hidden states that a step's `observe` is given.
-
-        Args:
-            hidden: float32 (n, hidden_size).
-        Returns:
-            float32 (n, vocab_size).
-        """
+        """The logits of the hidden states that a step's `observe` is given; see TextModel."""
         return self._decoder.logits(hidden)
 
     def generate(
@@ -206,95 +156,6 @@ class Model:
         # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
         return self._generation(self.encode_chat(messages), [], cache, options)
 
-    def new_answer(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        continues_text: bool,
-        context_length: int | None = None,
-        shown_tokens: Collection[int] = (),
-        **options: Unpack[GenerateKeywords],
-    ) -> AnswerText:
-        """What chooses the tokens of an answer and makes its text, for callers that run `step` themselves.
-
-        Args:
-            prompt_ids: token ids, at least one.
-            continues_text: whether the answer is a continuation of the prompt's text, and not a text of its own.
-            context_length: tokens of prompt and answer together; by default the model's.
-            shown_tokens: special tokens that the text shows.
-            options: as for generate.
-        Raises:
-            TypeError, ValueError, UnsupportedError: as for generate.
-        """
-        ids = self._checked_list(prompt_ids)
-        context_length = context_length or self._config.context_length
-        if len(ids) >= context_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens and leaves no room in a context of {context_length}")
-        resolved = resolve_options(options, self._generation_config, self._config.eos_token_ids, len(ids))
-        detokenizer = None
-        if self._tokenizer is not None:
-            detokenizer = Detokenizer(self._tokenizer, ids if continues_text else [], shown_tokens)
-        return AnswerText(resolved, self._config.vocab_size, ids, context_length - len(ids), detokenizer)
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of `text`, with the special tokens that tokenizer.json adds; the start token for "".
-
-        Raises:
-            ValueError: the model has no tokenizer, `text` is empty and there is no start token, or it holds lone
-                surrogates, as text that was read from bytes other than UTF-8 does.
-        """
-        ids = self._encode(text, add_special_tokens=add_special_tokens)
-        start = next(iter(self._generation_config.token_ids("bos_token_id")), self._config.bos_token_id)
-        if not ids and start is None:
-            raise ValueError("the prompt is empty, and the model names no start token to begin with; give a prompt")
-        if not ids and start is not None:
-            ids = [start]
-        return self._checked_list(ids)
-
-    def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object
-    ) -> list[int]:
-        """The token ids of a dialogue laid out by the chat template.
-
-        Args:
-            messages: each with a "role" and a "content".
-            add_generation_prompt: end with the beginning of an answer.
-            variables: more names for the template, such as enable_thinking.
-        Raises:
-            UnsupportedError: the model has no chat template.
-            ValueError: the model has no tokenizer, or the template refuses the messages.
-        """
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self._checked_list(self._encode(text, add_special_tokens=False))
-
-    def render_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object
-    ) -> str:
-        """The text of a dialogue laid out by the chat template, special tokens included.
-
-        Args:
-            messages, add_generation_prompt, variables: as for encode_chat.
-        Raises:
-            UnsupportedError: the model has no chat template.
-            ValueError: the template refuses the messages.
-        """
-        if self._template is None:
-            raise UnsupportedError("this model has no chat template; use generate with a prompt of your own")
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        if self._tokenizer is None:
-            raise ValueError(self._no_tokenizer)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            # Bytes that are not UTF-8 reach Python as lone surrogates, which are no characters.
-            raise ValueError(
-                f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
-            ) from None
-        with panics_named("tokenizer.json"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
     def _generation(
         self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords
     ) -> Generation:
@@ -302,19 +163,12 @@ class Model:
         detokenizer = Detokenizer(self._tokenizer, context) if self._tokenizer else None
         return Generation(self._decoder, ids, options, detokenizer, cache)
 
-    def _checked(self, ids: Sequence[int] | Ids) -> Ids:
-        array = np.asarray(ids)
-        if array.ndim != 1 or len(array) == 0:
-            raise ValueError(f"token ids should be a non-empty one-dimensional sequence, got shape {array.shape}")
-        if not np.issubdtype(array.dtype, np.integer):
-            raise TypeError(f"token ids should be integers, got {array.dtype}")
-        if array.min() < 0 or array.max() >= self._config.vocab_size:
-            wrong = next(int(i) for i in array if not 0 <= i < self._config.vocab_size)
-            raise ValueError(f"token id {wrong} is outside the vocabulary of {self._config.vocab_size}")
-        return array.astype(np.int64)
 
-    def _checked_list(self, ids: Sequence[int]) -> list[int]:
-        return [int(token_id) for token_id in self._checked(ids)]
+def shape_of(config: ModelConfig) -> TextShape:
+    """What texts and answers of a model of this configuration depend on."""
+    return TextShape(
+        config.vocab_size, config.hidden_size, config.context_length, config.bos_token_id, config.eos_token_ids
+    )
 
 
 def _run(generation: Generation, on_text: Callable[[str], object] | None) -> GenerationResult:

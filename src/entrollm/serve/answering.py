@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import TypeVar
 
-from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 
@@ -150,6 +149,12 @@ async def respond(request: Request, answers: Answers, whole: Callable[[Sequence[
 
 def stream(events: AsyncIterator[bytes], timeout_s: float) -> HttpResponse:
     """A response of events, which end early if the client goes away or does not read for `timeout_s`."""
+    # Here, since it takes long to import.
+    from sse_starlette import EventSourceResponse
+    from sse_starlette.sse import AppStatus
+
+    # Streams end with their answers; uvicorn's own signal would cut them off.
+    AppStatus.enable_automatic_graceful_drain = False
     return EventSourceResponse(events, ping=_PING_S, send_timeout=timeout_s, sep="\n")
 
 

@@ -105,6 +105,8 @@ class Api:
         if body.max_tokens == 0 and not body.echo:
             raise bad_request("max_tokens should be at least 1 without echo", "max_tokens")
         served = await self._catalog.get(body.model)
+        if body.echo and body.logprobs is not None and not served.model.gives_prompt_logits:
+            raise bad_request(f"{served.name} gives no log-probabilities of a prompt here", "logprobs")
         form = await in_thread(lambda: guided_form(served.grammars, body), "guided")
         jobs: list[Job] = []
         echoes: list[Echo | None] = []
@@ -127,7 +129,7 @@ class Api:
         """/v1/embeddings: vectors of one or more texts."""
         body = parse(EmbeddingRequest, await request.body())
         served = await self._catalog.get(body.model)
-        size = served.model.config.hidden_size
+        size = served.model.shape.hidden_size
         if body.dimensions is not None and body.dimensions > size:
             raise bad_request(f"dimensions should be at most {size} with {served.name}", "dimensions")
         asker = self._asker(request)
@@ -162,31 +164,31 @@ class Api:
         """/detokenize: the text of token ids."""
         body = parse(DetokenizeRequest, await request.body())
         served = await self._catalog.get(body.model)
-        vocab_size = served.model.config.vocab_size
+        vocab_size = served.model.shape.vocab_size
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
         if wrong is not None:
             raise bad_request(f"token id {wrong} is outside the vocabulary of {vocab_size}", "tokens")
         return JsonResponse({"prompt": served.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    async def page(self) -> Response:
+    async def page(self, request: Request) -> Response:
         """/: the chat page."""
         return self._page
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """/v1/models: the models that are served."""
         return JsonResponse({"object": "list", "data": [self._describe(entry) for entry in self._catalog.entries]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """/v1/models/NAME: one of them."""
-        return JsonResponse(self._describe(self._catalog.find(name)))
+        return JsonResponse(self._describe(self._catalog.find(request.path_params["name"])))
 
-    async def health(self) -> Response:
+    async def health(self, request: Request) -> Response:
         """/health: whether new requests are answered."""
         status = "stopping" if self.is_stopping else "ok"
         body = {"status": status, "running": self._scheduler.running, "waiting": self._scheduler.waiting}
         return JsonResponse(body, status_code=503 if self.is_stopping else 200)
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """/metrics: counters in Prometheus' text format."""
         gauges = {"running": self._scheduler.running, "waiting": self._scheduler.waiting}
         return PlainTextResponse(self._metrics.render(gauges), media_type="text/plain; version=0.0.4")

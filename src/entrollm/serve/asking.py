@@ -95,7 +95,7 @@ def reading_job(asker: Asker, served: ServedModel, ids: Sequence[int], field: st
         ApiError: the prompt is too long, or a token is outside the vocabulary.
     """
     check_length(served, ids, field)
-    vocab_size = served.model.config.vocab_size
+    vocab_size = served.model.shape.vocab_size
     wrong = next((token for token in ids if token >= vocab_size), None)
     if wrong is not None:
         raise bad_request(f"token id {wrong} is outside the vocabulary of {vocab_size}", field)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
 
-from entrollm.engine.model import Model
 from entrollm.engine.sampling import TokenLogprobs, token_logprobs
+from entrollm.engine.text_model import TextModel
 from entrollm.engine.weights import Floats
 
 # Logits of so many tokens are computed at a time; a row of them may take half a megabyte.
@@ -37,7 +37,7 @@ class PromptLogprobs:
         echo: is filled.
     """
 
-    def __init__(self, model: Model, ids: Sequence[int], count: int, echo: Echo) -> None:
+    def __init__(self, model: TextModel, ids: Sequence[int], count: int, echo: Echo) -> None:
         self._model = model
         self._ids = ids
         self._count = count

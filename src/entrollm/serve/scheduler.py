@@ -190,7 +190,9 @@ class Scheduler:
         prompt_tokens = 0
         for job in jobs:
             if not job.has_read_prompt and prompt_tokens < room:
-                count = min(len(job.pending), room - prompt_tokens)
+                count = len(job.pending)
+                if served.model.reads_pieces:
+                    count = min(count, room - prompt_tokens)
                 taken.append((job, count))
                 prompt_tokens += count
         steps = []

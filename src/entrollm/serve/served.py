@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from entrollm.engine.model import Model
+from entrollm.engine.text_model import TextModel
 from entrollm.errors import UnsupportedError
 from entrollm.serve.errors import bad_request
 from entrollm.serve.grammar import AnswerForm, Grammars, Postponed, TokenGrammar
@@ -38,18 +38,18 @@ class ServedModel:
         UnsupportedError: the model has no tokenizer.
     """
 
-    def __init__(self, name: str, model: Model, context_length: int, slots: Slots, output: OutputFormat) -> None:
+    def __init__(self, name: str, model: TextModel, context_length: int, slots: Slots, output: OutputFormat) -> None:
         if model.tokenizer is None:
             raise UnsupportedError(f"{name} has no tokenizer.json, which serving needs")
         self.name = name
         self.model = model
-        self.context_length = min(context_length, model.config.context_length)
+        self.context_length = min(context_length, model.shape.context_length)
         self.slots = slots
         self.output = output
         self.tokenizer = model.tokenizer
         self.pace = Pace()
         self.token_text = TokenText(self.tokenizer)
-        self.grammars = Grammars(self.tokenizer, model.config.vocab_size, model.end_token_ids)
+        self.grammars = Grammars(self.tokenizer, model.shape.vocab_size, model.end_token_ids)
         added = self.tokenizer.get_added_tokens_decoder()
         self._special = {token: entry.content for token, entry in added.items() if entry.special}
 
@@ -91,7 +91,7 @@ class ServedModel:
         else:
             return grammar
         trigger = self.tokenizer.encode(marker, add_special_tokens=False).ids
-        return Postponed(grammar, trigger, self.model.config.vocab_size, self.model.end_token_ids)
+        return Postponed(grammar, trigger, self.model.shape.vocab_size, self.model.end_token_ids)
 
     def _mark(self, marker: str) -> str:
         """A marker in a Lark grammar: as a token if it is a special one, else as text."""

@@ -6,23 +6,19 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from sse_starlette.sse import AppStatus
 
 from entrollm.checkpoint.resolve import resolve
-from entrollm.engine.files import chat_template_of, read_json
-from entrollm.engine.load import load
-from entrollm.engine.memory import Memory
+from entrollm.engine.files import chat_template_of
 from entrollm.errors import UnsupportedError
-from entrollm.models import read_config
-from entrollm.models.config_fields import Fields
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
 from entrollm.serve.catalog import Catalog, Entry
+from entrollm.serve.engines import CpuEngine, Engine
 from entrollm.serve.keys import Keys
 from entrollm.serve.output.choose import choose
 from entrollm.serve.served import ServedModel
@@ -41,16 +37,14 @@ class LoadOptions:
     Attributes:
         slots: sequences that each model runs at a time, at least 1.
         context_length: tokens of prompt and answer together; a model's own limit still holds.
-        threads, memory, check: see `entrollm.load`.
+        engine: loads and runs them.
         tool_format, reasoning_format: how the models write calls and reasoning; see `choose`.
         idle_release_s: see Catalog.
     """
 
     slots: int = 8
     context_length: int = 8192
-    threads: int | None = None
-    memory: Memory = "auto"
-    check: bool = True
+    engine: Engine = field(default_factory=CpuEngine)
     tool_format: str = "auto"
     reasoning_format: str = "auto"
     idle_release_s: float | None = None
@@ -77,15 +71,15 @@ def _entry(name: str, path: Path, options: LoadOptions) -> Entry:
     """What the small files of a model tell before it is loaded."""
     if not (path / "tokenizer.json").is_file():
         raise UnsupportedError(f"{path} has no tokenizer.json, which serving needs")
-    config = read_config(Fields(read_json(path / "config.json") or {}, "config.json"))
     template = chat_template_of(path)
+    context_length = min(options.context_length, options.engine.context_length(path))
 
     def load_it() -> ServedModel:
-        model = load(path, threads=options.threads, memory=options.memory, check=options.check)
+        model = options.engine.load(path)
         output = choose(model.chat_template, options.tool_format, options.reasoning_format)
-        return ServedModel(name, model, options.context_length, Slots(model, options.slots), output)
+        return ServedModel(name, model, context_length, Slots(model, options.slots), output)
 
-    return Entry(name, min(options.context_length, config.context_length), template is not None, load_it)
+    return Entry(name, context_length, template is not None, load_it)
 
 
 def serve(
@@ -120,8 +114,6 @@ def serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_LAST_BYTES_S,
     )
-    # Streams end with their answers; uvicorn's own signal would cut them off.
-    AppStatus.enable_automatic_graceful_drain = False
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = GracefulServer(config, service, grace_s, lambda: on_listening(url))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entrollm.engine.cache import Cache
-from entrollm.engine.model import Model
+from entrollm.engine.batch import SequenceCache
+from entrollm.engine.text_model import TextModel
 
 
 @dataclass
@@ -20,10 +20,10 @@ class Slot:
         aside: the cache of the last sequence, while a prompt runs that is only read.
     """
 
-    cache: Cache
+    cache: SequenceCache
     is_busy: bool = False
     last_use: int = 0
-    aside: Cache | None = None
+    aside: SequenceCache | None = None
 
 
 class Slots:
@@ -34,7 +34,7 @@ class Slots:
         count: sequences that can run at a time.
     """
 
-    def __init__(self, model: Model, count: int) -> None:
+    def __init__(self, model: TextModel, count: int) -> None:
         self._model = model
         self._slots = [Slot(model.new_cache()) for _ in range(count)]
         self._uses = 0
