@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from entrollm.serve.answering import JsonResponse, deliver
-from entrollm.serve.answers import Json
 from entrollm.serve.api import Api, Settings
 from entrollm.serve.catalog import Catalog
-from entrollm.serve.chat_fields import ChatRequest
 from entrollm.serve.errors import ApiError
-from entrollm.serve.fields import CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from entrollm.serve.guard import Guard
 from entrollm.serve.job import Event, Job
 from entrollm.serve.keys import Keys
 from entrollm.serve.metrics import Metrics
-from entrollm.serve.responses_fields import ResponsesRequest
 from entrollm.serve.scheduler import Scheduler
 from entrollm.serve.trim import keep_trimming
 
@@ -56,17 +49,7 @@ class Service:
         self.api = Api(catalog, settings, self.scheduler, metrics)
         self._catalog = catalog
         self._metrics = metrics
-        self.app = FastAPI(
-            title="EntroLLM",
-            version=importlib.metadata.version("entrollm"),
-            docs_url=None,  # these pages load scripts from elsewhere
-            redoc_url=None,
-            lifespan=self._lifespan,
-        )
-        _add_routes(self.app, self.api)
-        self.app.openapi = partial(_describe, self.app)  # type: ignore[method-assign]
-        _add_error_handlers(self.app)
-        self.app.add_middleware(
+        guard = Middleware(
             Guard,
             keys=keys,
             max_body_bytes=settings.max_body_bytes,
@@ -74,9 +57,15 @@ class Service:
             is_stopping=lambda: self.api.is_stopping,
             metrics=metrics,
         )
+        self.app = Starlette(
+            routes=_routes(self.api),
+            middleware=[guard],
+            exception_handlers={ApiError: _refused, HTTPException: _not_served, Exception: _broken},
+            lifespan=self._lifespan,
+        )
 
     @asynccontextmanager
-    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
         self.scheduler.start()
         keeping = [
@@ -96,34 +85,12 @@ class Service:
         self._loop.call_soon_threadsafe(deliver, events)
 
 
-_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/responses": ResponsesRequest,
-    "/v1/embeddings": EmbeddingRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-_SCHEMAS = "#/components/schemas/"
-_ERROR_SCHEMA: Json = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+def _routes(api: Api) -> list[Route]:
+    async def describe(request: Request) -> Response:
+        from entrollm.serve.describe import describe  # which few ask for
 
+        return JsonResponse(await asyncio.to_thread(describe))
 
-def _add_routes(app: FastAPI, api: Api) -> None:
     posts = {
         "/v1/chat/completions": api.chat,
         "/v1/completions": api.complete,
@@ -132,51 +99,32 @@ def _add_routes(app: FastAPI, api: Api) -> None:
         "/tokenize": api.tokenize,
         "/detokenize": api.detokenize,
     }
-    for path, handler in posts.items():
-        app.add_api_route(path, handler, methods=["POST"])
-    gets = (
-        ("/", api.page),
-        ("/v1/models", api.models),
-        ("/v1/models/{name}", api.model),
-        ("/health", api.health),
-        ("/metrics", api.metrics),
-    )
-    for path, getter in gets:
-        app.add_api_route(path, getter, methods=["GET"])
+    gets = {
+        "/": api.page,
+        "/v1/models": api.models,
+        "/v1/models/{name}": api.model,
+        "/health": api.health,
+        "/metrics": api.metrics,
+        "/openapi.json": describe,
+    }
+    return [
+        *(Route(path, handler, methods=["POST"]) for path, handler in posts.items()),
+        *(Route(path, handler, methods=["GET"]) for path, handler in gets.items()),
+    ]
 
 
-def _describe(app: FastAPI) -> Json:
-    """The OpenAPI description, with the bodies that the handlers read themselves and the errors of all paths."""
-    if app.openapi_schema is None:
-        described = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        references, definitions = models_json_schema(
-            [(kind, "validation") for kind in _BODIES.values()], ref_template=_SCHEMAS + "{model}"
-        )
-        schemas = {**definitions.get("$defs", {}), "Error": _ERROR_SCHEMA}
-        described["components"] = {"schemas": schemas}
-        failed = {"description": "Error", "content": {"application/json": {"schema": {"$ref": f"{_SCHEMAS}Error"}}}}
-        for path, operations in described["paths"].items():
-            for operation in operations.values():
-                operation["responses"] = {"200": {"description": "Answer"}, "4XX": failed, "5XX": failed}
-                if path in _BODIES:
-                    schema = references[_BODIES[path], "validation"]
-                    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        app.openapi_schema = described
-    return app.openapi_schema
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JsonResponse(error.to_json(), status_code=error.status, headers=error.headers)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        return JsonResponse(error.to_json(), status_code=error.status, headers=error.headers)
+async def _not_served(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {404: "there is nothing at this path", 405: "this path does not take this method"}
+    shown = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
+    return JsonResponse(shown.to_json(), status_code=error.status_code, headers=error.headers)
 
-    @app.exception_handler(HTTPException)
-    async def not_served(request: Request, error: HTTPException) -> Response:
-        messages = {404: "there is nothing at this path", 405: "this path does not take this method"}
-        shown = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
-        return JsonResponse(shown.to_json(), status_code=error.status_code, headers=error.headers)
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        _LOG.error("a request failed", exc_info=error)
-        return JsonResponse(ApiError(500, "the server failed; its log has the reason").to_json(), status_code=500)
+async def _broken(request: Request, error: Exception) -> Response:
+    _LOG.error("a request failed", exc_info=error)
+    return JsonResponse(ApiError(500, "the server failed; its log has the reason").to_json(), status_code=500)

@@ -88,7 +88,8 @@ Inputs = Annotated[list[Any], BeforeValidator(partial(_prompts, most=_MAX_INPUTS
 class Strict(BaseModel):
     """A part of a request, in which every field is known and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # Built when first used, which keeps the start short.
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
 
 class StreamOptions(Strict):
