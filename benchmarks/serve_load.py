@@ -1,10 +1,11 @@
 """Mixed requests to `entrollm serve`: right, cancelled, malformed, huge, slowly read. Each answer is checked.
 
-usage: python benchmarks/serve_load.py [OUT] [--requests N] [--clients N] [--seed N] [--json FILE]
+usage: python benchmarks/serve_load.py [OUT] [--requests N] [--clients N] [--seed N] [--device DEVICE] [--json FILE]
 
 Greedy answers must be those of `entrollm run`, everything else must be an answer of the right form or a named error. Of
 2000 requests or more, the server's memory may grow by 5 % from the end of the first fifth to the end. OUT needs a chat
-template; without OUT, the example model is compressed.
+template; without OUT, the example model is compressed. On another device than the CPU, products of a batch are rounded
+otherwise than those of one answer, so texts are not compared there.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Load:
 
     Attributes:
         url: of the server.
-        expected: greedy answers of 12 tokens, by prompt; "chat:" stands before those to dialogues.
+        expected: greedy answers of 12 tokens, by prompt; "chat:" stands before those to dialogues. Empty if texts are
+            not compared.
         random: decides what is asked.
         statuses: how often each kind of request got each status.
     """
@@ -102,6 +104,10 @@ class Load:
         found: dict[str, Any] = response.json()
         return found
 
+    def check_text(self, asked: str, text: str) -> None:
+        """Check a greedy answer."""
+        expect(not self.expected or text == self.expected[asked], asked, (text, self.expected.get(asked)))
+
     def check_error(self, response: httpx.Response) -> None:
         """Check that a refusal has OpenAI's shape."""
         error = response.json()["error"]
@@ -111,18 +117,18 @@ class Load:
         prompt = self.random.choice(PROMPTS)
         found = await self.ask("greedy", TEXT, {"prompt": prompt, "max_tokens": 12})
         if found:
-            expect(found["choices"][0]["text"] == self.expected[prompt], prompt, found)
+            self.check_text(prompt, found["choices"][0]["text"])
 
     async def greedy_stream(self) -> None:
         prompt = self.random.choice(PROMPTS)
-        await self.stream("greedy stream", TEXT, {"prompt": prompt, "max_tokens": 12}, self.expected[prompt], "text")
+        await self.stream("greedy stream", TEXT, {"prompt": prompt, "max_tokens": 12}, prompt, "text")
 
     async def chat(self) -> None:
         prompt = self.random.choice(PROMPTS)
         body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 12}
-        await self.stream("chat stream", CHAT, body, self.expected[f"chat:{prompt}"], "content")
+        await self.stream("chat stream", CHAT, body, f"chat:{prompt}", "content")
 
-    async def stream(self, kind: str, path: str, body: dict[str, Any], expected: str, key: str) -> None:
+    async def stream(self, kind: str, path: str, body: dict[str, Any], asked: str, key: str) -> None:
         async with self.client.stream("POST", path, json=body | {"stream": True}) as response:
             self.statuses[kind, response.status_code] += 1
             if response.status_code == 429:
@@ -131,7 +137,7 @@ class Load:
         expect(lines[-1] == "[DONE]", kind, lines)
         choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
         text = "".join((choice["delta"] if key == "content" else choice).get(key) or "" for choice in choices)
-        expect(text == expected, kind, (text, expected))
+        self.check_text(asked, text)
 
     async def sampled(self) -> None:
         body = {"prompt": self.random.choice(PROMPTS), "temperature": 1.2, "seed": self.random.randrange(9), "n": 2}
@@ -164,7 +170,7 @@ class Load:
         prompt = self.random.choice(PROMPTS)
         found = await self.ask("responses", RESPONSES, {"input": prompt, "max_output_tokens": 12})
         if found:
-            expect(found["output"][0]["content"][0]["text"] == self.expected[f"chat:{prompt}"], prompt, found)
+            self.check_text(f"chat:{prompt}", found["output"][0]["content"][0]["text"])
 
     async def embedding(self) -> None:
         prompt = self.random.choice(PROMPTS)
@@ -227,7 +233,7 @@ class Load:
         if found[9:12] == b"200":
             pieces = re.findall(r'"text":"((?:[^"\\]|\\.)*)"', found.decode())
             text = "".join(json.loads(f'"{piece}"') for piece in pieces)
-            expect(text == self.expected[prompt], "slow", (text, self.expected[prompt]))
+            self.check_text(prompt, text)
 
     async def half_closed(self) -> None:
         """Close the sending side before the answer has come."""
@@ -275,7 +281,7 @@ async def run(load_: Load, requests: int, clients: int) -> None:
     async def one_client() -> None:
         for number in left:
             work = load_.huge if number % 50 == 7 else load_.random.choice(load_.kinds)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(600):
                 await work()
 
     async with asyncio.TaskGroup() as group:
@@ -312,7 +318,7 @@ async def measure(url: str, pid: int, expected: dict[str, str], arguments: argpa
     """Make all requests in five parts, and note the memory after each; few of them in one."""
     memory = []
     started = time.perf_counter()
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         load_ = Load(url, expected, random.Random(arguments.seed), client)
         parts = 5 if arguments.requests >= MEMORY_REQUESTS else 1
         for _ in range(parts):
@@ -339,15 +345,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.out or prepare(Path(folder))
-        expected = answers_of(load(out))
+        expected = answers_of(load(out)) if arguments.device == "cpu" else {}
         command = [sys.executable, "-m", "entrollm", "serve", str(out), "--port", "0", "--slots", str(SLOTS)]
+        command += ["--device", arguments.device]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             assert server.stderr is not None
-            url = re.search(r"http://\S+?(?=/v1)", server.stderr.readline())
+            found_urls = (re.search(r"http://\S+?(?=/v1)", line) for line in server.stderr)
+            url = next(filter(None, found_urls), None)
             try:
                 assert url, "the server did not start"
                 found = asyncio.run(measure(url[0], server.pid, expected, arguments))
