@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,19 +14,31 @@ from tokenizers import AddedToken, Tokenizer
 from entrollm.engine.detokenize import Detokenizer
 from entrollm.serve.grammar import Grammars
 from entrollm.serve.output.choose import CALL_FORMATS, REASONING_FORMATS, OutputFormat, check_formats, choose
+from entrollm.serve.output.deepseek import DeepSeek
+from entrollm.serve.output.glm import Glm
 from entrollm.serve.output.items import CallFormat, Item, Reasoning, ToolCall
 from entrollm.serve.output.mistral import Mistral
 from tests.support.paths import TINY_LLAMA
 
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "f": {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "é"]}, "b": {"type": "array", "items": {"type": "integer"}}, "c": True},
+        "required": ["a"],
+        "additionalProperties": False,
+    },
+    "g-1": {"type": "object", "properties": {"d": {"type": "boolean"}}, "additionalProperties": False},
+}
 FUNCTION_GEMMA = choose("tools <start_function_call>").calls
 FORMATS: dict[str, CallFormat] = {**CALL_FORMATS, "mistral, one by one": Mistral(is_listed=False)}
+FORMATS |= {"deepseek, plain": DeepSeek(is_fenced=False), "glm, on one line": Glm(is_spaced=False)}
 assert FUNCTION_GEMMA is not None
 FORMATS["function gemma"] = FUNCTION_GEMMA
 
 
 def split(form: OutputFormat, text: str, cuts: Sequence[int] = (), *, is_open: bool = False) -> list[object]:
     """What a parser makes of a text in pieces, with neighbouring texts joined; calls become pairs."""
-    parser = form.parser(["f", "g-1"], is_open=is_open)
+    parser = form.parser(FUNCTIONS, is_open=is_open)
     assert parser is not None
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     items: list[Item] = []
@@ -113,6 +126,46 @@ CASES: list[tuple[str, str, list[object] | None]] = [
     ("gemma", "<|tool_call>call:f" + "{a:" * 5000 + "<tool_call|>", None),
     ("function gemma", "<start_function_call>call:f{a:1}<end_function_call>", [F]),
     ("function gemma", "<start_function_call>call:f{a:<escape>x<escape>}", [("f", {"a": "x"})]),
+    *(
+        ("qwen-coder", f"<tool_call>\n<function=f>\n{inside}</function>\n</tool_call>", found)
+        for inside, found in (
+            ("<parameter=a>\nx\n</parameter>\n", [("f", {"a": "x"})]),
+            ("<parameter=b>\n[1, 2]\n</parameter>\n<parameter=c>\n3\n</parameter>\n", [("f", {"b": [1, 2], "c": 3})]),
+            ("<parameter=c>\n\n  two\nlines\n\n</parameter>\n", [("f", {"c": "\n  two\nlines\n"})]),
+            ("<parameter=c>null<parameter=a>1</parameter>", [("f", {"c": None, "a": "1"})]),
+            ("", [("f", {})]),
+            ("and more", None),
+        )
+    ),
+    ("qwen-coder", "Hm.\n<tool_call>\n<function=g-1>\n<parameter=d>\ntrue", ["Hm.", ("g-1", {"d": True})]),
+    ("qwen-coder", "<tool_call><function=h></function></tool_call>", None),
+    ("qwen-coder", "<tool_call>" + "<function=" * 5000, None),
+    ("glm", "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>", [("f", {"a": "1"})]),
+    (
+        "glm",
+        "Hm.<tool_call>f<arg_key>b</arg_key><arg_value>[1]</arg_value><arg_key>c</arg_key><arg_value>so</arg_value>"
+        "</tool_call>\n<tool_call>g-1</tool_call>",
+        ["Hm.", ("f", {"b": [1], "c": "so"}), G],
+    ),
+    ("glm", "<tool_call>f\n<arg_key>b</arg_key>\n<arg_value>[", [("f", {"b": "["})]),
+    ("glm", "<tool_call>f <arg_key>b</arg_key> so</tool_call>", None),
+    ("glm", "<tool_call>h</tool_call>", None),
+    *(
+        ("deepseek", f"<｜tool▁calls▁begin｜>{inside}<｜tool▁calls▁end｜>", found)
+        for inside, found in (
+            (
+                '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```<｜tool▁call▁end｜>\n'
+                "<｜tool▁call▁begin｜>function<｜tool▁sep｜>g-1\n```json\n{}\n```<｜tool▁call▁end｜>",
+                [F, G],
+            ),
+            ('<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>', [F]),
+            ("<｜tool▁call▁begin｜>h<｜tool▁sep｜>{}<｜tool▁call▁end｜>", None),
+            ("<｜tool▁call▁begin｜>f{}<｜tool▁call▁end｜>", None),
+            ("text<｜tool▁call▁begin｜>g-1<｜tool▁sep｜>{}<｜tool▁call▁end｜>", None),
+            ("", None),
+        )
+    ),
+    ("deepseek", "Hm. <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>g-1<｜tool▁sep｜>{}", ["Hm.", G]),
     ("harmony", "plain <|x|>", None),
     ("harmony", "<|channel|>final<|message|>Hello.<|return|>", ["Hello."]),
     (
@@ -154,7 +207,7 @@ def test_how_a_text_is_cut_changes_nothing(name: str, text: str, cuts: list[int]
 
 @given(st.sampled_from(sorted(set(FORMATS) - {"harmony", "pythonic"})), TEXTS)
 def test_without_known_functions_nothing_is_lost(name: str, text: str) -> None:
-    parser = FORMATS[name].parser(["unknown"])
+    parser = FORMATS[name].parser({"unknown": {}})
     found = [*parser.push(text), *parser.finish()]
     assert "".join(item for item in found if isinstance(item, str)) == text
 
@@ -186,7 +239,9 @@ def test_what_is_reasoning(text: str, is_open: bool, expected: list[object]) -> 
         ("{{ messages }}", None, None),
         ("{% if tools %}<tool_call>", "hermes", None),
         ("{% if tools %}<tool_call> <think></think>", "hermes", "think"),
-        ("{% if tools %}<tool_call>\n<function=name>", None, None),
+        ("{% if tools %}<tool_call>\n<function=name>", "qwen-coder", None),
+        ("{% if tools %}<tool_call>name\n<arg_key>k</arg_key>\n<arg_value>", "glm", None),
+        ("<｜tool▁calls▁begin｜> </think>", "deepseek", "think"),
         ("{% if tools %}<|python_tag|> <|eot_id|>", "llama", None),
         ("{% if tools %}<|python_start|>[func_name1(a=b)]<|eot|>", "pythonic", None),
         ("{% if tools %}[TOOL_CALLS] [THINK][/THINK]", "mistral", "mistral"),
@@ -204,7 +259,7 @@ def test_formats_can_be_named() -> None:
     assert choose("", "llama", "think") == OutputFormat(CALL_FORMATS["llama"], REASONING_FORMATS["think"])
     assert choose("tools <tool_call> </think>", "none", "none") == OutputFormat(None, None)
     assert choose("<start_function_call>", "gemma").calls is FUNCTION_GEMMA
-    assert choose("").parser(["f"], is_open=False) is None
+    assert choose("").parser({"f": {}}, is_open=False) is None
 
 
 def test_unknown_formats() -> None:
@@ -222,17 +277,6 @@ def marked_tokenizer() -> Tokenizer:
         [AddedToken(mark, special=True) for mark in sorted({mark for form in FORMATS.values() for mark in form.marks})]
     )
     return tokenizer
-
-
-FUNCTIONS = {
-    "f": {
-        "type": "object",
-        "properties": {"a": {"enum": ["x", "é"]}, "b": {"type": "array", "items": {"type": "integer"}}, "c": True},
-        "required": ["a"],
-        "additionalProperties": False,
-    },
-    "g-1": {"type": "object", "properties": {"d": {"type": "boolean"}}, "additionalProperties": False},
-}
 
 
 @pytest.mark.parametrize("name", FORMATS)

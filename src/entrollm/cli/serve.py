@@ -54,7 +54,7 @@ def command(
         str,
         typer.Option(
             "--tool-format",
-            metavar="auto|none|hermes|llama|pythonic|mistral|gemma|harmony",
+            metavar="auto|none|hermes|qwen-coder|glm|llama|pythonic|mistral|deepseek|gemma|harmony",
             help="How the models write calls of tools; auto reads it off their chat templates.",
         ),
     ] = "auto",

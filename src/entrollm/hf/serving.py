@@ -62,7 +62,7 @@ class TransformersEngine:
         Raises:
             FormatError, UnsupportedError, ValueError: as entrollm.hf.load.
         """
-        disable_progress_bar()  # a server's messages are lines
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's messages are lines
         # Of the types that files have, processors are fast with this one alone.
         dtype: str | torch.dtype = torch.float32 if torch.device(self.device).type == "cpu" else "auto"
         return TransformersModel(read_model_files(path), load(path, self.device, dtype=dtype, check=self.check))

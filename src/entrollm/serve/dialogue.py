@@ -40,12 +40,12 @@ async def dialogue_answers(scheduler: Scheduler, asker: Asker, served: ServedMod
         variables["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
     ids = await in_thread(lambda: served.model.encode_chat(messages, **variables), "messages")
     form = await in_thread(lambda: _form(served, body, ids), "response_format")
-    names = [function.name for function in body.offered]
-    shown = served.shown_tokens(with_calls=bool(names))
+    functions = {function.name: function.parameters or {} for function in body.offered}
+    shown = served.shown_tokens(with_calls=bool(functions))
     prompted = Prompted(served, body, ids, body.listed_logprobs, shown, form, is_chat=True)
     answers = Answers(scheduler, answer_jobs(asker, prompted))
     for choice in answers.choices:
-        choice.parser = served.output.parser(names, is_open=served.begins_in_reasoning(ids))
+        choice.parser = served.output.parser(functions, is_open=served.begins_in_reasoning(ids))
         choice.most_calls = 1 if body.parallel_tool_calls is False else None
     return answers
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Protocol
 
-from entrollm.serve.output.items import Item, ToolCall, overlap
+from entrollm.serve.output.items import Functions, Item, ToolCall, overlap
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -90,7 +89,7 @@ class BlockFormat(Protocol):
     def end(self, opening: str) -> End:
         """Looks for the end of a block that begins with `opening`."""
 
-    def calls(self, block: str, names: Collection[str]) -> list[ToolCall] | None:
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """The calls of a block, or of one that was cut off at its end; `None` if it is not made of calls."""
 
 
@@ -102,12 +101,12 @@ class BlockParser:
 
     Args:
         form: where blocks are.
-        names: of the functions that may be called.
+        functions: those that may be called.
     """
 
-    def __init__(self, form: BlockFormat, names: Collection[str]) -> None:
+    def __init__(self, form: BlockFormat, functions: Functions) -> None:
         self._form = form
-        self._names = frozenset(names)
+        self._functions = functions
         self._held = ""  # begins with the block that `_end` looks for the end of
         self._end: End | None = None
         self._opening = ""
@@ -166,7 +165,7 @@ class BlockParser:
 
     def _close(self, length: int, found: list[Item]) -> None:
         """Pass on the calls of the block, or its opening if it is not made of calls."""
-        calls = self._form.calls(self._held[:length], self._names)
+        calls = self._form.calls(self._held[:length], self._functions)
         if calls is None:
             found.append(self._before + self._opening)
             self._held = self._held[len(self._opening) :]

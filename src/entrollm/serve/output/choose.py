@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from entrollm.serve.output.deepseek import DeepSeek
 from entrollm.serve.output.gemma import Gemma
+from entrollm.serve.output.glm import Glm
 from entrollm.serve.output.harmony import Harmony
 from entrollm.serve.output.hermes import Hermes
-from entrollm.serve.output.items import CallFormat, Parser
+from entrollm.serve.output.items import CallFormat, Functions, Parser
 from entrollm.serve.output.llama import Llama
 from entrollm.serve.output.mistral import Mistral
 from entrollm.serve.output.pythonic import Pythonic
+from entrollm.serve.output.qwen_coder import QwenCoder
 from entrollm.serve.output.think import Markers, Plain, Think
 
 _FUNCTION_GEMMA = Gemma("<start_function_call>", "<end_function_call>", "<escape>")
 CALL_FORMATS: Mapping[str, CallFormat] = MappingProxyType(
-    {form.name: form for form in (Hermes(), Llama(), Pythonic(), Mistral(), Gemma(), Harmony())}
+    {
+        form.name: form
+        for form in (
+            Hermes(),
+            QwenCoder(),
+            Glm(),
+            Llama(),
+            Pythonic(),
+            Mistral(),
+            DeepSeek(),
+            Gemma(),
+            Harmony(),
+        )
+    }
 )
 REASONING_FORMATS: Mapping[str, Markers] = MappingProxyType(
     {
@@ -50,16 +66,16 @@ class OutputFormat:
             return calls
         return (*calls, self.reasoning.opening_token or self.reasoning.opening, self.reasoning.closing)
 
-    def parser(self, names: Collection[str], *, is_open: bool) -> Parser | None:
+    def parser(self, functions: Functions, *, is_open: bool) -> Parser | None:
         """A parser of one answer; `None` if it is text.
 
         Args:
-            names: of the functions that may be called.
+            functions: those that may be called.
             is_open: whether the prompt ends within reasoning.
         """
         calls = None
-        if self.calls is not None and (names or isinstance(self.calls, Harmony)):
-            calls = self.calls.parser(names)
+        if self.calls is not None and (functions or isinstance(self.calls, Harmony)):
+            calls = self.calls.parser(functions)
         if self.reasoning is None:
             return calls
         return Think(self.reasoning, calls or Plain(), is_open=is_open)
@@ -88,35 +104,46 @@ def choose(template: str | None, calls: str = "auto", reasoning: str = "auto") -
         reasoning: the same for reasoning.
     """
     template = template or ""
-    chosen = _recognized_calls(template) if calls == "auto" else CALL_FORMATS.get(calls)
-    if calls == "gemma" and "<start_function_call>" in template:
-        chosen = _FUNCTION_GEMMA
-    if calls == "mistral":
-        chosen = Mistral(is_listed="[ARGS]" not in template)
+    name = _recognized_calls(template) if calls == "auto" else calls
+    chosen = _variant(name, template)
     if reasoning != "auto":
         return OutputFormat(chosen, REASONING_FORMATS.get(reasoning))
     # Harmony has a channel for it.
     return OutputFormat(chosen, None if isinstance(chosen, Harmony) else _recognized_reasoning(template))
 
 
-def _recognized_calls(template: str) -> CallFormat | None:
+def _variant(name: str, template: str) -> CallFormat | None:
+    """The format of a name, as a chat template shows it; `None` for "none"."""
+    match name:
+        case "gemma" if "<start_function_call>" in template:
+            return _FUNCTION_GEMMA
+        case "mistral":
+            return Mistral(is_listed="[ARGS]" not in template)
+        case "deepseek":
+            return DeepSeek(is_fenced="```" in template or not template)
+        case "glm":
+            return Glm(is_spaced="</arg_key><arg_value>" not in template)
+    return CALL_FORMATS.get(name)
+
+
+def _recognized_calls(template: str) -> str:
     if "<|channel|>" in template and "<|message|>" in template:
-        return CALL_FORMATS["harmony"]
+        return "harmony"
+    if "<｜tool▁calls▁begin｜>" in template:
+        return "deepseek"  # whose first templates lay out calls that were made, and no tools
     if "tools" not in template:
-        return None
-    if "<|tool_call>" in template:
-        return CALL_FORMATS["gemma"]
-    if "<start_function_call>" in template:
-        return _FUNCTION_GEMMA
+        return "none"
+    if "<|tool_call>" in template or "<start_function_call>" in template:
+        return "gemma"
     if "[TOOL_CALLS]" in template:
-        return Mistral(is_listed="[ARGS]" not in template)
-    # Some models write XML between the same markers.
-    if "<tool_call>" in template and not any(tag in template for tag in ("<function=", "<arg_key>")):
-        return CALL_FORMATS["hermes"]
+        return "mistral"
+    if "<tool_call>" in template:
+        # All three stand between these markers.
+        return "qwen-coder" if "<function=" in template else "glm" if "<arg_key>" in template else "hermes"
     if "<|python_start|>" in template or "func_name1(" in template:
-        return CALL_FORMATS["pythonic"]
+        return "pythonic"
     is_llama = "<|python_tag|>" in template or ("<|eot_id|>" in template and '"parameters"' in template)
-    return CALL_FORMATS["llama"] if is_llama else None
+    return "llama" if is_llama else "none"
 
 
 def _recognized_reasoning(template: str) -> Markers | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from entrollm.serve.output.blocks import BlockParser, End, Marker
@@ -34,19 +34,19 @@ class Gemma:
         self.openings = (opening,)
         self.marks = (opening, closing, quote)
 
-    def parser(self, names: Collection[str]) -> Parser:
+    def parser(self, functions: Functions) -> Parser:
         """See CallFormat."""
-        return BlockParser(self, names)
+        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""
         return Marker(self._closing)
 
-    def calls(self, block: str, names: Collection[str]) -> list[ToolCall] | None:
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """See BlockFormat."""
         text = block.removeprefix(self.openings[0]).removesuffix(self._closing)
         begin = _CALL.match(text)
-        if begin is None or begin[1] not in names:
+        if begin is None or begin[1] not in functions:
             return None
         reader = _Reader(text, begin.end(), self._quote)
         try:

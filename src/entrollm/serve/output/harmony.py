@@ -32,9 +32,9 @@ class Harmony:
     name = "harmony"
     marks = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, *_ENDS)
 
-    def parser(self, names: Collection[str]) -> Parser:
+    def parser(self, functions: Functions) -> Parser:
         """See CallFormat."""
-        return HarmonyParser(names)
+        return HarmonyParser(functions)
 
     def grammar(self, functions: Functions, mark: Mark, *, several: bool) -> str:
         """See CallFormat. The model may reason first; its calls come one to an answer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
@@ -20,17 +19,17 @@ class Hermes:
     first = ""
     separators = " \n\t\r"
 
-    def parser(self, names: Collection[str]) -> Parser:
+    def parser(self, functions: Functions) -> Parser:
         """See CallFormat."""
-        return BlockParser(self, names)
+        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""
         return Marker(_CLOSE)
 
-    def calls(self, block: str, names: Collection[str]) -> list[ToolCall] | None:
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """See BlockFormat."""
-        call = call_of(parse_json(block.removeprefix(_OPEN).removesuffix(_CLOSE)), names)
+        call = call_of(parse_json(block.removeprefix(_OPEN).removesuffix(_CLOSE)), functions)
         return None if call is None else [call]
 
     def grammar(self, functions: Functions, mark: Mark, *, several: bool) -> str:

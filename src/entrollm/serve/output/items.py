@@ -66,8 +66,8 @@ class CallFormat(Protocol):
     @property
     def marks(self) -> tuple[str, ...]: ...
 
-    def parser(self, names: Collection[str]) -> Parser:
-        """A parser of one answer, for calls of the named functions."""
+    def parser(self, functions: Functions) -> Parser:
+        """A parser of one answer, for calls of these functions."""
 
     def grammar(self, functions: Functions, mark: Mark, *, several: bool) -> str:
         """The Lark grammar of an answer that consists of calls.

@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Collection
 from dataclasses import replace
 
 from entrollm.serve.output.blocks import BlockParser, Brackets, End
@@ -33,15 +32,15 @@ class Mistral:
     def __init__(self, *, is_listed: bool = True) -> None:
         self._is_listed = is_listed
 
-    def parser(self, names: Collection[str]) -> Parser:
+    def parser(self, functions: Functions) -> Parser:
         """See CallFormat."""
-        return BlockParser(self, names)
+        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""
         return _End()
 
-    def calls(self, block: str, names: Collection[str]) -> list[ToolCall] | None:
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """See BlockFormat."""
         text = block.removeprefix(_OPEN)
         single = _ONE.match(text)
@@ -53,7 +52,7 @@ class Mistral:
             values = parse_json(text)
         if not isinstance(values, list) or not values:
             return None
-        calls = [call_of(value, names) for value in values]
+        calls = [call_of(value, functions) for value in values]
         known = [replace(call, call_id=_new_id()) for call in calls if call is not None]
         return known if len(known) == len(calls) else None
 

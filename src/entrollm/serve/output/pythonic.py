@@ -27,15 +27,15 @@ class Pythonic:
     first = "["
     separators = " \n\t\r"
 
-    def parser(self, names: Collection[str]) -> Parser:
+    def parser(self, functions: Functions) -> Parser:
         """See CallFormat."""
-        return BlockParser(self, names)
+        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""
         return _Nothing() if opening == _END else Brackets("\"'")
 
-    def calls(self, block: str, names: Collection[str]) -> list[ToolCall] | None:
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """See BlockFormat."""
         if block == _END:
             return []
@@ -49,7 +49,7 @@ class Pythonic:
             return None
         if not isinstance(tree, ast.List) or not tree.elts:
             return None
-        calls = [_call(element, names) for element in tree.elts]
+        calls = [_call(element, functions) for element in tree.elts]
         known = [call for call in calls if call is not None]
         return known if len(known) == len(calls) else None
 

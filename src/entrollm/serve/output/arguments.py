@@ -1,0 +1,76 @@
+"""Arguments that models write as plain text, each between tags of its own, as schemas tell what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from entrollm.serve.output.items import parse_json
+
+# The types of JSON schemas, by those of Python.
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+
+
+def value_of(text: str, schema: object) -> object:
+    """What a text stands for: itself where the schema takes strings and nothing better, else what it is as JSON."""
+    kinds, options = _kinds(schema)
+    if text in options or kinds == {"string"}:
+        return text
+    value = parse_json(text)
+    if value is None:
+        is_null = text.strip() == "null" and ("null" in kinds or not kinds)
+        return None if is_null else text
+    kind = _TYPES[type(value)]
+    fits = not kinds or kind in kinds or (kind == "integer" and "number" in kinds)
+    return value if fits or "string" not in kinds else text
+
+
+def parameter_rules(
+    function: int, schema: Mapping[str, Any], text: str, around: tuple[str, str]
+) -> tuple[str, list[str]]:
+    """The part of a Lark grammar that stands for the arguments of a function, each at most once and in order.
+
+    Args:
+        function: its number, which makes the names of rules unique.
+        schema: of the arguments.
+        text: the terminal of a string.
+        around: what stands before and behind a value, with {name} in place of the parameter's name.
+    Returns:
+        The body of a rule, often "", and the rules that it names.
+    """
+    properties = schema.get("properties")
+    wanted = schema.get("required")
+    required = wanted if isinstance(wanted, list) else []
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    parts, rules = [], []
+    for i, (name, kind) in enumerate(properties.items() if isinstance(properties, dict) else ()):
+        kinds, options = _kinds(kind)
+        rule = f"value_{function}_{i}"
+        if options:
+            rules.append(f"{rule}: {' | '.join(json.dumps(option) for option in options)}")
+        elif kinds == {"string"}:
+            rules.append(f"{rule}: {text}")
+        else:
+            inner = kind if isinstance(kind, dict) else {}
+            compact = json.dumps({**definitions, **inner, "x-guidance": {"whitespace_flexible": False}})
+            rules.append(f"{rule}: %json {compact}")
+        before, behind = (part.replace("{name}", name) for part in around)
+        part = f"{before} {rule} {behind}"
+        parts.append(part if name in required else f"({part})?")
+    return " ".join(parts), rules
+
+
+def _kinds(schema: object) -> tuple[set[str], list[str]]:
+    """The types of values that a schema takes, empty if it does not say, and the strings if it lists them."""
+    if not isinstance(schema, dict):
+        return set(), []
+    options = schema.get("enum")
+    if isinstance(options, list) and options and all(isinstance(option, str) for option in options):
+        return {"string"}, options
+    found = schema.get("type")
+    kinds = {found} if isinstance(found, str) else set(found) if isinstance(found, list) else set()
+    for key in ("anyOf", "oneOf"):
+        for each in schema[key] if isinstance(schema.get(key), list) else ():
+            kinds |= _kinds(each)[0]
+    return kinds, []

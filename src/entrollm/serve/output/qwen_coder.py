@@ -1,0 +1,66 @@
+"""Calls as Qwen3-Coder models write them: <function=NAME> with <parameter=NAME> in it, between <tool_call> markers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from entrollm.serve.output.arguments import parameter_rules, value_of
+from entrollm.serve.output.blocks import BlockParser, End, Marker
+from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_CALL = re.compile(r"\s*<function=([^>\s]{1,64})>(.*?)(?:</function>)?\s*", re.DOTALL)
+# A model may leave out the end of a parameter where the next one begins.
+_PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)\s*", re.DOTALL)
+
+
+class QwenCoder:
+    """See CallFormat and BlockFormat."""
+
+    name = "qwen-coder"
+    marks = (_OPEN, _CLOSE)
+    openings = (_OPEN,)
+    first = ""
+    separators = " \n\t\r"
+
+    def parser(self, functions: Functions) -> Parser:
+        """See CallFormat."""
+        return BlockParser(self, functions)
+
+    def end(self, opening: str) -> End:
+        """See BlockFormat."""
+        return Marker(_CLOSE)
+
+    def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
+        """See BlockFormat."""
+        call = _CALL.fullmatch(block.removeprefix(_OPEN).removesuffix(_CLOSE))
+        if call is None or call[1] not in functions:
+            return None
+        schemas = functions[call[1]].get("properties", {})
+        found: dict[str, object] = {}
+        position = 0
+        while position < len(call[2].rstrip()):
+            parameter = _PARAMETER.match(call[2], position)
+            if parameter is None:
+                return None
+            text = parameter[2].removeprefix("\n").removesuffix("\n")
+            found[parameter[1]] = value_of(text, schemas.get(parameter[1]))
+            position = parameter.end()
+        arguments = dump(found)
+        return None if arguments is None else [ToolCall(call[1], arguments)]
+
+    def grammar(self, functions: Functions, mark: Mark, *, several: bool) -> str:
+        """See CallFormat. Strings are free but for enumerations."""
+        more = ' ("\\n" call)*' if several else ""
+        rules = [
+            f"start: call{more}",
+            f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}",
+            "TEXT: /[^<]*/",
+        ]
+        around = ('"<parameter={name}>\\n"', '"\\n</parameter>\\n"')
+        for i, (name, schema) in enumerate(functions.items()):
+            opening, closing = json.dumps(f"\n<function={name}>\n"), json.dumps("</function>\n")
+            body, values = parameter_rules(i, schema, "TEXT", around)
+            rules += [f"call_{i}: {mark(_OPEN)} {opening} {body} {closing} {mark(_CLOSE)}", *values]
+        return "\n".join(rules)
