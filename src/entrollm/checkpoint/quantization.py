@@ -19,7 +19,9 @@ from entrollm.files.safetensors import Entry
 KEY = "quantization_config"
 _KEYS = (KEY, "compression_config", "quantization")
 _FP8_METHODS = ("fp8", "fbgemm_fp8")
-_READ = "bf16, f16, f32, fp8, GPTQ, AWQ, compressed-tensors (integers or fp8), bitsandbytes (8 bits), HQQ, or GGUF"
+_READ = (
+    "bf16, f16, f32, fp8, GPTQ, AWQ, compressed-tensors (integers or fp8), bitsandbytes (8 bits), HQQ, MXFP4, or GGUF"
+)
 # Files in which quantizers describe their work beside config.json.
 _OTHER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
