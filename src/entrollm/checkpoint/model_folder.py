@@ -104,8 +104,7 @@ class Checkpoint:
         """
         path = Path(path)
         if is_gguf(path):
-            config, tensors = open_gguf_model(path)
-            return cls(path, config, {path.name: tensors})
+            return cls(path, *open_gguf_model(path))
         if not path.is_dir():
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")

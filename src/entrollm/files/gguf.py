@@ -106,6 +106,7 @@ class GgufFile:
 
     def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], data: mmap.mmap) -> None:
         self.path = path
+        self.parts: tuple[GgufFile, ...] = (self,)
         self.metadata: Mapping[str, Any] = MappingProxyType(metadata)
         self.tensors: Mapping[str, GgufTensor] = MappingProxyType(tensors)
         self.size_bytes = len(data)
