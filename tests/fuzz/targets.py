@@ -27,18 +27,23 @@ from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of, multiply
-from tests.checkpoint.imported import test_fp8
+from tests.checkpoint.imported import test_float4_layers, test_fp8
 from tests.checkpoint.imported.test_damage import LAYER, SOURCES
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
 from tests.fuzz.target import Target, mutated
 from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
+from tests.support.float4_sources import nvfp4_packer
 from tests.support.gguf_sources import GgufSource, llama_values
 from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
 _TABLE = "entrollm.tensors"
 _FILE = "model.safetensors"
-_FORMATS = {**SOURCES, "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks"))}
+_FORMATS = {
+    **SOURCES,
+    "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks")),
+    "NVFP4": (test_float4_layers.NVFP4, nvfp4_packer("weight_packed", divides=True)),
+}
 
 
 def _small_weights() -> Arrays:

@@ -83,10 +83,11 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
-        check_fp8(path, config, entries, scale_names)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
         self.imported = self._find_imported()
+        read = {source for matrix in self.imported.values() for source in matrix.sources}
+        check_fp8(path, config, {name: entry for name, entry in entries.items() if name not in read}, scale_names)
         self.fp8 = self._find_fp8()
         if self.fp8 and self.quantization is None:
             self.quantization = "fp8"
