@@ -21,23 +21,29 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
 from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress import Target as Size
+from entrollm.files.gguf import BLOCK_TYPES
 from entrollm.files.safetensors import open_safetensors
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of, multiply
-from tests.checkpoint.imported import test_fp8
+from tests.checkpoint.imported import test_float4_layers, test_fp8
 from tests.checkpoint.imported.test_damage import LAYER, SOURCES
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
 from tests.fuzz.target import Target, mutated
 from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
-from tests.support.gguf_sources import BLOCKS, TYPE_NUMBERS, GgufSource, llama_values
+from tests.support.float4_sources import nvfp4_packer
+from tests.support.gguf_sources import GgufSource, llama_values
 from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
 _TABLE = "entrollm.tensors"
 _FILE = "model.safetensors"
-_FORMATS = {**SOURCES, "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks"))}
+_FORMATS = {
+    **SOURCES,
+    "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks")),
+    "NVFP4": (test_float4_layers.NVFP4, nvfp4_packer("weight_packed", divides=True)),
+}
 
 
 def _small_weights() -> Arrays:
@@ -239,9 +245,9 @@ def _prepare_gguf(folder: Path) -> list[Any]:
         ["blk.0.attn_norm.weight", [32], 0, 128],
     ]
     blocks = []  # one matrix of every type, two blocks to a row, and those of plain numbers
-    for kind, (size, pack) in BLOCKS.items():
-        block_bytes = len(pack(np.random.default_rng(0))[0])
-        blocks.append([f"blk.0.ffn_{kind}.weight", [2, 2 * size], TYPE_NUMBERS[kind], 4 * block_bytes])
+    for number, kind in BLOCK_TYPES.items():
+        if kind.weights > 1:
+            blocks.append([f"blk.0.ffn_{kind.name}.weight", [2, 2 * kind.weights], number, 4 * kind.size_bytes])
     blocks += [[f"blk.0.{kind}.weight", [2, 8], kind, 16 * size] for kind, size in ((0, 4), (1, 2), (30, 2))]
     few = {"tokenizer.ggml.tokens": [*(f"t{i}" for i in range(19)), "1"]}
     tensors_of_few = [["token_embd.weight", [20, 32], 8, 20 * 34], *tensors[1:]]

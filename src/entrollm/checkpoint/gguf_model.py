@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from entrollm.checkpoint.gguf_architectures import Architecture
 from entrollm.checkpoint.gguf_metadata import ROPE_FACTORS, model_config
 from entrollm.errors import FormatError, Message, UnsupportedError
-from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor, open_gguf
+from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor
+from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -81,35 +82,34 @@ class GgufTensors:
         self._file.close()
 
 
-def open_gguf_model(path: Path) -> tuple[dict[str, Any], GgufTensors]:
-    """Open a GGUF file.
+def open_gguf_model(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensors]]:
+    """Open a GGUF file, or all parts of a split one.
 
     Returns:
-        a config.json, whose quantization_config names the block type of each quantized tensor, and the tensors.
+        a config.json, whose quantization_config names the block type of each quantized tensor, and the tensors of each
+        file by its name.
     Raises:
         FormatError: the file is malformed or lacks a value.
         UnsupportedError: its architecture, or an option of the architecture, is not implemented.
     """
     try:
-        file = open_gguf(path)
-        if file.metadata.get("split.count", 1) in (0, 1):
-            return _read(path, file)
+        return _read(path, open_gguf_parts(path))
     except UnsupportedError as error:
         hint = "use the safetensors checkpoint that it was made from; compress takes every architecture of transformers"
         raise UnsupportedError(error.message, hint=Message(hint)) from None
-    raise UnsupportedError(f"{path} is one of several parts; join them with `llama-gguf-split --merge`")
 
 
-def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], GgufTensors]:
+def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTensors]]:
     architecture, config = model_config(file)
     heads = {}
     if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    tensors = GgufTensors(file, architecture, heads)
-    _check_places(path, tensors.names, config, architecture)
-    config |= _biases(path, tensors.names, config, architecture)
+    files = {part.path.name: GgufTensors(part, architecture, heads) for part in file.parts}
+    names = {name: theirs for tensors in files.values() for name, theirs in tensors.names.items()}
+    _check_places(path, names, config, architecture)
+    config |= _biases(path, names, config, architecture)
     types = {}
-    for name, theirs in tensors.names.items():
+    for name, theirs in names.items():
         tensor = file.tensors[theirs]
         if tensor.type.name not in FLOAT_TYPES:
             if len(tensor.shape) != 2:
@@ -117,7 +117,7 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], GgufTensors]:
             types[name] = tensor.type.name
     if types:
         config["quantization_config"] = {"quant_method": "gguf", "types": types}
-    return config, tensors
+    return config, files
 
 
 def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any], architecture: Architecture) -> None:

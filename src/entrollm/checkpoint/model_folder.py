@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,11 @@ class Checkpoint:
                 raise FormatError(
                     f"scale tensor {scale_name!r} has dtype {entries[scale_name].dtype}, expected a float"
                 )
-        check_fp8(path, config, entries, scale_names)
         self.entries: Mapping[str, Entry] = MappingProxyType(entries)
         self.quantization = find_format(config.get("quantization_config") or {})
         self.imported = self._find_imported()
+        read = {source for matrix in self.imported.values() for source in matrix.sources}
+        check_fp8(path, config, {name: entry for name, entry in entries.items() if name not in read}, scale_names)
         self.fp8 = self._find_fp8()
         if self.fp8 and self.quantization is None:
             self.quantization = "fp8"
@@ -103,8 +105,7 @@ class Checkpoint:
         """
         path = Path(path)
         if is_gguf(path):
-            config, tensors = open_gguf_model(path)
-            return cls(path, config, {path.name: tensors})
+            return cls(path, *open_gguf_model(path))
         if not path.is_dir():
             what = "a file" if path.exists() else "missing"
             raise ValueError(f"{path} is {what}; a checkpoint is a folder with config.json and safetensors files")
@@ -306,18 +307,20 @@ class Checkpoint:
         return MappingProxyType(found)
 
     def _describe(self, consumed: frozenset[str]) -> Mapping[str, TensorInfo]:
-        """All tensors; an imported matrix comes where its first source does."""
+        """All tensors; an imported matrix comes where its first source does. Some share their sources."""
         position = {name: number for number, name in enumerate(self.entries)}
-        first = {min(matrix.sources, key=position.__getitem__): matrix for matrix in self.imported.values()}
-        consumed |= {source for matrix in self.imported.values() for source in matrix.sources}
+        first: dict[str, list[ImportedMatrix]] = {}
+        for matrix in self.imported.values():
+            first.setdefault(min(matrix.sources, key=position.__getitem__), []).append(matrix)
+        uses = Counter(source for matrix in self.imported.values() for source in matrix.sources)
+        consumed |= uses.keys()
         tensors = {}
         for name, entry in self.entries.items():
             file = self._files[name].path
-            if name in first:
-                matrix = first[name]
-                size_bytes = sum(self.entries[source].size_bytes for source in matrix.sources)
+            for matrix in first.get(name, ()):
+                size_bytes = sum(self.entries[source].size_bytes // uses[source] for source in matrix.sources)
                 tensors[matrix.name] = TensorInfo(matrix.name, matrix.dtype, matrix.shape, file, size_bytes)
-            elif name not in consumed:
+            if name not in consumed:
                 tensors[name] = TensorInfo(name, entry.dtype, entry.shape, file, entry.size_bytes)
         return MappingProxyType(tensors)
 

@@ -13,13 +13,18 @@ from typing import Any
 
 from entrollm.checkpoint.fp8 import FP8_DTYPES
 from entrollm.checkpoint.imported import find_format
+from entrollm.checkpoint.imported.float4_layers import quark_weight
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.safetensors import Entry
 
 KEY = "quantization_config"
 _KEYS = (KEY, "compression_config", "quantization")
 _FP8_METHODS = ("fp8", "fbgemm_fp8")
-_READ = "bf16, f16, f32, fp8, GPTQ, AWQ, compressed-tensors (integers or fp8), bitsandbytes (8 bits), HQQ, or GGUF"
+_QUARK_FP8 = ("fp8_e4m3", "fp8_e5m2")
+_READ = (
+    "bf16, f16, f32, fp8, GPTQ, AWQ, AutoRound, compressed-tensors (integers, fp8, fp4), ModelOpt or Quark (fp8, fp4), "
+    "bitsandbytes (8 bits), HQQ, MXFP4, or GGUF"
+)
 # Files in which quantizers describe their work beside config.json.
 _OTHER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
@@ -147,6 +152,8 @@ def _check_method(config_path: Path, description: dict[str, Any]) -> None:
         find_format(description) not in (None, "GGUF")
         or method in _FP8_METHODS
         or (method == "compressed-tensors" and _stores_fp8(description))
+        or (method == "modelopt" and description.get("quant_algo") == "FP8")
+        or (method == "quark" and quark_weight(description).get("dtype") in _QUARK_FP8)
     ):
         return
     raise UnsupportedError(
@@ -166,6 +173,11 @@ def _name(description: Mapping[str, Any]) -> str:
         kinds = {f"{s.get('num_bits')}-bit {s.get('type')}" for s in schemes if isinstance(s, dict)}
         listed = f" ({', '.join(sorted(kinds)):.60})" if kinds else ""
         return f"'compressed-tensors' in the format {description.get('format')!r:.40}{listed}"
+    if method == "modelopt":
+        return f"'modelopt' with quant_algo {description.get('quant_algo')!r:.40}"
+    if method == "quark":
+        kind = quark_weight(description).get("dtype", "types that differ between layers")
+        return f"'quark' ({kind!s:.40})"
     if method is None:
         return f"a method that it does not name (its keys: {', '.join(map(str, description)) or 'none'!s:.80})"
     return f"{method!r:.80}"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint.side_files import side_files
 from entrollm.compress.folder import OutputFolder, write_index
-from entrollm.compress.stacks import find_stacks
+from entrollm.compress.stacks import find_stacks, is_transposed
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import DTYPES
 from entrollm.format import layout
@@ -123,7 +123,10 @@ def _shape(model: CompressedModel, name: str, members: list[str]) -> tuple[int, 
     found = {(model.specs[member].rows, model.specs[member].columns) for member in members}
     if len(found) > 1:
         raise FormatError(f"{name}: its matrices have different shapes, {sorted(found)}")
-    return (*((len(members),) if members != [name] else ()), *found.pop())
+    if members == [name]:
+        return found.pop()
+    rows, columns = found.pop()
+    return (len(members), columns, rows) if is_transposed(members) else (len(members), rows, columns)
 
 
 def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -142,6 +145,10 @@ def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPoo
     model.check_checksum(name)
     if name not in model.specs:
         yield model.array(name)
+    elif layout.transposed_member(name):
+        matrix = matrix_of(model, name)
+        rows = np.arange(matrix.spec.rows, dtype=np.int64)
+        yield np.ascontiguousarray(matrix.dequantize(rows, pool).astype(DTYPES[dtype]).T)
     else:
         matrix = matrix_of(model, name)
         step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)

@@ -30,21 +30,29 @@ def split_stacks(checkpoint: Checkpoint, plans: Mapping[str, TensorPlan]) -> dic
     return {member: plan for name, plan in plans.items() for member in names.get(name, [name])}
 
 
+def is_transposed(members: Iterable[str]) -> bool:
+    """Whether the coded matrices of a stack are the transposes of its matrices."""
+    return all(layout.transposed_member(name) for name in members)
+
+
 def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
-    """The stacks that coded matrices belong to.
+    """The stacks that coded matrices, or their transposes, belong to.
 
     Args:
         names: the names of all coded matrices of a folder.
     Returns:
         the names of the matrices of each stack, in order, by the name of the stack.
     Raises:
-        FormatError: a member of a stack is missing.
+        FormatError: a member of a stack is missing, or is there twice.
     """
     found: dict[str, dict[int, str]] = {}
     for name in names:
-        member = layout.stack_member(name)
-        if member is not None:
-            found.setdefault(member[0], {})[member[1]] = name
+        member = layout.stack_member(name) or layout.transposed_member(name)
+        if member is None:
+            continue
+        other = found.setdefault(member[0], {}).setdefault(member[1], name)
+        if other != name:
+            raise FormatError(f"{name} and {other} are both matrix {member[1]} of {member[0]}")
     for stack, members in found.items():
         first_missing = next(index for index in range(len(members) + 1) if index not in members)
         if first_missing < len(members):

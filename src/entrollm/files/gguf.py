@@ -57,17 +57,31 @@ BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
         6: BlockType("Q5_0", 32, 22),
         7: BlockType("Q5_1", 32, 24),
         8: BlockType("Q8_0", 32, 34),
+        10: BlockType("Q2_K", 256, 84),
+        11: BlockType("Q3_K", 256, 110),
         12: BlockType("Q4_K", 256, 144),
         13: BlockType("Q5_K", 256, 176),
         14: BlockType("Q6_K", 256, 210),
+        15: BlockType("Q8_K", 256, 292),
+        16: BlockType("IQ2_XXS", 256, 66),
+        17: BlockType("IQ2_XS", 256, 74),
+        18: BlockType("IQ3_XXS", 256, 98),
+        19: BlockType("IQ1_S", 256, 50),
+        20: BlockType("IQ4_NL", 32, 18),
+        21: BlockType("IQ3_S", 256, 110),
+        22: BlockType("IQ2_S", 256, 82),
+        23: BlockType("IQ4_XS", 256, 136),
+        29: BlockType("IQ1_M", 256, 56),
         30: BlockType("BF16", 1, 2),
+        34: BlockType("TQ1_0", 256, 54),
+        35: BlockType("TQ2_0", 256, 66),
+        39: BlockType("MXFP4", 32, 17),
+        40: BlockType("NVFP4", 64, 36),
     }
 )
 # Names of other types, for the error only.
 _OTHER_TYPES: Mapping[int, str] = MappingProxyType(
-    {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
-    | {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
-    | {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
+    {9: "Q8_1", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 41: "Q1_0"}
 )
 
 
@@ -92,6 +106,7 @@ class GgufFile:
 
     def __init__(self, path: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor], data: mmap.mmap) -> None:
         self.path = path
+        self.parts: tuple[GgufFile, ...] = (self,)
         self.metadata: Mapping[str, Any] = MappingProxyType(metadata)
         self.tensors: Mapping[str, GgufTensor] = MappingProxyType(tensors)
         self.size_bytes = len(data)

@@ -62,6 +62,7 @@ SUFFIX_DTYPES: Mapping[str, tuple[str, ...]] = {
 # One deflated byte inflates to at most this many.
 _MAX_INFLATION = 1032
 _INDEX_DIGITS = 9
+_TRANSPOSED = ".T"
 _CHECKSUM_TAIL = ',"crc32":"00000000"}'
 # The engine reads these streams in place; it copies small arrays at load.
 STREAMS = (DENSE, SPARSE)
@@ -198,9 +199,14 @@ def stack_member(name: str) -> tuple[str, int] | None:
     return (stack, int(index)) if stack and is_number else None
 
 
-def member_name(stack: str, index: int) -> str:
-    """The name of matrix `index` of a tensor of three axes."""
-    return f"{stack}.{index}"
+def transposed_member(name: str) -> tuple[str, int] | None:
+    """As stack_member, of a coded matrix that is the transpose of one matrix of the tensor."""
+    return stack_member(name.removesuffix(_TRANSPOSED)) if name.endswith(_TRANSPOSED) else None
+
+
+def member_name(stack: str, index: int, *, is_transposed: bool = False) -> str:
+    """The name of matrix `index` of a tensor of three axes, or of its transpose."""
+    return f"{stack}.{index}{_TRANSPOSED if is_transposed else ''}"
 
 
 def shard_name(index: int, count: int) -> str:

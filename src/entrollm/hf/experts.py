@@ -54,10 +54,11 @@ def _forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
 
 def _product(layer: Any, name: str, expert: int, x: Tensor) -> Tensor:
     weight = getattr(layer, name)
-    if layer.is_transposed:
+    if isinstance(weight, CodedStack) and weight.is_transposed == layer.is_transposed:
+        product = weight.multiply(expert, x)
+    elif layer.is_transposed:
         # Stored as (in_features, out_features): there is no coded product in this direction.
-        product: Tensor = x @ weight[expert]
+        product = x @ weight[expert]
     else:
-        is_coded = isinstance(weight, CodedStack)
-        product = weight.multiply(expert, x) if is_coded else nn.functional.linear(x, weight[expert])
+        product = nn.functional.linear(x, weight[expert])
     return product + getattr(layer, name + "_bias")[expert] if layer.has_bias else product

@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from entrollm.compress.stacks import find_stacks
+from entrollm.compress.stacks import find_stacks, is_transposed
 from entrollm.errors import FormatError, Message, Option, UnsupportedError
 from entrollm.format import layout
 
@@ -33,11 +33,13 @@ class StoredParameter:
         matrices: for each matrix of the parameter, the names of the checkpoint's matrices that lie one below the other
             in it. An ordinary parameter is one matrix with one name.
         is_stack: whether the parameter has three axes, the first over `matrices`.
+        is_transposed: whether these are the transposes of what the parameter has.
     """
 
     path: str
     matrices: tuple[tuple[str, ...], ...]
     is_stack: bool
+    is_transposed: bool = False
 
     def names(self) -> list[str]:
         """The names of all matrices in the checkpoint."""
@@ -74,7 +76,7 @@ def find_parameters(
 
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(shapes, key=dot_natural_key):
-        member = layout.stack_member(name)
+        member = layout.stack_member(name) or layout.transposed_member(name)
         path, pattern = locate(name if member is None else member[0])
         if path in parameters:
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
@@ -118,9 +120,10 @@ def _settle_ties(
 
 def _parameter(path: str, names: Mapping[str | None, list[str]], converters: Mapping[str, Any]) -> StoredParameter:
     if None in names:
-        if len(names) == 1 and all(layout.stack_member(name) for name in names[None]):
+        if len(names) == 1 and all(layout.stack_member(n) or layout.transposed_member(n) for n in names[None]):
             (members,) = find_stacks(names[None]).values()
-            return StoredParameter(path, tuple((member,) for member in members), is_stack=True)
+            matrices = tuple((member,) for member in members)
+            return StoredParameter(path, matrices, is_stack=True, is_transposed=is_transposed(members))
         if len(names) > 1 or len(names[None]) > 1:
             raise FormatError(f"{path}: several matrices of the folder belong to it: {', '.join(_flat(names))}")
         return StoredParameter(path, ((names[None][0],),), is_stack=False)
@@ -146,7 +149,8 @@ def _flat(names: Mapping[str | None, list[str]]) -> list[str]:
 def _check_shapes(parameter: StoredParameter, shapes: Mapping[str, tuple[int, int]], expected: tuple[int, ...]) -> None:
     for parts in parameter.matrices:
         rows, columns = sum(shapes[name][0] for name in parts), {shapes[name][1] for name in parts}
-        found = (*(len(parameter.matrices),) * parameter.is_stack, rows, *columns)
+        sizes = (*columns, rows) if parameter.is_transposed else (rows, *columns)
+        found = (*(len(parameter.matrices),) * parameter.is_stack, *sizes)
         if found != expected:
             raise FormatError(
                 f"{', '.join(parts)}: the model's {parameter.path} has shape {list(expected)}, "

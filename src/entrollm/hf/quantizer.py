@@ -184,7 +184,8 @@ def install(model: Any, parameter: StoredParameter, weights: Mapping[str, CodedW
     """
     weight: CodedWeight | CodedStack
     if parameter.is_stack:
-        weight = CodedStack([[weights[name] for name in parts] for parts in parameter.matrices])
+        matrices = [[weights[name] for name in parts] for parts in parameter.matrices]
+        weight = CodedStack(matrices, is_transposed=parameter.is_transposed)
     else:
         weight = weights[parameter.matrices[0][0]]
     _put(model, parameter.path, weight, owns=True)

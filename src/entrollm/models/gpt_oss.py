@@ -31,8 +31,14 @@ def read_config(fields: Fields) -> ModelConfig:
         count=count,
         used=used,
         router="mlp.router",
-        # MXFP4 checkpoints have matrices of this orientation, others the transposed ones.
-        expert=Mlp(up=(f"{_PLACE}.{{}}.gate_up_proj",), down=f"{_PLACE}.{{}}.down_proj", size=size, glu=glu),
+        # Matrices from MXFP4 have the usual orientation, those of other checkpoints are transposed.
+        expert=Mlp(
+            up=(f"{_PLACE}.gate_up_proj.{{}}",),
+            down=f"{_PLACE}.down_proj.{{}}",
+            size=size,
+            suffix=".T",
+            glu=glu,
+        ),
         stack=Mlp(
             up=(f"{_PLACE}.gate_up_proj.{{}}",),
             down=f"{_PLACE}.down_proj.{{}}",

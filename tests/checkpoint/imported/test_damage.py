@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
 from tests.checkpoint.imported import (
+    test_autoround,
     test_awq,
     test_bitsandbytes,
     test_compressed_tensors,
@@ -22,6 +23,7 @@ from tests.checkpoint.imported import (
     test_gptq,
     test_hqq,
 )
+from tests.support.float4_sources import pack_stack
 from tests.support.quantized_sources import Arrays, Packer, change_tensors, write_source
 
 LAYER = "model.layers.0.mlp.down_proj."
@@ -33,6 +35,8 @@ SOURCES: dict[str, tuple[dict[str, Any], Packer]] = {
     "int8": (test_compressed_tensors.config("int-quantized"), test_compressed_tensors.CASES["rows, zeros"][1]),
     "bitsandbytes": (test_bitsandbytes.CONFIG, test_bitsandbytes.pack),
     "HQQ": (test_hqq.CONFIG, test_hqq.packer(4, 64)),
+    "MXFP4": ({"quant_method": "mxfp4"}, pack_stack),
+    "AutoRound": test_autoround.CASES["gptq"],
 }
 DTYPES = [np.uint8, np.int8, np.int32, np.int64, np.float16, np.float32, np.bool_]
 

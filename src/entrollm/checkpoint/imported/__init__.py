@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from entrollm.checkpoint.imported import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq
+from entrollm.checkpoint.imported import (
+    autoround,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    float4_layers,
+    gguf,
+    gptq,
+    hqq,
+    mxfp4,
+)
 from entrollm.checkpoint.imported.formats import Format, ImportedMatrix, ImportedWeights, RawTensors
 from entrollm.checkpoint.imported.fp8 import fp8_matrix
 
@@ -17,6 +27,9 @@ FORMATS: Mapping[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": bitsandbytes,
     "HQQ": hqq,
+    "AutoRound": autoround,
+    "4-bit floats": float4_layers,
+    "MXFP4": mxfp4,
     "GGUF": gguf,
 }
 
