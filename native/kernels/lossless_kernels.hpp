@@ -43,6 +43,21 @@ struct LosslessRow {
   float* lanes;          // (vectors, kLosslessLanes), added to
 };
 
+struct CascadeRun;
+
+// The low bytes and the activations of a run of row blocks, for products that decode on the way.
+struct LosslessRun {
+  const std::uint8_t* low;  // of the run's first row
+  const float* x;           // of `vectors` vectors, in the order of runs
+  std::size_t columns;      // of a row, a multiple of kVector
+  std::size_t vectors;      // 1, 2 or 4
+  float* lanes;             // (rows, vectors, kLosslessLanes), overwritten
+};
+
+inline constexpr std::size_t kMostFusedLossless = 4;
+// The widest root of a cascade that fused products take; none take low bits.
+inline constexpr int kMostFusedRootBits = 4;
+
 struct LosslessKernels {
   // Divides `count` words.
   void (*split)(const std::uint16_t* words, std::size_t count, std::uint8_t* high,
@@ -55,6 +70,11 @@ struct LosslessKernels {
   // Adds the products of a row of either format.
   void (*add_bfloat16)(const LosslessRow& row);
   void (*add_half)(const LosslessRow& row);
+
+  // Optional. The products of a run with a cascade code and bfloat16 words, decoded and multiplied
+  // in one pass; all of its blocks have multiples of 8 vectors of columns. Returns the number of
+  // blocks, or the first block that does not decode to its stated length.
+  std::size_t (*cascade_bfloat16)(const CascadeRun& run, const LosslessRun& product) = nullptr;
 };
 
 extern const LosslessKernels kScalarLosslessKernels;

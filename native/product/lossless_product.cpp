@@ -2,6 +2,7 @@
 // from there.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -16,11 +17,18 @@ namespace {
 constexpr std::size_t kTasksPerThread = 8;
 // Activation vectors whose sums are finished together.
 constexpr std::size_t kVectorsAtOnce = 8;
+// Columns that fused products take in one stride, and rows whose lanes stay in the first-level
+// cache.
+constexpr std::size_t kEight = 8 * kVector;
+constexpr std::size_t kFusedRows = 64;
 
 // The rows of x, padded with zeros, each chunk in the order of the runs.
 AlignedArray<float> in_order_of_runs(WordFormat format, const float* x, std::size_t batch,
                                      std::size_t columns, std::size_t padded) {
-  AlignedArray<float> ordered(batch * padded);
+  // Fused products take 1, 2 or 4 vectors.
+  const std::size_t room = batch <= kMostFusedLossless ? std::bit_ceil(batch) : batch;
+  AlignedArray<float> ordered(room * padded);
+  std::fill(ordered.data() + batch * padded, ordered.data() + room * padded, 0.0f);
   for (std::size_t b = 0; b < batch; ++b) {
     const float* from = x + b * columns;
     float* to = ordered.data() + b * padded;
@@ -49,6 +57,7 @@ float sum_lanes(const float* lanes) {
 
 // A thread's buffers, kept between products.
 struct Buffers {
+  std::vector<float> lanes;             // of the rows of a fused product
   std::vector<std::uint8_t> symbols;    // (rows of a row block, padded columns)
   std::vector<std::uint8_t> wide_high;  // of a row of words of 8 bits, like wide_low
   std::vector<std::uint8_t> wide_low;
@@ -71,12 +80,50 @@ class LosslessProduct {
         y_(y),
         stride_(stride),
         add_(matrix.format() == WordFormat::kHalf ? kernels().lossless->add_half
-                                                  : kernels().lossless->add_bfloat16) {}
+                                                  : kernels().lossless->add_bfloat16),
+        is_fused_(can_fuse()) {}
 
   std::size_t units() const { return geometry_.row_blocks(); }
 
   // Multiplies row blocks [begin, end). Returns a block that does not decode, or SIZE_MAX.
   std::size_t run(std::size_t begin, std::size_t end) const {
+    return is_fused_ ? run_fused(begin, end) : run_blocks(begin, end);
+  }
+
+ private:
+  bool can_fuse() const {
+    const CodedMatrix& coded = matrix_.coded();
+    return kernels().lossless->cascade_bfloat16 != nullptr && coded.has_cascade() &&
+           coded.cascade().low_bits == 0 && coded.cascade().bits[0] <= kMostFusedRootBits &&
+           matrix_.type() == FloatType::kBfloat16 && batch_ <= kMostFusedLossless &&
+           geometry_.columns % kEight == 0 &&
+           (geometry_.parts() == 1 || geometry_.block_columns % kEight == 0);
+  }
+
+  std::size_t run_fused(std::size_t begin, std::size_t end) const {
+    std::vector<float>& lanes = buffers().lanes;
+    const std::size_t vectors = std::bit_ceil(batch_);
+    const std::size_t step = std::max<std::size_t>(1, kFusedRows / geometry_.block_rows);
+    for (std::size_t from = begin; from < end; from += step) {
+      const std::size_t to = std::min(end, from + step);
+      const std::size_t first_row = from * geometry_.block_rows;
+      const std::size_t rows = geometry_.rows_between(from, to);
+      lanes.resize(rows * vectors * kLosslessLanes);
+      const CascadeRun run = matrix_.coded().cascade_run(from, to);
+      const std::size_t done = kernels().lossless->cascade_bfloat16(
+          run, {matrix_.low(first_row), x_, geometry_.columns, vectors, lanes.data()});
+      if (done != run.row_blocks * run.parts) return from * run.parts + done;
+      for (std::size_t row = 0; row < rows; ++row) {
+        for (std::size_t v = 0; v < batch_; ++v) {
+          y_[v * stride_ + first_row + row] =
+              sum_lanes(lanes.data() + (row * vectors + v) * kLosslessLanes);
+        }
+      }
+    }
+    return SIZE_MAX;
+  }
+
+  std::size_t run_blocks(std::size_t begin, std::size_t end) const {
     const std::size_t width = geometry_.padded_columns();
     std::vector<std::uint8_t>& symbols = buffers().symbols;
     if (symbols.size() < geometry_.block_rows * width) {
@@ -92,7 +139,6 @@ class LosslessProduct {
     return SIZE_MAX;
   }
 
- private:
   void multiply_row(std::size_t row, const std::uint8_t* high) const {
     const std::uint8_t* low = nullptr;
     if (has_low_bytes(matrix_.type())) {
@@ -132,6 +178,7 @@ class LosslessProduct {
   float* y_;
   std::size_t stride_;
   void (*add_)(const LosslessRow& row);
+  bool is_fused_;
 };
 
 }  // namespace

@@ -11,10 +11,15 @@ from entrollm import _core
 from entrollm.codec.choose import choose_code
 from entrollm.codec.reference import divide_word, join_word
 from entrollm.codec.words import divide, encode_words, word_type
+from entrollm.errors import CorruptStreamError
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field
 from entrollm.format.lossless import LosslessKind
+from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix, multiply, open_matrix
 from tests.support.isa_workers import InstructionSets
-from tests.support.lossless_cases import lossless_cases
+from tests.support.lossless_cases import BF16, lossless_cases
 
 POOL = _core.ThreadPool(2)
 
@@ -70,6 +75,46 @@ def _product_bits(name: str) -> bytes:
 def test_instruction_sets_give_the_same_bits(name: str, instruction_sets: InstructionSets) -> None:
     found = instruction_sets.each(_product_bits, name)
     assert len(set(found.values())) == 1, list(found)
+
+
+def _fused_bits(code: Code, blocks: Blocks) -> bytes:
+    """Products of 1 to 5 vectors with a matrix that instruction sets may decode in one pass with its products."""
+    generator = np.random.default_rng(5)
+    weights = generator.standard_normal((7, 1536), np.float32).astype(BF16)
+    symbols, low = divide(LosslessKind("BF16"), weights)
+    assert low is not None
+    dense, sparse, sizes = _core.encode(code.program(), 0, symbols, blocks.rows, blocks.columns)
+    spec = TensorSpec(7, 1536, "BF16", "lossless", code, blocks, LosslessKind("BF16"))
+    streams = {layout.DENSE: dense, layout.SPARSE: sparse, layout.LOW: low.reshape(-1)}
+    arrays = {suffix: layout.padded_stream([stream]) for suffix, stream in streams.items() if stream.size}
+    matrix = open_matrix("a", spec, arrays | ({layout.SPARSE_SIZES: sizes} if sparse.size else {}))
+    x = generator.standard_normal((5, 1536), np.float32)
+    exact = x.astype(np.float64) @ weights.astype(np.float64).T
+    found = [multiply([matrix], x[:count], _core.ThreadPool(1)) for count in range(1, 6)]
+    bound = 1e-6 * np.abs(x).astype(np.float64) @ np.abs(weights.astype(np.float64)).T
+    assert all((np.abs(y - exact[: len(y)]) < bound[: len(y)]).all() for y in found)
+    return b"".join(y.tobytes() for y in found)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("blocks", [Blocks(5, 1536), Blocks(3, 1024)])
+def test_products_while_decoding_have_the_same_bits(
+    bits: int, blocks: Blocks, instruction_sets: InstructionSets
+) -> None:
+    frequent = tuple(range(127, 127 - 2**bits + 1, -1))
+    code = Code(Field(bits, frequent, Field(2, (128, 111, 112), Field(8, ()))))
+    found = instruction_sets.each(_fused_bits, code, blocks)
+    assert len(set(found.values())) == 1, list(found)
+
+
+def test_a_damaged_list_is_found_while_decoding() -> None:
+    weights = np.random.default_rng(6).standard_normal((4, 1024), np.float32).astype(BF16)
+    spec, arrays = encode_words(weights, choose_code)
+    assert arrays[layout.SPARSE].size
+    arrays[layout.SPARSE][:2] ^= 1  # the length of the first list
+    matrix = open_matrix("a", spec, arrays)
+    with pytest.raises(CorruptStreamError, match="a: block 0 does not decode"):
+        multiply([matrix], np.ones((1, 1024), np.float32), POOL)
 
 
 def test_a_row_that_is_not_finite_does_not_spoil_others() -> None:
