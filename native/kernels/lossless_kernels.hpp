@@ -43,6 +43,18 @@ struct LosslessRow {
   float* lanes;          // (vectors, kLosslessLanes), added to
 };
 
+// Rows of weights and activation vectors, all as floats in the order of runs.
+struct LosslessPanel {
+  const float* weights;
+  std::size_t stride;  // floats from a row to the next
+  std::size_t rows;
+  const float* x;
+  std::size_t x_stride;  // floats from a vector to the next
+  std::size_t vectors;
+  std::size_t chunks;
+  float* lanes;  // (rows, vectors, kLosslessLanes), added to
+};
+
 struct CascadeRun;
 
 // The low bytes and the activations of a run of row blocks, for products that decode on the way.
@@ -70,6 +82,15 @@ struct LosslessKernels {
   // Adds the products of a row of either format.
   void (*add_bfloat16)(const LosslessRow& row);
   void (*add_half)(const LosslessRow& row);
+
+  // Writes the weights of whole chunks as floats in the order of runs, for panels.
+  void (*expand_bfloat16)(const std::uint8_t* high, const std::uint8_t* low, std::size_t chunks,
+                          float* weights);
+  void (*expand_half)(const std::uint8_t* high, const std::uint8_t* low, std::size_t chunks,
+                      float* weights);
+
+  // Adds the products of all rows of a panel with all vectors.
+  void (*add_panel)(const LosslessPanel& panel);
 
   // Optional. The products of a run with a cascade code and bfloat16 words, decoded and multiplied
   // in one pass; all of its blocks have multiples of 8 vectors of columns. Returns the number of

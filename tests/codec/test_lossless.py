@@ -54,24 +54,37 @@ def test_only_float32_that_is_bfloat16_has_words() -> None:
 )
 def test_products_are_those_of_float32(name: str) -> None:
     matrix, weights = _open(name)
-    x = np.random.default_rng(3).standard_normal((11, weights.shape[1]), np.float32)
+    x = np.random.default_rng(3).standard_normal((37, weights.shape[1]), np.float32)
     exact = x.astype(np.float64) @ weights.astype(np.float64).T
     bound = np.abs(x).astype(np.float64) @ np.abs(weights.astype(np.float64)).T
     found = multiply([matrix], x, POOL)
     np.testing.assert_array_less(np.abs(found - exact), 1e-6 * bound)
-    for count in (1, 2, 4, 8):  # a batch does not change the bits
+    flat = matrix.to_flat(POOL)
+    for count in (1, 2, 4, 8, 11):  # neither a batch nor the form changes the bits
         np.testing.assert_array_equal(multiply([matrix], x[:count], _core.ThreadPool(1)), found[:count])
-    both = multiply([matrix, matrix], x, POOL)
+        np.testing.assert_array_equal(multiply([flat], x[:count], _core.ThreadPool(1)), found[:count])
+    both = multiply([matrix, flat], x, POOL)
     np.testing.assert_array_equal(both, np.concatenate([found, found], axis=1))
+
+
+@pytest.mark.parametrize("name", sorted(lossless_cases()))
+def test_the_flat_form_has_the_same_words(name: str) -> None:
+    matrix, weights = _open(name)
+    flat = matrix.to_flat(POOL)
+    assert flat.original(0, len(weights), POOL).tobytes() == weights.tobytes()
+    assert flat.original(1, len(weights), POOL).tobytes() == weights[1:].tobytes()
+    last = np.array([len(weights) - 1])
+    assert flat.dequantize(last, POOL).tobytes() == matrix.dequantize(last, POOL).tobytes()
 
 
 def _product_bits(name: str) -> bytes:
     matrix, weights = _open(name)
-    x = np.random.default_rng(4).standard_normal((3, weights.shape[1]), np.float32)
-    return multiply([matrix], x, _core.ThreadPool(1)).tobytes()
+    x = np.random.default_rng(4).standard_normal((14, weights.shape[1]), np.float32)
+    forms = (matrix, matrix.to_flat(POOL))
+    return b"".join(multiply([form], x[:count], _core.ThreadPool(1)).tobytes() for form in forms for count in (3, 14))
 
 
-@pytest.mark.parametrize("name", ["bf16.weight", "f16.weight", "e5m2.weight"])
+@pytest.mark.parametrize("name", ["bf16.weight", "f16.weight", "e5m2.weight", "parts.weight"])
 def test_instruction_sets_give_the_same_bits(name: str, instruction_sets: InstructionSets) -> None:
     found = instruction_sets.each(_product_bits, name)
     assert len(set(found.values())) == 1, list(found)

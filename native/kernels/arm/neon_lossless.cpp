@@ -9,6 +9,7 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 4;
   static constexpr std::size_t kMostVectors = 2;
+  static constexpr std::size_t kPanelVectors = 4;
   using Floats = float32x4_t;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return vld1q_f32(p); }

@@ -2,6 +2,7 @@
 //
 //   kFloats                      floats of a register: 4, 8 or 16
 //   kMostVectors                 activation vectors that share the decoding of a weight
+//   kPanelVectors                activation vectors whose products with four rows fit the registers
 //   Floats, load(p), store(p, v)
 //   add_product(sum, a, b)       sum + a * b, rounded once
 //   weights<Format>(high, low, out)   the weights of 4 * kFloats columns, one register for each run
@@ -45,7 +46,7 @@ template <class L, WordFormat Format, std::size_t Vectors>
     }
   }
   // The low bytes come from memory and the high ones from a cache.
-  constexpr std::size_t kAheadBytes = 4096;
+  constexpr std::size_t kAheadBytes = 8192;
   for (std::size_t chunk = 0; chunk < row.chunks; ++chunk, x += kVector) {
     const std::uint8_t* high = row.high + chunk * kVector;
     const std::uint8_t* low = row.low + chunk * kVector;
@@ -83,12 +84,79 @@ void add_row(const LosslessRow& row) {
   if (first < row.vectors) add_vectors<L, Format, 1>(row, first);
 }
 
+template <class L, WordFormat Format>
+void expand_row(const std::uint8_t* high, const std::uint8_t* low, std::size_t chunks,
+                float* weights) {
+  constexpr std::size_t kSteps = kLosslessRun / L::kFloats;
+  for (std::size_t chunk = 0; chunk < chunks; ++chunk, weights += kVector) {
+    for (std::size_t step = 0; step < kSteps; ++step) {
+      const std::size_t at = chunk * kVector + step * 4 * L::kFloats;
+      typename L::Floats runs[4];
+      L::template weights<Format>(high + at, low + at, runs);
+      for (std::size_t run = 0; run < 4; ++run) {
+        L::store(weights + run * kLosslessRun + step * L::kFloats, runs[run]);
+      }
+    }
+  }
+}
+
+// Some rows and vectors of a panel. Lanes do not depend on each other: one register of them at a
+// time leaves registers for more rows and vectors.
+template <class L, std::size_t Rows, std::size_t Vectors>
+[[gnu::always_inline]] inline void add_tile(const LosslessPanel& panel, std::size_t row,
+                                            std::size_t vector) {
+  const float* weights = panel.weights + row * panel.stride;
+  const float* x = panel.x + vector * panel.x_stride;
+  for (std::size_t lane = 0; lane < kLosslessLanes; lane += L::kFloats) {
+    typename L::Floats sums[Rows][Vectors];
+    const auto lanes = [&](std::size_t r, std::size_t v) {
+      return panel.lanes + ((row + r) * panel.vectors + vector + v) * kLosslessLanes + lane;
+    };
+    for (std::size_t r = 0; r < Rows; ++r) {
+      for (std::size_t v = 0; v < Vectors; ++v) sums[r][v] = L::load(lanes(r, v));
+    }
+    // A chunk has two runs for each lane.
+    for (std::size_t at = lane; at < panel.chunks * kVector; at += kLosslessLanes) {
+      typename L::Floats w[Rows];
+      for (std::size_t r = 0; r < Rows; ++r) w[r] = L::load(weights + r * panel.stride + at);
+      for (std::size_t v = 0; v < Vectors; ++v) {
+        const typename L::Floats factor = L::load(x + v * panel.x_stride + at);
+        for (std::size_t r = 0; r < Rows; ++r) {
+          sums[r][v] = L::add_product(sums[r][v], w[r], factor);
+        }
+      }
+    }
+    for (std::size_t r = 0; r < Rows; ++r) {
+      for (std::size_t v = 0; v < Vectors; ++v) L::store(lanes(r, v), sums[r][v]);
+    }
+  }
+}
+
+template <class L, std::size_t Rows>
+[[gnu::always_inline]] inline void add_tiles(const LosslessPanel& panel, std::size_t row) {
+  std::size_t vector = 0;
+  for (; vector + L::kPanelVectors <= panel.vectors; vector += L::kPanelVectors) {
+    add_tile<L, Rows, L::kPanelVectors>(panel, row, vector);
+  }
+  for (; vector < panel.vectors; ++vector) add_tile<L, Rows, 1>(panel, row, vector);
+}
+
+template <class L>
+void add_panel(const LosslessPanel& panel) {
+  std::size_t row = 0;
+  for (; row + 4 <= panel.rows; row += 4) add_tiles<L, 4>(panel, row);
+  for (; row < panel.rows; ++row) add_tiles<L, 1>(panel, row);
+}
+
 template <class L>
 constexpr LosslessKernels lossless_kernels_of() {
   return {.split = split_words,
           .join = join_words,
           .add_bfloat16 = add_row<L, WordFormat::kBfloat16>,
-          .add_half = add_row<L, WordFormat::kHalf>};
+          .add_half = add_row<L, WordFormat::kHalf>,
+          .expand_bfloat16 = expand_row<L, WordFormat::kBfloat16>,
+          .expand_half = expand_row<L, WordFormat::kHalf>,
+          .add_panel = add_panel<L>};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 4;
   static constexpr std::size_t kMostVectors = 1;
+  static constexpr std::size_t kPanelVectors = 1;
   struct Floats {
     float lane[kFloats];
   };

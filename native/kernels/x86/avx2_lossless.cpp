@@ -9,6 +9,7 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 8;
   static constexpr std::size_t kMostVectors = 2;
+  static constexpr std::size_t kPanelVectors = 2;
   using Floats = __m256;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }

@@ -11,6 +11,7 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 16;
   static constexpr std::size_t kMostVectors = 8;
+  static constexpr std::size_t kPanelVectors = 4;
   using Floats = __m512;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }

@@ -44,7 +44,7 @@ def choose_code(
             Huffman optimum, or within one bit with a flat code, "fixed" for fixed-width integers, for comparison with
             entropy coding.
         processor: what will run the model.
-        can_be_flat: whether flat codes are an option, which only matrices on grids have.
+        can_be_flat: whether flat codes are an option, which matrices with group scales do not have.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """

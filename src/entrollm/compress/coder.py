@@ -112,8 +112,7 @@ class MatrixCoder:
         _check_range(name, quantized)
         self._check_underflow(name, quantized.energy)
         counts = [int(c) for c in quantized.counts]
-        is_grid = quantized.groups is None and quantized.lossless is None
-        code = self._chooser(source, can_be_flat=is_grid)(counts)
+        code = self._chooser(source, can_be_flat=quantized.groups is None)(counts)
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, source.blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)

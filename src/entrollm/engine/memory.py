@@ -99,10 +99,10 @@ class MemoryPlan:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
-            if isinstance(spec.kind, LosslessKind):
-                continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
+            if isinstance(spec.kind, LosslessKind):
+                bits -= spec.kind.low_bits
             can_be_flat = not isinstance(spec.code, FlatCode)
             if (memory == "fast" and can_be_flat) or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
@@ -222,7 +222,8 @@ class MatrixSlot:
             self._becomes_flat = False
             return
         self._becomes_flat = False
-        self._on_flat()
+        if self._matrix.lossless is None:  # whose low bytes stay in the file
+            self._on_flat()
 
 
 def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:
