@@ -23,24 +23,30 @@ constexpr std::size_t kVectorsAtOnce = 8;
 constexpr std::size_t kEight = 8 * kVector;
 constexpr std::size_t kFusedRows = 64;
 // Chunks of flat rows that are unpacked at a time, and how far ahead their fields are fetched.
-constexpr std::size_t kPieceChunks = 16;
+constexpr std::size_t kPieceChunks = 32;
 constexpr std::size_t kFieldsAheadBytes = 4096;
 // Rows of a panel, and chunks and vectors that are multiplied at a time: four rows and four vectors
 // of so many chunks fit the first-level cache, and panel and lanes the second.
 constexpr std::size_t kPanelRows = 16;
 constexpr std::size_t kPanelChunks = 16;
 constexpr std::size_t kPanelVectors = 32;
+// Floats between rows of panels and of activations, so that not all of them fall into the same sets
+// of a cache.
+constexpr std::size_t kRowGap = 16;
+
+std::size_t x_stride_of(std::size_t padded) { return padded + kRowGap; }
 
 // The rows of x, padded with zeros, each chunk in the order of the runs.
 AlignedArray<float> in_order_of_runs(WordFormat format, const float* x, std::size_t batch,
                                      std::size_t columns, std::size_t padded) {
   // Fused products take 1, 2 or 4 vectors.
   const std::size_t room = batch <= kMostFusedLossless ? std::bit_ceil(batch) : batch;
-  AlignedArray<float> ordered(room * padded);
-  std::fill(ordered.data() + batch * padded, ordered.data() + room * padded, 0.0f);
+  const std::size_t stride = x_stride_of(padded);
+  AlignedArray<float> ordered(room * stride);
+  std::fill(ordered.data() + batch * stride, ordered.data() + room * stride, 0.0f);
   for (std::size_t b = 0; b < batch; ++b) {
     const float* from = x + b * columns;
-    float* to = ordered.data() + b * padded;
+    float* to = ordered.data() + b * stride;
     for (std::size_t chunk = 0; chunk < padded; chunk += kVector) {
       float last[kVector] = {};
       const std::size_t count = std::min(kVector, columns - chunk);
@@ -52,16 +58,6 @@ AlignedArray<float> in_order_of_runs(WordFormat format, const float* x, std::siz
     }
   }
   return ordered;
-}
-
-// Adds the lanes in pairs: those that are half as far from the first as there are lanes, and so on.
-float sum_lanes(const float* lanes) {
-  float sums[kLosslessRun];
-  for (std::size_t i = 0; i < kLosslessRun; ++i) sums[i] = lanes[i] + lanes[i + kLosslessRun];
-  for (std::size_t width = kLosslessRun / 2; width > 0; width /= 2) {
-    for (std::size_t i = 0; i < width; ++i) sums[i] = sums[i] + sums[i + width];
-  }
-  return sums[0];
 }
 
 // Unpacks a row of a flat matrix from left to right.
@@ -107,7 +103,7 @@ class FlatRow {
 
 // A thread's buffers, kept between products.
 struct Buffers {
-  AlignedArray<float> panel{0};         // (kPanelRows, padded columns)
+  AlignedArray<float> panel{0};         // kPanelRows rows, as far apart as vectors
   std::vector<float> lanes;             // of the rows of a fused product
   std::vector<std::uint8_t> symbols;    // (rows of a row block, padded columns)
   std::vector<std::uint8_t> wide_high;  // of a row of words of 8 bits, like wide_low
@@ -127,6 +123,7 @@ class LosslessProduct {
       : matrix_(matrix),
         geometry_(matrix.geometry()),
         x_(x),
+        x_stride_(x_stride_of(matrix.geometry().padded_columns())),
         batch_(batch),
         y_(y),
         stride_(stride),
@@ -172,14 +169,9 @@ class LosslessProduct {
       lanes.resize(rows * vectors * kLosslessLanes);
       const CascadeRun run = matrix_.coded()->cascade_run(from, to);
       const std::size_t done = kernels().lossless->cascade_bfloat16(
-          run, {matrix_.low(first_row), x_, geometry_.columns, vectors, lanes.data()});
+          run, {matrix_.low(first_row), x_, x_stride_, geometry_.columns, vectors, lanes.data()});
       if (done != run.row_blocks * run.parts) return from * run.parts + done;
-      for (std::size_t row = 0; row < rows; ++row) {
-        for (std::size_t v = 0; v < batch_; ++v) {
-          y_[v * stride_ + first_row + row] =
-              sum_lanes(lanes.data() + (row * vectors + v) * kLosslessLanes);
-        }
-      }
+      store_sums(first_row, rows, 0, {lanes.data(), vectors, batch_});
     }
     return SIZE_MAX;
   }
@@ -191,15 +183,17 @@ class LosslessProduct {
     const std::uint8_t* low;
     std::size_t whole;  // chunks that lie in the row
     bool has_last;
-    std::uint8_t last_high[kVector] = {};
-    std::uint8_t last_low[kVector] = {};
+    std::uint8_t last_high[kVector];
+    std::uint8_t last_low[kVector];
 
     Bytes(const std::uint8_t* high_bytes, const std::uint8_t* low_bytes, std::size_t columns)
         : high(high_bytes),
           low(low_bytes),
           whole(columns / kVector),
           has_last(columns % kVector != 0) {
+      if (!has_last) return;
       const std::size_t done = whole * kVector;
+      for (std::uint8_t* last : {last_high, last_low}) std::memset(last, 0, kVector);
       std::memcpy(last_high, high + done, columns - done);
       std::memcpy(last_low, low + done, columns - done);
     }
@@ -238,9 +232,10 @@ class LosslessProduct {
   std::size_t run_blocks(std::size_t begin, std::size_t end) const {
     return for_rows(begin, end,
                     [&](std::size_t row, const std::uint8_t* high, const std::uint8_t* low) {
-                      alignas(64) float lanes[kVectorsAtOnce * kLosslessLanes] = {};
+                      alignas(64) float lanes[kVectorsAtOnce * kLosslessLanes];
+                      std::fill_n(lanes, batch_ * kLosslessLanes, 0.0f);
                       add_piece(Bytes(high, low, geometry_.columns), 0, lanes);
-                      store_sums(row, lanes);
+                      store_sums(row, 1, 0, {lanes, batch_, batch_});
                     });
   }
 
@@ -249,43 +244,56 @@ class LosslessProduct {
     const std::size_t last = std::min(geometry_.rows, end * geometry_.block_rows);
     for (std::size_t row = begin * geometry_.block_rows; row < last; ++row) {
       FlatRow pieces(flat, row);
-      alignas(64) float lanes[kVectorsAtOnce * kLosslessLanes] = {};
+      alignas(64) float lanes[kVectorsAtOnce * kLosslessLanes];
+      std::fill_n(lanes, batch_ * kLosslessLanes, 0.0f);
       for (std::size_t column = 0; column < geometry_.columns; column += kPieceChunks * kVector) {
         alignas(64) std::uint8_t symbols[kPieceChunks * kVector];
         const std::size_t columns = std::min(kPieceChunks * kVector, geometry_.columns - column);
         pieces.unpack((columns - 1) / kVector + 1, symbols);
         add_piece(Bytes(symbols, matrix_.low(row) + column, columns), column, lanes);
       }
-      store_sums(row, lanes);
+      store_sums(row, 1, 0, {lanes, batch_, batch_});
     }
     return SIZE_MAX;
   }
 
   // Adds the products of bytes from `column` on, which begins a chunk.
   void add_piece(const Bytes& bytes, std::size_t column, float* lanes) const {
-    const std::size_t width = geometry_.padded_columns();
     const float* x = x_ + column;
-    if (bytes.whole != 0) add_({bytes.high, bytes.low, bytes.whole, x, width, batch_, lanes});
+    if (bytes.whole != 0) add_({bytes.high, bytes.low, bytes.whole, x, x_stride_, batch_, lanes});
     if (bytes.has_last) {
       x += bytes.whole * kVector;
-      add_({bytes.last_high, bytes.last_low, 1, x, width, batch_, lanes});
+      add_({bytes.last_high, bytes.last_low, 1, x, x_stride_, batch_, lanes});
     }
   }
 
-  void store_sums(std::size_t row, const float* lanes) const {
-    for (std::size_t v = 0; v < batch_; ++v) {
-      y_[v * stride_ + row] = sum_lanes(lanes + v * kLosslessLanes);
+  // (rows, stride, kLosslessLanes), of which the first `vectors` of each row are sums.
+  struct Lanes {
+    const float* lanes;
+    std::size_t stride;
+    std::size_t vectors;
+  };
+
+  void store_sums(std::size_t first_row, std::size_t rows, std::size_t first_vector,
+                  const Lanes& sums) const {
+    float found[kPanelVectors];
+    for (std::size_t row = 0; row < rows; ++row) {
+      const float* lanes = sums.lanes + row * sums.stride * kLosslessLanes;
+      kernels().lossless->sum_lanes(lanes, sums.vectors, found);
+      float* to = y_ + first_vector * stride_ + first_row + row;
+      for (std::size_t v = 0; v < sums.vectors; ++v) to[v * stride_] = found[v];
     }
   }
 
   std::size_t run_panels(std::size_t begin, std::size_t end) const {
-    const std::size_t width = geometry_.padded_columns();
     Buffers& own = buffers();
-    if (own.panel.size() < kPanelRows * width) own.panel = AlignedArray<float>(kPanelRows * width);
+    if (own.panel.size() < kPanelRows * x_stride_) {
+      own.panel = AlignedArray<float>(kPanelRows * x_stride_);
+    }
     std::size_t first = begin * geometry_.block_rows, rows = 0;
     const auto add_row = [&](std::size_t, const std::uint8_t* high, const std::uint8_t* low) {
       const Bytes bytes(high, low, geometry_.columns);
-      float* to = own.panel.data() + rows * width;
+      float* to = own.panel.data() + rows * x_stride_;
       expand_(high, low, bytes.whole, to);
       if (bytes.has_last) {
         expand_(bytes.last_high, bytes.last_low, 1, to + bytes.whole * kVector);
@@ -310,21 +318,17 @@ class LosslessProduct {
       lanes.assign(rows * vectors * kLosslessLanes, 0.0f);
       for (std::size_t at = 0; at < width; at += kPanelChunks * kVector) {
         const std::size_t chunks = std::min(kPanelChunks, (width - at) / kVector);
-        kernels().lossless->add_panel({panel + at, width, rows, x_ + first * width + at, width,
-                                       vectors, chunks, lanes.data()});
+        kernels().lossless->add_panel({panel + at, x_stride_, rows, x_ + first * x_stride_ + at,
+                                       x_stride_, vectors, chunks, lanes.data()});
       }
-      const float* sums = lanes.data();
-      for (std::size_t row = first_row; row < first_row + rows; ++row) {
-        for (std::size_t v = 0; v < vectors; ++v, sums += kLosslessLanes) {
-          y_[(first + v) * stride_ + row] = sum_lanes(sums);
-        }
-      }
+      store_sums(first_row, rows, first, {lanes.data(), vectors, vectors});
     }
   }
 
   const LosslessMatrix& matrix_;
   const Geometry& geometry_;
   const float* x_;
+  std::size_t x_stride_;
   std::size_t batch_;
   float* y_;
   std::size_t stride_;

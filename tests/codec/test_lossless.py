@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from entrollm import _core
-from entrollm.codec.choose import choose_code
+from entrollm.codec.choose import choose_lossless_code
 from entrollm.codec.reference import divide_word, join_word
 from entrollm.codec.words import divide, encode_words, word_type
 from entrollm.errors import CorruptStreamError
@@ -26,7 +26,7 @@ POOL = _core.ThreadPool(2)
 
 def _open(name: str) -> tuple[CodedMatrix, np.ndarray[Any, np.dtype[Any]]]:
     weights = lossless_cases()[name]
-    spec, arrays = encode_words(weights, choose_code)
+    spec, arrays = encode_words(weights, choose_lossless_code)
     return open_matrix(name, spec, arrays), weights
 
 
@@ -122,7 +122,7 @@ def test_products_while_decoding_have_the_same_bits(
 
 def test_a_damaged_list_is_found_while_decoding() -> None:
     weights = np.random.default_rng(6).standard_normal((4, 1024), np.float32).astype(BF16)
-    spec, arrays = encode_words(weights, choose_code)
+    spec, arrays = encode_words(weights, choose_lossless_code)
     assert arrays[layout.SPARSE].size
     arrays[layout.SPARSE][:2] ^= 1  # the length of the first list
     matrix = open_matrix("a", spec, arrays)
@@ -144,6 +144,6 @@ def test_padded_columns_add_nothing() -> None:
     # The padding symbol is that of the most frequent exponent, here of infinities and NaNs.
     weights = np.full((2, 65), np.inf, np.float16)
     weights[1, :] = 1
-    spec, arrays = encode_words(weights, choose_code)
+    spec, arrays = encode_words(weights, choose_lossless_code)
     found = multiply([open_matrix("a", spec, arrays)], np.ones((1, 65), np.float32), POOL)
     assert found.tolist() == [[np.inf, 65.0]]

@@ -19,6 +19,10 @@ struct LosslessLanes {
   static void store(float* p, const Floats& v) {
     for (std::size_t i = 0; i < kFloats; ++i) p[i] = v.lane[i];
   }
+  static Floats add(Floats a, const Floats& b) {
+    for (std::size_t i = 0; i < kFloats; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
   static Floats add_product(Floats sum, const Floats& a, const Floats& b) {
     for (std::size_t i = 0; i < kFloats; ++i) {
       sum.lane[i] = std::fma(a.lane[i], b.lane[i], sum.lane[i]);

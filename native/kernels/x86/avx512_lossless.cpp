@@ -10,12 +10,15 @@ namespace {
 
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 16;
-  static constexpr std::size_t kMostVectors = 8;
+  static constexpr std::size_t kMostVectors = 4;
   static constexpr std::size_t kPanelVectors = 4;
   using Floats = __m512;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
   [[gnu::always_inline]] static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  [[gnu::always_inline]] static inline Floats add(Floats a, Floats b) {
+    return _mm512_add_ps(a, b);
+  }
   [[gnu::always_inline]] static inline Floats add_product(Floats sum, Floats a, Floats b) {
     return _mm512_fmadd_ps(a, b, sum);
   }
@@ -50,21 +53,26 @@ struct LosslessLanes {
   }
 };
 
+// Low bytes are requested this far ahead of their use.
+constexpr std::size_t kLowAheadBytes = 8192;
+
 // Products of the weights of a row with one, two or four vectors.
 template <std::size_t Vectors>
 struct RowSums {
-  __m512 sums[Vectors][2];
+  __m512 sums[Vectors][4];
 
   void load(const float* lanes) {
     for (std::size_t v = 0; v < Vectors; ++v) {
-      sums[v][0] = LosslessLanes::load(lanes + v * kLosslessLanes);
-      sums[v][1] = LosslessLanes::load(lanes + v * kLosslessLanes + kLosslessRun);
+      for (std::size_t run = 0; run < 4; ++run) {
+        sums[v][run] = LosslessLanes::load(lanes + v * kLosslessLanes + run * kLosslessRun);
+      }
     }
   }
   void store(float* lanes) const {
     for (std::size_t v = 0; v < Vectors; ++v) {
-      LosslessLanes::store(lanes + v * kLosslessLanes, sums[v][0]);
-      LosslessLanes::store(lanes + v * kLosslessLanes + kLosslessRun, sums[v][1]);
+      for (std::size_t run = 0; run < 4; ++run) {
+        LosslessLanes::store(lanes + v * kLosslessLanes + run * kLosslessRun, sums[v][run]);
+      }
     }
   }
   [[gnu::always_inline]] inline void add(__m512i high, const std::uint8_t* low, const float* x,
@@ -73,9 +81,8 @@ struct RowSums {
     LosslessLanes::weights_of<WordFormat::kBfloat16>(high, _mm512_loadu_si512(low), weights);
     for (std::size_t run = 0; run < 4; ++run) {
       for (std::size_t v = 0; v < Vectors; ++v) {
-        __m512& sum = sums[v][run % 2];
-        sum = LosslessLanes::add_product(
-            sum, weights[run], LosslessLanes::load(x + run * kLosslessRun + v * x_stride));
+        sums[v][run] = LosslessLanes::add_product(
+            sums[v][run], weights[run], LosslessLanes::load(x + run * kLosslessRun + v * x_stride));
       }
     }
   }
@@ -96,16 +103,17 @@ struct For {
         const float* x = product.x + first_column;
         RowSums<Vectors> sums;
         sums.load(lanes);
-        for_eights<Bits, 0>(block.root.fields, row * eights, eights,
-                            [&]<int Step>(std::size_t eight) {
-                              prefetch(low + Step * kVector + kPrefetchBytes);
-                              sums.add(root.template next<Step>(eight), low + Step * kVector,
-                                       x + Step * kVector, product.columns);
-                              if constexpr (Step == 7) {
-                                low += 8 * kVector;
-                                x += 8 * kVector;
-                              }
-                            });
+        for_eights<Bits, 0>(
+            block.root.fields, row * eights, eights, [&]<int Step>(std::size_t eight) {
+              _mm_prefetch(reinterpret_cast<const char*>(low + Step * kVector + kLowAheadBytes),
+                           _MM_HINT_T1);
+              sums.add(root.template next<Step>(eight), low + Step * kVector, x + Step * kVector,
+                       product.x_stride);
+              if constexpr (Step == 7) {
+                low += 8 * kVector;
+                x += 8 * kVector;
+              }
+            });
         sums.store(lanes);
       }
       return root.escapes;
