@@ -18,7 +18,7 @@ std::size_t CodedProduct::run(std::size_t begin, std::size_t end) const {
   begin *= unit_;
   end = std::min(geometry_.row_blocks(), end * unit_);
   if (begin >= end) return kNoBlock;
-  const bool is_cascade = matrix_.cascade_.levels != 0;
+  const bool is_cascade = matrix_.has_cascade();
   if (uses_panels(x_.batch())) {
     const bool is_few = x_.batch() <= kMostFusedDigitGroups * kDigitGroup;
     return is_few && is_cascade ? run_groups(begin, end) : run_panels(begin, end);
@@ -31,33 +31,13 @@ std::size_t CodedProduct::run_fused(std::size_t begin, std::size_t end) const {
   const std::size_t rows = geometry_.rows_between(begin, end);
   auto& sums = thread_buffers().sums;
   sums.resize(rows * x_.columns());
-  CascadeRun run = cascade_run(begin, end);
+  CascadeRun run = matrix_.cascade_run(begin, end);
   run.digits = x_.interleaved();
   run.columns = x_.columns();
   const std::size_t done = kernels().cascade_product(run, sums.data());
   if (done != run.row_blocks * run.parts) return begin * run.parts + done;
   output_.write(first_row, rows, {sums.data(), x_.columns()}, 0, x_.batch());
   return kNoBlock;
-}
-
-CascadeRun CodedProduct::cascade_run(std::size_t begin, std::size_t end) const {
-  const std::size_t parts = geometry_.parts();
-  DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
-  CascadeRun run{};
-  run.code = &matrix_.cascade_;
-  run.dense = matrix_.dense_.data() + begin * matrix_.row_block_bytes_;
-  run.sparse = matrix_.sparse_.data();
-  run.sparse_offsets =
-      matrix_.sparse_offsets_.data() + (matrix_.code_.has_sparse() ? begin * parts : 0);
-  run.row_blocks = end - begin;
-  run.parts = parts;
-  run.block_rows = geometry_.block_rows;
-  run.last_rows = geometry_.rows_in(end - 1);
-  run.block_columns = geometry_.block_columns;
-  run.last_columns = geometry_.columns_in(parts - 1);
-  run.buffer = scratch.block();
-  run.lists = scratch.lists();
-  return run;
 }
 
 // A few vectors: decodes and multiplies in one pass.
@@ -67,7 +47,7 @@ std::size_t CodedProduct::run_groups(std::size_t begin, std::size_t end) const {
   std::uint8_t* panels = thread_buffers().reserve_panels(size);
   const PanelProduct product = new_panel_product(x_, panels, geometry_.rows_between(begin, end),
                                                  row_vectors(), 0, x_.batch());
-  const CascadeRun run = cascade_run(begin, end);
+  const CascadeRun run = matrix_.cascade_run(begin, end);
   const std::size_t done = kernels().cascade_digit_groups(
       run, {product.digits, product.digit_groups, unit, panels, product.sums});
   if (done != run.row_blocks * run.parts) return begin * run.parts + done;
@@ -99,8 +79,8 @@ std::size_t CodedProduct::run_panels(std::size_t begin, std::size_t end) const {
 std::size_t CodedProduct::decode_panels(std::size_t begin, std::size_t end,
                                         std::uint8_t* panels) const {
   const std::size_t parts = geometry_.parts();
-  if (matrix_.cascade_.levels != 0) {
-    const std::size_t done = kernels().cascade_panels(cascade_run(begin, end), panels);
+  if (matrix_.has_cascade()) {
+    const std::size_t done = kernels().cascade_panels(matrix_.cascade_run(begin, end), panels);
     return done == (end - begin) * parts ? kNoBlock : begin * parts + done;
   }
   DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());

@@ -24,7 +24,6 @@ class CodedProduct final : public MatrixProduct {
   std::size_t decode_panels(std::size_t begin, std::size_t end, std::uint8_t* panels) const;
   void copy_to_panels(const std::uint8_t* block, std::size_t first_row, std::size_t rows,
                       std::size_t part, std::uint8_t* panels) const;
-  CascadeRun cascade_run(std::size_t begin, std::size_t end) const;
 
   // Row groups to decode at a time, of about `rows` rows.
   std::size_t groups_of(std::size_t rows) const {

@@ -24,9 +24,8 @@ float value_of(FloatType type, std::uint8_t word) {
 
 }  // namespace
 
-LosslessMatrix::LosslessMatrix(const CodedMatrix& coded, std::span<const std::uint8_t> low,
-                               FloatType type)
-    : coded_(coded), low_(low), type_(type) {
+LosslessMatrix::LosslessMatrix(Symbols symbols, std::span<const std::uint8_t> low, FloatType type)
+    : symbols_(symbols), low_(low), type_(type) {
   const std::size_t expected =
       has_low_bytes(type) ? stored_bytes(geometry().rows * geometry().columns) : 0;
   if (low.size() != expected) {
@@ -40,6 +39,12 @@ LosslessMatrix::LosslessMatrix(const CodedMatrix& coded, std::span<const std::ui
     wide_high_[symbol] = static_cast<std::uint8_t>(rotated >> 8);
     wide_low_[symbol] = static_cast<std::uint8_t>(rotated);
   }
+}
+
+std::size_t LosslessMatrix::decode_rows(std::size_t row_block, std::uint8_t* out) const {
+  if (const CodedMatrix* matrix = coded()) return matrix->decode_rows(row_block, out);
+  flat()->unpack(row_block * geometry().block_rows, geometry().rows_in(row_block), out);
+  return SIZE_MAX;
 }
 
 void LosslessMatrix::widen(const std::uint8_t* symbols, std::size_t count, std::uint8_t* high,
@@ -98,7 +103,7 @@ void LosslessMatrix::words(ThreadPool& pool, std::size_t begin, std::size_t end,
     const std::size_t from = std::max(begin, row_block * geometry().block_rows);
     const std::size_t to = std::min(end, (row_block + 1) * geometry().block_rows);
     std::vector<std::uint8_t> symbols(geometry().block_rows * geometry().padded_columns());
-    const std::size_t bad = coded_.decode_rows(row_block, symbols.data());
+    const std::size_t bad = decode_rows(row_block, symbols.data());
     if (bad != SIZE_MAX) {
       bad_block = bad;
       return;
@@ -124,7 +129,7 @@ void LosslessMatrix::dequantize(ThreadPool& pool, std::span<const std::int64_t> 
       const auto row = static_cast<std::size_t>(rows[n]);
       const std::size_t row_block = row / geometry().block_rows;
       if (row_block != decoded) {
-        const std::size_t bad = coded_.decode_rows(row_block, symbols.data());
+        const std::size_t bad = decode_rows(row_block, symbols.data());
         if (bad != SIZE_MAX) {
           bad_block = bad;
           return;

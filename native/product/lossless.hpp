@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <variant>
 
 #include "kernels/lossless_kernels.hpp"
+#include "product/flat_matrix.hpp"
 #include "product/matrix.hpp"
 #include "threads/pool.hpp"
 
@@ -21,21 +23,33 @@ constexpr bool has_low_bytes(FloatType type) {
 // Bytes of a weight.
 constexpr std::size_t word_bytes(FloatType type) { return has_low_bytes(type) ? 2 : 1; }
 
-// Reads the high bytes of its words, rotated left by one bit, from a coded matrix, and the low ones
-// as they are stored. Words of 8 bits have no low byte.
+// Reads the high bytes of its words, rotated left by one bit, from a coded or a flat matrix, and
+// the low ones as they are stored. Words of 8 bits have no low byte.
 class LosslessMatrix {
  public:
-  // `low` is rows * columns bytes with their padding, or empty for words of 8 bits. It and the
-  // coded matrix must outlive this. Throws std::invalid_argument if its size is another.
-  LosslessMatrix(const CodedMatrix& coded, std::span<const std::uint8_t> low, FloatType type);
+  // The matrix of the high bytes.
+  using Symbols = std::variant<const CodedMatrix*, const FlatMatrix*>;
 
-  const CodedMatrix& coded() const { return coded_; }
-  const Geometry& geometry() const { return coded_.geometry(); }
+  // `low` is rows * columns bytes with their padding, or empty for words of 8 bits. It and the
+  // matrix of the high bytes must outlive this. Throws std::invalid_argument if its size is
+  // another.
+  LosslessMatrix(Symbols symbols, std::span<const std::uint8_t> low, FloatType type);
+
+  const Geometry& geometry() const {
+    return std::visit([](const auto* m) -> const Geometry& { return m->geometry(); }, symbols_);
+  }
+  // The matrix of the high bytes if it has this form, or nullptr.
+  const CodedMatrix* coded() const { return if_held<CodedMatrix>(); }
+  const FlatMatrix* flat() const { return if_held<FlatMatrix>(); }
   FloatType type() const { return type_; }
   // As which words products read the weights: those of 8 bits are exact in bfloat16.
   WordFormat format() const {
     return type_ == FloatType::kHalf ? WordFormat::kHalf : WordFormat::kBfloat16;
   }
+
+  // Writes the symbols of a row block, padded columns included, to out: (rows, padded columns).
+  // Returns a block that does not decode, or SIZE_MAX.
+  std::size_t decode_rows(std::size_t row_block, std::uint8_t* out) const;
 
   // Writes the words of rows [begin, end) to out, word_bytes() each. Throws CorruptBlock.
   void words(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
@@ -54,7 +68,13 @@ class LosslessMatrix {
   void row_words(std::size_t row, const std::uint8_t* symbols, std::uint8_t* out) const;
   void row_values(std::size_t row, const std::uint8_t* symbols, float* out) const;
 
-  const CodedMatrix& coded_;
+  template <class T>
+  const T* if_held() const {
+    const auto* found = std::get_if<const T*>(&symbols_);
+    return found == nullptr ? nullptr : *found;
+  }
+
+  Symbols symbols_;
   std::span<const std::uint8_t> low_;
   FloatType type_;
   // By symbol, of words of 8 bits.

@@ -129,6 +129,25 @@ std::size_t CodedMatrix::for_blocks(std::size_t begin, std::size_t end,
   return SIZE_MAX;
 }
 
+CascadeRun CodedMatrix::cascade_run(std::size_t begin, std::size_t end) const {
+  const std::size_t parts = geometry_.parts();
+  DecodeScratch& scratch = thread_scratch(code_, max_block());
+  CascadeRun run{};
+  run.code = &cascade_;
+  run.dense = dense_.data() + begin * row_block_bytes_;
+  run.sparse = sparse_.data();
+  run.sparse_offsets = sparse_offsets_.data() + (code_.has_sparse() ? begin * parts : 0);
+  run.row_blocks = end - begin;
+  run.parts = parts;
+  run.block_rows = geometry_.block_rows;
+  run.last_rows = geometry_.rows_in(end - 1);
+  run.block_columns = geometry_.block_columns;
+  run.last_columns = geometry_.columns_in(parts - 1);
+  run.buffer = scratch.block();
+  run.lists = scratch.lists();
+  return run;
+}
+
 std::size_t CodedMatrix::decode_rows(std::size_t row_block, std::uint8_t* out) const {
   DecodeScratch& scratch = thread_scratch(code_, max_block());
   const std::size_t rows = geometry_.rows_in(row_block);

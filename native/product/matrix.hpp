@@ -80,6 +80,13 @@ class CodedMatrix {
   std::size_t for_blocks(std::size_t begin, std::size_t end,
                          const std::function<void(const DecodedBlock&)>& take) const;
 
+  // Whether kernels decode the code in one pass with a product; it is then a chain of fields.
+  bool has_cascade() const { return cascade_.levels != 0; }
+  const Cascade& cascade() const { return cascade_; }
+  // The stored bytes of row blocks [begin, end) of such a code, without activations, and the
+  // calling thread's buffers.
+  CascadeRun cascade_run(std::size_t begin, std::size_t end) const;
+
   // Writes the symbols of a row block, padded columns included, to out: (rows, padded columns).
   // Returns a block that does not decode, or SIZE_MAX.
   std::size_t decode_rows(std::size_t row_block, std::uint8_t* out) const;

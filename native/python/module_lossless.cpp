@@ -27,13 +27,27 @@ FloatType type_of(const std::string& name) {
   throw std::invalid_argument("unknown type of lossless weights: " + name);
 }
 
-std::unique_ptr<PyLosslessMatrix> make_lossless(nb::object coded,
+std::unique_ptr<PyLosslessMatrix> make_lossless(nb::object symbols,
                                                 std::optional<Vector<std::uint8_t>> low,
                                                 const std::string& type) {
-  const auto& source = nb::cast<const PyMatrix&>(coded);
-  LosslessMatrix matrix(source.matrix, low ? view(*low) : std::span<const std::uint8_t>(),
-                        type_of(type));
-  return std::unique_ptr<PyLosslessMatrix>(new PyLosslessMatrix{std::move(coded), low, matrix});
+  LosslessMatrix::Symbols source;
+  if (nb::isinstance<PyFlatMatrix>(symbols)) {
+    source = &nb::cast<const PyFlatMatrix&>(symbols).matrix;
+  } else {
+    source = &nb::cast<const PyMatrix&>(symbols).matrix;
+  }
+  LosslessMatrix matrix(source, low ? view(*low) : std::span<const std::uint8_t>(), type_of(type));
+  return std::unique_ptr<PyLosslessMatrix>(new PyLosslessMatrix{std::move(symbols), low, matrix});
+}
+
+// The same words, with their high bytes in another form.
+std::unique_ptr<PyLosslessMatrix> with_symbols(const PyLosslessMatrix& self,
+                                               const PyFlatMatrix& symbols) {
+  const std::span<const std::uint8_t> low =
+      self.low ? view(*self.low) : std::span<const std::uint8_t>();
+  LosslessMatrix matrix(&symbols.matrix, low, self.matrix.type());
+  return std::unique_ptr<PyLosslessMatrix>(
+      new PyLosslessMatrix{nb::find(symbols), self.low, matrix});
 }
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<const PyLosslessMatrix*>& matrices,
@@ -84,7 +98,8 @@ nb::tuple split(Matrix<std::uint16_t> words) {
 
 void bind_lossless(nb::module_& m) {
   nb::class_<PyLosslessMatrix>(m, "LosslessMatrix")
-      .def(nb::new_(&make_lossless), "coded"_a, "low"_a.none(), "type"_a)
+      .def(nb::new_(&make_lossless), "symbols"_a, "low"_a.none(), "type"_a)
+      .def("with_symbols", &with_symbols, "symbols"_a)
       .def("words", &words, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("multiply_lossless", &multiply_all, "matrices"_a, "x"_a, "pool"_a);

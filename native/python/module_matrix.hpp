@@ -55,7 +55,7 @@ struct PyGroupedMatrix {
 };
 
 struct PyLosslessMatrix {
-  nanobind::object owner;  // of the coded matrix
+  nanobind::object owner;  // of the matrix of the high bytes
   std::optional<Vector<std::uint8_t>> low;
   LosslessMatrix matrix;
 };

@@ -114,15 +114,18 @@ class GroupedMatrix:
         """Bytes of the flat fields."""
 
 class LosslessMatrix:
-    """A coded matrix whose weights keep the bits that they had.
+    """A coded or flat matrix whose weights keep the bits that they had.
 
     Args:
-        coded: the high bytes of its words, rotated left by one bit.
+        symbols: the high bytes of its words, rotated left by one bit.
         low: the low bytes with their padding; None for words of 8 bits.
         type: of the words, by its safetensors name.
     """
 
-    def __init__(self, coded: CodedMatrix, low: NDArray[np.uint8] | None, type: str) -> None: ...
+    def __init__(self, symbols: CodedMatrix | FlatMatrix, low: NDArray[np.uint8] | None, type: str) -> None: ...
+    def with_symbols(self, symbols: FlatMatrix) -> LosslessMatrix:
+        """The same matrix with its high bytes in the flat form."""
+
     def words(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]:
         """The bytes of the words of some rows: uint8 (end - begin, bytes of a row)."""
 

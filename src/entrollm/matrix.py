@@ -67,22 +67,22 @@ class CodedMatrix:
     def can_be_flat(self) -> bool:
         """Whether it can be transcoded to the flat form.
 
-        Fp8 values, odd sizes of scale groups and lossless words have none, and a file may have the matrix in it.
+        Fp8 values and odd sizes of scale groups have none, and a file may have the matrix in it.
         """
-        if self.lossless is not None or isinstance(self.spec.code, FlatCode):
+        if isinstance(self.spec.code, FlatCode):
             return False
         return self.grouped is None or self.grouped.can_flatten
 
     @property
     def is_flat(self) -> bool:
-        """Whether it was transcoded to the flat form, which needs no bytes of the file."""
+        """Whether it was transcoded to the flat form, which needs no bytes of the file but the low ones."""
         if isinstance(self.spec.code, FlatCode):
             return False
         return isinstance(self.native, _core.FlatMatrix) or (self.grouped is not None and self.grouped.is_flat)
 
     @property
     def flat_bytes(self) -> int | None:
-        """Memory that the flat form takes besides group scales; None while it is read from the file."""
+        """Memory that the flat form takes besides group scales and low bytes; None while it is read from the file."""
         if isinstance(self.native, _core.FlatMatrix) and self.is_flat:
             return self.native.size_bytes
         return self.grouped.size_bytes if self.grouped is not None and self.grouped.is_flat else None
@@ -105,10 +105,7 @@ class CodedMatrix:
         if isinstance(self.spec.code, FlatCode):
             return self
         if not self.can_be_flat:
-            raise ValueError(
-                f"{self.name}: matrices with fp8 values, an odd size of scale groups or lossless words have no flat "
-                "form"
-            )
+            raise ValueError(f"{self.name}: matrices with fp8 values or an odd size of scale groups have no flat form")
         if self.is_flat or isinstance(self.native, _core.FlatMatrix):
             return self
         try:
@@ -116,7 +113,9 @@ class CodedMatrix:
                 grouped = _open_groups(self.native, self.groups)
                 grouped.flatten(pool)
                 return replace(self, grouped=grouped)
-            return replace(self, native=_core.FlatMatrix(self.native, pool))
+            flat = _core.FlatMatrix(self.native, pool)
+            lossless = None if self.lossless is None else self.lossless.with_symbols(flat)
+            return replace(self, native=flat, lossless=lossless)
         except _core.CorruptBlockError as error:
             raise self.corrupt(error) from None
 
@@ -184,7 +183,7 @@ def open_matrix(name: str, spec: TensorSpec, arrays: Mapping[str, NDArray[Any]])
     grouped = lossless = None
     try:
         native = _open_native(spec, arrays, scales)
-        if isinstance(spec.kind, LosslessKind) and isinstance(native, _core.CodedMatrix):
+        if isinstance(spec.kind, LosslessKind):
             lossless = _core.LosslessMatrix(native, arrays.get(layout.LOW), spec.kind.type)
     except ValueError as error:
         raise FormatError(f"{name}: {error}; the file is damaged or was not written by EntroLLM") from None

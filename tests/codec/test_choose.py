@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.codec.blocks import choose_blocks
-from entrollm.codec.choose import Prefer, choose_code, stored_bits
+from entrollm.codec.choose import Prefer, choose_code, choose_lossless_code, stored_bits
 from entrollm.codec.cost import Processor
 from entrollm.codec.flat import encode_flat
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.format.blocks import block_count
-from entrollm.format.code import Code, Leaf
+from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.format.flat import FlatCode
 from tests.support.matrices import decode, store
 
@@ -142,3 +142,20 @@ def test_the_histogram_counts() -> None:
     expected = np.bincount(symbols.ravel(), minlength=256)
     np.testing.assert_array_equal(_core.histogram(symbols), expected)
     assert _core.histogram(np.zeros((0, 5), np.uint8)).sum() == 0
+
+
+@pytest.mark.parametrize("processor", ["x86", "avx512"])
+def test_lossless_words_take_a_fast_code_near_the_entropy(processor: Processor) -> None:
+    weights = np.random.default_rng(4).standard_normal(1 << 18, np.float32) * np.float32(0.02)
+    counts = np.bincount(weights.view(np.uint32) >> 23 & 0xFF, minlength=256).tolist()
+    code = choose_lossless_code(counts, 32, 8, processor=processor)
+    assert isinstance(code, Code) and isinstance(code.tree, Field)  # a chain of fields, unlike the smallest code
+    assert isinstance(choose_code(counts, 32).tree, Split)
+    assert stored_bits(code, counts, 32) + 8 <= 1.008 * (entropy_bits(counts) + 8)
+    assert choose_lossless_code(counts, 32, 8, "speed", "x86") == FlatCode(64)
+
+
+def test_lossless_words_take_the_smallest_code_where_no_other_is_near_the_entropy() -> None:
+    counts = [1 << 16, 1 << 12, 1, *[0] * 253]
+    assert choose_lossless_code(counts, 1, 0) == choose_code(counts, 1)
+    assert choose_lossless_code([5, *[0] * 255], 1, 0) == Code(Leaf(0))

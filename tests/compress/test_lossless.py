@@ -19,10 +19,11 @@ from entrollm.compress.target import Target
 from entrollm.compress.verify import verify
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
+from entrollm.format.flat import FlatCode
 from entrollm.format.reader import CompressedModel
 from entrollm.format.stored import StoredMatrix
 from entrollm.format.writer import ShardWriter
-from entrollm.matrix import matrix_of, open_matrix
+from entrollm.matrix import matrix_of, multiply, open_matrix
 from entrollm.quantize.select import BitsOverride
 from tests.support.lossless_cases import BF16, lossless_cases, write_tensors
 
@@ -74,6 +75,23 @@ def test_sizes_are_near_the_entropy_of_exponents_and_a_byte(tmp_path: Path, pool
     with CompressedModel.open(tmp_path / "out") as model:
         assert describe(model, pool).entropy_bits == pytest.approx(bits)
     assert plan(tmp_path / "source", ALL).file_bits == pytest.approx(result.file_bits, rel=0.02)
+
+
+def test_flat_exponents_are_as_exact(folder: Path, tmp_path: Path, pool: _core.ThreadPool) -> None:
+    options = CodingOptions(lossless=("*",), prefer="speed", processor="x86", threads=1)
+    compress_folder(folder / "source", tmp_path / "flat", options)
+    with (
+        CompressedModel.open(folder / "coded") as coded,
+        CompressedModel.open(tmp_path / "flat") as model,
+        Checkpoint.open(folder / "source") as source,
+    ):
+        assert verify(model, pool, source).compared
+        flat = [name for name, spec in model.specs.items() if isinstance(spec.code, FlatCode)]
+        assert {"bf16.weight", "f16.weight", "parts.weight"} <= set(flat)
+        for name in flat:
+            x = np.ones((1, model.specs[name].columns), np.float32)
+            pair = [multiply([matrix_of(each, name)], x, pool) for each in (model, coded)]
+            np.testing.assert_array_equal(*pair)
 
 
 def test_some_matrices_are_lossless_and_others_meet_the_size(tmp_path: Path, pool: _core.ThreadPool) -> None:

@@ -20,6 +20,7 @@ from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf, Split
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import Kind, TensorSpec
 from entrollm.matrix import matrix_of
@@ -174,6 +175,24 @@ def test_what_is_faster_flat() -> None:
         assert is_faster_flat(cascade, isa, 4) and not is_faster_flat(cascade, isa, 5)
         assert is_faster_flat(tree, isa, 16) and is_faster_flat(grouped, isa, 16)
     assert not is_faster_flat(tree, "scalar", 1) and not is_faster_flat(grouped, "scalar", 1)
+
+
+def test_lossless_matrices_stay_coded_where_they_are_decoded_while_multiplying() -> None:
+    def spec(code: Code, columns: int = 1024, words: str = "BF16", width: int = 1024) -> TensorSpec:
+        return TensorSpec(8, columns, words, "lossless", code, Blocks(8, width), LosslessKind(words))
+
+    for threads in (1, 16):
+        assert not is_faster_flat(spec(CASCADE), "avx512", threads)
+        assert is_faster_flat(spec(CASCADE), "avx2", threads)
+        for other in (
+            spec(TREE),
+            spec(CASCADE, columns=576),
+            spec(CASCADE, words="F16"),
+            spec(CASCADE, width=64),
+            spec(Code(Field(5, tuple(range(31)), Field(8, ())))),
+            spec(Code(CASCADE.tree, low_bits=1)),
+        ):
+            assert is_faster_flat(other, "avx512", threads)
 
 
 def test_auto_needs_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_the_reference_refuses_a_patch_outside_of_its_row() -> None:
         (
             '"scale":0.125,"zero":2.5',
             '"groups":{"size":4,"types":{"group_scale":"F16"}}',
-            "a flat code has neither group scales",
+            "a flat code has no group scales",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from entrollm.matrix import matrix_of
 from tests.support.golden_lossless import CASES, write_golden_lossless
 
 LOSSLESS = Path(__file__).parent / "v2-lossless"
-SHA256 = "05d6caa836ae7af2cdeecfa742e574ed49d62ab0794ac56e5da086a6dfa0914a"
+SHA256 = "1f64a153f3bdfab220e588cbd9b4714a27a8399d126b9d735f7c2a1e5c3b235d"
 
 
 def test_the_file_is_untouched() -> None:

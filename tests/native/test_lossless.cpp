@@ -62,6 +62,42 @@ void check_sums(const Kernels& kernels, Random& random) {
   }
 }
 
+// Rows and vectors of every remainder of what registers hold.
+void check_panels(const Kernels& kernels, Random& random) {
+  const std::string name = kernels.name;
+  for (std::size_t rows = 1; rows < 8; ++rows) {
+    const std::size_t vectors = 1 + random.below(11), chunks = 1 + random.below(3);
+    const std::size_t size = chunks * kVector;
+    Guarded bytes(2 * rows * size, random.coin()), floats(vectors * size * sizeof(float), true);
+    for (std::size_t i = 0; i < rows * size; ++i) {
+      bytes.data()[i] = static_cast<std::uint8_t>(120 + random.below(8));
+      bytes.data()[rows * size + i] = random.byte();
+    }
+    auto* x = reinterpret_cast<float*>(floats.data());
+    for (std::size_t i = 0; i < vectors * size; ++i) x[i] = static_cast<float>(random.byte());
+    for (const bool half : {false, true}) {
+      Guarded panel(rows * size * sizeof(float), true);
+      Guarded found(rows * vectors * kLosslessLanes * sizeof(float), true);
+      std::memset(found.data(), 0, found.size());
+      auto* weights = reinterpret_cast<float*>(panel.data());
+      auto* lanes = reinterpret_cast<float*>(found.data());
+      const LosslessKernels& table = *kernels.lossless;
+      std::vector<float> expected(rows * vectors * kLosslessLanes);
+      for (std::size_t row = 0; row < rows; ++row) {
+        const std::uint8_t* high = bytes.data() + row * size;
+        const std::uint8_t* low = high + rows * size;
+        (half ? table.expand_half : table.expand_bfloat16)(high, low, chunks, weights + row * size);
+        const LosslessRow one{
+            high, low, chunks, x, size, vectors, expected.data() + row * vectors * kLosslessLanes};
+        (half ? kScalarLosslessKernels.add_half : kScalarLosslessKernels.add_bfloat16)(one);
+      }
+      table.add_panel({weights, size, rows, x, size, vectors, chunks, lanes});
+      require(std::memcmp(lanes, expected.data(), found.size()) == 0,
+              name + " adds panels in the stated order");
+    }
+  }
+}
+
 void check_columns() {
   for (const WordFormat format : {WordFormat::kBfloat16, WordFormat::kHalf}) {
     std::vector<int> seen(kVector);
@@ -87,7 +123,7 @@ void check_refused_sizes(Random& random) {
       const bool fits = size == (has_low_bytes(type) ? stored_bytes(3 * 70) : 0);
       bool is_refused = false;
       try {
-        LosslessMatrix matrix(coded, low, type);
+        LosslessMatrix matrix(&coded, low, type);
       } catch (const std::invalid_argument&) {
         is_refused = true;
       }
@@ -105,6 +141,7 @@ int main() {
   for (const Kernels* kernels : all_kernels()) {
     check_words(*kernels, random);
     check_sums(*kernels, random);
+    check_panels(*kernels, random);
   }
   return 0;
 }

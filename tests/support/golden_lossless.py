@@ -15,6 +15,7 @@ from entrollm.codec.reference import divide_word
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf
+from entrollm.format.flat import AnyCode, FlatCode
 from entrollm.format.lossless import GRID_NAME, LosslessKind
 from entrollm.format.spec import TensorSpec
 from entrollm.format.stored import store_matrix
@@ -30,7 +31,7 @@ class GoldenWords:
 
     dtype: str
     type: str
-    code: Code
+    code: AnyCode
     shape: tuple[int, int]
 
     @property
@@ -41,6 +42,12 @@ class GoldenWords:
     def words(self) -> list[list[int]]:
         """The words by row: multiples of an odd number, so that every bit changes."""
         rows, columns = self.shape
+        if isinstance(self.code, FlatCode):
+            # Exponents from 120 on: the last eight are outside of the window, the last one by two patches.
+            return [
+                [((i * columns + j) * 40503 % 2048 + 120 * 128) | j % 2 << 15 for j in range(columns)]
+                for i in range(rows)
+            ]
         if self.code.tree == Leaf(0):
             return [[(i * j) % 2 << self.bits - 1 for j in range(columns)] for i in range(rows)]
         return [[(i * columns + j) * 40503 % (1 << self.bits) for j in range(columns)] for i in range(rows)]
@@ -52,8 +59,26 @@ CASES = {
     "f32": GoldenWords("F32", "BF16", _RAW, (2, 5)),
     "e4m3": GoldenWords("F8_E4M3", "F8_E4M3", _CASCADE, (4, 70)),
     "e5m2": GoldenWords("F8_E5M2", "F8_E5M2", _RAW, (4, 65)),
+    "flat": GoldenWords("BF16", "BF16", FlatCode(2), (3, 70)),
     "zeros": GoldenWords("BF16", "BF16", Code(Leaf(0)), (2, 3)),
 }
+
+
+_WINDOWS = np.array([3 | 120 << 8] * 2, np.uint16)
+
+
+def _encode(code: AnyCode, symbols: NDArray[np.uint8]) -> tuple[Blocks, dict[str, NDArray[Any]]]:
+    rows, columns = symbols.shape
+    arrays: dict[str, NDArray[Any]] = {}
+    if isinstance(code, FlatCode):
+        blocks = code.blocks(columns)
+        dense, patches, sizes, _ = _core.encode_flat(symbols, code.segment_rows, _WINDOWS)
+        sparse, arrays[layout.SEGMENTS] = patches.view(np.uint8), _WINDOWS
+    else:
+        blocks = Blocks(rows, -(-columns // 64) * 64)
+        dense, sparse, sizes = _core.encode(code.program(), 0, symbols, blocks.rows, blocks.columns)
+    arrays |= {layout.DENSE: layout.padded_stream([dense]), layout.SPARSE: layout.padded_stream([sparse])}
+    return blocks, arrays | ({layout.SPARSE_SIZES: sizes} if sparse.size else {})
 
 
 def write_golden_lossless(path: Path) -> None:
@@ -66,14 +91,7 @@ def write_golden_lossless(path: Path) -> None:
             rows, columns = case.shape
             pairs = [[divide_word(word, case.bits) for word in row] for row in case.words()]
             symbols = np.array([[symbol for symbol, _ in row] for row in pairs], np.uint8)
-            blocks = Blocks(rows, -(-columns // 64) * 64)
-            dense, sparse, sizes = _core.encode(case.code.program(), 0, symbols, blocks.rows, blocks.columns)
-            arrays: dict[str, NDArray[Any]] = {
-                layout.DENSE: layout.padded_stream([dense]),
-                layout.SPARSE: layout.padded_stream([sparse]),
-            }
-            if sparse.size:
-                arrays[layout.SPARSE_SIZES] = sizes
+            blocks, arrays = _encode(case.code, symbols)
             if case.bits == 16:
                 arrays[layout.LOW] = layout.padded_stream([np.array(pairs, np.uint8)[:, :, 1].reshape(-1)])
             spec = TensorSpec(rows, columns, case.dtype, GRID_NAME, case.code, blocks, LosslessKind(case.type))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from entrollm.codec.choose import choose_code
+from entrollm.codec.choose import choose_lossless_code
 from entrollm.codec.reference import decode_matrix
 from entrollm.codec.words import encode_words
 from entrollm.errors import CorruptStreamError, UnsupportedError
@@ -160,7 +160,7 @@ def test_damaged_lists_are_found_or_decode_as_the_reference_does(seed: int) -> N
 @pytest.mark.parametrize("name", lossless_cases())
 def test_lossless_words_decode_to_the_same_values(name: str) -> None:
     weights = lossless_cases()[name]
-    spec, arrays = encode_words(weights, choose_code)
+    spec, arrays = encode_words(weights, choose_lossless_code)
     entries = {suffix: to_tensor(array) for suffix, array in arrays.items()}
     expected = weights.astype(np.float32)
     ids = torch.tensor([len(weights) - 1, 0])

@@ -9,10 +9,12 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 4;
   static constexpr std::size_t kMostVectors = 2;
+  static constexpr std::size_t kPanelVectors = 4;
   using Floats = float32x4_t;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return vld1q_f32(p); }
   [[gnu::always_inline]] static inline void store(float* p, Floats v) { vst1q_f32(p, v); }
+  [[gnu::always_inline]] static inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
   [[gnu::always_inline]] static inline Floats add_product(Floats sum, Floats a, Floats b) {
     return vfmaq_f32(sum, a, b);
   }

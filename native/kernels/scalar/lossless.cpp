@@ -10,6 +10,7 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 4;
   static constexpr std::size_t kMostVectors = 1;
+  static constexpr std::size_t kPanelVectors = 1;
   struct Floats {
     float lane[kFloats];
   };
@@ -17,6 +18,10 @@ struct LosslessLanes {
   static Floats load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static void store(float* p, const Floats& v) {
     for (std::size_t i = 0; i < kFloats; ++i) p[i] = v.lane[i];
+  }
+  static Floats add(Floats a, const Floats& b) {
+    for (std::size_t i = 0; i < kFloats; ++i) a.lane[i] += b.lane[i];
+    return a;
   }
   static Floats add_product(Floats sum, const Floats& a, const Floats& b) {
     for (std::size_t i = 0; i < kFloats; ++i) {

@@ -9,10 +9,14 @@ namespace {
 struct LosslessLanes {
   static constexpr std::size_t kFloats = 8;
   static constexpr std::size_t kMostVectors = 2;
+  static constexpr std::size_t kPanelVectors = 2;
   using Floats = __m256;
 
   [[gnu::always_inline]] static inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
   [[gnu::always_inline]] static inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  [[gnu::always_inline]] static inline Floats add(Floats a, Floats b) {
+    return _mm256_add_ps(a, b);
+  }
   [[gnu::always_inline]] static inline Floats add_product(Floats sum, Floats a, Floats b) {
     return _mm256_fmadd_ps(a, b, sum);
   }

@@ -7,7 +7,7 @@ from typing import Literal
 
 from entrollm.codec.cost import MACHINES, CostModel, Processor
 from entrollm.codec.flat import SEGMENT_ROWS, best_window
-from entrollm.codec.huffman import huffman_bits
+from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.codec.shapes import Cascades, Ranked, huffman_shape, rank
 from entrollm.format.code import MAX_FIELD_BITS, MAX_LOW_BITS, RAW_BITS, Code, Field, Leaf, Node, Split, listed_symbols
 from entrollm.format.flat import AnyCode, FlatCode
@@ -20,6 +20,10 @@ _BITS_PER_CYCLE = {"size": 0.0004, "speed": 0.12}
 # "speed" promises at most this many bits per weight above the Huffman optimum. The margin is the accuracy of the
 # estimated padding.
 _SPEED_EXCESS_BITS = 0.25
+# Codes of lossless words take at most this share of a weight more than the entropy, so that the file with everything
+# else stays within 1 %. Within it, the fastest code is found by trying what a cycle is worth.
+_LOSSLESS_EXCESS = 0.008
+_LOSSLESS_PRICES = (0.12, 0.08, 0.04, 0.02, 0.01)
 # AVX2 and NEON take three to five times as long for a cascade as for flat fields, so that these may cost more bits.
 # AVX-512 decodes cascades as fast as memory delivers them to several cores.
 _FLAT_EXCESS_BITS = 1.0
@@ -44,7 +48,7 @@ def choose_code(
             Huffman optimum, or within one bit with a flat code, "fixed" for fixed-width integers, for comparison with
             entropy coding.
         processor: what will run the model.
-        can_be_flat: whether flat codes are an option, which only matrices on grids have.
+        can_be_flat: whether flat codes are an option, which matrices with group scales do not have.
     Raises:
         ValueError: `prefer` or `processor` is unknown, or the histogram is empty.
     """
@@ -73,6 +77,33 @@ def choose_code(
     if within:
         return min(within, key=lambda candidate: candidate[0])[1]
     return min((c[1] for c in candidates), key=lambda code: stored_bits(code, counts, blocks))
+
+
+def choose_lossless_code(
+    counts: Sequence[int], blocks: int, raw_bits: int, prefer: Prefer = "size", processor: Processor = "x86"
+) -> AnyCode:
+    """The best code for the symbols of lossless words.
+
+    Args:
+        counts, blocks, processor: as `choose_code` takes them.
+        raw_bits: bits of a weight that are not coded, 0 or 8.
+        prefer: "size" for the fastest code within 0.8 % of the entropy of a weight, or the smallest where none is;
+            the others as `choose_code` has them.
+    Raises:
+        ValueError: as `choose_code`.
+    """
+    smallest = choose_code(counts, blocks, prefer, processor)
+    if prefer != "size" or not (isinstance(smallest, Code) and isinstance(smallest.tree, Field | Split)):
+        return smallest
+    weights = sum(counts)
+    entropy = entropy_bits(counts)
+    limit = entropy + _LOSSLESS_EXCESS * (entropy + raw_bits)
+    for price in _LOSSLESS_PRICES:
+        model = CostModel(price, weights, blocks, MACHINES[processor])
+        code = min(_candidates(counts, model), key=lambda candidate: candidate[0])[1]
+        if stored_bits(code, counts, blocks) <= limit:
+            return code
+    return smallest
 
 
 def is_flat_preferred(prefer: Prefer, processor: Processor) -> bool:

@@ -55,13 +55,14 @@ def divide(kind: LosslessKind, weights: NDArray[Any]) -> tuple[NDArray[np.uint8]
 
 
 def encode_words(
-    weights: NDArray[Any], choose: Callable[[Sequence[int], int], AnyCode]
+    weights: NDArray[Any], choose: Callable[[Sequence[int], int, int], AnyCode]
 ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
     """Encode a matrix in memory.
 
     Args:
         weights: shape (rows, columns), at least one weight, of a type that `word_type` knows.
-        choose: returns the code for a histogram of symbols and a number of blocks; not a flat one.
+        choose: returns the code for a histogram of symbols, a number of blocks and a number of bits that are not
+            coded; not a flat one.
     Returns:
         its spec, without a checksum and parts, and its arrays by suffix.
     """
@@ -69,7 +70,8 @@ def encode_words(
     symbols, low = divide(kind, weights)
     rows, columns = weights.shape
     blocks = choose_blocks(rows, columns)
-    code = choose([int(count) for count in _core.histogram(symbols)], block_count(rows, columns, blocks))
+    counts = [int(count) for count in _core.histogram(symbols)]
+    code = choose(counts, block_count(rows, columns, blocks), kind.low_bits)
     assert isinstance(code, Code)  # flat codes are chosen for speed alone
     dense, sparse, sizes = _core.encode(code.program(), code.low_bits, symbols, blocks.rows, blocks.columns)
     arrays: dict[str, NDArray[Any]] = {

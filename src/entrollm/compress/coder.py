@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.blocks import blocks_for, choose_blocks
-from entrollm.codec.choose import choose_code
+from entrollm.codec.choose import choose_code, choose_lossless_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.huffman import entropy_bits, huffman_bits
 from entrollm.compress.methods import Methods
 from entrollm.compress.options import CodingOptions
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
+from entrollm.format.flat import AnyCode
 from entrollm.format.grid import GridKind
 from entrollm.format.header import TensorTable
 from entrollm.format.log_scales import LogScales, float_scales, zero_offsets
@@ -112,8 +113,7 @@ class MatrixCoder:
         _check_range(name, quantized)
         self._check_underflow(name, quantized.energy)
         counts = [int(c) for c in quantized.counts]
-        is_grid = quantized.groups is None and quantized.lossless is None
-        code = self._chooser(source, can_be_flat=is_grid)(counts)
+        code = self._code_of(quantized, source, counts)
         self._checkpoint.release(name)
         arrays = encode_symbols(quantized.symbols, code, source.blocks, source.chunks, self._executor, progress)
         arrays |= _scale_arrays(quantized)
@@ -137,6 +137,12 @@ class MatrixCoder:
         info = self._checkpoint.tensors[name]
         if info.dtype == "F64" and energy <= info.weights * _TINY**2 and self._checkpoint.read(name).any():
             raise out_of_range(name, "its weights are float64, and too small for float32")
+
+    def _code_of(self, quantized: Quantized, source: CheckpointRows, counts: list[int]) -> AnyCode:
+        if quantized.lossless is None:
+            return self._chooser(source, can_be_flat=quantized.groups is None)(counts)
+        blocks = block_count(*source.shape, source.blocks)
+        return choose_lossless_code(counts, blocks, quantized.lossless.low_bits, self._prefer, self._processor)
 
     def _chooser(self, source: CheckpointRows, *, can_be_flat: bool = True) -> CodeChooser:
         """Chooses the code of a matrix of this shape by the histogram of its symbols."""

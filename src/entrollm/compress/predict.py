@@ -18,7 +18,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import natural_key
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.blocks import blocks_for, choose_blocks
-from entrollm.codec.choose import choose_code
+from entrollm.codec.choose import choose_code, choose_lossless_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.codec.words import encode_words
 from entrollm.compress.lossless import expected_bytes
@@ -231,7 +231,7 @@ def _lossless_rate(threads: int) -> float:
     """Weights per second of a product with a Gaussian matrix of lossless bfloat16."""
     shape = (_TIMED_WEIGHTS // _TIMED_COLUMNS, _TIMED_COLUMNS)
     weights = np.random.default_rng(0).standard_normal(shape, np.float32)
-    spec, arrays = encode_words(weights.astype(ml_dtypes.bfloat16), choose_code)
+    spec, arrays = encode_words(weights.astype(ml_dtypes.bfloat16), choose_lossless_code)
     matrix = open_matrix("timed", spec, arrays)
     pool = start_pool(threads)
     return _timed_rate(lambda: multiply([matrix], weights[:1], pool))

@@ -234,7 +234,7 @@ def _as_float32(name: str, stored: NDArray[Any]) -> Floats:
         raise FormatError(f"{name}: {error}") from None
 
 
-def _as_they_are(counts: Sequence[int], blocks: int) -> Code:
+def _as_they_are(counts: Sequence[int], blocks: int, raw_bits: int) -> Code:
     """The code that stores symbols as bytes."""
     return Code(Field(RAW_BITS, ()))
 

@@ -38,6 +38,8 @@ _FUSED_ISAS = ("avx512", "amx")
 _MOST_FLAT_THREADS = 4
 # Of the native product: see make_cascade.
 _MAX_FUSED_LOW_BITS, _MAX_FUSED_LEVELS = 4, 16
+# Of the native product with lossless words: see LosslessProduct::can_fuse.
+_FUSED_COLUMNS, _MAX_FUSED_LOSSLESS_ROOT = 512, 4
 
 
 def check_memory(memory: str) -> Memory:
@@ -76,9 +78,23 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """
     if isa == "scalar" or isinstance(spec.code, FlatCode):
         return False
-    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS or threads <= _MOST_FLAT_THREADS:
+    if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
         return True
-    return not is_fused(spec.code)
+    if isinstance(spec.kind, LosslessKind):
+        return not _is_fused_lossless(spec, spec.kind, spec.code)
+    return threads <= _MOST_FLAT_THREADS or not is_fused(spec.code)
+
+
+def _is_fused_lossless(spec: TensorSpec, kind: LosslessKind, code: Code) -> bool:
+    """Whether AVX-512 decodes and multiplies a lossless matrix in one pass, which takes two cores as long as flat."""
+    widths = (spec.columns, min(spec.columns, spec.blocks.columns))
+    if kind.type != "BF16" or any(width % _FUSED_COLUMNS for width in widths):
+        return False
+    return is_fused(code) and code.low_bits == 0 and _root_bits(code) <= _MAX_FUSED_LOSSLESS_ROOT
+
+
+def _root_bits(code: Code) -> int:
+    return code.tree.bits if isinstance(code.tree, Field) else RAW_BITS
 
 
 class MemoryPlan:
@@ -99,10 +115,10 @@ class MemoryPlan:
         self.available_bytes = available_memory_bytes()
         sizes = {}
         for name, spec in model.specs.items():
-            if isinstance(spec.kind, LosslessKind):
-                continue  # has no flat form
             weights = spec.rows * spec.columns
             bits = sum(array.nbytes for array in model.entries(name).values()) * 8 / weights
+            if isinstance(spec.kind, LosslessKind):
+                bits -= spec.kind.low_bits
             can_be_flat = not isinstance(spec.code, FlatCode)
             if (memory == "fast" and can_be_flat) or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + _EXTRA_BITS) * weights / 8)
@@ -222,7 +238,8 @@ class MatrixSlot:
             self._becomes_flat = False
             return
         self._becomes_flat = False
-        self._on_flat()
+        if self._matrix.lossless is None:  # whose low bytes stay in the file
+            self._on_flat()
 
 
 def prepare_ahead(slots: Sequence[MatrixSlot], looked_up: Sequence[MatrixSlot], pool: _core.ThreadPool) -> None:

@@ -143,8 +143,8 @@ def _read_coding(fields: JsonFields, columns: int, kind: Kind) -> tuple[AnyCode,
     flat = flat_from_json(fields.require("code"), fields.name)
     if flat is None:
         return _read_code(fields), Blocks(*fields.int_pair("block", MAX_BLOCK_WEIGHTS))
-    if not isinstance(kind, GridKind):
-        raise fields.error("a flat code has neither group scales nor lossless words")
+    if isinstance(kind, GroupedKind):
+        raise fields.error("a flat code has no group scales")
     for key in ("block", "low_bits"):
         if fields.get(key) is not None:
             raise fields.error(f"a flat code has no {key}")
