@@ -395,3 +395,53 @@ def test_the_current_folder_is_refused(
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(ValueError, match="is the current folder or holds it; name another folder"):
         compress_folder(checkpoint, Path(name.format(tmp=tmp_path)), CodingOptions(bits=4))
+
+
+def test_an_error_while_folders_change_places_puts_the_earlier_output_back(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system cannot let them do so in one step."""
+    out = tmp_path / "out"
+    compress_folder(checkpoint, out, OPTIONS)
+    before = files(out)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(folder, "exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("is_export", [False, True])
+def test_what_a_run_left_beside_its_output_goes_with_the_next_call(
+    checkpoint: Path, tmp_path: Path, is_export: bool
+) -> None:
+    """A run that was killed between its last rename and the removal of its plan."""
+    compress_folder(checkpoint, tmp_path / "out", OPTIONS)
+    (tmp_path / ".out.publishing.json").write_text("{}")
+    with pytest.raises(ValueError, match="out exists"):
+        if is_export:
+            with CompressedModel.open(tmp_path / "out") as model:
+                export(model, tmp_path / "out", _core.ThreadPool(1))
+        else:
+            compress_folder(checkpoint, tmp_path / "out", OPTIONS)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_tidying_that_fails_is_no_error(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    compress_folder(checkpoint, out, OPTIONS)
+    with monkeypatch.context() as changed:
+        changed.setattr(folder, "sync_folder", lambda _: (_ for _ in ()).throw(PermissionError(errno.EACCES, "x")))
+        compress_folder(checkpoint, out, CodingOptions(bits=8), overwrite=True)
+    assert f"{out} is complete, but tidying up after it failed" in caplog.text
+    compress_folder(checkpoint, out, OPTIONS, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}

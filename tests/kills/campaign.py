@@ -83,10 +83,12 @@ MODES: Mapping[str, Mode] = {
     "bits": Mode(lambda folder: _checkpoint(folder, bits=4)),
     "default": Mode(_checkpoint),
     "overwrite": Mode(lambda folder: _checkpoint(folder, bits=4), overwrite=True),
+    "lossless": Mode(lambda folder: _checkpoint(folder, lossless=True)),
     "gptq": Mode(_gptq),
     "gguf": Mode(_gguf),
     "text": Mode(lambda folder: _llama(folder, **_TEXT, bpw=3.5)),
     "self": Mode(lambda folder: _llama(folder, **_SELF, bpw=3.5)),
+    "self-overwrite": Mode(lambda folder: _llama(folder, **_SELF, bpw=3.5), overwrite=True),
     "tune": Mode(lambda folder: _llama(folder, **_SELF, bpw=3.5, tune=True)),
     "max-kl": Mode(lambda folder: _llama(folder, **_SELF, max_kl=0.3)),
     "max-kl-tune-overwrite": Mode(lambda folder: _llama(folder, **_SELF, max_kl=0.3, tune=True), overwrite=True),
@@ -103,9 +105,7 @@ def run(name: str, *, kills: int, seed: int = 0) -> Outcome:
     outcome = Outcome()
     try:
         model, options = mode.prepare(work)
-        if options.calibration is not None:  # once here, not in every process
-            for module in ("entrollm.calibrate", "transformers.models.llama.modeling_llama"):
-                importlib.import_module(module)
+        import_calibration(options)
         place = work / "place"
         out = place / "out"
 
@@ -116,9 +116,9 @@ def run(name: str, *, kills: int, seed: int = 0) -> Outcome:
         old = None
         if mode.overwrite:
             _run(lambda: compress(model, work / "old", CompressOptions(bpw=6.5)))
-            old = _files(work / "old")
+            old = files_of(work / "old")
         duration_s, _ = _run(work_in_child)
-        new = _files(out)
+        new = files_of(out)
         assert new and new != old
         while outcome.kills < kills:
             shutil.rmtree(place)
@@ -130,7 +130,7 @@ def run(name: str, *, kills: int, seed: int = 0) -> Outcome:
                     duration_s = 0.8 * duration_s + 0.2 * elapsed_s
                     break
                 outcome.kills += 1
-                _check_place(outcome, _files(out), old, new)
+                _check_place(outcome, files_of(out), old, new)
                 if (out.exists() and not mode.overwrite) or generator.randrange(3):
                     break
             if killed and (mode.overwrite or not out.exists()):
@@ -141,28 +141,41 @@ def run(name: str, *, kills: int, seed: int = 0) -> Outcome:
     return outcome
 
 
+def import_calibration(options: CompressOptions) -> None:
+    """Import what calibration needs once, not in every process that is forked."""
+    if options.calibration is not None:
+        for module in ("entrollm.calibrate", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(module)
+
+
+def kind_of_place(found: Mapping[str, bytes] | None, old: Mapping[str, bytes] | None, new: Mapping[str, bytes]) -> str:
+    """What is at the output's place: "none", "old", "new" or, which must never be, "half"."""
+    if found is None:
+        return "none"
+    return "new" if found == new else "old" if found == old else "half"
+
+
 def _check_place(
     outcome: Outcome, found: Mapping[str, bytes] | None, old: Mapping[str, bytes] | None, new: Mapping[str, bytes]
 ) -> None:
-    state = (
-        "new" if found == new else "old" if found == old and old is not None else "none" if found is None else "half"
-    )
+    state = kind_of_place(found, old, new)
     outcome.states[state] += 1
     if state == "half" or (state == "none" and old is not None):
         outcome.faults[f"{state} after a kill"] += 1
 
 
 def _check_end(outcome: Outcome, place: Path, temporary: Path, new: Mapping[str, bytes], overwrite: bool) -> None:
-    if _files(place / "out") != new:
+    if files_of(place / "out") != new:
         outcome.faults["other files after the same call"] += 1
     others = {path.name for path in (*place.iterdir(), *temporary.iterdir())} - {"out"}
     if not overwrite:
-        others.discard(".out.publishing.json")  # killed when the output was complete: the same call is refused
+        others.discard(".out.publishing.json")  # killed when the output was complete: the next call removes it
     if others:
         outcome.faults[f"left behind: {', '.join(sorted(others))}"] += 1
 
 
-def _files(folder: Path) -> dict[str, bytes] | None:
+def files_of(folder: Path) -> dict[str, bytes] | None:
+    """The files below a folder and what they hold; None if there is no folder."""
     if not folder.exists():
         return None
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

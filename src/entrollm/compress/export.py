@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from entrollm import _core
 from entrollm.checkpoint.side_files import side_files
-from entrollm.compress.folder import OutputFolder, write_index
+from entrollm.compress.folder import OutputFolder, remove_marker, write_index
 from entrollm.compress.stacks import find_stacks, is_transposed
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import DTYPES
@@ -100,6 +100,7 @@ def export(
 def _check_new(out: Path) -> None:
     """Refuse a folder that exists; an export replaces nothing."""
     if out.is_dir() and any(out.iterdir()):
+        remove_marker(out)
         raise ValueError(f"{out} exists and is not empty; name a folder that does not exist yet")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -16,8 +17,10 @@ from entrollm.format.checksums import CHECKSUMS_NAME
 from entrollm.format.reader import is_compressed, read_config
 from entrollm.system import FolderLock, exchange, is_mount_point, naming, sync_folder, sync_tree
 
+_log = logging.getLogger(__name__)
 # Hidden files are no side files, so nothing of a model has such a name.
 _PLAN = ".plan.json"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 # Files that an error lists; more are counted.
 _LISTED = 8
 
@@ -39,10 +42,9 @@ class OutputFolder:
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], overwrite: bool) -> None:
         path = real_place(path)
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        self._replaced = path.with_name(path.name + ".replaced")
-        # The plan, while the folder is published: what is beside the output then is ours.
-        self._marker = path.with_name(f".{path.name}.publishing.json")
+        self.partial = path.with_name(path.name + _PARTIAL)
+        self._replaced = path.with_name(path.name + _REPLACED)
+        self._marker = _marker_of(path)
         self._overwrite = overwrite
         check_output(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,18 +59,11 @@ class OutputFolder:
         self._check_path()
         (self.partial / _PLAN).rename(self._marker)
         sync_tree(self.partial)
-        if self.path.exists() and not any(self.path.iterdir()):
-            self.path.rmdir()
-        if not self.path.exists():
-            self.partial.rename(self.path)
-        elif exchange(self.partial, self.path):
-            self.partial.rename(self._replaced)
-        else:
-            self.path.rename(self._replaced)
-            self.partial.rename(self.path)
-        sync_folder(self.path.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        self._marker.unlink()
+        self._take_place()
+        try:
+            self._tidy()
+        except OSError as error:  # the output is complete; a later run removes what is left beside it
+            _log.warning("%s is complete, but tidying up after it failed: %s", self.path, error)
 
     def close(self) -> None:
         """Release the lock; files that are not published stay for another run."""
@@ -98,6 +93,28 @@ class OutputFolder:
                     file.rmdir()
             elif file.relative_to(self.partial).as_posix() not in kept:
                 file.unlink()
+
+    def _take_place(self) -> None:
+        if self.path.exists() and not any(self.path.iterdir()):
+            self.path.rmdir()
+        if not self.path.exists():
+            self.partial.rename(self.path)
+        elif not exchange(self.partial, self.path):
+            self.path.rename(self._replaced)
+            try:
+                self.partial.rename(self.path)
+            except OSError:
+                self._replaced.rename(self.path)
+                raise
+
+    def _tidy(self) -> None:
+        """Remove the earlier output, which may have changed places with the new one."""
+        if self.partial.exists():
+            self.partial.rename(self._replaced)
+        sync_folder(self.path.parent)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
+        self._marker.unlink(missing_ok=True)
 
     def _check_path(self) -> None:
         if self._replaced.exists():
@@ -167,6 +184,19 @@ def real_place(path: Path) -> Path:
     return place
 
 
+def remove_marker(path: Path) -> None:
+    """Remove what a run left beside its complete output at `path` when it was stopped at its very end."""
+    path = real_place(path)
+    beside = (path.with_name(path.name + suffix) for suffix in (_PARTIAL, _REPLACED))
+    if path.exists() and not any(other.exists() for other in beside):
+        _marker_of(path).unlink(missing_ok=True)
+
+
+def _marker_of(path: Path) -> Path:
+    """Where the plan is while the folder is published: what is beside the output then is ours."""
+    return path.with_name(f".{path.name}.publishing.json")
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Check that a model folder may be made at `path`; for use before long work.
 
@@ -187,6 +217,7 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not _is_ours(path):
         raise ValueError(f"{path} exists and is not a compressed model; name a folder that does not exist yet")
     if not overwrite:
+        remove_marker(path)
         raise OptionError(
             f"{path} exists", hint=Message("name another folder, or pass {} to replace it", Option("overwrite", True))
         )
