@@ -184,6 +184,18 @@ def new_layer_state(config: ModelConfig, index: int) -> LayerState:
     return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
 
 
+class Mark(NamedTuple):
+    """A place in a sequence that its cache can go back to.
+
+    Attributes:
+        length: tokens before it.
+        states: copies of the layers' states by their number, where layers have one.
+    """
+
+    length: int
+    states: dict[int, RecurrentState]
+
+
 class Cache:
     """The state of one sequence: its token ids and every layer's keys and values, or its state.
 
@@ -243,6 +255,39 @@ class Cache:
         for layer in self.layers:
             layer.truncate(shared)
         return shared
+
+    def mark(self) -> Mark:
+        """Where the sequence is, for rewind: copies of what cannot go back by itself."""
+        states = {
+            number: layer.fork(self.length)
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer, RecurrentState)
+        }
+        return Mark(self.length, states)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer keeps a state that cannot go back by itself."""
+        return any(isinstance(layer, RecurrentState) for layer in self.layers)
+
+    def rewind(self, length: int, mark: Mark) -> None:
+        """Forget the tokens from `length` on; all since the mark if layers keep a state, which holds all of them.
+
+        Args:
+            length: of the sequence, from the mark's to now.
+            mark: of this cache; what came before it stays.
+        """
+        if length == self.length:
+            return
+        if mark.states:
+            length = mark.length
+        del self.ids[length:]
+        for number, layer in enumerate(self.layers):
+            state = mark.states.get(number)
+            if state is None:
+                layer.truncate(length)
+            else:
+                self.layers[number] = state
 
     def fork(self, length: int) -> Cache:
         """A cache of its own that starts with the first `length` tokens of this one.
