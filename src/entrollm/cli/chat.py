@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from entrollm.cli.console import (
+    CacheTypeOption,
     CheckOption,
     JsonOption,
     MemoryOption,
@@ -70,6 +71,7 @@ def command(
     draft: DraftOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -84,7 +86,7 @@ def command(
 
     form = check_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
-    loaded = load(model, threads=threads, memory=form, check=check)
+    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     if loaded.tokenizer is None:
         raise UnsupportedError(loaded.no_tokenizer)
     if not loaded.has_chat_template:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, message, print_json
+from entrollm.cli.console import (
+    CacheTypeOption,
+    CheckOption,
+    JsonOption,
+    MemoryOption,
+    ThreadsOption,
+    message,
+    print_json,
+)
 from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 from entrollm.cli.streams import write_stdout
 
@@ -66,6 +74,7 @@ def command(
     draft: DraftOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -81,7 +90,7 @@ def command(
     text = _read_prompt(prompt)
     form = check_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
-    loaded = load(model, threads=threads, memory=form, check=check)
+    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     stream = loaded.stream(
         text,
         speculate=guesses,

@@ -40,15 +40,17 @@ class Model:
     Args:
         files: the model folder's small files.
         weights: its tensors.
+        cache_type: how caches hold keys and values.
     Raises:
         FormatError: config.json or the chat template is malformed, or a tensor is missing or of another shape.
-        UnsupportedError: the model type, or an option of it, is not implemented.
+        UnsupportedError: the model type, or an option of it, is not implemented, or its attention does not read keys
+            and values of this type.
     """
 
-    def __init__(self, files: ModelFiles, weights: Weights) -> None:
+    def __init__(self, files: ModelFiles, weights: Weights, cache_type: str = "f32") -> None:
         try:
             self._config = read_config(Fields(files.config, "config.json"))
-            self._decoder = Decoder(self._config, weights)
+            self._decoder = Decoder(self._config, weights, cache_type)
         except UnsupportedError as error:
             if "entrollm.hf" in str(error):
                 raise

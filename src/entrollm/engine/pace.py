@@ -15,6 +15,8 @@ _TIMED_AFTER = 32
 # The share of the newest measurement in an average.
 _NEWEST_TIME, _NEWEST_RATE = 0.25, 0.1
 _FIRST_RATE = 0.5
+# The share of an unused measurement that is forgotten with each token that is made without a guess.
+_FORGOTTEN = 0.02
 
 
 class Pace:
@@ -75,6 +77,8 @@ class Pace:
         self._in_a_row = self._in_a_row + 1 if guessed else 0
         known = self._seconds.get(guessed)
         self._seconds[guessed] = seconds if known is None else known + _NEWEST_TIME * (seconds - known)
+        if not guessed:
+            self._forget()
 
     def record_late(self, seconds: float) -> None:
         """Count a pass that made one token and ran others again, since a state could not go back to them."""
@@ -89,6 +93,14 @@ class Pace:
         for is_right in results:
             rate = self._rates.get(kind, _FIRST_RATE)
             self._rates[kind] = rate + _NEWEST_RATE * (is_right - rate)
+
+    def _forget(self) -> None:
+        """Move the times of guesses towards what is assumed, since one that was disturbed would else never be tried."""
+        single = self._seconds[0]
+        for length, seconds in self._seconds.items():
+            assumed = single * (1 + _ASSUMED_COST * length)
+            if seconds > assumed:
+                self._seconds[length] = seconds + _FORGOTTEN * (assumed - seconds)
 
     def _time(self, length: int, single: float) -> float:
         """The seconds that a pass with a guess takes."""
