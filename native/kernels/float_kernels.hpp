@@ -7,8 +7,12 @@
 
 namespace entrollm {
 
+// How keys and values are held: as they are, rounded to half precision, or as integers of which
+// each head of a position has a scale.
+enum class CacheType : std::uint8_t { kFloat32, kFloat16, kInt8 };
+
 // The number of query rows that share one pass over the keys and values.
-inline constexpr std::size_t kAttentionRows = 4;
+inline constexpr std::size_t kAttentionRows = 8;
 
 struct AttentionTile {
   std::size_t rows;  // 1 to kAttentionRows
@@ -17,16 +21,19 @@ struct AttentionTile {
   std::size_t firsts[kAttentionRows];  // a row sees positions [first, last), which are not empty
   std::size_t lasts[kAttentionRows];
   std::size_t head_dim;
-  float scale;             // of the scores
-  const float* keys;       // (head_dim, positions)
-  std::size_t key_stride;  // floats from a feature of the keys to the next
-  const float* values;     // (positions, head_dim)
-  float* scratch;          // attention_scratch() floats
+  float scale;  // of the scores
+  CacheType type;
+  const void* keys;           // (head_dim, positions)
+  std::size_t key_stride;     // elements from a feature of the keys to the next
+  const void* values;         // (positions, head_dim)
+  const float* key_scales;    // (positions); null unless kInt8
+  const float* value_scales;  // likewise
+  float* scratch;             // attention_scratch() floats
 };
 
 // The number of floats of scratch for a tile whose rows see a range of `positions` positions.
-constexpr std::size_t attention_scratch(std::size_t positions) {
-  return kAttentionRows * ((positions + 15) / 16 * 16);
+constexpr std::size_t attention_scratch(std::size_t positions, std::size_t head_dim) {
+  return kAttentionRows * ((positions + 15) / 16 * 16 + head_dim);
 }
 
 // Computes results from the exact sums of some rows with eight activation vectors.
@@ -72,6 +79,17 @@ struct FloatKernels {
 
   // outputs = softmax(queries keys * scale) values, each row over the positions that it sees.
   void (*attend)(const AttentionTile& tile);
+
+  // out = x rounded to half precision, to the nearest and of two to the even one. Larger values
+  // become the largest.
+  void (*round_to_half)(const float* x, std::size_t count, std::uint16_t* out);
+
+  // out = x divided by the returned scale, the largest magnitude over 127, and rounded.
+  float (*round_to_int8)(const float* x, std::size_t count, std::int8_t* out);
+
+  // Multiplies each run of the largest power of two that divides `count` by an orthonormal Hadamard
+  // matrix, which is its own inverse, in place.
+  void (*spread)(float* x, std::size_t count);
 };
 
 extern const FloatKernels kPortableFloatKernels;

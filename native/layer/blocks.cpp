@@ -48,26 +48,6 @@ void leave(ThreadPool& pool, const Surroundings& around, const float* x, std::si
   for (std::size_t i = 0; i < size; ++i) y[i] += x[i];
 }
 
-// Writes the keys and values of the last `tokens` positions from rows of `stride` floats.
-void append(const AttentionShape& shape, const float* keys, const float* values, std::size_t stride,
-            const SequenceCache& cache) {
-  const std::size_t dim = shape.head_dim, first = cache.length - cache.tokens;
-  for (std::size_t head = 0; head < shape.kv_heads; ++head) {
-    float* to_keys = cache.keys + head * cache.key_head_stride + first;
-    for (std::size_t i = 0; i < dim; ++i) {
-      for (std::size_t token = 0; token < cache.tokens; ++token) {
-        to_keys[i * cache.key_stride + token] = keys[token * stride + head * dim + i];
-      }
-    }
-    float* to_values = cache.values + head * cache.value_head_stride + first * dim;
-    for (std::size_t token = 0; token < cache.tokens; ++token) {
-      for (std::size_t i = 0; i < dim; ++i) {
-        to_values[token * dim + i] = values[token * stride + head * dim + i];
-      }
-    }
-  }
-}
-
 }  // namespace
 
 AttentionBlock::AttentionBlock(const JoinedProduct& qkv, const JoinedProduct& output,
@@ -135,27 +115,15 @@ void AttentionBlock::prepare_queries(ThreadPool& pool, float* qkv, std::size_t r
   }
 }
 
-void AttentionBlock::attend(ThreadPool& pool, const float* qkv, const SequenceCache& cache,
+void AttentionBlock::attend(ThreadPool& pool, const float* qkv, const SequenceCache& sequence,
                             float* out) const {
-  const std::size_t width = shape_.width();
-  const float* keys = qkv + shape_.heads * shape_.head_dim;
-  append(shape_, keys, qkv + shape_.rotated(), width, cache);
-  Attention op{};
-  op.queries = qkv;
-  op.tokens = cache.tokens;
-  op.token_stride = width;
-  op.heads = shape_.heads;
-  op.head_dim = shape_.head_dim;
-  op.keys = cache.keys;
-  op.kv_heads = shape_.kv_heads;
-  op.length = cache.length;
-  op.key_head_stride = cache.key_head_stride;
-  op.key_stride = cache.key_stride;
-  op.values = cache.values;
-  op.value_head_stride = cache.value_head_stride;
-  op.window = cache.window;
-  op.out = out;
-  ::entrollm::run(pool, op);
+  const std::size_t width = shape_.width(), dim = shape_.head_dim;
+  const float* keys = qkv + shape_.heads * dim;
+  const float* values = qkv + shape_.rotated();
+  ::entrollm::run(
+      pool, Append{keys, values, sequence.tokens, width, shape_.kv_heads, dim, sequence.cache});
+  ::entrollm::run(pool, Attention{qkv, sequence.tokens, width, shape_.heads, dim, shape_.kv_heads,
+                                  sequence.cache, sequence.window, out});
 }
 
 FeedForwardBlock::FeedForwardBlock(const JoinedProduct& up, const JoinedProduct& down,

@@ -45,15 +45,11 @@ struct RowAngles {
   const float* query_factors;  // (rows); null for none
 };
 
-// The keys and values of a sequence. Those of its new tokens, the last ones, are written here.
+// The positions of a sequence. The keys and values of its new tokens, the last ones, are written
+// here.
 struct SequenceCache {
   std::size_t tokens;  // consecutive rows, at least 1
-  std::size_t length;  // positions, the new ones included
-  float* keys;         // (kv_heads, head_dim, length)
-  std::size_t key_head_stride;
-  std::size_t key_stride;
-  float* values;  // (kv_heads, length, head_dim)
-  std::size_t value_head_stride;
+  CachedPositions cache;
   std::optional<std::size_t> window;
 };
 
@@ -75,7 +71,7 @@ class AttentionBlock {
  private:
   void prepare_queries(ThreadPool& pool, float* qkv, std::size_t rows,
                        const RowAngles& angles) const;
-  void attend(ThreadPool& pool, const float* qkv, const SequenceCache& cache, float* out) const;
+  void attend(ThreadPool& pool, const float* qkv, const SequenceCache& sequence, float* out) const;
 
   const JoinedProduct& qkv_;
   const JoinedProduct& output_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -23,30 +24,104 @@ void for_rows(ThreadPool& pool, std::size_t rows, std::size_t cost, Body body) {
   });
 }
 
+const void* moved(const void* data, CacheType type, std::size_t elements) {
+  const std::size_t size = type == CacheType::kFloat32   ? sizeof(float)
+                           : type == CacheType::kFloat16 ? sizeof(std::uint16_t)
+                                                         : sizeof(std::int8_t);
+  return static_cast<const char*>(data) + elements * size;
+}
+
+const float* moved(const float* scales, std::size_t count) {
+  return scales == nullptr ? nullptr : scales + count;
+}
+
 // Computes one tile of the queries that share a key-value head: rows [begin, end) of its
 // (tokens, query heads).
 void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, std::size_t end) {
   thread_local std::vector<float> scratch;
+  const CachedPositions& cache = op.cache;
   const std::size_t sharing = op.heads / op.kv_heads;  // query heads of a key-value head
+  const bool is_spread = cache.type == CacheType::kInt8;
   AttentionTile tile{};
   tile.rows = end - begin;
+  std::size_t first = cache.length;
   for (std::size_t row = begin; row < end; ++row) {
     const std::size_t token = row / sharing;
     const std::size_t head = kv_head * sharing + row % sharing;
-    const std::size_t last = op.length - op.tokens + token + 1;
+    const std::size_t last = cache.length - op.tokens + token + 1;
     tile.queries[row - begin] = op.queries + token * op.token_stride + head * op.head_dim;
     tile.outputs[row - begin] = op.out + (token * op.heads + head) * op.head_dim;
     tile.firsts[row - begin] = op.window && last > *op.window ? last - *op.window : 0;
     tile.lasts[row - begin] = last;
+    first = std::min(first, tile.firsts[row - begin]);
   }
-  scratch.resize(attention_scratch(tile.lasts[tile.rows - 1] - tile.firsts[0]));
+  const std::size_t room = attention_scratch(tile.lasts[tile.rows - 1] - first, op.head_dim);
+  scratch.resize(room + (is_spread ? tile.rows * op.head_dim : 0));
+  for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
+    float* const query = scratch.data() + room + row * op.head_dim;
+    std::copy_n(tile.queries[row], op.head_dim, query);
+    kernels().floats->spread(query, op.head_dim);
+    tile.queries[row] = query;
+  }
   tile.head_dim = op.head_dim;
   tile.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(op.head_dim)));
-  tile.keys = op.keys + kv_head * op.key_head_stride;
-  tile.key_stride = op.key_stride;
-  tile.values = op.values + kv_head * op.value_head_stride;
+  tile.type = cache.type;
+  tile.keys = moved(cache.keys, cache.type, kv_head * cache.key_head_stride);
+  tile.key_stride = cache.key_stride;
+  tile.values = moved(cache.values, cache.type, kv_head * cache.value_head_stride);
+  tile.key_scales = moved(cache.key_scales, kv_head * cache.scale_head_stride);
+  tile.value_scales = moved(cache.value_scales, kv_head * cache.scale_head_stride);
   tile.scratch = scratch.data();
   kernels().floats->attend(tile);
+  for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
+    kernels().floats->spread(tile.outputs[row], op.head_dim);
+  }
+}
+
+// Writes the keys and values of one head; `Round` turns floats to the elements of the cache, and
+// may give a scale.
+template <class T, class Round>
+void append_head(const Append& op, std::size_t head, Round round) {
+  thread_local std::vector<T> rounded;
+  const CachedPositions& cache = op.cache;
+  const std::size_t dim = op.head_dim, first = cache.length - op.tokens;
+  rounded.resize(dim);
+  T* const keys = static_cast<T*>(cache.keys) + head * cache.key_head_stride + first;
+  T* const values = static_cast<T*>(cache.values) + head * cache.value_head_stride + first * dim;
+  for (std::size_t token = 0; token < op.tokens; ++token) {
+    const std::size_t from = token * op.stride + head * dim;
+    const std::size_t scale = head * cache.scale_head_stride + first + token;
+    const float key_scale = round(op.keys + from, rounded.data());
+    for (std::size_t i = 0; i < dim; ++i) keys[i * cache.key_stride + token] = rounded[i];
+    const float value_scale = round(op.values + from, values + token * dim);
+    if (cache.key_scales == nullptr) continue;
+    cache.key_scales[scale] = key_scale;
+    cache.value_scales[scale] = value_scale;
+  }
+}
+
+void append_head(const Append& op, std::size_t head) {
+  thread_local std::vector<float> mixed;
+  const FloatKernels& floats = *kernels().floats;
+  const std::size_t dim = op.head_dim;
+  switch (op.cache.type) {
+    case CacheType::kFloat32:
+      return append_head<float>(op, head, [&](const float* x, float* out) {
+        std::copy_n(x, dim, out);
+        return 0.0f;
+      });
+    case CacheType::kFloat16:
+      return append_head<std::uint16_t>(op, head, [&](const float* x, std::uint16_t* out) {
+        floats.round_to_half(x, dim, out);
+        return 0.0f;
+      });
+    case CacheType::kInt8:
+      return append_head<std::int8_t>(op, head, [&](const float* x, std::int8_t* out) {
+        mixed.assign(x, x + dim);
+        floats.spread(mixed.data(), dim);
+        return floats.round_to_int8(mixed.data(), dim, out);
+      });
+  }
 }
 
 }  // namespace
@@ -84,16 +159,26 @@ void run(ThreadPool& pool, const GatedUnits& op) {
   });
 }
 
+void run(ThreadPool& pool, const Append& op) {
+  for_rows(pool, op.kv_heads, 4 * op.tokens * op.head_dim, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t head = begin; head < end; ++head) append_head(op, head);
+  });
+}
+
 void run(ThreadPool& pool, const Attention& op) {
   if (op.heads == 0 || op.tokens == 0) return;
   const std::size_t rows = op.heads / op.kv_heads * op.tokens;
-  const std::size_t tiles = (rows + kAttentionRows - 1) / kAttentionRows;
-  const std::size_t seen = op.window ? std::min(*op.window + op.tokens, op.length) : op.length;
+  // Larger tiles read keys and values less often, and smaller ones give every thread some.
+  const bool is_shared = op.kv_heads * rows >= kAttentionRows * pool.size();
+  const std::size_t most = is_shared ? kAttentionRows : kAttentionRows / 2;
+  const std::size_t tiles = (rows + most - 1) / most;
+  const std::size_t length = op.cache.length;
+  const std::size_t seen = op.window ? std::min(*op.window + op.tokens, length) : length;
   const std::size_t cost = 2 * seen * op.head_dim;
   for_rows(pool, op.kv_heads * tiles, cost, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
-      const std::size_t first = i % tiles * kAttentionRows;
-      attend_tile(op, i / tiles, first, std::min(rows, first + kAttentionRows));
+      const std::size_t first = i % tiles * most;
+      attend_tile(op, i / tiles, first, std::min(rows, first + most));
     }
   });
 }

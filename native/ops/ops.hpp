@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <optional>
 
+#include "kernels/float_kernels.hpp"
 #include "threads/pool.hpp"
 
 namespace entrollm {
@@ -47,21 +48,44 @@ struct GatedUnits {
 };
 void run(ThreadPool& pool, const GatedUnits& op);
 
-// Causal attention of the last `tokens` of `length` positions. heads / kv_heads query heads share a
-// key-value head.
+// The keys and values of a sequence. Integers (kInt8) are of features that `spread` has mixed, so
+// that none is much larger than the others.
+struct CachedPositions {
+  CacheType type;
+  std::size_t length;
+  void* keys;  // (kv_heads, head_dim, length)
+  std::size_t key_head_stride;
+  std::size_t key_stride;  // elements between features
+  void* values;            // (kv_heads, length, head_dim)
+  std::size_t value_head_stride;
+  float* key_scales;  // (kv_heads, length); null unless kInt8
+  float* value_scales;
+  std::size_t scale_head_stride;
+};
+
+// Writes the keys and values of the last `tokens` positions, each (tokens, kv_heads, head_dim) with
+// tokens `stride` floats apart.
+struct Append {
+  const float* keys;
+  const float* values;
+  std::size_t tokens;
+  std::size_t stride;
+  std::size_t kv_heads;
+  std::size_t head_dim;
+  CachedPositions cache;
+};
+void run(ThreadPool& pool, const Append& op);
+
+// Causal attention of the last `tokens` of the cached positions. heads / kv_heads query heads share
+// a key-value head.
 struct Attention {
   const float* queries;  // (tokens, heads, head_dim), tokens `token_stride` apart
-  std::size_t tokens;
+  std::size_t tokens;    // at most cache.length
   std::size_t token_stride;
   std::size_t heads;
   std::size_t head_dim;
-  const float* keys;     // (kv_heads, head_dim, length)
   std::size_t kv_heads;  // divides heads
-  std::size_t length;    // at least tokens
-  std::size_t key_head_stride;
-  std::size_t key_stride;  // floats between features
-  const float* values;     // (kv_heads, length, head_dim)
-  std::size_t value_head_stride;
+  CachedPositions cache;
   std::optional<std::size_t> window;  // positions that a token sees, with its own; at least 1
   float* out;                         // (tokens, heads, head_dim)
 };

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "layer/blocks.hpp"
+#include "python/module_cache.hpp"
 #include "python/module_matrix.hpp"
 
 namespace nb = nanobind;
@@ -25,14 +26,12 @@ namespace {
 
 using Weight = std::optional<Vector<float>>;
 using Rows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using Cached = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+using Cached = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
+using Scales = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 
-// Tokens, keys, values and window of a sequence.
-using Sequence = std::tuple<std::size_t, Cached, Cached, std::optional<std::size_t>>;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
+// Tokens, keys, values, window and scales of a sequence.
+using Sequence =
+    std::tuple<std::size_t, Cached, Cached, std::optional<std::size_t>, std::optional<Scales>>;
 
 std::span<const float> span_of(const Weight& weight) {
   return weight ? view(*weight) : std::span<const float>();
@@ -116,26 +115,14 @@ std::unique_ptr<PyFeedForwardBlock> make_feed_forward(nb::object up, nb::object 
       new PyFeedForwardBlock{up, down, surroundings, std::move(block)});
 }
 
-std::size_t stride(const Cached& array, std::size_t axis) {
-  require(array.shape(axis) < 2 || array.stride(axis) >= 0, "an array runs backwards");
-  return static_cast<std::size_t>(array.stride(axis));
-}
-
 SequenceCache checked(const AttentionShape& shape, const Sequence& sequence) {
-  const auto& [tokens, keys, values, window] = sequence;
-  const std::size_t length = keys.shape(2);
-  require(tokens > 0 && tokens <= length, "a sequence has fewer positions than new tokens");
-  require(keys.shape(0) == shape.kv_heads && keys.shape(1) == shape.head_dim &&
-              values.shape(0) == shape.kv_heads && values.shape(1) == length &&
-              values.shape(2) == shape.head_dim,
+  const auto& [tokens, keys, values, window, scales] = sequence;
+  const CachedPositions cache = cached_positions(keys, values, scales);
+  require(tokens > 0 && tokens <= cache.length, "a sequence has fewer positions than new tokens");
+  require(keys.shape(0) == shape.kv_heads && keys.shape(1) == shape.head_dim,
           "keys and values do not fit the heads");
-  require(length < 2 || keys.stride(2) == 1, "the positions of keys should lie side by side");
-  require((shape.head_dim < 2 || values.stride(2) == 1) &&
-              (length < 2 || stride(values, 1) == shape.head_dim),
-          "the values of a head should lie one behind the other");
   require(!window || *window > 0, "a window has at least one position");
-  return {tokens,          length,        keys.data(),       stride(keys, 0),
-          stride(keys, 1), values.data(), stride(values, 0), window};
+  return {tokens, cache, window};
 }
 
 RowAngles checked(const AttentionShape& shape, std::size_t rows, const std::optional<Rows>& cosines,

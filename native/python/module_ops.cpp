@@ -7,6 +7,7 @@
 
 #include "ops/ops.hpp"
 #include "python/module_arrays.hpp"
+#include "python/module_cache.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -16,24 +17,9 @@ namespace {
 
 using Floats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-// The stride of an axis in elements, which is never negative.
-template <class Array>
-std::size_t stride(const Array& array, std::size_t axis) {
-  require(array.shape(axis) < 2 || array.stride(axis) >= 0, "an array runs backwards");
-  return static_cast<std::size_t>(array.stride(axis));
-}
-
-// Whether the last two axes are contiguous.
-template <class Array>
-bool is_packed(const Array& array) {
-  return (array.shape(2) < 2 || array.stride(2) == 1) &&
-         (array.shape(1) < 2 || stride(array, 1) == array.shape(2));
-}
+using Cached = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
+using Written = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
+using WrittenScales = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 
 nb::ndarray<nb::numpy, float> rms_norm(Floats x, Floats weight, float eps, ThreadPool& pool) {
   require(x.ndim() >= 1 && x.ndim() <= 3 && weight.ndim() >= 1, "x has 1 to 3 axes");
@@ -75,42 +61,46 @@ nb::ndarray<nb::numpy, float> gated(Matrix<float> gate_up, ThreadPool& pool, Gat
   return result;
 }
 
-nb::ndarray<nb::numpy, float> attention(Heads queries, Heads keys, Heads values,
-                                        std::optional<std::size_t> window, ThreadPool& pool) {
+nb::ndarray<nb::numpy, float> attention(Heads queries, Cached keys, Cached values,
+                                        std::optional<std::size_t> window, ThreadPool& pool,
+                                        const std::optional<Heads>& scales) {
   const std::size_t tokens = queries.shape(0);
   const std::size_t heads = queries.shape(1);
   const std::size_t kv_heads = keys.shape(0);
   const std::size_t head_dim = keys.shape(1);
-  const std::size_t length = keys.shape(2);
-  require(is_packed(queries) && is_packed(values), "heads should lie one behind the other");
-  require(length < 2 || keys.stride(2) == 1, "the positions of keys should lie side by side");
-  require(queries.shape(2) == head_dim && values.shape(2) == head_dim && head_dim > 0,
+  const CachedPositions cache = cached_positions(keys, values, scales);
+  require(is_packed(queries), "heads should lie one behind the other");
+  require(queries.shape(2) == head_dim && head_dim > 0,
           "queries, keys and values have other numbers of features");
-  require(values.shape(0) == kv_heads && values.shape(1) == length && length >= tokens,
-          "keys and values do not hold the same positions, or fewer than there are queries");
-  require(kv_heads > 0 && heads % kv_heads == 0, "heads should be a multiple of kv_heads");
+  require(cache.length >= tokens, "there are fewer positions than queries");
+  require(heads % kv_heads == 0, "heads should be a multiple of kv_heads");
   require(!window || *window > 0, "a window has at least one position");
   const std::size_t shape[2] = {tokens, heads * head_dim};
   float* out = allocate<float>(shape[0] * shape[1]);
   auto result = own(out, shape);
-  Attention op{};
-  op.queries = queries.data();
-  op.tokens = tokens;
-  op.token_stride = stride(queries, 0);
-  op.heads = heads;
-  op.head_dim = head_dim;
-  op.keys = keys.data();
-  op.kv_heads = kv_heads;
-  op.length = length;
-  op.key_head_stride = stride(keys, 0);
-  op.key_stride = stride(keys, 1);
-  op.values = values.data();
-  op.value_head_stride = stride(values, 0);
-  op.window = window;
-  op.out = out;
+  const Attention op{queries.data(), tokens, stride(queries, 0), heads, head_dim, kv_heads, cache,
+                     window,         out};
   const nb::gil_scoped_release release;
   run(pool, op);
   return result;
+}
+
+void append(Heads new_keys, Heads new_values, Written keys, Written values,
+            const std::optional<WrittenScales>& scales, ThreadPool& pool) {
+  const CachedPositions cache = cached_positions(keys, values, scales);
+  const std::size_t tokens = new_keys.shape(0), kv_heads = keys.shape(0), dim = keys.shape(1);
+  for (const Heads& each : {new_keys, new_values}) {
+    require(each.shape(0) == tokens && each.shape(1) == kv_heads && each.shape(2) == dim,
+            "new keys and values do not fit the others");
+    require(is_packed(each), "heads should lie one behind the other");
+  }
+  require(tokens < 2 || stride(new_keys, 0) == stride(new_values, 0),
+          "new keys and values lie differently");
+  require(tokens <= cache.length, "there are fewer positions than new ones");
+  const Append op{
+      new_keys.data(), new_values.data(), tokens, stride(new_keys, 0), kv_heads, dim, cache};
+  const nb::gil_scoped_release release;
+  run(pool, op);
 }
 
 }  // namespace
@@ -126,7 +116,10 @@ void bind_ops(nb::module_& m) {
       "geglu",
       [](Matrix<float> gate_up, ThreadPool& pool) { return gated(gate_up, pool, Gate::kGelu); },
       "gate_up"_a, "pool"_a);
-  m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "window"_a.none(), "pool"_a);
+  m.def("attention", &attention, "queries"_a, "keys"_a.noconvert(), "values"_a.noconvert(),
+        "window"_a.none(), "pool"_a, "scales"_a.none() = nb::none());
+  m.def("append", &append, "new_keys"_a, "new_values"_a, "keys"_a.noconvert(),
+        "values"_a.noconvert(), "scales"_a.none().noconvert(), "pool"_a);
 }
 
 }  // namespace entrollm

@@ -1,6 +1,7 @@
 """Types of the native module."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,20 +174,37 @@ def geglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]
 
 def attention(
     queries: NDArray[np.float32],
-    keys: NDArray[np.float32],
-    values: NDArray[np.float32],
+    keys: NDArray[Any],
+    values: NDArray[Any],
     window: int | None,
     pool: ThreadPool,
+    scales: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Causal attention with grouped heads.
 
     Args:
         queries: (n, heads, head_dim); the last n positions of the `length`.
-        keys: (kv_heads, head_dim, length); length >= n and heads a multiple of kv_heads.
-        values: (kv_heads, length, head_dim).
+        keys: float32, float16 or int8 (kv_heads, head_dim, length); length >= n and heads a multiple of kv_heads.
+        values: (kv_heads, length, head_dim), of the same type.
         window: how many positions back, itself included, a query sees; None for all.
+        scales: of int8 keys and of values, (2, kv_heads, length), as `append` writes them; None for other types.
     Returns:
         A new (n, heads * head_dim).
+    """
+
+def append(
+    new_keys: NDArray[np.float32],
+    new_values: NDArray[np.float32],
+    keys: NDArray[Any],
+    values: NDArray[Any],
+    scales: NDArray[np.float32] | None,
+    pool: ThreadPool,
+) -> None:
+    """Write the last positions of keys and values; integers are of heads that a Hadamard transform has mixed.
+
+    Args:
+        new_keys, new_values: (n, kv_heads, head_dim), lying alike.
+        keys, values, scales: as for `attention`, the new positions included.
     """
 
 def encode_flat(
@@ -258,7 +276,7 @@ class AttentionBlock:
         cosines: NDArray[np.float32] | None,
         sines: NDArray[np.float32] | None,
         query_factors: NDArray[np.float32] | None,
-        sequences: Sequence[tuple[int, NDArray[np.float32], NDArray[np.float32], int | None]],
+        sequences: Sequence[tuple[int, NDArray[Any], NDArray[Any], int | None, NDArray[np.float32] | None]],
         pool: ThreadPool,
     ) -> NDArray[np.float32]:
         """Run the rows of some sequences: (n, features) -> a new (n, features).
@@ -267,8 +285,8 @@ class AttentionBlock:
             x: the rows of each sequence in turn.
             cosines, sines: (n, ..., at most head_dim / 2); None to rotate nothing.
             query_factors: n factors; None for 1.
-            sequences: of each, the number of its rows, and as for `attention` its keys, values and window. Keys and
-                values of the rows, which are the last positions, are written.
+            sequences: of each, the number of its rows, and as for `attention` its keys, values, window and scales.
+                Keys and values of the rows, which are the last positions, are written.
         """
 
 class FeedForwardBlock:

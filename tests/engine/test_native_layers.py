@@ -99,7 +99,7 @@ def attend(rows: int = 1, length: int = 3, **changed: Any) -> Floats:
     given: dict[str, Any] = {"count": rows, "keys": keys, "values": values, "window": None, "cosines": None}
     given = {**given, "features": 16, **changed}
     x = np.zeros((rows, given["features"]), np.float32)
-    sequence = given["count"], given["keys"], given["values"], given["window"]
+    sequence = given["count"], given["keys"], given["values"], given["window"], given.get("scales")
     angles = given["cosines"], given.get("sines", given["cosines"]), given.get("factors")
     return attention()(x, *angles, [sequence], _core.ThreadPool(1))
 
@@ -110,8 +110,27 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "rows": (lambda: attend(rows=2, count=1), "a row for each new token"),
     "no tokens": (lambda: attend(count=0), "fewer positions than new tokens"),
     "too many tokens": (lambda: attend(rows=4), "fewer positions than new tokens"),
-    "keys": (lambda: attend(keys=np.zeros((1, 7, 3), np.float32)), "do not fit the heads"),
-    "values": (lambda: attend(values=np.zeros((1, 4, 8), np.float32)), "do not fit the heads"),
+    "keys": (lambda: attend(keys=np.zeros((1, 7, 3), np.float32)), "the same positions"),
+    "narrow heads": (
+        lambda: attend(keys=np.zeros((1, 7, 3), np.float32), values=np.zeros((1, 3, 7), np.float32)),
+        "do not fit the heads",
+    ),
+    "values": (lambda: attend(values=np.zeros((1, 4, 8), np.float32)), "the same positions"),
+    "types": (lambda: attend(keys=np.zeros((1, 8, 3), np.float16)), "of one type"),
+    "doubles": (lambda: attend(keys=np.zeros((1, 8, 3))), "float32, float16 or int8"),
+    "no scales": (
+        lambda: attend(keys=np.zeros((1, 8, 3), np.int8), values=np.zeros((1, 3, 8), np.int8)),
+        "integers, and nothing else, should have scales",
+    ),
+    "needless scales": (lambda: attend(scales=np.zeros((2, 1, 3), np.float32)), "and nothing else"),
+    "few scales": (
+        lambda: attend(
+            keys=np.zeros((1, 8, 3), np.int8),
+            values=np.zeros((1, 3, 8), np.int8),
+            scales=np.zeros((2, 1, 2), np.float32),
+        ),
+        "each head and position",
+    ),
     "turned keys": (lambda: attend(keys=np.zeros((1, 3, 8), np.float32).swapaxes(1, 2)), "lie side by side"),
     "turned values": (lambda: attend(values=np.zeros((1, 8, 3), np.float32).swapaxes(1, 2)), "one behind the other"),
     "window": (lambda: attend(window=0), "at least one position"),
@@ -141,8 +160,3 @@ def test_refuses(case: str) -> None:
     call, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_keys_of_another_type_are_not_copied() -> None:
-    with pytest.raises(TypeError, match="incompatible function arguments"):
-        attend(keys=np.zeros((1, 8, 3), np.float16))

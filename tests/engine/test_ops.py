@@ -156,7 +156,7 @@ REFUSALS = {
     ),
     "head_dim": (lambda: attention(normal(1, 1, 2, 7), _KEYS, _VALUES, None), "other numbers of features"),
     "positions": (lambda: attention(normal(1, 1, 2, 8), _KEYS, _VALUES[:, :4], None), "same positions"),
-    "queries": (lambda: attention(normal(1, 6, 2, 8), _KEYS, _VALUES, None), "same positions"),
+    "queries": (lambda: attention(normal(1, 6, 2, 8), _KEYS, _VALUES, None), "fewer positions than queries"),
     "group": (lambda: attention(normal(1, 1, 3, 8), _KEYS, _VALUES, None), "multiple of kv_heads"),
     "window": (lambda: attention(normal(1, 1, 2, 8), _KEYS, _VALUES, 0), "at least one position"),
     "keys": (lambda: attention(normal(1, 1, 2, 8), _KEYS[:, :, ::2], _VALUES[:, :3], None), "side by side"),

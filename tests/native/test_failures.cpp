@@ -151,12 +151,10 @@ void check_attention(std::size_t threads) {
     Attention op{};
     op.queries = values.data();
     op.token_stride = kHeads * kDim;
-    op.keys = values.data();
-    op.key_head_stride = kDim * kTokens;
-    op.key_stride = kTokens;
-    op.values = values.data();
-    op.value_head_stride = kDim * kTokens;
-    op.tokens = op.length = kTokens;
+    op.cache.keys = op.cache.values = const_cast<float*>(values.data());
+    op.cache.key_head_stride = op.cache.value_head_stride = kDim * kTokens;
+    op.cache.key_stride = kTokens;
+    op.tokens = op.cache.length = kTokens;
     op.heads = op.kv_heads = kHeads;
     op.head_dim = kDim;
     op.out = out.data();
@@ -179,9 +177,11 @@ void check_layer(const CodedMatrix& matrix, std::size_t threads) {
     std::vector<float> keys(2 * 2 * kDim * kTokens), values(keys), y(x), z(x);
     const std::size_t half = keys.size() / 2;
     const std::size_t head = kDim * kTokens;
-    const SequenceCache caches[] = {
-        {kTokens, kTokens, keys.data(), head, kTokens, values.data(), head, {}},
-        {1, kTokens, keys.data() + half, head, kTokens, values.data() + half, head, 2}};
+    const auto cache = [&](std::size_t at) {
+      return CachedPositions{CacheType::kFloat32, kTokens, keys.data() + at, head,    kTokens,
+                             values.data() + at,  head,    nullptr,          nullptr, 0};
+    };
+    const SequenceCache caches[] = {{kTokens, cache(0), {}}, {1, cache(half), 2}};
     attention.run(pool, x.data(), kTokens + 1, {}, caches, y.data());
     feed_forward.run(pool, y.data(), kTokens + 1, z.data());
     z.insert(z.end(), keys.begin(), keys.end());

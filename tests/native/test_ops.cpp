@@ -1,6 +1,7 @@
 // The arithmetic between the products in buffers of exactly the size it may touch, with every
 // instruction set and the same bits.
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/float_kernels.hpp"
 #include "support.hpp"
@@ -51,28 +52,91 @@ void check_elementwise(Random& random) {
   agree("rotate", x, count, [&](const FloatKernels& floats, float* out) {
     floats.rotate(out, y.get(), y.get() + count - count / 2, count / 2);
   });
+  agree("spread", x, count,
+        [&](const FloatKernels& floats, float* out) { floats.spread(out, count); });
+  agree("round_to_int8", x, count, [&](const FloatKernels& floats, float* out) {
+    const std::unique_ptr<std::int8_t[]> integers(new std::int8_t[count]);
+    const float scale = floats.round_to_int8(x.get(), count, integers.get());
+    for (std::size_t i = 0; i < count; ++i) {
+      out[i] = scale * static_cast<float>(integers[i]);
+      require(std::abs(out[i] - x[i]) <= 0.5001f * scale, "round_to_int8 is a step off");
+    }
+  });
+}
+
+// The same buffer of exact size for each type of the cache.
+struct Cached {
+  Floats floats;
+  std::unique_ptr<std::uint16_t[]> halves;
+  std::unique_ptr<std::int8_t[]> integers;
+
+  Cached(Random& random, std::size_t count)
+      : floats(random_floats(random, count)),
+        halves(new std::uint16_t[count]),
+        integers(new std::int8_t[count]) {
+    kPortableFloatKernels.round_to_half(floats.get(), count, halves.get());
+    kPortableFloatKernels.round_to_int8(floats.get(), count, integers.get());
+  }
+
+  const void* of(CacheType type) const {
+    if (type == CacheType::kFloat32) return floats.get();
+    return type == CacheType::kFloat16 ? static_cast<const void*>(halves.get()) : integers.get();
+  }
+};
+
+// Every half is the nearest to itself and to what lies less than half a step away.
+void check_halves() {
+  std::vector<float> exact;
+  for (std::uint32_t half = 0; half < 0x7c00; ++half) {
+    exact.push_back(std::ldexp(static_cast<float>(half & 0x3ff) + (half < 0x400 ? 0.0f : 1024.0f),
+                               static_cast<int>(half < 0x400 ? 1 : half >> 10) - 25));
+  }
+  std::vector<float> x(exact.begin(), exact.end());
+  for (std::size_t i = 0; i + 1 < exact.size(); ++i) {
+    x.push_back(-(0.45f * exact[i] + 0.55f * exact[i + 1]));
+    x.push_back((exact[i] + exact[i + 1]) / 2);
+  }
+  x.push_back(1e9f);
+  std::vector<std::uint16_t> expected(exact.size());
+  for (std::size_t i = 0; i < exact.size(); ++i) expected[i] = static_cast<std::uint16_t>(i);
+  for (std::size_t i = 0; i + 1 < exact.size(); ++i) {
+    expected.push_back(static_cast<std::uint16_t>(0x8000 | (i + 1)));
+    expected.push_back(static_cast<std::uint16_t>(i + i % 2));
+  }
+  expected.push_back(0x7bff);
+  for (const Kernels* isa : all_kernels()) {
+    std::vector<std::uint16_t> found(x.size());
+    isa->floats->round_to_half(x.data(), x.size(), found.data());
+    require(found == expected, std::string("round_to_half with ") + isa->name);
+  }
 }
 
 void check_attention(Random& random) {
   const std::size_t rows = 1 + random.below(kAttentionRows);
   const std::size_t head_dim = 1 + random.below(100);
-  const std::size_t length = rows + random.below(random.coin() ? 20 : 200);
+  const std::size_t length = rows + random.below(random.coin() ? 20 : 600);
   const Floats queries = random_floats(random, rows * head_dim);
-  const Floats keys = random_floats(random, head_dim * length);
-  const Floats values = random_floats(random, head_dim * length);
+  const Cached keys(random, head_dim * length), values(random, head_dim * length);
+  const Floats key_scales = random_floats(random, length);
+  const Floats value_scales = random_floats(random, length);
   AttentionTile tile{};
+  tile.type = static_cast<CacheType>(random.below(3));
   tile.rows = rows;
   tile.head_dim = head_dim;
   tile.scale = 0.125f;
-  tile.keys = keys.get();
+  tile.keys = keys.of(tile.type);
   tile.key_stride = length;
-  tile.values = values.get();
+  tile.values = values.of(tile.type);
+  if (tile.type == CacheType::kInt8) {
+    tile.key_scales = key_scales.get();
+    tile.value_scales = value_scales.get();
+  }
   for (std::size_t row = 0; row < rows; ++row) {
     tile.queries[row] = queries.get() + row * head_dim;
     tile.lasts[row] = length - rows + row + 1;
     tile.firsts[row] = random.coin() ? 0 : random.below(tile.lasts[row]);
   }
-  const Floats scratch(new float[attention_scratch(length)]);
+  const Floats scratch(new float[attention_scratch(length, head_dim)]);
   tile.scratch = scratch.get();
   const Floats before = random_floats(random, rows * head_dim);
   agree("attend", before, rows * head_dim, [&](const FloatKernels& floats, float* out) {
@@ -84,6 +148,7 @@ void check_attention(Random& random) {
 }  // namespace
 
 int main() {
+  check_halves();
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Random random(seed);
     check_elementwise(random);

@@ -3,6 +3,13 @@
 // another.
 #pragma once
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -43,13 +50,66 @@ inline Lanes load_lanes(const float* p) {
   return v;
 }
 
+// Exact for all finite numbers. Its own formula has the sign and, moved to the exponent of a float,
+// the rest.
+inline float half_to_float(std::uint16_t half) {
+  const float magnitude = std::bit_cast<float>((half & 0x7fffu) << 13) * 0x1p112f;
+  return half & 0x8000u ? -magnitude : magnitude;
+}
+
+// Loads numbers of half precision.
+inline Lanes load_lanes(const std::uint16_t* p) {
+  Lanes v;
+  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
+    const std::uint16_t* from = p + i * kNative;
+#if defined(__AVX512F__)
+    v.part[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    v.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+    v.part[i] = (NativeFloats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
+    for (std::size_t lane = 0; lane < kNative; ++lane) v.part[i][lane] = half_to_float(from[lane]);
+#endif
+  }
+  return v;
+}
+
+// Loads integers.
+inline Lanes load_lanes(const std::int8_t* p) {
+  Lanes v;
+#if defined(__aarch64__)
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
+  for (std::size_t i = 0; i < 2; ++i) {
+    v.part[2 * i] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(words[i])));
+    v.part[2 * i + 1] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_high_s16(words[i])));
+  }
+#else
+  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
+    const std::int8_t* from = p + i * kNative;
+#if defined(__AVX512F__)
+    v.part[i] = _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+    v.part[i] = _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    for (std::size_t lane = 0; lane < kNative; ++lane) v.part[i][lane] = from[lane];
+#endif
+  }
+#endif
+  return v;
+}
+
 inline void store_lanes(float* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
 
 // Loads the first `count` lanes, at most kLanes; the others are `rest`.
-inline Lanes load_some(const float* p, std::size_t count, float rest) {
-  float some[kLanes];
-  for (float& value : some) value = rest;
-  std::memcpy(some, p, count * sizeof(float));
+template <class T>
+inline Lanes load_some(const T* p, std::size_t count, T rest) {
+  T some[kLanes];
+  for (T& value : some) value = rest;
+  std::memcpy(some, p, count * sizeof(T));
   return load_lanes(some);
 }
 

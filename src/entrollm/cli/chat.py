@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from entrollm.cli.console import (
+    CacheTypeOption,
     CheckOption,
     JsonOption,
     MemoryOption,
@@ -34,11 +35,12 @@ from entrollm.cli.run import (
     describe_speed,
     result_to_json,
 )
+from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from entrollm.engine.model import Model
+    from entrollm.engine.model import Model, Speculate
     from entrollm.engine.options import GenerateKeywords
 
 EXAMPLES = (
@@ -65,8 +67,11 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -79,7 +84,9 @@ def command(
     from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
+    form = check_memory(memory)
+    guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
+    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     if loaded.tokenizer is None:
         raise UnsupportedError(loaded.no_tokenizer)
     if not loaded.has_chat_template:
@@ -94,7 +101,7 @@ def command(
         "seed": seed,
         "stop": stop,
     }
-    dialogue = _Dialogue(loaded, system, options, stderr if json_output else stdout)
+    dialogue = _Dialogue(loaded, system, options, guesses, stderr if json_output else stdout)
     _talk(dialogue, keep_going=not json_output)
     if json_output:
         print_json({"model": model, "messages": dialogue.messages, "answers": dialogue.answers})
@@ -145,9 +152,17 @@ class _Dialogue:
         answers: the figures of each answer, as --json prints them.
     """
 
-    def __init__(self, model: Model, system: str | None, options: GenerateKeywords, console: Console) -> None:
+    def __init__(
+        self,
+        model: Model,
+        system: str | None,
+        options: GenerateKeywords,
+        guesses: Speculate | None,
+        console: Console,
+    ) -> None:
         self._model = model
         self._options = options
+        self._guesses = guesses
         self._console = console
         self._opening = [] if system is None else [{"role": "system", "content": system}]
         self.answers: list[dict[str, Any]] = []
@@ -167,7 +182,7 @@ class _Dialogue:
     def ask(self, question: str) -> None:
         """Print the answer to `question` as it is generated, and keep both; Ctrl-C keeps the answer so far."""
         messages = [*self.messages, {"role": "user", "content": question}]
-        stream = self._model.stream_chat(messages, cache=self._cache, **self._options)
+        stream = self._model.stream_chat(messages, cache=self._cache, speculate=self._guesses, **self._options)
         try:
             for piece in stream:
                 self._console.print(Text(piece), end="", soft_wrap=True)

@@ -29,6 +29,7 @@ from entrollm.system import naming
 from entrollm.threads import MAX_THREADS
 
 __all__ = [
+    "CacheTypeOption",
     "CheckOption",
     "JsonOption",
     "MemoryOption",
@@ -78,6 +79,14 @@ MemoryOption = Annotated[
         "--memory",
         metavar="auto|file|fast",
         help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
+    ),
+]
+CacheTypeOption = Annotated[
+    str,
+    typer.Option(
+        "--cache-type",
+        metavar="f32|f16|int8",
+        help="How keys and values of the tokens so far are held: f16 takes half the memory, int8 about a quarter.",
     ),
 ]
 

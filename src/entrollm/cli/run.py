@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, message, print_json
+from entrollm.cli.console import (
+    CacheTypeOption,
+    CheckOption,
+    JsonOption,
+    MemoryOption,
+    ThreadsOption,
+    message,
+    print_json,
+)
+from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 from entrollm.cli.streams import write_stdout
 
 if TYPE_CHECKING:
@@ -17,6 +26,7 @@ EXAMPLES = (
     ('entrollm run OUT -p "Once upon a time"', "the likeliest text"),
     ('entrollm run OUT -p "Once" --temperature 0.8 --seed 1', "a sampled one"),
     ("entrollm run OUT < prompt.txt --max-tokens 500", "prompt from a file"),
+    ("entrollm run OUT < code.txt --speculate ngram", "faster where the answer repeats the prompt"),
     ('entrollm run OUT -p "Q: 2+2?" --stop "Q:" --json', "for scripts"),
 )
 
@@ -60,8 +70,11 @@ def command(
     repetition_penalty: RepetitionPenaltyOption = None,
     seed: SeedOption = None,
     stop: StopOption = None,
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -75,9 +88,12 @@ def command(
     from entrollm.engine.memory import check_memory
 
     text = _read_prompt(prompt)
-    loaded = load(model, threads=threads, memory=check_memory(memory), check=check)
+    form = check_memory(memory)
+    guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
+    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     stream = loaded.stream(
         text,
+        speculate=guesses,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -109,6 +125,8 @@ def result_to_json(result: GenerationResult) -> dict[str, Any]:
         "prefill_s": result.prefill_s,
         "decode_s": result.decode_s,
         "tokens_per_second": result.tokens_per_second,
+        "guessed_tokens": result.guessed_tokens,
+        "right_tokens": result.right_tokens,
     }
 
 
@@ -120,9 +138,10 @@ def describe_speed(result: GenerationResult) -> str:
         "context": "the model's context is full",
         "unfinished": "interrupted",
     }
+    guesses = f"; {result.right_tokens} of {result.guessed_tokens} guesses right" if result.guessed_tokens else ""
     return (
         f"{len(result.token_ids)} tokens at {result.tokens_per_second:.1f} tokens/s after {result.prefill_s:.2f} s "
-        f"for {result.prompt_tokens} prompt tokens; {reasons[result.finish_reason]}"
+        f"for {result.prompt_tokens} prompt tokens{guesses}; {reasons[result.finish_reason]}"
     )
 
 

@@ -66,6 +66,15 @@ class AnswerText:
         """Let only answers that satisfy `constraint` be made; call it before the first token."""
         self._constraint = constraint
 
+    @property
+    def tokens_left(self) -> int:
+        """How many more tokens the answer can have."""
+        return min(self._options.max_tokens, self._room) - self.tokens
+
+    def copy_sampler(self) -> Sampler:
+        """A sampler that chooses what push will, as long as it is given the same logits and nothing constrains them."""
+        return self._sampler.copy()
+
     def push(self, logits: Floats) -> tuple[int, str]:
         """Choose the next token.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.engine.arithmetic import plain_attention, rotate_neighbours, sigmoid
-from entrollm.engine.cache import Attention
+from entrollm.engine.cache import Attention, Positions
 from entrollm.engine.projection import Projection, offset_weight
 from entrollm.engine.weights import Floats, Weights, load_tensor
 from entrollm.models.config import ModelConfig
@@ -151,9 +151,10 @@ class SelfAttention:
         ]
         return np.concatenate(parts, axis=1).reshape(qk.shape)
 
-    def _mix_natively(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
-        return _core.attention(queries, keys, values, window, self._pool)
+    def _mix_natively(self, queries: Floats, positions: Positions) -> Floats:
+        keys, values, window, scales = positions[1:]
+        return _core.attention(queries, keys, values, window, self._pool, scales)
 
-    def _mix_plainly(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
+    def _mix_plainly(self, queries: Floats, positions: Positions) -> Floats:
         bound = self._config.attention_cap
-        return plain_attention(queries, keys, values, window, bound=bound, sinks=self._sinks)
+        return plain_attention(queries, *positions.floats(), positions.window, bound=bound, sinks=self._sinks)

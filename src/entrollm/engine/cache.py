@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from entrollm import _core
 from entrollm.engine.state import NoState, RecurrentState
 from entrollm.engine.weights import Floats
+from entrollm.errors import UnsupportedError
 from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
 
+CacheType = Literal["f32", "f16", "int8"]
+"""How keys and values are held: as they are; in half precision; or as integers with a scale for each head and position,
+of features that a Hadamard transform has mixed so that none is much larger than the others."""
+
+# Keys, values, and the scales of int8.
+Buffers = tuple[NDArray[Any], NDArray[Any], Floats | None]
+
+_DTYPES: dict[CacheType, type] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+_LARGEST_HALF = np.float32(65504.0)
 _INITIAL_POSITIONS = 256
 # Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
 _SKEW = 16
@@ -19,13 +31,12 @@ _SKEW = 16
 class Mix(Protocol):
     """Attention of queries over keys and values."""
 
-    def __call__(self, queries: Floats, keys: Floats, values: Floats, window: int | None, /) -> Floats:
+    def __call__(self, queries: Floats, positions: Positions, /) -> Floats:
         """Mix values for each query; the last query stands at the last position.
 
         Args:
             queries: float32 (n, heads, head_dim).
-            keys, values: float32 (kv_heads, head_dim, length) and (kv_heads, length, head_dim), n <= length.
-            window: positions that a query sees, its own included; None for all.
+            positions: what they see, n at least.
         Returns:
             float32 (n, heads * head_dim).
         """
@@ -36,15 +47,21 @@ class Positions(NamedTuple):
 
     Attributes:
         tokens: how many are new, at least 1.
-        keys, values: of all that the new ones may see, themselves included: views, float32 (kv_heads, head_dim, length)
-            and (kv_heads, length, head_dim), valid until the cache changes.
+        keys, values: of all that the new ones may see, themselves included: views, (kv_heads, head_dim, length) and
+            (kv_heads, length, head_dim) in the cache's type, valid until the cache changes.
         window: positions that a query sees, its own included; None for all.
+        scales: of int8 keys and values, float32 (2, kv_heads, length); None for other types.
     """
 
     tokens: int
-    keys: Floats
-    values: Floats
+    keys: NDArray[Any]
+    values: NDArray[Any]
     window: int | None
+    scales: Floats | None = None
+
+    def floats(self) -> tuple[Floats, Floats]:
+        """The keys and values in float32; they must not be int8."""
+        return self.keys.astype(np.float32, copy=False), self.values.astype(np.float32, copy=False)
 
 
 class Attention(Protocol):
@@ -72,40 +89,57 @@ class LayerCache:
         kv_heads, head_dim: of the keys.
         window: positions that a token sees; None for all.
         value_dim: features of a value; None if as many as of a key.
+        cache_type: how keys and values are held; int8 needs as many features of both.
 
     Invariant: positions [first, first + held) lie in slots [start, start + held) of both buffers.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, window: int | None, value_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        value_dim: int | None = None,
+        cache_type: CacheType = "f32",
+    ) -> None:
         self._window = window
+        self._cache_type = cache_type
         self._start = 0
         self._held = 0
         self._first = 0
-        # Keys lie feature by feature: that is the layout in which one query against all of them is a fast product.
-        self._keys = np.empty((kv_heads, head_dim, 0), dtype=np.float32)
-        width = head_dim if value_dim is None else value_dim
-        self._values = np.empty((kv_heads, 0, width), dtype=np.float32)
+        self._shape = kv_heads, head_dim, head_dim if value_dim is None else value_dim
+        self._keys, self._values, self._scales = self._new_buffers(0)
 
     @property
     def capacity(self) -> int:
         """Positions that fit without a larger buffer."""
-        return self._values.shape[1]
+        return int(self._values.shape[1])
 
-    def append(self, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
-        """Add n positions and return all that the new ones may see.
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that a position takes."""
+        kv_heads, head_dim, value_dim = self._shape
+        scales = 2 * kv_heads * 4 if self._scales is not None else 0
+        return kv_heads * (head_dim + value_dim) * self._keys.itemsize + scales
+
+    def append(self, keys: Floats, values: Floats) -> Positions:
+        """Add n positions and return all that the new ones may see, valid until the next call.
 
         Args:
             keys, values: float32 (n, kv_heads, head_dim).
-        Returns:
-            (keys, values): views, float32 (kv_heads, head_dim, length) and (kv_heads, length, head_dim), n <= length;
-            valid until the next call.
         """
         n = keys.shape[0]
-        ((_, all_keys, all_values, _),) = self.extend(n)
-        first = all_values.shape[1] - n
-        all_keys[:, :, first:] = keys.transpose(1, 2, 0)
-        all_values[:, first:] = values.transpose(1, 0, 2)
-        return all_keys, all_values
+        (positions,) = self.extend(n)
+        first = positions.values.shape[1] - n
+        if positions.scales is not None:
+            pair = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+            _core.append(*pair, positions.keys, positions.values, positions.scales, _core.ThreadPool(1))
+            return positions
+        if self._cache_type == "f16":
+            keys, values = (np.clip(each, -_LARGEST_HALF, _LARGEST_HALF) for each in (keys, values))
+        positions.keys[:, :, first:] = keys.transpose(1, 2, 0)
+        positions.values[:, first:] = values.transpose(1, 0, 2)
+        return positions
 
     def extend(self, n: int) -> list[Positions]:
         """Add n positions of one sequence, whose keys and values the caller writes; see Attention."""
@@ -114,13 +148,12 @@ class LayerCache:
         if self._start + self._held + n > self.capacity:
             self._make_room(n)
         self._held += n
-        seen = slice(self._start, self._start + self._held)
-        return [Positions(n, self._keys[:, :, seen], self._values[:, seen], self._window)]
+        keys, values, scales = self._seen(slice(self._start, self._start + self._held))
+        return [Positions(n, keys, values, self._window, scales)]
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""
-        keys, values = self.append(keys, values)
-        return mix(queries, keys, values, self._window)
+        return mix(queries, self.append(keys, values))
 
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""
@@ -135,12 +168,35 @@ class LayerCache:
 
     def fork(self, length: int) -> LayerCache:
         """A copy of the positions before `length`, in buffers of its own; can_truncate(length) must hold."""
-        kv_heads, head_dim, _ = self._keys.shape
-        copy = LayerCache(kv_heads, head_dim, self._window, self._values.shape[2])
-        held = slice(self._start, self._start + max(0, length - self._first))
-        copy.append(self._keys[:, :, held].transpose(2, 0, 1), self._values[:, held].transpose(1, 0, 2))
-        copy._first = self._first if copy._held else length
+        kv_heads, head_dim, value_dim = self._shape
+        copy = LayerCache(kv_heads, head_dim, self._window, value_dim, self._cache_type)
+        held = max(0, length - self._first)
+        copy._fill(self._seen(slice(self._start, self._start + held)), self._first if held else length)
         return copy
+
+    def _fill(self, parts: Buffers, first: int) -> None:
+        """Hold positions from `first` on, in an empty cache."""
+        held = parts[1].shape[1]
+        if held:
+            self.extend(held)
+            for ours, theirs in zip(self._seen(slice(0, held)), parts, strict=True):
+                if ours is not None and theirs is not None:
+                    ours[...] = theirs
+        self._first = first
+
+    def _seen(self, places: slice) -> Buffers:
+        """The keys, values and scales of some places."""
+        scales = None if self._scales is None else self._scales[:, :, places]
+        return self._keys[:, :, places], self._values[:, places], scales
+
+    def _new_buffers(self, capacity: int) -> Buffers:
+        kv_heads, head_dim, value_dim = self._shape
+        dtype = _DTYPES[self._cache_type]
+        # Keys lie feature by feature: that is the layout in which one query against all of them is a fast product.
+        keys: NDArray[Any] = np.empty((kv_heads, head_dim, capacity), dtype)
+        values: NDArray[Any] = np.empty((kv_heads, capacity, value_dim), dtype)
+        scales = np.empty((2, kv_heads, capacity), np.float32) if self._cache_type == "int8" else None
+        return keys, values, scales
 
     def _drop(self, count: int) -> None:
         self._start += count
@@ -152,27 +208,45 @@ class LayerCache:
         needed = self._held + n
         # Moving within the capacity pays only if it frees about half; else a window would move at every token.
         grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed) + _SKEW
-        held = slice(self._start, self._start + self._held)
-        keys, values = self._keys[:, :, held], self._values[:, held]
-        kv_heads, head_dim, _ = keys.shape
-        self._keys = np.empty((kv_heads, head_dim, grown), dtype=np.float32)
-        self._values = np.empty((kv_heads, grown, values.shape[2]), dtype=np.float32)
-        self._keys[:, :, : self._held] = keys
-        self._values[:, : self._held] = values
+        kept = self._seen(slice(self._start, self._start + self._held))
+        self._keys, self._values, self._scales = self._new_buffers(grown)
+        for ours, theirs in zip(self._seen(slice(0, self._held)), kept, strict=True):
+            if ours is not None and theirs is not None:
+                ours[...] = theirs
         self._start = 0
 
 
 LayerState = LayerCache | RecurrentState | NoState
 
 
-def new_layer_state(config: ModelConfig, index: int) -> LayerState:
+def check_cache_type(cache_type: str, config: ModelConfig) -> CacheType:
+    """Return `cache_type`.
+
+    Raises:
+        ValueError: it is not one of the choices.
+        UnsupportedError: the model's attention does not read keys and values of this type.
+    """
+    choices: tuple[CacheType, ...] = get_args(CacheType)
+    for choice in choices:
+        if cache_type == choice:
+            break
+    else:
+        raise ValueError(f"the cache's type should be one of {', '.join(choices)}, found {cache_type!r}")
+    is_latent = any(isinstance(config.mixer(index), LatentAttention) for index in range(config.num_layers))
+    if choice == "int8" and (is_latent or config.attention_cap is not None or config.has_sinks):
+        kind = "latent attention" if is_latent else "attention with capped scores or sinks"
+        raise UnsupportedError(f"{kind} ({config.model_type}) has no int8 cache; use f16, or f32")
+    return choice
+
+
+def new_layer_state(config: ModelConfig, index: int, cache_type: CacheType = "f32") -> LayerState:
     """What layer `index` keeps of the tokens of a sequence."""
     if config.layer_blocks and not config.layer_blocks[index].has_mixer:
         return NoState()
     match config.mixer(index):
         case LatentAttention(rank=rank, rotated=rotated):
             # The vectors that keys and values are made of, and the rotated features that all heads share.
-            return LayerCache(1, rank + rotated, config.windows[index], 0)
+            return LayerCache(1, rank + rotated, config.windows[index], 0, cache_type)
         case GatedDelta() as form:
             channels = 2 * form.key_heads * form.key_dim + form.value_heads * form.value_dim
             return RecurrentState((form.kernel - 1, channels), (form.value_heads, form.key_dim, form.value_dim))
@@ -181,20 +255,48 @@ def new_layer_state(config: ModelConfig, index: int) -> LayerState:
         case Mamba2() as form:
             channels = form.heads * form.head_dim + 2 * form.groups * form.state
             return RecurrentState((form.kernel - 1, channels), (form.heads, form.state, form.head_dim))
-    return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index])
+    return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index], None, cache_type)
+
+
+def cache_bytes_per_token(config: ModelConfig, cache_type: CacheType) -> int:
+    """Bytes that each token of a sequence takes in the caches of all layers; windows keep the last ones alone."""
+    total = 0
+    for index in range(config.num_layers):
+        layer = new_layer_state(config, index, cache_type)
+        if isinstance(layer, LayerCache):
+            total += layer.position_bytes
+    return total
+
+
+class Mark(NamedTuple):
+    """A place in a sequence that its cache can go back to.
+
+    Attributes:
+        length: tokens before it.
+        states: copies of the layers' states by their number, where layers have one.
+    """
+
+    length: int
+    states: dict[int, RecurrentState]
 
 
 class Cache:
     """The state of one sequence: its token ids and every layer's keys and values, or its state.
 
+    Args:
+        config: the model's.
+        cache_type: how keys and values are held.
+
     Attributes:
+        cache_type: likewise.
         ids: the tokens seen so far.
         is_long: whether the keys were rotated with longrope's long frequencies.
         layers: what each layer keeps.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, cache_type: CacheType = "f32") -> None:
         self._config = config
+        self.cache_type = cache_type
         self._claim = object()
         self.reset()
 
@@ -217,7 +319,7 @@ class Cache:
         self.ids: list[int] = []
         self.is_long = False
         self.layers: list[LayerState] = [
-            new_layer_state(self._config, index) for index in range(self._config.num_layers)
+            new_layer_state(self._config, index, self.cache_type) for index in range(self._config.num_layers)
         ]
 
     def shared(self, ids: Sequence[int]) -> int:
@@ -244,13 +346,46 @@ class Cache:
             layer.truncate(shared)
         return shared
 
+    def mark(self) -> Mark:
+        """Where the sequence is, for rewind: copies of what cannot go back by itself."""
+        states = {
+            number: layer.fork(self.length)
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer, RecurrentState)
+        }
+        return Mark(self.length, states)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer keeps a state that cannot go back by itself."""
+        return any(isinstance(layer, RecurrentState) for layer in self.layers)
+
+    def rewind(self, length: int, mark: Mark) -> None:
+        """Forget the tokens from `length` on; all since the mark if layers keep a state, which holds all of them.
+
+        Args:
+            length: of the sequence, from the mark's to now.
+            mark: of this cache; what came before it stays.
+        """
+        if length == self.length:
+            return
+        if mark.states:
+            length = mark.length
+        del self.ids[length:]
+        for number, layer in enumerate(self.layers):
+            state = mark.states.get(number)
+            if state is None:
+                layer.truncate(length)
+            else:
+                self.layers[number] = state
+
     def fork(self, length: int) -> Cache:
         """A cache of its own that starts with the first `length` tokens of this one.
 
         Args:
             length: at most what shared() returned for the sequence that goes on from there.
         """
-        copy = Cache(self._config)
+        copy = Cache(self._config, self.cache_type)
         copy.ids = self.ids[:length]
         copy.is_long = self.is_long
         copy.layers = [layer.fork(length) for layer in self.layers]

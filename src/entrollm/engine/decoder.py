@@ -12,7 +12,7 @@ from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
-from entrollm.engine.cache import Cache, LayerCache, LayerState
+from entrollm.engine.cache import Cache, LayerCache, LayerState, check_cache_type
 from entrollm.engine.experts import MixedExperts
 from entrollm.engine.feed_forward import FeedForward
 from entrollm.engine.mixers import make_mixer
@@ -60,12 +60,19 @@ class Embeddings:
 class Decoder:
     """A model's layers over its weights.
 
+    Args:
+        config: the model's.
+        weights: its tensors.
+        cache_type: how new caches hold keys and values.
     Raises:
         FormatError: a tensor is missing or has another shape than config.json asks for.
+        UnsupportedError: the attention does not read keys and values of this type.
+        ValueError: there is no such type.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, cache_type: str = "f32") -> None:
         self.config = config
+        self._cache_type = check_cache_type(cache_type, config)
         self._embeddings = Embeddings(config, weights)
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = load_norm(config, weights, config.names.norm)
@@ -80,7 +87,7 @@ class Decoder:
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
-        return Cache(self.config)
+        return Cache(self.config, self._cache_type)
 
     def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
         """Run the model on the tokens that follow those in the cache, and add them to it.
@@ -127,6 +134,10 @@ class Decoder:
         if not wanted:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         return self.logits(self._norm(np.concatenate(wanted)))
+
+    def keeps_rotations(self, length: int, longer: int) -> bool:
+        """Whether a sequence of `length` tokens grows to `longer` ones without starting over; see _begin."""
+        return self._rotations.is_long(length) == self._rotations.is_long(longer)
 
     def _begin(self, ids: Ids, cache: Cache) -> Ids:
         """The tokens to run: `ids`, or the sequence from its start where its rotations change."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from entrollm.engine.cache import Cache
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.options import GenerationOptions
+from entrollm.engine.speculate import Drafter, Speculation
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class GenerationResult:
         prompt_tokens: tokens in the prompt, reused ones included.
         prefill_s: seconds until the prompt was processed.
         decode_s: seconds for all tokens after the first.
+        guessed_tokens: how many tokens were guessed and run before it was known that they are chosen.
+        right_tokens: how many of them were chosen.
     """
 
     text: str
@@ -35,6 +39,8 @@ class GenerationResult:
     prompt_tokens: int
     prefill_s: float
     decode_s: float
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,6 +58,8 @@ class _Answer:
     finish_reason: FinishReason = "unfinished"
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
 
 class Generation:
@@ -66,6 +74,7 @@ class Generation:
         detokenizer: makes the text; None for a model without a tokenizer, whose text is empty.
         cache: the state of an earlier sequence, whose common beginning is reused; it becomes that of this one. The
             iteration raises ValueError if another generation has used it in the meantime.
+        drafter: guesses tokens of the answer; None for no guesses, which give the same tokens.
     Raises:
         ValueError: the prompt leaves no room in the context, or a stop string is given without a tokenizer.
     """
@@ -77,6 +86,7 @@ class Generation:
         options: GenerationOptions,
         detokenizer: Detokenizer | None,
         cache: Cache | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         room = decoder.config.context_length - len(prompt_ids)
         if room < 1:
@@ -90,7 +100,7 @@ class Generation:
         self._answer = _Answer()
         # The run holds the answer and not this object: a cycle would keep the cache until the cyclic collector runs.
         cache = decoder.new_cache() if cache is None else cache
-        run = _Run(decoder, list(prompt_ids), options, detokenizer, cache, room, self._answer)
+        run = _Run(decoder, list(prompt_ids), options, detokenizer, cache, room, self._answer, drafter)
         self._iterator = run.pieces()
 
     def __iter__(self) -> Iterator[str]:
@@ -107,6 +117,8 @@ class Generation:
             prompt_tokens=self._prompt_tokens,
             prefill_s=self._answer.prefill_s,
             decode_s=self._answer.decode_s,
+            guessed_tokens=self._answer.guessed_tokens,
+            right_tokens=self._answer.right_tokens,
         )
 
 
@@ -121,6 +133,7 @@ class _Run:
     cache: Cache
     room: int
     answer: _Answer
+    drafter: Drafter | None
 
     def pieces(self) -> Iterator[str]:
         """The pieces of text; nothing is computed before the first is asked for."""
@@ -129,25 +142,36 @@ class _Run:
         started = time.perf_counter()
         claim = self.cache.claim()
         reused = self.cache.reuse(self.prompt)
-        logits = self._forward(self.prompt[reused:], claim)
+        made = [text.push(self._forward(self.prompt[reused:], claim)[0])]
+        speculation: Speculation | None = None
+        if self.drafter is not None:
+            forward = partial(self._forward, claim=claim)
+            speculation = Speculation(self.drafter, [*self.prompt, made[0][0]], decoder, self.cache, forward)
         prefilled = time.perf_counter()
         answer.prefill_s = prefilled - started
         while True:
-            token, piece = text.push(logits[0])
-            answer.token_ids.append(token)
-            answer.decode_s = time.perf_counter() - prefilled
-            answer.finish_reason = text.finish_reason
-            if piece:
-                answer.pieces.append(piece)
-                yield piece
+            for place, (token, piece) in enumerate(made, 1):
+                answer.token_ids.append(token)
+                answer.decode_s = time.perf_counter() - prefilled
+                if place == len(made):
+                    answer.finish_reason = text.finish_reason
+                if piece:
+                    answer.pieces.append(piece)
+                    yield piece
             if text.finish_reason != "unfinished":
                 return
-            logits = self._forward([token], claim)
+            if speculation is None:
+                made = [text.push(self._forward([made[0][0]], claim)[0])]
+            else:
+                made = speculation.step(text)
+                answer.guessed_tokens, answer.right_tokens = speculation.guessed, speculation.right
 
-    def _forward(self, ids: list[int], claim: object) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    def _forward(
+        self, ids: Sequence[int], claim: object, last: int = 1
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         if not self.cache.is_claimed_by(claim):
             raise ValueError(
                 "another stream has used this stream's cache in the meantime; give each of the streams that run side "
                 "by side a cache of its own, from new_cache()"
             )
-        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last=1)
+        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last=last)

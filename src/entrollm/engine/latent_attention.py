@@ -13,7 +13,7 @@ import numpy as np
 from entrollm import _core
 from entrollm.engine.arithmetic import plain_attention, rotate_neighbours
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Attention
+from entrollm.engine.cache import Attention, Positions
 from entrollm.engine.projection import Projection
 from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_tensor
 from entrollm.models.config import LatentAttention, ModelConfig
@@ -78,9 +78,10 @@ class MultiHeadLatentAttention:
             _core.rotate(rotated, angles.cosines, angles.sines, self._pool)
             features[...] = rotated
 
-    def _mix(self, queries: Floats, keys: Floats, values: Floats, window: int | None) -> Floats:
-        """See `Mix`; keys are float32 (1, rank + rotated, length), and there are no values."""
-        form, n, length = self._form, len(queries), keys.shape[2]
+    def _mix(self, queries: Floats, positions: Positions) -> Floats:
+        """See `Mix`; keys are (1, rank + rotated, length), and there are no values."""
+        keys, _ = positions.floats()
+        form, n, length, window = self._form, len(queries), keys.shape[2], positions.window
         by_token = length * form.rank * (form.plain + form.value)
         expanded = by_token + n * length * (form.plain + form.rotated + form.value)
         absorbed = n * form.rank * (form.plain + form.value) + n * length * (2 * form.rank + form.rotated)

@@ -21,7 +21,14 @@ from entrollm.threads import check_threads
 _logger = logging.getLogger(__name__)
 
 
-def load(model: str | Path, threads: int | None = None, *, memory: Memory = "auto", check: bool = True) -> Model:
+def load(
+    model: str | Path,
+    threads: int | None = None,
+    *,
+    memory: Memory = "auto",
+    check: bool = True,
+    cache_type: str = "f32",
+) -> Model:
     """Load a model.
 
     Args:
@@ -35,11 +42,14 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
         check: compare the files of a compressed folder with their checksums: small files, headers and kept tensors
             here, and each matrix before it is first used, by a thread that runs ahead. A damaged matrix raises
             CorruptStreamError there.
+        cache_type: how keys and values of the tokens so far are held: "f32", "f16" in half the memory, or "int8" in
+            little more than a quarter, after a Hadamard transform that spreads large features over all.
     Raises:
         FormatError: the folder is malformed or damaged.
-        UnsupportedError: its architecture, or an option of it, is not implemented.
-        ValueError: it is neither a folder nor a Hub id, `threads` is not from 1 to 1024, or `memory` is none of the
-            three.
+        UnsupportedError: its architecture, or an option of it, is not implemented, or its attention does not read a
+            cache of this type.
+        ValueError: it is neither a folder nor a Hub id, `threads` is not from 1 to 1024, or `memory` or
+            `cache_type` is none of the choices.
     """
     memory = check_memory(memory)
     if threads is not None:
@@ -50,7 +60,7 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
     if not is_gguf(path) and is_compressed(read_config(path)):
         model_folder = CompressedModel.open(path, check=False)  # they are checked
         coded = CodedWeights(model_folder, threads, memory, check=check)
-        loaded = Model(read_model_files(path), coded)
+        loaded = Model(read_model_files(path), coded, cache_type)
         _report_other_parts(path, model_folder.config, [*model_folder.specs, *model_folder.plain])
         coded.prepare()
         return loaded
@@ -60,8 +70,8 @@ def load(model: str | Path, threads: int | None = None, *, memory: Memory = "aut
     weights = DenseWeights(checkpoint, threads)
     _report_other_parts(path, checkpoint.config, checkpoint.tensors)
     if not is_gguf(path):
-        return Model(read_model_files(path), weights)
-    return Model(ModelFiles(checkpoint.config, no_tokenizer=why_no_tokenizer(path)), weights)
+        return Model(read_model_files(path), weights, cache_type)
+    return Model(ModelFiles(checkpoint.config, no_tokenizer=why_no_tokenizer(path)), weights, cache_type)
 
 
 def _report_other_parts(path: Path, config: Mapping[str, Any], names: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Union, Unpack
 
 from entrollm import errors
 from entrollm.engine.batch import SequenceStep
@@ -14,6 +14,7 @@ from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.generate import Generation, GenerationResult
 from entrollm.engine.options import GenerateKeywords, resolve_options
+from entrollm.engine.speculate import Drafter, ModelDrafter, NgramDrafter
 from entrollm.engine.text_model import TextModel, TextShape
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from entrollm.engine.chat import Message
 
 Prompt = str | Sequence[int]
+Speculate = Union[Literal["ngram"], "Model"]
 _OTHER_WAY = errors.Message("transformers may run it, with the plugin entrollm.hf for a compressed folder")
 
 
@@ -34,16 +36,18 @@ class Model(TextModel):
     Args:
         files: the model folder's small files.
         weights: its tensors.
+        cache_type: how caches hold keys and values.
     Raises:
         FormatError: config.json or the chat template is malformed, or a tensor is missing or of another shape.
-        UnsupportedError: the model type, or an option of it, is not implemented.
+        UnsupportedError: the model type, or an option of it, is not implemented, or its attention does not read keys
+            and values of this type.
     """
 
-    def __init__(self, files: ModelFiles, weights: Weights) -> None:
+    def __init__(self, files: ModelFiles, weights: Weights, cache_type: str = "f32") -> None:
         try:
             self._config = read_config(Fields(files.config, "config.json"))
             super().__init__(files, shape_of(self._config))
-            self._decoder = Decoder(self._config, weights)
+            self._decoder = Decoder(self._config, weights, cache_type)
         except UnsupportedError as error:
             if "entrollm.hf" in str(error):
                 raise
@@ -106,6 +110,7 @@ class Model(TextModel):
         prompt: Prompt,
         *,
         on_text: Callable[[str], object] | None = None,
+        speculate: Speculate | None = None,
         **options: Unpack[GenerateKeywords],
     ) -> GenerationResult:
         """Continue a prompt.
@@ -113,55 +118,88 @@ class Model(TextModel):
         Args:
             prompt: text, encoded as tokenizer.json says (which may add a start token), or raw token ids.
             on_text: called with each piece of text as it is made.
+            speculate: what guesses the next tokens, which this model then checks several at a time: "ngram" looks up
+                how the text so far goes on elsewhere; a smaller model with the same tokenizer says what it would say.
+                The tokens are the same as without, also where they are sampled; where guesses do not pay, there are
+                none. None for no guesses.
             options: see GenerateKeywords; what is left out comes from generation_config.json.
         Raises:
             TypeError, ValueError: an option or the prompt is invalid, or the prompt fills the context.
-            UnsupportedError: generation_config.json asks for something that is not implemented.
+            UnsupportedError: generation_config.json asks for something that is not implemented, or the smaller model
+                has another vocabulary, or layers whose state cannot go back.
         """
-        return _run(self.stream(prompt, **options), on_text)
+        return _run(self.stream(prompt, speculate=speculate, **options), on_text)
 
-    def stream(self, prompt: Prompt, *, cache: Cache | None = None, **options: Unpack[GenerateKeywords]) -> Generation:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        cache: Cache | None = None,
+        speculate: Speculate | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> Generation:
         """Like generate, but returns an iterator over the pieces of text; nothing runs until it is iterated.
 
         Args:
-            prompt, options: as for generate.
+            prompt, speculate, options: as for generate.
             cache: from new_cache(); what it shares with the prompt is not computed again. A stream that goes on after
                 another one has used its cache raises ValueError.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_list(prompt)
-        return self._generation(ids, ids, cache, options)
+        return self._generation(ids, ids, cache, speculate, options)
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
         on_text: Callable[[str], object] | None = None,
+        speculate: Speculate | None = None,
         **options: Unpack[GenerateKeywords],
     ) -> GenerationResult:
         """Answer a dialogue laid out by the model's chat template.
 
         Args:
             messages: each with a "role" and a "content".
-            on_text, options: as for generate.
+            on_text, speculate, options: as for generate.
         Raises:
             TypeError, ValueError: the messages are malformed or the template refuses them, or as for generate.
             UnsupportedError: the model has no chat template, or as for generate.
         """
-        return _run(self.stream_chat(messages, **options), on_text)
+        return _run(self.stream_chat(messages, speculate=speculate, **options), on_text)
 
     def stream_chat(
-        self, messages: Sequence[Message], *, cache: Cache | None = None, **options: Unpack[GenerateKeywords]
+        self,
+        messages: Sequence[Message],
+        *,
+        cache: Cache | None = None,
+        speculate: Speculate | None = None,
+        **options: Unpack[GenerateKeywords],
     ) -> Generation:
         """Like chat, but returns an iterator over the pieces of text; nothing runs until it is iterated."""
         # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
-        return self._generation(self.encode_chat(messages), [], cache, options)
+        return self._generation(self.encode_chat(messages), [], cache, speculate, options)
 
     def _generation(
-        self, ids: list[int], context: list[int], cache: Cache | None, keywords: GenerateKeywords
+        self,
+        ids: list[int],
+        context: list[int],
+        cache: Cache | None,
+        speculate: Speculate | None,
+        keywords: GenerateKeywords,
     ) -> Generation:
         options = resolve_options(keywords, self._generation_config, self._config.eos_token_ids, len(ids))
         detokenizer = Detokenizer(self._tokenizer, context) if self._tokenizer else None
-        return Generation(self._decoder, ids, options, detokenizer, cache)
+        return Generation(self._decoder, ids, options, detokenizer, cache, self._drafter(speculate))
+
+    def _drafter(self, speculate: Speculate | None) -> Drafter | None:
+        if speculate is None:
+            return None
+        if isinstance(speculate, Model):
+            check_draft(self, speculate)
+            return ModelDrafter(speculate._decoder, self._config.vocab_size)
+        if speculate != "ngram":
+            raise ValueError(f"speculate should be 'ngram' or a model, got {speculate!r}")
+        return NgramDrafter()
 
 
 def shape_of(config: ModelConfig) -> TextShape:
@@ -176,3 +214,28 @@ def _run(generation: Generation, on_text: Callable[[str], object] | None) -> Gen
         if on_text is not None:
             on_text(piece)
     return generation.result
+
+
+def check_draft(model: Model, draft: Model) -> None:
+    """Check that a smaller model can guess for another one.
+
+    Raises:
+        UnsupportedError: it has another vocabulary, or there is no tokenizer to tell by, or its layers keep states.
+    """
+    if draft.new_cache().has_states:
+        raise UnsupportedError(
+            f"the draft model is a {draft.config.model_type}, whose layers keep a state that cannot take guesses back; "
+            "give another one"
+        )
+    if model.tokenizer is None or draft.tokenizer is None:
+        which = "the model" if model.tokenizer is None else "the draft model"
+        raise UnsupportedError(
+            f"{which} has no tokenizer.json, so that nothing tells whether both have the same tokens"
+        )
+    ours, theirs = (each.tokenizer.get_vocab() for each in (model, draft) if each.tokenizer is not None)
+    if ours != theirs:
+        text, token = min(ours.items() ^ theirs.items(), key=lambda item: item[1])
+        raise UnsupportedError(
+            f"the draft model has {len(theirs)} tokens and the model {len(ours)}, and token {token}, {text!r}, is one "
+            "of only one of them; give a draft model with the same tokenizer"
+        )

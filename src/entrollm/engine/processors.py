@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,12 @@ class History:
         """Record a token of the answer."""
         self.seen[token] = True
         self.counts[token] += 1
+
+    def copy(self) -> History:
+        """The same tokens, with a state of their own."""
+        twin = copy(self)
+        twin.seen, twin.counts = self.seen.copy(), self.counts.copy()
+        return twin
 
 
 class LogitsProcessor(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
@@ -99,6 +100,13 @@ class Sampler:
         self._random = np.random.default_rng(options.seed)
         self._history = History(vocab_size, prompt_ids)
         self._processors = processors_of(options, vocab_size)
+
+    def copy(self) -> Sampler:
+        """One that chooses the same tokens from the same logits, with a state of its own."""
+        twin = copy(self)
+        twin._random = deepcopy(self._random)
+        twin._history = self._history.copy()
+        return twin
 
     def __call__(self, logits: Floats, *, banned: Sequence[int] = (), allowed: NDArray[np.bool_] | None = None) -> int:
         """Choose a token id from float32 (vocab_size,).

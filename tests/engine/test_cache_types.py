@@ -1,0 +1,133 @@
+"""Caches in half precision and in integers: the same attention but for what their rounding does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entrollm import CompressOptions, Model, UnsupportedError, _core, compress, load
+from entrollm.engine.batch import SequenceStep
+from entrollm.engine.cache import CacheType, LayerCache, Positions, cache_bytes_per_token
+from entrollm.engine.weights import Floats
+from tests.engine.architectures import random_ids, relative_difference
+from tests.engine.dense import load_dense
+from tests.support.isa_workers import InstructionSets
+from tests.support.paths import TINY_LLAMA
+
+# The largest relative error of mixed values.
+ERRORS: dict[CacheType, float] = {"f32": 1e-6, "f16": 3e-3, "int8": 5e-2}
+
+
+def normal(seed: int, *shape: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def mixed(queries: Floats, positions: Positions, threads: int = 1) -> Floats:
+    return _core.attention(queries, *positions[1:4], _core.ThreadPool(threads), positions.scales)
+
+
+@pytest.mark.parametrize("cache_type", ERRORS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"), [(8, 1, 64, None), (6, 2, 24, 40), (2, 2, 5, None)]
+)
+def test_attention_over_rounded_keys_and_values(
+    cache_type: CacheType, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    tokens = 300
+    queries, keys, values = (
+        normal(seed, tokens, count, head_dim) for seed, count in enumerate((heads, kv_heads, kv_heads))
+    )
+    keys[:, :, 1] += 4  # a feature that is large everywhere, as models have
+    cache = LayerCache(kv_heads, head_dim, window, cache_type=cache_type)
+    exact = LayerCache(kv_heads, head_dim, window)
+    for begin, end in ((0, 290), (290, 299), (299, 300)):
+        found = mixed(queries[begin:end], cache.append(keys[begin:end], values[begin:end]))
+        expected = mixed(queries[begin:end], exact.append(keys[begin:end], values[begin:end]))
+        assert relative_difference(found, expected) <= ERRORS[cache_type]
+    if cache_type == "f16":
+        positions = cache.append(keys[:1], values[:1])
+        assert positions.keys.dtype == np.float16
+        rounded = positions._replace(keys=positions.floats()[0], values=positions.floats()[1])
+        np.testing.assert_array_equal(mixed(queries[:1], positions), mixed(queries[:1], rounded))
+
+
+def _mixed_by(cache_type: CacheType, queries: Floats, keys: Floats, values: Floats) -> Floats:
+    cache = LayerCache(1, 48, None, cache_type=cache_type)
+    return mixed(queries, cache.append(keys, values))
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "int8"])
+def test_all_instruction_sets_round_alike(cache_type: CacheType, instruction_sets: InstructionSets) -> None:
+    arrays = normal(1, 3, 9, 48), normal(2, 70, 1, 48), normal(3, 70, 1, 48)
+    results = instruction_sets.each(_mixed_by, cache_type, *arrays)
+    for name, result in results.items():
+        np.testing.assert_array_equal(result, results["scalar"], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name) / "coded"
+            compress(checkpoint(name), folders[name], CompressOptions(bits=4))
+        return folders[name]
+
+    return get
+
+
+def step(model: Model, ids: list[int], cache: object) -> Floats:
+    return model.step([SequenceStep(np.array(ids), cache)])[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "int8"])
+@pytest.mark.parametrize("name", ["mistral-window", "lfm2"])
+def test_models_with_rounded_caches(name: str, cache_type: CacheType, coded: Callable[[str], Path]) -> None:
+    exact, model = load(coded(name), threads=2), load(coded(name), threads=2, cache_type=cache_type)
+    ids = random_ids(60, seed=3)
+    cache = model.new_cache()
+    found = [step(model, ids[:50], cache)]
+    found += [step(model, [token], cache) for token in ids[50:]]
+    differences = [relative_difference(row, exact.logits(ids[: 50 + n])[-1]) for n, row in enumerate(found)]
+    assert max(differences) < 5 * ERRORS[cache_type]
+    assert max(differences) > 1e-6  # it is rounded
+    # One pass, a copy, and what follows after going back give the same bits.
+    copy = cache.fork(cache.shared([*ids, 1]))
+    assert copy.cache_type == cache_type
+    np.testing.assert_array_equal(step(model, [5], copy), step(model, [*ids, 5], model.new_cache()))
+    mark = cache.mark()
+    step(model, [7, 8, 9], cache)
+    cache.rewind(60, mark)
+    np.testing.assert_array_equal(step(model, [5], cache), step(model, [*ids, 5], model.new_cache()))
+
+
+def test_latent_attention_in_half_precision(checkpoint: Callable[[str], Path]) -> None:
+    model = load(checkpoint("deepseek_v3"), cache_type="f16")
+    ids = random_ids(20)
+    difference = relative_difference(model.logits(ids), load_dense(checkpoint("deepseek_v3")).logits(ids))
+    assert 1e-6 < difference < 5e-3
+
+
+@pytest.mark.parametrize(("name", "kind"), [("deepseek_v3", "latent attention"), ("gemma2", "capped scores")])
+def test_attention_in_numpy_has_no_integers(name: str, kind: str, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{kind}.* has no int8 cache; use f16, or f32"):
+        load(checkpoint(name), cache_type="int8")
+
+
+def test_a_type_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="the cache's type should be one of f32, f16, int8, found 'q4'"):
+        load(TINY_LLAMA, cache_type="q4")
+
+
+def test_bytes_per_token(checkpoint: Callable[[str], Path]) -> None:
+    config = load_dense(TINY_LLAMA).config
+    features = config.num_layers * config.num_kv_heads * config.head_dim
+    assert cache_bytes_per_token(config, "f32") == 8 * features
+    assert cache_bytes_per_token(config, "f16") == 4 * features
+    assert cache_bytes_per_token(config, "int8") == 2 * features + 8 * config.num_layers * config.num_kv_heads
+    hybrid = load_dense(checkpoint("lfm2")).config
+    assert cache_bytes_per_token(hybrid, "f32") < 8 * hybrid.num_layers * hybrid.num_kv_heads * hybrid.head_dim
