@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from entrollm.arrays import Array, double, functions, like
-from entrollm.calibrate.arithmetic import softmax
 
 # Activations of so many tokens wait for one product, which costs less than many small ones.
 _TOKENS_PER_PRODUCT = 4096
@@ -95,7 +94,9 @@ class Moments:
 def draw_labels(logits: Array, generator: np.random.Generator) -> tuple[Array, Array]:
     """Predicted probabilities, in place of the logits, and one token drawn from each row's, int64."""
     xp = functions(logits)
-    probabilities = softmax(logits)
-    summed = xp.cumsum(probabilities, 1, dtype=xp.float64)
+    logits -= xp.amax(logits, axis=-1, keepdims=True)
+    xp.exp(logits, out=logits)
+    logits /= xp.sum(logits, axis=-1, keepdims=True)
+    summed = xp.cumsum(logits, 1, dtype=xp.float64)
     points = like(logits, generator.random((len(logits), 1)))
-    return probabilities, (summed <= points * summed[:, -1:]).sum(axis=1)
+    return logits, (summed <= points * summed[:, -1:]).sum(axis=1)
