@@ -106,10 +106,9 @@ class Watcher:
         if is_transposed:
             self._add(seen.group, outputs)
         is_shared = bool(seen.matrix.stack)  # its tokens come from any window
-        for x, dy in zip(self._windows_of(columns, is_shared), self._windows_of(rows, is_shared), strict=True):
-            for piece in seen.matrix.pieces:
-                squares = seen.squares.setdefault(piece.name, Squares())
-                squares.add_product(x, dy[:, piece.begin : piece.end])
+        x, dy = self._by_window(columns, is_shared), self._by_window(rows, is_shared)
+        for piece in seen.matrix.pieces:
+            seen.squares.setdefault(piece.name, Squares()).add_products(x, dy[..., piece.begin : piece.end])
 
     def _look_up_gradient(self, seen: Seen, ids: Tensor, gradient: Tensor) -> None:
         name = seen.matrix.pieces[0].name
@@ -117,15 +116,14 @@ class Watcher:
         rows = gradient.detach().reshape(-1, gradient.shape[-1])
         is_shared = len(ids) != self.windows  # positions, which all windows have
         flat = ids.expand(gradient.shape[:-1]).reshape(-1)
-        for window, found in zip(self._windows_of(flat, is_shared), self._windows_of(rows, is_shared), strict=True):
+        for window, found in zip(self._by_window(flat, is_shared), self._by_window(rows, is_shared), strict=True):
             unique, places = torch.unique(window, return_inverse=True)
             squares.add(found.new_zeros(len(unique), found.shape[1]).index_add_(0, places, found))
 
-    def _windows_of(self, rows: Tensor, is_shared: bool = False) -> list[Tensor]:
-        """The rows of each window, or all together if they belong to no window."""
-        if is_shared or len(rows) % self.windows:
-            return [rows]
-        return list(rows.reshape(self.windows, -1, *rows.shape[1:]))
+    def _by_window(self, rows: Tensor, is_shared: bool = False) -> Tensor:
+        """The rows of each window, shape (windows, ...), or all as one window if they belong to none."""
+        windows = 1 if is_shared or len(rows) % self.windows else self.windows
+        return rows.reshape(windows, -1, *rows.shape[1:])
 
 
 class Pools:

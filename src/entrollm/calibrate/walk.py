@@ -144,7 +144,7 @@ class _Measurement:
             signs = torch.from_numpy(self._generator.integers(0, 2, tuple(flat.shape)) * 2.0 - 1).to(flat)
             return (flat * signs).sum() / flat.detach().square().mean().sqrt().clamp_min(1e-20)
         probabilities, labels = draw_labels(flat.detach().float().clone(), self._generator)
-        total = probabilities.sum(axis=0, dtype=torch.float64)
+        total = probabilities.sum(0, dtype=torch.float64)
         self._likely = total if self._likely is None else self._likely + total
         return functional.cross_entropy(flat.float(), labels, reduction="sum")
 
