@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from entrollm import _core
-from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out
+from entrollm.calibrate import CalibrationText, calibrate, calibration_windows, held_out, sums
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.sums import Squares
 from entrollm.calibrate.text import held_out_windows
@@ -262,12 +263,15 @@ def test_windows_held_out_are_not_calibrated_on(model: Path, text: Path) -> None
 
 
 @pytest.mark.parametrize("rows", [3, 300])
-def test_squares_of_gradients_are_those_of_the_product_whatever_the_shape(rows: int) -> None:
+def test_squares_of_gradients_are_those_of_the_product_whatever_the_shape(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(8)
-    x = generator.standard_normal((20, 30)).astype(np.float32)
-    gradient = generator.standard_normal((20, rows)).astype(np.float32)
+    x = generator.standard_normal((3, 20, 30)).astype(np.float32)
+    gradient = generator.standard_normal((3, 20, rows)).astype(np.float32)
+    monkeypatch.setattr(sums, "_GRADIENT_NUMBERS", 2 * 30 * rows)
     squares = Squares()
-    squares.add_product(x, gradient)
-    whole = gradient.astype(np.float64).T @ x
-    np.testing.assert_allclose(squares.columns, whole.T @ whole, rtol=1e-3, atol=1e-2)
+    squares.add_products(torch.from_numpy(x), torch.from_numpy(gradient))
+    whole = (gradient.astype(np.float64).transpose(0, 2, 1) @ x).reshape(-1, 30)
+    np.testing.assert_allclose(np.tril(squares.columns), np.tril(whole.T @ whole), rtol=1e-3, atol=1e-2)
     assert squares.total == pytest.approx(float(np.square(whole).sum()), rel=1e-4)

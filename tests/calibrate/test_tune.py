@@ -1,31 +1,35 @@
 """Tuning: gradients of scales, what it changes in a folder and what it does not, and what it refuses."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from entrollm import _core
-from entrollm.calibrate import StoredStatistics, Tuner, measure, tune
-from entrollm.calibrate.scales import ScaledWeights, ScaleGradients
+from entrollm.calibrate import StoredStatistics, Tuner, check_tunable, measure, tune
+from entrollm.calibrate.scales import MovingScales
+from entrollm.calibrate.store import Spool
+from entrollm.calibrate.student import Student
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
 from entrollm.cli.main import app
 from entrollm.compress import CodingOptions, Target, compress_folder, pipeline
 from entrollm.compress.verify import verify
-from entrollm.engine.files import read_model_files
 from entrollm.engine.load import load
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.evaluate import Windows, evaluate
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of
-from entrollm.models import read_config
-from entrollm.models.config_fields import Fields
+from entrollm.torch.device import TorchDevice
+from tests.engine.architectures import ARCHITECTURES, VOCAB_SIZE
 from tests.support.checkpoints import write_random_llama
 
 OPTIONS = CodingOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
@@ -52,27 +56,56 @@ def untuned(model: Path, statistics: StoredStatistics, tmp_path_factory: pytest.
     return compress_folder(model, tmp_path_factory.mktemp("compressed") / "out", OPTIONS, statistics=statistics).path
 
 
-def test_gradients_are_the_slopes_of_the_divergence(model: Path, untuned: Path) -> None:
-    config = read_config(Fields(read_model_files(model).config, "config.json"))
-    read = windows(3, 2)
+def test_gradients_are_the_slopes_of_the_divergence(model: Path, untuned: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
+    read = windows(3, 2)
     with Checkpoint.open(model) as checkpoint, CompressedModel.open(untuned) as opened:
-        teacher = tune._Teacher(config, checkpoint, read)
-        weights = ScaledWeights(opened, 1)
-        student = tune._Student(config, weights, read, teacher)
-        gradients = ScaleGradients(weights)
-        student.divergence(np.arange(3), gradients)
-        assert len(gradients.sums) == 2 * len(opened.specs)
-        for entry, gradient in gradients.sums.items():
-            scale = weights.scales[entry]
-            direction = (generator.standard_normal(scale.shape) + np.sign(gradient)).astype(np.float32)
-            found = []
-            for change in (0.003, -0.003):
-                weights.scales[entry] = scale * np.exp(np.float32(change) * direction)
-                found.append(student.divergence(np.arange(3)))
-            weights.scales[entry] = scale
-            slope = (found[0] - found[1]) / 0.006
-            assert float(gradient @ direction) == pytest.approx(slope, rel=0.02, abs=1e-4), entry
+        check_gradients(checkpoint, opened, read, tmp_path, generator)
+
+
+def check_gradients(
+    checkpoint: Checkpoint,
+    opened: CompressedModel,
+    read: NDArray[np.int64],
+    folder: Path,
+    generator: np.random.Generator,
+) -> None:
+    device = TorchDevice("cpu")
+    scales = MovingScales(opened, 1)
+    student = Student(checkpoint, scales, Spool(folder, device), device)
+    gradients = {entry: np.zeros_like(scale) for entry, scale in scales.values.items()}
+    student.divergence(read, gradients)
+    assert len(gradients) == 2 * len(opened.specs)
+    for entry, gradient in gradients.items():
+        scale = scales.values[entry]
+        direction = (generator.standard_normal(scale.shape) + np.sign(gradient)).astype(np.float32)
+        found = []
+        for change in (0.003, -0.003):
+            scales.values[entry] = scale * np.exp(np.float32(change) * direction)
+            found.append(student.divergence(read))
+        scales.values[entry] = scale
+        slope = (found[0] - found[1]) / 0.006
+        assert float(gradient @ direction) == pytest.approx(slope, rel=0.02, abs=1e-4), entry
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen3_moe"])
+def test_any_architecture_is_tuned(architecture: str, tmp_path: Path) -> None:
+    source = ARCHITECTURES[architecture](tmp_path)
+    read = np.random.default_rng(3).integers(0, VOCAB_SIZE, (4, 24))
+    options = CodingOptions(target=Target(coded_bits=3.0), fine_scales=True)
+    out = compress_folder(source, tmp_path / "out", options).path
+    with Checkpoint.open(source) as checkpoint, CompressedModel.open(out) as opened:
+        device = TorchDevice("cpu")
+        scales = MovingScales(opened, 1)
+        student = Student(checkpoint, scales, Spool(tmp_path, device), device)
+        gradients = {entry: np.zeros_like(scale) for entry, scale in scales.values.items()}
+        before = student.divergence(read, gradients)
+        square = 0.0
+        for entry, gradient in gradients.items():
+            scales.values[entry] *= np.exp(-2e-3 * gradient / before)
+            square += 2e-3 * float(np.square(gradient).sum()) / before
+        assert np.mean([np.any(gradient) for gradient in gradients.values()]) > 0.9
+        assert before - student.divergence(read) == pytest.approx(square, rel=0.1)
 
 
 def integers(folder: Path) -> dict[str, bytes]:
@@ -203,6 +236,13 @@ def test_tuning_of_a_grid_without_a_size_is_refused(model: Path, tmp_path: Path)
 def test_a_divergence_that_is_not_finite_is_an_error(
     model: Path, untuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "_log_softmax", lambda logits: np.full_like(logits, np.nan))
+    monkeypatch.setattr(Student, "_divergence", lambda *_: torch.tensor(math.nan))
     with pytest.raises(EntroLLMError, match="the divergence of the compressed model is not finite"):
         Tuner(model, windows(8, 1), windows(4, 3))(untuned)
+
+
+def test_a_model_that_predicts_no_tokens_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="BertModel predicts no tokens, which tuning needs"):
+        check_tunable(tmp_path)

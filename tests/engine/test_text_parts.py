@@ -12,7 +12,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from entrollm import CompressOptions, _core, compress, load
-from entrollm.calibrate import CalibrationText, calibrate, check_tunable
+from entrollm.calibrate import CalibrationText, calibrate
 from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
 from entrollm.errors import UnsupportedError
@@ -115,9 +115,3 @@ def test_gpt2_has_no_positions_beyond_its_context(tmp_path: Path) -> None:
     assert model.logits(random_ids(256)).shape == (256, VOCAB_SIZE)
     with pytest.raises(ValueError, match="this model has 256 positions, and 257 tokens do not fit"):
         model.logits(random_ids(257))
-
-
-def test_tuning_names_what_it_does_not_follow(tmp_path: Path) -> None:
-    source = ARCHITECTURES["gemma2"](tmp_path)
-    with pytest.raises(UnsupportedError, match="does not follow these options of gemma2: attention_scale, "):
-        check_tunable(source)

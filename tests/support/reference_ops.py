@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from entrollm.calibrate.arithmetic import rms_norm, rotate, swiglu
 from entrollm.engine.weights import Floats
-
-__all__ = ["attention", "rms_norm", "rotate", "swiglu"]
 
 # Attention scores in flight; 2**22 float32 are 16 MiB.
 _MAX_SCORES = 2**22
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """Divide by the root of the mean square over the last axis, then multiply by `weight`, which is broadcast."""
+    mean_square = np.einsum("...i,...i->...", x, x) / x.shape[-1]
+    mean_square += np.float32(eps)
+    normalised: Floats = x / np.sqrt(mean_square)[..., None] * weight
+    return normalised
+
+
+def rotate(x: Floats, cosines: Floats, sines: Floats) -> Floats:
+    """Rotate feature i with feature i + rotary_dim / 2 of every head; features from rotary_dim on stay.
+
+    Args:
+        x: float32 (n, heads, head_dim).
+        cosines, sines: float32 (n, 1, rotary_dim / 2).
+    """
+    half = cosines.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([first * cosines - second * sines, second * cosines + first * sines, rest], axis=-1)
+
+
+def swiglu(gate_up: Floats) -> Floats:
+    """gate * sigmoid(gate) * up of float32 (n, 2 * features), gate first."""
+    gate, up = np.split(gate_up, 2, axis=-1)
+    with np.errstate(over="ignore"):  # exp overflows to inf, and what is divided by inf has the right limit
+        activated: Floats = gate / (1 + np.exp(-gate)) * up
+    return activated
 
 
 def attention(queries: Floats, keys: Floats, values: Floats, window: int | None = None) -> Floats:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.arrays import HOST, Array, Device
+from entrollm.calibrate import products
 from entrollm.calibrate.inputs import batches, model_inputs
 from entrollm.calibrate.lockstep import Call, Lockstep, RunHere, pause
 from entrollm.calibrate.network import Matrix, Network
@@ -86,35 +87,53 @@ class DriftWalk:
         self._models.recorded[name] = weights
 
     def _solve(self, name: str, original: list[Call], quantized: list[Call]) -> Tensor:
-        shared, moments, drift = self._sums(name, original, quantized)
-        if not (torch.isfinite(moments).all() and torch.isfinite(drift).all()):
-            raise EntroLLMError(f"{name}: its inputs in the quantized model are not finite")
         is_transposed = original[0].args[2]
-        weight = self._models.original.views[name].double()
-        wanted = (weight.T if is_transposed else weight) @ drift
-        if self._streams[name] is not None:
-            for before, now in zip(original, quantized, strict=True):
-                if before.args[3] is not None and now.args[3] is not None:
-                    wanted = wanted + (_rows(before.args[3] - now.args[3]).T @ _rows(now.args[0])).double()
-        self._last = shared, moments, drift
+        weight = self._models.original.views[name]
+        by_outputs = weight if is_transposed else weight.T
+        if self._streams[name] is None:
+            shared, moments, drift = self._sums(original, quantized)
+            self._last = shared, moments, drift
+            wanted = by_outputs.double().T @ drift
+        else:
+            moments, wanted = _output_sums(by_outputs, original, quantized)
+        if not (torch.isfinite(moments).all() and torch.isfinite(wanted).all()):
+            raise EntroLLMError(f"{name}: its inputs in the quantized model are not finite")
         mean = float(torch.trace(moments)) / len(moments)
         # Where all inputs are dead, so is the drift.
         moments = moments + torch.diag(torch.full_like(moments[0], _RIDGE * mean if mean > 0 else 1.0))
-        whole: Tensor = (_TRUST * torch.linalg.solve(moments, wanted.T)).float()
+        whole = (_TRUST * torch.cholesky_solve(wanted.T, torch.linalg.cholesky(moments))).float()
         return whole if is_transposed else whole.T.contiguous()
 
-    def _sums(self, name: str, original: list[Call], quantized: list[Call]) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, original: list[Call], quantized: list[Call]) -> tuple[Tensor, Tensor, Tensor]:
         """Over all tokens, in float64: x' x'^T and (x - x') x'^T; matrices on one input share them."""
-        first = quantized[0].args[0]
+        first: Tensor = quantized[0].args[0]
         if self._last is not None and self._last[0] is first:
             return self._last
         self._last = None
         moments = drift = torch.zeros((), dtype=torch.float64, device=first.device)
         for before, now in zip(original, quantized, strict=True):
             x, y = _rows(before.args[0]), _rows(now.args[0])
-            moments = moments + (y.T @ y).double()
-            drift = drift + ((x - y).T @ y).double()
+            moments = moments + products.moments(y).double()
+            drift = drift + products.estimate(x - y, y).double()
         return first, moments, drift
+
+
+def _output_sums(weight: Tensor, original: list[Call], quantized: list[Call]) -> tuple[Tensor, Tensor]:
+    """Over all tokens, in float64: x' x'^T, and e x'^T, where e is the error of the stream that W x is added to.
+
+    Args:
+        weight: float32, shape (inputs, outputs).
+        original, quantized: the products.
+    """
+    moments = wanted = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for before, now in zip(original, quantized, strict=True):
+        y = _rows(now.args[0])
+        errors = (_rows(before.args[0]) - y) @ weight
+        if before.args[3] is not None and now.args[3] is not None:
+            errors += _rows(before.args[3] - now.args[3])
+        moments = moments + products.moments(y).double()
+        wanted = wanted + products.estimate(errors, y).double()
+    return moments, wanted
 
 
 class _Models:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from entrollm.calibrate.network import Network
 from entrollm.errors import UnsupportedError
@@ -52,3 +53,9 @@ def model_inputs(network: Network, ids: NDArray[np.int64], *, predicts: bool = F
     if not predicts and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
     return inputs
+
+
+def predictions(outputs: Any) -> Tensor:
+    """What a model predicts at every position, (windows, tokens, vocabulary), or gives in place of predictions."""
+    found: Tensor = outputs["logits"] if "logits" in outputs else outputs[0]
+    return found

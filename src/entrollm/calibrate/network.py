@@ -91,12 +91,13 @@ class Network:
     def __init__(self, checkpoint: Checkpoint, device: TorchDevice) -> None:
         self._checkpoint = checkpoint
         self._device = device
-        self.model = _empty_model(checkpoint)
+        self.model = empty_model(checkpoint)
         self._sources = _sources(self.model, checkpoint)
         self._ties = _ties(self.model, self._sources)
         self.layers = tuple(_layers(self.model))
         self.matrices: dict[int, Matrix] = {}
         self.views: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[nn.Parameter, tuple[int | slice, ...]]] = {}
         names = {id(module): name for name, module in self.model.named_modules()}
         self._inner: list[str] = [names[id(layer)] + "." for layer in self.layers]
         for name, buffer in self.model.named_buffers():
@@ -128,6 +129,11 @@ class Network:
         found = self.matrices.get(weight.data_ptr())
         return found if found is not None and weight.dim() == 2 and weight.numel() == _size(found) else None
 
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient of a loaded matrix of the checkpoint, or None if none was passed to it."""
+        parameter, place = self._places[name]
+        return None if parameter.grad is None else parameter.grad[place]
+
     def load(self, index: int) -> None:
         """Load the weights of a layer."""
         self._load(name for name, _ in _parameters(self.model) if name.startswith(self._inner[index]))
@@ -139,7 +145,7 @@ class Network:
                 continue
             for address in _addresses(parameter):
                 for piece in self.matrices.pop(address).pieces:
-                    del self.views[piece.name]
+                    del self.views[piece.name], self._places[piece.name]
             self._set(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _load(self, names: Iterator[str]) -> None:
@@ -156,11 +162,14 @@ class Network:
             raise FormatError(f"{self._checkpoint.path} has no tensor for {name}, of shape {list(shape)}")
         source = self._sources[name]
         parameter = nn.Parameter(self._read(name, source, shape), requires_grad=False)
-        members = [parameter] if len(shape) == 2 else parameter
-        for address, matrix in zip(_addresses(parameter), self._matrices(name, source, shape), strict=True):
+        matrices = self._matrices(name, source, shape)
+        for member, (address, matrix) in enumerate(zip(_addresses(parameter), matrices, strict=True)):
             self.matrices[address] = matrix
-        for member, matrix in zip(members, self._matrices(name, source, shape), strict=False):
-            self.views |= {piece.name: member.detach()[piece.begin : piece.end] for piece in matrix.pieces}
+            for piece in matrix.pieces:
+                rows = slice(piece.begin, piece.end)
+                place = (rows,) if len(shape) == 2 else (member, rows)
+                self._places[piece.name] = parameter, place
+                self.views[piece.name] = parameter.detach()[place]
         return parameter
 
     def _read(self, name: str, source: _Source, shape: tuple[int, ...]) -> Tensor:
@@ -208,8 +217,12 @@ def read_config(checkpoint: Checkpoint) -> Any:
     return CONFIG_MAPPING[stored["model_type"]].from_dict(plain)
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
-    """The model without weights, with its buffers."""
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """The model without weights, with its buffers.
+
+    Raises:
+        UnsupportedError: transformers does not know the model.
+    """
     config = read_config(checkpoint)
     # Experts one by one, since each has tokens of its own.
     config._experts_implementation = "eager"

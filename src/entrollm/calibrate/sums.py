@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from entrollm.arrays import Array, double, functions, like
-from entrollm.calibrate.arithmetic import softmax
+from entrollm.calibrate.products import estimate, moments
 
 # Activations of so many tokens wait for one product, which costs less than many small ones.
 _TOKENS_PER_PRODUCT = 4096
+# Gradients of so many windows are made at once that they have about this many numbers.
+_GRADIENT_NUMBERS = 1 << 24
 
 RARE_TOKEN = 0.1
 """A token that the windows never suggest counts as this share of the mean one."""
 
 
-def mean_moments(first: Array, second: Array) -> Array:
+def mean_moments(first: Tensor, second: Tensor) -> Tensor:
     """The mean of two estimates of one thing up to a factor; only lower triangles count."""
-    mean = functions(first).zeros_like(first)
-    for moments in (first, second):
-        trace = float(functions(moments).trace(moments))
+    mean = torch.zeros_like(first)
+    for found in (first, second):
+        trace = float(torch.trace(found))
         if trace > 0:
-            mean += moments / trace
+            mean += found / trace
     return mean
 
 
@@ -28,33 +31,42 @@ class Squares:
     """Sums over the gradients G of one matrix, one for each window.
 
     Attributes:
-        columns: float64, G^T G; None before the first.
+        columns: float64, G^T G, whose lower triangle counts; None before the first.
     """
 
     def __init__(self) -> None:
-        self.columns: Array | None = None
+        self.columns: Tensor | None = None
 
     @property
     def total(self) -> float:
         """The sum of all squares."""
-        return float(functions(self.columns).trace(self.columns))
+        return 0.0 if self.columns is None else float(torch.trace(self.columns))
 
-    def add(self, gradient: Array) -> None:
-        """Add one window's gradient, or rows of it."""
-        self._add(gradient.T @ gradient)
+    def add(self, gradient: Tensor) -> None:
+        """Add one window's gradient, rows of it, or several one below the other."""
+        self._add(moments(gradient))
 
-    def add_product(self, x: Array, gradient: Array) -> None:
-        """Add one window's gradient, made of a matrix's inputs (n, columns) and its outputs' gradients (n, rows)."""
-        n, rows = gradient.shape
-        columns = x.shape[1]
-        if n * n * (rows + columns) + n * columns**2 < n * rows * columns + rows * columns**2:
-            self._add(x.T @ ((gradient @ gradient.T) @ x))
-        else:
-            self.add(gradient.T @ x)
+    def add_products(self, x: Tensor, gradient: Tensor) -> None:
+        """Add the gradients of windows of n tokens.
 
-    def _add(self, product: Array) -> None:
+        Args:
+            x: float32, shape (windows, n, columns), the inputs of the matrix.
+            gradient: float32, shape (windows, n, rows), of its outputs.
+        """
+        windows, n, rows = gradient.shape
+        columns = x.shape[2]
+        # The products of the second way take half of the time: one is an estimate, the other symmetric.
+        if n * n * (rows + columns) + n * columns**2 < (n * rows * columns + rows * columns**2) / 2:
+            self._add(x.flatten(0, 1).T @ ((gradient @ gradient.mT) @ x).flatten(0, 1))
+            return
+        step = max(1, _GRADIENT_NUMBERS // (rows * columns))
+        for begin in range(0, windows, step):
+            part = slice(begin, begin + step)
+            self.add(estimate(gradient[part], x[part]).flatten(0, 1))
+
+    def _add(self, product: Tensor) -> None:
         if self.columns is None:
-            self.columns = double(product)
+            self.columns = product.double()
         else:
             self.columns += product
 
@@ -63,39 +75,41 @@ class Moments:
     """The sum of x x^T in float64 over rows x."""
 
     def __init__(self) -> None:
-        self._waiting: list[Array] = []
+        self._waiting: list[Tensor] = []
         self._tokens = 0
-        self._sum: Array | None = None
+        self._sum: Tensor | None = None
 
-    def add(self, x: Array) -> None:
+    def add(self, x: Tensor) -> None:
         """Add float32 (n, columns), which must not change any more."""
         self._waiting.append(x)
         self._tokens += len(x)
         if self._tokens >= _TOKENS_PER_PRODUCT:
             self._flush()
 
-    def total(self) -> Array:
-        """The sum, float64 (columns, columns), of at least one row."""
+    def total(self) -> Tensor:
+        """The sum over at least one row: float64 (columns, columns), whose lower triangle counts."""
         self._flush()
+        assert self._sum is not None
         return self._sum
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        x = functions(self._waiting[0]).concatenate(self._waiting)
+        x = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting.clear()
         self._tokens = 0
-        product = x.T @ x
+        product = moments(x)
         if self._sum is None:
-            self._sum = double(product)
+            self._sum = product.double()
         else:
             self._sum += product
 
 
-def draw_labels(logits: Array, generator: np.random.Generator) -> tuple[Array, Array]:
+def draw_labels(logits: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Predicted probabilities, in place of the logits, and one token drawn from each row's, int64."""
-    xp = functions(logits)
-    probabilities = softmax(logits)
-    summed = xp.cumsum(probabilities, 1, dtype=xp.float64)
-    points = like(logits, generator.random((len(logits), 1)))
-    return probabilities, (summed <= points * summed[:, -1:]).sum(axis=1)
+    logits -= logits.amax(-1, keepdim=True)
+    logits.exp_()
+    logits /= logits.sum(-1, keepdim=True)
+    summed = logits.cumsum(1, dtype=torch.float64)
+    points = torch.from_numpy(generator.random((len(logits), 1))).to(summed)
+    return logits, (summed <= points * summed[:, -1:]).sum(1)

@@ -11,8 +11,8 @@ counted in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,221 +22,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers.cache_utils import Cache
 
 from entrollm.arrays import HOST, Device, double
-from entrollm.calibrate.inputs import batches, model_inputs, vocabulary
+from entrollm.calibrate.inputs import batches, model_inputs, predictions, vocabulary
 from entrollm.calibrate.lockstep import Call, Lockstep
 from entrollm.calibrate.network import Matrix, Network
+from entrollm.calibrate.seen import Pools, Seen, Watcher
 from entrollm.calibrate.store import Spool, StoredStatistics
-from entrollm.calibrate.sums import RARE_TOKEN, Moments, Squares, draw_labels, mean_moments
-from entrollm.calibrate.watch import Streams, Watch
+from entrollm.calibrate.sums import RARE_TOKEN, draw_labels, mean_moments
+from entrollm.calibrate.visit import Visit
+from entrollm.calibrate.watch import Watch
 from entrollm.checkpoint.model_folder import Checkpoint
-from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.errors import EntroLLMError
 from entrollm.quantize.statistics import Sensitivity, damped_factor
 from entrollm.torch.device import TorchDevice
 
 # Windows that gradients are taken of; squares of gradients converge sooner than correlations of inputs.
 _GRADIENT_WINDOWS = 64
-# A member of a stack with as many tokens as this share of its inputs is trusted as much as all members together.
-_POOLED_SHARE = 0.5
 
 Progress = Callable[[float, float], None]
-
-
-@dataclass
-class _Seen:
-    """What is known of a matrix.
-
-    Attributes:
-        matrix: the matrix.
-        group: the name under which the moments of its columns' side are added up.
-        squares: of the gradients, by piece.
-        is_looked_up: whether its rows are looked up.
-    """
-
-    matrix: Matrix
-    group: str
-    squares: dict[str, Squares] = field(default_factory=dict)
-    is_looked_up: bool = False
-
-
-class _Watcher:
-    """Adds up the inputs of products, and the gradients of their outputs if there are any.
-
-    Attributes:
-        seen: the matrices by the name of their first piece.
-        moments: sums over the inputs of the products, or over the gradients of the outputs where matrices are
-            transposed, by group.
-        tokens: how many are in each sum.
-        windows: how many the next products are about.
-        streams: what the outputs are added to.
-    """
-
-    def __init__(self, adds_inputs: bool) -> None:
-        self.seen: dict[str, _Seen] = {}
-        self.moments: dict[str, Moments] = {}
-        self.tokens: dict[str, int] = {}
-        self.windows = 1
-        self.streams = Streams()
-        self._adds_inputs = adds_inputs
-        self._last: tuple[Tensor, str] | None = None
-
-    def product(self, matrix: Matrix, x: Tensor, is_transposed: bool, multiply: Callable[[], Tensor]) -> Tensor:
-        """See one product."""
-        y = multiply()
-        name = matrix.pieces[0].name
-        if name not in self.seen:
-            shares = self._last is not None and self._last[0] is x and not is_transposed
-            group = self._last[1] if shares and self._last is not None else name
-            self.seen[name] = _Seen(matrix, group)
-        seen = self.seen[name]
-        self._last = x, seen.group
-        inputs = x.detach().reshape(-1, x.shape[-1])
-        if self._adds_inputs and not is_transposed and seen.group == name:
-            self._add(name, inputs)
-        if y.requires_grad:
-            y.register_hook(partial(self._gradient, seen, inputs, is_transposed))  # type: ignore[no-untyped-call]
-        self.streams.product(name, y)
-        return y
-
-    def add(self, first: Tensor, second: Tensor, total: Tensor) -> None:
-        """See an addition."""
-        self.streams.add(first, second, total)
-
-    def look_up(self, matrix: Matrix, ids: Tensor, rows: Tensor) -> None:
-        """See rows that are looked up."""
-        if not rows.requires_grad:
-            return
-        name = matrix.pieces[0].name
-        seen = self.seen.setdefault(name, _Seen(matrix, name))
-        seen.is_looked_up = True
-        rows.register_hook(partial(self._look_up_gradient, seen, ids))  # type: ignore[no-untyped-call]
-
-    def names(self) -> list[str]:
-        """The checkpoint's matrices that were seen, in order."""
-        return [piece.name for seen in self.seen.values() for piece in seen.matrix.pieces]
-
-    def forget(self) -> None:
-        """Let go of what was seen last."""
-        self._last = None
-        self.streams.leave()
-
-    def _add(self, group: str, x: Tensor) -> None:
-        self.moments.setdefault(group, Moments()).add(x)
-        self.tokens[group] = self.tokens.get(group, 0) + len(x)
-
-    def _gradient(self, seen: _Seen, inputs: Tensor, is_transposed: bool, gradient: Tensor) -> None:
-        outputs = gradient.detach().reshape(-1, gradient.shape[-1])
-        columns, rows = (outputs, inputs) if is_transposed else (inputs, outputs)
-        if is_transposed:
-            self._add(seen.group, outputs)
-        is_shared = bool(seen.matrix.stack)  # its tokens come from any window
-        for x, dy in zip(self._windows_of(columns, is_shared), self._windows_of(rows, is_shared), strict=True):
-            for piece in seen.matrix.pieces:
-                squares = seen.squares.setdefault(piece.name, Squares())
-                squares.add_product(x, dy[:, piece.begin : piece.end])
-
-    def _look_up_gradient(self, seen: _Seen, ids: Tensor, gradient: Tensor) -> None:
-        name = seen.matrix.pieces[0].name
-        squares = seen.squares.setdefault(name, Squares())
-        rows = gradient.detach().reshape(-1, gradient.shape[-1])
-        is_shared = len(ids) != self.windows  # positions, which all windows have
-        flat = ids.expand(gradient.shape[:-1]).reshape(-1)
-        for window, found in zip(self._windows_of(flat, is_shared), self._windows_of(rows, is_shared), strict=True):
-            unique, places = torch.unique(window, return_inverse=True)
-            squares.add(found.new_zeros(len(unique), found.shape[1]).index_add_(0, places, found))
-
-    def _windows_of(self, rows: Tensor, is_shared: bool = False) -> list[Tensor]:
-        """The rows of each window, or all together if they belong to no window."""
-        if is_shared or len(rows) % self.windows:
-            return [rows]
-        return list(rows.reshape(self.windows, -1, *rows.shape[1:]))
-
-
-class _Node:
-    """A tensor that a layer gave, and its gradient once that is known."""
-
-    def __init__(self) -> None:
-        self.gradient: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> None:
-        """Add a part of the gradient."""
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
-
-    def leaf(self, given: Tensor) -> Tensor:
-        """The tensor, from which gradients come here."""
-        leaf = given.detach().requires_grad_()
-        leaf.entrollm_node = self  # type: ignore[attr-defined]
-        leaf.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
-        return leaf
-
-    def _take(self, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        self.add(leaf.grad)
-        leaf.grad = None
-
-
-class _Visit:
-    """A batch in a layer: what is needed to run the layer again, with gradients."""
-
-    def __init__(self, call: Call, key: str, spool: Spool) -> None:
-        self.batch = call.batch
-        self._values, self._form = tree_flatten((call.args, call.kwargs))
-        self._spool = spool
-        self._waiting: dict[int, tuple[str, _Node]] = {}
-        self._glued: dict[int, Tensor] = {}
-        self._given: list[_Node | None] = []
-        for place, value in enumerate(self._values):
-            if isinstance(value, Cache):
-                raise UnsupportedError("a layer reads keys and values of others, which calibration does not follow")
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                continue
-            self._values[place] = value.detach()
-            node = getattr(value, "entrollm_node", None)
-            if node is None:
-                self._glued[place] = value
-            else:
-                self._waiting[place] = f"{key}-{place}", node
-                spool.put(f"{key}-{place}", value.detach())
-
-    def forward(self, layer: Callable[..., Any]) -> Any:
-        """Run the layer, and mark what it gives."""
-        args, kwargs = tree_unflatten(self._values, self._form)
-        with torch.no_grad():
-            given, form = tree_flatten(layer(*args, **kwargs))
-        for place in self._waiting:
-            self._values[place] = None
-        self._given = [_Node() if isinstance(value, Tensor) and value.is_floating_point() else None for value in given]
-        marked = [value if node is None else node.leaf(value) for value, node in zip(given, self._given, strict=True)]
-        return tree_unflatten(marked, form)
-
-    def backward(self, layer: Callable[..., Any]) -> None:
-        """Run the layer again, and pass gradients from what it gave to what it read."""
-        values, leaves = list(self._values), {}
-        for place in (*self._waiting, *self._glued):
-            stored = self._spool.take(self._waiting[place][0]) if place in self._waiting else self._values[place]
-            leaves[place] = stored.requires_grad_()
-            values[place] = stored.clone()  # layers may change what they read
-        args, kwargs = tree_unflatten(values, self._form)
-        with torch.enable_grad():
-            given, _ = tree_flatten(layer(*args, **kwargs))
-        ends = [
-            (value, node.gradient)
-            for value, node in zip(given, self._given, strict=True)
-            if node is not None and node.gradient is not None and value.requires_grad
-        ]
-        if ends:
-            torch.autograd.backward([value for value, _ in ends], [gradient for _, gradient in ends])
-        self._given = []
-        for place, leaf in leaves.items():
-            if leaf.grad is None:
-                continue
-            if place in self._waiting:
-                self._waiting[place][1].add(leaf.grad)
-            else:
-                torch.autograd.backward(self._glued[place], leaf.grad, retain_graph=True)
 
 
 def measure(
@@ -287,7 +91,7 @@ class _Measurement:
             for chosen, has_gradient in ((picked, True), (others, False))
             for ids in batches(windows[chosen], network.model)
         ]
-        self._glue = _Watcher(adds_inputs=True)
+        self._glue = Watcher(adds_inputs=True)
         self._tokens: dict[str, int] = {}
         self._likely: Tensor | None = None
         self._predictions = 0
@@ -298,7 +102,7 @@ class _Measurement:
         layers = self._network.layers
         lockstep = Lockstep(layers, self._network.names)
         try:
-            visits: list[tuple[int, list[_Visit]]] = []
+            visits: list[tuple[int, list[Visit]]] = []
             for index, calls in lockstep.run([partial(self._go, batch) for batch in self._batches]):
                 assert isinstance(index, int)
                 self._stored.add_order(self._glue.names())
@@ -327,7 +131,7 @@ class _Measurement:
         with torch.enable_grad(), Watch(self._network, self._glue):
             outputs = self._network.model(**inputs)
             self._glue.windows = len(batch.ids)
-            loss = self._loss(outputs["logits"] if "logits" in outputs else outputs[0])
+            loss = self._loss(predictions(outputs))
             loss.backward()  # type: ignore[no-untyped-call]
             self._glue.forget()
 
@@ -340,20 +144,20 @@ class _Measurement:
             signs = torch.from_numpy(self._generator.integers(0, 2, tuple(flat.shape)) * 2.0 - 1).to(flat)
             return (flat * signs).sum() / flat.detach().square().mean().sqrt().clamp_min(1e-20)
         probabilities, labels = draw_labels(flat.detach().float().clone(), self._generator)
-        total = probabilities.sum(axis=0, dtype=torch.float64)
+        total = probabilities.sum(0, dtype=torch.float64)
         self._likely = total if self._likely is None else self._likely + total
         return functional.cross_entropy(flat.float(), labels, reduction="sum")
 
-    def _forward(self, lockstep: Lockstep, index: int, calls: list[Call]) -> list[_Visit]:
+    def _forward(self, lockstep: Lockstep, index: int, calls: list[Call]) -> list[Visit]:
         """Run a layer on all batches."""
         self._network.load(index)
-        watcher = _Watcher(adds_inputs=True)
+        watcher = Watcher(adds_inputs=True)
         layer = partial(_call, lockstep, index, watcher)
         visits = []
         with Watch(self._network, watcher):
             for call in calls:
                 if self._batches[call.batch].has_gradient:
-                    visits.append(_Visit(call, f"{index}-{call.batch}", self._spool))
+                    visits.append(Visit(call, f"{index}-{call.batch}", self._spool))
                     call.result = visits[-1].forward(layer)
                 else:
                     with torch.no_grad():
@@ -367,7 +171,7 @@ class _Measurement:
         self._network.release(index)
         return visits
 
-    def _put_moments(self, index: int, watcher: _Watcher) -> None:
+    def _put_moments(self, index: int, watcher: Watcher) -> None:
         """Let the moments of a layer wait, those of members of a stack together with those of all members."""
         totals = {}
         for group, moments in watcher.moments.items():
@@ -378,10 +182,10 @@ class _Measurement:
             self._spool.put_triangle(f"{index}-{group}", total)
         self._tokens |= watcher.tokens
 
-    def _backward(self, lockstep: Lockstep, index: int, visits: list[_Visit]) -> None:
+    def _backward(self, lockstep: Lockstep, index: int, visits: list[Visit]) -> None:
         """Run a layer again with gradients, and keep the statistics of its matrices."""
         self._network.load(index)
-        watcher = _Watcher(adds_inputs=False)
+        watcher = Watcher(adds_inputs=False)
         layer = partial(_call, lockstep, index, watcher)
         with Watch(self._network, watcher):
             for visit in visits:
@@ -399,17 +203,17 @@ class _Measurement:
         self._keep(watcher, totals, self._tokens | watcher.tokens)
         self._network.release(index)
 
-    def _unseen(self, index: int, watcher: _Watcher) -> dict[str, Matrix]:
+    def _unseen(self, index: int, watcher: Watcher) -> dict[str, Matrix]:
         """Members of stacks that gradients did not reach."""
         stacks = {seen.matrix.stack for seen in watcher.seen.values()} - {""}
         found = {matrix.pieces[0].name: matrix for matrix in self._network.matrices.values() if matrix.stack in stacks}
         missing = {name: matrix for name, matrix in found.items() if name not in watcher.seen}
-        watcher.seen |= {name: _Seen(matrix, name) for name, matrix in missing.items()}
+        watcher.seen |= {name: Seen(matrix, name) for name, matrix in missing.items()}
         return missing
 
-    def _keep(self, watcher: _Watcher, totals: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
+    def _keep(self, watcher: Watcher, totals: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
         """Store the statistics of all matrices that a watcher has seen."""
-        pools = _Pools(watcher.seen.values(), totals, tokens)
+        pools = Pools(watcher.seen.values(), totals, tokens)
         for seen in reversed(list(watcher.seen.values())):
             for piece in seen.matrix.pieces:
                 squares, moments, total = pools.of(seen, piece.name)
@@ -434,50 +238,6 @@ class _Measurement:
         return relative
 
 
-class _Pools:
-    """Statistics of the members of stacks, each drawn to those of all members as far as it has few tokens."""
-
-    def __init__(self, seen: Iterable[_Seen], totals: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
-        self._totals, self._tokens = totals, tokens
-        self._pooled: dict[str, list[Any]] = {}
-        for found in seen:
-            if not found.matrix.stack:
-                continue
-            # Sums of moments, tokens, sums of squares by place among the pieces.
-            pool = self._pooled.setdefault(found.matrix.stack, [None, 0, {}])
-            if found.group in totals:
-                pool[0] = totals[found.group].clone() if pool[0] is None else pool[0] + totals[found.group]
-                pool[1] += tokens[found.group]
-            for place, piece in enumerate(found.matrix.pieces):
-                squares = found.squares.get(piece.name)
-                if squares is not None and squares.columns is not None:
-                    known = pool[2].get(place)
-                    pool[2][place] = squares.columns.clone() if known is None else known + squares.columns
-
-    def of(self, seen: _Seen, name: str) -> tuple[Tensor | None, Tensor | None, float]:
-        """The sum of G^T G and of x x^T, each up to a factor, and the sum of all squares of G."""
-        squares, moments = seen.squares.get(name), self._totals.get(seen.group)
-        columns = None if squares is None else squares.columns
-        total = 0.0 if squares is None or columns is None else squares.total
-        if not seen.matrix.stack:
-            return columns, moments, total
-        pooled, tokens, by_place = self._pooled[seen.matrix.stack]
-        place = next(at for at, piece in enumerate(seen.matrix.pieces) if piece.name == name)
-        own = self._tokens.get(seen.group, 0)
-        trust = own / (own + _POOLED_SHARE * seen.matrix.shape[1])
-        if columns is None and place in by_place:
-            # As much as half a token would have given.
-            total = 0.5 * float(torch.trace(by_place[place])) / max(1, tokens)
-        return _blend(columns, by_place.get(place), trust), _blend(moments, pooled, trust), total
-
-
-def _blend(own: Tensor | None, pooled: Tensor | None, trust: float) -> Tensor | None:
-    """A mean of two sums, each divided by its trace."""
-    parts = [(part, weight) for part, weight in ((own, trust), (pooled, 1 - trust)) if part is not None]
-    scaled = [part * (weight / trace) for part, weight in parts if (trace := float(torch.trace(part))) > 0]
-    return sum(scaled[1:], scaled[0]) if scaled else (pooled if own is None else own)
-
-
-def _call(lockstep: Lockstep, index: int, watcher: _Watcher, *args: Any, **kwargs: Any) -> Any:
+def _call(lockstep: Lockstep, index: int, watcher: Watcher, *args: Any, **kwargs: Any) -> Any:
     watcher.streams.enter(args, kwargs)
     return lockstep.forward(index, args, kwargs)

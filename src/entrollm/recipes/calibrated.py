@@ -64,7 +64,7 @@ def compress_calibrated(
         tuner = None
         if options.tune:
             assert windows is not None  # `_text` holds some out
-            tuner = Tuner(model, statistics.windows, windows, options.threads)
+            tuner = Tuner(model, statistics.windows, windows, device, options.threads)
         post_fit = None if tuner is None else _reported(tuner, progress)
         search = None
         if options.max_kl is None:

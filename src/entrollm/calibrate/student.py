@@ -1,0 +1,180 @@
+"""A model and what compression made of it, as they read windows of text: their divergence, and its gradients.
+
+Both run through one layer at a time, as in `walk.py`. The weights of the compressed model are parameters of
+transformers' own code, so autograd gives the gradients of its matrices whatever the layers do with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entrollm.calibrate.inputs import batches, model_inputs, predictions
+from entrollm.calibrate.lockstep import Lockstep
+from entrollm.calibrate.network import Network
+from entrollm.calibrate.scales import Floats, MovingScales
+from entrollm.calibrate.store import Spool
+from entrollm.calibrate.visit import Visit
+from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.errors import EntroLLMError
+from entrollm.format import layout
+from entrollm.torch.device import TorchDevice
+
+Gradients = Mapping[str, Floats]
+"""Gradients of the logarithms of scales, float32, by entry of the file."""
+
+
+class Student:
+    """A compressed model that reads windows beside its original.
+
+    Memory: for each of the two, the float32 weights outside the layers and of one layer; gradients take as much again.
+
+    Args:
+        checkpoint: the original.
+        scales: the compressed model.
+        spool: where the original's predictions and the inputs of layers wait.
+        device: what computes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, scales: MovingScales, spool: Spool, device: TorchDevice) -> None:
+        self._original, self._network = (Network(checkpoint, device) for _ in range(2))
+        self._scales = scales
+        self._spool = spool
+        self._device = device
+        self._outer = list(self._network.views)
+        _require(parameter for parameter in self._network.model.parameters() if not parameter.is_meta)
+
+    def divergence(self, windows: NDArray[np.int64], gradients: Gradients | None = None) -> float:
+        """The mean KL divergence from the original over windows, in nats.
+
+        Args:
+            windows: token ids, shape (windows, tokens).
+            gradients: what the gradients are added to, with the shapes of `MovingScales.values`; None if unwanted.
+        Raises:
+            EntroLLMError: the divergence is not finite.
+        """
+        parts = batches(windows, self._original.model)
+        self._teach(parts)
+        found = self._follow(parts, windows.size, gradients)
+        if not math.isfinite(found):
+            raise EntroLLMError("the divergence of the compressed model is not finite; its weights may be damaged")
+        return max(0.0, found)  # rounding may take what is close to 0 below it
+
+    def _teach(self, parts: list[NDArray[np.int64]]) -> None:
+        """Leave the original's predictions in the spool."""
+        network = self._original
+
+        def go(number: int) -> None:
+            with torch.no_grad():
+                self._spool.put(_wanted(number), _log_probabilities(network, parts[number]))
+
+        lockstep = Lockstep(network.layers, network.names)
+        try:
+            for index, calls in lockstep.run([partial(go, number) for number in range(len(parts))]):
+                assert isinstance(index, int)
+                network.load(index)
+                with torch.no_grad():
+                    for call in calls:
+                        call.result = lockstep.forward(index, call.args, call.kwargs)
+                network.release(index)
+        finally:
+            lockstep.close()
+
+    def _follow(self, parts: list[NDArray[np.int64]], predicted: int, gradients: Gradients | None) -> float:
+        """The divergence of the compressed model from the predictions in the spool."""
+        network = self._network
+        found = []
+
+        def go(number: int) -> None:
+            with torch.set_grad_enabled(gradients is not None):
+                divergence = self._divergence(number, _log_probabilities(network, parts[number])) / predicted
+                found.append(float(divergence.detach()))
+                if gradients is not None:
+                    divergence.backward()  # type: ignore[no-untyped-call]
+
+        self._put(self._outer)
+        lockstep = Lockstep(network.layers, network.names)
+        try:
+            visits: list[tuple[int, list[Visit]]] = []
+            for index, calls in lockstep.run([partial(go, number) for number in range(len(parts))]):
+                assert isinstance(index, int)
+                self._load(index)
+                layer = partial(_call, lockstep, index)
+                if gradients is None:
+                    with torch.no_grad():
+                        for call in calls:
+                            call.result = layer(*call.args, **call.kwargs)
+                else:
+                    visits.append((index, [Visit(call, f"{index}-{call.batch}", self._spool) for call in calls]))
+                    for call, visit in zip(calls, visits[-1][1], strict=True):
+                        call.result = visit.forward(layer)
+                network.release(index)
+            while visits:
+                assert gradients is not None
+                index, layer_visits = visits.pop()
+                self._load(index)
+                for visit in layer_visits:
+                    visit.backward(partial(_call, lockstep, index))
+                self._gather(set(network.views) - set(self._outer), gradients)
+                network.release(index)
+        finally:
+            lockstep.close()
+        if gradients is not None:
+            self._gather(self._outer, gradients)
+            network.model.zero_grad()
+        return math.fsum(found)
+
+    def _divergence(self, number: int, found: Tensor) -> Tensor:
+        """The sum of a batch's divergences, of log-probabilities that were found."""
+        wanted = self._spool.take(_wanted(number))
+        divergence: Tensor = (wanted.exp() * (wanted - found)).sum(dtype=torch.float64)
+        return divergence
+
+    def _load(self, index: int) -> None:
+        """Load a layer of the compressed model."""
+        self._network.load(index)
+        _require(self._network.layers[index].parameters())
+        self._put(set(self._network.views) - set(self._outer))
+
+    def _put(self, names: Iterable[str]) -> None:
+        """Put matrices with their present scales in place of the original's."""
+        for name in names:
+            if name in self._scales.names:
+                self._network.views[name].copy_(self._device.put(self._scales.weight(name)))
+
+    def _gather(self, names: Iterable[str], gradients: Gradients) -> None:
+        """Add what the gradients of loaded matrices say of their scales."""
+        for name in names:
+            gradient = self._network.gradient(name)
+            if gradient is None:
+                continue
+            products = self._network.views[name] * gradient
+            for suffix, axis in ((layout.SCALE, 1), (layout.COLUMN_SCALE, 0)):
+                if name + suffix in gradients:
+                    gradients[name + suffix][...] += self._device.take(products.sum(axis))
+
+
+def _require(parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_()
+
+
+def _call(lockstep: Lockstep, index: int, *args: Any, **kwargs: Any) -> Any:
+    return lockstep.forward(index, args, kwargs)
+
+
+def _log_probabilities(network: Network, ids: NDArray[np.int64]) -> Tensor:
+    """float32 (predictions, vocabulary)."""
+    outputs = network.model(**model_inputs(network, ids, predicts=True))
+    return torch.log_softmax(predictions(outputs).float().flatten(0, -2), -1)
+
+
+def _wanted(number: int) -> str:
+    return f"wanted-{number}"
