@@ -158,7 +158,7 @@ def _packed(weights: Tensor) -> Tensor:
 
 def launch_once(rows: int, columns: int, entropy: float) -> None:
     """One product and one decoding to memory, for a profiler."""
-    matrix = CudaMatrix.from_parts([random_matrix(rows, columns, entropy)[2]], DEVICE)
+    matrix = CudaMatrix([random_matrix(rows, columns, entropy)[2]], DEVICE)
     matrix.multiply(torch.randn(1, columns, device=DEVICE).bfloat16())
     matrix.dequantize(torch.bfloat16)
     torch.cuda.synchronize()
@@ -175,7 +175,7 @@ def random_matrix(rows: int, columns: int, entropy: float) -> tuple[Tensor, Tens
 def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
     """Ours, checked against float64 and the symbols it was made from."""
     symbols, scale, matrix = random_matrix(rows, columns, entropy)
-    single = CudaMatrix.from_parts([matrix], DEVICE)
+    single = CudaMatrix([matrix], DEVICE)
     x = torch.randn(1, columns, device=DEVICE)
     weights = (symbols.double() - 128) * scale[:, None].double()
     expected = x.double() @ weights.T
@@ -184,7 +184,7 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
     assert torch.equal(single.dequantize(torch.float32), (symbols.float() * scale[:, None] - 128 * scale[:, None]))
     del weights
     copies = max(4, DISTINCT_BYTES // matrix.size_bytes)
-    matrices = [CudaMatrix.from_parts([_copy(matrix)], DEVICE) for _ in range(copies)]
+    matrices = [CudaMatrix([_copy(matrix)], DEVICE) for _ in range(copies)]
     x = x.bfloat16()
     y = torch.empty(1, rows, device=DEVICE).bfloat16()
     result = summary(graph_times(lambda i: matrices[i].product(1, x.dtype)(x, y), copies))

@@ -11,6 +11,7 @@ entropy; matrices of one shape hold the same ones in memory of their own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from hf_model import measure
 
 from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
+from entrollm.torch.cuda.flat import FlatPart, pack_flat
+from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
 from gemv import DEVICE, commit, gaussian_deviation
 
@@ -56,15 +59,16 @@ SHAPES = (
 
 
 class Coded:
-    """Makes coded matrices: the first of a shape is transcoded, the others are copies of it."""
+    """Makes coded or flat matrices: the first of a shape is written, the others are copies of it."""
 
-    def __init__(self, entropy: float) -> None:
+    def __init__(self, entropy: float, is_flat: bool) -> None:
         self._deviation = gaussian_deviation(entropy)
-        self._made: dict[tuple[int, int], DeviceMatrix] = {}
+        self._is_flat = is_flat
+        self._made: dict[tuple[int, int], DeviceMatrix | FlatPart] = {}
         self.bytes = self.weights = 0
 
-    def __call__(self, rows: int, columns: int) -> CudaMatrix:
-        """A coded matrix of its own."""
+    def __call__(self, rows: int, columns: int) -> CudaMatrix | FlatCudaMatrix:
+        """A matrix of its own."""
         first = self._made.get((rows, columns))
         if first is None:
             symbols = torch.empty(rows, columns, dtype=torch.uint8, device=DEVICE)
@@ -72,9 +76,14 @@ class Coded:
                 part = torch.randn(min(8192, rows - i), columns, device=DEVICE).mul_(self._deviation).round_().add_(128)
                 symbols[i : i + 8192] = part.clamp_(0, 255).to(torch.uint8)
             scale = torch.full((rows,), columns**-0.5 / self._deviation, device=DEVICE)
-            first = self._made[rows, columns] = transcode("weights", symbols, scale, scale * -128)
-        chunks = replace(first.chunks, data=first.chunks.data.clone())
-        matrix = CudaMatrix.from_parts([replace(first, chunks=chunks)], DEVICE)
+            make = pack_flat if self._is_flat else transcode
+            first = self._made[rows, columns] = make("weights", symbols, scale, scale * -128)
+        matrix: CudaMatrix | FlatCudaMatrix
+        if isinstance(first, FlatPart):
+            matrix = FlatCudaMatrix([replace(first, data=first.data.clone())], DEVICE)
+        else:
+            chunks = replace(first.chunks, data=first.chunks.data.clone())
+            matrix = CudaMatrix([replace(first, chunks=chunks)], DEVICE)
         self.bytes += matrix.size_bytes
         self.weights += rows * columns
         return matrix
@@ -85,13 +94,13 @@ class Coded:
         return self.bytes * 8 / self.weights
 
 
-def run(shape: Shape, entropies: list[float], eager: bool) -> list[dict[str, Any]]:
+def run(shape: Shape, entropies: list[float], eager: bool, forms: list[str]) -> list[dict[str, Any]]:
     """Both ways to generate, and prompts."""
     results = []
     baseline = measure(shape.kind, None, eager, shape.sizes())
     print(f"{shape.name}, bfloat16: {_summary(baseline)}", flush=True)
-    for entropy in entropies:
-        coded = Coded(entropy)
+    for entropy, form in itertools.product(entropies, forms):
+        coded = Coded(entropy, form == "flat")
         ours = measure(shape.kind, coded, eager, shape.sizes())
         ratio, fast, same = (
             ours[way]["tokens_per_s"] / baseline[of]["tokens_per_s"]
@@ -99,11 +108,11 @@ def run(shape: Shape, entropies: list[float], eager: bool) -> list[dict[str, Any
         )
         slower = ours["prefill"]["median_ms"] / baseline["prefill"]["median_ms"]
         print(
-            f"  {coded.bits:.3f} bits: {_summary(ours)}; x bfloat16 {ratio:.2f}, "
+            f"  {form}, {coded.bits:.3f} bits: {_summary(ours)}; x bfloat16 {ratio:.2f}, "
             f"fast {fast:.2f}, both fast {same:.2f}; prompt takes {slower:.2f} of it",
             flush=True,
         )
-        row = {"model": shape.name, "layers": shape.layers, "entropy": entropy}
+        row = {"model": shape.name, "layers": shape.layers, "entropy": entropy, "form": form}
         row |= {"bits": coded.bits, "coded_bytes": coded.bytes}
         results.append({**row, "bfloat16": baseline, "ours": ours})
     return results
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(shape.name for shape in SHAPES))
     parser.add_argument("--entropies", type=_numbers, default=[2.2], help="of the weights")
     parser.add_argument("--eager", action="store_true", help="time transformers without compilation, too")
+    parser.add_argument("--forms", type=lambda text: text.split(","), default=["coded", "flat"])
     parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
     shapes = [shape for shape in SHAPES if shape.name in arguments.models.split(",")]
@@ -137,7 +147,9 @@ def main() -> None:
         "commit": commit(),
         "torch": torch.__version__,
     }
-    document["results"] = [row for shape in shapes for row in run(shape, arguments.entropies, arguments.eager)]
+    document["results"] = [
+        row for shape in shapes for row in run(shape, arguments.entropies, arguments.eager, arguments.forms)
+    ]
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -20,26 +20,26 @@ from entrollm.format.code import Code, Leaf
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
 from entrollm.hf import CodedWeight
-from entrollm.torch.cuda.matrix import CudaMatrix
 from entrollm.torch.layers import put_weight, watch_inputs
+from entrollm.torch.matrix import Matrix
 from gemv import DEVICE
 
 PROMPT_TOKENS, NEW_TOKENS, CACHE_TOKENS = 128, 128, 512
 PREFILL_TOKENS = 2048
 REPEATS = 3
-Make = Callable[[int, int], CudaMatrix]
+Make = Callable[[int, int], Matrix]
 
 
 class GivenWeight(CodedWeight):
     """A coded weight whose matrix is in GPU memory already, and of which there is no stored form."""
 
-    def __init__(self, matrix: CudaMatrix) -> None:
+    def __init__(self, matrix: Matrix) -> None:
         rows, columns = matrix.shape
         spec = TensorSpec(rows, columns, "BF16", "random", Code(Leaf(128), 0), Blocks(1, columns), GridKind(1.0, 0.0))
         super().__init__("random", spec, {}, torch.bfloat16, DEVICE)
         self._given = matrix
 
-    def matrix(self) -> CudaMatrix:
+    def matrix(self) -> Matrix:
         """The matrix."""
         return self._given
 

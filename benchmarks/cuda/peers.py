@@ -136,7 +136,7 @@ def measure_ours(rows: int, columns: int, entropy: float) -> Result:
     _, _, part = random_matrix(rows, columns, entropy)
     copies = max(4, DISTINCT_BYTES // part.size_bytes)
     chunks = [replace(part.chunks, data=part.chunks.data.clone()) for _ in range(copies)]
-    matrices = [CudaMatrix.from_parts([replace(part, chunks=each)], DEVICE) for each in chunks]
+    matrices = [CudaMatrix([replace(part, chunks=each)], DEVICE) for each in chunks]
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
     apart = _decode_then_multiply(lambda i: matrices[i].dequantize_into(out), out, copies)
     return {**fused, "to_memory": apart}

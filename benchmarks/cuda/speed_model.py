@@ -131,9 +131,7 @@ def measure() -> dict[str, Any]:
     for entropy in SOURCES:
         cached = []
         for tiles in CACHED_TILES:
-            matrix = gemv.CudaMatrix.from_parts(
-                [gemv.random_matrix(tiles * tile_rows, COLUMNS, entropy)[2]], gemv.DEVICE
-            )
+            matrix = gemv.CudaMatrix([gemv.random_matrix(tiles * tile_rows, COLUMNS, entropy)[2]], gemv.DEVICE)
             x = torch.randn(1, COLUMNS, device=gemv.DEVICE).bfloat16()
             y = torch.empty(1, tiles * tile_rows, device=gemv.DEVICE).bfloat16()
             product = matrix.product(1, x.dtype)

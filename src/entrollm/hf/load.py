@@ -65,7 +65,8 @@ def set_backend(model: nn.Module, backend: Backend) -> None:
 
     Args:
         model: the model.
-        backend: "auto" for the fastest back end on each device, "plain" for plain torch operations everywhere.
+        backend: "auto" for the kernels of each device, "fast" for those that take more memory and less time on NVIDIA
+            GPUs, "plain" for plain torch operations everywhere.
     Raises:
         ValueError: there is no such back end.
     """

@@ -55,7 +55,7 @@ class EntroQuantizer(HfQuantizer):
         Raises:
             UnsupportedError: a package is missing.
         """
-        if device_map is None or default_backend.get() != "auto":
+        if device_map is None or default_backend.get() == "plain":
             return
         devices = device_map.values() if isinstance(device_map, dict) else ["cuda"]
         if torch.cuda.is_available() and any(uses_cuda_kernels(_device(device)) for device in devices):
@@ -143,7 +143,7 @@ class EntroQuantizer(HfQuantizer):
     def _open_for_kernels(self, model: Any) -> None:
         """Write matrices in the GPU's layout now, one by one, and leave their entries in the files' memory maps."""
         weights = coded_weights(model).values()
-        served = [weight for weight in weights if weight.backend == "auto" and uses_cuda_kernels(weight.device)]
+        served = [weight for weight in weights if weight.backend != "plain" and uses_cuda_kernels(weight.device)]
         if not served:
             return
         on_host = _map_entries(self._files, self._names)

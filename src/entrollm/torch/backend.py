@@ -17,15 +17,15 @@ from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
-from entrollm.matrix import CodedMatrix
-from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix, GroupedCudaMatrix
+from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix, FlatCudaMatrix, open_cuda
 from entrollm.torch.matrix import Matrix
 from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
 from entrollm.torch.plain import PlainMatrix
 
-Backend = Literal["auto", "plain"]
-"""`auto`: native kernels on the CPU, CUDA kernels on NVIDIA GPUs, plain torch operations on other devices; `plain`:
-plain torch operations everywhere."""
+Backend = Literal["auto", "fast", "plain"]
+"""`auto`: native kernels on the CPU, CUDA kernels on NVIDIA GPUs, plain torch operations on other devices; `fast`: the
+same, with matrices in fields of fixed width on NVIDIA GPUs, which takes more memory there and less time; `plain`: plain
+torch operations everywhere."""
 
 default_backend: ContextVar[Backend] = ContextVar("default_backend", default="auto")
 """The back end of coded weights that are made from now on."""
@@ -61,7 +61,10 @@ def join(matrices: Sequence[Matrix]) -> Matrix | None:
         return NativeMatrix([part for matrix in native for part in matrix.matrices])
     cuda = [matrix for matrix in matrices if isinstance(matrix, CudaMatrix)]
     if len(cuda) == len(matrices) and len({matrix.device for matrix in cuda}) == 1:
-        return CudaMatrix.from_parts([part for matrix in cuda for part in matrix.parts], cuda[0].device)
+        return CudaMatrix([part for matrix in cuda for part in matrix.parts], cuda[0].device)
+    flat = [matrix for matrix in matrices if isinstance(matrix, FlatCudaMatrix)]
+    if len(flat) == len(matrices) and len({matrix.device for matrix in flat}) == 1:
+        return FlatCudaMatrix([part for matrix in flat for part in matrix.parts], flat[0].device)
     return None
 
 
@@ -80,15 +83,16 @@ def open_on(
         FormatError: the entries do not match the spec.
         UnsupportedError: packages that the CUDA kernels need are missing.
     """
-    uses_kernels = backend == "auto" and uses_cuda_kernels(device)
-    if backend == "auto" and device.type == "cpu":
+    uses_kernels = backend != "plain" and uses_cuda_kernels(device)
+    if backend != "plain" and device.type == "cpu":
         return NativeMatrix([open_native(name, spec, entries)])
     if isinstance(spec.code, FlatCode) and not uses_kernels:
         return HostMatrix(open_native(name, spec, entries), device)
-    if backend == "auto" and isinstance(spec.kind, LosslessKind):
+    if backend != "plain" and isinstance(spec.kind, LosslessKind):
         return DecodedMatrix(open_native(name, spec, entries), device)
     if uses_kernels:
-        return _open_cuda(open_native(name, spec, entries), device)
+        check_cuda_packages()
+        return open_cuda(open_native(name, spec, entries), device, backend == "fast")
     if isinstance(spec.kind, GroupedKind):
         return HostMatrix(open_native(name, spec, entries), device)
     return PlainMatrix(name, spec, {suffix: entry.to(device) for suffix, entry in entries.items()}, device)
@@ -120,11 +124,6 @@ def _is_capable(index: int) -> bool:
         stacklevel=2,
     )
     return False
-
-
-def _open_cuda(matrix: CodedMatrix, device: torch.device) -> Matrix:
-    check_cuda_packages()
-    return CudaMatrix([matrix], device) if matrix.groups is None else GroupedCudaMatrix(matrix, device)
 
 
 def check_cuda_packages() -> None:

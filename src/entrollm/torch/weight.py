@@ -152,7 +152,7 @@ class CodedWeight(CodedParameter):
         if self._opened is None or not self._is_current():
             opened = open_on(self.name, self.spec, self.entries(), self.device, self.backend)
             self._opened = opened if self.factor == 1 else ScaledMatrix(opened, self.factor)
-            if self.backend == "auto":
+            if self.backend != "plain":
                 device = storage_device(self.device)
                 self._set_entries(lambda entry: entry.to(device))
             self._opened_from = (*self._buffers.values(),)

@@ -10,6 +10,7 @@ import torch
 
 from entrollm.torch.cuda.compile import Target, read_source
 from entrollm.torch.cuda.decode import decode_macros
+from entrollm.torch.cuda.flat_plan import flat_plan
 from entrollm.torch.cuda.gpu import typical_gpu
 from entrollm.torch.cuda.grouped import GroupedFields
 from entrollm.torch.cuda.launch import TYPES
@@ -61,4 +62,12 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
         found = usage("grouped_product.cu", tuning, macros)
         assert found["bytes spill stores"] == 0
         assert found["registers"] * dict(macros)["THREADS"] <= REGISTERS
+    for batch in (1, 32):
+        flat = flat_plan(gpu, [896], 16, 5, batch)
+        assert flat.end_bytes <= gpu.block_bytes
+        found = usage("flat_product.cu", tuning, flat.macros((2, 5), tuning.flat_ahead, TYPES[torch.bfloat16]))
+        assert found["bytes spill stores"] == 0
+        assert found["registers"] * flat.threads <= REGISTERS
+    macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 1), ("MAX_BITS", 8))
+    assert usage("flat_decode.cu", tuning, macros)["bytes spill stores"] == 0
     assert usage("grouped_decode.cu", tuning, part.decode_macros(TYPES[torch.bfloat16]))["bytes spill stores"] == 0

@@ -55,9 +55,7 @@ def _matrix(symbols: np.ndarray, scaled_columns: bool = False) -> tuple[DeviceMa
 def test_decoding_is_exact(case: tuple[int, int, float, int]) -> None:
     symbols = _symbols(*case)
     ones = torch.ones(len(symbols), device="cuda")
-    matrix = CudaMatrix.from_parts(
-        [transcode("tensor", torch.from_numpy(symbols).cuda(), ones)], torch.device("cuda", 0)
-    )
+    matrix = CudaMatrix([transcode("tensor", torch.from_numpy(symbols).cuda(), ones)], torch.device("cuda", 0))
     np.testing.assert_array_equal(matrix.dequantize(torch.float32).cpu().numpy(), symbols)
     np.testing.assert_array_equal(matrix.dequantize(torch.float16).cpu().numpy(), symbols)
     rng = np.random.default_rng(0)
@@ -72,7 +70,7 @@ def test_products_match_float64(case: tuple[int, int, float, int], batch: int, d
     part, dense = _matrix(_symbols(*case), scaled_columns=case[1] % 2 == 0)
     x = torch.randn(batch, case[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = x.double().numpy() @ dense.T
-    y = CudaMatrix.from_parts([part], DEVICE).multiply(x.cuda())
+    y = CudaMatrix([part], DEVICE).multiply(x.cuda())
     assert y.dtype == dtype
     limit = {torch.float32: 1e-3, torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
     error = np.linalg.norm(y.double().cpu().numpy() - expected) / np.linalg.norm(expected)
@@ -84,7 +82,7 @@ def test_a_few_rows_that_take_many_bits() -> None:
     symbols = _symbols(9000, 2048, 1.0, 128)
     symbols[:40] = _symbols(40, 2048, 30.0, 128)
     part, dense = _matrix(symbols)
-    matrix = CudaMatrix.from_parts([part], DEVICE)
+    matrix = CudaMatrix([part], DEVICE)
     assert matrix.plan(1).fits
     x = torch.randn(1, 2048)
     error = np.linalg.norm(matrix.multiply(x.cuda()).cpu().numpy() - x.double().numpy() @ dense.T)
@@ -93,7 +91,7 @@ def test_a_few_rows_that_take_many_bits() -> None:
 
 def test_products_do_not_change_between_runs() -> None:
     part, _ = _matrix(_symbols(4096, 4096, 1.1, 128))
-    matrix = CudaMatrix.from_parts([part], DEVICE)
+    matrix = CudaMatrix([part], DEVICE)
     x = torch.randn(1, 4096, device="cuda")
     first = matrix.multiply(x)
     for _ in range(200):
@@ -102,7 +100,7 @@ def test_products_do_not_change_between_runs() -> None:
 
 def test_matrices_side_by_side() -> None:
     parts = [_matrix(_symbols(rows, 2048, deviation, 128)) for rows, deviation in ((700, 0.6), (100, 2.0), (30, 9.0))]
-    matrix = CudaMatrix.from_parts([part for part, _ in parts], DEVICE)
+    matrix = CudaMatrix([part for part, _ in parts], DEVICE)
     x = torch.randn(2, 2048, generator=torch.Generator().manual_seed(0))
     expected = x.double().numpy() @ np.concatenate([dense for _, dense in parts]).T
     error = np.linalg.norm(matrix.multiply(x.cuda()).cpu().numpy() - expected) / np.linalg.norm(expected)
@@ -113,7 +111,7 @@ def test_matrices_side_by_side() -> None:
 def test_a_chain_of_products_in_a_graph() -> None:
     """Kernels overlap in a graph; each must still see what the one before it wrote."""
     parts = [_matrix(_symbols(1024, 1024, 1.0, 128)) for _ in range(3)]
-    matrices = [CudaMatrix.from_parts([part], DEVICE) for part, _ in parts]
+    matrices = [CudaMatrix([part], DEVICE) for part, _ in parts]
     x = torch.randn(1, 1024, device="cuda")
 
     def chain() -> torch.Tensor:
@@ -140,12 +138,12 @@ def test_a_bad_activation_makes_bad_outputs(bad: float) -> None:
     part, _ = _matrix(_symbols(64, 256, 1.0, 128))
     x = torch.randn(1, 256, device="cuda")
     x[0, 17] = bad
-    assert CudaMatrix.from_parts([part], DEVICE).multiply(x).isnan().all()
+    assert CudaMatrix([part], DEVICE).multiply(x).isnan().all()
 
 
 def test_zero_and_tiny_activations() -> None:
     part, dense = _matrix(_symbols(64, 256, 1.0, 128))
-    matrix = CudaMatrix.from_parts([part], DEVICE)
+    matrix = CudaMatrix([part], DEVICE)
     assert matrix.multiply(torch.zeros(1, 256, device="cuda")).abs().max() == 0
     x = torch.randn(1, 256, dtype=torch.float64) * 1e-35
     expected = x.numpy() @ dense.T
@@ -159,9 +157,7 @@ def test_a_patch_in_every_place() -> None:
     symbols[:, ::2] = 129
     symbols[np.arange(32)[:, None], (np.arange(32)[:, None] * 13 + np.arange(5) * 83) % 432] = [[3, 255, 0, 77, 200]]
     ones = torch.ones(32, device="cuda")
-    matrix = CudaMatrix.from_parts(
-        [transcode("tensor", torch.from_numpy(symbols).cuda(), ones)], torch.device("cuda", 0)
-    )
+    matrix = CudaMatrix([transcode("tensor", torch.from_numpy(symbols).cuda(), ones)], torch.device("cuda", 0))
     np.testing.assert_array_equal(matrix.dequantize(torch.float32).cpu().numpy(), symbols)
     x = torch.randn(1, 432)
     expected = x.double().numpy() @ symbols.T.astype(np.float64)

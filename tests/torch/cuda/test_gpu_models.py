@@ -14,6 +14,8 @@ import torch
 import entrollm
 import entrollm.hf
 from entrollm import CompressOptions, compress
+from entrollm.torch.backend import Backend
+from entrollm.torch.cuda import FlatCudaMatrix
 from entrollm.torch.weight import CodedWeight
 from tests.support.paths import TINY_LLAMA
 
@@ -25,7 +27,8 @@ def folders(gpu: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("example")
     for bits in (4, 8):
         compress(TINY_LLAMA, folder / str(bits), CompressOptions(bits=bits))
-    return {bits: folder / str(bits) for bits in (4, 8)}
+    compress(TINY_LLAMA, folder / "5", CompressOptions(bits=5, prefer="speed"))
+    return {bits: folder / str(bits) for bits in (4, 5, 8)}
 
 
 def expected_tokens(folder: Path) -> tuple[list[int], list[int]]:
@@ -48,6 +51,18 @@ def test_greedy_tokens_are_those_of_the_engine(bits: int, folders: dict[int, Pat
     model = entrollm.hf.load(folders[bits], dtype=torch.float32, device=gpu)
     assert greedy(model, prompt) == expected
     assert greedy(model, prompt, cache_implementation="static", disable_compile=True) == expected
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_flat_matrices_generate_the_same_tokens(bits: int, folders: dict[int, Path], gpu: torch.device) -> None:
+    """Those of a file with flat codes are flat in any case, others with the back end for it."""
+    prompt, expected = expected_tokens(folders[bits])
+    backend: Backend = "fast" if bits == 4 else "auto"
+    model = entrollm.hf.load(folders[bits], dtype=torch.float32, device=gpu, backend=backend)
+    weights = [module for module in model.modules() if isinstance(module, CodedWeight)]
+    assert all(isinstance(weight.matrix(), FlatCudaMatrix) for weight in weights)
+    assert greedy(model, prompt) == expected
+    assert greedy(model, prompt, cache_implementation="static") == expected
 
 
 def test_layers_with_one_input_share_a_launch(folders: dict[int, Path], gpu: torch.device) -> None:

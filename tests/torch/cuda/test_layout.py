@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrollm.errors import UnsupportedError
-from entrollm.torch.cuda import chunks, layout
+from entrollm.matrix import CodedMatrix
+from entrollm.torch.cuda import chunks, flat, layout
 from entrollm.torch.cuda import compile as kernels
 from entrollm.torch.cuda.chunks import Chunks, row_words, write_chunks
 from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.gpu import Gpu, typical_gpu
 from entrollm.torch.cuda.launch import MAX_MATRICES
-from entrollm.torch.cuda.matrix import CudaMatrix
+from entrollm.torch.cuda.open import open_cuda
 from entrollm.torch.cuda.plan import TablePlace, chunk_limit, plan_of
 from entrollm.torch.cuda.shape import Room, Shape, choose_shape
 from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
@@ -200,7 +202,7 @@ def test_matrices_that_are_too_large() -> None:
 
 def test_kernels_refuse_other_devices() -> None:
     with pytest.raises(UnsupportedError, match="the fused kernels run on NVIDIA GPUs, not on cpu"):
-        CudaMatrix([], torch.device("cpu"))
+        open_cuda(cast(CodedMatrix, None), torch.device("cpu"), is_fast=False)
 
 
 def test_old_gpus_are_refused() -> None:
@@ -268,6 +270,10 @@ def test_sizes_are_those_of_the_kernels() -> None:
     assert constant("kMaxMatrices") == str(MAX_MATRICES)
     assert constant("kTableBytes") == "kTableEntries * kCopies * 4"
     assert int(constant("kTableEntries")) * 4 == layout.TABLE_BYTES
+    text = "".join(kernels.read_source(name) for name in ("flat_product.cu", "flat_decode.cu"))
+    assert constant("kStripeColumns") == str(flat.STRIPE_COLUMNS)
+    assert constant("kStripeSteps") == str(flat.STRIPE_STEPS)
+    assert constant("kMostBits") == str(flat.MOST_BITS)
     (row,) = set(re.findall(r"struct Row {(.*?)};", text, re.DOTALL))
     assert 4 * len(re.findall(r"(?:int|float) \w+;", row)) == layout.ROW_BYTES
 

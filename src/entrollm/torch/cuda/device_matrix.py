@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entrollm import _core
-from entrollm.matrix import CodedMatrix
 from entrollm.torch.cuda.chunks import BATCH_WEIGHTS, Chunks, look_up, row_words, write_chunks
 from entrollm.torch.cuda.gpu import gpu_of
 from entrollm.torch.cuda.launch import MatrixStruct, divisor
@@ -78,7 +76,12 @@ class DeviceMatrix:
 
 
 def transcode(
-    name: str, symbols: Tensor, scale: Tensor, offset: Tensor | None = None, column_scale: Tensor | None = None
+    name: str,
+    symbols: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    code: TripleCode | None = None,
 ) -> DeviceMatrix:
     """Write a matrix in the GPU's layout.
 
@@ -87,12 +90,14 @@ def transcode(
         symbols: uint8, shape (rows, columns), on the device.
         scale, offset: float32, shape (1,) or (rows,); `None` for an offset of 0.
         column_scale: float32, shape (columns,), or `None` if absent.
+        code: the code of its symbols, if known already.
     Raises:
         UnsupportedError: the matrix does not fit in the layout.
     """
     device = symbols.device
     rows, columns = symbols.shape
-    code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
+    if code is None:
+        code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
     order = _order(symbols, code)
     gpu, padded, raw = gpu_of(device), padded_columns(columns), code.raw_bits > 0
     limit = chunk_limit(gpu, padded, raw)
@@ -114,14 +119,6 @@ def transcode(
         positions.to(torch.int32),
         None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
     )
-
-
-def load(matrix: CodedMatrix, threads: _core.ThreadPool, device: torch.device) -> DeviceMatrix:
-    """Decode a matrix on the CPU and write it in the GPU's layout on the GPU."""
-    symbols = torch.from_numpy(matrix.symbols(0, matrix.spec.rows, threads)).to(device)
-    offset = None if matrix.offset is None else torch.from_numpy(matrix.offset)
-    column_scale = None if matrix.column_scale is None else torch.from_numpy(matrix.column_scale)
-    return transcode(matrix.name, symbols, torch.from_numpy(matrix.scale), offset, column_scale)
 
 
 def _order(symbols: Tensor, code: TripleCode) -> Tensor:

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entrollm.errors import UnsupportedError
-from entrollm.matrix import CodedMatrix
-from entrollm.threads import start_pool
 from entrollm.torch.cuda.decode import decode
-from entrollm.torch.cuda.device_matrix import DeviceMatrix, load
+from entrollm.torch.cuda.device_matrix import DeviceMatrix
 from entrollm.torch.cuda.gpu import gpu_of
 from entrollm.torch.cuda.launch import MAX_MATRICES
 from entrollm.torch.cuda.plan import Plan
@@ -23,27 +20,11 @@ class CudaMatrix:
     """Matrices, one below the other, on one GPU, which never holds them decoded.
 
     Args:
-        matrices: coded matrices with the same number of columns.
+        parts: matrices with the same number of columns.
         device: the GPU.
-    Raises:
-        UnsupportedError: the device is not an NVIDIA GPU, is too old, or the kernels cannot be compiled.
     """
 
-    def __init__(self, matrices: Sequence[CodedMatrix], device: torch.device) -> None:
-        _check_device(device)
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        threads = start_pool()
-        self._setup([load(matrix, threads, device) for matrix in matrices], device)
-
-    @classmethod
-    def from_parts(cls, parts: Sequence[DeviceMatrix], device: torch.device) -> CudaMatrix:
-        """Make one of matrices that are in the layout already."""
-        matrix = cls.__new__(cls)
-        matrix._setup(parts, device)
-        return matrix
-
-    def _setup(self, parts: Sequence[DeviceMatrix], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[DeviceMatrix], device: torch.device) -> None:
         if not 1 <= len(parts) <= MAX_MATRICES:
             raise ValueError(f"a product takes 1 to {MAX_MATRICES} matrices, not {len(parts)}")
         if len({part.shape.columns for part in parts}) != 1:
@@ -123,8 +104,3 @@ class CudaMatrix:
         if key not in self._products:
             self._products[key] = Product(self.parts, batch, dtype, self.device)
         return self._products[key]
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cuda" or torch.version.hip:
-        raise UnsupportedError(f"the fused kernels run on NVIDIA GPUs, not on {device}")

@@ -48,6 +48,10 @@ class Tuning:
         early_bytes: chunks that a multiprocessor requests before it reads x, in bytes.
         grouped_threads: threads of a multiprocessor in a product with group scales; half of them for batches of 3 or
             more, which need twice the registers.
+        flat_threads: threads of a multiprocessor in a product with a flat matrix.
+        flat_ahead: pieces of 16 bytes that a lane loads ahead of such a product, about.
+        flat_rounded: vectors that every block of it rounds itself; more are rounded by a kernel of their own.
+        flat_batch: vectors of such a product at most; for more, the matrix is decoded to memory.
         decode_threads: threads of a block that decodes to memory.
         decode_slots: its slots for chunks.
         chunk_bytes: the size of chunks to aim at.
@@ -72,6 +76,10 @@ class Tuning:
     smallest_chunk_bytes: int
     early_bytes: int
     grouped_threads: int
+    flat_threads: int
+    flat_ahead: int
+    flat_rounded: int
+    flat_batch: int
     decode_threads: int
     decode_slots: int
     chunk_bytes: int
@@ -119,6 +127,10 @@ HOPPER = Tuning(
     smallest_chunk_bytes=6 << 10,  # a chunk of 4096 x 16 weights at 2.6 bits in three; not measured
     early_bytes=20 << 10,  # what memory delivers before x can be read; with more requested, x arrives last
     grouped_threads=1024,
+    flat_threads=768,
+    flat_ahead=4,
+    flat_rounded=16,
+    flat_batch=64,
     decode_threads=512,  # measured: 20 and 24 warps are slower than 16
     decode_slots=8,
     chunk_bytes=43 << 9,  # of larger chunks too few fit; each chunk has starts, and lanes that end early

@@ -7,8 +7,36 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int kLanes = 32;
+constexpr int kTileRows = 16;
+// Matrices that one launch multiplies.
+constexpr int kMaxMatrices = 4;
 // Neighbours that a lane decodes, converts and writes together.
 constexpr int kPieceColumns = 8;
+
+// Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
+// unit. Dividend times divisor must be below 2^31.
+struct Divisor {
+  int value;
+  u32 inverse;  // 2^31 / value, rounded up
+
+  __device__ __forceinline__ operator int() const { return value; }
+  __device__ __forceinline__ int divide(int x) const { return __umulhi(2 * x, inverse); }
+};
+
+// A row of a tile.
+struct Row {
+  int index;  // in the matrix
+  float scale;
+  float offset;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Makes what this thread saw or wrote visible to threads of its block that synchronize with it
+// afterwards.
+__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 // Waits until the previous kernel of the stream has ended, where this one may begin before that.
 __device__ __forceinline__ void wait_for_previous() {
@@ -90,5 +118,20 @@ __device__ __forceinline__ void store_piece(u8* out, const float (&values)[kPiec
       }
     }
     __stcs(to, make_uint4(words[0], words[1], words[2], words[3]));
+  }
+}
+
+// Computes the weights of eight neighbours: symbol * scale, rounded, + offset.
+__device__ __forceinline__ void scale_piece(uint2 bytes, float scale, float offset,
+                                            float (&values)[kPieceColumns]) {
+  constexpr float kLift = 8388608.0f;
+  // The bits of 2^23 + byte are assembled directly. Subtracting 2^23 * scale in the same fused
+  // operation leaves one rounding.
+  const float lifted = -kLift * scale;
+#pragma unroll
+  for (int i = 0; i < kPieceColumns; ++i) {
+    const u32 bits =
+        __byte_perm(i < 4 ? bytes.x : bytes.y, __float_as_uint(kLift), 0x7440u + i % 4);
+    values[i] = __fadd_rn(__fmaf_rn(__uint_as_float(bits), scale, lifted), offset);
   }
 }

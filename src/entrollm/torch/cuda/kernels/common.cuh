@@ -11,7 +11,6 @@
 
 #include "basic.cuh"
 
-constexpr int kTileRows = 16;
 constexpr int kStreams = 2;
 constexpr int kStepColumns = 24;
 constexpr int kSpanColumns = 72;
@@ -33,20 +32,6 @@ constexpr u32 kWindowMask = (kTableEntries - 1) << kWindowBit;
 // Whether one instruction copies a whole chunk to shared memory. Without, the lanes of a warp copy
 // 16 bytes each at a time.
 constexpr bool kBulkCopies = __CUDA_ARCH__ >= 900;
-// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
-// bytes.
-constexpr int kStepBytes = 64;
-constexpr int kMaxMatrices = 4;
-
-// Divides by a number that the host has inverted, because conversions and reciprocals run on a slow
-// unit. Dividend times divisor must be below 2^31.
-struct Divisor {
-  int value;
-  u32 inverse;  // 2^31 / value, rounded up
-
-  __device__ __forceinline__ operator int() const { return value; }
-  __device__ __forceinline__ int divide(int x) const { return __umulhi(2 * x, inverse); }
-};
 
 // One matrix. Pointers are to device memory. An entry of `chunks` is {offset / 16, size / 16,
 // offset of what follows the streams, patches + 65536 * rows of words of the first stream}.
@@ -68,26 +53,11 @@ struct Matrix {
   Divisor cta_count;
 };
 
-// A row of a tile.
-struct Row {
-  int index;  // in the matrix
-  float scale;
-  float offset;
-};
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ __forceinline__ u32 load_shared(u32 address) {
   u32 value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
   return value;
 }
-
-// Makes what this thread saw or wrote visible to threads of its block that synchronize with it
-// afterwards.
-__device__ __forceinline__ void fence_block() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 // A barrier that waits for copies of one request after another: for the bytes of bulk copies that
 // one lane requests, or for each of a warp's lanes to have its pieces.

@@ -42,21 +42,6 @@ __device__ __forceinline__ StoredChunk from_lane(const StoredChunk& value, int l
   return {from_lane(value.first, lane), from_lane(value.self, lane)};
 }
 
-// Computes the weights of eight neighbours: symbol * scale, rounded, + offset.
-__device__ __forceinline__ void scale_piece(uint2 bytes, float scale, float offset,
-                                            float (&values)[kPieceColumns]) {
-  constexpr float kLift = 8388608.0f;
-  // The bits of 2^23 + byte are assembled directly. Subtracting 2^23 * scale in the same fused
-  // operation leaves one rounding.
-  const float lifted = -kLift * scale;
-#pragma unroll
-  for (int i = 0; i < kPieceColumns; ++i) {
-    const u32 bits =
-        __byte_perm(i < 4 ? bytes.x : bytes.y, __float_as_uint(kLift), 0x7440u + i % 4);
-    values[i] = __fadd_rn(__fmaf_rn(__uint_as_float(bits), scale, lifted), offset);
-  }
-}
-
 // The raw words of a chunk.
 struct Raw {
   const u32* words;

@@ -2,86 +2,8 @@
 // bits with all vectors' digits.
 #pragma once
 
-#include "vector.cuh"
-
-// Instructions per product. Each gives eight columns, and a vector takes two, one per digit.
-constexpr int kPanels = (2 * kBatch + 7) / 8;
-// Steps whose digits lanes read at a time. One or two vectors leave columns of the matrix unit's
-// right operand free, and these hold the digits of the next steps. Each step then has sums of its
-// own, since only the columns of its own digits are meaningful.
-constexpr int kPhases = kBatch == 1 ? 4 : kBatch == 2 ? 2 : 1;
-// Segments that a warp decodes together, to have enough loads in flight.
-constexpr int kTogether = 2;
-// Sets of sums that a warp keeps, so that one instruction need not wait for the last.
-constexpr int kSums = kPhases > kTogether ? kPhases : kTogether;
-// A lane's share of the matrix unit's right operand: digits of up to kPhases steps.
-struct Digits {
-  u32 words[kPanels][2];
-
-  // Loads them from a lane's address in shared memory.
-  __device__ __forceinline__ void load(u32 address) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(words[panel][0]), "=r"(words[panel][1])
-                   : "r"(address + panel * 4 * kStepBytes));
-    }
-  }
-
-  // The offset, in bytes, of a lane's digits among those of kSteps steps. Lanes that would be past
-  // the last step or vector read the first again; their results are not used.
-  template <int kSteps>
-  __device__ static __forceinline__ u32 offset(int lane) {
-    constexpr int kStepLanes = kLanes / kPhases;
-    const int step = lane / kStepLanes < kSteps ? lane / kStepLanes : 0;
-    const int inside = lane % kStepLanes;
-    const int vector = inside / 8 < kBatch ? inside / 8 : 0;
-    return (step * kBatch + vector) * kStepBytes + inside % 8 * 8;
-  }
-};
-
-struct Accumulator {
-  int sums[kPanels][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[panel][i] = 0;
-    }
-  }
-
-  // Adds 16 rows x 32 bytes of weights times every vector's digits.
-  __device__ __forceinline__ void multiply(u32 a0, u32 a1, u32 a2, u32 a3, const Digits& digits) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      asm volatile(
-          "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-          "{%8, %9}, "
-          "{%0, %1, %2, %3};"
-          : "+r"(sums[panel][0]), "+r"(sums[panel][1]), "+r"(sums[panel][2]), "+r"(sums[panel][3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(digits.words[panel][0]),
-            "r"(digits.words[panel][1]));
-    }
-  }
-
-  __device__ __forceinline__ void add(const Accumulator& other, int shift) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[panel][i] += other.sums[panel][i] >> shift;
-    }
-  }
-
-  // Replaces the sums by another's.
-  __device__ __forceinline__ void take_if(bool chosen, const Accumulator& other) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[panel][i] = chosen ? other.sums[panel][i] : sums[panel][i];
-    }
-  }
-};
+#include "accumulator.cuh"
+#include "common.cuh"
 
 // Decodes and multiplies spans of kCount segments together.
 template <int kCount>

@@ -13,6 +13,9 @@ constexpr int kOpenTiles = OPEN_TILES;
 static_assert(kMaxSlots < kOpenTiles, "the slots may hold chunks of more tiles than can be open");
 static_assert(kMaxSlots <= kLanes, "the last warp requests a chunk per lane");
 
+// Threads that round x: all but those of the last warp, which requests chunks.
+constexpr int kRounding = THREADS - kLanes;
+
 struct Launch {
   Matrix matrices[kMaxMatrices];
   const void* x;
@@ -65,44 +68,6 @@ __device__ __forceinline__ void add_patch(u32 patch, const u8* triples, int (*ou
     for (int digit = 0; digit < 2; ++digit) {
       atomicAdd(&out[row][vector][digit],
                 difference * static_cast<signed char>(digits[vector * kStepBytes + digit * 32]));
-    }
-  }
-}
-
-// Adds a warp's sums to those of a tile.
-__device__ __forceinline__ void add_sums(Accumulator (&parts)[kSums], int (*out)[kBatch][2]) {
-  // A lane holds the sums of both digits of one vector, in the phase that its columns belong to.
-  constexpr int kVectors = 4 / kPhases;
-  const int lane = threadIdx.x % kLanes;
-  const int row = lane >> 2;
-  Accumulator& sums = parts[0];
-#pragma unroll
-  for (int i = 1; i < kSums; ++i) {
-    if (kPhases > 1) {
-      sums.take_if((lane & 3) / kVectors == i, parts[i]);
-    } else {
-      sums.add(parts[i], 0);
-    }
-  }
-  if constexpr (kBatch == 1) {
-    // Four lanes hold sums of the same rows and digits. Each collects one of them, so that no two
-    // lanes add to the same address.
-    int (&mine)[4] = sums.sums[0];
-    const bool low = lane & 1;
-    const bool below = lane & 2;
-    const int upper = (low ? mine[1] : mine[0]) + __shfl_xor_sync(~0u, low ? mine[0] : mine[1], 1);
-    const int lower = (low ? mine[3] : mine[2]) + __shfl_xor_sync(~0u, low ? mine[2] : mine[3], 1);
-    const int sum = (below ? lower : upper) + __shfl_xor_sync(~0u, below ? upper : lower, 2);
-    atomicAdd(&out[row + (below ? 8 : 0)][0][low], sum);
-  } else {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const int vector = panel * 4 + (lane & 3) % kVectors;
-      if (vector >= kBatch) continue;
-      atomicAdd(&out[row][vector][0], sums.sums[panel][0]);
-      atomicAdd(&out[row][vector][1], sums.sums[panel][1]);
-      atomicAdd(&out[row + 8][vector][0], sums.sums[panel][2]);
-      atomicAdd(&out[row + 8][vector][1], sums.sums[panel][3]);
     }
   }
 }
@@ -249,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const auto vector = [&](int i) {
     return Vector(launch.x, i, launch.columns, matrix.column_scale);
   };
-  round_vector(vector(0), 0, out, state.rounded, [&] {
+  round_vector<1, kRounding>(vector(0), 0, 0, out, state.rounded, [&] {
     if (slot >= 0) fetch_first(launch.early, asked, chunk, fetch);
     if (thread < bound_count) state.ring.bounds[thread] = bound;
     copies.store(table, 0);
@@ -258,7 +223,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (thread < kOpenTiles) state.tile_done[thread] = 0;
   });
 #pragma unroll 1
-  for (int i = 1; i < kBatch; ++i) round_vector(vector(i), i, out, state.rounded, [] {});
+  for (int i = 1; i < kBatch; ++i)
+    round_vector<1, kRounding>(vector(i), i, i, out, state.rounded, [] {});
   __syncthreads();
 
   const int lane = threadIdx.x % kLanes;

@@ -3,10 +3,13 @@
 // and THREADS.
 #pragma once
 
-#include "common.cuh"
+#include "basic.cuh"
 
 constexpr int kBatch = BATCH;
 constexpr int kType = TYPE;
+// A step's activations of one vector: high digits, low digits; 4 column quarters; 2 halves; 4
+// bytes.
+constexpr int kStepBytes = 64;
 // Columns that a thread rounds at a time: four triples, and three words of raw units.
 constexpr int kDozen = 12;
 // The largest magnitude whose two balanced digits both fit int8.
@@ -84,6 +87,31 @@ struct Pair {
   }
 };
 
+// The sum of a dozen, including what was added to its numbers.
+__device__ __forceinline__ u32 sum_of(const u32 (&rounded)[kDozen]) {
+  u32 sum = 0;
+#pragma unroll
+  for (int i = 0; i < kDozen; i += 2) sum = Pair(rounded[i], rounded[i + 1]).sum(sum);
+  return sum;
+}
+
+// Stores the digits of a dozen in the order of raw units: by quarter, half, and step. There is room
+// for `words` times four neighbours of every vector.
+__device__ __forceinline__ void store_raws(u8* raws, int words, int dozen, int vector,
+                                           const u32 (&rounded)[kDozen]) {
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const int i = dozen * 3 + k;
+    if (i >= words) break;
+    const Pair first(rounded[4 * k], rounded[4 * k + 1]);
+    const Pair second(rounded[4 * k + 2], rounded[4 * k + 3]);
+    u32* to = reinterpret_cast<u32*>(raws + (i / 8 * kBatch + vector) * kStepBytes + i % 4 * 8 +
+                                     i / 4 % 2 * 4);
+    to[0] = __byte_perm(first.high, second.high, 0x7531u) ^ 0x80808080u;
+    to[8] = __byte_perm(first.low, second.low, 0x6420u);
+  }
+}
+
 // Where digits are stored.
 struct DigitsOut {
   u8* triples;
@@ -91,6 +119,16 @@ struct DigitsOut {
   u8* raws;
   int raw_words;
 
+  __device__ __forceinline__ int dozens() const { return max(triple_dozens, (raw_words + 2) / 3); }
+
+  // Stores the digits of a dozen; returns their sum, including what was added to them.
+  __device__ __forceinline__ u32 store(int dozen, int vector, const u32 (&rounded)[kDozen]) const {
+    const u32 sum = store_triples(dozen, vector, rounded);
+    if (raw_words != 0) store_raws(raws, raw_words, dozen, vector, rounded);
+    return sum;
+  }
+
+ private:
   // Stores the digits of a dozen in the order of triples; returns their sum, including what was
   // added to them. Two lanes hold one step: one stores its high digits, the other its low digits.
   __device__ __forceinline__ u32 store_triples(int dozen, int vector,
@@ -126,57 +164,50 @@ struct DigitsOut {
     }
     return sum;
   }
-
-  // Stores the digits of a dozen in the order of raw units: by quarter, half, and step.
-  __device__ __forceinline__ void store_raws(int dozen, int vector,
-                                             const u32 (&rounded)[kDozen]) const {
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      const int i = dozen * 3 + k;
-      if (i >= raw_words) break;
-      const Pair first(rounded[4 * k], rounded[4 * k + 1]);
-      const Pair second(rounded[4 * k + 2], rounded[4 * k + 3]);
-      u32* to = reinterpret_cast<u32*>(raws + (i / 8 * kBatch + vector) * kStepBytes + i % 4 * 8 +
-                                       i / 4 % 2 * 4);
-      to[0] = __byte_perm(first.high, second.high, 0x7531u) ^ 0x80808080u;
-      to[8] = __byte_perm(first.low, second.low, 0x6420u);
-    }
-  }
 };
 
-// Threads that round: all but those of the last warp.
-constexpr int kRounding = THREADS - kLanes;
+// Threads that round the vectors of a block: kGroups groups of kThreads, each with a vector of its
+// own at a time.
+template <int kGroups, int kThreads>
+struct Rounding {
+  static constexpr int kWarps = kThreads / kLanes;
+  static_assert(kThreads % kLanes == 0 && kGroups * kThreads <= THREADS && kGroups < 16);
+
+  __device__ static __forceinline__ int group() { return threadIdx.x / kThreads; }
+
+  // The largest value among the threads of a group, which meet at a barrier of their own.
+  __device__ static __forceinline__ u32 max(u32 value, u32* scratch) {
+    value = __reduce_max_sync(~0u, value);
+    if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group()), "n"(kThreads) : "memory");
+    return __reduce_max_sync(~0u, scratch[group() * kWarps + threadIdx.x % kLanes % kWarps]);
+  }
+};
 
 // What a block keeps about the rounded vectors.
 struct Rounded {
   float scale[kBatch];
   int sum[kBatch];
-  u32 largest[2][kRounding / kLanes];
+  u32 largest[2][THREADS / kLanes];
 };
 
-// The largest value among the threads that round, which meet at a barrier of their own.
-__device__ __forceinline__ u32 rounding_max(u32 value, u32* scratch) {
-  value = __reduce_max_sync(~0u, value);
-  if (threadIdx.x % kLanes == 0) scratch[threadIdx.x / kLanes] = value;
-  asm volatile("bar.sync 1, %0;" ::"n"(kRounding) : "memory");
-  return __reduce_max_sync(~0u, scratch[threadIdx.x % kLanes % (kRounding / kLanes)]);
-}
-
 // Rounds a vector and stores its digits. NaN and infinity make its scale NaN. All warps call
-// meanwhile() once they have requested what they round; the last warp rounds nothing, so it can do
-// longer work there. The block must meet at a barrier before digits are read.
-template <class Meanwhile>
-__device__ __forceinline__ void round_vector(const Vector& x, int vector, const DigitsOut& out,
+// meanwhile() once they have requested what they round; warps that belong to no group round
+// nothing, so they can do longer work there. `turn` counts the vectors that the group has rounded.
+// The block must meet at a barrier before digits are read.
+template <int kGroups, int kThreads, class Out, class Meanwhile>
+__device__ __forceinline__ void round_vector(const Vector& x, int vector, int turn, const Out& out,
                                              Rounded& rounded, Meanwhile meanwhile) {
+  using Groups = Rounding<kGroups, kThreads>;
   constexpr int kKept = 2;  // turns whose bits stay in registers
   const int lane = threadIdx.x % kLanes;
-  const int dozens = max(out.triple_dozens, (out.raw_words + 2) / 3);
-  const int first = threadIdx.x;
+  const int dozens = out.dozens();
+  const int first = threadIdx.x - Groups::group() * kThreads;
   Vector::Bits kept[kKept][3];
 #pragma unroll
-  for (int turn = 0; turn < kKept; ++turn) x.read(first + turn * kRounding, kept[turn]);
+  for (int part = 0; part < kKept; ++part) x.read(first + part * kThreads, kept[part]);
   meanwhile();
-  if (first >= kRounding) return;
+  if (Groups::group() >= kGroups) return;
   u32 largest_bits = 0;
   const auto compare = [&](int dozen, const Vector::Bits(&bits)[3]) {
     float values[kDozen];
@@ -188,12 +219,12 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
   };
   if (first - lane < dozens) compare(first, kept[0]);
 #pragma unroll 1
-  for (int i = first + kRounding; i - lane < dozens; i += kRounding) {
+  for (int i = first + kThreads; i - lane < dozens; i += kThreads) {
     compare(i, kept[1]);
-    if (i - lane + kRounding < dozens) x.read(i + kRounding, kept[1]);
+    if (i - lane + kThreads < dozens) x.read(i + kThreads, kept[1]);
   }
-  if (dozens > kKept * kRounding) x.read(first + kRounding, kept[1]);
-  largest_bits = rounding_max(largest_bits, rounded.largest[vector % 2]);
+  if (dozens > kKept * kThreads) x.read(first + kThreads, kept[1]);
+  largest_bits = Groups::max(largest_bits, rounded.largest[turn % 2]);
   const bool finite = largest_bits <= kFinite;
   const float largest = __uint_as_float(largest_bits);
   // Scaling by an exact power of two keeps the inverse of a tiny magnitude finite.
@@ -202,12 +233,12 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
   if (finite && largest_bits != 0) inverse = kLargest / (tiny ? largest * 0x1p100f : largest);
   u32 sum = 0;
 #pragma unroll 1
-  for (int i = first; i - lane < dozens; i += kRounding) {
+  for (int i = first; i - lane < dozens; i += kThreads) {
     float values[kDozen];
     x.scale(i, kept[0], values);
 #pragma unroll
     for (int k = 0; k < 3; ++k) kept[0][k] = kept[1][k];
-    if (i - lane + kKept * kRounding < dozens) x.read(i + kKept * kRounding, kept[1]);
+    if (i - lane + kKept * kThreads < dozens) x.read(i + kKept * kThreads, kept[1]);
     if (tiny) {
 #pragma unroll
       for (float& value : values) value *= 0x1p100f;
@@ -217,12 +248,11 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, const 
     for (int j = 0; j < kDozen; ++j) {
       numbers[j] = __float_as_uint(__fmaf_rn(values[j], inverse, kToBits));
     }
-    sum += out.store_triples(i, vector, numbers) - kDozen * kBias;
-    if (out.raw_words != 0) out.store_raws(i, vector, numbers);
+    sum += out.store(i, vector, numbers) - kDozen * kBias;
   }
   const int total = __reduce_add_sync(~0u, static_cast<int>(sum));
   if (lane == 0) atomicAdd(&rounded.sum[vector], total);
-  if (threadIdx.x == 0) {
+  if (first == 0) {
     rounded.scale[vector] = finite ? largest / kLargest : __int_as_float(0x7fc00000);
   }
 }

@@ -1,0 +1,50 @@
+"""The choice of a form for a matrix on a GPU: coded, flat, or with group scales."""
+
+from __future__ import annotations
+
+import torch
+
+from entrollm.errors import UnsupportedError
+from entrollm.format.flat import FlatCode
+from entrollm.matrix import CodedMatrix
+from entrollm.threads import start_pool
+from entrollm.torch.cuda.device_matrix import transcode
+from entrollm.torch.cuda.flat import choose_widths, pack_flat
+from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
+from entrollm.torch.cuda.grouped import GroupedCudaMatrix
+from entrollm.torch.cuda.matrix import CudaMatrix
+from entrollm.torch.cuda.triples import choose_triple_code
+
+
+def open_cuda(
+    matrix: CodedMatrix, device: torch.device, is_fast: bool
+) -> CudaMatrix | FlatCudaMatrix | GroupedCudaMatrix:
+    """Decode a matrix on the CPU and write it on a GPU, in the form that suits it.
+
+    Matrices with group scales keep them. Others are flat if their file has flat codes or if that takes no more memory
+    than codewords alone, and otherwise coded.
+
+    Args:
+        matrix: the matrix.
+        device: the GPU.
+        is_fast: whether it is to be flat in any case.
+    Raises:
+        UnsupportedError: the device is not an NVIDIA GPU, is too old, or the matrix does not fit in the layout.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        raise UnsupportedError(f"the fused kernels run on NVIDIA GPUs, not on {device}")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if matrix.groups is not None:
+        return GroupedCudaMatrix(matrix, device)
+    symbols = torch.from_numpy(matrix.symbols(0, matrix.spec.rows, start_pool())).to(device)
+    scale, offset, column_scale = (
+        None if values is None else torch.from_numpy(values)
+        for values in (matrix.scale, matrix.offset, matrix.column_scale)
+    )
+    assert scale is not None
+    code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
+    widths = choose_widths(symbols)
+    if is_fast or isinstance(matrix.spec.code, FlatCode) or widths.total_bits <= code.bits * symbols.numel():
+        return FlatCudaMatrix([pack_flat(matrix.name, symbols, scale, offset, column_scale, widths)], device)
+    return CudaMatrix([transcode(matrix.name, symbols, scale, offset, column_scale, code)], device)
