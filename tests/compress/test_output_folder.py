@@ -445,3 +445,27 @@ def test_tidying_that_fails_is_no_error(
     assert f"{out} is complete, but tidying up after it failed" in caplog.text
     compress_folder(checkpoint, out, OPTIONS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_a_place_where_nothing_can_be_made(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before long work, such as calibration."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("loop", "loop is a link that leads back to itself"),
+        ("loop/out", "loop is not a folder"),
+        ("file/out", "file is not a folder, so .*out cannot be made"),
+        ("file/deep/out", "file is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            folder.check_output(tmp_path / out, overwrite=False)
+    with monkeypatch.context() as changed:  # root may write everywhere
+        changed.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(ValueError, match=r"may not be written, so .*out cannot be made there"):
+            folder.check_output(tmp_path / "new" / "out", overwrite=False)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ValueError, match="the current folder was removed"):
+        compress_folder(checkpoint, Path("out"))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +195,24 @@ def test_a_malformed_list_is_refused(folder: Path, text: str, message: str) -> N
     (folder / CHECKSUMS_NAME).write_text(text)
     with pytest.raises(FormatError, match=message):
         load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: os.mkfifo(path)], ids=["folder", "pipe"])
+def test_what_is_no_file_is_not_read(folder: Path, check: bool, make: Callable[[Path], None]) -> None:
+    names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "added_tokens.json"]
+    names += ["special_tokens_map.json", "chat_template.jinja", "chat_template.json"] + [CHECKSUMS_NAME] * check
+    for name in names:
+        path = folder / name
+        kept = path.read_bytes() if path.exists() else None
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(FormatError, match=f"{re.escape(name)} is not a file that holds data"):
+            load(folder, check=check)
+        path.rmdir() if path.is_dir() else path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
 
 
 def test_export_refuses_damage(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of, multiply
 from tests.checkpoint.imported import test_float4_layers, test_fp8
 from tests.checkpoint.imported.test_damage import LAYER, SOURCES
+from tests.fuzz.model_targets import MODEL_TARGETS
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
+from tests.fuzz.served_targets import SERVED_TARGETS
 from tests.fuzz.target import Target, mutated
 from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
@@ -326,4 +328,6 @@ TARGETS: Mapping[str, Target] = {
     "gguf": Target(_prepare_gguf, _mutate_gguf, _read_gguf),
     **{name.lower().replace(", ", "-").replace(" ", "-"): _imported(name) for name in _FORMATS},
     **TEXT_TARGETS,
+    **SERVED_TARGETS,
+    **MODEL_TARGETS,
 }

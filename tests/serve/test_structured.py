@@ -94,6 +94,7 @@ def test_any_object(client: httpx.Client) -> None:
         (schema_format({"type": "object", "if": {}}), 'response_format: Unimplemented keys: ["if"]'),
         (schema_format({"$ref": "file:///etc/passwd"}), "response_format: "),
         (schema_format({"enum": ["x" * 70000]}), "response_format is longer than 65536 bytes"),
+        (schema_format({"enum": [-(2**63)]}), "the number -9223372036854775808, which is not supported"),
         ({"type": "json_schema"}, "needs json_schema"),
         ({"type": "xml"}, "response_format.type: Input should be 'text', 'json_object', 'json_schema' or 'grammar'"),
     ],
@@ -126,6 +127,14 @@ def test_a_grammar_as_the_format(client: httpx.Client) -> None:
     for syntax, definition in (("regex", "a[bc]{2}"), ("lark", "start: /a[bc]{2}/")):
         choice = chat(client, response_format={"type": "grammar", "syntax": syntax, "definition": definition})
         assert re.fullmatch("a[bc]{2}", choice["message"]["content"])
+
+
+def test_a_grammar_of_many_rules(client: httpx.Client) -> None:
+    """Each refers to the next one, which the compiler follows in a recursion."""
+    rules = "\n".join(f"a{index}:a{index + 1}" for index in range(4000))
+    definition = f'start: a0\n{rules}\na4000: "x"'
+    choice = chat(client, response_format={"type": "grammar", "syntax": "lark", "definition": definition})
+    assert choice["message"]["content"] == "x"
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,17 @@ def real_place(path: Path) -> Path:
     """Where a folder at `path` will lie: the target of a link, which stays one.
 
     Raises:
-        ValueError: the current folder lies in it, and a folder that is replaced must not be anyone's current one.
+        ValueError: the current folder lies in it, and a folder that is replaced must not be anyone's current one; or
+            a link leads back to itself.
     """
-    place = Path(os.path.realpath(path))
-    if Path.cwd().is_relative_to(place):
+    try:
+        current = Path.cwd()
+        place = Path(os.path.realpath(path))
+    except FileNotFoundError:
+        raise ValueError("the current folder was removed; change to one that exists") from None
+    if place.is_symlink():
+        raise ValueError(f"{path} is a link that leads back to itself; name another folder")
+    if current.is_relative_to(place):
         raise ValueError(f"{path} is the current folder or holds it; name another folder, such as {place.name}-out")
     return place
 
@@ -204,6 +211,7 @@ def check_output(path: Path, overwrite: bool) -> None:
         ValueError: something that is not a compressed model, or that may not be replaced, is at `path`.
     """
     path = real_place(path)
+    _check_parent(path)
     if not path.exists():
         return
     if not path.is_dir():
@@ -221,6 +229,15 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise OptionError(
             f"{path} exists", hint=Message("name another folder, or pass {} to replace it", Option("overwrite", True))
         )
+
+
+def _check_parent(path: Path) -> None:
+    """Check that a folder can be made at `path`, or renamed to it: the folder above, or what there is of it."""
+    parent = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is not a folder, so {path} cannot be made; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{parent} may not be written, so {path} cannot be made there; name a folder elsewhere")
 
 
 def check_replaced(path: Path, names: Collection[str]) -> None:

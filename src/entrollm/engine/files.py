@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from entrollm.checkpoint.panics import panics_named
 from entrollm.engine.tokens import TokenFiles, add_tokens
 from entrollm.errors import FormatError
+from entrollm.files.contents import check_is_file
 from entrollm.files.shards import is_gguf
 
 # Tokenizers of other kinds.
@@ -73,6 +74,7 @@ def read_model_files(folder: Path) -> ModelFiles:
 
 
 def _read_text(path: Path) -> str | None:
+    check_is_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -100,6 +102,7 @@ def read_json(path: Path) -> dict[str, object] | None:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer | None:
+    check_is_file(path)
     if not path.exists():
         return None
     with panics_named(path):

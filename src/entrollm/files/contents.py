@@ -52,6 +52,16 @@ def check_names(folder: Path, expected: tuple[str, str]) -> None:
     raise FormatError(f"{found}; fetch the index as well")
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse a folder, a pipe, a socket or a device in a file's place; reading a pipe would wait without end.
+
+    Raises:
+        FormatError: there is one. A path where nothing is passes.
+    """
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{path} is not a file that holds data; fetch the file again")
+
+
 def _whole(present: list[str]) -> str | None:
     """What the folder is as a whole."""
     if "adapter_config.json" in present or any(name.startswith("adapter_model.") for name in present):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from entrollm.errors import CorruptStreamError, FormatError, Message
+from entrollm.files.contents import check_is_file
 from entrollm.files.safetensors import header_bytes, parse_json_object
 from entrollm.format.json_fields import is_int
 
@@ -45,8 +46,9 @@ def check_files(folder: Path) -> None:
         CorruptStreamError: a file differs; the message names it.
     """
     path = folder / CHECKSUMS_NAME
-    if not path.is_file():
+    if not path.exists():
         return
+    check_is_file(path)
     listed = parse_json_object(path, path.read_bytes(), "the list of checksums")
     if listed.keys() != {_FILES, _HEADERS} or not all(isinstance(part, dict) for part in listed.values()):
         raise FormatError(f"{path}: expected the objects {_FILES!r} and {_HEADERS!r}; fetch the file again")
@@ -66,7 +68,10 @@ def _check(path: Path, name: str, value: object, checksum: Callable[[Path], int]
     if not isinstance(expected, str) or _CRC32.fullmatch(expected) is None:
         raise FormatError(f"{path}: the CRC-32 of {name!r} must be 8 hex digits, found {expected!r:.80}")
     file = path.parent / name
-    if not file.is_file() or file.stat().st_size != value[_SIZE]:
+    if not file.exists():
+        return
+    check_is_file(file)
+    if file.stat().st_size != value[_SIZE]:
         return
     found = checksum(file)
     if found != int(expected, 16):

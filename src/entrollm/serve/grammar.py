@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,17 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from entrollm.serve.errors import bad_request
+from entrollm.serve.errors import ApiError, bad_request
 
 _MAX_GRAMMAR_BYTES = 64 << 10
 # Models may indent, but not fill an answer with white space.
 _WHITE_SPACE = r"(\n? {0,32})?"
+# llguidance recurses as deeply as rules refer to each other: thousands of times in a grammar of that length. The worst
+# that were found need between 8 and 32 MB.
+_STACK_BYTES = 64 << 20
+_stack_lock = threading.Lock()
+# Integers that round to -2**63 end llguidance 1.9 in an endless recursion where an enum or a const has them.
+_LEAST_INTEGERS = re.compile(r"-92233720368547\d{5}(?!\d)")
 
 
 class Grammars:
@@ -63,7 +71,12 @@ class Grammars:
     def _compile(self, grammar: str, field: str) -> TokenGrammar:
         if len(grammar) > _MAX_GRAMMAR_BYTES:
             raise bad_request(f"{field} is longer than {_MAX_GRAMMAR_BYTES} bytes", field)
-        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if found := _LEAST_INTEGERS.search(grammar):
+            raise bad_request(
+                f"{field} has the number {found.group()}, which is not supported; use -2**53 or more", field
+            )
+        vocabulary = self._vocabulary()
+        matcher = _with_large_stack(lambda: LLMatcher(vocabulary, grammar, log_level=0))
         if matcher.is_error():
             raise bad_request(f"{field}: {matcher.get_error().splitlines()[0][:300]}", field)
         return TokenGrammar(matcher, self._vocab_size)
@@ -75,6 +88,31 @@ class Grammars:
                 size = max(self._vocab_size, self._tokenizer.get_vocab_size(with_added_tokens=True))
                 self._compiled = LLTokenizer(self._tokenizer.to_str(), n_vocab=size, eos_token=self._end_tokens)
             return self._compiled
+
+
+def _with_large_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """Work in a thread of its own. An overflow of the stack would end the process.
+
+    Raises:
+        ApiError: no such thread can be started.
+    """
+    done: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # reported to the thread that waits
+            done.set_exception(error)
+
+    with _stack_lock:
+        earlier = threading.stack_size(_STACK_BYTES)
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:
+            raise ApiError(503, f"no memory for the grammar: {error}; try again later", retry_after_s=10) from None
+        finally:
+            threading.stack_size(earlier)
+    return done.result()
 
 
 class GrammarError(ValueError):
