@@ -266,7 +266,7 @@ class FlatCudaMatrix:
 
     def plan(self, batch: int) -> FlatPlan:
         """How the product with `batch` vectors is divided."""
-        tiles = [part.tiles for part in self.parts]
+        tiles = tuple(part.tiles for part in self.parts)
         return flat_plan(self._gpu, tiles, self.parts[0].stripes, self._most_bits, batch)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

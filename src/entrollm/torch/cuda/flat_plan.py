@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class FlatPlan:
         )
 
 
-def flat_plan(gpu: Gpu, tiles: Sequence[int], stripes: int, most_bits: int, batch: int) -> FlatPlan:
+@functools.lru_cache(maxsize=1024)
+def flat_plan(gpu: Gpu, tiles: tuple[int, ...], stripes: int, most_bits: int, batch: int) -> FlatPlan:
     """Divide the product of some matrices.
 
     Args:
