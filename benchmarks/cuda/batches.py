@@ -19,7 +19,7 @@ from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.flat import pack_flat
 from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
-from gemv import DEVICE, LAUNCHES, SHAPES, SOURCES, commit, gaussian_deviation, graph_times, measure_uncoded
+from gemv import DEVICE, LAUNCHES, SHAPES, SOURCES, commit, graph_times, measure_uncoded, random_symbols
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 DISTINCT_BYTES = 300 << 20
@@ -60,9 +60,7 @@ def our_times(matrices: list[Any], weights: Tensor) -> dict[str, Any]:
 
 def measure(rows: int, columns: int, entropy: float) -> dict[str, Any]:
     """Both forms of a matrix of Gaussian symbols."""
-    symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
-    symbols = symbols.clamp_(0, 255).to(torch.uint8)
-    scale = torch.rand(rows, device=DEVICE) + 0.5
+    symbols, scale = random_symbols(rows, columns, entropy)
     weights = (symbols.double() - 128) * scale[:, None].double()
     coded = transcode("weights", symbols, scale, scale * -128)
     copies = max(4, DISTINCT_BYTES // coded.size_bytes)

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from entrollm.torch.cuda import compile as kernels
 from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
+from entrollm.torch.cuda.flat import pack_flat
+from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
 from entrollm.torch.cuda.launch import Function
 from entrollm.torch.cuda.matrix import CudaMatrix
 
@@ -164,11 +166,15 @@ def launch_once(rows: int, columns: int, entropy: float) -> None:
     torch.cuda.synchronize()
 
 
+def random_symbols(rows: int, columns: int, entropy: float) -> tuple[Tensor, Tensor]:
+    """Gaussian symbols of an entropy about 128, and a scale for each row."""
+    symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
+    return symbols.clamp_(0, 255).to(torch.uint8), torch.rand(rows, device=DEVICE) + 0.5
+
+
 def random_matrix(rows: int, columns: int, entropy: float) -> tuple[Tensor, Tensor, DeviceMatrix]:
     """Gaussian symbols of an entropy about 128, a scale for each row, and both in the layout."""
-    symbols = torch.randn(rows, columns, device=DEVICE).mul_(gaussian_deviation(entropy)).round_().add_(128)
-    symbols = symbols.clamp_(0, 255).to(torch.uint8)
-    scale = torch.rand(rows, device=DEVICE) + 0.5
+    symbols, scale = random_symbols(rows, columns, entropy)
     return symbols, scale, transcode("weights", symbols, scale, scale * -128)
 
 
@@ -203,6 +209,20 @@ def measure_coded(rows: int, columns: int, entropy: float) -> dict[str, float]:
         "segments": matrix.shape.segments,
         "raw_bits": matrix.code.raw_bits,
     }
+
+
+def measure_flat(rows: int, columns: int, entropy: float, distinct_bytes: int) -> dict[str, float]:
+    """Ours with flat matrices, checked against float64; with few distinct bytes, weights stay in the cache."""
+    symbols, scale = random_symbols(rows, columns, entropy)
+    part = pack_flat("weights", symbols, scale, scale * -128)
+    copies = max(1, distinct_bytes // part.size_bytes)
+    matrices = [FlatCudaMatrix([replace(part, data=part.data.clone())], DEVICE) for _ in range(copies)]
+    x = torch.randn(1, columns, device=DEVICE).bfloat16()
+    y = torch.empty(1, rows, device=DEVICE).bfloat16()
+    expected = x.double() @ ((symbols.double() - 128) * scale[:, None].double()).T
+    assert float((matrices[0].multiply(x).double() - expected).norm() / expected.norm()) < 4e-3
+    times = graph_times(lambda i: matrices[i % copies].product(1, x.dtype)(x, y), max(copies, LAUNCHES))
+    return {**summary(times), "bits": part.size_bytes * 8 / (rows * columns)}
 
 
 def _copy(matrix: DeviceMatrix) -> DeviceMatrix:

@@ -1,6 +1,7 @@
 """Predict tokens per second of GPUs from instructions and bytes, and check the model on the GPU at hand.
 
     python benchmarks/cuda/speed_model.py --measure speed.json     # on a GPU, once for each path
+    python benchmarks/cuda/speed_model.py --flat --measure speed-flat.json
     python benchmarks/cuda/speed_model.py speed.json speed-8.0.json speed-8.9.json
 
 The time of a product is max(instructions, bytes) + launch. Matrices that stay in the second-level cache give the time
@@ -58,7 +59,9 @@ class Card:
 
 # Sources: NVIDIA H200 data sheet; Ampere GA102 whitepaper and the product page of the GeForce RTX 3060; Ada whitepaper
 # (RTX 4090); RTX Blackwell whitepaper (RTX 5090); L4 data sheet and Ada's 128 cores per multiprocessor; Jetson Orin NX
-# and Orin Nano series data sheets (16 GB and 8 GB modules, without their later "Super" modes).
+# and Orin Nano series data sheets (16 GB and 8 GB modules, without their later "Super" modes). Pages that quote these
+# agree on the multiprocessors, clocks and bandwidths of the four cards and of the Orin Nano; the H200's clock is what
+# nvidia-smi shows. No such page was found for the clock of the Orin NX.
 CARDS = {
     "H200": Card(132, 1.98, 4800, "9.0", 141),
     "RTX 3060": Card(28, 1.777, 360, "8.9", 12),
@@ -112,16 +115,52 @@ def _uncoded_us(name: str, rows: int, columns: int, distinct_bytes: int) -> floa
     return gemv.measure_uncoded(8 if name == "int8" else 4, rows, columns, distinct_bytes)["median_us"]
 
 
-def measure() -> dict[str, Any]:
-    """Measure on the GPU at hand; see the module's text."""
+def measure(is_flat: bool) -> dict[str, Any]:
+    """Measure flat products on the GPU at hand, or all others; see the module's text."""
     import torch
 
     import gemv
 
     properties = torch.cuda.get_device_properties(gemv.DEVICE)
-    tile_rows = 16 * properties.multi_processor_count
-    kinds: dict[str, Any] = {}
     target = os.environ.get("ENTROLLM_CUDA_TARGET")
+    tile_rows = 16 * properties.multi_processor_count
+    major, minor = torch.cuda.get_device_capability(gemv.DEVICE)
+    return {
+        "device": properties.name,
+        "commit": gemv.commit(),
+        "multiprocessors": properties.multi_processor_count,
+        "clock_ghz": CARDS["H200"].clock_ghz,
+        "path": target or f"{major}.{minor}",
+        "kinds": measure_flat(tile_rows) if is_flat else measure_others(tile_rows, target),
+    }
+
+
+def measure_flat(tile_rows: int) -> dict[str, Any]:
+    """Measure flat products; `tile_rows` are the rows of one tile of each multiprocessor."""
+    import gemv
+
+    kinds = {}
+    for entropy in SOURCES:
+        shapes = {f"{rows} x {columns}": gemv.measure_flat(rows, columns, entropy, 1 << 29) for rows, columns in SHAPES}
+        kinds[f"flat {entropy}"] = {
+            "bits": shapes["14336 x 4096"]["bits"],
+            "cached_us": [
+                gemv.measure_flat(tiles * tile_rows, COLUMNS, entropy, 1)["median_us"] for tiles in CACHED_TILES
+            ],
+            "distinct_us": {shape: found["median_us"] for shape, found in shapes.items()},
+            "spread_us": {shape: [found["min_us"], found["max_us"]] for shape, found in shapes.items()},
+        }
+        print(kinds[f"flat {entropy}"], flush=True)
+    return kinds
+
+
+def measure_others(tile_rows: int, target: str | None) -> dict[str, Any]:
+    """Measure coded products, and for the GPU's own path those without a code."""
+    import torch
+
+    import gemv
+
+    kinds: dict[str, Any] = {}
     for name, bits in UNCODED_BITS.items() if target is None else ():  # whose kernels are the same for all targets
         sizes = [tiles * tile_rows for tiles in CACHED_TILES]
         cached = [_uncoded_us(name, rows, COLUMNS, 1) for rows in sizes] if name != "bf16" else None
@@ -144,15 +183,7 @@ def measure() -> dict[str, Any]:
             "spread_us": {shape: [found["min_us"], found["max_us"]] for shape, found in measured.items()},
         }
         print(entropy, kinds[f"entropy {entropy}"], flush=True)
-    major, minor = torch.cuda.get_device_capability(gemv.DEVICE)
-    return {
-        "device": properties.name,
-        "commit": gemv.commit(),
-        "multiprocessors": properties.multi_processor_count,
-        "clock_ghz": CARDS["H200"].clock_ghz,
-        "path": target or f"{major}.{minor}",
-        "kinds": kinds,
-    }
+    return kinds
 
 
 def rates(measured: dict[str, Any]) -> dict[str, Rate]:
@@ -182,7 +213,11 @@ def _joined(values: list[float], digits: int) -> str:
 
 def report(files: list[Path]) -> None:
     """Print how well the model predicts what was measured, and what it predicts for other GPUs, as Markdown."""
-    paths = {measured["path"]: measured for measured in (json.loads(file.read_text()) for file in files)}
+    paths: dict[str, dict[str, Any]] = {}
+    for file in files:
+        measured = json.loads(file.read_text())
+        kinds = paths.setdefault(measured["path"], measured)["kinds"]
+        kinds |= measured["kinds"]
     by_path = {path: rates(measured) for path, measured in paths.items()}
     print("| path | product | bits | cycles a weight | in long rows | launch, µs | measured, µs | model, µs | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -215,9 +250,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", help="measurements to report on")
     parser.add_argument("--measure", type=Path, metavar="FILE", help="measure and write FILE")
+    parser.add_argument("--flat", action="store_true", help="measure flat products, and no others")
     arguments = parser.parse_args()
     if arguments.measure:
-        arguments.measure.write_text(json.dumps(measure(), indent=1) + "\n")
+        arguments.measure.write_text(json.dumps(measure(arguments.flat), indent=1) + "\n")
     if arguments.files:
         report(arguments.files)
 

@@ -63,11 +63,11 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
         assert found["bytes spill stores"] == 0
         assert found["registers"] * dict(macros)["THREADS"] <= REGISTERS
     for batch in (1, 32):
-        flat = flat_plan(gpu, [896], 16, 5, batch)
+        flat = flat_plan(gpu, (896,), 16, 5, batch)
         assert flat.end_bytes <= gpu.block_bytes
         found = usage("flat_product.cu", tuning, flat.macros((2, 5), tuning.flat_ahead, TYPES[torch.bfloat16]))
         assert found["bytes spill stores"] == 0
         assert found["registers"] * flat.threads <= REGISTERS
-    macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 1), ("MAX_BITS", 8))
+    macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 2), ("MAX_BITS", 5))
     assert usage("flat_decode.cu", tuning, macros)["bytes spill stores"] == 0
     assert usage("grouped_decode.cu", tuning, part.decode_macros(TYPES[torch.bfloat16]))["bytes spill stores"] == 0

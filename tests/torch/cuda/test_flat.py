@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrollm.errors import UnsupportedError
-from entrollm.torch.cuda.flat import pack_flat
+from entrollm.torch.cuda.flat import pack_flat, stripes_of
+from entrollm.torch.cuda.flat_plan import block_groups, flat_plan, launch_vectors
+from entrollm.torch.cuda.gpu import typical_gpu
+from entrollm.torch.cuda.tuning import FAMILIES, HOPPER, Tuning
 from tests.support.flat_layout import unpack_flat
 
 
@@ -46,6 +49,34 @@ def test_rows_of_unequal_width_lie_apart() -> None:
     np.testing.assert_array_equal(part.positions[index], np.arange(48))
     np.testing.assert_array_equal(scales.contiguous().view(torch.float32), index)
     np.testing.assert_array_equal(offsets.contiguous().view(torch.float32), index * 2)
+
+
+@pytest.mark.parametrize("tuning", FAMILIES, ids=lambda tuning: tuning.family)
+@pytest.mark.parametrize("columns", [256, 4096, 14336, 65535])
+def test_plans_fit_shared_memory(tuning: Tuning, columns: int) -> None:
+    gpu, stripes = typical_gpu(tuning), stripes_of(columns)
+    for batch in (1, 3, 8, 16, 32):
+        step = launch_vectors(gpu, stripes, 4, batch)
+        plan = flat_plan(gpu, (900, 7), stripes, 4, min(step, batch))
+        assert plan.end_bytes <= gpu.block_bytes
+        assert plan.vectors >= min(step, batch)
+        assert plan.prepared or plan.splits == 1
+        # No block, and no warp, has a part without columns.
+        assert plan.splits * plan.shares <= stripes
+
+
+def test_a_few_vectors_with_long_rows_take_several_launches() -> None:
+    gpu = typical_gpu(HOPPER)
+    assert launch_vectors(gpu, stripes_of(4096), 4, 16) == 16
+    assert launch_vectors(gpu, stripes_of(14336), 4, 8) == 4
+    assert launch_vectors(gpu, stripes_of(14336), 4, 32) == 32
+
+
+def test_blocks_are_shared_out_by_size() -> None:
+    assert block_groups([100], 132) == [132]
+    assert block_groups([300, 100], 132) == [99, 33]
+    assert block_groups([1000, 1, 1], 10) == [8, 1, 1]
+    assert block_groups([5, 5, 5, 5], 2) == [1, 1, 1, 1]
 
 
 def test_rows_that_are_too_long() -> None:

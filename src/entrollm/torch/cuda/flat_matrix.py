@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.flat import MOST_BITS, STRIPE_COLUMNS, STRIPE_STEPS, FlatPart
-from entrollm.torch.cuda.flat_plan import LAUNCH_VECTORS, FlatPlan, block_groups, flat_plan
+from entrollm.torch.cuda.flat_plan import FlatPlan, block_groups, flat_plan, launch_vectors
 from entrollm.torch.cuda.gpu import Gpu, gpu_of
 from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, DivisorStruct, divisor, function
 from entrollm.torch.cuda.layout import STEP_BYTES, TILE_ROWS, padded_columns
@@ -246,29 +246,28 @@ class FlatCudaMatrix:
         if self._singles and len(x) > self._gpu.tuning.flat_rounded:
             return torch.cat([single.multiply(x) for single in self._singles], dim=1)
         y = x.new_empty(x.shape[0], self.shape[0])
-        for begin in range(0, x.shape[0], LAUNCH_VECTORS):
-            part = x[begin : begin + LAUNCH_VECTORS]
+        step = launch_vectors(self._gpu, self.parts[0].stripes, self._most_bits, x.shape[0])
+        for begin in range(0, x.shape[0], step):
+            part = x[begin : begin + step]
             if x.shape[1] % 4:
                 part = torch.nn.functional.pad(part, (0, -x.shape[1] % 4))
             part = part.contiguous()
             if part.data_ptr() % 16:
                 part = part.clone()
-            self.product(len(part), x.dtype)(part, y[begin : begin + LAUNCH_VECTORS])
+            self.product(len(part), x.dtype)(part, y[begin : begin + step])
         return y
 
     def product(self, batch: int, dtype: torch.dtype) -> FlatProduct:
         """The product with `batch` vectors of a type, ready to launch."""
-        plan = self.plan(batch)
-        key = plan.vectors, dtype
+        key = batch, dtype
         if key not in self._products:
-            self._products[key] = FlatProduct(self.parts, plan, dtype, self.device)
+            self._products[key] = FlatProduct(self.parts, self.plan(batch), dtype, self.device)
         return self._products[key]
 
     def plan(self, batch: int) -> FlatPlan:
         """How the product with `batch` vectors is divided."""
-        tiles = [part.tiles for part in self.parts]
-        most_bits = max(part.widths[1] for part in self.parts)
-        return flat_plan(self._gpu, tiles, self.parts[0].stripes, most_bits, batch)
+        tiles = tuple(part.tiles for part in self.parts)
+        return flat_plan(self._gpu, tiles, self.parts[0].stripes, self._most_bits, batch)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Decode all weights: (out_features, in_features)."""
@@ -287,6 +286,10 @@ class FlatCudaMatrix:
         if len(ids):
             decode_flat(self.parts[0], out, ids, self.device)
         return out.masked_fill_(~inside[:, None], torch.nan)
+
+    @functools.cached_property
+    def _most_bits(self) -> int:
+        return max(part.widths[1] for part in self.parts)
 
     @functools.cached_property
     def _singles(self) -> list[FlatCudaMatrix]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ _MOST_SPLITS = 32
 _SPARE_BYTES = 3 * STEP_BYTES
 # Beyond these, sums and fields take so many registers that a block has fewer threads.
 _FEW_VECTORS = 4
-_FEW_BITS = 6
-_MANY_THREADS = 512
+_FEW_BITS = 4
+_MANY_THREADS, _MOST_THREADS = 512, 256  # with up to 16 vectors, and with more
 # Times for `_cost`, in cycles of a multiprocessor.
 _SHARE_STRIPES = 0.5  # what a share costs at its beginning and end, in stripes
 _STRIPE_CYCLES = 110.0  # of fields of 4 bits from memory, 2 KB
@@ -71,7 +72,8 @@ class FlatPlan:
         )
 
 
-def flat_plan(gpu: Gpu, tiles: Sequence[int], stripes: int, most_bits: int, batch: int) -> FlatPlan:
+@functools.lru_cache(maxsize=1024)
+def flat_plan(gpu: Gpu, tiles: tuple[int, ...], stripes: int, most_bits: int, batch: int) -> FlatPlan:
     """Divide the product of some matrices.
 
     Args:
@@ -82,11 +84,12 @@ def flat_plan(gpu: Gpu, tiles: Sequence[int], stripes: int, most_bits: int, batc
         batch: vectors, at most LAUNCH_VECTORS.
     """
     if batch <= gpu.tuning.flat_rounded:
-        plan = _divided(gpu, _plan(gpu, batch, most_bits, prepared=False), tiles, stripes, 1)
-        if plan.end_bytes <= gpu.block_bytes:
-            return plan
+        plan = _plan(gpu, batch, most_bits, prepared=False)
+        if plan.state_bytes + _digits_bytes(stripes, batch) <= gpu.block_bytes:
+            return _divided(gpu, plan, tiles, stripes, 1)
     plan = _plan(gpu, -(-batch // 4) * 4, most_bits, prepared=True)
-    room = max(1, (gpu.block_bytes - plan.state_bytes - _SPARE_BYTES) // _stripe_bytes(plan.vectors))
+    stripe_bytes = _digits_bytes(1, plan.vectors) - _SPARE_BYTES
+    room = max(1, (gpu.block_bytes - plan.state_bytes - _SPARE_BYTES) // stripe_bytes)
     fewest = -(-stripes // room)
     choices = range(fewest, max(fewest, min(stripes, _MOST_SPLITS)) + 1)
     plans = [_divided(gpu, plan, tiles, stripes, splits) for splits in choices]
@@ -97,7 +100,8 @@ def _plan(gpu: Gpu, vectors: int, most_bits: int, prepared: bool) -> FlatPlan:
     open_tiles = 16 if vectors <= 8 else 8
     row_vectors = vectors + 4 if vectors >= 4 and vectors % 8 != 4 else vectors
     is_small = vectors <= _FEW_VECTORS and most_bits <= _FEW_BITS
-    threads = gpu.tuning.flat_threads if is_small else _MANY_THREADS
+    many = _MANY_THREADS if vectors <= 16 else _MOST_THREADS
+    threads = gpu.tuning.flat_threads if is_small else many
     # `State` of flat_product.cu.
     state = open_tiles * (HEAD_WORDS * 4 + TILE_ROWS * row_vectors * 8 + 8) + vectors * 8 + threads // LANES * 8
     return FlatPlan(vectors, prepared, threads, open_tiles, 1, 1, -(-state // 128) * 128, 0)
@@ -105,7 +109,7 @@ def _plan(gpu: Gpu, vectors: int, most_bits: int, prepared: bool) -> FlatPlan:
 
 def _divided(gpu: Gpu, plan: FlatPlan, tiles: Sequence[int], stripes: int, splits: int) -> FlatPlan:
     """The cheapest division of a tile's part among warps, for a number of parts."""
-    digits = -(-stripes // splits) * _stripe_bytes(plan.vectors) + _SPARE_BYTES
+    digits = _digits_bytes(-(-stripes // splits), plan.vectors)
     shares = range(1, max(1, stripes // splits) + 1)
     plans = [
         FlatPlan(plan.vectors, plan.prepared, plan.threads, plan.open_tiles, splits, count, plan.state_bytes, digits)
@@ -114,8 +118,23 @@ def _divided(gpu: Gpu, plan: FlatPlan, tiles: Sequence[int], stripes: int, split
     return min(plans, key=lambda plan: _cost(gpu, plan, tiles, stripes))
 
 
-def _stripe_bytes(vectors: int) -> int:
-    return STRIPE_STEPS * STEP_BYTES * vectors
+def _digits_bytes(stripes: int, vectors: int) -> int:
+    return stripes * STRIPE_STEPS * STEP_BYTES * vectors + _SPARE_BYTES
+
+
+def launch_vectors(gpu: Gpu, stripes: int, most_bits: int, batch: int) -> int:
+    """Vectors that one launch of a product with `batch` vectors should take.
+
+    A few that every block can round itself are better in two launches than prepared by a kernel of their own.
+    """
+    if batch > gpu.tuning.flat_rounded:
+        return LAUNCH_VECTORS
+    for launches in range(1, batch + 1):
+        vectors = -(-batch // launches)
+        state_bytes = _plan(gpu, vectors, most_bits, prepared=False).state_bytes
+        if state_bytes + _digits_bytes(stripes, vectors) <= gpu.block_bytes:
+            return vectors
+    return LAUNCH_VECTORS
 
 
 def _cost(gpu: Gpu, plan: FlatPlan, tiles: Sequence[int], stripes: int) -> float:

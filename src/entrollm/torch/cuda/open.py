@@ -15,14 +15,17 @@ from entrollm.torch.cuda.grouped import GroupedCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
 from entrollm.torch.cuda.triples import choose_triple_code
 
+# What the coded layout takes for each bit of codewords and raw bits; docs/research/cuda.md has what else is in it.
+_CODED_SHARE = 1.07
+
 
 def open_cuda(
     matrix: CodedMatrix, device: torch.device, is_fast: bool
 ) -> CudaMatrix | FlatCudaMatrix | GroupedCudaMatrix:
     """Decode a matrix on the CPU and write it on a GPU, in the form that suits it.
 
-    Matrices with group scales keep them. Others are flat if their file has flat codes or if that takes no more memory
-    than codewords alone, and otherwise coded.
+    Matrices with group scales keep them. Others are flat if their file has flat codes or if that takes no more memory,
+    and otherwise coded.
 
     Args:
         matrix: the matrix.
@@ -45,6 +48,7 @@ def open_cuda(
     assert scale is not None
     code = choose_triple_code(torch.bincount(symbols.reshape(-1), minlength=256).tolist())
     widths = choose_widths(symbols)
-    if is_fast or isinstance(matrix.spec.code, FlatCode) or widths.total_bits <= code.bits * symbols.numel():
+    is_smaller = widths.total_bits <= code.bits * _CODED_SHARE * symbols.numel()
+    if is_fast or is_smaller or isinstance(matrix.spec.code, FlatCode):
         return FlatCudaMatrix([pack_flat(matrix.name, symbols, scale, offset, column_scale, widths)], device)
     return CudaMatrix([transcode(matrix.name, symbols, scale, offset, column_scale, code)], device)

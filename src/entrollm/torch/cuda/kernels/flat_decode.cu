@@ -66,7 +66,7 @@ __device__ __forceinline__ void write_any(const Launch& launch, const TileHead& 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     decode_flat(const __grid_constant__ Launch launch) {
   const FlatMatrix& matrix = launch.matrix;
   const int position =

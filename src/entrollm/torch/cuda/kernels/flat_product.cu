@@ -28,7 +28,7 @@ struct Launch {
   const u16* numbers;  // by column and vector, the numbers that the digits are of, plus 2^15
   const float* scales;
   const int* totals;
-  int* partial;  // sums by tile, vector, row and digit, if tiles are split
+  int* partial;  // sums by tile, digit, vector and row, if tiles are split
   u32* arrived;  // parts of every tile that are in them
   int count;
   int columns;  // a multiple of 4; x has zeros where the matrix has no column
@@ -48,7 +48,7 @@ struct State {
 
 static_assert(sizeof(State) <= STATE_BYTES, "plans of shared memory must leave room for it");
 
-// What a block works on: some columns of every so manyth tile.
+// What a block works on: a range of columns of the tiles of its group.
 struct Work {
   const FlatMatrix& matrix;
   const Launch& launch;
@@ -263,8 +263,10 @@ __device__ __forceinline__ void finish_tile(const Work& work, State& state, int 
   const int open = local % kOpenTiles;
   const int tile = work.tile(local);
   const bool alone = launch.splits == 1;
-  int* partial = launch.partial + static_cast<long long>(y_tile) * (kTileRows * kBatch * 2);
-  for (int i = lane; i < kTileRows * kBatch; i += kLanes) {
+  constexpr int kTileSums = kTileRows * kBatch;
+  int* highs = launch.partial + static_cast<long long>(y_tile) * (kTileSums * 2);
+  int* lows = highs + kTileSums;
+  for (int i = lane; i < kTileSums; i += kLanes) {
     // Neighbouring lanes write neighbouring rows.
     const int row = i % kTileRows;
     const int vector = i / kTileRows;
@@ -273,8 +275,8 @@ __device__ __forceinline__ void finish_tile(const Work& work, State& state, int 
       write_sum(launch, work.matrix, state.rounded, state.heads[open], tile, row, vector, sums[0],
                 sums[1]);
     } else {
-      atomicAdd(&partial[2 * i], sums[0]);
-      atomicAdd(&partial[2 * i + 1], sums[1]);
+      atomicAdd(&highs[i], sums[0]);
+      atomicAdd(&lows[i], sums[1]);
     }
     sums[0] = sums[1] = 0;
   }
@@ -285,17 +287,19 @@ __device__ __forceinline__ void finish_tile(const Work& work, State& state, int 
     if (lane == 0) before = atomicAdd(&launch.arrived[y_tile], 1);
     __threadfence();
     if (__shfl_sync(~0u, before, 0) + 1 == static_cast<u32>(launch.splits)) {
-      constexpr int kTurns = (kTileRows * kBatch + kLanes - 1) / kLanes;
-      int2 sums[kTurns];
+      constexpr int kTurns = (kTileSums + kLanes - 1) / kLanes;
+      int high[kTurns];
+      int low[kTurns];
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        sums[turn] = __ldcg(reinterpret_cast<const int2*>(partial) + turn * kLanes + lane);
+        high[turn] = __ldcg(&highs[turn * kLanes + lane]);
+        low[turn] = __ldcg(&lows[turn * kLanes + lane]);
       }
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
         const int i = turn * kLanes + lane;
         write_sum(launch, work.matrix, state.rounded, state.heads[open], tile, i % kTileRows,
-                  i / kTileRows, sums[turn].x, sums[turn].y);
+                  i / kTileRows, high[turn], low[turn]);
       }
     }
   }
@@ -375,7 +379,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     (&state.sums[0][0][0][0])[i] = 0;
   }
   if (threadIdx.x < kOpenTiles) state.done[threadIdx.x] = state.rounds[threadIdx.x] = 0;
-  if (threadIdx.x < kBatch) state.rounded.sum[threadIdx.x] = 0;
   wait_for_previous();
   constexpr int kStripeBytes = kStripeSteps * kStepBytes * kBatch;
   if constexpr (kPrepared) {
