@@ -97,7 +97,7 @@ def _predict(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
     return outputs["logits"][:, -1].float(), cache
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values with room for all tokens, so that a new one is written beside the others, which stay.
 
     Args:
@@ -106,7 +106,7 @@ class _RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self._room = [held.new_empty(*held.shape[:-2], tokens, held.shape[-1]) for held in (keys, values)]
         self.update(keys, values)
