@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from entrollm.calibrate import CalibrationText, sample_windows
+from entrollm.calibrate import CalibrationText, sample, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
 from entrollm.engine.load import load
@@ -35,6 +35,15 @@ def test_equal_seeds_write_equal_text() -> None:
         first, again, other = (sample_windows(checkpoint, (2, 8), seed) for seed in (1, 1, 2))
     assert (first == again).all()
     assert (first != other).any()
+
+
+def test_caches_with_room_change_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpoint.open(TINY_LLAMA) as checkpoint:
+        written = sample_windows(checkpoint, (3, 20))
+        given = []
+        monkeypatch.setattr(sample, "_give_room", lambda cache, tokens: given.append(tokens))
+        assert (written == sample_windows(checkpoint, (3, 20))).all()
+    assert given == [20]
 
 
 def test_a_model_whose_logits_are_not_finite_is_refused(tmp_path: Path) -> None:

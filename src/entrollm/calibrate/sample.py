@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from entrollm.arrays import HOST, Device
 from entrollm.calibrate.network import Network
@@ -72,6 +73,8 @@ def sample_windows(
         cache = None
         for position in range(tokens):
             logits, cache = _predict(model, torch.from_numpy(ids).to(place.place), cache)
+            if position == 0:
+                _give_room(cache, tokens)
             if not torch.isfinite(logits.sum()):
                 raise EntroLLMError("the model's logits are not finite; its weights may be damaged")
             ids = place.take(draw_labels(logits, generator)[1])
@@ -92,6 +95,37 @@ def _predict(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
             hint=Message("calibrate on a text alone, with {}", Option("sampled", 0)),
         )
     return outputs["logits"][:, -1].float(), cache
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values with room for all tokens, so that a new one is written beside the others, which stay.
+
+    Args:
+        keys, values: of the first tokens, (sequences, heads, tokens, features).
+        tokens: as many as will come.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._room = [held.new_empty(*held.shape[:-2], tokens, held.shape[-1]) for held in (keys, values)]
+        self.update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values, and return all."""
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        keys, values = self._room
+        keys[..., begin:end, :], values[..., begin:end, :] = key_states, value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+
+def _give_room(cache: Any, tokens: int) -> None:
+    """Replace the layers of a cache that would be copied for every token."""
+    for index, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[index] = _RoomyLayer(layer.keys, layer.values, tokens)
 
 
 def _cache_name(model: Any) -> str:
