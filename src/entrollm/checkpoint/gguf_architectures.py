@@ -175,7 +175,7 @@ def _gpt_oss(values: Values, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": values.integer("attention.sliding_window", 0, low=0) or None, "pad_token_id": None}
+    return {"sliding_window": values.integer("attention.sliding_window", 0, low=0) or None}
 
 
 _EXPERT_KEYS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
