@@ -27,6 +27,8 @@ Tensor = tuple[str, tuple[int, ...], int, bytes]
 
 
 _MLP_NORM = "blk.0.ffn_norm.weight"
+EXPERTS, EXPERT_SIZE = 3, 64
+MIXTURES = ("qwen2moe", "qwen3moe", "olmoe", "gpt-oss")
 
 
 def tensor(name: str, *shape: int) -> Tensor:
@@ -36,6 +38,11 @@ def tensor(name: str, *shape: int) -> Tensor:
 def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *more: Tensor) -> GgufSource:
     """The small model with every tensor, of an architecture; None as a value removes its key."""
     changed = llama_values() | (values or {})
+    if architecture in MIXTURES:
+        sizes = {"llama.expert_feed_forward_length": EXPERT_SIZE}
+        if architecture == "olmoe":
+            sizes = {"llama.attention.head_count_kv": 4}
+        changed = {"llama.expert_count": EXPERTS, "llama.expert_used_count": 2} | changed | sizes
     named = {key.replace("llama.", f"{architecture}.", 1): value for key, value in changed.items() if value is not None}
     source = GgufSource(named | {"general.architecture": architecture})
     for name, array in plain_tensors(np.random.default_rng(1)).items():
@@ -59,8 +66,51 @@ def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *mo
         source.tensors += [tensor(f"blk.0.post_{part}_norm.weight", hidden) for part in ("attention", "ffw")]
     if architecture in ("gemma", "gemma2"):  # whose head is always the embedding
         source.tensors = [each for each in source.tensors if each[0] != "output.weight"]
+    if architecture in (*MIXTURES, "phi3", "glm4"):
+        source.tensors = _fused(architecture, source.tensors)
     source.tensors += more
     return source
+
+
+def _fused(architecture: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors of architectures that fuse matrices, or have experts."""
+    hidden, inner, wide, narrow = 128, 256, 128, 64
+
+    def without(*parts: str) -> list[Tensor]:
+        return [each for each in tensors if each[0].rpartition(".")[0] not in {f"blk.0.{part}" for part in parts}]
+
+    qkv_biases = [
+        tensor(f"blk.0.attn_{part}.bias", size) for part, size in zip("qkv", (wide, narrow, narrow), strict=True)
+    ]
+    up = tensor("blk.0.ffn_up.weight", 2 * inner, hidden)
+    if architecture == "phi3":
+        qkv = tensor("blk.0.attn_qkv.weight", wide + 2 * narrow, hidden)
+        return [*without("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), qkv, up]
+    if architecture == "glm4":
+        norms = [tensor(f"blk.0.post_{part}_norm.weight", hidden) for part in ("attention", "ffw")]
+        return [*without("ffn_gate", "ffn_up"), up, *qkv_biases, *norms]
+    size = inner if architecture == "olmoe" else EXPERT_SIZE
+    shapes = {"gate": (size, hidden), "up": (size, hidden), "down": (hidden, size)}
+    found = without("ffn_gate", "ffn_up", "ffn_down")
+    found += [tensor(f"blk.0.ffn_{part}_exps.weight", EXPERTS, *shape) for part, shape in shapes.items()]
+    found.append(tensor("blk.0.ffn_gate_inp.weight", EXPERTS, hidden))
+    if architecture in ("qwen3moe", "olmoe"):
+        widths = (32, 32)
+        if architecture == "olmoe":
+            found = [each for each in found if each[0] not in ("blk.0.attn_k.weight", "blk.0.attn_v.weight")]
+            found += [tensor(f"blk.0.attn_{part}.weight", wide, hidden) for part in "kv"]
+            widths = (wide, wide)
+        found += [tensor(f"blk.0.attn_{part}_norm.weight", n) for part, n in zip("qk", widths, strict=True)]
+    if architecture == "qwen2moe":
+        shared = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        found += [tensor(f"blk.0.ffn_{part}_shexp.weight", *shape) for part, shape in shared.items()]
+        found += [*qkv_biases, tensor("blk.0.ffn_gate_inp_shexp.weight", hidden)]
+    if architecture == "gpt-oss":
+        found = [("blk.0.post_attention_norm.weight", *each[1:]) if each[0] == _MLP_NORM else each for each in found]
+        found += [tensor(f"blk.0.ffn_{part}_exps.bias", EXPERTS, shape[0]) for part, shape in shapes.items()]
+        found += [*qkv_biases, tensor("blk.0.attn_output.bias", hidden)]
+        found += [tensor("blk.0.ffn_gate_inp.bias", EXPERTS), tensor("blk.0.attn_sinks.weight", 4)]
+    return found
 
 
 def _projection(part: str) -> str:
@@ -85,6 +135,61 @@ def scaling(**values: Any) -> dict[str, Any]:
 def test_a_whole_file_runs(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(whole(architecture).to_bytes())
     assert why_not_run(tmp_path / "model.gguf") is None
+
+
+def test_llama_with_experts_is_mixtral(tmp_path: Path) -> None:
+    values = {"llama.expert_count": EXPERTS, "llama.expert_used_count": 2}
+    source = whole("llama", values)
+    source.tensors = [each for each in source.tensors if not each[0].startswith("blk.0.ffn_") or each[0] == _MLP_NORM]
+    shapes = {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}
+    source.tensors += [tensor(f"blk.0.ffn_{part}_exps.weight", EXPERTS, *shape) for part, shape in shapes.items()]
+    source.tensors.append(tensor("blk.0.ffn_gate_inp.weight", EXPERTS, 128))
+    assert config_of(tmp_path, source)["model_type"] == "mixtral"
+    assert why_not_run(tmp_path / "model.gguf") is None
+
+
+def test_rows_of_two_tensors_alternate(tmp_path: Path) -> None:
+    source = whole("gpt-oss")
+    for index, (name, shape, kind, content) in enumerate(source.tensors):
+        part = {"ffn_gate_exps": 1, "ffn_up_exps": 2}.get(name.split(".")[2] if name.startswith("blk") else "", 0)
+        if part:
+            numbers = part * 100 + np.arange(shape[0])[(slice(None), *[None] * (len(shape) - 1))]
+            content = np.broadcast_to(numbers, shape).astype(np.float16).tobytes()
+        source.tensors[index] = (name, shape, kind, content)
+    (tmp_path / "model.gguf").write_bytes(source.to_bytes())
+    with Checkpoint.open(tmp_path / "model.gguf") as checkpoint:
+        found = checkpoint.read_float32("model.layers.0.mlp.experts.gate_up_proj.2.T")
+        assert found.shape == (2 * EXPERT_SIZE, 128)
+        assert (found[::2] == 102).all() and (found[1::2] == 202).all()
+        biases = checkpoint.read_float32("model.layers.0.mlp.experts.gate_up_proj_bias")
+        assert biases.shape == (EXPERTS, 2 * EXPERT_SIZE)
+        assert (biases[1, ::2] == 101).all() and (biases[1, 1::2] == 201).all()
+        assert (
+            config_of(tmp_path, whole("gpt-oss", scaling(type="yarn", factor=4.0)))["rope_parameters"]["truncate"]
+            is False
+        )
+
+
+@pytest.mark.parametrize(
+    ("more", "dropped", "message"),
+    [
+        ([], "blk.0.ffn_up_exps.weight", "is there without the layer's 'ffn_up_exps.weight'"),
+        ([], "blk.0.ffn_gate_exps.bias", "is there without the layer's 'ffn_gate_exps.bias'"),
+        ([tensor("blk.0.ffn_up_exps.weight", EXPERTS, 64, 64)], "blk.0.ffn_up_exps.weight", "differ in type or shape"),
+        ([tensor("blk.0.ffn_down_exps.weight", 128, 64)], "blk.0.ffn_down_exps.weight", "expected a stack of experts"),
+        (
+            [tensor("blk.0.ffn_down_exps.weight", 2, 128, 64)],
+            "blk.0.ffn_down_exps.weight",
+            r"has 2 experts, and the model 3",
+        ),
+    ],
+)
+def test_malformed_experts_are_refused(more: list[Tensor], dropped: str, message: str, tmp_path: Path) -> None:
+    source = whole("gpt-oss", None, *more)
+    first = next(i for i, each in enumerate(source.tensors) if each[0] == dropped)
+    del source.tensors[first]
+    with pytest.raises(FormatError, match=message):
+        config_of(tmp_path, source)
 
 
 def test_gemma3(tmp_path: Path) -> None:
@@ -162,12 +267,13 @@ def test_the_scale_of_yarn(values: dict[str, Any], expected: float, tmp_path: Pa
 
 @pytest.mark.parametrize("name", sorted(_FIXED))
 def test_options_of_other_variants_are_refused(name: str, tmp_path: Path) -> None:
+    architecture = "qwen2" if name == "expert_count" else "llama"  # which is Mixtral with experts
     for value in _FIXED[name]:
-        config_of(tmp_path, whole("llama", {f"llama.{name}": value}))
+        config_of(tmp_path, whole(architecture, {f"llama.{name}": value}))
     wrong: Any = "other" if isinstance(_FIXED[name][0], str) else not _FIXED[name][0]
     wrong = wrong if isinstance(_FIXED[name][0], (str, bool)) else 0.3
-    with pytest.raises(UnsupportedError, match=rf"llama\.{name} .* is not implemented; it should be"):
-        config_of(tmp_path, whole("llama", {f"llama.{name}": wrong}))
+    with pytest.raises(UnsupportedError, match=rf"{architecture}\.{name} .* is not implemented; it should be"):
+        config_of(tmp_path, whole(architecture, {f"llama.{name}": wrong}))
 
 
 @pytest.mark.parametrize("name", sorted(_INERT))

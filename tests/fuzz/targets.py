@@ -253,7 +253,17 @@ def _prepare_gguf(folder: Path) -> list[Any]:
     blocks += [[f"blk.0.{kind}.weight", [2, 8], kind, 16 * size] for kind, size in ((0, 4), (1, 2), (30, 2))]
     few = {"tokenizer.ggml.tokens": [*(f"t{i}" for i in range(19)), "1"]}
     tensors_of_few = [["token_embd.weight", [20, 32], 8, 20 * 34], *tensors[1:]]
-    return [[values | few, tensors_of_few], [values | more, tensors], [{"general.architecture": "llama"}, blocks]]
+    sizes = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 2}
+    named = {key.replace("llama.", "gpt-oss.", 1): value for key, value in (llama_values() | few).items()}
+    named |= {f"gpt-oss.{key}": value for key, value in sizes.items()} | {"general.architecture": "gpt-oss"}
+    experts = [[f"blk.0.ffn_{part}_exps.weight", [3, 2, 32], 8, 3 * 2 * 34] for part in ("gate", "up", "down")]
+    experts += [[f"blk.0.ffn_{part}_exps.bias", [3, 2], 0, 24] for part in ("gate", "up")]
+    return [
+        [values | few, tensors_of_few],
+        [values | more, tensors],
+        [{"general.architecture": "llama"}, blocks],
+        [named, [*tensors_of_few[:1], *experts]],
+    ]
 
 
 def _mutate_gguf(folder: Path, seed: Any, generator: random.Random) -> None:

@@ -40,6 +40,7 @@ _CONFIGS = {
     "granitemoe": "GraniteMoeConfig",
     "granitemoehybrid": "GraniteMoeHybridConfig",
     "granitemoeshared": "GraniteMoeSharedConfig",
+    "lfm2": "Lfm2Config",
     "llama": "LlamaConfig",
     "ministral": "MinistralConfig",
     "ministral3": "Ministral3Config",
@@ -64,7 +65,7 @@ _CONFIGS = {
     "stablelm": "StableLmConfig",
 }
 # Latent attention and layers of single parts have other fields than are compared here.
-_NOT_COMPARED = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2", "mistral4", "nemotron_h"}
+_NOT_COMPARED = {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "nemotron_h"}
 # GPT-2's own names of sizes.
 _GPT2_SIZES = {"n_embd": 2048, "n_layer": 30, "n_head": 32}
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -167,7 +168,7 @@ def _windows(model_type: str, theirs: Any) -> list[int | None]:
 def _assert_equal(model_type: str, ours: ModelConfig, theirs: Any) -> None:
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     eos = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
-    activation = _first(theirs, _ACT)
+    activation = next((getattr(theirs, name) for name in _ACT if hasattr(theirs, name)), "silu")
     assert ours.head_dim == head_dim
     kv_heads = None if model_type in ("gpt_neox", "gpt2") else theirs.num_key_value_heads
     assert ours.num_kv_heads == (kv_heads or theirs.num_attention_heads)

@@ -36,7 +36,12 @@ class Architecture:
         model_type, class_name: of config.json.
         extend: what the architecture adds to config.json, from the keys and from what all have.
         keys: keys that `extend` reads.
-        parts: the names of a layer's tensors that are not the usual ones.
+        parts: the names of a layer's tensors that are not the usual ones, without their end. In those of stacks, {}
+            is the number of the expert.
+        whole_names: the same, for names that differ in their end.
+        alternating: the end of a tensor's name, whose rows come after those of the tensor with the second end.
+        rows: the ends of names that are matrices of one row, and vectors in the file.
+        rotates_part: only a part of each head may be rotated.
         norm_offset: how much more the weights of norms are in the file.
         interleaves: rows of queries and keys that are rotated together are neighbours in the file.
         has_qk_norms: queries and keys are normalised.
@@ -49,6 +54,10 @@ class Architecture:
     extend: Extend = _nothing
     keys: frozenset[str] = frozenset()
     parts: Mapping[str, str] = field(default_factory=dict)
+    whole_names: Mapping[str, str] = field(default_factory=dict)
+    alternating: Mapping[str, str] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
+    rotates_part: bool = False
     norm_offset: float = 0.0
     interleaves: bool = False
     has_qk_norms: bool = False
@@ -129,6 +138,74 @@ def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": [int((index + 1) % 4 != 0) for index in range(config["num_hidden_layers"])]}
 
 
+def _experts(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    count, used = values.integer("expert_count"), values.integer("expert_used_count")
+    return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
+
+
+def _qwen3_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    size = values.integer("expert_feed_forward_length")
+    return {**_experts(values, config), "moe_intermediate_size": size, "norm_topk_prob": True}
+
+
+def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    # Some converters leave the sizes out: the common one is that of the part that all tokens run through.
+    shared = values.integer("expert_shared_feed_forward_length", config["intermediate_size"])
+    return {
+        **_experts(values, config),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": shared,
+        "norm_topk_prob": False,
+    }
+
+
+def _olmoe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    return {**_experts(values, config), "norm_topk_prob": False}
+
+
+def _gpt_oss(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    rope = config["rope_parameters"]
+    return {
+        **_experts(values, config),
+        "intermediate_size": values.integer("expert_feed_forward_length"),
+        # The model's own code does not round the limits of the stretched frequencies.
+        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
+        **_kinds(values, config, 2),
+    }
+
+
+def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": values.integer("attention.sliding_window", 0, low=0) or None}
+
+
+_EXPERT_KEYS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
+_ROUTED = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+# What "llama" is with experts.
+MIXTRAL = Architecture(
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    extend=_experts,
+    keys=frozenset({"expert_count", "expert_used_count"}),
+    parts={
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    },
+    interleaves=True,
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
         # Mistral models are "llama" in these files.
@@ -190,6 +267,73 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             class_name="Olmo2ForCausalLM",
             parts=_OUTPUT_NORMS,
             has_qk_norms=True,
+        ),
+        "qwen2moe": Architecture(
+            model_type="qwen2_moe",
+            class_name="Qwen2MoeForCausalLM",
+            extend=_qwen2_moe,
+            keys=_EXPERT_KEYS | {"expert_shared_feed_forward_length"},
+            parts=_ROUTED | _SHARED,
+            rows=("mlp.shared_expert_gate.weight",),
+            biases={"qkv_bias": _QKV},
+        ),
+        "qwen3moe": Architecture(
+            model_type="qwen3_moe",
+            class_name="Qwen3MoeForCausalLM",
+            extend=_qwen3_moe,
+            keys=_EXPERT_KEYS,
+            parts=_ROUTED,
+            has_qk_norms=True,
+            biases={"attention_bias": _ATTENTION},
+        ),
+        "olmoe": Architecture(
+            model_type="olmoe",
+            class_name="OlmoeForCausalLM",
+            extend=_olmoe,
+            keys=frozenset({"expert_count", "expert_used_count"}),
+            parts=_ROUTED,
+            has_qk_norms=True,
+        ),
+        "gpt-oss": Architecture(
+            model_type="gpt_oss",
+            class_name="GptOssForCausalLM",
+            extend=_gpt_oss,
+            keys=_EXPERT_KEYS,
+            parts={"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
+            whole_names={
+                "attn_sinks.weight": "self_attn.sinks",
+                "ffn_gate_exps.weight": "mlp.experts.gate_up_proj.{}.T",
+                "ffn_up_exps.weight": "mlp.experts.gate_up_proj.{}.T",
+                "ffn_down_exps.weight": "mlp.experts.down_proj.{}.T",
+                "ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias",
+                "ffn_up_exps.bias": "mlp.experts.gate_up_proj_bias",
+                "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+            },
+            alternating={
+                "ffn_up_exps.weight": "ffn_gate_exps.weight",
+                "ffn_up_exps.bias": "ffn_gate_exps.bias",
+            },
+            has_windows=True,
+            biases={"attention_bias": _ATTENTION, "": ("mlp.router",)},
+        ),
+        "phi3": Architecture(
+            model_type="phi3",
+            class_name="Phi3ForCausalLM",
+            extend=_phi3,
+            parts={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+            has_windows=True,
+            rotates_part=True,
+        ),
+        "glm4": Architecture(
+            model_type="glm4",
+            class_name="Glm4ForCausalLM",
+            parts={
+                "ffn_up": "mlp.gate_up_proj",
+                "post_attention_norm": "post_self_attn_layernorm",
+                "post_ffw_norm": "post_mlp_layernorm",
+            },
+            rotates_part=True,
+            biases={"attention_bias": _QKV},
         ),
         "seed_oss": Architecture(
             model_type="seed_oss",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.gguf_architectures import ARCHITECTURES, Architecture
+from entrollm.checkpoint.gguf_architectures import ARCHITECTURES, MIXTRAL, Architecture
 from entrollm.checkpoint.gguf_vocabulary import Vocabulary, end_tokens, start_token
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import GgufFile
@@ -91,9 +91,13 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
     head_dim = metadata.integer("attention.key_length", hidden // heads)
     context_length = metadata.integer("context_length")
     metadata.expect("attention.value_length", head_dim, "the keys' length")
-    metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
     metadata.expect("vocab_size", embedding.shape[0], "the rows of token_embd.weight")
     architecture = metadata.architecture
+    rope = _rope(metadata, file, context_length)
+    if architecture.rotates_part:
+        rope["partial_rotary_factor"] = metadata.integer("rope.dimension_count", head_dim) / head_dim
+    else:
+        metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
     window = metadata.integer("attention.sliding_window", 0, low=0)
     if 0 < window < context_length and not architecture.has_windows:
         raise metadata.unsupported("attention.sliding_window")
@@ -120,7 +124,7 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
         "hidden_act": "silu",
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": context_length,
-        "rope_parameters": _rope(metadata, file, context_length),
+        "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": "float32",
         "bos_token_id": start_token(vocabulary),
@@ -156,8 +160,9 @@ class _Metadata:
                 f"{file.path}: architecture {architecture!r:.80} is not supported; supported are "
                 f"{', '.join(ARCHITECTURES)}"
             )
-        self.architecture = ARCHITECTURES[architecture]
         self._prefix = f"{architecture}."
+        has_experts = architecture == "llama" and self._values.get("llama.expert_count", 0) != 0
+        self.architecture = MIXTRAL if has_experts else ARCHITECTURES[architecture]
 
     def check_keys(self) -> None:
         """Check the keys that must have one value, and refuse those of the architecture that are not known."""

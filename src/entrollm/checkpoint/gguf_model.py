@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,54 +13,54 @@ from numpy.typing import NDArray
 
 from entrollm.checkpoint.gguf_architectures import Architecture
 from entrollm.checkpoint.gguf_metadata import ROPE_FACTORS, model_config
+from entrollm.checkpoint.gguf_sources import Source, find_sources
 from entrollm.errors import FormatError, Message, UnsupportedError
-from entrollm.files.gguf import FLOAT_TYPES, GgufFile, GgufTensor
+from entrollm.files.gguf import FLOAT_TYPES, GgufFile
 from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 _LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.")
 
 
 class GgufTensors:
-    """The tensors of a GGUF file under Hugging Face's names; quantized ones are U8 (rows, bytes of a row).
+    """The tensors of a GGUF file, or of a part of one, under Hugging Face's names.
+
+    Quantized ones are U8 (rows, bytes of a row). A tensor that is made of two belongs to the part with the first.
+
+    Args:
+        file: the whole file.
+        part: the part.
+        sources: what the tensors of the whole file are made of.
+        architecture: of the model.
+        heads: the heads of projections whose rows are in another order.
 
     Attributes:
-        path, size_bytes: the file.
+        path, size_bytes: the part.
         tensors: the tensors by name.
-        names: the name in the file of each tensor.
     """
 
-    def __init__(self, file: GgufFile, architecture: Architecture, heads: Mapping[str, int]) -> None:
-        self.path = file.path
-        self.size_bytes = file.size_bytes
+    def __init__(
+        self,
+        file: GgufFile,
+        part: GgufFile,
+        sources: Mapping[str, Source],
+        architecture: Architecture,
+        heads: Mapping[str, int],
+    ) -> None:
+        self.path = part.path
+        self.size_bytes = part.size_bytes
         self._file = file
-        self.names: Mapping[str, str] = {
-            _rename(file.path, name, architecture): name for name in file.tensors if name != ROPE_FACTORS
-        }
+        self._part = part
+        self._sources = {name: source for name, source in sources.items() if source.name in part.tensors}
         self._heads = heads
         self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
-            {name: _entry(file.tensors[theirs]) for name, theirs in self.names.items()}
+            {name: source.entry(file) for name, source in self._sources.items()}
         )
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor as Hugging Face has it; a view, except for norms and for queries and keys of some architectures."""
-        array = self._file.array(self.names[name])
+        """A tensor as Hugging Face has it; a view, unless its values or its rows are in another order in the file."""
+        array = self._sources[name].array(self._file)
         if self._norm_offset and name.endswith("norm.weight"):
             return array.astype(np.float32) - self._norm_offset
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
@@ -75,11 +74,12 @@ class GgufTensors:
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor's pages need not stay resident."""
-        self._file.release(self.names[name])
+        for theirs in self._sources[name].tensors:
+            self._file.release(theirs)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._part.close()
 
 
 def open_gguf_model(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensors]]:
@@ -104,17 +104,19 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
     heads = {}
     if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    files = {part.path.name: GgufTensors(part, architecture, heads) for part in file.parts}
-    names = {name: theirs for tensors in files.values() for name, theirs in tensors.names.items()}
+    sources = find_sources(file, architecture, ROPE_FACTORS)
+    names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
+    _check_experts(path, file, sources, config)
     types = {}
-    for name, theirs in names.items():
-        tensor = file.tensors[theirs]
-        if tensor.type.name not in FLOAT_TYPES:
-            if len(tensor.shape) != 2:
-                raise UnsupportedError(f"{path}: tensor {theirs!r} of shape {list(tensor.shape)} is {tensor.type.name}")
-            types[name] = tensor.type.name
+    for name, source in sources.items():
+        if (kind := source.type(file)) not in FLOAT_TYPES:
+            shape = file.tensors[source.name].shape
+            if len(shape) != (2 if source.expert is None else 3):
+                raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
+            types[name] = kind
+    files = {part.path.name: GgufTensors(file, part, sources, architecture, heads) for part in file.parts}
     if types:
         config["quantization_config"] = {"quant_method": "gguf", "types": types}
     return config, files
@@ -134,6 +136,20 @@ def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any
         if "_norm.weight" in name and ".self_attn." in name and not architecture.has_qk_norms:
             raise UnsupportedError(
                 f"{path}: tensor {theirs!r:.80} is not part of the architecture {architecture.model_type}"
+            )
+
+
+def _check_experts(path: Path, file: GgufFile, sources: Mapping[str, Source], config: Mapping[str, Any]) -> None:
+    """Refuse stacks with more or fewer experts than the model.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for source in sources.values():
+        if source.expert == 0 and file.tensors[source.name].shape[0] != config["num_experts"]:
+            raise FormatError(
+                f"{path}: tensor {source.name!r:.80} has {file.tensors[source.name].shape[0]} experts, and the model "
+                f"{config['num_experts']} (expert_count)"
             )
 
 
@@ -161,22 +177,3 @@ def _biases(
         )
     found.pop("", None)
     return found
-
-
-def _rename(path: Path, name: str, architecture: Architecture) -> str:
-    match = _NAME.fullmatch(name)
-    if match is not None:
-        layer, part, kind = match["layer"], match["part"], match["kind"]
-        if layer is None and part in _OUTER:
-            return f"{_OUTER[part]}.{kind}"
-        ours = architecture.parts.get(part) or _INNER.get(part)
-        if layer is not None and ours is not None:
-            return f"model.layers.{int(layer)}.{ours}.{kind}"
-    raise UnsupportedError(f"{path}: tensor {name!r:.80} is not part of a supported architecture")
-
-
-def _entry(tensor: GgufTensor) -> Entry:
-    if tensor.type.name in FLOAT_TYPES:
-        return Entry(tensor.type.name, tensor.shape, tensor.begin, tensor.end)
-    rows = math.prod(tensor.shape[:-1])
-    return Entry("U8", (rows, (tensor.end - tensor.begin) // rows), tensor.begin, tensor.end)

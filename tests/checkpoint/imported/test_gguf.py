@@ -171,7 +171,7 @@ def test_other_architectures_have_their_biases(tmp_path: Path) -> None:
         ({"llama.rope.freq_base": "x"}, FormatError, "llama.rope.freq_base is 'x', expected a number"),
         ({"llama.rope.scaling.type": 3}, FormatError, "llama.rope.scaling.type is 3, expected a string"),
         ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope' is not supported"),
-        ({"llama.expert_count": 8}, UnsupportedError, "llama.expert_count 8 is not implemented; it should be 0"),
+        ({"llama.expert_count": 8}, FormatError, "llama.expert_used_count is None, expected a positive integer"),
         ({"split.count": 2}, FormatError, r"is one of several parts \(split.count is 2\).* join them with"),
     ],
 )

@@ -1,0 +1,154 @@
+"""What Hugging Face's tensors are made of in a GGUF file: a tensor, an expert of a stack, or two tensors row by row."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entrollm.checkpoint.gguf_architectures import Architecture
+from entrollm.errors import FormatError, UnsupportedError
+from entrollm.files.gguf import FLOAT_TYPES, GgufFile
+from entrollm.files.safetensors import Entry
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+_MAX_EXPERTS = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a tensor is made of.
+
+    Attributes:
+        tensors: one tensor of the file, or two of one type and shape, whose rows (or numbers of a row) alternate.
+        expert: of a stack, the place of the matrix in it; None if the tensor is whole.
+        is_row: a vector is a matrix of one row.
+    """
+
+    tensors: tuple[str, ...]
+    expert: int | None = None
+    is_row: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first tensor, for errors."""
+        return self.tensors[0]
+
+    def type(self, file: GgufFile) -> str:
+        """The type of its blocks."""
+        return file.tensors[self.name].type.name
+
+    def entry(self, file: GgufFile) -> Entry:
+        """Its type, shape and bytes; quantized matrices are U8 (rows, bytes of a row)."""
+        tensor = file.tensors[self.name]
+        shape, size = tensor.shape, tensor.end - tensor.begin
+        if self.expert is not None:
+            shape, size = shape[1:], size // shape[0]
+        begin = tensor.begin + (self.expert or 0) * size
+        if self.is_row:
+            shape = (1, *shape)
+        if len(self.tensors) == 2:
+            shape = (2 * shape[0], *shape[1:]) if self.expert is not None else (*shape[:-1], 2 * shape[-1])
+            size *= 2
+        if tensor.type.name in FLOAT_TYPES:
+            return Entry(tensor.type.name, shape, begin, begin + size)
+        rows = math.prod(shape[:-1])
+        return Entry("U8", (rows, size // rows), begin, begin + size)
+
+    def array(self, file: GgufFile) -> NDArray[Any]:
+        """The tensor as its entry says; a view where it is one tensor."""
+        parts = [self._part(file, name) for name in self.tensors]
+        if len(parts) == 1:
+            return parts[0]
+        axis = 1 if self.expert is not None else -1
+        return np.stack(parts, axis=axis).reshape(self.entry(file).shape)
+
+    def _part(self, file: GgufFile, name: str) -> NDArray[Any]:
+        array = file.array(name)
+        if self.expert is not None:
+            experts = file.tensors[name].shape[0]
+            array = array.reshape(experts, -1, array.shape[-1])[self.expert]
+        return array[None] if self.is_row else array
+
+
+def find_sources(file: GgufFile, architecture: Architecture, left_out: str) -> dict[str, Source]:
+    """The tensors of a file by Hugging Face's names.
+
+    Args:
+        file: the file.
+        architecture: what its tensors are called.
+        left_out: a tensor that has no name there.
+    Raises:
+        FormatError: a stack of experts has another shape, or lacks the one that it belongs with.
+        UnsupportedError: a tensor is not part of the architecture.
+    """
+    found: dict[str, Source] = {}
+    for name in file.tensors:
+        if name != left_out:
+            found |= _rename(file, name, architecture)
+    return found
+
+
+def _rename(file: GgufFile, name: str, architecture: Architecture) -> dict[str, Source]:
+    match = _NAME.fullmatch(name)
+    if match is not None:
+        layer, part, kind = match["layer"], match["part"], match["kind"]
+        if layer is None and part in _OUTER:
+            return {f"{_OUTER[part]}.{kind}": Source((name,))}
+        if layer is not None:
+            prefix = f"model.layers.{int(layer)}."
+            if ours := architecture.whole_names.get(f"{part}.{kind}"):
+                return _named(file, name, prefix + ours, architecture)
+            if ours := architecture.parts.get(part) or _INNER.get(part):
+                return _named(file, name, f"{prefix}{ours}.{kind}", architecture)
+    raise UnsupportedError(f"{file.path}: tensor {name!r:.80} is not part of a supported architecture")
+
+
+def _named(file: GgufFile, name: str, ours: str, architecture: Architecture) -> dict[str, Source]:
+    """The tensor of this name, or all experts where the name has a place for their number."""
+    tensors: tuple[str, ...] = (name,)
+    path = file.path
+    for second, first in architecture.alternating.items():
+        if name.endswith(second):  # its rows belong to the first one's
+            return {} if name.removesuffix(second) + first in file.tensors else _lacks(path, name, first)
+        if name.endswith(first):
+            other = name.removesuffix(first) + second
+            if other not in file.tensors:
+                return _lacks(path, name, second)
+            if (file.tensors[other].type, file.tensors[other].shape) != (
+                file.tensors[name].type,
+                file.tensors[name].shape,
+            ):
+                raise FormatError(f"{path}: tensors {name!r} and {other!r} differ in type or shape")
+            tensors = (name, other)
+    shape = file.tensors[name].shape
+    if "{}" not in ours:
+        return {ours: Source(tensors, is_row=len(shape) == 1 and ours.endswith(architecture.rows))}
+    if len(shape) != 3 or shape[0] > _MAX_EXPERTS:
+        raise FormatError(
+            f"{path}: tensor {name!r} has shape {list(shape)}, expected a stack of experts with three axes"
+        )
+    return {ours.format(expert): Source(tensors, expert) for expert in range(shape[0])}
+
+
+def _lacks(path: Path, name: str, other: str) -> dict[str, Source]:
+    raise FormatError(f"{path}: tensor {name!r} is there without the layer's {other!r}")
