@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
+from entrollm.cli.options import read_memory
 
 EXAMPLES = (
     ("entrollm serve OUT", "API at http://127.0.0.1:8000/v1, chat page at /"),
@@ -72,7 +73,6 @@ def command(
     the extra: pip install 'entrollm[serve]'. It listens on this machine only, unless --host says otherwise. SIGTERM or
     Ctrl-C lets running answers end; a second one stops at once.
     """
-    from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
     try:
@@ -96,7 +96,7 @@ def command(
         slots,
         context,
         threads,
-        check_memory(memory),
+        read_memory(memory),
         check,
         tool_format,
         reasoning_format,
