@@ -33,7 +33,7 @@ struct AttentionTile {
 
 // The number of floats of scratch for a tile whose rows see a range of `positions` positions.
 constexpr std::size_t attention_scratch(std::size_t positions, std::size_t head_dim) {
-  return kAttentionRows * ((positions + 15) / 16 * 16 + head_dim);
+  return kAttentionRows * ((positions + 15) / 16 * 16 + 2 * head_dim);
 }
 
 // Computes results from the exact sums of some rows with eight activation vectors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from entrollm import _core
 from entrollm.engine.files import read_model_files
 from entrollm.engine.model import Model
-from entrollm.engine.weights import Floats, Ids, stacked_matrix
+from entrollm.engine.weights import Fetch, Floats, Ids, stacked_matrix
 
 
 class DenseMatrix:
@@ -44,6 +45,9 @@ class DenseWeights:
 
     def embedding(self, name: str) -> DenseMatrix:
         return DenseMatrix(self.tensor(name))
+
+    def fetcher(self, experts: Sequence[Sequence[str]], /) -> Fetch | None:
+        return None
 
     def tensor(self, name: str) -> Floats:
         stacked = None if name in self.tensors else self._stacked(name)

@@ -60,9 +60,9 @@ struct Span {
 
 // Some rows of a tile.
 struct RowSet {
-  const float* const* queries;
-  float* scores;   // rows of Span::room floats
-  float* outputs;  // rows of head_dim floats, sums so far
+  const float* queries;  // (head_dim, rows)
+  float* scores;         // rows of Span::room floats
+  float* outputs;        // rows of head_dim floats, sums so far
 };
 
 // Writes the scores of positions [begin, end) of a span.
@@ -72,7 +72,7 @@ void score(const AttentionTile& tile, const Span& span, const RowSet& rows, std:
   const Lanes scale = splat(tile.scale);
   const T* keys = static_cast<const T*>(tile.keys) + span.base;
   const float* scales = tile.key_scales == nullptr ? nullptr : tile.key_scales + span.base;
-  const auto query = [&](std::size_t row, std::size_t k) { return rows.queries[row][k]; };
+  const auto query = [&](std::size_t row, std::size_t k) { return rows.queries[k * Rows + row]; };
   const std::size_t whole = for_vectors(end - begin, [&]<std::size_t Vectors>(std::size_t offset) {
     const T* at = keys + begin + offset;
     Lanes sums[Rows][Vectors] = {};
@@ -189,9 +189,17 @@ void attend_tile(const AttentionTile& tile) {
   const std::size_t width = tile.head_dim;
   const Span span{base, end - base, (end - base + kLanes - 1) / kLanes * kLanes};
   float* const sums = tile.scratch + tile.rows * span.room;
+  float* const queries = sums + tile.rows * width;
   const auto set_of = [&](std::size_t first) {
-    return RowSet{tile.queries + first, tile.scratch + first * span.room, sums + first * width};
+    return RowSet{queries + first * width, tile.scratch + first * span.room, sums + first * width};
   };
+  for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
+    for (std::size_t k = 0; k < width; ++k) {
+      for (std::size_t row = 0; row < Rows; ++row) {
+        queries[first * width + k * Rows + row] = tile.queries[first + row][k];
+      }
+    }
+  });
   for_positions(span.count, [&](std::size_t begin, std::size_t until) {
     for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
       score<Rows, T>(tile, span, set_of(first), begin, until);

@@ -44,9 +44,12 @@ inline Lanes each_part(F f, const Args&... args) {
   return result;
 }
 
+// Part by part, since GCC copies all at once by way of the stack.
 inline Lanes load_lanes(const float* p) {
   Lanes v;
-  std::memcpy(&v, p, sizeof v);
+  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
+    std::memcpy(&v.part[i], p + i * kNative, sizeof v.part[i]);
+  }
   return v;
 }
 
@@ -102,7 +105,11 @@ inline Lanes load_lanes(const std::int8_t* p) {
   return v;
 }
 
-inline void store_lanes(float* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
+inline void store_lanes(float* p, const Lanes& v) {
+  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
+    std::memcpy(p + i * kNative, &v.part[i], sizeof v.part[i]);
+  }
+}
 
 // Loads the first `count` lanes, at most kLanes; the others are `rest`.
 template <class T>
@@ -121,7 +128,15 @@ inline void store_some(float* p, const Lanes& v, std::size_t count) {
 
 inline Lanes splat(float value) {
   Lanes v;
-  for (auto& part : v.part) part = NativeFloats{} + value;
+  for (auto& part : v.part) {
+#if defined(__AVX512F__)
+    part = _mm512_set1_ps(value);
+#elif defined(__AVX__)
+    part = _mm256_set1_ps(value);
+#else
+    for (std::size_t lane = 0; lane < kNative; ++lane) part[lane] = value;
+#endif
+  }
   return v;
 }
 

@@ -69,7 +69,7 @@ def _table(title: str, prompt: int, speeds: list[ModelSpeed]) -> Table:
     )
     rows = [
         (
-            speed.memory,
+            str(speed.memory),
             f"{speed.first_token_s:.2f} s",
             f"{speed.prompt_rate:.0f}",
             f"{speed.token_rate:.1f}",

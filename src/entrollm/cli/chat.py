@@ -22,6 +22,7 @@ from entrollm.cli.console import (
     stderr,
     stdout,
 )
+from entrollm.cli.options import read_memory
 from entrollm.cli.run import (
     MaxTokensOption,
     MinPOption,
@@ -81,10 +82,9 @@ def command(
     progress. With --json, each line of the input is a question, and the whole dialogue is printed at the end.
     """
     from entrollm.engine.load import load
-    from entrollm.engine.memory import check_memory
     from entrollm.errors import UnsupportedError
 
-    form = check_memory(memory)
+    form = read_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
     loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     if loaded.tokenizer is None:

@@ -77,8 +77,9 @@ MemoryOption = Annotated[
     str,
     typer.Option(
         "--memory",
-        metavar="auto|file|fast",
-        help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells.",
+        metavar="auto|file|fast|SIZE",
+        help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells. "
+        "SIZE, such as 8GB, is for experts larger than memory: that much of the file is held.",
     ),
 ]
 CacheTypeOption = Annotated[

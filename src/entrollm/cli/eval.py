@@ -10,6 +10,7 @@ import typer
 
 from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, json_safe, print_json
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOptions, WindowOption, measure
+from entrollm.cli.options import read_memory
 
 EXAMPLES = (
     ("entrollm eval OUT --text wiki.txt", "perplexity"),
@@ -74,10 +75,9 @@ def command(
         score(models, options, threads=threads, memory=memory, check=check, json_output=json_output)
         return
     from entrollm.engine.load import load
-    from entrollm.engine.memory import check_memory
 
     _refuse("--text", {"--limit": limit, "--few-shot": few_shot, "--include": include, "--chat": chat})
-    loader = partial(load, threads=threads, memory=check_memory(memory), check=check)
+    loader = partial(load, threads=threads, memory=read_memory(memory), check=check)
     measured = measure(models, against, TextOptions(text, window, max_windows, bos), loader, json_output)
     if json_output:
         print_json(json_safe(measured.to_json()))

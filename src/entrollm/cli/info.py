@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+from entrollm.cli.token_bytes import describe_token_bytes, read_token_bytes, token_bytes_to_json
 
 if TYPE_CHECKING:
     from entrollm.engine.memory_report import MatrixForms, MemoryReport
@@ -84,11 +85,15 @@ def _show_model(model: Path, threads: int | None, json_output: bool) -> None:
         progress_bar("transcoding", "weights", quiet=json_output) as update,
     ):
         report = report_memory(opened, start_pool(threads), update)
+        sizes = {name: opened.tensor_bytes(name) for name in (*opened.specs, *opened.plain)}
+        read = read_token_bytes(opened.config, sizes)
     if json_output:
-        print_json(_to_json(report))
+        print_json(_to_json(report) | {"token": token_bytes_to_json(read)})
         return
     stdout.print(_table(str(model), report).to_rich())
     _print_choices(report)
+    if read is not None:
+        stdout.print(f"a token reads {describe_token_bytes(read)}")
 
 
 def _table(title: str, report: MemoryReport) -> Table:

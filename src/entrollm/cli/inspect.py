@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
+from entrollm.cli.token_bytes import describe_token_bytes, read_token_bytes, token_bytes_to_json
 
 if TYPE_CHECKING:
     from entrollm.compress.describe import ModelReport
@@ -40,12 +41,16 @@ def command(
         progress_bar("decoding", "weights", quiet=json_output) as update,
     ):
         report = describe(opened, start_pool(threads), update)
+        sizes = {name: opened.tensor_bytes(name) for name in (*opened.specs, *opened.plain)}
+        read = read_token_bytes(opened.config, sizes)
     if json_output:
-        print_json(report.to_json())
+        print_json(report.to_json() | {"token": token_bytes_to_json(read)})
         return
     stdout.print(tensor_table(str(model), report).to_rich())
     for name, value in totals(report):
         stdout.print(f"{name}: {value}")
+    if read is not None:
+        stdout.print(f"a token reads: {describe_token_bytes(read)}")
 
 
 def tensor_table(title: str, report: ModelReport) -> Table:

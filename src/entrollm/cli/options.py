@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from entrollm.engine.memory import Memory
 
 BpwOption = Annotated[
     float | None,
@@ -38,6 +41,18 @@ LosslessForOption = Annotated[
         "--bits.",
     ),
 ]
+
+
+def read_memory(text: str) -> Memory:
+    """The value of --memory: a choice, or a size such as 8GB in bytes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from entrollm.compress.target import parse_size
+    from entrollm.engine.memory import check_memory
+
+    return check_memory(parse_size(text) if text[:1].isdigit() else text)
 
 
 def parse_bits(values: Sequence[str]) -> tuple[int | None, dict[str, int | None]]:

@@ -15,9 +15,11 @@ from entrollm.cli.options import (
     LosslessOption,
     SizeOption,
 )
+from entrollm.cli.token_bytes import describe_token_bytes, read_token_bytes, token_bytes_to_json
 
 if TYPE_CHECKING:
     from entrollm.compress import SizePlan
+    from entrollm.engine.traffic import TokenBytes
     from entrollm.report import Table
 
 EXAMPLES = (
@@ -48,6 +50,8 @@ def command(
     Tokens per second count the products with the weights alone, for one sequence, at the speed measured on this
     machine.
     """
+    from entrollm.checkpoint.model_folder import Checkpoint
+    from entrollm.checkpoint.resolve import resolve
     from entrollm.recipes import CompressOptions, plan
     from entrollm.recipes.closeness import damage_of_plan
 
@@ -55,15 +59,18 @@ def command(
         bpw=bpw, size=size, lossless=lossless, lossless_for=lossless_for or (), keep=keep or (), threads=threads
     )
     result = plan(model, options)
+    sizes = {tensor.name: round(tensor.file_bits * tensor.weights / 8) for tensor in result.tensors}
+    with Checkpoint.open(resolve(model)) as checkpoint:
+        read = read_token_bytes(checkpoint.config, sizes)
     if json_output:
-        print_json(result.to_json())
+        print_json(result.to_json() | {"token": token_bytes_to_json(read)})
     else:
-        _print(model, result)
+        _print(model, result, read)
     if damage := damage_of_plan(result, options):
         warn(damage.write(write_flags))
 
 
-def _print(model: str, result: SizePlan) -> None:
+def _print(model: str, result: SizePlan, read: TokenBytes | None) -> None:
     from entrollm.report import format_bytes
 
     stdout.print(_table(model, result).to_rich())
@@ -74,6 +81,8 @@ def _print(model: str, result: SizePlan) -> None:
     stdout.print(
         f"memory: at most {format_bytes(result.compress_bytes)} to compress, {format_bytes(result.load_bytes)} loaded"
     )
+    if read is not None:
+        stdout.print(f"a token reads {describe_token_bytes(read)}")
     stdout.print(f"about {result.tokens_per_s:.0f} tokens/s on this machine")
 
 

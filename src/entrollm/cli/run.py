@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,11 +17,14 @@ from entrollm.cli.console import (
     message,
     print_json,
 )
+from entrollm.cli.options import read_memory
 from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 from entrollm.cli.streams import write_stdout
 
 if TYPE_CHECKING:
+    from entrollm.engine.cache import Cache
     from entrollm.engine.generate import GenerationResult
+    from entrollm.engine.model import Model
 
 EXAMPLES = (
     ('entrollm run OUT -p "Once upon a time"', "the likeliest text"),
@@ -75,6 +79,14 @@ def command(
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
     cache_type: CacheTypeOption = "f32",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="FILE",
+            help="Keep the prompt's keys and values in FILE, and start from what it holds of the prompt.",
+        ),
+    ] = None,
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -85,14 +97,14 @@ def command(
     likeliest token is taken. --top-k, --top-p or --min-p turn sampling on.
     """
     from entrollm.engine.load import load
-    from entrollm.engine.memory import check_memory
 
     text = _read_prompt(prompt)
-    form = check_memory(memory)
+    form = read_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
     loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
     stream = loaded.stream(
         text,
+        cache=None if cache is None else _prefilled(loaded, text, cache),
         speculate=guesses,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -113,6 +125,24 @@ def command(
     if json_output:
         print_json({"model": model, "prompt": text, **result_to_json(stream.result)})
     message(describe_speed(stream.result))
+
+
+def _prefilled(model: Model, prompt: str, file: Path) -> Cache:
+    """The cache after a prompt, with what a file holds of it; the file is made, or grows with its prompt."""
+    is_kept = False
+    if file.exists():
+        cache = model.restore_cache(file)
+        held = cache.ids
+        is_kept = held != model.encode(prompt)[: len(held)]
+    else:
+        cache = model.new_cache()
+    computed = model.prefill(prompt, cache)
+    message(f"{file}: {cache.length - computed} of {cache.length + 1} prompt tokens were known")
+    if is_kept:
+        message(f"{file} holds another prompt and stays as it is; delete it, or name another file")
+    elif computed:
+        model.save_cache(cache, file)
+    return cache
 
 
 def result_to_json(result: GenerationResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
+from entrollm.cli.options import read_memory
 
 if TYPE_CHECKING:
     from entrollm.serve.engines import Engine
@@ -123,7 +124,6 @@ def _engine(name: str, device: str, threads: int | None, memory: str, *, check: 
     Raises:
         ValueError: there is no such engine, or an option is not one of it.
     """
-    from entrollm.engine.memory import check_memory
     from entrollm.serve.engines import CpuEngine
 
     if name not in ("auto", "entrollm", "transformers"):
@@ -131,7 +131,7 @@ def _engine(name: str, device: str, threads: int | None, memory: str, *, check: 
     if name == "entrollm" or (name == "auto" and device == "cpu"):
         if device != "cpu":
             raise ValueError(f"--engine entrollm runs on the CPU alone; leave it out for --device {device}")
-        return CpuEngine(threads, check_memory(memory), check)
+        return CpuEngine(threads, read_memory(memory), check)
     for option, is_given in (("--threads", threads is not None), ("--memory", memory != "auto")):
         if is_given:
             raise ValueError(f"{option} is an option of entrollm's own engine, and transformers runs these models")

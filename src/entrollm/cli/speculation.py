@@ -46,7 +46,9 @@ def open_speculation(
     if draft is not None:
         from entrollm.engine.load import load
 
-        return load(draft, threads=threads, memory=memory, check=check)
+        # A limit of memory is that of the large model.
+        form = memory if isinstance(memory, str) else "auto"
+        return load(draft, threads=threads, memory=form, check=check)
     if speculate is None:
         return None
     if speculate != "ngram":

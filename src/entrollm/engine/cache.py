@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.engine.state import NoState, RecurrentState
+from entrollm.engine.state import NoState, RecurrentState, check_arrays
 from entrollm.engine.weights import Floats
 from entrollm.errors import UnsupportedError
 from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
@@ -17,6 +17,8 @@ from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelCon
 CacheType = Literal["f32", "f16", "int8"]
 """How keys and values are held: as they are; in half precision; or as integers with a scale for each head and position,
 of features that a Hadamard transform has mixed so that none is much larger than the others."""
+
+CACHE_TYPES: tuple[CacheType, ...] = get_args(CacheType)
 
 # Keys, values, and the scales of int8.
 Buffers = tuple[NDArray[Any], NDArray[Any], Floats | None]
@@ -174,6 +176,28 @@ class LayerCache:
         copy._fill(self._seen(slice(self._start, self._start + held)), self._first if held else length)
         return copy
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the cache holds, by name, for a file."""
+        keys, values, scales = self._seen(slice(self._start, self._start + self._held))
+        return {"keys": keys, "values": values} | ({} if scales is None else {"scales": scales})
+
+    def restore(self, length: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Hold what `arrays` gave after `length` positions, in an empty cache.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        kv_heads, head_dim, value_dim = self._shape
+        held = arrays["keys"].shape[-1] if "keys" in arrays and arrays["keys"].ndim else 0
+        needed = length if self._window is None else min(length, self._window - 1)
+        if not needed <= held <= length:
+            raise ValueError(f"it holds {held} of {length} positions, expected {needed} at least")
+        shapes = {"keys": (kv_heads, head_dim, held), "values": (kv_heads, held, value_dim)}
+        if self._scales is not None:
+            shapes["scales"] = (2, kv_heads, held)
+        check_arrays(arrays, shapes, {name: array.dtype for name, array in self.arrays().items()})
+        self._fill((arrays["keys"], arrays["values"], arrays.get("scales")), length - held)
+
     def _fill(self, parts: Buffers, first: int) -> None:
         """Hold positions from `first` on, in an empty cache."""
         held = parts[1].shape[1]
@@ -226,12 +250,11 @@ def check_cache_type(cache_type: str, config: ModelConfig) -> CacheType:
         ValueError: it is not one of the choices.
         UnsupportedError: the model's attention does not read keys and values of this type.
     """
-    choices: tuple[CacheType, ...] = get_args(CacheType)
-    for choice in choices:
+    for choice in CACHE_TYPES:
         if cache_type == choice:
             break
     else:
-        raise ValueError(f"the cache's type should be one of {', '.join(choices)}, found {cache_type!r}")
+        raise ValueError(f"the cache's type should be one of {', '.join(CACHE_TYPES)}, found {cache_type!r}")
     is_latent = any(isinstance(config.mixer(index), LatentAttention) for index in range(config.num_layers))
     if choice == "int8" and (is_latent or config.attention_cap is not None or config.has_sinks):
         kind = "latent attention" if is_latent else "attention with capped scores or sinks"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.names import text_names
 from entrollm.engine.decoder import Decoder
-from entrollm.engine.weights import Embedding, Floats, Ids, Linear, stacked_matrix
+from entrollm.engine.weights import Embedding, Fetch, Floats, Ids, Linear, stacked_matrix
 from entrollm.errors import EntroLLMError
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
@@ -52,6 +52,9 @@ class _Shapes:
     def tensor(self, name: str, /) -> Floats:
         zeros: Floats = np.broadcast_to(np.float32(0), self._shapes[name])
         return zeros
+
+    def fetcher(self, experts: Sequence[Sequence[str]], /) -> Fetch | None:
+        return None
 
     def _shape(self, name: str) -> tuple[int, ...]:
         stacked = None if name in self._shapes else stacked_matrix(name, self._shapes.get)

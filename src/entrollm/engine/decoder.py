@@ -135,9 +135,13 @@ class Decoder:
             return np.empty((0, self.config.vocab_size), dtype=np.float32)
         return self.logits(self._norm(np.concatenate(wanted)))
 
+    def is_long(self, length: int) -> bool:
+        """Whether the keys of a sequence of `length` tokens are rotated with longrope's long frequencies."""
+        return self._rotations.is_long(length)
+
     def keeps_rotations(self, length: int, longer: int) -> bool:
         """Whether a sequence of `length` tokens grows to `longer` ones without starting over; see _begin."""
-        return self._rotations.is_long(length) == self._rotations.is_long(longer)
+        return self.is_long(length) == self.is_long(longer)
 
     def _begin(self, ids: Ids, cache: Cache) -> Ids:
         """The tokens to run: `ids`, or the sequence from its start where its rotations change."""

@@ -31,16 +31,19 @@ class MixedExperts:
             load_tensor(weights, prefix + name, (experts.count, size))
             for name, size in zip(experts.biases, sizes, strict=False)
         ]
+        numbered = [_numbered(expert, number) for number in range(experts.count)]
         self._experts = [
             FeedForward(
                 config,
                 weights,
                 prefix,
-                _numbered(expert, number),
+                part,
                 (biases[0][number], biases[1][number]) if biases else None,
             )
-            for number in range(experts.count)
+            for number, part in enumerate(numbered)
         ]
+        names = [[prefix + name + each.suffix for name in (*each.up, each.down)] for each in numbered]
+        self._fetch = weights.fetcher(names)
         self._shared: FeedForward | None = None
         self._shared_gate: Projection | None = None
         if experts.shared is not None:
@@ -52,8 +55,11 @@ class MixedExperts:
         """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
         chosen, shares = self._router(x)
         y = np.zeros_like(x)
+        numbers = np.unique(chosen)
+        if self._fetch is not None:
+            self._fetch(numbers.tolist())
         # One product for all tokens of an expert.
-        for number in np.unique(chosen):
+        for number in numbers:
             tokens, places = np.nonzero(chosen == number)
             found = self._experts[number](x[tokens])
             found *= shares[tokens, places, None]

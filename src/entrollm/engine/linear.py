@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,8 @@ from entrollm import _core
 from entrollm.checkpoint.names import text_names
 from entrollm.codec.words import encode_words, word_type
 from entrollm.engine.memory import MatrixSlot, Memory, MemoryPlan, prepare_ahead
-from entrollm.engine.weights import DenseMatrix, Embedding, Floats, Ids, Linear, stacked_matrix
+from entrollm.engine.residency import Residency
+from entrollm.engine.weights import DenseMatrix, Embedding, Fetch, Floats, Ids, Linear, stacked_matrix
 from entrollm.errors import FormatError
 from entrollm.files.dtypes import to_float32
 from entrollm.format.code import RAW_BITS, Code, Field
@@ -139,6 +143,7 @@ class CodedWeights:
         self._names = text_names([*model.specs, *model.plain], is_tied=is_tied)
         self.pool = start_pool(threads, spin_us())
         self._flat = MemoryPlan(model, memory, self.pool.size).flat
+        self._residency = Residency(model, memory) if isinstance(memory, int) else None
         self._slots: dict[str, MatrixSlot] = {}
         self._multiplied: dict[str, MatrixSlot] = {}
         self._looked_up: dict[str, MatrixSlot] = {}
@@ -164,6 +169,13 @@ class CodedWeights:
             return CodedEmbedding(self._looked_up[name], self.pool)
         return self._kept(name)
 
+    def fetcher(self, experts: Sequence[Sequence[str]], /) -> Fetch | None:
+        """What reads experts ahead; None without a limit of memory, or if they are parts of one tensor."""
+        names = [tuple(self._names[name] for name in each if name in self._names) for each in experts]
+        if self._residency is None or not all(names):
+            return None
+        return self._residency.fetcher(names)
+
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32.
 
@@ -185,7 +197,16 @@ class CodedWeights:
         return array if stacked is None else array[stacked[1]]
 
     def prepare(self) -> None:
-        """Start to check matrices and to transcode those that are to be flat, in the order of their first use."""
+        """Start to check matrices and to transcode those that are to be flat, in the order of their first use.
+
+        With a limit of memory, each matrix is checked when it is first used.
+
+        Raises:
+            ValueError: the limit is too low.
+        """
+        if self._residency is not None:
+            self._residency.check()
+            return
         slots = [slot for name, slot in self._multiplied.items() if self._checks or self._names[name] in self._flat]
         looked_up = list(self._looked_up.values()) if self._checks else []
         if slots or looked_up:
@@ -264,6 +285,19 @@ class DenseWeights:
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` in float32."""
         return self._checkpoint.read_float32(self._names[name])
+
+    def fetcher(self, experts: Sequence[Sequence[str]], /) -> Fetch | None:
+        """None: nothing is read ahead."""
+        return None
+
+    def fingerprint(self) -> str:
+        """What differs between models: a hash of the configuration and of all tensors, which are read for it."""
+        sums = {
+            name: zlib.crc32(self._checkpoint.read_float32(name).reshape(-1).view(np.uint8).data)
+            for name in sorted(self._names.values())
+        }
+        text = json.dumps([self._checkpoint.config, sorted(sums.items())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _matrix(self, name: str) -> DenseMatrix:
         if name not in self._matrices:

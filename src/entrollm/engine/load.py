@@ -38,7 +38,9 @@ def load(
         memory: "file" multiplies with the coded bytes as the file has them. "fast" transcodes every matrix, in a
             thread and at the latest when it is first multiplied with, to a form that multiplies faster and takes up
             to 0.9 bits a weight more memory; the file's pages are released. "auto" does so for the matrices that gain
-            from it on this processor, if its memory suffices. The results are the same bit for bit.
+            from it on this processor, if its memory suffices. A number of bytes is for models with experts that are
+            larger than the memory: products are from the file, of which at most that many bytes are held, so that the
+            experts that were not used for longest give way. The results are the same bit for bit.
         check: compare the files of a compressed folder with their checksums: small files, headers and kept tensors
             here, and each matrix before it is first used, by a thread that runs ahead. A damaged matrix raises
             CorruptStreamError there.
@@ -60,18 +62,24 @@ def load(
     if not is_gguf(path) and is_compressed(read_config(path)):
         model_folder = CompressedModel.open(path, check=False)  # they are checked
         coded = CodedWeights(model_folder, threads, memory, check=check)
-        loaded = Model(read_model_files(path), coded, cache_type)
+        loaded = Model(read_model_files(path), coded, cache_type, model_folder.fingerprint)
         _report_other_parts(path, model_folder.config, [*model_folder.specs, *model_folder.plain])
         coded.prepare()
         return loaded
+    if isinstance(memory, int):
+        raise ValueError(
+            f"{path} is not compressed, and is expanded to float32; a limit of memory is for folders that "
+            "entrollm compress makes"
+        )
     from entrollm.checkpoint.model_folder import Checkpoint  # what runs compressed models starts without
 
     checkpoint = Checkpoint.open(path)
     weights = DenseWeights(checkpoint, threads)
     _report_other_parts(path, checkpoint.config, checkpoint.tensors)
     if not is_gguf(path):
-        return Model(read_model_files(path), weights, cache_type)
-    return Model(ModelFiles(checkpoint.config, no_tokenizer=why_no_tokenizer(path)), weights, cache_type)
+        return Model(read_model_files(path), weights, cache_type, weights.fingerprint)
+    files = ModelFiles(checkpoint.config, no_tokenizer=why_no_tokenizer(path))
+    return Model(files, weights, cache_type, weights.fingerprint)
 
 
 def _report_other_parts(path: Path, config: Mapping[str, Any], names: Collection[str]) -> None:

@@ -22,7 +22,8 @@ from entrollm.format.spec import TensorSpec
 from entrollm.matrix import CodedMatrix
 from entrollm.system import memory_bytes
 
-Memory = Literal["auto", "file", "fast"]
+Form = Literal["auto", "file", "fast"]
+Memory = Form | int
 
 _logger = logging.getLogger(__name__)
 
@@ -42,13 +43,17 @@ _MAX_FUSED_LOW_BITS, _MAX_FUSED_LEVELS = 4, 16
 _FUSED_COLUMNS, _MAX_FUSED_LOSSLESS_ROOT = 512, 4
 
 
-def check_memory(memory: str) -> Memory:
+def check_memory(memory: str | int) -> Memory:
     """Return `memory`.
 
     Raises:
-        ValueError: it is not one of the choices.
+        ValueError: it is neither one of the choices nor a number of bytes.
     """
-    choices: tuple[Memory, ...] = get_args(Memory)
+    if isinstance(memory, int):
+        if memory < 1:
+            raise ValueError(f"memory should be at least 1 byte, found {memory}")
+        return memory
+    choices: tuple[Form, ...] = get_args(Form)
     for choice in choices:
         if memory == choice:
             return choice
@@ -102,8 +107,8 @@ class MemoryPlan:
 
     Args:
         model: the folder.
-        memory: "file" for none, "fast" for all, "auto" for those that are faster flat on this machine, if all of them
-            fit its memory.
+        memory: "file" or a number of bytes for none, "fast" for all, "auto" for those that are faster flat on this
+            machine, if all of them fit its memory.
         threads: of products.
     Attributes:
         flat: the names of the matrices to transcode when they are first multiplied with.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union, Unpack
 
 from entrollm import errors
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
+from entrollm.engine.cache_file import restore_cache, save_cache
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.files import ModelFiles
@@ -37,13 +39,21 @@ class Model(TextModel):
         files: the model folder's small files.
         weights: its tensors.
         cache_type: how caches hold keys and values.
+        fingerprint: gives what differs between models, for caches in files; None if nothing does.
     Raises:
         FormatError: config.json or the chat template is malformed, or a tensor is missing or of another shape.
         UnsupportedError: the model type, or an option of it, is not implemented, or its attention does not read keys
             and values of this type.
     """
 
-    def __init__(self, files: ModelFiles, weights: Weights, cache_type: str = "f32") -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        weights: Weights,
+        cache_type: str = "f32",
+        fingerprint: Callable[[], str] | None = None,
+    ) -> None:
+        self._fingerprint = fingerprint
         try:
             self._config = read_config(Fields(files.config, "config.json"))
             super().__init__(files, shape_of(self._config))
@@ -61,6 +71,51 @@ class Model(TextModel):
     def new_cache(self) -> Cache:
         """An empty cache, to pass to successive generations that share a beginning."""
         return self._decoder.new_cache()
+
+    def prefill(self, prompt: Prompt, cache: Cache) -> int:
+        """Run the model on a prompt, all but its last token, so that a stream with this cache begins at once.
+
+        Args:
+            prompt: as for generate.
+            cache: from new_cache(); what it shares with the prompt is not computed again.
+        Returns:
+            The number of tokens that were computed.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_list(prompt)
+        cache.claim()
+        known = cache.reuse(ids)
+        left = np.array(ids[known:-1], dtype=np.int64)
+        if len(left):
+            self._decoder.forward(left, cache, last=1)
+        return len(left)
+
+    def save_cache(self, cache: Cache, path: str | Path) -> None:
+        """Write what a cache holds to a file, which is replaced when it is complete.
+
+        Raises:
+            UnsupportedError: nothing tells this model from others.
+            OSError: the file cannot be written.
+        """
+        save_cache(Path(path), cache, self._known())
+
+    def restore_cache(self, path: str | Path) -> Cache:
+        """The cache that save_cache has written.
+
+        Raises:
+            FormatError: the file is no cache, or one of another model or type.
+            CorruptStreamError: its bytes are damaged.
+            UnsupportedError: nothing tells this model from others.
+            OSError: it cannot be read.
+        """
+        cache = self.new_cache()
+        restore_cache(Path(path), cache, self._known(), self._config.vocab_size)
+        cache.is_long = self._decoder.is_long(cache.length)
+        return cache
+
+    def _known(self) -> str:
+        if self._fingerprint is None:
+            raise UnsupportedError("this model was not loaded from files, so nothing tells its caches from others")
+        return self._fingerprint()
 
     def logits(self, ids: Sequence[int] | Ids, *, last: int | None = None, cache: Cache | None = None) -> Floats:
         """Return the logits of the token after each prefix of `ids`, as raw ids: no token is added.

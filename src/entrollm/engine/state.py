@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from entrollm.engine.weights import Floats, Weights, load_tensor
+
+_FLOAT32 = np.dtype(np.float32)
 
 
 class Advance(Protocol):
@@ -70,6 +73,38 @@ class RecurrentState:
             copy.memory.fill(0)
         copy._length = length
         return copy
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the state is, by name, for a file."""
+        return {"window": self.window, "memory": self.memory}
+
+    def restore(self, length: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Become what `arrays` gave after `length` tokens.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        ours = self.arrays()
+        check_arrays(arrays, {name: each.shape for name, each in ours.items()}, dict.fromkeys(ours, _FLOAT32))
+        self.window, self.memory = arrays["window"].copy(), arrays["memory"].copy()
+        self._length = length
+
+
+def check_arrays(
+    arrays: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[Any]]
+) -> None:
+    """Check that there are the arrays that are expected, and no others.
+
+    Raises:
+        ValueError: one is missing, needless, or of another shape or type.
+    """
+    if arrays.keys() != shapes.keys():
+        raise ValueError(f"expected {', '.join(shapes)}, found {', '.join(arrays) or 'nothing'}")
+    for name, array in arrays.items():
+        if array.shape != shapes[name] or array.dtype != dtypes[name]:
+            raise ValueError(
+                f"{name} is {array.dtype} {list(array.shape)}, expected {dtypes[name]} {list(shapes[name])}"
+            )
 
 
 class NoState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ from entrollm.format.layout import stack_member
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+Fetch = Callable[[Iterable[int]], None]
 
 
 class Linear(Protocol):
@@ -58,6 +60,13 @@ class Weights(Protocol):
 
     def embedding(self, name: str, /) -> Embedding:
         """The matrix `name`, to look rows up in."""
+
+    def fetcher(self, experts: Sequence[Sequence[str]], /) -> Fetch | None:
+        """What is to be told which experts are about to be used; None if nothing reads them ahead.
+
+        Args:
+            experts: the names of each one's matrices.
+        """
 
     def tensor(self, name: str, /) -> Floats:
         """The tensor `name` (a norm or a bias) in float32."""

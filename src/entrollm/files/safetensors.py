@@ -81,6 +81,13 @@ class SafetensorsFile:
         if entry.end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self._map().madvise(mmap.MADV_DONTNEED, begin, entry.end - begin)
 
+    def prefetch(self, name: str) -> None:
+        """Tell the system to read a tensor's pages, and go on."""
+        entry = self.tensors[name]
+        begin = entry.begin - entry.begin % mmap.PAGESIZE
+        if entry.end > begin and hasattr(mmap, "MADV_WILLNEED"):
+            self._map().madvise(mmap.MADV_WILLNEED, begin, entry.end - begin)
+
     def close(self) -> None:
         """Close the file; it is unmapped when the last view is gone."""
         self._data = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -150,16 +152,34 @@ class CompressedModel:
                 "the file is damaged, compress or fetch it again"
             )
 
+    def fingerprint(self) -> str:
+        """What differs between models: a hash of the configuration and of all checksums, in hexadecimal."""
+        sums = {name: spec.checksum for name, spec in self.specs.items()} | self._plain_checksums
+        text = json.dumps([self.config, sorted(sums.items())], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def file_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(file.size_bytes for file in {id(f): f for f in self._files.values()}.values())
 
     def release(self, name: str) -> None:
         """Tell the system that the bytes of a coded matrix or a plain tensor need not stay resident."""
-        file = self._files[name]
-        for entry in (name, *(name + suffix for suffix in layout.SUFFIXES)):
-            if entry in file.tensors:
-                file.release(entry)
+        for entry in self._stored(name):
+            self._files[name].release(entry)
+
+    def prefetch(self, name: str) -> None:
+        """Tell the system to read the bytes of a coded matrix or a plain tensor, and go on."""
+        for entry in self._stored(name):
+            self._files[name].prefetch(entry)
+
+    def tensor_bytes(self, name: str) -> int:
+        """What a coded matrix or a plain tensor takes in the file, without its share of the header."""
+        return sum(self._files[name].tensors[entry].size_bytes for entry in self._stored(name))
+
+    def _stored(self, name: str) -> list[str]:
+        """The entries of a coded matrix or a plain tensor."""
+        entries = self._files[name].tensors
+        return [entry for entry in (name, *(name + suffix for suffix in layout.SUFFIXES)) if entry in entries]
 
     def close(self) -> None:
         """Close the files; matrices and views stay valid."""
