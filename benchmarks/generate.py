@@ -25,13 +25,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import llama_cpp
 
 from common import finish
 from entrollm.compress import CodingOptions, compress_folder
-from entrollm.engine.linear import CodedLinear
 from entrollm.engine.load import load
 from entrollm.engine.model import Model
 from entrollm.format.reader import CompressedModel
@@ -44,7 +42,6 @@ from visit import Visit, visit_model
 ENTROPIES = (5.0, 4.4, 3.6, 3.15, 2.3)
 # (largest stored bits of ours, llama.cpp type of equal quality, goal for the ratio of speeds)
 GOALS = ((4.7, "Q4_K_M", 1.1), (5.3, "Q5_K_M", 1.4), (3.9, "Q3_K_M", 1.6), (3.35, "IQ3_S", 2.0), (3.35, "Q8_0", 2.2))
-GOAL_OUTSIDE = 0.1
 
 
 def main() -> None:
@@ -83,7 +80,6 @@ def main() -> None:
                 "threads": arguments.threads,
                 "tokens": arguments.tokens,
                 "llama_cpp_python": llama_cpp.__version__,
-                "goal_outside": GOAL_OUTSIDE,
                 "rows": rows,
                 "ratios": ratios,
             },
@@ -129,19 +125,13 @@ def weight_count(shape: dict[str, Any]) -> int:
 
 
 class Ours:
-    """A compressed model in EntroLLM; products_s is what the matrix products of single tokens took."""
+    """A compressed model in EntroLLM."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._model: Model = load(path, threads)
-        self.products_s = 0.0
-        self._in_prompt = False
-        self._multiply = CodedLinear.__call__
-        self._patch = mock.patch.object(CodedLinear, "__call__", lambda layer, x: self._timed_multiply(layer, x))
-        self._patch.start()
 
     def generate(self, prompt: list[int], count: int) -> tuple[float, float, list[int]]:
         """Continue a prompt greedily: seconds for the prompt, seconds for all tokens after the first, the tokens."""
-        self.products_s = 0.0
         stream = self._model.stream(prompt, max_tokens=count, temperature=0.0)
         for _ in stream:
             pass
@@ -152,29 +142,15 @@ class Ours:
 
     def close(self) -> None:
         """Let go of the model."""
-        self._patch.stop()
         del self._model
         gc.collect()
-
-    def _timed_multiply(self, layer: CodedLinear, x: Any) -> Any:
-        start = time.perf_counter()
-        y = self._multiply(layer, x)
-        elapsed = time.perf_counter() - start
-        # The prompt's products do not count: those of several vectors, and then the head's of the last one.
-        if len(x) > 1:
-            self._in_prompt = True
-        elif self._in_prompt:
-            self._in_prompt = False
-        else:
-            self.products_s += elapsed
-        return y
 
 
 def visit_ours(path: Path, threads: int, count: int, long: bool) -> Visit:
     """Time our model once."""
     model = Ours(path, threads)
     try:
-        return visit_model(model, count, long, lambda seconds: 1 - model.products_s / seconds)
+        return visit_model(model, count, long)
     finally:
         model.close()
 
@@ -227,7 +203,6 @@ class Contender:
             "others": [visit.others for visit in self.visits],
             "prompt_rates": prompts,
             "prompt_rate": max(prompts, default=None),
-            "outside": min((visit.outside for visit in self.visits if visit.outside is not None), default=None),
         }
 
 
@@ -255,12 +230,11 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def report(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> None:
     """Print the tables."""
-    print(f"{'model':18} {'MB':>6} {'bits':>6} {'tok/s':>7} {'median':>7} {'prompt':>7} {'outside':>8} {'others':>7}")
+    print(f"{'model':18} {'MB':>6} {'bits':>6} {'tok/s':>7} {'median':>7} {'prompt':>7} {'others':>7}")
     for row in rows:
-        outside = "" if row["outside"] is None else f"{100 * row['outside']:.1f}%"
         print(
             f"{row['name'] + ' ' + row['build']:18} {row['file_bytes'] / 1e6:6.0f} {row['file_bits']:6.3f} "
-            f"{row['best_rate']:7.2f} {row['median_rate']:7.2f} {row['prompt_rate'] or math.nan:7.1f} {outside:>8} "
+            f"{row['best_rate']:7.2f} {row['median_rate']:7.2f} {row['prompt_rate'] or math.nan:7.1f} "
             f"{100 * statistics.median(row['others']):6.0f}%"
         )
     print(f"\n{'ours':>6} {'over':8} {'bits':>6} {'best':>6} {'median':>7} {'goal':>5}")

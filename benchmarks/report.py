@@ -90,7 +90,6 @@ def _missing(results: dict[str, Any]) -> str:
 def _generate(result: dict[str, Any]) -> str:
     rows = []
     for row in _best_builds(result["rows"]):
-        outside = "" if row["outside"] is None else f"{100 * row['outside']:.0f} %"
         rows.append(
             (
                 f"**EntroLLM**, H = {row['entropy_bits']}"
@@ -103,7 +102,6 @@ def _generate(result: dict[str, Any]) -> str:
                 f"{row['worst_rate']:.1f}",
                 f"{row['best_rate'] * row['weights'] / 1e9:.1f}",
                 _number(row["prompt_rate"], 0),
-                outside,
             )
         )
     ratios = [
@@ -119,11 +117,8 @@ def _generate(result: dict[str, Any]) -> str:
     ]
     runs = len(result["rows"][0]["rates"])
     builds = " and ".join(sorted({row["build"] for row in result["rows"] if not row["ours"]}))
-    table = _table(
-        ("model", "MB", "bits", "tok/s, best", "median", "worst", "Gw/s", "prompt tok/s", "outside products"), rows
-    )
+    table = _table(("model", "MB", "bits", "tok/s, best", "median", "worst", "Gw/s", "prompt tok/s"), rows)
     compared = _table(("ours, bits", "over (bits)", "best", "median", "goal", ""), ratios)
-    shares = [row["outside"] for row in result["rows"] if row["outside"] is not None]
     int8 = next((row for row in _best_builds(result["rows"]) if row["name"] == "Q8_0"), None)
     ours = [row["prompt_rate"] for row in result["rows"] if row["ours"]]
     prompts = (
@@ -136,9 +131,7 @@ def _generate(result: dict[str, Any]) -> str:
 
 {result["threads"]} threads, {result["tokens"]} tokens after a prompt of 8, batch 1, {runs} runs of each. Prompts have
 512 tokens. llama.cpp is from llama-cpp-python {result["llama_cpp_python"]}, in the builds {builds}; for each type, the
-faster build counts. "Outside products" is the share of a token's time spent on everything except the coded products
-(goal: at most {100 * result["goal_outside"]:.0f} %;
-here {100 * min(shares):.0f} to {100 * max(shares):.0f} %).{_note(result)}
+faster build counts.{_note(result)}
 
 {table}
 
@@ -317,15 +310,10 @@ def _generation_bounds(result: dict[str, Any]) -> str:
     verdicts: dict[str, list[str]] = {}
     for row in result["ratios"]:
         verdicts.setdefault(_ratio_verdict(result, row), []).append(row["peer"])
-    shares = [row["outside"] for row in result["rows"] if row["outside"] is not None]
     text = f"**Generation, {result['shape']}**: " + "; ".join(
         f"{verdict} against {', '.join(names)}" for verdict, names in verdicts.items()
     )
-    return (
-        f"{text}. {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a token's time is spent outside the "
-        "products: norms, rotations, attention and the calls from Python between them, as many in a small model as in "
-        "a large one."
-    )
+    return f"{text}."
 
 
 def _plot(results: dict[str, Any], path: Path) -> None:

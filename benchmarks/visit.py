@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,24 +26,21 @@ class Visit:
         prompt_rate: tokens per second of a long prompt, where it was asked for.
         others: the share of the machine that other processes took.
         tokens: what was generated.
-        outside: the share of a token spent outside the matrix products, where it is known.
     """
 
     rate: float
     prompt_rate: float | None
     others: float
     tokens: list[int]
-    outside: float | None = None
 
 
-def visit_model(model: Generator, count: int, long: bool, outside: Callable[[float], float] | None = None) -> Visit:
+def visit_model(model: Generator, count: int, long: bool) -> Visit:
     """Warm up, wait for the machine to be idle, and time.
 
     Args:
         model: an open model.
         count: tokens to make.
         long: whether to time a prompt of LONG tokens.
-        outside: gives the share outside the products, from the seconds of the tokens.
     """
     prompt = list(range(2, 2 + SHORT))
     model.generate(prompt, 4)
@@ -52,6 +48,5 @@ def visit_model(model: Generator, count: int, long: bool, outside: Callable[[flo
     load = OtherLoad()
     _, seconds, tokens = model.generate(prompt, count)
     others = load.share()
-    share = None if outside is None else outside(seconds)
     prompt_rate = LONG / model.generate([2 + i % 200 for i in range(LONG)], 1)[0] if long else None
-    return Visit((count - 1) / seconds, prompt_rate, others, tokens, share)
+    return Visit((count - 1) / seconds, prompt_rate, others, tokens)

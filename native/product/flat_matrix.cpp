@@ -65,7 +65,21 @@ FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
     }
     segments_[segment] = transcoder.transcode(rows, geometry_.columns, *arena_);
   });
-  arena_->trim();
+  settle(pool);
+}
+
+// Moves the segments to where they stay.
+void FlatMatrix::settle(ThreadPool& pool) {
+  const std::uint8_t* before = arena_->data();
+  arena_->settle(pool);
+  const auto moved = [&]<class T>(const T* p) {
+    const std::uint8_t* to = arena_->data() + (reinterpret_cast<const std::uint8_t*>(p) - before);
+    return reinterpret_cast<const T*>(to);
+  };
+  for (FlatSegment& segment : segments_) {
+    segment.fields = moved(segment.fields);
+    segment.patches = {moved(segment.patches.first), moved(segment.patches.words)};
+  }
 }
 
 FlatMatrix::FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams,

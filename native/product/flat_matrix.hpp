@@ -63,6 +63,7 @@ class FlatMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
+  void settle(ThreadPool& pool);
   void place(const FlatStreams& streams);
   std::size_t check_row(const FlatPatch* words, std::size_t size) const;
 

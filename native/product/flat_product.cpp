@@ -60,6 +60,7 @@ void FlatProduct::run_few(const Run& run) const {
     add_bytes(run, sums);
   } else {
     const std::size_t row_bytes = flat_row_bytes(matrix_.chunks(), segment.bits);
+    fetch_patches(run);
     flat.product({segment.fields + run.row * row_bytes, run.count, matrix_.chunks(), segment.bits},
                  {x_.interleaved(), columns}, sums);
     FlatPatches patches = segment.patches;
@@ -71,6 +72,19 @@ void FlatProduct::run_few(const Run& run) const {
     for (std::size_t row = 0; row < run.count; ++row) sums[row * columns + column] += base;
   }
   output_.write(run.first, run.count, {sums, columns}, 0, x_.batch());
+}
+
+// Requests what the products of the fields leave time for: where each row's patches begin, and the
+// first of them, behind which the processor goes on by itself.
+void FlatProduct::fetch_patches(const Run& run) const {
+  constexpr std::size_t kLine = 64, kLines = 8;
+  const auto* first = reinterpret_cast<const char*>(run.segment.patches.first + run.row);
+  for (std::size_t at = 0; at < run.count * sizeof(std::uint32_t); at += kLine) {
+    __builtin_prefetch(first + at);
+  }
+  const auto* words =
+      reinterpret_cast<const char*>(run.segment.patches.words + run.segment.patches.first[run.row]);
+  for (std::size_t line = 0; line < kLines; ++line) __builtin_prefetch(words + line * kLine);
 }
 
 // Fields of 8 bits are the symbols themselves.

@@ -27,6 +27,7 @@ class FlatProduct final : public MatrixProduct {
   template <class Body>
   void for_segments(std::size_t begin, std::size_t end, std::size_t most, const Body& body) const;
   void run_few(const Run& run) const;
+  void fetch_patches(const Run& run) const;
   void add_bytes(const Run& run, std::int64_t* sums) const;
   void run_tile(const Run& run) const;
   void run_panels(std::size_t begin, std::size_t end) const;

@@ -82,8 +82,9 @@ void GroupedMatrix::flatten(ThreadPool& pool) {
     if (bad != kNoBlock) corrupt = bad;
   });
   if (corrupt != kNoBlock) throw_corrupt(corrupt);
+  arena.settle(pool);
+  fields_begin_ = arena.data();
   fields_.emplace(std::move(arena));
-  fields_begin_ = fields;
   bits_ = bits;
 }
 

@@ -44,14 +44,16 @@ void Output::write(std::size_t first_row, std::size_t rows, const RowSums& sums,
     scaling.sums = sums.data + column;
     write_eight(scaling, first_row, first + column);
   }
-  for (std::size_t row = 0; row < rows; ++row) {
-    const std::size_t i = first_row + row;
-    const double scale = scales_.scale_of(i);
-    const double offset = scales_.offset_of(i);
-    for (std::size_t rest = column; rest < batch; ++rest) {
-      const double sum = scale * static_cast<double>(sums.data[row * sums.stride + rest]) +
-                         offset * static_cast<double>(x_.sum(first + rest));
-      out_.y[(first + rest) * out_.stride + i] = static_cast<float>(sum * x_.scale(first + rest));
+  for (; column < batch; ++column) {
+    const double x_sum = static_cast<double>(x_.sum(first + column));
+    const double x_scale = x_.scale(first + column);
+    const std::int64_t* from = sums.data + column;
+    float* to = out_.y + (first + column) * out_.stride + first_row;
+    for (std::size_t row = 0; row < rows; ++row) {
+      const double scale = scaling.scales[row * scaling.scale_step];
+      const double offset = scaling.offsets[row * scaling.offset_step];
+      const double sum = scale * static_cast<double>(from[row * sums.stride]) + offset * x_sum;
+      to[row] = static_cast<float>(sum * x_scale);
     }
   }
 }
