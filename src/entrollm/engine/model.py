@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union, Unpack
 
+import numpy as np
+
 from entrollm import errors
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
