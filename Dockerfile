@@ -1,3 +1,4 @@
+# Written, but not built or run yet.
 # The server with the models under /models:
 #   docker build -t entrollm . && docker run --rm -p 8000:8000 -v /srv/models:/models:ro entrollm /models/OUT
 FROM python:3.13-slim AS build

@@ -3,10 +3,10 @@
 usage: python benchmarks/serve_speed.py OUT [--only PART...] [--rounds N] [--tokens N] [--threads N] [--device D]
            [--peer GGUF] [--json FILE]
 
-Parts: start, run (tokens/s over HTTP against those of the same model in this process), clients (eight against one),
-prefix (first token of a known prompt against an unknown one), stall (time between tokens of a stream while a prompt of
-4,000 tokens is read, against that before), mask (a grammar's part of a token). --peer measures the server of
-llama-cpp-python with a GGUF file in the same way, as far as it has the parts.
+Parts: start, run (tokens/s over HTTP against those of the same model in this process, and what an answer takes beyond
+the model's steps), clients (eight against one), prefix (first token of a known prompt against an unknown one), stall
+(time between tokens of a stream while a prompt of 4,000 tokens is read, against that before), mask (a grammar's part of
+a token). --peer measures the server of llama-cpp-python with a GGUF file in the same way, as far as it has the parts.
 """
 
 from __future__ import annotations
@@ -75,9 +75,22 @@ class Client:
         return times, usage.get("completion_tokens", len(times)), usage.get("prompt_tokens", 0)
 
     def rate(self, prompt: str, tokens: int) -> float:
-        """Tokens per second behind the first."""
-        times, count, _ = self.stream(prompt, tokens)
-        return (count - 1) / (times[-1] - times[0])
+        """Tokens per second behind the first, whose time is that of an answer of one token."""
+        (*_, first), _, _ = self.stream(prompt, 1)
+        (*_, last), count, _ = self.stream(prompt, tokens)
+        return (count - 1) / (last - first)
+
+    def outside(self, prompt: str, tokens: int) -> float:
+        """What an answer takes beyond the steps of the model, sampling included, as a share of those."""
+        before, started = self._step_s(), time.perf_counter()
+        self.stream(prompt, tokens)
+        elapsed_s, steps_s = time.perf_counter() - started, self._step_s() - before
+        return elapsed_s / steps_s - 1
+
+    def _step_s(self) -> float:
+        found = re.search(r"^entrollm_step_seconds_total (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        assert found
+        return float(found[1])
 
 
 @contextmanager
@@ -242,6 +255,7 @@ def measure(context: Any, name: str | None, parts: Sequence[str], arguments: arg
                 found.setdefault("run", []).append(result.tokens_per_second)
             if "run" in parts:
                 found.setdefault("serve", []).append(client.rate("The king", arguments.tokens))
+                found.setdefault("outside", []).append(client.outside("The king", arguments.tokens))
             if "clients" in parts:
                 for key, value in clients(client, arguments.tokens, number + 1).items():
                     found.setdefault(key, []).append(value)

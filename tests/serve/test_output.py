@@ -262,6 +262,19 @@ def test_formats_can_be_named() -> None:
     assert choose("").parser({"f": {}}, is_open=False) is None
 
 
+@pytest.mark.parametrize("properties", [3, [], {"a": 5}, {"a": {"type": [{}], "enum": 1, "anyOf": [7]}}])
+def test_schemas_that_are_none(properties: object) -> None:
+    texts = {
+        "qwen-coder": "<function=f><parameter=a>1</parameter>",
+        "glm": "f<arg_key>a</arg_key><arg_value>1</arg_value>",
+    }
+    for name, inside in texts.items():
+        parser = CALL_FORMATS[name].parser({"f": {"properties": properties}})
+        (call,) = [*parser.push(f"<tool_call>{inside}</tool_call>"), *parser.finish()]
+        assert isinstance(call, ToolCall) and json.loads(call.arguments) == {"a": 1}
+        assert "call_0" in CALL_FORMATS[name].grammar({"f": {"properties": properties}}, json.dumps, several=False)
+
+
 def test_unknown_formats() -> None:
     check_formats("none", "think")
     with pytest.raises(ValueError, match=r"--tool-format should be auto, none, hermes, .* got 'xml'"):

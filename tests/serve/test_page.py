@@ -113,11 +113,8 @@ def test_stop_and_retry(tab: Any, server: Running) -> None:
     server.wait_until_idle()
 
 
-def test_what_models_write_is_escaped(tab: Any, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile = (
-        "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script>\n```html\n<b>x</b>\n```\n"
-    )
-    text = hostile + "then `<i>code</i>` & more"
+def answer_with(text: str, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model write a text."""
     push = type(server.models[0].model.new_answer([5], continues_text=False)).push
 
     def said(self: Any, logits: Any) -> tuple[int, str]:
@@ -126,6 +123,13 @@ def test_what_models_write_is_escaped(tab: Any, server: Running, monkeypatch: py
         return token, text
 
     monkeypatch.setattr("entrollm.engine.answer.AnswerText.push", said)
+
+
+def test_what_models_write_is_escaped(tab: Any, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = (
+        "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script>\n```html\n<b>x</b>\n```\n"
+    )
+    answer_with(hostile + "then `<i>code</i>` & more", server, monkeypatch)
     ask(tab, "<u>mine</u>")
     tab.get_by_role("button", name="Send").wait_for()
     tab.locator(".assistant pre code", has_text="<b>x</b>").wait_for()
@@ -135,6 +139,28 @@ def test_what_models_write_is_escaped(tab: Any, server: Running, monkeypatch: py
     assert tab.locator("main img, main script, main b, main i, main u").count() == 0
     time.sleep(0.2)
     assert tab.title() == "EntroLLM"
+
+
+def test_markdown(tab: Any, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "```python\nif x: # so\n    y = 'a # b'\n```"
+    answer_with(f"## Head\nA **bold** 2 * 3 * 4 *word*.\n- one\n  2. two\n{code}\nEnd", server, monkeypatch)
+    ask(tab, "x")
+    tab.get_by_role("button", name="Send").wait_for()
+    shown = tab.locator(".assistant .text")
+    for selector, texts in (
+        (".heading", ["Head"]),
+        ("strong", ["bold"]),
+        ("em", ["word"]),
+        (".item", ["one", "two"]),
+        (".mark", ["•", "2."]),
+        (".keyword", ["if"]),
+        (".comment", ["# so"]),
+        (".string", ["'a # b'"]),
+    ):
+        found = [text.strip() for text in shown.locator(selector).all_inner_texts()]
+        assert [text.split("\n")[-1] for text in found] == texts, selector
+    assert "2 * 3 * 4" in shown.inner_text()
+    assert shown.locator("pre").inner_text() == code.removeprefix("```python\n").removesuffix("\n```")
 
 
 def test_an_error_is_shown(tab: Any) -> None:

@@ -65,6 +65,20 @@ def test_prompts_are_read_in_pieces_that_cost_less_than_a_step() -> None:
     assert 8 <= pace.prompt_tokens(3) <= 512
 
 
+def test_pieces_that_take_long_make_room_for_streams() -> None:
+    pace = Pace(least=256)
+    assert pace.prompt_tokens(1) == 256
+    pace.record(1, 0, 0.004)
+    pace.record(1, 256, 0.004 + 0.032)
+    steps = 0
+    while pace.prompt_tokens(1) == 0:
+        assert pace.prompt_tokens(0) == 512
+        pace.record(1, 0, 0.004)
+        steps += 1
+    assert 9 <= steps <= 10  # 0.032 s at 0.8 of 4 ms a step
+    assert pace.prompt_tokens(1) == 256
+
+
 def test_the_pace_is_learnt_from_prompts_alone() -> None:
     pace = Pace()
     pace.record(0, 100, 0.1)

@@ -34,6 +34,7 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
         (TEXT, {}, "prompt", "the field prompt is missing"),
         (CHAT, {}, "messages", "the field messages is missing"),
         (TEXT, {"prompt": "x", "colour": 1}, "colour", "unknown field 'colour'; leave it out"),
+        (TEXT, {"prompt": "x", "store": 0}, "store", "store is not supported here; leave it out"),
         (TEXT, {"prompt": "x", "best_of": 3}, "best_of", "best_of is not supported here; leave it out"),
         (TEXT, {"prompt": "x", "suffix": "y"}, "suffix", "suffix is not supported"),
         (CHAT, ASK | {"reasoning_effort": "low"}, "reasoning_effort", "tiny has no reasoning_effort"),
@@ -132,6 +133,7 @@ def test_paths_and_methods(client: httpx.Client) -> None:
     refused(client.get("/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     refused(client.get(TEXT), 405)
     refused(client.post("/v1/models", json={}), 405)
+    refused(client.post("/health", content=b"\xff"), 405)
 
 
 def test_no_other_origin_is_let_in(client: httpx.Client) -> None:

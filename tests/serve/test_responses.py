@@ -121,6 +121,7 @@ def test_json_and_forced_calls(client: httpx.Client) -> None:
     [
         ({"input": "x", "previous_response_id": "resp_1"}, "previous_response_id", "is not supported here"),
         ({"input": "x", "store": True}, "store", "should be False"),
+        ({"input": "x", "background": 0}, "background", "should be false"),
         ({"input": [{"type": "input_image"}]}, "input.0", "type should be message, function_call"),
         ({"input": []}, "input", "at least 1 item"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs schema"),

@@ -102,6 +102,11 @@ class TextModel(ABC):
         return True
 
     @property
+    def least_piece(self) -> int:
+        """Tokens of a piece of a prompt, fewer of which would take as long."""
+        return 1
+
+    @property
     def shape(self) -> TextShape:
         """What texts and answers depend on."""
         return self._shape

@@ -114,6 +114,11 @@ class TransformersModel(TextModel):
         """Whether a prompt may come in several steps."""
         return self._runner.reads_pieces
 
+    @property
+    def least_piece(self) -> int:
+        """Tokens of a piece of a prompt, fewer of which would take as long; a GPU waits for calls to be started."""
+        return _TOKENS_PER_CALL // 2 if self._model.device.type == "cuda" else 1
+
     def new_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
         return self._runner.new_cache()

@@ -49,6 +49,7 @@ class Service:
         self.api = Api(catalog, settings, self.scheduler, metrics)
         self._catalog = catalog
         self._metrics = metrics
+        routes = _routes(self.api)
         guard = Middleware(
             Guard,
             keys=keys,
@@ -56,9 +57,10 @@ class Service:
             local_only=settings.local_only,
             is_stopping=lambda: self.api.is_stopping,
             metrics=metrics,
+            posts=[route.path for route in routes if "POST" in (route.methods or ())],
         )
         self.app = Starlette(
-            routes=_routes(self.api),
+            routes=routes,
             middleware=[guard],
             exception_handlers={ApiError: _refused, HTTPException: _not_served, Exception: _broken},
             lifespan=self._lifespan,

@@ -53,7 +53,9 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 _STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
-_STOPS = WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOPS}]})
+_STOPS = WithJsonSchema(
+    {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOPS}, {"type": "null"}], "default": None}
+)
 
 
 def _listed(value: object) -> object:
@@ -85,6 +87,16 @@ Prompts = Annotated[list[Any], BeforeValidator(_prompts), _PROMPTS]
 Inputs = Annotated[list[Any], BeforeValidator(partial(_prompts, most=_MAX_INPUTS)), _PROMPTS]
 
 
+def _boolean(value: object) -> object:
+    if value is not None and not isinstance(value, bool):  # 0 equals False
+        raise ValueError("should be false")
+    return value
+
+
+# An option that can only be off.
+Off = Annotated[Literal[False] | None, BeforeValidator(_boolean)]
+
+
 class Strict(BaseModel):
     """A part of a request, in which every field is known and nothing is converted."""
 
@@ -96,7 +108,7 @@ class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off = None
 
 
 class Sampling(Strict):
@@ -114,7 +126,7 @@ class Sampling(Strict):
         None
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Stop], Field(max_length=_MAX_STOPS), BeforeValidator(_listed), _STOPS] | None = None
+    stop: Annotated[Annotated[list[Stop], Field(max_length=_MAX_STOPS)] | None, BeforeValidator(_listed), _STOPS] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -207,7 +219,9 @@ def parse(kind: type[Request], body: bytes) -> Request:
         if name in kind.model_fields:
             fields[name] = value
         elif name in _UNSUPPORTED:
-            if value is not None and value not in _UNSUPPORTED[name]:
+            # By type as well, since 0 equals False.
+            harmless = any(value == each and type(value) is type(each) for each in _UNSUPPORTED[name])
+            if value is not None and not harmless:
                 raise bad_request(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
         elif name not in _INERT:
             raise bad_request(f"unknown field {name[:80]!r}; leave it out", name[:80], "unknown_parameter")

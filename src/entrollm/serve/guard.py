@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,6 +33,7 @@ class Guard:
             made to point here.
         is_stopping: whether new requests are refused.
         metrics: where requests are counted.
+        posts: the paths that take bodies.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Guard:
         local_only: bool,
         is_stopping: Callable[[], bool],
         metrics: Metrics,
+        posts: Collection[str],
     ) -> None:
         self._app = app
         self._keys = keys
@@ -51,6 +53,7 @@ class Guard:
         self._local_only = local_only
         self._is_stopping = is_stopping
         self._metrics = metrics
+        self._posts = posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
@@ -76,12 +79,15 @@ class Guard:
 
         try:
             self._check(scope)
-            await self._app(scope, await self._bounded(noted) if scope["method"] == "POST" else receive, counted)
+            await self._app(scope, await self._bounded(noted) if self._takes_body(scope) else receive, counted)
         except ApiError as error:
             if not has_started:
-                if scope["method"] == "POST" and not has_whole_body:
+                if self._takes_body(scope) and not has_whole_body:
                     await _drop_body(scope, receive)
                 await _send_error(error, counted)
+
+    def _takes_body(self, scope: Scope) -> bool:
+        return scope["method"] == "POST" and scope["path"] in self._posts
 
     def _count(self, scope: Scope, status: int) -> None:
         # Paths that do not exist share a line, or a stranger could fill the memory with them.
@@ -99,7 +105,7 @@ class Guard:
             if owner is None:
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
             state["client"] = owner
-        if scope["method"] != "POST":
+        if not self._takes_body(scope):
             return
         if self._is_stopping():
             raise ApiError(503, "the server is stopping", code="stopping", retry_after_s=10)

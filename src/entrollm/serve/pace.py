@@ -11,9 +11,17 @@ _NEW_SHARE = 0.25
 
 
 class Pace:
-    """Learns the times of steps and tells how many prompt tokens fit into the next one."""
+    """Learns the times of steps and tells how many prompt tokens fit into the next one.
 
-    def __init__(self) -> None:
+    Args:
+        least: tokens of a piece at least, for a model that takes as long for fewer. Pieces then come after as many
+            steps of streams as make up for them, so that streams keep their share of the time.
+    """
+
+    def __init__(self, least: int = _LEAST) -> None:
+        self._least = least
+        # What pieces have taken beyond their share.
+        self._debt_s = 0.0
         self._stream_step_s: float | None = None
         self._prompt_token_s: float | None = None
 
@@ -21,17 +29,22 @@ class Pace:
         """Prompt tokens for a step in which `streams` sequences also generate a token."""
         if not streams:
             return _WITHOUT_STREAMS
+        if self._debt_s > 0:
+            return 0
         if self._stream_step_s is None or self._prompt_token_s is None:
-            return _FIRST
-        return max(_LEAST, min(_MOST, int(_EXTRA * self._stream_step_s / self._prompt_token_s)))
+            return max(_FIRST, self._least)
+        return max(self._least, min(_MOST, int(_EXTRA * self._stream_step_s / self._prompt_token_s)))
 
     def record(self, streams: int, prompt_tokens: int, elapsed_s: float) -> None:
         """Learn from a finished step."""
         if not prompt_tokens:
             self._stream_step_s = _mean(self._stream_step_s, elapsed_s)
+            self._debt_s = max(0.0, self._debt_s - _EXTRA * elapsed_s)
         elif streams and self._stream_step_s is not None:
             extra_s = max(elapsed_s - self._stream_step_s, 0.02 * elapsed_s)
             self._prompt_token_s = _mean(self._prompt_token_s, extra_s / prompt_tokens)
+            if self._least > _LEAST:
+                self._debt_s = max(0.0, extra_s - _EXTRA * self._stream_step_s)
         elif not streams and self._prompt_token_s is None:
             self._prompt_token_s = elapsed_s / prompt_tokens
 

@@ -23,7 +23,7 @@ from entrollm.serve.chat_fields import (
     check_chat,
 )
 from entrollm.serve.errors import bad_request
-from entrollm.serve.fields import Strict
+from entrollm.serve.fields import Off, Strict
 
 
 class InputPart(Strict):
@@ -167,9 +167,9 @@ class ResponsesRequest(Strict):
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
-    store: Literal[False] | None = None
+    store: Off = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Off = None
     include: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def to_chat(self) -> ChatRequest:

@@ -47,7 +47,7 @@ class ServedModel:
         self.slots = slots
         self.output = output
         self.tokenizer = model.tokenizer
-        self.pace = Pace()
+        self.pace = Pace(model.least_piece)
         self.token_text = TokenText(self.tokenizer)
         self.grammars = Grammars(self.tokenizer, model.shape.vocab_size, model.end_token_ids)
         added = self.tokenizer.get_added_tokens_decoder()

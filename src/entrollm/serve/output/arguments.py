@@ -12,6 +12,12 @@ from entrollm.serve.output.items import parse_json
 _TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
 
 
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, object]:
+    """The schemas of a function's arguments, by name; clients may write anything in their place."""
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
 def value_of(text: str, schema: object) -> object:
     """What a text stands for: itself where the schema takes strings and nothing better, else what it is as JSON."""
     kinds, options = _kinds(schema)
@@ -39,12 +45,11 @@ def parameter_rules(
     Returns:
         The body of a rule, often "", and the rules that it names.
     """
-    properties = schema.get("properties")
     wanted = schema.get("required")
     required = wanted if isinstance(wanted, list) else []
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, rules = [], []
-    for i, (name, kind) in enumerate(properties.items() if isinstance(properties, dict) else ()):
+    for i, (name, kind) in enumerate(properties_of(schema).items()):
         kinds, options = _kinds(kind)
         rule = f"value_{function}_{i}"
         if options:
@@ -55,7 +60,7 @@ def parameter_rules(
             inner = kind if isinstance(kind, dict) else {}
             compact = json.dumps({**definitions, **inner, "x-guidance": {"whitespace_flexible": False}})
             rules.append(f"{rule}: %json {compact}")
-        before, behind = (part.replace("{name}", name) for part in around)
+        before, behind = (part.replace("{name}", json.dumps(name)[1:-1]) for part in around)
         part = f"{before} {rule} {behind}"
         parts.append(part if name in required else f"({part})?")
     return " ".join(parts), rules
@@ -69,7 +74,8 @@ def _kinds(schema: object) -> tuple[set[str], list[str]]:
     if isinstance(options, list) and options and all(isinstance(option, str) for option in options):
         return {"string"}, options
     found = schema.get("type")
-    kinds = {found} if isinstance(found, str) else set(found) if isinstance(found, list) else set()
+    listed = found if isinstance(found, list) else [found]
+    kinds = {kind for kind in listed if isinstance(kind, str)}
     for key in ("anyOf", "oneOf"):
         for each in schema[key] if isinstance(schema.get(key), list) else ():
             kinds |= _kinds(each)[0]

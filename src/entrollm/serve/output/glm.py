@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from entrollm.serve.output.arguments import parameter_rules, value_of
+from entrollm.serve.output.arguments import parameter_rules, properties_of, value_of
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
@@ -45,7 +45,7 @@ class Glm:
         begin = _CALL.match(text)
         if begin is None or begin[1] not in functions:
             return None
-        schemas = functions[begin[1]].get("properties", {})
+        schemas = properties_of(functions[begin[1]])
         found: dict[str, object] = {}
         position = begin.end()
         while position < len(text):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from entrollm.serve.output.arguments import parameter_rules, value_of
+from entrollm.serve.output.arguments import parameter_rules, properties_of, value_of
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
@@ -37,7 +37,7 @@ class QwenCoder:
         call = _CALL.fullmatch(block.removeprefix(_OPEN).removesuffix(_CLOSE))
         if call is None or call[1] not in functions:
             return None
-        schemas = functions[call[1]].get("properties", {})
+        schemas = properties_of(functions[call[1]])
         found: dict[str, object] = {}
         position = 0
         while position < len(call[2].rstrip()):
