@@ -62,12 +62,7 @@ void LosslessMatrix::row_words(std::size_t row, const std::uint8_t* symbols,
     std::transform(symbols, symbols + columns, out, rotate_back);
     return;
   }
-  std::uint16_t words[kVector];
-  for (std::size_t j = 0; j < columns; j += kVector) {
-    const std::size_t count = std::min(kVector, columns - j);
-    kernels().lossless->join(symbols + j, low(row) + j, count, words);
-    std::memcpy(out + 2 * j, words, 2 * count);
-  }
+  kernels().lossless->join(symbols, low(row), columns, reinterpret_cast<std::uint16_t*>(out));
 }
 
 void LosslessMatrix::row_values(std::size_t row, const std::uint8_t* symbols, float* out) const {

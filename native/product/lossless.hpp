@@ -51,7 +51,8 @@ class LosslessMatrix {
   // Returns a block that does not decode, or SIZE_MAX.
   std::size_t decode_rows(std::size_t row_block, std::uint8_t* out) const;
 
-  // Writes the words of rows [begin, end) to out, word_bytes() each. Throws CorruptBlock.
+  // Writes the words of rows [begin, end) to out, word_bytes() each, for which it is aligned.
+  // Throws CorruptBlock.
   void words(ThreadPool& pool, std::size_t begin, std::size_t end, std::uint8_t* out) const;
 
   // Writes the values of `rows` to out, (rows.size(), columns). Throws CorruptBlock.

@@ -15,6 +15,7 @@
 #include "codec/decode.hpp"
 #include "codec/encode.hpp"
 #include "codec/flat_encode.hpp"
+#include "codec/histogram.hpp"
 #include "format/code.hpp"
 #include "format/geometry.hpp"
 #include "kernels/kernels.hpp"
@@ -145,16 +146,12 @@ nb::tuple encode_flat_symbols(Matrix<std::uint8_t> symbols, std::size_t segment_
 }
 
 nb::ndarray<nb::numpy, std::int64_t> histogram(Matrix<std::uint8_t> symbols) {
-  std::vector<std::int64_t> counts(256);
+  std::uint64_t counts[256] = {};
   {
     const nb::gil_scoped_release release;
-    // With four tables, runs of one symbol do not wait for their own increments.
-    std::vector<std::int64_t> tables(4 * 256);
-    const std::uint8_t* at = symbols.data();
-    for (std::size_t i = 0; i < symbols.size(); ++i) ++tables[(i % 4) * 256 + at[i]];
-    for (std::size_t i = 0; i < tables.size(); ++i) counts[i % 256] += tables[i];
+    add_to_histogram(symbols.data(), symbols.size(), counts);
   }
-  return to_array(counts);
+  return to_array(std::vector<std::int64_t>(std::begin(counts), std::end(counts)));
 }
 
 }  // namespace

@@ -81,17 +81,16 @@ nb::ndarray<nb::numpy, float> dequantize(const PyLosslessMatrix& self, Vector<st
   return result;
 }
 
-nb::tuple split(Matrix<std::uint16_t> words) {
-  const std::size_t shape[2] = {words.shape(0), words.shape(1)};
-  std::uint8_t* high = allocate<std::uint8_t>(words.size());
-  auto high_array = own(high, shape);
-  std::uint8_t* low = allocate<std::uint8_t>(words.size());
-  auto low_array = own(low, shape);
-  {
-    const nb::gil_scoped_release release;
-    kernels().lossless->split(words.data(), words.size(), high, low);
+using Bytes = nb::ndarray<std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void split(Matrix<std::uint16_t> words, Bytes high, Bytes low) {
+  for (const Bytes* part : {&high, &low}) {
+    if (part->shape(0) != words.shape(0) || part->shape(1) != words.shape(1)) {
+      throw std::invalid_argument("the parts must have the shape of the words");
+    }
   }
-  return nb::make_tuple(high_array, low_array);
+  const nb::gil_scoped_release release;
+  kernels().lossless->split(words.data(), words.size(), high.data(), low.data());
 }
 
 }  // namespace
@@ -103,7 +102,7 @@ void bind_lossless(nb::module_& m) {
       .def("words", &words, "begin"_a, "end"_a, "pool"_a)
       .def("dequantize", &dequantize, "rows"_a, "pool"_a);
   m.def("multiply_lossless", &multiply_all, "matrices"_a, "x"_a, "pool"_a);
-  m.def("split_words", &split, "words"_a);
+  m.def("split_words", &split, "words"_a, "high"_a, "low"_a);
 }
 
 }  // namespace entrollm

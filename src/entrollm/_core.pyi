@@ -132,8 +132,8 @@ class LosslessMatrix:
 
     def dequantize(self, rows: NDArray[np.int64], pool: ThreadPool) -> NDArray[np.float32]: ...
 
-def split_words(words: NDArray[np.uint16]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The high and the low bytes of words that are rotated left by one bit, each of the shape of the words."""
+def split_words(words: NDArray[np.uint16], high: NDArray[np.uint8], low: NDArray[np.uint8]) -> None:
+    """Write the high and the low bytes of words that are rotated left by one bit, to arrays of the words' shape."""
 
 def multiply_lossless(
     matrices: list[LosslessMatrix], x: NDArray[np.float32], pool: ThreadPool

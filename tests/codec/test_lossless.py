@@ -43,6 +43,13 @@ def test_words_are_divided_as_the_reference_divides_them(kind: str) -> None:
     assert [join_word(*pair, bits) for pair in expected] == list(range(1 << bits))
 
 
+def test_parts_of_another_shape_are_refused() -> None:
+    words = np.zeros((2, 3), np.uint16)
+    parts = np.empty((2, 3), np.uint8), np.empty((3, 2), np.uint8)
+    with pytest.raises(ValueError, match="the parts must have the shape of the words"):
+        _core.split_words(words, *parts)
+
+
 def test_only_float32_that_is_bfloat16_has_words() -> None:
     assert word_type(np.array([[1.5, -0.0, np.inf]], np.float32)) == "BF16"
     assert word_type(np.array([[1.5, 0.1]], np.float32)) is None

@@ -45,13 +45,24 @@ def divide(kind: LosslessKind, weights: NDArray[Any]) -> tuple[NDArray[np.uint8]
     Returns:
         uint8 (rows, columns) each; the low bytes are None for words of 8 bits.
     """
-    if not kind.has_low:
-        return _ROTATED[weights.view(np.uint8)], None
+    symbols = np.empty(weights.shape, np.uint8)
+    low = np.empty(weights.shape, np.uint8) if kind.has_low else None
+    divide_into(kind, weights, symbols, low)
+    return symbols, low
+
+
+def divide_into(
+    kind: LosslessKind, weights: NDArray[Any], symbols: NDArray[np.uint8], low: NDArray[np.uint8] | None
+) -> None:
+    """Divide weights as `divide` does, into arrays of their shape whose rows are contiguous."""
+    if low is None:
+        np.take(_ROTATED, weights.view(np.uint8), out=symbols)
+        return
     if weights.dtype == np.float32:
         words = (weights.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     else:
         words = np.ascontiguousarray(weights).view(np.uint16)
-    return _core.split_words(words)
+    _core.split_words(words, symbols, low)
 
 
 def encode_words(

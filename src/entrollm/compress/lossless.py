@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.codec.huffman import huffman_bits
-from entrollm.codec.words import divide, word_type
+from entrollm.codec.words import divide, divide_into, word_type
 from entrollm.compress.options import ALL_MATRICES, CodingOptions
 from entrollm.errors import Message, Option, UnsupportedError
 from entrollm.format.lossless import GRID_NAME, LOSSLESS_TYPES, LosslessKind
@@ -94,11 +94,9 @@ class LosslessQuantizer:
         low = np.empty(shape, np.uint8) if kind.has_low else None
 
         def read(rows: tuple[int, int]) -> NDArray[np.int64]:
-            high, rest = divide(kind, self._checkpoint.read(name, *rows))
-            symbols[slice(*rows)] = high
-            if low is not None and rest is not None:
-                low[slice(*rows)] = rest
-            return _core.histogram(high)
+            own = slice(*rows)
+            divide_into(kind, self._checkpoint.read(name, *rows), symbols[own], None if low is None else low[own])
+            return _core.histogram(symbols[own])
 
         counts = sum_counts(source.map(read))
         scale = np.ones(1, np.float32)
