@@ -19,7 +19,7 @@ from entrollm.compress import CodingOptions, compress_folder, folder
 from entrollm.compress.export import export
 from entrollm.compress.folder import OutputFolder
 from entrollm.compress.progress import CompressProgress
-from entrollm.errors import EntroLLMError
+from entrollm.errors import EntroLLMError, FormatError
 from entrollm.format.reader import CompressedModel
 from entrollm.system import is_mount_point
 from tests.support.checkpoints import SHARDS, write_checkpoint
@@ -469,3 +469,10 @@ def test_a_place_where_nothing_can_be_made(checkpoint: Path, tmp_path: Path, mon
     gone.rmdir()
     with pytest.raises(ValueError, match="the current folder was removed"):
         compress_folder(checkpoint, Path("out"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_a_pointer_of_git_in_place_of_a_file_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (checkpoint / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(FormatError, match=f"{name} is a Git LFS pointer"):
+        compress_folder(checkpoint, tmp_path / "out", OPTIONS)

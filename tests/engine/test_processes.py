@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -106,3 +107,22 @@ def test_memory_that_runs_out_is_a_memory_error(folder: Path) -> None:
         return np.array_equal(matrix.dequantize(rows[:1], pool), one)
 
     in_child(body)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory differ elsewhere")
+@pytest.mark.parametrize("memory", ["file", "fast"])
+def test_a_command_needs_little_more_memory_than_its_coded_weights(folder: Path, memory: Memory) -> None:
+    """The libraries that it imports and the scratch of one thread fit in 150 MB."""
+    import resource
+
+    limit = sum(file.stat().st_size for file in folder.glob("*.safetensors")) + 150_000_000
+    options = ["-p", "The king", "-n", "8", "--threads", "1", "--memory", memory]
+    ended = subprocess.run(
+        [sys.executable, "-m", "entrollm", "run", folder, *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # each of its threads takes memory of its own
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )
+    assert ended.returncode == 0 and "8 tokens at" in ended.stderr, ended.stderr

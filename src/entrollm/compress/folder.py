@@ -233,7 +233,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 def _check_parent(path: Path) -> None:
     """Check that a folder can be made at `path`, or renamed to it: the folder above, or what there is of it."""
-    parent = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
+    parent = next((parent for parent in path.parents if parent.exists() or parent.is_symlink()), path)
     if not parent.is_dir():
         raise ValueError(f"{parent} is not a folder, so {path} cannot be made; name another folder")
     if not os.access(parent, os.W_OK | os.X_OK):

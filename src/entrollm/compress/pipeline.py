@@ -30,6 +30,7 @@ from entrollm.compress.source import check_unchanged, stamps
 from entrollm.compress.statistics import Statistics
 from entrollm.compress.target import Target
 from entrollm.errors import EntroLLMError, Message, Option, Placeholder, UnsupportedError
+from entrollm.files.contents import check_is_file
 from entrollm.files.shards import is_gguf
 from entrollm.format import layout
 from entrollm.format.checksums import CHECKSUMS_NAME, checksums_text
@@ -121,6 +122,7 @@ def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, b
 
     Raises:
         UnsupportedError: the tokenizer of a GGUF file cannot be converted, and the options name no other.
+        FormatError: a file of the tokenizer is a Git LFS pointer.
         ValueError: the folder that the options name has no tokenizer.
     """
     if options.tokenizer is None and is_gguf(checkpoint.path):
@@ -132,6 +134,8 @@ def side_contents(checkpoint: Checkpoint, options: CodingOptions) -> dict[str, b
             raise UnsupportedError(error.message, hint=hint) from None
     if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{options.tokenizer} is not a folder with a tokenizer.json")
+    for file in tokenizer_files(checkpoint.path):
+        check_is_file(file)
     found = {file.relative_to(checkpoint.path).as_posix(): file for file in side_files(checkpoint.path)}
     if options.tokenizer is not None:
         found |= {file.relative_to(options.tokenizer).as_posix(): file for file in tokenizer_files(options.tokenizer)}

@@ -12,6 +12,7 @@ _ADAPTER = (
 )
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 _OTHERS = {".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".tflite": "TensorFlow Lite"}
+_LFS_POINTER = b"version https://git-lfs"
 # Files that an error lists; more are counted.
 _LISTED = 4
 
@@ -53,13 +54,17 @@ def check_names(folder: Path, expected: tuple[str, str]) -> None:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse a folder, a pipe, a socket or a device in a file's place; reading a pipe would wait without end.
+    """Refuse what is in a file's place: a folder, a pipe, which would be waited for without end, or a Git LFS pointer.
 
     Raises:
         FormatError: there is one. A path where nothing is passes.
     """
     if path.exists() and not path.is_file():
         raise FormatError(f"{path} is not a file that holds data; fetch the file again")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise FormatError(f"{path} is a Git LFS pointer in place of the file; fetch it with: git lfs pull")
 
 
 def _whole(present: list[str]) -> str | None:
