@@ -18,7 +18,7 @@ namespace {
 inline constexpr std::size_t kRowsAtOnce = 4, kVectors = 1;
 #else
 inline constexpr std::size_t kRowsAtOnce = kLanes == kNative ? 8 : 4;
-inline constexpr std::size_t kVectors = kLanes == kNative ? 2 : 1;
+inline constexpr std::size_t kVectors = kLanes == kNative ? 3 : 1;
 #endif
 // Positions whose keys or values stay in a cache while all rows of a tile use them.
 inline constexpr std::size_t kPositionsAtOnce = 256;

@@ -99,7 +99,7 @@ def check_arrays(
         ValueError: one is missing, needless, or of another shape or type.
     """
     if arrays.keys() != shapes.keys():
-        raise ValueError(f"expected {', '.join(shapes)}, found {', '.join(arrays) or 'nothing'}")
+        raise ValueError(f"expected {', '.join(shapes)}, found {', '.join(sorted(arrays)) or 'nothing'}")
     for name, array in arrays.items():
         if array.shape != shapes[name] or array.dtype != dtypes[name]:
             raise ValueError(
