@@ -14,7 +14,7 @@ namespace {
 // Cycles of a chunk by width, and of a patch, from the first-level cache; and cycles a byte of
 // memory traffic where cores share it.
 constexpr double kChunkCycles[kMaxFlatBits + 1] = {0, 0, 2.5, 4.0, 2.5, 3.8, 4.0, 5.9, 6.0};
-constexpr double kPatchCycles = 4.0;
+constexpr double kPatchCycles = 1.2;
 constexpr double kByteCycles = 0.4;
 
 constexpr std::size_t kMostRowBytes = std::numeric_limits<std::uint16_t>::max();

@@ -77,9 +77,10 @@ MemoryOption = Annotated[
     str,
     typer.Option(
         "--memory",
-        metavar="auto|file|fast|SIZE",
-        help="Where coded weights are multiplied: in the file, or in a faster form in memory; entrollm info OUT tells. "
-        "SIZE, such as 8GB, is for experts larger than memory: that much of the file is held.",
+        metavar="FORM|SIZE",
+        help="Where coded weights are multiplied: file, in the file; fast, in a faster form in memory; auto, what suits "
+        "the machine (entrollm info OUT tells). SIZE, such as 8GB, is for experts larger than memory: that much of the "
+        "file is held.",
     ),
 ]
 CacheTypeOption = Annotated[
