@@ -288,7 +288,7 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["aqlm", "mxfp4"])
+@pytest.mark.parametrize("method", ["aqlm", "vptq"])
 def test_other_quantized_checkpoints_are_unsupported(tmp_path: Path, method: str | None) -> None:
     write_single(tmp_path, {"a": A}, quantization_config={"quant_method": method})
     with pytest.raises(UnsupportedError, match=f"the weights are quantized by {method!r}"):
