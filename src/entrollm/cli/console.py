@@ -78,9 +78,9 @@ MemoryOption = Annotated[
     typer.Option(
         "--memory",
         metavar="FORM|SIZE",
-        help="Where coded weights are multiplied: file, in the file; fast, in a faster form in memory; auto, what suits "
-        "the machine (entrollm info OUT tells). SIZE, such as 8GB, is for experts larger than memory: that much of the "
-        "file is held.",
+        help="Where coded weights are multiplied: file, in the file; fast, in a faster form in memory; auto, what "
+        "suits the machine (entrollm info OUT tells). SIZE, such as 8GB, is for experts larger than memory: that much "
+        "of the file is held.",
     ),
 ]
 CacheTypeOption = Annotated[
