@@ -106,6 +106,8 @@ def test_an_interrupt_while_the_package_is_imported(program: str, is_command: bo
     """It ends the command without a word, and raises KeyboardInterrupt in other programs."""
     code = (
         "import os, signal, sys\n"
+        # A job in the background of a shell inherits that interrupts are ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.argv[0] = {program!r}\n"
         "class Finder:\n"
         "    def find_spec(name, path=None, target=None):\n"

@@ -235,22 +235,18 @@ def test_old_gpu_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_cuda_kernels_get_the_matrix_and_its_device(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels' package is given, without a GPU."""
-    made = []
-
-    class CudaMatrix:
-        def __init__(self, matrices: list[Any], device: torch.device) -> None:
-            made.append((matrices, device))
-
-    monkeypatch.setattr(backend, "CudaMatrix", CudaMatrix)
+    asked: list[tuple[Any, torch.device, bool]] = []
+    monkeypatch.setattr(backend, "open_cuda", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(backend, "check_cuda_packages", lambda: None)
     monkeypatch.setattr(backend, "uses_cuda_kernels", lambda device: device.type == "cuda")
     model = entrollm.hf.load(coded)
     weight = model.model.layers[0].mlp.up_proj.weight
     device = torch.device("cuda", 1)
-    opened = backend.open_on(weight.name, weight.spec, weight.entries(), device, "auto")
-    assert isinstance(opened, CudaMatrix)
-    ((matrices, found),) = made
-    assert found == device
-    assert [matrix.name for matrix in matrices] == [MATRIX]
+    for name in ("auto", "fast"):
+        backend.open_on(weight.name, weight.spec, weight.entries(), device, name)
+    assert [(matrix.name, found, makes_flat) for matrix, found, makes_flat in asked] == [
+        (MATRIX, device, False),
+        (MATRIX, device, True),
+    ]
     with CompressedModel.open(coded) as stored:
-        assert matrices[0].spec == stored.specs[MATRIX]
+        assert asked[0][0].spec == stored.specs[MATRIX]
