@@ -47,7 +47,7 @@ def attention(queries: Floats, keys: Floats, values: Floats, window: int | None,
 
 
 def agree(results: dict[str, Floats], expected: Floats, tolerance: float, largest: float = 1e-30) -> None:
-    """The same bits everywhere, and errors within the tolerance of the largest result, or of `largest` if that is more."""
+    """The same bits everywhere; errors within the tolerance of the largest result, or of `largest` if it is more."""
     first = results["scalar"]
     assert first.shape == expected.shape and first.dtype == np.float32
     largest = np.abs(expected).max(initial=largest)
