@@ -58,8 +58,8 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[I
     else:
         known = ", ".join((*_FIRST_FORMAT, *_SECOND_FORMAT, *_AWQ))
         raise UnsupportedError(
-            f"config.json: AutoRound weights in the packing_format {packing!r:.40}, whose layout is not known; supported "
-            f"are {known}"
+            f"config.json: AutoRound weights in the packing_format {packing!r:.40}, whose layout is not known; "
+            f"expected one of {known}"
         )
     return gptq.matrices({"bits": bits, "checkpoint_format": layout, "dynamic": _exceptions(quantization)}, tensors)
 

@@ -128,8 +128,8 @@ def refuse_rotations(source: object, quantization: Mapping[str, Any]) -> None:
         article = "an" if found[0].startswith("a") else "a"
         method = quantization.get("quant_method", quantization.get("method"))
         raise UnsupportedError(
-            f"{source}: weights of {method!r:.40} with {article} {found[0]}, which rotates the weights and what they are "
-            "multiplied with; this is not supported",
+            f"{source}: weights of {method!r:.40} with {article} {found[0]}, which rotates the weights and what "
+            "they are multiplied with; this is not supported",
             hint=Message("use the original checkpoint"),
         )
 
