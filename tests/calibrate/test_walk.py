@@ -19,6 +19,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.torch.device import TorchDevice
+from tests.checkpoint.test_gguf_metadata import write_random
 from tests.engine.architectures import ARCHITECTURES
 
 VOCABULARY = 211
@@ -158,6 +159,15 @@ def test_stacks_that_compression_has_split_are_put_together(tmp_path: Path) -> N
     assert list(whole.views) == list(split.views)
     for name, view in whole.views.items():
         torch.testing.assert_close(view, split.views[name])
+
+
+def test_experts_that_are_transposed_are_refused(tmp_path: Path) -> None:
+    write_random(tmp_path)
+    with (
+        Checkpoint.open(tmp_path / "model.gguf") as checkpoint,
+        pytest.raises(UnsupportedError, match=r"\.T is an expert that transformers holds transposed.*without it"),
+    ):
+        Network(checkpoint, TorchDevice("cpu"))
 
 
 class Layers(torch.nn.Module):

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.gguf_architectures import ARCHITECTURES
 from entrollm.checkpoint.gguf_metadata import _FIXED, _INERT, _USED
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.format.reader import CompressedModel
 from entrollm.models import read_config
 from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
@@ -190,6 +193,75 @@ def test_malformed_experts_are_refused(more: list[Tensor], dropped: str, message
     del source.tensors[first]
     with pytest.raises(FormatError, match=message):
         config_of(tmp_path, source)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    source = whole("gpt-oss", None, tensor("blk.0.ffn_norm.weight", 128))
+    message = r"'blk.0.post_attention_norm.weight' and 'blk.0.ffn_norm.weight' are both model.*post_attention_layernorm"
+    with pytest.raises(FormatError, match=message):
+        config_of(tmp_path, source)
+
+
+@pytest.mark.parametrize("layer", ["00", "\u0660"])
+def test_other_spellings_of_a_layer_are_refused(layer: str, tmp_path: Path) -> None:
+    source = whole("llama", None, tensor(f"blk.{layer}.attn_norm.weight", 128))
+    with pytest.raises(UnsupportedError, match=f"'blk.{layer}.attn_norm.weight' is not part of"):
+        config_of(tmp_path, source)
+
+
+def test_biases_in_blocks_are_refused(tmp_path: Path) -> None:
+    source = whole("gpt-oss")
+    source.tensors = [
+        (name, shape, 8, bytes(shape[0] * shape[1] // 32 * 34)) if name.endswith("_exps.bias") else (name, shape, *rest)
+        for name, shape, *rest in source.tensors
+    ]
+    with pytest.raises(UnsupportedError, match=r"_exps\.bias' is Q8_0; expected one of .*F32"):
+        config_of(tmp_path, source)
+
+
+def write_random(folder: Path) -> dict[str, np.ndarray]:
+    """A GPT-OSS file with experts in 16-bit floats, and its stacks as Hugging Face has them."""
+    generator = np.random.default_rng(2)
+    source = whole("gpt-oss", {"tokenizer.ggml.pre": "gpt-2"})
+    drawn = [generator.standard_normal(shape).astype(np.float16) for _, shape, _, _ in source.tensors]
+    source.tensors = [(each[0], each[1], 1, array.tobytes()) for each, array in zip(source.tensors, drawn, strict=True)]
+    (folder / "model.gguf").write_bytes(source.to_bytes())
+    values = {each[0]: array for each, array in zip(source.tensors, drawn, strict=True)}
+    gate, up, down = (values[f"blk.0.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+    rows = np.stack([gate, up], axis=2).reshape(EXPERTS, 2 * EXPERT_SIZE, -1)
+    return {"gate_up_proj": rows.swapaxes(1, 2), "down_proj": down.swapaxes(1, 2)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        CompressOptions(bits=8, measure=False),
+        CompressOptions(lossless=True, measure=False),
+        CompressOptions(overrides={"*experts*": None}, measure=False),
+        CompressOptions(bits=8, overrides={"*.1.T": None}, measure=False),
+    ],
+    ids=["8 bits", "lossless", "kept", "one kept"],
+)
+def test_experts_in_floats_are_compressed_and_exported(options: CompressOptions, tmp_path: Path) -> None:
+    expected = write_random(tmp_path)
+    compress(tmp_path / "model.gguf", tmp_path / "coded", options)
+    pool = _core.ThreadPool(1)
+    place = "model.layers.0.mlp.experts"
+    is_kept = options.overrides == {"*experts*": None}
+    with CompressedModel.open(tmp_path / "coded") as model:
+        assert (f"{place}.down_proj.2.T" in model.specs) is not is_kept
+        export(model, tmp_path / "exported", pool)
+        export(model, tmp_path / "wide", pool, "f32")
+    with Checkpoint.open(tmp_path / "wide") as wide:
+        assert wide.read(f"{place}.down_proj").dtype == (np.float16 if is_kept else np.float32)
+    with Checkpoint.open(tmp_path / "exported") as exported:
+        assert not any(name.endswith(".T") for name in exported.tensors)
+        for name, weights in expected.items():
+            found = exported.read(f"{place}.{name}")
+            assert found.dtype == np.float16 and found.shape == weights.shape
+            limit = 0 if is_kept or options.lossless else 0.03
+            np.testing.assert_allclose(found.astype(np.float32), weights.astype(np.float32), atol=limit, rtol=0)
+            assert options.bits is None or not options.overrides or (found[1] == weights[1]).all()
 
 
 def test_gemma3(tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_refusals_name_what_was_found(description: dict[str, Any], name: str, tm
         Checkpoint.open(tmp_path)
 
 
+def test_rotated_fp8_is_refused(tmp_path: Path) -> None:
+    description = {"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {"a": 1}}
+    write_folder(tmp_path, WORDS, {**CONFIG, "quantization_config": description})
+    with pytest.raises(UnsupportedError, match=r"'compressed-tensors' with a transform_config, which rotates"):
+        Checkpoint.open(tmp_path)
+
+
 def test_mlx_is_known_by_its_own_key(tmp_path: Path) -> None:
     write_folder(tmp_path, WORDS, {**CONFIG, "quantization": {"bits": 4, "group_size": 64}})
     with pytest.raises(UnsupportedError, match=r"quantized by MLX \(4 bits\)"):

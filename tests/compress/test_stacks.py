@@ -13,6 +13,7 @@ from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
 from entrollm.compress.export import export
+from entrollm.compress.stacks import find_stacks
 from entrollm.compress.verify import verify
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
@@ -140,3 +141,17 @@ def test_names_of_members() -> None:
     assert layout.stack_member("a.experts.up.12") == ("a.experts.up", 12)
     for name in ("a.weight", "a.01", "a.-1", ".3", "7", "a.²", "a.", "a." + "9" * 5000):
         assert layout.stack_member(name) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["x.0", "x.1.T"], r"x\.0 and x\.1\.T are matrices of x, of which one is transposed"),
+        (["x.0.T", "x.2.T"], r"x\.1\.T is missing, though x has later matrices"),
+        (["x.0", "x.2"], r"x\.1 is missing, though x has later matrices"),
+        (["x.0", "x.0.T"], r"x\.0\.T and x\.0 are both matrix 0 of x"),
+    ],
+)
+def test_stacks_that_do_not_fit_together_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        find_stacks(names)

@@ -21,6 +21,7 @@ from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, check
+from entrollm.hf.names import find_parameters
 from entrollm.torch import backend
 from tests.support.folders import change_entries, change_header, change_spec, read_entry
 from tests.torch.models import ids
@@ -250,3 +251,14 @@ def test_cuda_kernels_get_the_matrix_and_its_device(coded: Path, monkeypatch: py
     ]
     with CompressedModel.open(coded) as stored:
         assert asked[0][0].spec == stored.specs[MATRIX]
+
+
+def test_kept_experts_that_are_transposed() -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    name = "model.layers.0.mlp.experts.down_proj.0.T"
+    with pytest.raises(UnsupportedError, match=rf"{name} is a matrix of an expert that is kept .*entrollm export"):
+        find_parameters(model, {}, [name], lambda a, b: False)

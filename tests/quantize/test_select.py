@@ -32,6 +32,11 @@ def test_matrices_are_quantized_and_all_else_kept() -> None:
     }
 
 
+def test_transposed_experts_are_matrices() -> None:
+    assert is_quantizable("a.experts.down_proj.3.T", (8, 4))
+    assert not is_quantizable("a.experts.down_proj.3.T", (8,)) and not is_quantizable("a.experts.down_proj.T", (8, 4))
+
+
 def test_plans_keep_the_order_and_the_granularity() -> None:
     plans = plan_tensors(SHAPES, 8, granularity="row")
     assert list(plans) == list(SHAPES)

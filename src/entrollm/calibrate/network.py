@@ -249,6 +249,11 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, _Source]:
     known = model.state_dict()
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        if layout.transposed_member(name) is not None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: {name} is an expert that transformers holds transposed, which calibration cannot "
+                "follow; compress the model without it"
+            )
         member = layout.stack_member(name)
         stored = name if member is None else member[0]
         path, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, known)

@@ -149,7 +149,7 @@ def _qwen3_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    # Some converters leave the sizes out: the common one is that of the part that all tokens run through.
+    # Some converters leave out the size of the part that all tokens run through, which is then the common one.
     shared = values.integer("expert_shared_feed_forward_length", config["intermediate_size"])
     return {
         **_experts(values, config),

@@ -18,6 +18,7 @@ from entrollm.errors import FormatError, Message, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile
 from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
+from entrollm.format import layout
 
 _LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.")
 
@@ -115,6 +116,11 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
             shape = file.tensors[source.name].shape
             if len(shape) != (2 if source.expert is None else 3):
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
+            if not name.endswith(".weight") and layout.transposed_member(name) is None:
+                raise UnsupportedError(
+                    f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
+                    "no matrix of weights"
+                )
             types[name] = kind
     files = {part.path.name: GgufTensors(file, part, sources, architecture, heads) for part in file.parts}
     if types:

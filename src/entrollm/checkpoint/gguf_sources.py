@@ -30,7 +30,7 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 _MAX_EXPERTS = 2**16
 
 
@@ -98,13 +98,20 @@ def find_sources(file: GgufFile, architecture: Architecture, left_out: str) -> d
         architecture: what its tensors are called.
         left_out: a tensor that has no name there.
     Raises:
-        FormatError: a stack of experts has another shape, or lacks the one that it belongs with.
+        FormatError: a stack of experts has another shape, or lacks the one that it belongs with; or two tensors have
+            one name.
         UnsupportedError: a tensor is not part of the architecture.
     """
     found: dict[str, Source] = {}
     for name in file.tensors:
         if name != left_out:
-            found |= _rename(file, name, architecture)
+            for ours, source in _rename(file, name, architecture).items():
+                if ours in found:
+                    raise FormatError(
+                        f"{file.path}: tensors {found[ours].name!r:.80} and {name!r:.80} are both {ours} of the model; "
+                        "expected one; convert the model again"
+                    )
+                found[ours] = source
     return found
 
 

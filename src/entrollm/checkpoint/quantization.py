@@ -14,6 +14,7 @@ from typing import Any
 from entrollm.checkpoint.fp8 import FP8_DTYPES
 from entrollm.checkpoint.imported import find_format
 from entrollm.checkpoint.imported.float4_layers import quark_weight
+from entrollm.checkpoint.imported.formats import refuse_rotations
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.safetensors import Entry
 
@@ -155,6 +156,7 @@ def _check_method(config_path: Path, description: dict[str, Any]) -> None:
         or (method == "modelopt" and description.get("quant_algo") == "FP8")
         or (method == "quark" and quark_weight(description).get("dtype") in _QUARK_FP8)
     ):
+        refuse_rotations(config_path, description)
         return
     raise UnsupportedError(
         f"{config_path}: the weights are quantized by {_name(description)}, which is not supported; use the original "

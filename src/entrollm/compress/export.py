@@ -67,7 +67,7 @@ def export(
     if dtype != "original" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be original, {', '.join(_DTYPES)}; found {dtype!r}")
     members = _members(model)
-    types = {name: _type(model, own[0], dtype) for name, own in members.items()}
+    types = {name: _type(model, name, own, dtype) for name, own in members.items()}
     shapes = {name: _shape(model, name, own) for name, own in members.items()}
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
@@ -106,28 +106,40 @@ def _check_new(out: Path) -> None:
 
 def _members(model: CompressedModel) -> dict[str, list[str]]:
     """The tensors of the checkpoint, each with what it is made of: itself, or the matrices of a stack."""
-    stacks = find_stacks(model.specs)
+    # Experts of GGUF files that keep their type are matrices of a stack, too.
+    kept = (name for name in model.plain if layout.transposed_member(name) and model.array(name).ndim == 2)
+    stacks = find_stacks((*model.specs, *kept))
     stack_of = {member: stack for stack, members in stacks.items() for member in members}
     names = (stack_of.get(name, name) for name in (*model.specs, *model.plain))
     return {name: stacks.get(name, [name]) for name in names}
 
 
-def _type(model: CompressedModel, name: str, dtype: ExportType) -> str:
-    if name not in model.specs:
-        return model.dtype(name)
-    return _DTYPES.get(dtype, model.specs[name].dtype)
+def _type(model: CompressedModel, name: str, members: list[str], dtype: ExportType) -> str:
+    """The type of a tensor; that of the coded matrices where a stack has kept ones, too."""
+    coded = [member for member in members if member in model.specs]
+    if coded:
+        return _DTYPES.get(dtype, model.specs[coded[0]].dtype)
+    found = {model.dtype(member) for member in members}
+    if len(found) > 1:
+        raise FormatError(f"{name}: its matrices have different types, {sorted(found)}; compress the model again")
+    return found.pop()
 
 
 def _shape(model: CompressedModel, name: str, members: list[str]) -> tuple[int, ...]:
-    if members[0] not in model.specs:
+    if members == [name] and name not in model.specs:
         return model.array(name).shape
-    found = {(model.specs[member].rows, model.specs[member].columns) for member in members}
+    found = {_matrix_shape(model, member) for member in members}
     if len(found) > 1:
         raise FormatError(f"{name}: its matrices have different shapes, {sorted(found)}")
     if members == [name]:
         return found.pop()
     rows, columns = found.pop()
     return (len(members), columns, rows) if is_transposed(members) else (len(members), rows, columns)
+
+
+def _matrix_shape(model: CompressedModel, name: str) -> tuple[int, ...]:
+    spec = model.specs.get(name)
+    return model.array(name).shape if spec is None else (spec.rows, spec.columns)
 
 
 def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
@@ -145,11 +157,16 @@ def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
 def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPool) -> Iterator[NDArray[Any]]:
     model.check_checksum(name)
     if name not in model.specs:
-        yield model.array(name)
+        array = model.array(name)
+        is_member = layout.transposed_member(name) and array.ndim == 2
+        yield np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False).T) if is_member else array
     elif layout.transposed_member(name):
         matrix = matrix_of(model, name)
-        rows = np.arange(matrix.spec.rows, dtype=np.int64)
-        yield np.ascontiguousarray(matrix.dequantize(rows, pool).astype(DTYPES[dtype]).T)
+        if matrix.lossless is not None and dtype == matrix.spec.dtype:
+            weights = matrix.original(0, matrix.spec.rows, pool)
+        else:
+            weights = matrix.dequantize(np.arange(matrix.spec.rows, dtype=np.int64), pool).astype(DTYPES[dtype])
+        yield np.ascontiguousarray(weights.T)
     else:
         matrix = matrix_of(model, name)
         step = max(1, _CHUNK_WEIGHTS // matrix.spec.columns)

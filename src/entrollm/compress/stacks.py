@@ -43,7 +43,7 @@ def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
     Returns:
         the names of the matrices of each stack, in order, by the name of the stack.
     Raises:
-        FormatError: a member of a stack is missing, or is there twice.
+        FormatError: a member of a stack is missing, or is there twice, or some are transposed and others are not.
     """
     found: dict[str, dict[int, str]] = {}
     for name in names:
@@ -54,8 +54,17 @@ def find_stacks(names: Iterable[str]) -> dict[str, list[str]]:
         if other != name:
             raise FormatError(f"{name} and {other} are both matrix {member[1]} of {member[0]}")
     for stack, members in found.items():
+        if len({layout.transposed_member(name) is None for name in members.values()}) > 1:
+            own, other = (
+                next(name for name in members.values() if (layout.transposed_member(name) is None) is is_own)
+                for is_own in (True, False)
+            )
+            raise FormatError(
+                f"{own} and {other} are matrices of {stack}, of which one is transposed; expected all or none to be; "
+                "compress the model again"
+            )
         first_missing = next(index for index in range(len(members) + 1) if index not in members)
         if first_missing < len(members):
-            missing = layout.member_name(stack, first_missing)
+            missing = layout.member_name(stack, first_missing, is_transposed=is_transposed(members.values()))
             raise FormatError(f"{missing} is missing, though {stack} has later matrices")
     return {stack: [members[index] for index in sorted(members)] for stack, members in found.items()}

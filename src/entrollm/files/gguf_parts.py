@@ -62,8 +62,8 @@ def open_gguf_parts(path: Path) -> GgufFile:
         OSError: a file cannot be opened.
     """
     first = open_gguf(path)
-    count = first.metadata.get(_COUNT, 1)
-    if count in (0, 1):
+    count = _integer(first, _COUNT) or 1
+    if count == 1:
         return first
     match = _NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
@@ -81,14 +81,14 @@ def open_gguf_parts(path: Path) -> GgufFile:
                 raise FormatError(f"{part}: part {number + 1} of {count} is missing; fetch it into the same folder")
             parts.append(first if number == 0 else open_gguf(part))
             opened.callback(parts[-1].close)
-            found = parts[-1].metadata.get(_NUMBER), parts[-1].metadata.get(_COUNT)
+            found = _integer(parts[-1], _NUMBER), _integer(parts[-1], _COUNT)
             if found != (number, count):
                 raise FormatError(
                     f"{part}: {_NUMBER} and {_COUNT} are {found[0]!r:.40} and {found[1]!r:.40}, expected {number} and "
                     f"{count}; it is a part of another file"
                 )
         whole = GgufParts(parts)
-        expected = first.metadata.get(_TENSORS, len(whole.tensors))
+        expected = _integer(first, _TENSORS, len(whole.tensors))
         if expected != len(whole.tensors):
             raise FormatError(
                 f"{path}: {_TENSORS} is {expected!r:.40}, but the {count} parts have {len(whole.tensors)} tensors; "
@@ -96,3 +96,11 @@ def open_gguf_parts(path: Path) -> GgufFile:
             )
         opened.pop_all()
         return whole
+
+
+def _integer(file: GgufFile, key: str, default: int | None = None) -> int | None:
+    """A number of the metadata; the default if it is not there."""
+    value = file.metadata.get(key, default)
+    if value is not None and type(value) is not int:
+        raise FormatError(f"{file.path}: {key} is {value!r:.40}, expected an integer; fetch or split the file again")
+    return value

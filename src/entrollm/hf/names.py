@@ -82,6 +82,14 @@ def find_parameters(
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
     kept_paths = set()
     for name in kept:
+        if layout.transposed_member(name) is not None:
+            raise UnsupportedError(
+                f"{name} is a matrix of an expert that is kept in its type, and transformers holds it transposed; "
+                "expected coded experts",
+                hint=Message(
+                    "compress the model without keeping it, or load what `entrollm export` makes of the folder"
+                ),
+            )
         path, _ = locate(name)
         kept_paths.add(path)
         if path in found:

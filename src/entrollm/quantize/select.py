@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from entrollm.format import layout
 from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,8 +80,12 @@ def plan_tensors(
 
 
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a weight matrix (of a linear layer, an embedding or the output head), or a stack of them."""
-    return (len(shape) == 2 and name.endswith("weight")) or is_stack(name, shape)
+    """Whether a tensor is a weight matrix (of a linear layer, an embedding or the output head), or a stack of them.
+
+    A matrix whose name is that of the transpose of one matrix of a stack is a weight matrix, too.
+    """
+    is_matrix = name.endswith("weight") or layout.transposed_member(name) is not None
+    return (len(shape) == 2 and is_matrix) or is_stack(name, shape)
 
 
 def is_stack(name: str, shape: Sequence[int]) -> bool:

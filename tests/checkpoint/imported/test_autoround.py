@@ -24,7 +24,8 @@ CASES: dict[str, tuple[dict[str, Any], Packer]] = {
         config(2, packing_format="auto_round:gptqmodel"),
         test_gptq.packer(2, 32, layout="gptq_v2"),
     ),
-    "plain": (config(8), test_gptq.packer(8, 32, layout="gptq_v2", index=False)),
+    "plain": (config(8, packing_format="auto_round"), test_gptq.packer(8, 32, layout="gptq_v2", index=False)),
+    "default": (config(8), test_gptq.packer(8, 32, index=False)),
     "awq": (config(packing_format="auto_round:auto_awq"), test_awq.pack),
 }
 
@@ -60,12 +61,33 @@ def test_layers_have_bits_of_their_own(name: str, tmp_path: Path) -> None:
             "AutoRound weights of 4 bits and data_type 'fp8'; supported are int",
         ),
         (config(packing_format="auto_round:x"), UnsupportedError, "in the packing_format 'auto_round:x'"),
+        (
+            config(packing_format="auto_round:gptqmodel:x"),
+            UnsupportedError,
+            "the packing_format 'auto_round:gptqmodel:x'",
+        ),
+        (config(backend="x:awq"), UnsupportedError, "in the packing_format 'x:awq', whose layout is not known"),
         (config(packing_format=3), FormatError, "packing_format is 3, expected a string"),
         (config(extra_config=[1]), FormatError, r"extra_config is \[1\], expected an object of objects"),
-        (config(rotation_config={"a": 1}), UnsupportedError, "AutoRound weights with a rotation_config"),
+        (config(extra_config={"a{99999999999}": {"bits": 8}}), FormatError, r"extra_config 'a\{99999999999\}' of"),
+        (config(extra_config={"(" * 5000 + ")" * 5000: {"bits": 8}}), FormatError, r"extra_config '\(\("),
+        (config(extra_config={"a(": {"bits": 8}}), FormatError, r"extra_config 'a\(' of .*correct it"),
+        (config(rotation_config={"a": 1}), UnsupportedError, "'auto-round' with a rotation_config, which rotates"),
+        (config(spinquant_config={"a": 1}), UnsupportedError, "'auto-round' with a spinquant_config, which rotates"),
+        (config(hadamard_config={"a": 1}), UnsupportedError, "'auto-round' with a hadamard_config, which rotates"),
     ],
 )
 def test_other_variants_are_refused(description: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     write_source(tmp_path, description, test_gptq.packer(4, 32))
     with pytest.raises(error, match=message):
+        Checkpoint.open(tmp_path)
+
+
+def test_stored_rotations_are_refused(tmp_path: Path) -> None:
+    def pack(generator: np.random.Generator, rows: int, columns: int) -> Any:
+        parts, weights = test_gptq.packer(4, 32, index=False)(generator, rows, columns)
+        return {**parts, "hadamard_matrix": np.eye(columns, dtype=np.float32)}, weights
+
+    write_source(tmp_path, config(), pack)
+    with pytest.raises(UnsupportedError, match=r"\.hadamard_matrix: AutoRound weights with a rotation of their inputs"):
         Checkpoint.open(tmp_path)

@@ -154,7 +154,9 @@ def test_sparse_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_rotated_checkpoints_are_refused(tmp_path: Path) -> None:
     rotated = config("pack-quantized", transform_config={"config_groups": {"R1": {"type": "hadamard"}}})
     write_source(tmp_path / "source", rotated, CASES["groups"][1])
-    with pytest.raises(UnsupportedError, match=r"source: .*with a transform_config.*use the original checkpoint"):
+    with pytest.raises(
+        UnsupportedError, match=r"source.config\.json: .*with a transform_config.*use the original checkpoint"
+    ):
         Checkpoint.open(tmp_path / "source")
     write_source(tmp_path / "plain", config("pack-quantized", transform_config={}), CASES["groups"][1])
     Checkpoint.open(tmp_path / "plain").close()

@@ -37,6 +37,7 @@ def quark(**weight: Any) -> dict[str, Any]:
 
 
 NVFP4 = compressed_tensors("nvfp4-pack-quantized")
+MXFP4 = quark(dtype="fp4", scale_format="e8m0", group_size=32)
 CASES: dict[str, tuple[dict[str, Any], Packer]] = {
     "compressed-tensors nvfp4": (NVFP4, nvfp4_packer("weight_packed", divides=True)),
     "compressed-tensors mxfp4": (compressed_tensors("mxfp4-pack-quantized"), mxfp4_packer("weight_packed")),
@@ -45,7 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], Packer]] = {
         nvfp4_packer("weight_packed", divides=True),
     ),
     "ModelOpt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4_packer("weight", divides=False)),
-    "Quark mxfp4": (quark(dtype="fp4", scale_format="e8m0", group_size=32), mxfp4_packer("weight")),
+    "Quark mxfp4": ({**MXFP4, "algo_config": [{"name": "smooth"}]}, mxfp4_packer("weight")),
 }
 
 
@@ -80,6 +81,10 @@ def with_zeros(tensors: Arrays) -> None:
     tensors["weight_zero_point"] = np.zeros(1, np.int8)
 
 
+def with_order(tensors: Arrays) -> None:
+    tensors["weight_g_idx"] = np.zeros(128, np.int32)
+
+
 def without_whole(tensors: Arrays) -> None:
     del tensors["weight_global_scale"]
 
@@ -104,6 +109,7 @@ def with_few_groups(tensors: Arrays) -> None:
     ("change", "error", "message"),
     [
         (with_zeros, UnsupportedError, "weight_zero_point: 4-bit floats with a weight_zero_point are not supported"),
+        (with_order, UnsupportedError, "weight_g_idx: 4-bit floats with a weight_g_idx are not supported"),
         (without_whole, FormatError, "it needs either weight_global_scale or weight_scale_2, found none"),
         (with_two, FormatError, "weight_global_scale: expected one number of type F32"),
         (with_zero, FormatError, "a scale is not finite, or too large for float32"),
@@ -133,10 +139,29 @@ def test_malformed_layers_are_refused(
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "'modelopt' with quant_algo 'W4A8_AWQ'"),
         (quark(dtype="int4"), r"'quark' \(int4\)"),
         ({**quark(dtype="fp4"), "layer_quant_config": {"a": {}}}, "types that differ between layers"),
+        (
+            {**quark(dtype="fp8_e4m3"), "layer_type_quant_config": {"torch.nn.Linear": {}}},
+            "types that differ between layers",
+        ),
         ({**NVFP4, "transform_config": {"a": 1}}, "with a transform_config, which rotates the weights"),
+        ({**MXFP4, "algo_config": [{"name": "smooth"}, {"name": "rotation"}]}, "with an algo_config, which rotates"),
+        ({**MXFP4, "algo_config": {"name": "quarot", "online_had": True}}, "with an algo_config, which rotates"),
+        ({**quark(dtype="fp8_e4m3"), "algo_config": ["QuaRot"]}, "with an algo_config, which rotates"),
+        ({**quark(dtype="fp8_e4m3"), "algo_config": {"a": {"name": "rotation"}}}, "with an algo_config, which rotates"),
     ],
 )
 def test_other_descriptions_are_refused_by_name(description: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_source(tmp_path, description, nvfp4_packer("weight_packed", divides=True))
     with pytest.raises(UnsupportedError, match=message):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weight_global_scale", "weight_scale_2"])
+def test_exponents_with_a_number_of_the_whole_matrix_are_refused(name: str, tmp_path: Path) -> None:
+    def pack(generator: np.random.Generator, rows: int, columns: int) -> Any:
+        parts, weights = mxfp4_packer("weight_packed")(generator, rows, columns)
+        return {**parts, name: np.ones(1, np.float32)}, weights
+
+    write_source(tmp_path, compressed_tensors("mxfp4-pack-quantized"), pack)
+    with pytest.raises(UnsupportedError, match=rf"{name}: expected no such tensor beside exponents .*is U8\)"):
         Checkpoint.open(tmp_path)

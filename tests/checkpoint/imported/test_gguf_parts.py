@@ -69,7 +69,11 @@ def test_the_first_part_is_asked_for(tmp_path: Path) -> None:
         ({2: {"split.count": 4}}, r"m-00003-of-00003\.gguf: split.no and split.count are 2 and 4, expected 2 and 3"),
         ({0: {"split.tensors.count": 13}}, "split.tensors.count is 13, but the 3 parts have 12 tensors"),
         ({0: {"split.count": 5}}, "its name does not end in -00001-of"),
-        ({0: {"split.count": "x"}}, "split.count is 'x'"),
+        ({0: {"split.count": "x"}}, "split.count is 'x', expected an integer"),
+        ({0: {"split.count": 3.0}}, r"00001-of-00003\.gguf: split.count is 3\.0, expected an integer"),
+        ({0: {"split.count": [3, 3]}}, r"split.count is .*3.*, expected an integer"),
+        ({1: {"split.no": True}}, r"00002-of-00003\.gguf: split.no is True, expected an integer"),
+        ({0: {"split.tensors.count": [12]}}, r"split.tensors.count is .*12.*, expected an integer"),
     ],
 )
 def test_parts_of_other_files_are_refused(changes: dict[int, dict[str, Any]], message: str, tmp_path: Path) -> None:

@@ -52,10 +52,6 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[I
         raise UnsupportedError(
             "config.json: compressed-tensors weights with a sparsity_config; only dense weights are supported"
         )
-    if quantization.get("transform_config"):
-        raise UnsupportedError(
-            "config.json: compressed-tensors weights with a transform_config, which rotates them; this is not supported"
-        )
     for name, entry in tensors.entries.items():
         layer, dot, part = name.rpartition(".")
         layer += dot

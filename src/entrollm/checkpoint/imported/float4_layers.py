@@ -34,7 +34,7 @@ _EXPONENTS = ("U8", "F8_E8M0")
 _GROUPS = {**dict.fromkeys(_EXPONENTS, 32), "F8_E4M3": 16}
 _ACTIVATIONS = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale")
 # What changes a weight or its input in a way that is not read.
-_FOREIGN = ("weight_zero_point", "pre_quant_scale")
+_FOREIGN = ("weight_zero_point", "weight_g_idx", "pre_quant_scale")
 
 
 def recognise(quantization: Mapping[str, Any]) -> bool:
@@ -54,15 +54,12 @@ def quark_weight(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     """How Quark's description says that all weights are quantized; empty if layers differ or it does not say."""
     common = quantization.get("global_quant_config")
     weight = common.get("weight") if isinstance(common, dict) else None
-    return weight if isinstance(weight, dict) and not quantization.get("layer_quant_config") else {}
+    differs = any(quantization.get(key) for key in ("layer_quant_config", "layer_type_quant_config"))
+    return weight if isinstance(weight, dict) and not differs else {}
 
 
 def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
     """The quantized matrices of a checkpoint; see `Format`."""
-    if quantization.get("transform_config"):
-        raise UnsupportedError(
-            "config.json: 4-bit floats with a transform_config, which rotates the weights; this is not supported"
-        )
     return layers(tensors)
 
 
@@ -84,6 +81,13 @@ def _matrix(layer: str, part: str, tensors: RawTensors) -> ImportedMatrix:
             f"{layer}{_SCALE}: expected one scale of type {scale.dtype} for each of {rows} rows and each "
             f"{_GROUPS[scale.dtype]} of {columns} columns, found {list(scale.shape)}"
         )
+    if scale.dtype in _EXPONENTS:
+        for whole in (_DIVISOR, _FACTOR):
+            if layer + whole in tensors.entries:
+                raise UnsupportedError(
+                    f"{layer}{whole}: expected no such tensor beside exponents ({layer}{_SCALE} is {scale.dtype}), and "
+                    "how the two go together is not known"
+                )
     for foreign in _FOREIGN:
         if layer + foreign in tensors.entries:
             raise UnsupportedError(f"{layer}{foreign}: 4-bit floats with a {foreign} are not supported")

@@ -9,12 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import FormatError, Message, UnsupportedError
 from entrollm.files.dtypes import DTYPES
 from entrollm.files.safetensors import Entry
 from entrollm.format.group_scales import GroupedKind, GroupScales
 
 FLOAT_TYPES = ("F16", "BF16", "F32")
+# Keys of a quantization_config that say that weights were rotated, and words for it in the names of algorithms.
+_ROTATIONS = ("transform_config", "rotation_config", "spinquant_config", "hadamard_config")
+_ROTATING = ("rotat", "quarot", "spinquant", "hadamard")
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -105,6 +108,42 @@ def integer_option(quantization: Mapping[str, Any], key: str, allowed: tuple[int
     if value not in allowed:
         raise UnsupportedError(f"config.json: quantization_config has {key} {value}; supported are {allowed}")
     return value
+
+
+def refuse_rotations(source: object, quantization: Mapping[str, Any]) -> None:
+    """Refuse weights that were rotated, since the model would have to rotate their inputs as well.
+
+    Args:
+        source: the file with the quantization_config, for errors.
+        quantization: the quantization_config.
+    Raises:
+        UnsupportedError: they were; the message names the key that says it.
+    """
+    found = [key for key in _ROTATIONS if quantization.get(key)]
+    algorithms = quantization.get("algo_config") or ()
+    for algorithm in algorithms if isinstance(algorithms, list) else (algorithms,):
+        if _rotates(algorithm):
+            found.append("algo_config")
+    if found:
+        article = "an" if found[0].startswith("a") else "a"
+        method = quantization.get("quant_method", quantization.get("method"))
+        raise UnsupportedError(
+            f"{source}: weights of {method!r:.40} with {article} {found[0]}, which rotates the weights and what "
+            "they are multiplied with; this is not supported",
+            hint=Message("use the original checkpoint"),
+        )
+
+
+def _rotates(algorithm: object) -> bool:
+    """Whether an entry of Quark's algo_config rotates; it is a name, an object with one, or an object by names."""
+    words = [algorithm]
+    if isinstance(algorithm, dict):
+        words = [key for key, value in algorithm.items() if value]
+        words += [
+            algorithm.get("name"),
+            *(value.get("name") for value in algorithm.values() if isinstance(value, dict)),
+        ]
+    return any(isinstance(word, str) and part in word.lower() for word in words for part in _ROTATING)
 
 
 def is_method(quantization: Mapping[str, Any], method: str) -> bool:

@@ -61,7 +61,10 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[I
 def _read(name: str, kind: str, tensors: RawTensors) -> ImportedWeights:
     octets = tensors.array(name)
     rows = len(octets)
-    symbols, scales = _UNPACK[kind](octets.reshape(rows, -1, _SIZES[kind].size_bytes))
+    try:
+        symbols, scales = _UNPACK[kind](octets.reshape(rows, -1, _SIZES[kind].size_bytes))
+    except FormatError as error:  # which names the part of the blocks
+        raise FormatError(f"{name}: {error}") from None
     for part, array in scales.arrays.items():
         if array.dtype in (np.float16, np.float32) and not np.isfinite(array).all():
             raise FormatError(f"{name}: its {part} has a value that is not finite")

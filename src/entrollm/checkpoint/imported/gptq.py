@@ -66,12 +66,24 @@ def _dynamic(quantization: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Map
     for key, options in dynamic.items():
         if not isinstance(options, dict):
             raise FormatError(f"config.json: dynamic {key!r:.80} of quantization_config is not an object")
-        try:
-            pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
-        except re.error as error:
-            raise FormatError(f"config.json: dynamic {key!r:.80} of quantization_config: {error}") from None
+        pattern = compile_names(key.removeprefix("-:").removeprefix("+:"), f"dynamic {key!r:.80}")
         rules.append((pattern, None if key.startswith("-:") else options))
     return rules
+
+
+def compile_names(expression: str, place: str) -> re.Pattern[str]:
+    """Compile an expression for names of layers; `place` is where quantization_config has it, for errors.
+
+    Raises:
+        FormatError: it is not a valid expression.
+    """
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise FormatError(
+            f"config.json: {place} of quantization_config: expected a regular expression for names of layers, found an "
+            f"error: {error}; correct it"
+        ) from None
 
 
 def _bits_of(layer: str, bits: int, dynamic: list[tuple[re.Pattern[str], Mapping[str, Any] | None]]) -> int:
