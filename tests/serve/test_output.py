@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,6 +192,49 @@ def test_what_is_a_call(name: str, text: str, expected: list[object] | None) -> 
     found = split(calls_of(name), text)
     assert found == ([text] if expected is None else expected)
     assert split(calls_of(name), text, range(len(text)) if len(text) < 1000 else ()) == found
+
+
+INSIDES = {
+    "qwen-coder": ["<function=f>", "<function=f><parameter=a>"],
+    "glm": ["f", "f<arg_key>", "f<arg_key>a</arg_key>", "f<arg_key>a</arg_key><arg_value>"],
+    "deepseek": ["<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f```"],
+    "gemma": ["call:f", "call:f{", "call:f{a"],
+    "mistral": ["f", "f[CALL_ID]", "f[CALL_ID]a", "["],
+    "llama": ["{"],
+    "pythonic": ["[", "[f(a="],
+    "harmony": ["analysis<|message|>", "commentary to=functions.f<|message|>"],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_white_space_takes_no_long_time(name: str) -> None:
+    """Each text takes milliseconds, and seconds to hours where a reader goes back over the white space."""
+    space = " " * 100_000
+    opening = FORMATS[name].marks[1 if name == "harmony" else 0]
+    texts = [opening + inside for inside in ["", *INSIDES.get(FORMATS[name].name, [])]]
+    form = calls_of(name, None if name == "harmony" else "think")
+    start = time.perf_counter()
+    for text in texts:
+        split(form, f"{text}{space}x")
+    for text in ("", "a", texts[-1]):
+        split(form, text + space, range(100_000))
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("llama", "<|python_tag|>{"), ("pythonic", "<|python_start|>["), ("hermes", "<tool_call>")]
+)
+def test_openings_without_ends_take_no_long_time(name: str, part: str) -> None:
+    text = part * (100_000 // len(part))
+    start = time.perf_counter()
+    assert split(calls_of(name), text) == [text]
+    assert time.perf_counter() - start < 5
+
+
+def test_names_that_lie_deep() -> None:
+    for length in (300, 900, 3000):
+        text = f"[f{'.f' * length}(a=1), f{'.f' * length}-f()]"
+        assert split(calls_of("pythonic"), text) == [text]
 
 
 PARTS = ["a ", "\n", "[1", "<", "{", "]", "}", "'", "<think>", "</think>", "f(a=1)", '"name"']

@@ -11,8 +11,8 @@ from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
 _MOST_DEPTH = 64
-_CALL = re.compile(r"\s*call:([\w.-]{1,64})\s*(?=\{)")
-_KEY = re.compile(r"\s*([^\s:,{}\[\]]+)\s*:\s*")
+_CALL = re.compile(r"\s*+call:([\w.-]{1,64}+)\s*+(?=\{)")
+_KEY = re.compile(r"\s*+([^\s:,{}\[\]]++)\s*+:\s*+")
 _PLAIN = re.compile(r"\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|None)\s*")
 
 
