@@ -365,6 +365,34 @@ def test_grammars_lead_to_calls(name: str, several: bool) -> None:
     assert all(isinstance(item, (tuple, Reasoning)) for item in found), written
 
 
+@pytest.mark.parametrize("is_special", [False, True])
+@pytest.mark.parametrize("name", ["qwen-coder", "glm", "glm, on one line", "gemma", "function gemma"])
+def test_strings_of_forced_calls_may_be_any(name: str, is_special: bool) -> None:
+    """The markers are special tokens or text."""
+    text = "if a < b:\n  </p> <"
+    lines = "" if name == "glm, on one line" else "\n"
+    written = {
+        "qwen-coder": f"<tool_call>\n<function=f>\n<parameter=d>\n{text}\n</parameter>\n</function>\n</tool_call>",
+        "glm": f"<tool_call>f{lines}<arg_key>d</arg_key>{lines}<arg_value>{text}</arg_value>{lines}</tool_call>",
+        "gemma": f'<|tool_call>call:f{{d:<|"|>{text}<|"|>}}<tool_call|>',
+        "function gemma": f"<start_function_call>call:f{{d:<escape>{text}<escape>}}<end_function_call>",
+    }[name.partition(",")[0]]
+    functions = {"f": {"type": "object", "properties": {"d": {"type": "string"}}, "required": ["d"]}}
+    tokenizer = marked_tokenizer() if is_special else Tokenizer.from_file(str(TINY_LLAMA / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    marks = {mark: f"<[{ids[mark]}]>" if is_special else json.dumps(mark) for mark in FORMATS[name].marks}
+    lark = FORMATS[name].grammar(functions, marks.__getitem__, several=False)
+    grammar = Grammars(tokenizer, len(ids), [2]).lark(lark, "tools")
+    for token in tokenizer.encode(written, add_special_tokens=False).ids:
+        assert grammar.allowed()[token], (tokenizer.id_to_token(token), lark)
+        grammar.accept(token)
+    assert grammar.allowed()[2]
+    parser = FORMATS[name].parser(functions)
+    (call,) = [*parser.push(written), *parser.finish()]
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == {"d": text}
+
+
 def test_shown_tokens() -> None:
     tokenizer = marked_tokenizer()
     vocabulary = tokenizer.get_vocab()

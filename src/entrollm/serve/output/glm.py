@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from entrollm.serve.output.arguments import parameter_rules, properties_of, value_of
+from entrollm.serve.output.arguments import parameter_rules, properties_of, text_rules, value_of
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
@@ -65,12 +65,12 @@ class Glm:
         rules = [
             f"start: call{more}",
             f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}",
-            "TEXT: /[^<]*/",
+            *text_rules(_VALUE_END, mark(_VALUE_END), (_CLOSE,)),
         ]
         key, key_end, value, value_end = map(mark, _TAGS)
-        around = (f'{key} "{{name}}" {key_end} {line} {value}', f"{value_end} {line}")
+        around = (f'{key} "{{name}}" {key_end} {line} {value}', value_end, line)
         for i, (name, schema) in enumerate(functions.items()):
-            body, values = parameter_rules(i, schema, "TEXT", around)
+            body, values = parameter_rules(i, schema, around)
             rules += [f"call_{i}: {mark(_OPEN)} {json.dumps(name)} {line} {body} {mark(_CLOSE)}", *values]
         return "\n".join(rules)
 

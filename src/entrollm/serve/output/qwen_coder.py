@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from entrollm.serve.output.arguments import parameter_rules, properties_of, value_of
+from entrollm.serve.output.arguments import parameter_rules, properties_of, text_rules, value_of
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_PARAMETER_END = "</parameter>"
 _CALL = re.compile(r"<function=([^>\s]{1,64}+)>")
 # A model may leave out the end of a parameter where the next one begins.
 _PARAMETER = re.compile(r"\s*+<parameter=([^>\s]++)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)\s*+", re.DOTALL)
@@ -58,11 +59,11 @@ class QwenCoder:
         rules = [
             f"start: call{more}",
             f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}",
-            "TEXT: /[^<]*/",
+            *text_rules(_PARAMETER_END, json.dumps(_PARAMETER_END), (_CLOSE, "<parameter=")),
         ]
-        around = ('"<parameter={name}>\\n"', '"\\n</parameter>\\n"')
+        around = ('"<parameter={name}>\\n"', '"\\n</parameter>"', '"\\n"')
         for i, (name, schema) in enumerate(functions.items()):
             opening, closing = json.dumps(f"\n<function={name}>\n"), json.dumps("</function>\n")
-            body, values = parameter_rules(i, schema, "TEXT", around)
+            body, values = parameter_rules(i, schema, around)
             rules += [f"call_{i}: {mark(_OPEN)} {opening} {body} {closing} {mark(_CLOSE)}", *values]
         return "\n".join(rules)
