@@ -33,21 +33,19 @@ def value_of(text: str, schema: object) -> object:
     return value if fits or "string" not in kinds else text
 
 
-def text_rules(closing: str, written: str, others: Sequence[str] = ()) -> list[str]:
+def text_rules(closing: str, written: str, others: Sequence[str]) -> list[str]:
     """Rules of a Lark grammar, of which `text` stands for a text that may be any, and its closing tag.
 
     Args:
         closing: the tag.
         written: the tag as the grammar writes it, a special token or text.
-        others: what the text must not hold either.
+        others: what else the text must not hold, at least one.
     """
-    kept_out = "|".join(re.escape(tag).replace("/", r"\/") for tag in (closing, *others))
-    if written.startswith("<["):
-        return [f"text: TEXT {written}", rf"TEXT: /(.|\n)*/ & ~/(.|\n)*({kept_out})(.|\n)*/"]
-    kept_out = "|".join(re.escape(tag).replace("/", r"\/") for tag in others)
-    bound = rf" & ~/(.|\n)*({kept_out})(.|\n)*/" if others else ""
-    # Ends with the first closing tag; a longest match would take the tag for text.
-    return [f"text[suffix={json.dumps(closing)}]: TEXT", rf"TEXT: /(.|\n)*/{bound}"]
+    is_token = written.startswith("<[")
+    kept_out = "|".join(re.escape(tag).replace("/", r"\/") for tag in ((closing, *others) if is_token else others))
+    # Text that closes a text is found as a suffix: the longest match would take it for a part of the text.
+    rule = f"text: TEXT {written}" if is_token else f"text[suffix={json.dumps(closing)}]: TEXT"
+    return [rule, rf"TEXT: /(.|\n)*/ & ~/(.|\n)*({kept_out})(.|\n)*/"]
 
 
 def parameter_rules(function: int, schema: Mapping[str, Any], around: tuple[str, str, str]) -> tuple[str, list[str]]:
