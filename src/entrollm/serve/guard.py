@@ -55,7 +55,7 @@ class Guard:
         self._is_stopping = is_stopping
         self._metrics = metrics
         self._posts = frozenset(route.path for route in routes if "POST" in (route.methods or ()))
-        self._paths = {route.endpoint: route.path for route in routes}
+        self._paths: dict[object, str] = {route.endpoint: route.path for route in routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
