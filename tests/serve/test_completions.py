@@ -194,6 +194,8 @@ def test_metrics_count(client: httpx.Client) -> None:
     complete(client, prompt="The king of metrics", max_tokens=7)
     client.post("/v1/completions", json={"prompt": 3})
     client.get("/a/path/that/is/not/served")
+    for name in ("a", "b", "%22%0A%5C"):
+        assert client.post(f"/v1/models/{name}").status_code == 405
     after = read()
 
     def grown(name: str) -> float:
@@ -203,6 +205,7 @@ def test_metrics_count(client: httpx.Client) -> None:
     assert grown('entrollm_requests_total{path="/v1/completions",status="200"}') == 1
     assert grown('entrollm_requests_total{path="/v1/completions",status="400"}') == 1
     assert grown('entrollm_requests_total{path="other",status="404"}') == 1
+    assert grown('entrollm_requests_total{path="/v1/models/{name}",status="405"}') == 3
     assert grown("entrollm_first_token_seconds_count") == 1
     assert grown('entrollm_first_token_seconds_bucket{le="+Inf"}') == 1
     assert grown("entrollm_prompt_tokens_total") > grown("entrollm_reused_prompt_tokens_total")

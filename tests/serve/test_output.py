@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,6 +194,49 @@ def test_what_is_a_call(name: str, text: str, expected: list[object] | None) -> 
     assert split(calls_of(name), text, range(len(text)) if len(text) < 1000 else ()) == found
 
 
+INSIDES = {
+    "qwen-coder": ["<function=f>", "<function=f><parameter=a>"],
+    "glm": ["f", "f<arg_key>", "f<arg_key>a</arg_key>", "f<arg_key>a</arg_key><arg_value>"],
+    "deepseek": ["<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f```"],
+    "gemma": ["call:f", "call:f{", "call:f{a"],
+    "mistral": ["f", "f[CALL_ID]", "f[CALL_ID]a", "["],
+    "llama": ["{"],
+    "pythonic": ["[", "[f(a="],
+    "harmony": ["analysis<|message|>", "commentary to=functions.f<|message|>"],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_white_space_takes_no_long_time(name: str) -> None:
+    """Each text takes milliseconds, and seconds to hours where a reader goes back over the white space."""
+    space = " " * 100_000
+    opening = FORMATS[name].marks[1 if name == "harmony" else 0]
+    texts = [opening + inside for inside in ["", *INSIDES.get(FORMATS[name].name, [])]]
+    form = calls_of(name, None if name == "harmony" else "think")
+    start = time.perf_counter()
+    for text in texts:
+        split(form, f"{text}{space}x")
+    for text in ("", "a", texts[-1]):
+        split(form, text + space, range(100_000))
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("llama", "<|python_tag|>{"), ("pythonic", "<|python_start|>["), ("hermes", "<tool_call>")]
+)
+def test_openings_without_ends_take_no_long_time(name: str, part: str) -> None:
+    text = part * (100_000 // len(part))
+    start = time.perf_counter()
+    assert split(calls_of(name), text) == [text]
+    assert time.perf_counter() - start < 5
+
+
+def test_names_that_lie_deep() -> None:
+    for length in (300, 900, 3000):
+        text = f"[f{'.f' * length}(a=1), f{'.f' * length}-f()]"
+        assert split(calls_of("pythonic"), text) == [text]
+
+
 PARTS = ["a ", "\n", "[1", "<", "{", "]", "}", "'", "<think>", "</think>", "f(a=1)", '"name"']
 PARTS += [text for _, text, _ in CASES if len(text) < 1000]
 PARTS += sorted({mark for form in FORMATS.values() for mark in form.marks})
@@ -319,6 +363,34 @@ def test_grammars_lead_to_calls(name: str, several: bool) -> None:
     calls = [item for item in found if isinstance(item, tuple)]
     assert calls, written
     assert all(isinstance(item, (tuple, Reasoning)) for item in found), written
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+@pytest.mark.parametrize("name", ["qwen-coder", "glm", "glm, on one line", "gemma", "function gemma"])
+def test_strings_of_forced_calls_may_be_any(name: str, is_special: bool) -> None:
+    """The markers are special tokens or text."""
+    text = "if a < b:\n  </p> <"
+    lines = "" if name == "glm, on one line" else "\n"
+    written = {
+        "qwen-coder": f"<tool_call>\n<function=f>\n<parameter=d>\n{text}\n</parameter>\n</function>\n</tool_call>",
+        "glm": f"<tool_call>f{lines}<arg_key>d</arg_key>{lines}<arg_value>{text}</arg_value>{lines}</tool_call>",
+        "gemma": f'<|tool_call>call:f{{d:<|"|>{text}<|"|>}}<tool_call|>',
+        "function gemma": f"<start_function_call>call:f{{d:<escape>{text}<escape>}}<end_function_call>",
+    }[name.partition(",")[0]]
+    functions = {"f": {"type": "object", "properties": {"d": {"type": "string"}}, "required": ["d"]}}
+    tokenizer = marked_tokenizer() if is_special else Tokenizer.from_file(str(TINY_LLAMA / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    marks = {mark: f"<[{ids[mark]}]>" if is_special else json.dumps(mark) for mark in FORMATS[name].marks}
+    lark = FORMATS[name].grammar(functions, marks.__getitem__, several=False)
+    grammar = Grammars(tokenizer, len(ids), [2]).lark(lark, "tools")
+    for token in tokenizer.encode(written, add_special_tokens=False).ids:
+        assert grammar.allowed()[token], (tokenizer.id_to_token(token), lark)
+        grammar.accept(token)
+    assert grammar.allowed()[2]
+    parser = FORMATS[name].parser(functions)
+    (call,) = [*parser.push(written), *parser.finish()]
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == {"d": text}
 
 
 def test_shown_tokens() -> None:

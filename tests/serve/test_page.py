@@ -96,6 +96,19 @@ def test_send_stream_and_reload(tab: Any, server: Running) -> None:
     assert tab.locator(".message").count() == 0
 
 
+def test_a_new_chat_ends_the_answer(tab: Any, server: Running) -> None:
+    ask(tab, "Tell me everything.")
+    tab.locator(".assistant .text", has_text=" ").wait_for()
+    tab.get_by_role("button", name="New chat").click()
+    limit(tab, 5)
+    ask(tab, "Who was the king?")
+    tab.locator(".note", has_text="5 tokens").wait_for()
+    tab.get_by_role("button", name="Send").wait_for()
+    tab.reload()
+    assert tab.locator(".message").count() == 2
+    server.wait_until_idle()
+
+
 def test_stop_and_retry(tab: Any, server: Running) -> None:
     ask(tab, "Tell me everything.")
     tab.locator(".assistant .text", has_text=" ").wait_for()

@@ -11,6 +11,7 @@ from entrollm import Model, load
 from entrollm.engine.batch import SequenceStep
 from entrollm.serve.fair_queue import FairQueue, QueueFullError
 from entrollm.serve.keys import Keys, read_keys
+from entrollm.serve.metrics import Metrics
 from entrollm.serve.pace import Pace
 from entrollm.serve.slots import Slot, Slots
 
@@ -152,6 +153,12 @@ def test_a_prompt_that_is_only_read_leaves_the_caches_alone(model: Model) -> Non
     run(model, reading, [7, 8, 9])
     slots.give_back(reading)
     assert slots.take([7, 8, 9]) == (slot, 2)
+
+
+def test_labels_of_metrics_are_escaped() -> None:
+    metrics = Metrics()
+    metrics.requests['a"b\\c\nd', 200] = 3
+    assert metrics.render({}).splitlines()[1] == r'entrollm_requests_total{path="a\"b\\c\nd",status="200"} 3'
 
 
 def test_keys() -> None:

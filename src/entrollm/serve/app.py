@@ -57,7 +57,7 @@ class Service:
             local_only=settings.local_only,
             is_stopping=lambda: self.api.is_stopping,
             metrics=metrics,
-            posts=[route.path for route in routes if "POST" in (route.methods or ())],
+            routes=routes,
         )
         self.app = Starlette(
             routes=routes,

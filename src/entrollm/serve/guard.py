@@ -8,6 +8,7 @@ import ipaddress
 import json
 from collections.abc import Callable, Collection
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from entrollm.serve.errors import ApiError
@@ -33,7 +34,7 @@ class Guard:
             made to point here.
         is_stopping: whether new requests are refused.
         metrics: where requests are counted.
-        posts: the paths that take bodies.
+        routes: those of the application.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Guard:
         local_only: bool,
         is_stopping: Callable[[], bool],
         metrics: Metrics,
-        posts: Collection[str],
+        routes: Collection[Route],
     ) -> None:
         self._app = app
         self._keys = keys
@@ -53,7 +54,8 @@ class Guard:
         self._local_only = local_only
         self._is_stopping = is_stopping
         self._metrics = metrics
-        self._posts = posts
+        self._posts = frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+        self._paths: dict[object, str] = {route.endpoint: route.path for route in routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection of ASGI."""
@@ -90,8 +92,8 @@ class Guard:
         return scope["method"] == "POST" and scope["path"] in self._posts
 
     def _count(self, scope: Scope, status: int) -> None:
-        # Paths that do not exist share a line, or a stranger could fill the memory with them.
-        path = scope["path"] if status != 404 and "endpoint" in scope else "other"
+        # Counted by route, or a stranger could fill the memory with paths.
+        path = self._paths.get(scope.get("endpoint"), "other")
         self._metrics.requests[path, status] += 1
 
     def _check(self, scope: Scope) -> None:

@@ -15,7 +15,7 @@ class Metrics:
     scheduler.
 
     Attributes:
-        requests: by path and status.
+        requests: by path, as routes write it, and status.
         prompt_tokens, reused_prompt_tokens, generated_tokens: tokens of prompts, of those the ones whose keys and
             values were in a cache, and tokens of answers.
         cancelled, expired, failed: answers that ended without their last token.
@@ -45,7 +45,7 @@ class Metrics:
         """All counters, and `gauges` by name, as text."""
         lines = ["# TYPE entrollm_requests_total counter"]
         for (path, status), count in sorted(self.requests.items()):
-            lines.append(f'entrollm_requests_total{{path="{path}",status="{status}"}} {count}')
+            lines.append(f'entrollm_requests_total{{path="{_escaped(path)}",status="{status}"}} {count}')
         counters: dict[str, int | float] = {
             "prompt_tokens_total": self.prompt_tokens,
             "reused_prompt_tokens_total": self.reused_prompt_tokens,
@@ -68,3 +68,7 @@ class Metrics:
             lines.append(f'{name}_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {total}')
         lines += [f"{name}_sum {self.first_token_sum_s}", f"{name}_count {total}"]
         return "\n".join(lines) + "\n"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

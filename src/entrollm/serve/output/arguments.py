@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entrollm.serve.output.items import parse_json
@@ -32,18 +33,31 @@ def value_of(text: str, schema: object) -> object:
     return value if fits or "string" not in kinds else text
 
 
-def parameter_rules(
-    function: int, schema: Mapping[str, Any], text: str, around: tuple[str, str]
-) -> tuple[str, list[str]]:
+def text_rules(closing: str, written: str, others: Sequence[str]) -> list[str]:
+    """Rules of a Lark grammar, of which `text` stands for a text that may be any, and its closing tag.
+
+    Args:
+        closing: the tag.
+        written: the tag as the grammar writes it, a special token or text.
+        others: what else the text must not hold, at least one.
+    """
+    is_token = written.startswith("<[")
+    kept_out = "|".join(re.escape(tag).replace("/", r"\/") for tag in ((closing, *others) if is_token else others))
+    # Text that closes a text is found as a suffix: the longest match would take it for a part of the text.
+    rule = f"text: TEXT {written}" if is_token else f"text[suffix={json.dumps(closing)}]: TEXT"
+    return [rule, rf"TEXT: /(.|\n)*/ & ~/(.|\n)*({kept_out})(.|\n)*/"]
+
+
+def parameter_rules(function: int, schema: Mapping[str, Any], around: tuple[str, str, str]) -> tuple[str, list[str]]:
     """The part of a Lark grammar that stands for the arguments of a function, each at most once and in order.
 
     Args:
         function: its number, which makes the names of rules unique.
         schema: of the arguments.
-        text: the terminal of a string.
-        around: what stands before and behind a value, with {name} in place of the parameter's name.
+        around: what stands before a value, closes it, and stands behind that, with {name} in place of the parameter's
+            name. The rule `text` closes itself; see text_rules.
     Returns:
-        The body of a rule, often "", and the rules that it names.
+        The body of a rule, often "", and the rules that it names besides `text`.
     """
     wanted = schema.get("required")
     required = wanted if isinstance(wanted, list) else []
@@ -52,16 +66,16 @@ def parameter_rules(
     for i, (name, kind) in enumerate(properties_of(schema).items()):
         kinds, options = _kinds(kind)
         rule = f"value_{function}_{i}"
+        before, closing, behind = (part.replace("{name}", json.dumps(name)[1:-1]) for part in around)
         if options:
             rules.append(f"{rule}: {' | '.join(json.dumps(option) for option in options)}")
         elif kinds == {"string"}:
-            rules.append(f"{rule}: {text}")
+            rule, closing = "text", ""
         else:
             inner = kind if isinstance(kind, dict) else {}
             compact = json.dumps({**definitions, **inner, "x-guidance": {"whitespace_flexible": False}})
             rules.append(f"{rule}: %json {compact}")
-        before, behind = (part.replace("{name}", json.dumps(name)[1:-1]) for part in around)
-        part = f"{before} {rule} {behind}"
+        part = f"{before} {rule} {closing} {behind}"
         parts.append(part if name in required else f"({part})?")
     return " ".join(parts), rules
 

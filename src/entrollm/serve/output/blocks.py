@@ -7,6 +7,8 @@ from typing import Protocol
 from entrollm.serve.output.items import Functions, Item, ToolCall, overlap
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+# An answer of nothing but openings would be read again from each of them.
+_MOST_REREAD = 1 << 20
 
 
 class End(Protocol):
@@ -97,7 +99,7 @@ class BlockParser:
     """Splits text into calls and what is around them; see Parser.
 
     White space before a call is left out. A block that is not made of calls is text, and what follows its opening may
-    be a block.
+    be a block, unless much of the answer was in such blocks already.
 
     Args:
         form: where blocks are.
@@ -113,6 +115,7 @@ class BlockParser:
         self._before = ""  # what stands before the block and is left out if it is one of calls
         self._is_first = True
         self._has_called = False
+        self._reread = 0  # characters of blocks that were not made of calls
 
     def push(self, text: str) -> list[Item]:
         """Add text and return what is complete now, in order."""
@@ -144,7 +147,9 @@ class BlockParser:
         if self._is_first and not inside:
             return False  # what comes next decides
         starts = [(at, marker) for marker in form.openings if (at := self._held.find(marker)) >= 0]
-        if self._is_first and inside[0] in form.first:
+        if self._reread > _MOST_REREAD:
+            starts = []
+        elif self._is_first and inside[0] in form.first:
             starts.append((len(self._held) - len(inside), inside[0]))
         if starts:
             start, self._opening = min(starts)
@@ -167,6 +172,7 @@ class BlockParser:
         """Pass on the calls of the block, or its opening if it is not made of calls."""
         calls = self._form.calls(self._held[:length], self._functions)
         if calls is None:
+            self._reread += length
             found.append(self._before + self._opening)
             self._held = self._held[len(self._opening) :]
             self._is_first = False

@@ -11,7 +11,7 @@ from entrollm.serve.output.gemma import Gemma
 from entrollm.serve.output.glm import Glm
 from entrollm.serve.output.harmony import Harmony
 from entrollm.serve.output.hermes import Hermes
-from entrollm.serve.output.items import CallFormat, Functions, Parser
+from entrollm.serve.output.items import CallFormat, Functions, Gather, Parser
 from entrollm.serve.output.llama import Llama
 from entrollm.serve.output.mistral import Mistral
 from entrollm.serve.output.pythonic import Pythonic
@@ -76,9 +76,9 @@ class OutputFormat:
         calls = None
         if self.calls is not None and (functions or isinstance(self.calls, Harmony)):
             calls = self.calls.parser(functions)
-        if self.reasoning is None:
-            return calls
-        return Think(self.reasoning, calls or Plain(), is_open=is_open)
+        if self.reasoning is not None:
+            return Gather(Think(self.reasoning, calls or Plain(), is_open=is_open))
+        return None if calls is None else Gather(calls)
 
 
 def check_formats(calls: str, reasoning: str) -> None:

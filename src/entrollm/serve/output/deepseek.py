@@ -11,7 +11,8 @@ from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, argum
 
 _OPEN, _CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL_OPEN, _SEPARATOR, _CALL_CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-_FENCED = re.compile(r"\s*([\w.-]{1,64})\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+_FENCE = "```"
+_NAME = re.compile(r"[\w.-]{1,64}")
 
 
 class DeepSeek:
@@ -70,6 +71,9 @@ def _call(text: str, names: Collection[str]) -> ToolCall | None:
     first, separator, second = text.rstrip().removesuffix(_CALL_CLOSE).partition(_SEPARATOR)
     if not separator:
         return None
-    fenced = _FENCED.fullmatch(second)
-    name, arguments = (fenced[1], fenced[2]) if fenced else (first.strip(), second)
+    name, fence, arguments = (part.strip() for part in second.partition(_FENCE))
+    if fence and arguments.endswith(_FENCE) and _NAME.fullmatch(name):
+        arguments = arguments.removesuffix(_FENCE).removeprefix("json")
+    else:
+        name, arguments = first.strip(), second
     return call_of({"name": name, "arguments": parse_json(arguments)}, names)

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from entrollm.serve.output.arguments import text_rules
 from entrollm.serve.output.blocks import BlockParser, End, Marker
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
 
 _MOST_DEPTH = 64
-_CALL = re.compile(r"\s*call:([\w.-]{1,64})\s*(?=\{)")
-_KEY = re.compile(r"\s*([^\s:,{}\[\]]+)\s*:\s*")
+_CALL = re.compile(r"\s*+call:([\w.-]{1,64}+)\s*+(?=\{)")
+_KEY = re.compile(r"\s*+([^\s:,{}\[\]]++)\s*+:\s*+")
 _PLAIN = re.compile(r"\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|None)\s*")
 
 
@@ -63,8 +64,8 @@ class Gemma:
             f"start: call{'+' if several else ''}",
             f"call: {mark(self.openings[0])} ({' | '.join(f'call_{i}' for i in range(len(functions)))}) "
             f"{mark(self._closing)}",
-            f"string: {quote} TEXT {quote}",
-            "TEXT: /[^<]*/",
+            f"string: {quote} text",
+            *text_rules(self._quote, quote, (self._closing,)),
             r"NUMBER: /-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?/",
             r"INTEGER: /-?(0|[1-9][0-9]{0,17})/",
             "NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/",

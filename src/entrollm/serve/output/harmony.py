@@ -61,6 +61,8 @@ class HarmonyParser:
         self._names = frozenset(names)
         self._held = ""
         self._header: str | None = None  # of the message whose text comes now
+        self._is_call = False
+        self._is_reasoning = False
         self._is_first = True
 
     def push(self, text: str) -> list[Item]:
@@ -83,11 +85,14 @@ class HarmonyParser:
         """Read a header."""
         if self._is_first and not _may_be_header(self._held):
             self._header, self._is_first = "", False  # an answer without channels
+            self._is_call = self._is_reasoning = False
             return True
         end = self._held.find(_MESSAGE)
         if end < 0:
             return False
         self._header, self._held = self._held[: end + len(_MESSAGE)], self._held[end + len(_MESSAGE) :]
+        self._is_call = _RECIPIENT.search(self._header) is not None
+        self._is_reasoning = _channel(self._header) == "analysis"
         self._is_first = False
         return True
 
@@ -103,7 +108,7 @@ class HarmonyParser:
             # A message that lacks its end is followed by a header.
             self._held = self._held[at + len(marker) if marker in _ENDS else at :]
             return True
-        if not _is_call(self._header):
+        if not self._is_call:
             cut = len(self._held) - overlap(self._held, markers)
             found += self._message(self._header, self._held[:cut])
             self._held = self._held[cut:]
@@ -111,12 +116,12 @@ class HarmonyParser:
 
     def _message(self, header: str, text: str) -> list[Item]:
         """What a part of a message means, or all of it if it is a call."""
-        if _is_call(header):
+        if self._is_call:
             call = self._call(header, text)
             return [header + text] if call is None else [call]
         if not text:
             return []
-        return [Reasoning(text) if _channel(header) == "analysis" else text]
+        return [Reasoning(text) if self._is_reasoning else text]
 
     def _call(self, header: str, text: str) -> ToolCall | None:
         recipient = _RECIPIENT.search(header)
@@ -127,10 +132,6 @@ class HarmonyParser:
 def _channel(header: str) -> str:
     name = _NAME.match(header.partition(_CHANNEL)[2])
     return name[1] if name else ""
-
-
-def _is_call(header: str) -> bool:
-    return _RECIPIENT.search(header) is not None
 
 
 def _may_be_header(text: str) -> bool:

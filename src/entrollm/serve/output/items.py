@@ -53,6 +53,36 @@ class Parser(Protocol):
         """Return what was held back."""
 
 
+class Gather:
+    """Passes white space on with the text behind it; see Parser.
+
+    Parsers hold white space back and look at all of it with every piece, which would take long where it comes in
+    many pieces.
+
+    Args:
+        parser: reads the text.
+    """
+
+    def __init__(self, parser: Parser) -> None:
+        self._parser = parser
+        self._space: list[str] = []
+
+    def push(self, text: str) -> list[Item]:
+        """Add text and return what is complete now, in order."""
+        if not text or text.isspace():
+            self._space.append(text)
+            return []
+        return self._parser.push(self._take() + text)
+
+    def finish(self) -> list[Item]:
+        """Return what was held back."""
+        return self._parser.push(self._take()) + self._parser.finish()
+
+    def _take(self) -> str:
+        space, self._space = "".join(self._space), []
+        return space
+
+
 class CallFormat(Protocol):
     """How a family of models writes calls.
 

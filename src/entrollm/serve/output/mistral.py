@@ -12,7 +12,7 @@ from entrollm.serve.output.blocks import BlockParser, Brackets, End
 from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
 
 _OPEN, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
-_ONE = re.compile(r"\s*([\w.-]{1,64})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*(?=\{)")
+_ONE = re.compile(r"\s*+([\w.-]{1,64}+)\s*+(?:\[CALL_ID\]\s*+\w*+\s*+)?+(?:\[ARGS\])?+\s*+(?=\{)")
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 

@@ -77,10 +77,16 @@ def _call(element: ast.expr, names: Collection[str]) -> ToolCall | None:
     prefix = ""
     if isinstance(element, ast.BinOp) and isinstance(element.op, ast.Sub):
         # The name has a dash, which Python reads as an operator.
-        prefix, element = ast.unparse(element.left).replace(" ", "") + "-", element.right
+        try:
+            prefix, element = ast.unparse(element.left).replace(" ", "") + "-", element.right
+        except RecursionError:
+            return None
     if not isinstance(element, ast.Call) or element.args:
         return None
-    name = prefix + ast.unparse(element.func)
+    try:
+        name = prefix + ast.unparse(element.func)
+    except RecursionError:
+        return None
     if name not in names:
         return None
     arguments = {}
