@@ -60,6 +60,38 @@ def test_a_restored_cache_goes_on_with_the_same_bits(
     assert stream.result.token_ids == expected.result.token_ids
 
 
+def test_a_beginning_of_a_long_sequence_keeps_its_rotations(coded: Callable[[str], Path], tmp_path: Path) -> None:
+    """The keys of longrope's long sequences stay as they are when the cache goes back."""
+    model = load(coded("phi3-longrope"), threads=1)
+    path, cache = saved(model, tmp_path / "prompt.cache"), model.new_cache()
+    model.prefill(PROMPT, cache)
+    short = PROMPT[:20]
+    assert model.prefill(short, cache) == 0
+    assert cache.length == 19 and cache.is_long
+    model.save_cache(cache, path)
+    restored = model.restore_cache(path)
+    assert restored.is_long
+    np.testing.assert_array_equal(model.logits(short, last=1, cache=restored), model.logits(short, last=1))
+
+
+def test_files_of_the_user_stay_as_they_are(coded: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(coded("llama"), threads=1)
+    kept, other = tmp_path / "prompt.cache.tmp", tmp_path / "other"
+    other.write_text("mine")
+    kept.symlink_to(other)
+    path = saved(model, tmp_path / "prompt.cache")
+    assert kept.is_symlink() and other.read_text() == "mine"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "prompt.cache", "prompt.cache.tmp"]
+
+
+def test_a_prompt_that_fills_the_context_is_not_run(coded: Callable[[str], Path]) -> None:
+    model = load(coded("llama"), threads=1)
+    prompt = [1] * model.config.context_length
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens and leaves no room for an answer"):
+        model.prefill(prompt, model.new_cache())
+
+
 def test_other_models_types_and_files_are_refused(coded: Callable[[str], Path], tmp_path: Path) -> None:
     model = load(coded("mistral-window"), threads=1)
     path = saved(model, tmp_path / "prompt.cache")
@@ -67,7 +99,7 @@ def test_other_models_types_and_files_are_refused(coded: Callable[[str], Path], 
         load(coded("lfm2"), threads=1).restore_cache(path)
     with pytest.raises(FormatError, match="holds keys and values as 'f32', and f16 is asked for"):
         load(coded("mistral-window"), threads=1, cache_type="f16").restore_cache(path)
-    with pytest.raises(FormatError, match=r"expected a cache \(entrollm cache 1\), found format"):
+    with pytest.raises(FormatError, match=r"expected a cache \(entrollm cache 2\), found format"):
         model.restore_cache(next(coded("lfm2").glob("*.safetensors")))
 
 
@@ -142,3 +174,20 @@ def test_the_command_keeps_and_reuses_a_prompt(tmp_path: Path) -> None:
     before = file.read_bytes()
     assert "holds another prompt and stays as it is" in run("In the beginning")
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("no folder/a.cache", [], "there is no folder"),
+        ("a.cache", ["--top-p", "7"], "top_p should be from 0 to 1"),
+    ],
+)
+def test_the_command_checks_first(
+    file: str, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "prefill", lambda *_: pytest.fail("the prompt was run"))
+    command = ["run", str(TINY_LLAMA), "-p", "The king", "--cache", str(tmp_path / file), *options]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.numpy import save_file
 
 from entrollm import CompressOptions, compress, load
 from entrollm.cli.token_bytes import describe_token_bytes
+from entrollm.engine.residency import Residency
 from entrollm.engine.traffic import token_bytes
 from entrollm.engine.weights import Floats
 from entrollm.format.reader import CompressedModel
@@ -109,3 +112,44 @@ def test_a_token_reads_its_experts_alone(folder: Path) -> None:
     assert found.weight_bytes == pytest.approx(found.all_bytes - embedding - experts * (1 - 2 / EXPERTS), abs=1)
     assert found.cache_bytes == {"f32": 512, "f16": 256, "int8": 160}
     assert describe_token_bytes(found).endswith("each token before: 512 B (f32), 256 B (f16), 160 B (int8)")
+
+
+class Parts:
+    """Stands for a file of experts of one byte."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    def tensor_bytes(self, name: str) -> int:
+        return 1
+
+    def file_bytes(self) -> int:
+        return 40
+
+    def prefetch(self, name: str) -> None:
+        time.sleep(1e-5)  # let other threads run
+        self.held.append(name)
+
+    def release(self, name: str) -> None:
+        time.sleep(1e-5)
+        self.held.remove(name)
+
+
+def test_threads_share_what_is_held() -> None:
+    parts = Parts()
+    residency = Residency(parts, 24)  # type: ignore[arg-type]
+    fetch = residency.fetcher([(str(number),) for number in range(20)])  # and 20 bytes of others
+    residency.check()
+
+    def choose(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(100):
+            fetch(random.choice(20, 3, replace=False).tolist())
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(choose, range(4)))
+    assert len(parts.held) == len(set(parts.held)) == 4
+    fetch(range(9))  # one layer may choose more than there is room for
+    assert len(parts.held) == 9
+    fetch([1])
+    assert len(parts.held) == 4

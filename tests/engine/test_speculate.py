@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from entrollm import CompressOptions, Model, UnsupportedError, compress, load
 from entrollm.engine.cache import Cache
 from entrollm.engine.generate import Generation
+from entrollm.engine.latent_attention import MultiHeadLatentAttention
 from entrollm.engine.options import GenerationOptions
 from entrollm.engine.pace import LENGTHS, Pace
 from entrollm.engine.sampling import Sampler, SamplingOptions, candidates
@@ -47,6 +49,16 @@ class MarkovDecoder:
             layer.extend(len(ids))  # type: ignore[union-attr]
         cache.ids.extend(ids.tolist())
         return self.table[ids[-last:]].copy()
+
+
+class PaddedDecoder(MarkovDecoder):
+    """One whose vocabulary is padded to another number of logits."""
+
+    def __init__(self, logits: Floats, vocab_size: int) -> None:
+        kept = logits[:vocab_size, :vocab_size]
+        missing = vocab_size - len(kept)
+        super().__init__(np.pad(kept, ((0, missing), (0, missing)), constant_values=9.0))
+        self.config = replace(self.config, vocab_size=vocab_size)
 
 
 class Always:
@@ -124,6 +136,27 @@ def test_guesses_change_no_token(kind: str, settings: dict[str, float], always: 
     assert (expected.guessed_tokens, expected.right_tokens) == (0, 0)
 
 
+@pytest.mark.parametrize("vocab_size", [VOCABULARY - 1, VOCABULARY + 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_may_have_another_number_of_logits(vocab_size: int, temperature: float, always: None) -> None:
+    settings = {"temperature": temperature, "repetition_penalty": 1.3, "logit_bias": {VOCABULARY - 1: -2.0}}
+    drafter = ModelDrafter(PaddedDecoder(table(0), vocab_size), VOCABULARY)  # type: ignore[arg-type]
+    expected = generate(MarkovDecoder(table(0)), None, 40, seed=3, **settings).result  # type: ignore[arg-type]
+    found = generate(MarkovDecoder(table(0)), drafter, 40, seed=3, **settings).result  # type: ignore[arg-type]
+    assert found.token_ids == expected.token_ids
+    assert found.right_tokens > 0
+
+
+def test_a_draft_guesses_nothing_after_a_token_that_it_lacks() -> None:
+    drafter = ModelDrafter(PaddedDecoder(table(0), VOCABULARY - 1), VOCABULARY)  # type: ignore[arg-type]
+    sampler = Sampler(SamplingOptions(), VOCABULARY, [1])
+    drafter.extend([1, 2])
+    assert len(drafter.guess(2, sampler.copy).tokens) == 2
+    drafter.extend([VOCABULARY - 1])
+    drafter.prepare()
+    assert drafter.guess(2, sampler.copy) == Guess()
+
+
 @pytest.fixture(scope="module")
 def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Model]:
     def get(name: str) -> Model:
@@ -166,6 +199,15 @@ def test_models_go_back_behind_a_wrong_guess(
     assert 6 <= stream.result.right_tokens < stream.result.guessed_tokens
     assert cache.ids == [*prompt, *expected][: cache.length]
     assert cache.length == 20 + 23
+
+
+def test_latent_attention_of_guesses_takes_the_formula_of_single_tokens(
+    coded: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = coded("deepseek_v3")
+    monkeypatch.setattr(MultiHeadLatentAttention, "_mix_expanded", lambda *_: pytest.fail("not absorbed"))
+    for count in (1, LENGTHS[-1] + 1):
+        assert model.logits(random_ids(count, seed=1)).shape[0] == count
 
 
 def test_ngrams_repeat_what_followed_and_go_round() -> None:

@@ -18,7 +18,9 @@ from entrollm.engine.batch import SequenceCache, SequenceStep
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.weights import Floats
 from entrollm.errors import UnsupportedError
+from entrollm.hf import arena
 from entrollm.hf.arena import ArenaCache
+from entrollm.hf.runners import attention_windows
 from entrollm.hf.serving import TransformersEngine, TransformersModel
 from entrollm.serve.api import Settings
 from entrollm.serve.server import LoadOptions, open_models
@@ -59,6 +61,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm 2, convolutions": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "mamba": ("MambaConfig", {"state_size": 4}),
 }
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+LONG_ROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 WHOLE = ["lfm 2, convolutions", "mamba"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -115,6 +119,65 @@ def test_sequences_of_different_lengths(kind: str, device: str) -> None:
     for row, index in zip(logits, (1, 0, 2), strict=True):
         np.testing.assert_allclose(row, expected(model, sequences[index]), atol=2e-4)
     assert [cache.length for cache in caches] == [19, 8, 13]
+
+
+def test_rotations_that_depend_on_the_length() -> None:
+    """A call of transformers has the frequencies of its longest sequence: each runs alone, and anew at the limit."""
+    torch.manual_seed(3)
+    config = transformers.Phi3Config(
+        **SMALL, original_max_position_embeddings=16, rope_parameters=dict(LONG_ROPE), initializer_range=0.3
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ours = served(model)
+    assert not ours.runs_together and not ours.reads_pieces
+    sequences = [tokens(18), tokens(7, 1)]
+    first, second = caches = [ours.new_cache() for _ in sequences]
+    step(ours, (sequences[0][:14], first), (sequences[1][:3], second))
+    for at in range(4):  # the first one grows to 18 tokens
+        found = step(ours, *((ids[-4 + at :][:1], cache) for ids, cache in zip(sequences, caches, strict=True)))
+        for row, ids in zip(found, sequences, strict=True):
+            np.testing.assert_allclose(row, expected(model, ids[: len(ids) - 3 + at]), atol=2e-4)
+    assert [cache.length for cache in caches] == [18, 7]
+    seen: list[tuple[int, Floats]] = []
+    third = ours.new_cache()
+    for part in (sequences[0][:14], sequences[0][14:]):
+        ours.step([SequenceStep(np.array(part), third, False, lambda *each: seen.append(each))])
+    assert [(start, len(hidden)) for start, hidden in seen] == [(0, 14), (0, 18)]
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, LONG_ROPE])
+def test_such_rotations_are_found(rope: dict[str, Any]) -> None:
+    assert attention_windows(transformers.LlamaConfig(**SMALL)) == [None, None]
+    assert attention_windows(transformers.LlamaConfig(**SMALL, rope_parameters=dict(rope))) is None
+    config = transformers.LlamaConfig(**SMALL)
+    config.rope_parameters = {"full_attention": dict(rope)}  # by the type of layer
+    assert attention_windows(config) is None
+
+
+def test_buffers_that_do_not_fit_leave_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    ours, ids = served(model), tokens(600)
+    cache = ours.new_cache()
+    step(ours, (ids[:510], cache))
+    allocate, made_so_far = arena._zeros, []
+
+    def failing(like: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:
+        made_so_far.append(rows)
+        if len(made_so_far) % 4 == 0:
+            raise torch.OutOfMemoryError("out of memory")  # of the last buffer
+        return allocate(like, rows, capacity)
+
+    others = [ours.new_cache() for _ in range(4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(arena, "_zeros", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            step(ours, (ids[510:], cache))
+        with pytest.raises(torch.OutOfMemoryError):
+            step(ours, *((ids[:3], other) for other in others))
+    np.testing.assert_allclose(step(ours, (ids[510:511], cache))[0], expected(model, ids[:511]), atol=2e-4)
+    found = step(ours, (ids[511:], cache), *((ids[:5], ours.new_cache()) for _ in range(4)))
+    for row, count in zip(found, (600, 5, 5, 5, 5), strict=True):
+        np.testing.assert_allclose(row, expected(model, ids[:count]), atol=2e-4)
 
 
 def test_beginnings_are_kept() -> None:

@@ -17,6 +17,8 @@ from entrollm import load
 from entrollm.serve.api import Settings
 from entrollm.serve.catalog import Catalog, Entry
 from entrollm.serve.engines import CpuEngine
+from entrollm.serve.errors import ApiError
+from entrollm.serve.served import ServedModel
 from entrollm.serve.server import LoadOptions, open_models
 from tests.serve.running import Running
 from tests.serve.test_refusals import refused
@@ -113,6 +115,15 @@ def test_idle_models_are_released_by_themselves(running: Running) -> None:
         releasing.cancel()
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_a_model_that_does_not_fit_is_named(kind: type[Exception]) -> None:
+    def load_it() -> ServedModel:
+        raise kind("out of memory")
+
+    with pytest.raises(ApiError, match="large does not load: out of memory"):
+        asyncio.run(Catalog([Entry("large", 512, True, load_it)]).get("large"))
 
 
 def test_a_model_that_vanishes_is_named(folders: list[Path], tmp_path: Path) -> None:

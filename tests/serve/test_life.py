@@ -24,6 +24,7 @@ from entrollm.errors import FormatError
 from entrollm.serve.api import Settings
 from entrollm.serve.engines import CpuEngine
 from entrollm.serve.server import LoadOptions
+from entrollm.serve.slots import Slots
 from tests.serve.conftest import Serve
 from tests.serve.running import Running
 from tests.serve.test_completions import complete, events
@@ -170,6 +171,22 @@ def test_a_step_that_fails_is_reported_and_the_server_goes_on(serve: Serve, capl
         assert json.loads(lines[-1][6:])["error"]["code"] == "model_failed"
         model.step = step  # type: ignore[method-assign]
         assert complete(client, prompt="The king", max_tokens=8)["choices"] == before["choices"]
+    running.stop()
+
+
+def test_a_slot_that_cannot_be_had_ends_its_answer_alone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = serve(LoadOptions(slots=2, engine=CpuEngine(threads=2)))
+
+    def full(self: Slots, prompt: Any) -> Any:
+        raise MemoryError("out of memory")
+
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(Slots, "take", full)
+            error = refused(client.post(TEXT, json={"prompt": "The king"}), 500)
+        assert (error["code"], error["message"]) == ("model_failed", "the model failed: out of memory")
+        assert complete(client, prompt="The king", max_tokens=2)["choices"]
+    assert running.service.scheduler.is_idle
     running.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,9 +103,11 @@ def command(
     form = read_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
     loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
+    known = None if cache is None else _opened(loaded, cache)
+    # What the options and the prompt have wrong comes out here, before the prompt is run.
     stream = loaded.stream(
         text,
-        cache=None if cache is None else _prefilled(loaded, text, cache),
+        cache=known,
         speculate=guesses,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -115,6 +118,8 @@ def command(
         seed=seed,
         stop=stop,
     )
+    if cache is not None and known is not None:
+        _prefill(loaded, text, known, cache)
     try:
         for piece in stream:
             if not json_output:
@@ -127,22 +132,36 @@ def command(
     message(describe_speed(stream.result))
 
 
-def _prefilled(model: Model, prompt: str, file: Path) -> Cache:
-    """The cache after a prompt, with what a file holds of it; the file is made, or grows with its prompt."""
-    is_kept = False
-    if file.exists():
-        cache = model.restore_cache(file)
-        held = cache.ids
-        is_kept = held != model.encode(prompt)[: len(held)]
-    else:
-        cache = model.new_cache()
+def _opened(model: Model, file: Path) -> Cache:
+    """What a file holds of a prompt, or an empty cache."""
+    return model.restore_cache(file) if file.exists() else model.new_cache()
+
+
+def _prefill(model: Model, prompt: str, cache: Cache, file: Path) -> None:
+    """Run a prompt; the file that keeps it is made, or grows with its prompt."""
+    held, ids = list(cache.ids), model.encode(prompt)
+    is_kept = held != ids[: len(held)]
+    if not is_kept and held != ids[:-1]:
+        _check_folder(file)
     computed = model.prefill(prompt, cache)
     message(f"{file}: {cache.length - computed} of {cache.length + 1} prompt tokens were known")
     if is_kept:
         message(f"{file} holds another prompt and stays as it is; delete it, or name another file")
     elif computed:
         model.save_cache(cache, file)
-    return cache
+
+
+def _check_folder(file: Path) -> None:
+    """Check that a file can be made, before the work that it is to keep.
+
+    Raises:
+        ValueError: its folder does not exist, or cannot be written to.
+    """
+    folder = file.parent
+    if not folder.is_dir():
+        raise ValueError(f"--cache {file}: there is no folder {folder}; make it, or name another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--cache {file}: the folder {folder} cannot be written to; name a file in another one")
 
 
 def result_to_json(result: GenerationResult) -> dict[str, Any]:

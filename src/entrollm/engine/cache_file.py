@@ -4,6 +4,7 @@ fingerprint."""
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,14 @@ from entrollm.files.safetensors import SafetensorsFile, open_safetensors
 from entrollm.format.layout import FileEntry, build_header
 from entrollm.system import naming, sync_folder
 
-_FORMAT = "entrollm cache 1"
+_FORMAT = "entrollm cache 2"
 _IDS = "ids"
+# Which of longrope's frequencies the keys were rotated with; a beginning of a long sequence keeps the long ones.
+_ROTATIONS = {False: "short", True: "long"}
 
 
 def save_cache(path: Path, cache: Cache, fingerprint: str) -> None:
-    """Write a cache beside `path`, and give it this name when it is complete.
+    """Write a cache beside `path`, in a new file of the user's own, and give it this name when it is complete.
 
     Args:
         path: the file, which is replaced if there is one.
@@ -45,11 +48,15 @@ def save_cache(path: Path, cache: Cache, fingerprint: str) -> None:
         "format": _FORMAT,
         "model": fingerprint,
         "cache_type": cache.cache_type,
+        "rotations": _ROTATIONS[cache.is_long],
         "crc32": f"{_checksum(packed):08x}",
     }
-    temporary = path.with_name(path.name + ".tmp")
+    with naming(path):
+        # A new file that this user alone can read, since a prompt may be private.
+        number, name = tempfile.mkstemp(".tmp", ".entrollm-cache-", path.parent)
+    temporary = Path(name)
     try:
-        with naming(path), temporary.open("wb") as out:
+        with naming(path), os.fdopen(number, "wb") as out:
             out.write(build_header(entries, metadata))
             for array in packed.values():
                 out.write(array.reshape(-1).view(np.uint8).data)
@@ -98,6 +105,7 @@ def restore_cache(path: Path, cache: Cache, fingerprint: str, vocab_size: int) -
         if arrays:
             raise FormatError(f"{path}: {min(arrays)!r} is not part of the cache of this model; delete the file")
         cache.ids = ids.tolist()
+        cache.is_long = file.metadata["rotations"] == _ROTATIONS[True]
 
 
 def _check_metadata(file: SafetensorsFile, cache: Cache, fingerprint: str) -> None:
@@ -113,6 +121,11 @@ def _check_metadata(file: SafetensorsFile, cache: Cache, fingerprint: str) -> No
         raise FormatError(
             f"{file.path} holds keys and values as {found.get('cache_type')!r:.20}, and {cache.cache_type} is asked "
             "for; name another file, or delete it"
+        )
+    if found.get("rotations") not in _ROTATIONS.values():
+        raise FormatError(
+            f"{file.path}: expected rotations that are short or long, found {found.get('rotations')!r:.20}; delete the "
+            "file"
         )
 
 

@@ -18,6 +18,8 @@ from entrollm.engine.projection import Projection
 from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_tensor
 from entrollm.models.config import LatentAttention, ModelConfig
 
+# So few queries are always absorbed: the tokens of a guess, which are no more, take the formula of single tokens.
+_FEW_QUERIES = 16
 # The norms of the vectors have their own epsilon, whatever config.json says.
 _EPS = 1e-6
 
@@ -82,6 +84,8 @@ class MultiHeadLatentAttention:
         """See `Mix`; keys are (1, rank + rotated, length), and there are no values."""
         keys, _ = positions.floats()
         form, n, length, window = self._form, len(queries), keys.shape[2], positions.window
+        if n <= _FEW_QUERIES:
+            return self._mix_absorbed(queries, keys[0], window)
         by_token = length * form.rank * (form.plain + form.value)
         expanded = by_token + n * length * (form.plain + form.rotated + form.value)
         absorbed = n * form.rank * (form.plain + form.value) + n * length * (2 * form.rank + form.rotated)

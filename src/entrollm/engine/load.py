@@ -40,7 +40,8 @@ def load(
             to 0.9 bits a weight more memory; the file's pages are released. "auto" does so for the matrices that gain
             from it on this processor, if its memory suffices. A number of bytes is for models with experts that are
             larger than the memory: products are from the file, of which at most that many bytes are held, so that the
-            experts that were not used for longest give way. The results are the same bit for bit.
+            experts that were not used for longest give way; only the experts that a layer chooses for one pass are
+            held all the same where they exceed it, as they may for a prompt. The results are the same bit for bit.
         check: compare the files of a compressed folder with their checksums: small files, headers and kept tensors
             here, and each matrix before it is first used, by a thread that runs ahead. A damaged matrix raises
             CorruptStreamError there.

@@ -82,8 +82,15 @@ class Model(TextModel):
             cache: from new_cache(); what it shares with the prompt is not computed again.
         Returns:
             The number of tokens that were computed.
+        Raises:
+            TypeError, ValueError: the prompt is invalid, or fills the context.
         """
         ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_list(prompt)
+        if len(ids) >= self._config.context_length:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and leaves no room for an answer: the model's context is "
+                f"{self._config.context_length} tokens; shorten the prompt"
+            )
         cache.claim()
         known = cache.reuse(ids)
         left = np.array(ids[known:-1], dtype=np.int64)
@@ -111,7 +118,6 @@ class Model(TextModel):
         """
         cache = self.new_cache()
         restore_cache(Path(path), cache, self._known(), self._config.vocab_size)
-        cache.is_long = self._decoder.is_long(cache.length)
         return cache
 
     def _known(self) -> str:
@@ -177,8 +183,10 @@ class Model(TextModel):
             on_text: called with each piece of text as it is made.
             speculate: what guesses the next tokens, which this model then checks several at a time: "ngram" looks up
                 how the text so far goes on elsewhere; a smaller model with the same tokenizer says what it would say.
-                The tokens are the same as without, also where they are sampled; where guesses do not pay, there are
-                none. None for no guesses.
+                The tokens are the same as without, also where they are sampled, as far as a pass of several tokens
+                gives each the bits that it has alone: coded matrices and native attention do. Where parts run in numpy
+                or matrices are not coded, a sum can be rounded otherwise, and a token whose logit is nearly another's
+                can become the other. Where guesses do not pay, there are none. None for no guesses.
             options: see GenerateKeywords; what is left out comes from generation_config.json.
         Raises:
             TypeError, ValueError: an option or the prompt is invalid, or the prompt fills the context.

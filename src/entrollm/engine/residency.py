@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,7 +13,9 @@ from entrollm.report.numbers import format_bytes
 class Residency:
     """Reads experts ahead of their products, and gives up those that were not used for longest.
 
-    Everything else in the file is read for each token, and stays in memory.
+    Everything else in the file is read for each token, and stays in memory. The experts that one layer has just chosen
+    are never given up: a pass of many tokens, such as a prompt's, may choose more than there is room for, and then more
+    than the budget is held until the next layer chooses. Threads may run the model side by side.
 
     Args:
         model: the folder.
@@ -26,6 +29,7 @@ class Residency:
         self._resident: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._resident_bytes = 0
         self._room = 0
+        self._lock = threading.Lock()
 
     def fetcher(self, experts: Sequence[tuple[str, ...]]) -> Callable[[Iterable[int]], None]:
         """What is to be told which of some experts are about to be used.
@@ -58,6 +62,10 @@ class Residency:
         self._room = self._budget_bytes - others
 
     def _use(self, experts: Sequence[tuple[str, ...]]) -> None:
+        with self._lock:
+            self._use_locked(experts)
+
+    def _use_locked(self, experts: Sequence[tuple[str, ...]]) -> None:
         for names in experts:
             if names in self._resident:
                 self._resident.move_to_end(names)

@@ -107,7 +107,8 @@ class ModelDrafter:
 
     Args:
         decoder: the smaller model, whose layers keep no states.
-        vocab_size: of the model that is guessed for; other tokens are not guessed.
+        vocab_size: logits of the model that is guessed for; the smaller one's may be padded to another number. Tokens
+            that one of them lacks are not guessed, and nothing is once the text holds one that the smaller one lacks.
     """
 
     is_free = False
@@ -117,10 +118,12 @@ class ModelDrafter:
         self._vocab_size = vocab_size
         self._cache = decoder.new_cache()
         self._ids: list[int] = []
+        self._knows_all = True
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on after `tokens`; see Drafter."""
         for token in tokens:
+            self._knows_all = self._knows_all and token < self._decoder.config.vocab_size
             place = len(self._ids)
             if place < self._cache.length and self._cache.ids[place] != token:
                 self._cache.rewind(place, _START)
@@ -142,22 +145,25 @@ class ModelDrafter:
         ids = self._ids[self._cache.length :]
         while len(found) < most:
             token = sampler(self._forward(ids))
-            if token >= self._vocab_size:
+            if token >= self._decoder.config.vocab_size:
                 break
             found.append(token)
             ids = [token]
         return Guess(found)
 
     def _has_room(self, tokens: int) -> bool:
-        """Whether the smaller model takes that many tokens more without starting over."""
+        """Whether the smaller model takes the text and that many tokens more without starting over."""
         length = len(self._ids)
-        fits = length + tokens <= self._decoder.config.context_length
+        fits = self._knows_all and length + tokens <= self._decoder.config.context_length
         return fits and self._decoder.keeps_rotations(length, length + tokens)
 
     def _forward(self, ids: Sequence[int]) -> Floats:
-        """The logits after `ids`: float32 (vocab_size,)."""
+        """The logits after `ids`, as many as the larger model has: float32 (vocab_size,)."""
         logits: Floats = self._decoder.forward(np.array(ids, dtype=np.int64), self._cache, last=1)[0]
-        return logits
+        missing = self._vocab_size - len(logits)
+        if missing > 0:
+            return np.concatenate([logits, np.full(missing, -np.inf, dtype=np.float32)])
+        return logits[: self._vocab_size]
 
 
 class Forward(Protocol):

@@ -43,11 +43,15 @@ class Arena:
         self.length = 0
 
     def new_row(self) -> int:
-        """Take a row."""
+        """Take a row.
+
+        Raises:
+            RuntimeError: the memory does not suffice for more rows; everything stays as it was.
+        """
         if not self._free:
-            self._free = list(range(self._rows, 2 * self._rows))
-            self._rows *= 2
-            self._resize()
+            rows = self._rows
+            self._resize(2 * rows, self.capacity)
+            self._free += range(rows, 2 * rows)
         return self._free.pop()
 
     def free_row(self, row: int) -> None:
@@ -55,10 +59,13 @@ class Arena:
         self._free.append(row)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for sequences of `tokens` tokens."""
+        """Make room for sequences of `tokens` tokens.
+
+        Raises:
+            RuntimeError: the memory does not suffice; everything stays as it was.
+        """
         if tokens > self.capacity:
-            self.capacity = 1 << (tokens - 1).bit_length()
-            self._resize()
+            self._resize(self._rows, 1 << (tokens - 1).bit_length())
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a row to another one."""
@@ -70,10 +77,14 @@ class Arena:
         """Rows and tokens of the buffers."""
         return self._rows, self.capacity
 
-    def _resize(self) -> None:
+    def _resize(self, rows: int, capacity: int) -> None:
+        # All buffers first, since the memory may not suffice for the last of them.
+        resized = [layer.resized(rows, capacity) for layer in self._layers]
+        for layer, buffers in zip(self._layers, resized, strict=True):
+            if buffers is not None:
+                layer.keys, layer.values = buffers
+        self._rows, self.capacity = rows, capacity
         self.is_moved = True
-        for layer in self._layers:
-            layer.resize()
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __init_subclass__
@@ -87,7 +98,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __init_sub
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, since a masked value still counts if it is not finite.
-        self.keys, self.values = (self._zeros(states) for states in (key_states, value_states))
+        shape = self._arena.shape()
+        self.keys, self.values = (_zeros(states, *shape) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -123,18 +135,18 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __init_sub
             if buffer is not None:
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
-    def resize(self) -> None:
+    def resized(self, rows: int, capacity: int) -> tuple[Tensor, Tensor] | None:
+        """Larger buffers with what these hold; None if there are none yet."""
         if self.keys is None or self.values is None:
-            return
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = self._zeros(old)
+            return None
+        keys, values = (_zeros(old, rows, capacity) for old in (self.keys, self.values))
+        for new, old in ((keys, self.keys), (values, self.values)):
             new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
+        return keys, values
 
-    def _zeros(self, like: Tensor) -> Tensor:
-        rows, capacity = self._arena.shape()
-        return like.new_zeros((rows, like.shape[1], capacity, like.shape[3]))
+
+def _zeros(like: Tensor, rows: int, capacity: int) -> Tensor:
+    return like.new_zeros((rows, like.shape[1], capacity, like.shape[3]))
 
 
 class ArenaCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +59,8 @@ class _Call:
 class OneByOne:
     """Runs one sequence at a time, each with the cache that transformers makes for the model.
 
-    A prompt has to come as a whole: recurrent layers of transformers take several tokens at the beginning only.
+    A prompt has to come as a whole: recurrent layers of transformers take several tokens at the beginning only, and
+    rotations may depend on how long the sequence is. Where that changes them, the sequence is read again.
     """
 
     reads_pieces = False
@@ -67,6 +68,7 @@ class OneByOne:
     def __init__(self, model: Any) -> None:
         self._call = _Call(model)
         self._model = model
+        self._limits = _rotation_limits(model.config)
 
     def new_cache(self) -> SequenceCache:
         """See Runner."""
@@ -74,10 +76,15 @@ class OneByOne:
 
     def read(self, ids: Sequence[int], cache: Any, *, all_logits: bool) -> Tensor:
         """See Runner."""
+        known, count = cache.length, len(ids)
+        if any(0 < known <= limit < known + count for limit in self._limits):
+            # The keys so far were rotated otherwise than those to come will be.
+            ids = [*cache.ids, *ids]
+            cache.reuse(ids)
         tokens = torch.tensor([list(ids)], device=self._model.device)
         logits = self._call(tokens, cache.states, all_logits=all_logits)[0]
         cache.ids += ids
-        return logits
+        return logits[-count:]
 
     def decode(self, ids: Sequence[int], caches: Sequence[Any]) -> Tensor:
         """See Runner."""
@@ -241,9 +248,14 @@ class _Graph:
 def attention_windows(config: Any) -> list[int | None] | None:
     """For each layer the tokens that one sees, `None` for all; `None` if a layer keeps something else than that.
 
+    Nor are there any if rotations depend on the length of a sequence: transformers chooses them for a whole call, by
+    the largest position in it.
+
     Args:
         config: a model's configuration.
     """
+    if any(_rope_type(each) == "longrope" or "dynamic" in _rope_type(each) for each in _ropes(config)):
+        return None
     windows: list[int | None] = []
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
@@ -255,3 +267,22 @@ def attention_windows(config: Any) -> list[int | None] | None:
         windows.append(getattr(layer, "sliding_window", None))
     # A model gives its layers two kinds of masks at most.
     return windows if windows and len(set(windows)) <= 2 and len(set(windows) - {None}) <= 1 else None
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The rotations of a model's text part, of which some have one for each type of layer."""
+    found = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [found, *(each for each in found.values() if isinstance(each, Mapping))]
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _rotation_limits(config: Any) -> set[int]:
+    """Numbers of tokens beyond which longrope rotates all keys of a sequence otherwise."""
+    text = config.get_text_config(decoder=True)
+    name = "original_max_position_embeddings"
+    ropes = [rope for rope in _ropes(config) if _rope_type(rope) == "longrope"]
+    limits = [rope.get(name) or getattr(text, name, None) or text.max_position_embeddings for rope in ropes]
+    return {int(limit) for limit in limits}

@@ -71,9 +71,10 @@ class TransformersEngine:
 class TransformersModel(TextModel):
     """A causal model of transformers that takes steps of several sequences.
 
-    Sequences go through the model together if all of its layers keep keys and values, and if a trial gives the same
-    logits as the model's own cache does; otherwise one at a time, prompts as a whole and none of them reused. Products
-    of a batch are rounded otherwise than those of one row, so an answer can depend on what runs beside it.
+    Sequences go through the model together if all of its layers keep keys and values, if rotations do not depend on
+    how long a sequence is (longrope, dynamic), and if a trial gives the same logits as the model's own cache does;
+    otherwise one at a time, prompts as a whole and none of them reused. Products of a batch are rounded otherwise than
+    those of one row, so an answer can depend on what runs beside it.
 
     Attributes:
         runs_together: whether sequences go through the model together.
@@ -153,13 +154,14 @@ class TransformersModel(TextModel):
         most = _TOKENS_PER_CALL if self._runner.reads_pieces else len(ids)
         for start in range(0, len(ids), most):
             piece = ids[start : start + most]
-            position = step.cache.length
             if step.observe is None:
                 logits = self._runner.read(piece, step.cache, all_logits=False)
             else:
                 with self._seen_by_head() as seen:
                     logits = self._runner.read(piece, step.cache, all_logits=True)
-                step.observe(position, _to_numpy(seen[0].reshape(len(piece), -1)))
+                hidden = _to_numpy(seen[0].flatten(0, -2))
+                # All of the sequence if it had to start over.
+                step.observe(step.cache.length - len(hidden), hidden)
         return logits[-1]
 
     @contextmanager
@@ -181,7 +183,8 @@ class TransformersModel(TextModel):
         is_plain = _are_close(self._head(seen[0])[0], expected)
         windows = attention_windows(self._model.config)
         if windows is None or self._model.config._attn_implementation not in ("sdpa", "eager"):
-            _LOG.info("sequences run one at a time: the model keeps more than keys and values")
+            why = "the model keeps more than keys and values, or rotates keys by the length of the sequence"
+            _LOG.info("sequences run one at a time: %s", why)
             return single, is_plain
         together = Together(self._model, windows)
         caches = [together.new_cache(), together.new_cache()]

@@ -83,7 +83,8 @@ class Catalog:
             if entry.served is None:
                 try:
                     entry.served = await asyncio.to_thread(entry.load)
-                except (EntroLLMError, OSError, ValueError) as error:
+                except (EntroLLMError, OSError, ValueError, RuntimeError, MemoryError) as error:
+                    # RuntimeError: what torch raises where a GPU's memory does not suffice.
                     _LOG.exception("%s does not load", entry.name)
                     raise ApiError(503, f"{entry.name} does not load: {error}", code="model_not_loaded") from None
             entry.last_use_s = time.monotonic()

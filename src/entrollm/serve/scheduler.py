@@ -138,8 +138,7 @@ class Scheduler:
             self._changed.wait_for(lambda: self._must_end or self._queue or self._running)
             if self._must_end:
                 return False
-            events = self._give_up()
-            self._admit()
+            events = [*self._give_up(), *self._admit()]
         for served in dict.fromkeys(job.served for job in self._running):
             events += self._step(served, [job for job in self._running if job.served is served])
         if events:
@@ -164,8 +163,9 @@ class Scheduler:
             self._end(job)
         return events
 
-    def _admit(self) -> None:
-        """Give slots to those who wait."""
+    def _admit(self) -> list[tuple[Job, Event]]:
+        """Give slots to those who wait, and end those whose slot cannot be had, such as for want of memory."""
+        events: list[tuple[Job, Event]] = []
 
         def fits(job: Job) -> bool:
             is_first = job.after is None or job.after.has_read_prompt or job.after.is_over
@@ -173,14 +173,20 @@ class Scheduler:
 
         while (job := self._queue.take(fits)) is not None:
             slots, reused = job.served.slots, 0
-            if job.observe is None:
-                job.slot, reused = slots.take(job.prompt)
-            else:
-                job.slot = slots.take_empty()
+            try:
+                if job.observe is None:
+                    job.slot, reused = slots.take(job.prompt)
+                else:
+                    job.slot = slots.take_empty()
+            except Exception as error:
+                _LOG.exception("no slot of %s can be had", job.served.name)
+                events.append((job, self._fail(job, f"the model failed: {error}")))
+                continue
             job.pending, job.reused_tokens = job.prompt[reused:], reused
             self._running.append(job)
             self._metrics.prompt_tokens += len(job.prompt)
             self._metrics.reused_prompt_tokens += reused
+        return events
 
     def _step(self, served: ServedModel, jobs: Sequence[Job]) -> list[tuple[Job, Event]]:
         """Run the next tokens of the jobs, which are all that run on this model."""
