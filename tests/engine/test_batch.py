@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrollm import CompressOptions, Model, compress, load
+from entrollm import Model, load
 from entrollm.engine import decoder as decoder_module
 from entrollm.engine.batch import Segment, SequenceStep, passes
 from entrollm.engine.cache import Cache
@@ -21,15 +21,13 @@ RECURRENT = ["qwen3_next", "lfm2", "granite-hybrid-mamba", "nemotron_h"]
 
 
 @pytest.fixture(scope="module")
-def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Model]:
+def coded(coded_folder: Callable[[str], Path]) -> Callable[[str], Model]:
     """A function from an architecture's name to the model with coded weights."""
     models: dict[str, Model] = {}
 
     def get(name: str) -> Model:
         if name not in models:
-            folder = tmp_path_factory.mktemp(name) / "coded"
-            compress(checkpoint(name), folder, CompressOptions(bits=4))
-            models[name] = load(folder, threads=2)
+            models[name] = load(coded_folder(name), threads=2)
         return models[name]
 
     return get

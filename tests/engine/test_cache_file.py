@@ -9,26 +9,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from entrollm import CompressOptions, CorruptStreamError, FormatError, Model, compress, load
+from entrollm import CorruptStreamError, FormatError, Model, load
 from entrollm.cli.main import app
 from entrollm.engine import cache_file
 from tests.engine.architectures import random_ids
 from tests.support.paths import TINY_LLAMA
 
 PROMPT = random_ids(60, seed=5)
-
-
-@pytest.fixture(scope="module")
-def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    folders: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name) / "coded"
-            compress(checkpoint(name), folders[name], CompressOptions(bits=4))
-        return folders[name]
-
-    return get
 
 
 def saved(model: Model, path: Path) -> Path:
@@ -43,12 +30,12 @@ def saved(model: Model, path: Path) -> Path:
     [("mistral-window", "int8"), ("lfm2", "f16"), ("phi3-longrope", "f32"), ("deepseek_v3", "f32")],
 )
 def test_a_restored_cache_goes_on_with_the_same_bits(
-    name: str, cache_type: str, coded: Callable[[str], Path], tmp_path: Path
+    name: str, cache_type: str, coded_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    first = load(coded(name), threads=1, cache_type=cache_type)
+    first = load(coded_folder(name), threads=1, cache_type=cache_type)
     path = saved(first, tmp_path / "prompt.cache")
     assert [file.name for file in tmp_path.iterdir()] == ["prompt.cache"]
-    model = load(coded(name), threads=1, cache_type=cache_type)
+    model = load(coded_folder(name), threads=1, cache_type=cache_type)
     cache = model.restore_cache(path)
     assert model.prefill(PROMPT, cache) == 0
     stream = model.stream(PROMPT, cache=cache, max_tokens=8)
@@ -60,9 +47,11 @@ def test_a_restored_cache_goes_on_with_the_same_bits(
     assert stream.result.token_ids == expected.result.token_ids
 
 
-def test_a_beginning_of_a_long_sequence_keeps_its_rotations(coded: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_beginning_of_a_long_sequence_keeps_its_rotations(
+    coded_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The keys of longrope's long sequences stay as they are when the cache goes back."""
-    model = load(coded("phi3-longrope"), threads=1)
+    model = load(coded_folder("phi3-longrope"), threads=1)
     path, cache = saved(model, tmp_path / "prompt.cache"), model.new_cache()
     model.prefill(PROMPT, cache)
     short = PROMPT[:20]
@@ -74,8 +63,8 @@ def test_a_beginning_of_a_long_sequence_keeps_its_rotations(coded: Callable[[str
     np.testing.assert_array_equal(model.logits(short, last=1, cache=restored), model.logits(short, last=1))
 
 
-def test_files_of_the_user_stay_as_they_are(coded: Callable[[str], Path], tmp_path: Path) -> None:
-    model = load(coded("llama"), threads=1)
+def test_files_of_the_user_stay_as_they_are(coded_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(coded_folder("llama"), threads=1)
     kept, other = tmp_path / "prompt.cache.tmp", tmp_path / "other"
     other.write_text("mine")
     kept.symlink_to(other)
@@ -85,26 +74,26 @@ def test_files_of_the_user_stay_as_they_are(coded: Callable[[str], Path], tmp_pa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "prompt.cache", "prompt.cache.tmp"]
 
 
-def test_a_prompt_that_fills_the_context_is_not_run(coded: Callable[[str], Path]) -> None:
-    model = load(coded("llama"), threads=1)
+def test_a_prompt_that_fills_the_context_is_not_run(coded_folder: Callable[[str], Path]) -> None:
+    model = load(coded_folder("llama"), threads=1)
     prompt = [1] * model.config.context_length
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens and leaves no room for an answer"):
         model.prefill(prompt, model.new_cache())
 
 
-def test_other_models_types_and_files_are_refused(coded: Callable[[str], Path], tmp_path: Path) -> None:
-    model = load(coded("mistral-window"), threads=1)
+def test_other_models_types_and_files_are_refused(coded_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(coded_folder("mistral-window"), threads=1)
     path = saved(model, tmp_path / "prompt.cache")
     with pytest.raises(FormatError, match=r"prompt.cache is the cache of another model \(\w{16}, this one is \w{16}\)"):
-        load(coded("lfm2"), threads=1).restore_cache(path)
+        load(coded_folder("lfm2"), threads=1).restore_cache(path)
     with pytest.raises(FormatError, match="holds keys and values as 'f32', and f16 is asked for"):
-        load(coded("mistral-window"), threads=1, cache_type="f16").restore_cache(path)
+        load(coded_folder("mistral-window"), threads=1, cache_type="f16").restore_cache(path)
     with pytest.raises(FormatError, match=r"expected a cache \(entrollm cache 2\), found format"):
-        model.restore_cache(next(coded("lfm2").glob("*.safetensors")))
+        model.restore_cache(next(coded_folder("lfm2").glob("*.safetensors")))
 
 
-def test_damaged_and_hostile_files_are_refused(coded: Callable[[str], Path], tmp_path: Path) -> None:
-    model = load(coded("mistral-window"), threads=1)
+def test_damaged_and_hostile_files_are_refused(coded_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(coded_folder("mistral-window"), threads=1)
     path = saved(model, tmp_path / "prompt.cache")
     intact = path.read_bytes()
     for place in (len(intact) - 1, len(intact) // 2):
@@ -132,12 +121,12 @@ def test_arrays_that_do_not_fit_are_refused(
     name: str,
     array: np.ndarray,
     message: str,
-    coded: Callable[[str], Path],
+    coded_folder: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Files with a checksum that fits, as an attacker writes them."""
-    model = load(coded("llama"), threads=1)
+    model = load(coded_folder("llama"), threads=1)
     checksum, build = cache_file._checksum, cache_file.build_header
     changed: dict[str, np.ndarray] = {}
 

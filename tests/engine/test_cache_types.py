@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrollm import CompressOptions, Model, UnsupportedError, _core, compress, load
+from entrollm import Model, UnsupportedError, _core, load
 from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import CacheType, LayerCache, Positions, cache_bytes_per_token
 from entrollm.engine.weights import Floats
@@ -67,27 +67,14 @@ def test_all_instruction_sets_round_alike(cache_type: CacheType, instruction_set
         np.testing.assert_array_equal(result, results["scalar"], err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    folders: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tmp_path_factory.mktemp(name) / "coded"
-            compress(checkpoint(name), folders[name], CompressOptions(bits=4))
-        return folders[name]
-
-    return get
-
-
 def step(model: Model, ids: list[int], cache: object) -> Floats:
     return model.step([SequenceStep(np.array(ids), cache)])[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "int8"])
 @pytest.mark.parametrize("name", ["mistral-window", "lfm2"])
-def test_models_with_rounded_caches(name: str, cache_type: CacheType, coded: Callable[[str], Path]) -> None:
-    exact, model = load(coded(name), threads=2), load(coded(name), threads=2, cache_type=cache_type)
+def test_models_with_rounded_caches(name: str, cache_type: CacheType, coded_folder: Callable[[str], Path]) -> None:
+    exact, model = load(coded_folder(name), threads=2), load(coded_folder(name), threads=2, cache_type=cache_type)
     ids = random_ids(60, seed=3)
     cache = model.new_cache()
     found = [step(model, ids[:50], cache)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entrollm import CompressOptions, Model, UnsupportedError, compress, load
+from entrollm import Model, UnsupportedError, load
 from entrollm.engine.cache import Cache
 from entrollm.engine.generate import Generation
 from entrollm.engine.latent_attention import MultiHeadLatentAttention
@@ -158,11 +158,9 @@ def test_a_draft_guesses_nothing_after_a_token_that_it_lacks() -> None:
 
 
 @pytest.fixture(scope="module")
-def coded(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Model]:
+def coded(coded_folder: Callable[[str], Path]) -> Callable[[str], Model]:
     def get(name: str) -> Model:
-        folder = tmp_path_factory.mktemp(name) / "coded"
-        compress(checkpoint(name), folder, CompressOptions(bits=4))
-        return load(folder, threads=1)
+        return load(coded_folder(name), threads=1)
 
     return get
 

@@ -8,6 +8,7 @@ import torch
 
 from entrollm.torch.cuda.flat import FlatPart, pack_flat
 from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
+from tests.torch.cuda.gpu_checks import check_in_graph, with_scales
 
 DEVICE = torch.device("cuda", 0)
 
@@ -37,16 +38,8 @@ def _symbols(rows: int, columns: int, deviation: float, middle: int) -> np.ndarr
 
 def _part(symbols: np.ndarray, scaled_columns: bool = False) -> tuple[FlatPart, np.ndarray]:
     """A matrix on the GPU, and the same dense in float64."""
-    rows, columns = symbols.shape
-    rng = np.random.default_rng(1)  # small weights, so that float16 outputs stay finite
-    scale = rng.uniform(0.005, 0.02, rows).astype(np.float32)
-    offset = rng.normal(0, 0.03, rows).astype(np.float32)
-    column_scale = rng.uniform(0.5, 2.0, columns).astype(np.float32) if scaled_columns else None
-    dense = symbols * scale[:, None].astype(np.float64) + offset[:, None]
-    if column_scale is not None:
-        dense = dense * column_scale
-    parts = [torch.from_numpy(x).cuda() if x is not None else None for x in (symbols, scale, offset, column_scale)]
-    return pack_flat("tensor", parts[0], parts[1], parts[2], parts[3]), dense
+    parts, dense = with_scales(symbols, scaled_columns)
+    return pack_flat("tensor", *parts), dense
 
 
 def _error(found: torch.Tensor, expected: np.ndarray) -> float:
@@ -112,14 +105,7 @@ def test_a_chain_of_products_in_a_graph(batch: int) -> None:
                 y = y / y.norm()
         return y
 
-    expected = chain()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        y = chain()
-    for _ in range(20):
-        graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(y, expected)
+    check_in_graph(chain)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -19,6 +19,7 @@ from tests.checkpoint.imported.test_gptq import config, packer
 from tests.support.gguf_sources import write_gguf
 from tests.support.paths import GOLDEN
 from tests.support.quantized_sources import write_source
+from tests.torch.cuda.gpu_checks import check_in_graph
 from tests.torch.cuda.groups import KINDS, random_groups
 
 DEVICE = torch.device("cuda", 0)
@@ -77,14 +78,7 @@ def test_a_product_waits_for_what_came_before() -> None:
             y = y / y.norm()
         return y
 
-    expected = chain()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-        y = chain()
-    for _ in range(20):
-        graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(y, expected)
+    check_in_graph(chain)
 
 
 def test_folders_with_group_scales_multiply_on_the_gpu() -> None:

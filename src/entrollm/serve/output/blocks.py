@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
-from entrollm.serve.output.items import Functions, Item, ToolCall, overlap
+from entrollm.serve.output.items import Functions, Item, Parser, ToolCall, overlap
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 # An answer of nothing but openings would be read again from each of them.
@@ -73,7 +74,7 @@ class Brackets:
         return False
 
 
-class BlockFormat(Protocol):
+class BlockFormat(ABC):
     """Where the blocks of a format are.
 
     Attributes:
@@ -82,15 +83,19 @@ class BlockFormat(Protocol):
         separators: characters that may stand between two blocks.
     """
 
-    first: str
-    separators: str
+    openings: tuple[str, ...]
+    first = ""
+    separators = " \n\t\r"
 
-    @property
-    def openings(self) -> tuple[str, ...]: ...
+    def parser(self, functions: Functions) -> Parser:
+        """See CallFormat."""
+        return BlockParser(self, functions)
 
+    @abstractmethod
     def end(self, opening: str) -> End:
         """Looks for the end of a block that begins with `opening`."""
 
+    @abstractmethod
     def calls(self, block: str, functions: Functions) -> list[ToolCall] | None:
         """The calls of a block, or of one that was cut off at its end; `None` if it is not made of calls."""
 

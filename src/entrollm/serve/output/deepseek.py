@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Collection
 
-from entrollm.serve.output.blocks import BlockParser, End, Marker
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
+from entrollm.serve.output.blocks import BlockFormat, End, Marker
+from entrollm.serve.output.items import Functions, Mark, ToolCall, arguments_rule, call_of, parse_json
 
 _OPEN, _CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL_OPEN, _SEPARATOR, _CALL_CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -15,7 +15,7 @@ _FENCE = "```"
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
-class DeepSeek:
+class DeepSeek(BlockFormat):
     """See CallFormat and BlockFormat.
 
     Args:
@@ -26,15 +26,9 @@ class DeepSeek:
     name = "deepseek"
     marks = (_OPEN, _CLOSE, _CALL_OPEN, _SEPARATOR, _CALL_CLOSE)
     openings = (_OPEN,)
-    first = ""
-    separators = " \n\t\r"
 
     def __init__(self, *, is_fenced: bool = True) -> None:
         self._is_fenced = is_fenced
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from entrollm.serve.output.arguments import text_rules
-from entrollm.serve.output.blocks import BlockParser, End, Marker
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
+from entrollm.serve.output.blocks import BlockFormat, End, Marker
+from entrollm.serve.output.items import Functions, Mark, ToolCall, dump
 
 _MOST_DEPTH = 64
 _CALL = re.compile(r"\s*+call:([\w.-]{1,64}+)\s*+(?=\{)")
@@ -17,7 +17,7 @@ _KEY = re.compile(r"\s*+([^\s:,{}\[\]]++)\s*+:\s*+")
 _PLAIN = re.compile(r"\s*(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|true|false|null|None)\s*")
 
 
-class Gemma:
+class Gemma(BlockFormat):
     """See CallFormat and BlockFormat.
 
     Args:
@@ -26,18 +26,12 @@ class Gemma:
     """
 
     name = "gemma"
-    first = ""
-    separators = " \n\t\r"
 
     def __init__(self, opening: str = "<|tool_call>", closing: str = "<tool_call|>", quote: str = '<|"|>') -> None:
         self._closing = closing
         self._quote = quote
         self.openings = (opening,)
         self.marks = (opening, closing, quote)
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -6,8 +6,8 @@ import json
 import re
 
 from entrollm.serve.output.arguments import parameter_rules, properties_of, text_rules, value_of
-from entrollm.serve.output.blocks import BlockParser, End, Marker
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
+from entrollm.serve.output.blocks import BlockFormat, End, Marker
+from entrollm.serve.output.items import Functions, Mark, ToolCall, dump
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
@@ -16,7 +16,7 @@ _CALL = re.compile(r"\s*+([\w.-]{1,64}+)\s*+(?=<arg_key>|\Z)")
 _SPACE = re.compile(r"\s*+")
 
 
-class Glm:
+class Glm(BlockFormat):
     """See CallFormat and BlockFormat.
 
     Args:
@@ -26,15 +26,9 @@ class Glm:
     name = "glm"
     marks = (_OPEN, _CLOSE, *_TAGS)
     openings = (_OPEN,)
-    first = ""
-    separators = " \n\t\r"
 
     def __init__(self, *, is_spaced: bool = True) -> None:
         self._is_spaced = is_spaced
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

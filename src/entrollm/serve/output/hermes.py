@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 
-from entrollm.serve.output.blocks import BlockParser, End, Marker
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
+from entrollm.serve.output.blocks import BlockFormat, End, Marker
+from entrollm.serve.output.items import Functions, Mark, ToolCall, arguments_rule, call_of, parse_json
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
-class Hermes:
+class Hermes(BlockFormat):
     """See CallFormat and BlockFormat."""
 
     name = "hermes"
     marks = (_OPEN, _CLOSE)
     openings = (_OPEN,)
-    first = ""
-    separators = " \n\t\r"
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-from entrollm.serve.output.blocks import BlockParser, Brackets, End
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
+from entrollm.serve.output.blocks import BlockFormat, Brackets, End
+from entrollm.serve.output.items import Functions, Mark, ToolCall, arguments_rule, call_of, parse_json
 
 _TAG = "<|python_tag|>"
 
 
-class Llama:
+class Llama(BlockFormat):
     """See CallFormat and BlockFormat."""
 
     name = "llama"
@@ -18,10 +18,6 @@ class Llama:
     openings = (_TAG,)
     first = "{"
     separators = " \n\t\r;"
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -8,15 +8,15 @@ import secrets
 import string
 from dataclasses import replace
 
-from entrollm.serve.output.blocks import BlockParser, Brackets, End
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, call_of, parse_json
+from entrollm.serve.output.blocks import BlockFormat, Brackets, End
+from entrollm.serve.output.items import Functions, Mark, ToolCall, arguments_rule, call_of, parse_json
 
 _OPEN, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ONE = re.compile(r"\s*+([\w.-]{1,64}+)\s*+(?:\[CALL_ID\]\s*+\w*+\s*+)?+(?:\[ARGS\])?+\s*+(?=\{)")
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
-class Mistral:
+class Mistral(BlockFormat):
     """See CallFormat and BlockFormat.
 
     Args:
@@ -26,15 +26,9 @@ class Mistral:
     name = "mistral"
     marks = (_OPEN, _ARGUMENTS, _ID)
     openings = (_OPEN,)
-    first = ""
-    separators = " \n\t\r"
 
     def __init__(self, *, is_listed: bool = True) -> None:
         self._is_listed = is_listed
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

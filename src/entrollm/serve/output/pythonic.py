@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from entrollm.serve.errors import bad_request
-from entrollm.serve.output.blocks import BlockParser, Brackets, End
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, arguments_rule, dump
+from entrollm.serve.output.blocks import BlockFormat, Brackets, End
+from entrollm.serve.output.items import Functions, Mark, ToolCall, arguments_rule, dump
 
 _START, _END = "<|python_start|>", "<|python_end|>"
 # Python's parser takes hundreds of bytes for each character of hostile text.
@@ -18,18 +18,13 @@ _MOST_CHARACTERS = 64 << 10
 _NAMES = {"true": True, "false": False, "null": None}
 
 
-class Pythonic:
+class Pythonic(BlockFormat):
     """See CallFormat and BlockFormat."""
 
     name = "pythonic"
     marks = (_START, _END)
     openings = (_START, _END)
     first = "["
-    separators = " \n\t\r"
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -6,8 +6,8 @@ import json
 import re
 
 from entrollm.serve.output.arguments import parameter_rules, properties_of, text_rules, value_of
-from entrollm.serve.output.blocks import BlockParser, End, Marker
-from entrollm.serve.output.items import Functions, Mark, Parser, ToolCall, dump
+from entrollm.serve.output.blocks import BlockFormat, End, Marker
+from entrollm.serve.output.items import Functions, Mark, ToolCall, dump
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PARAMETER_END = "</parameter>"
@@ -16,18 +16,12 @@ _CALL = re.compile(r"<function=([^>\s]{1,64}+)>")
 _PARAMETER = re.compile(r"\s*+<parameter=([^>\s]++)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)\s*+", re.DOTALL)
 
 
-class QwenCoder:
+class QwenCoder(BlockFormat):
     """See CallFormat and BlockFormat."""
 
     name = "qwen-coder"
     marks = (_OPEN, _CLOSE)
     openings = (_OPEN,)
-    first = ""
-    separators = " \n\t\r"
-
-    def parser(self, functions: Functions) -> Parser:
-        """See CallFormat."""
-        return BlockParser(self, functions)
 
     def end(self, opening: str) -> End:
         """See BlockFormat."""

@@ -13,7 +13,7 @@ from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.flat import MOST_BITS, STRIPE_COLUMNS, STRIPE_STEPS, FlatPart
 from entrollm.torch.cuda.flat_plan import FlatPlan, block_groups, flat_plan, launch_vectors
 from entrollm.torch.cuda.gpu import Gpu, gpu_of
-from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, DivisorStruct, divisor, function
+from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, DivisorStruct, aligned, divisor, function
 from entrollm.torch.cuda.layout import STEP_BYTES, TILE_ROWS, padded_columns
 
 _DECODE_THREADS = 256
@@ -248,12 +248,7 @@ class FlatCudaMatrix:
         y = x.new_empty(x.shape[0], self.shape[0])
         step = launch_vectors(self._gpu, self.parts[0].stripes, self._most_bits, x.shape[0])
         for begin in range(0, x.shape[0], step):
-            part = x[begin : begin + step]
-            if x.shape[1] % 4:
-                part = torch.nn.functional.pad(part, (0, -x.shape[1] % 4))
-            part = part.contiguous()
-            if part.data_ptr() % 16:
-                part = part.clone()
+            part = aligned(x[begin : begin + step])
             self.product(len(part), x.dtype)(part, y[begin : begin + step])
         return y
 

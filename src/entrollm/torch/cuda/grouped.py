@@ -18,7 +18,7 @@ from entrollm.matrix import CodedMatrix
 from entrollm.threads import start_pool
 from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.gpu import RESERVED_BYTES, gpu_of
-from entrollm.torch.cuda.launch import TYPES, Function, function
+from entrollm.torch.cuda.launch import TYPES, Function, aligned, function
 from entrollm.torch.cuda.layout import padded_columns
 from entrollm.torch.cuda.tuning import Tuning
 
@@ -257,11 +257,7 @@ class GroupedCudaMatrix:
         x = x if order is None else x[:, order]
         if x.shape[0] > MAX_BATCH or not self.part.is_multipliable:
             return x @ self._decoded(x.dtype, None).T
-        if x.shape[1] % 4:
-            x = torch.nn.functional.pad(x, (0, -x.shape[1] % 4))
-        x = x.contiguous()
-        if x.data_ptr() % 16:
-            x = x.clone()
+        x = aligned(x)
         y = x.new_empty(x.shape[0], self.shape[0])
         if len(x):
             self.product(len(x), x.dtype)(x, y)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from entrollm.errors import EntroLLMError
 from entrollm.torch.cuda import compile as kernels
@@ -174,3 +175,11 @@ def _check(result: tuple[Any, ...]) -> Any:
     if int(result[0]) != 0:
         raise EntroLLMError(f"a CUDA call failed: {result[0].name}")
     return result[1] if len(result) > 1 else None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Vectors as the kernels read them: contiguous, from a multiple of 16 bytes on, of a multiple of 4 values."""
+    if x.shape[1] % 4:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 4))
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

@@ -11,7 +11,7 @@ from torch import Tensor
 from entrollm.torch.cuda.decode import decode
 from entrollm.torch.cuda.device_matrix import DeviceMatrix
 from entrollm.torch.cuda.gpu import gpu_of
-from entrollm.torch.cuda.launch import MAX_MATRICES
+from entrollm.torch.cuda.launch import MAX_MATRICES, aligned
 from entrollm.torch.cuda.plan import Plan
 from entrollm.torch.cuda.product import Product, product_plan
 
@@ -50,12 +50,7 @@ class CudaMatrix:
             return x @ self.dequantize(x.dtype).T
         y = x.new_empty(x.shape[0], self.shape[0])
         for begin in range(0, x.shape[0], step):
-            part = x[begin : begin + step]
-            if x.shape[1] % 4:
-                part = torch.nn.functional.pad(part, (0, -x.shape[1] % 4))
-            part = part.contiguous()
-            if part.data_ptr() % 16:
-                part = part.clone()
+            part = aligned(x[begin : begin + step])
             self.product(len(part), x.dtype)(part, y[begin : begin + step])
         return y
 
