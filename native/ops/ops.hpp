@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <optional>
+#include <span>
 
 #include "kernels/float_kernels.hpp"
 #include "threads/pool.hpp"
@@ -74,7 +75,7 @@ struct Append {
   std::size_t head_dim;
   CachedPositions cache;
 };
-void run(ThreadPool& pool, const Append& op);
+void run(ThreadPool& pool, std::span<const Append> ops);
 
 // Causal attention of the last `tokens` of the cached positions. heads / kv_heads query heads share
 // a key-value head.
@@ -89,6 +90,6 @@ struct Attention {
   std::optional<std::size_t> window;  // positions that a token sees, with its own; at least 1
   float* out;                         // (tokens, heads, head_dim)
 };
-void run(ThreadPool& pool, const Attention& op);
+void run(ThreadPool& pool, std::span<const Attention> ops);
 
 }  // namespace entrollm

@@ -81,7 +81,7 @@ nb::ndarray<nb::numpy, float> attention(Heads queries, Cached keys, Cached value
   const Attention op{queries.data(), tokens, stride(queries, 0), heads, head_dim, kv_heads, cache,
                      window,         out};
   const nb::gil_scoped_release release;
-  run(pool, op);
+  run(pool, std::span(&op, 1));
   return result;
 }
 
@@ -100,7 +100,7 @@ void append(Heads new_keys, Heads new_values, Written keys, Written values,
   const Append op{
       new_keys.data(), new_values.data(), tokens, stride(new_keys, 0), kv_heads, dim, cache};
   const nb::gil_scoped_release release;
-  run(pool, op);
+  run(pool, std::span(&op, 1));
 }
 
 }  // namespace
