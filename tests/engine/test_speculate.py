@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from entrollm import Model, UnsupportedError, load
+from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
 from entrollm.engine.generate import Generation
 from entrollm.engine.latent_attention import MultiHeadLatentAttention
@@ -197,6 +198,37 @@ def test_models_go_back_behind_a_wrong_guess(
     assert 6 <= stream.result.right_tokens < stream.result.guessed_tokens
     assert cache.ids == [*prompt, *expected][: cache.length]
     assert cache.length == 20 + 23
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "lfm2"])
+def test_guesses_go_on_after_steps_without(
+    name: str, always: None, coded: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch makes every third token, as a server does when another answer comes and goes."""
+    model = coded(name)
+    prompt = random_ids(20, seed=1)
+    expected = list(model.generate(prompt, max_tokens=24).token_ids)
+    monkeypatch.setattr("entrollm.engine.model.NgramDrafter", lambda: Script([*prompt, *expected]))
+    text = model.new_answer(prompt, continues_text=True, max_tokens=24)
+    cache, other = model.new_cache(), model.new_cache()
+    (row,) = model.step([SequenceStep(np.array(prompt), cache)])
+    found = [text.push(row)[0]]
+    pending = found[:]
+    speculation = model.speculation(cache, pending, "ngram")
+    turn = 0
+    while text.finish_reason == "unfinished":
+        turn += 1
+        if turn % 3 == 0:
+            row, _ = model.step([SequenceStep(np.array(pending), cache), SequenceStep(np.array([5]), other)])
+            made = [text.push(row)[0]]
+            pending = made[:]
+        else:
+            speculation.follow(pending)
+            made = [token for token, _ in speculation.step(text)]
+            pending = speculation.pending
+        found += made
+    assert found == expected
+    assert 3 <= speculation.right < speculation.guessed
 
 
 def test_latent_attention_of_guesses_takes_the_formula_of_single_tokens(

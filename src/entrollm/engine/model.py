@@ -18,7 +18,7 @@ from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.generate import Generation, GenerationResult
 from entrollm.engine.options import GenerateKeywords, resolve_options
-from entrollm.engine.speculate import Drafter, ModelDrafter, NgramDrafter
+from entrollm.engine.speculate import Drafter, ModelDrafter, NgramDrafter, Speculation
 from entrollm.engine.text_model import TextModel, TextShape
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
@@ -244,6 +244,20 @@ class Model(TextModel):
         # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
         return self._generation(self.encode_chat(messages), [], cache, speculate, options)
 
+    def speculation(self, cache: Cache, pending: Sequence[int], speculate: Speculate) -> Speculation:
+        """What makes the tokens of one answer by guesses, for callers that run `step` themselves.
+
+        Args:
+            cache: of the answer's sequence, from new_cache().
+            pending: the tokens that follow those in the cache, at least one.
+            speculate: as for generate; a smaller model must have passed check_draft.
+        """
+
+        def forward(ids: Sequence[int], /, *, last: int) -> Floats:
+            return self._decoder.forward(np.array(ids, dtype=np.int64), cache, last=last)
+
+        return Speculation(self._new_drafter(speculate), [*cache.ids, *pending], self._decoder, cache, forward)
+
     def _generation(
         self,
         ids: list[int],
@@ -261,9 +275,13 @@ class Model(TextModel):
             return None
         if isinstance(speculate, Model):
             check_draft(self, speculate)
-            return ModelDrafter(speculate._decoder, self._config.vocab_size)
-        if speculate != "ngram":
+        elif speculate != "ngram":
             raise ValueError(f"speculate should be 'ngram' or a model, got {speculate!r}")
+        return self._new_drafter(speculate)
+
+    def _new_drafter(self, speculate: Speculate) -> Drafter:
+        if isinstance(speculate, Model):
+            return ModelDrafter(speculate._decoder, self._config.vocab_size)
         return NgramDrafter()
 
 

@@ -199,11 +199,27 @@ class Speculation:
         drafter.extend(ids)
         drafter.prepare()
 
+    @property
+    def pending(self) -> list[int]:
+        """The tokens that the cache lacks, the last one at least."""
+        return self._ids[self._cache.length :]
+
+    def follow(self, pending: Sequence[int]) -> None:
+        """Go on after tokens that were made without guesses.
+
+        Args:
+            pending: those that the cache lacks.
+        """
+        cache, known = self._cache, len(self._ids)
+        new = [*cache.ids[known:], *pending[max(0, known - cache.length) :]]
+        self._ids += new
+        self._drafter.extend(new)
+
     def step(self, text: AnswerText) -> list[tuple[int, str]]:
         """Make at least one token: each with the text that is complete then, as AnswerText.push has it."""
         started = time.perf_counter()
         cache = self._cache
-        late = self._ids[cache.length :]
+        late = self.pending
         guess = self._guess(text) if len(late) == 1 else Guess()
         count = self._pace.choose(guess.kind, len(guess.tokens))
         tokens = list(guess.tokens[:count])

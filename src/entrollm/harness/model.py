@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_length: tokens of context and continuation together; by default the model's context.
         batch_size: texts that are generated side by side, "auto" for 8; likelihoods are computed one by one, because
             a single request fills the processor.
-        threads, memory, check: as for `load`.
+        threads, memory, cache_type, check: as for `load`.
         add_bos_token: whether texts begin with the start token; by default as tokenizer.json says.
     Raises:
         FormatError, UnsupportedError: the model cannot be run.
@@ -60,6 +60,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_size: int | str = 8,
         threads: int | None = None,
         memory: str = "auto",
+        cache_type: str = "f32",
         check: bool = True,
         add_bos_token: bool | None = None,
         **ignored: object,
@@ -68,7 +69,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         unknown = set(ignored) - {"device", "max_batch_size"}
         if unknown:
             raise ValueError(f"entrollm models have no argument {', '.join(sorted(unknown))}")
-        self._model = load(path, threads, memory=check_memory(memory), check=check)
+        self._model = load(path, threads, memory=check_memory(memory), check=check, cache_type=cache_type)
         if self._model.tokenizer is None:
             raise ValueError(f"{path}: {self._model.no_tokenizer}")
         self._path = path

@@ -67,6 +67,9 @@ class TransformersEngine:
         dtype: str | torch.dtype = torch.float32 if torch.device(self.device).type == "cpu" else "auto"
         return TransformersModel(read_model_files(path), load(path, self.device, dtype=dtype, check=self.check))
 
+    def guesses(self, model: TextModel) -> None:
+        """Guess nothing."""
+
 
 class TransformersModel(TextModel):
     """A causal model of transformers that takes steps of several sequences.

@@ -77,7 +77,8 @@ def _entry(name: str, path: Path, options: LoadOptions) -> Entry:
     def load_it() -> ServedModel:
         model = options.engine.load(path)
         output = choose(model.chat_template, options.tool_format, options.reasoning_format)
-        return ServedModel(name, model, context_length, Slots(model, options.slots), output)
+        slots, guesses = Slots(model, options.slots), options.engine.guesses(model)
+        return ServedModel(name, model, context_length, slots, output, guesses)
 
     return Entry(name, context_length, template is not None, load_it)
 
