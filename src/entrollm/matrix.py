@@ -102,12 +102,15 @@ class CodedMatrix:
         if self.is_flat:
             return self
         try:
-            if self.groups is not None:
-                grouped = _open_groups(self.native, self.groups)
+            native = self.native
+            if isinstance(native, _core.FlatMatrix):
+                flat = native.copy(pool)
+            elif self.groups is not None:
+                grouped = _open_groups(native, self.groups)
                 grouped.flatten(pool)
                 return replace(self, grouped=grouped)
-            native = self.native
-            flat = native.copy(pool) if isinstance(native, _core.FlatMatrix) else _core.FlatMatrix(native, pool)
+            else:
+                flat = _core.FlatMatrix(native, pool)
             lossless = None if self.lossless is None else self.lossless.with_symbols(flat)
             return replace(self, native=flat, lossless=lossless)
         except _core.CorruptBlockError as error:
