@@ -49,6 +49,7 @@ class FlatMatrix:
     """A matrix in the flat form: a coded one transcoded to memory of its own, or one that is stored in this form.
 
     Attributes:
+        is_in_place: whether it is read from the arrays that it was opened with.
         size_bytes: memory of its own.
         patches: how many corrections there are of weights outside of their segment's fields.
         rows_by_bits: how many rows have fields of each width.
@@ -67,6 +68,11 @@ class FlatMatrix:
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
     ) -> FlatMatrix: ...
+    def copy(self, pool: ThreadPool) -> FlatMatrix:
+        """The same matrix in memory of its own, in huge pages where the system grants them."""
+
+    @property
+    def is_in_place(self) -> bool: ...
     @property
     def size_bytes(self) -> int: ...
     @property
