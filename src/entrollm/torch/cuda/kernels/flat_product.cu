@@ -48,7 +48,7 @@ struct State {
 
 static_assert(sizeof(State) <= STATE_BYTES, "plans of shared memory must leave room for it");
 
-// What a block works on: some columns of every so manyth tile.
+// What a block works on: a range of columns of the tiles of its group.
 struct Work {
   const FlatMatrix& matrix;
   const Launch& launch;
@@ -379,7 +379,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     (&state.sums[0][0][0][0])[i] = 0;
   }
   if (threadIdx.x < kOpenTiles) state.done[threadIdx.x] = state.rounds[threadIdx.x] = 0;
-  if (threadIdx.x < kBatch) state.rounded.sum[threadIdx.x] = 0;
   wait_for_previous();
   constexpr int kStripeBytes = kStripeSteps * kStepBytes * kBatch;
   if constexpr (kPrepared) {

@@ -207,7 +207,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __syncwarp();  // any lane of a warp may issue its copies
     fetch_first(0, min(launch.early, asked), chunk, fetch);
   }
-  if (thread < kBatch) state.rounded.sum[thread] = 0;
   wait_for_previous();
   const DigitsOut out{dynamic.triples, matrix.spans * (kSpanColumns / kDozen), dynamic.raws,
                       launch.raw_bytes / (8 * kBatch)};
