@@ -86,7 +86,7 @@ class NgramDrafter:
     def prepare(self) -> None:
         """Do nothing."""
 
-    def guess(self, most: int, new_sampler: Callable[[], Sampler]) -> Guess:
+    def guess(self, most: int, new_sampler: Callable[[], Sampler] | None = None) -> Guess:
         """Guess tokens; see Drafter. The kind grows with the number of tokens that agree."""
         for size in range(_LONGEST, _SHORTEST - 1, -1):
             place = self._next[size].get(tuple(self._ids[-size:]))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
-from entrollm.torch.cuda.chunks import BATCH_WEIGHTS, row_words
+from entrollm.torch.cuda.chunks import BATCH_WEIGHTS
 from entrollm.torch.cuda.layout import LANES, MAX_COLUMNS, TILE_ROWS
+from entrollm.torch.cuda.rows import padded_scales, positions_of, row_words
 
 STRIPE_COLUMNS = 256
 STRIPE_STEPS = 8
@@ -181,12 +182,8 @@ def pack_flat(
     tile, row, column, difference = (torch.cat(values) for values in zip(*patches, strict=True))
     patch_ends = torch.bincount(tile, minlength=len(bits)).cumsum(0)
     patch_begins = torch.nn.functional.pad(patch_ends[:-1], (1, 0))
-    scale = scale.to(device).expand(rows)
-    offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
-    words = torch.nn.functional.pad(row_words(order, scale[order], offset[order]), (0, 0, 0, -rows % TILE_ROWS))
+    words = torch.nn.functional.pad(row_words(order, scale, offset), (0, 0, 0, -rows % TILE_ROWS))
     rest = torch.stack([base, patch_begins, patch_ends, torch.zeros_like(base)], 1).to(torch.int32)
-    positions = torch.empty_like(order)
-    positions[order] = torch.arange(rows, device=device)
     return FlatPart(
         name,
         rows,
@@ -195,8 +192,8 @@ def pack_flat(
         torch.cat([words.reshape(len(bits), -1), rest], 1),
         (row + (difference + 256 << 4) + (column << 13)).to(torch.int32),
         tuple(ends),
-        positions.to(torch.int32),
-        None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
+        positions_of(order),
+        padded_scales(column_scale, device),
     )
 
 
