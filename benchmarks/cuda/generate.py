@@ -146,7 +146,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(shape.name for shape in SHAPES))
     parser.add_argument("--entropies", type=_numbers, default=[2.2], help="of the weights")
     parser.add_argument("--eager", action="store_true", help="time transformers without compilation, too")
-    parser.add_argument("--forms", type=lambda text: text.split(","), default=["coded", "flat"], help="coded, flat, lossless")
+    parser.add_argument(
+        "--forms", type=lambda text: text.split(","), default=["coded", "flat"], help="coded, flat, lossless"
+    )
     parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
     shapes = [shape for shape in SHAPES if shape.name in arguments.models.split(",")]

@@ -129,9 +129,7 @@ def _struct(part: LosslessPart, tile_begin: int = 0, y_begin: int = 0) -> Lossle
 
 def _decode(part: LosslessPart, out: Tensor, ids: Tensor | None, device: torch.device) -> None:
     """Decode all rows, or some by their numbers, to contiguous memory."""
-    struct = LosslessDecodeStruct(
-        _struct(part), None if ids is None else ids.data_ptr(), out.data_ptr(), part.columns
-    )
+    struct = LosslessDecodeStruct(_struct(part), None if ids is None else ids.data_ptr(), out.data_ptr(), part.columns)
     kernel = function("lossless_decode.cu", "decode_lossless", device, decode_macros(out.dtype), 0)
     kernel.launch([struct], part.tiles if ids is None else len(ids), _DECODE_THREADS, overlap=False)
 

@@ -15,7 +15,7 @@ constexpr int kBytePieces = 8;
 constexpr int kQuarters = 4;
 constexpr int kQuarterColumns = 64;
 constexpr int kQuarterSteps = 4;
-constexpr int kStepWords = 4;  // pairs of weights that a lane has of a step
+constexpr int kStepWords = 4;   // pairs of weights that a lane has of a step
 constexpr int kWordFields = 5;  // in each half of a word of exponents, above one spare bit
 
 // One matrix. Pointers are to device memory.
@@ -69,8 +69,8 @@ struct Stripe {
 
   __device__ __forceinline__ u32 exponent_word(int i) const { return word(kBytePieces * 4 + i); }
 
-  // The fields of a pair, shifted to where exponents are. The last pair of a quarter is in the spare
-  // bits of its three words.
+  // The fields of a pair, shifted to where exponents are. The last pair of a quarter is in the
+  // spare bits of its three words.
   __device__ static __forceinline__ u32 fields(const u32 (&words)[3], int pair) {
     constexpr u32 kSpare = 0x00010001u;
     if (pair == 3 * kWordFields) {

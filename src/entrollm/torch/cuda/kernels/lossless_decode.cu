@@ -50,8 +50,8 @@ __device__ __forceinline__ void write_piece(const Launch& launch, long long begi
 
 template <int kQuarter>
 __device__ __forceinline__ void write_quarters(const Launch& launch, const Stripe& stripe, u32 base,
-                                               const long long (&begins)[2],
-                                               const bool (&exist)[2], int column) {
+                                               const long long (&begins)[2], const bool (&exist)[2],
+                                               int column) {
   if constexpr (kQuarter < kQuarters) {
     u32 words[kQuarterSteps][kStepWords];
     stripe.unpack<kQuarter>(base, words);

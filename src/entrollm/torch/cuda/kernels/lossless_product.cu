@@ -1,8 +1,8 @@
 // y = W x for a few vectors and lossless bfloat16 matrices. Weights are put together in registers
 // and go to the matrix unit, which multiplies them with x in one, two or three parts of bfloat16
 // that add up to it, and sums in float32. Sums are added in one order, so that results are always
-// the same. The compiler defines BATCH, TYPE of x and y (0 float32, 1 bfloat16, 2 float16), THREADS,
-// and GROUP, the tiles that the warps of a block share out among them at a time.
+// the same. The compiler defines BATCH, TYPE of x and y (0 float32, 1 bfloat16, 2 float16),
+// THREADS, and GROUP, the tiles that the warps of a block share out among them at a time.
 #include "lossless.cuh"
 
 namespace {
@@ -22,9 +22,9 @@ struct Launch {
   LosslessMatrix matrices[kMaxMatrices];
   const void* x;
   void* y;
-  int count;          // of matrices
-  int tiles;          // of all matrices
-  int columns;        // of x, a multiple of 4
+  int count;    // of matrices
+  int tiles;    // of all matrices
+  int columns;  // of x, a multiple of 4
   int y_stride;
   int stripes;        // of a tile
   int panel_stripes;  // stripes whose part of x is in shared memory together
@@ -128,7 +128,8 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 // loads the next stripe in their place.
 template <int kQuarter>
 __device__ __forceinline__ void multiply_quarters(Stripe& stripe, u32 base, const Reader& next,
-                                                  const u32 (&x)[kProducts], Product (&products)[kProducts]) {
+                                                  const u32 (&x)[kProducts],
+                                                  Product (&products)[kProducts]) {
   if constexpr (kQuarter < kQuarters) {
     u32 words[kQuarterSteps][kStepWords];
     stripe.unpack<kQuarter>(base, words);
@@ -206,13 +207,15 @@ struct Patches {
     }
   }
 
-  // Adds the products of the loaded ones whose columns are in a panel from `left` on, and loads others.
+  // Adds the products of the loaded ones whose columns are in a panel from `left` on, and loads
+  // others.
   __device__ __forceinline__ void add(float stored, int left, int columns, const u8* x, int stride,
                                       float (&sums)[kBatch]) {
 #pragma unroll
     for (int i = 0; i < kPatches; ++i) {
       const int column = static_cast<int>(loaded[i] & 0xffffu) - left;
-      if (at + i * kLanes + static_cast<int>(threadIdx.x % kLanes) >= end || column < 0 || column >= columns)
+      if (at + i * kLanes + static_cast<int>(threadIdx.x % kLanes) >= end || column < 0 ||
+          column >= columns)
         continue;
       const float difference = __uint_as_float(loaded[i] & 0xffff0000u) - stored;
 #pragma unroll
@@ -220,9 +223,9 @@ struct Patches {
         float value = 0;
 #pragma unroll
         for (int part = kParts - 1; part >= 0; --part) {
-          value += __uint_as_float(
-              static_cast<u32>(*reinterpret_cast<const u16*>(x + (vector * kParts + part) * stride + column * 2))
-              << 16);
+          value += __uint_as_float(static_cast<u32>(*reinterpret_cast<const u16*>(
+                                       x + (vector * kParts + part) * stride + column * 2))
+                                   << 16);
         }
         sums[vector] = __fmaf_rn(difference, value, sums[vector]);
       }
@@ -233,8 +236,8 @@ struct Patches {
 };
 
 // Adds up and writes the outputs of a group, or in all panels but the last keeps their sums.
-__device__ __forceinline__ void finish(const Work& work, const GroupSums& sums, int first, int panel,
-                                       float* totals) {
+__device__ __forceinline__ void finish(const Work& work, const GroupSums& sums, int first,
+                                       int panel, float* totals) {
   const Launch& launch = work.launch;
   const int tiles = min(kGroup, work.tiles - first);
   const int group = first / kGroup;
@@ -263,7 +266,8 @@ __device__ __forceinline__ void finish(const Work& work, const GroupSums& sums, 
     const Tile tile = work.tile(first + in_group);
     const int out = tile.index * kTileRows + row;
     if (out < tile.matrix->rows) {
-      store_value(launch.y, static_cast<long long>(vector) * launch.y_stride + tile.matrix->y_begin + out,
+      store_value(launch.y,
+                  static_cast<long long>(vector) * launch.y_stride + tile.matrix->y_begin + out,
                   sum, TYPE);
     }
   }
