@@ -62,11 +62,11 @@ def main() -> None:
         found = measure(rows, columns)
         print(f"{rows} x {columns}, {found['bits']:.2f} bits; to memory {found['decode_us']:.1f} us", flush=True)
         for batch in BATCHES:
-            ours, bf16 = (found[f"batch {batch}"][side] for side in ("ours", "bf16"))
+            ours, bf16, error = found[f"batch {batch}"].values()
             print(
                 f"  batch {batch}: {ours['median_us']:.2f} us ({ours['min_us']:.2f} - {ours['max_us']:.2f}), bf16 "
                 f"{bf16['median_us']:.2f} ({bf16['min_us']:.2f} - {bf16['max_us']:.2f}), "
-                f"ratio {bf16['median_us'] / ours['median_us']:.3f}; float32 error {found[f'batch {batch}']['error']:.1e}",
+                f"ratio {bf16['median_us'] / ours['median_us']:.3f}; float32 error {error:.1e}",
                 flush=True,
             )
         results.append(found)
