@@ -26,7 +26,9 @@ from entrollm.torch.cuda import (
     FlatExperts,
     GroupedCudaMatrix,
     GroupedExperts,
+    LosslessCudaMatrix,
     open_cuda,
+    open_lossless_cuda,
 )
 from entrollm.torch.matrix import Matrix
 from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
@@ -77,6 +79,9 @@ def join(matrices: Sequence[Matrix]) -> Matrix | None:
     flat = [matrix for matrix in matrices if isinstance(matrix, FlatCudaMatrix)]
     if len(flat) == len(matrices) and len({matrix.device for matrix in flat}) == 1:
         return FlatCudaMatrix([part for matrix in flat for part in matrix.parts], flat[0].device)
+    lossless = [matrix for matrix in matrices if isinstance(matrix, LosslessCudaMatrix)]
+    if len(lossless) == len(matrices) and len({matrix.device for matrix in lossless}) == 1:
+        return LosslessCudaMatrix([part for matrix in lossless for part in matrix.parts], lossless[0].device)
     return None
 
 
@@ -132,7 +137,11 @@ def open_on(
     if isinstance(spec.code, FlatCode) and not uses_kernels:
         return HostMatrix(open_native(name, spec, entries), device)
     if backend != "plain" and isinstance(spec.kind, LosslessKind):
-        return DecodedMatrix(open_native(name, spec, entries), device)
+        decoded = DecodedMatrix(open_native(name, spec, entries), device)
+        if not uses_kernels or spec.kind.type != "BF16":
+            return decoded
+        check_cuda_packages()
+        return open_lossless_cuda(name, decoded.weight, device) or decoded
     if uses_kernels:
         check_cuda_packages()
         return open_cuda(open_native(name, spec, entries), device, backend == "fast")

@@ -6,8 +6,9 @@ from entrollm.torch.cuda.flat_experts import FlatExperts
 from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
 from entrollm.torch.cuda.grouped import GroupedCudaMatrix
 from entrollm.torch.cuda.grouped_experts import GroupedExperts
+from entrollm.torch.cuda.lossless_matrix import LosslessCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
-from entrollm.torch.cuda.open import open_cuda
+from entrollm.torch.cuda.open import open_cuda, open_lossless_cuda
 from entrollm.torch.cuda.tuning import MIN_CAPABILITY
 
 __all__ = [
@@ -19,5 +20,7 @@ __all__ = [
     "FlatExperts",
     "GroupedCudaMatrix",
     "GroupedExperts",
+    "LosslessCudaMatrix",
     "open_cuda",
+    "open_lossless_cuda",
 ]
