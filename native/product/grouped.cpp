@@ -59,7 +59,7 @@ int width_of(std::size_t largest, int least) {
   return std::max(least, static_cast<int>(std::bit_width(largest)));
 }
 
-// Fields of these widths can be numbers of symbols.
+// Kernels look symbols up by fields of 3 or 4 bits.
 constexpr int kLeastTableBits = 3;
 static_assert(kGroupedTable == 16);
 

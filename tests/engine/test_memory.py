@@ -178,6 +178,7 @@ def test_what_is_faster_flat() -> None:
         assert is_faster_flat(tree, isa, 16) and is_faster_flat(grouped, isa, 16)
     stored_flat = replace(cascade, code=FlatCode(64))
     assert is_faster_flat(stored_flat, "avx512", 16) and not is_faster_flat(stored_flat, "scalar", 1)
+    assert not is_faster_flat(replace(stored_flat, rows=2**13, columns=2**10), "avx2", 1)
     assert not is_faster_flat(tree, "scalar", 1) and not is_faster_flat(grouped, "scalar", 1)
 
 

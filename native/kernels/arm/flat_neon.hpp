@@ -38,6 +38,7 @@ struct FlatLanes {
   [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
     return vqtbl1q_u8(table, bytes);
   }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     vst1q_u8(out, bytes);
   }

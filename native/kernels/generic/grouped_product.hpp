@@ -6,8 +6,7 @@
 //     using Floats;                         // a float for every four bytes of a register
 //     static constexpr std::size_t kMostVectors;  // that share the unpacking of a row
 //     template <int Bits>
-//     struct Sums {                         // exact sums of four columns each, symbols of Bits
-//     bits
+//     struct Sums {                         // exact, of four columns each; symbols have Bits bits
 //       void add(Lanes::Bytes symbols, const std::int8_t* high, const std::int8_t* low);
 //       Floats floats() const;              // the sums so far, rounded to float32
 //     };

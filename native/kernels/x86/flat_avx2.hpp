@@ -39,6 +39,7 @@ struct FlatLanes {
   [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
     return _mm256_shuffle_epi8(table, bytes);
   }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes);
   }

@@ -50,6 +50,7 @@ struct FlatLanes {
   [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
     return _mm512_shuffle_epi8(table, bytes);
   }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     _mm512_storeu_si512(out, bytes);
   }
