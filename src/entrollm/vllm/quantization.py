@@ -23,7 +23,7 @@ from entrollm.torch.joined_weights import JoinedWeights
 from entrollm.torch.weight import CodedWeight
 
 
-@register_quantization_config(layout.QUANT_METHOD)  # type: ignore[untyped-decorator]
+@register_quantization_config(layout.QUANT_METHOD)
 class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
     """What vLLM makes of the `quantization_config` of a compressed folder."""
 
