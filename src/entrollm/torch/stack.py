@@ -17,6 +17,7 @@ from entrollm.torch.matrix import Matrix
 from entrollm.torch.parameter import CodedParameter, decoded
 from entrollm.torch.weight import CodedWeight
 
+_MatrixRefs = list[tuple[CodedWeight, "weakref.ref[Matrix]"]]
 # Attributes that belong to one object and are made anew in its copies.
 _NOT_COPIED = ("number", "_together")
 
@@ -41,9 +42,10 @@ class CodedStack(CodedParameter):
 
     def _begin(self) -> None:
         self.number = operators.register_experts(self)
-        # All matrices as one, by the first of the opened matrices that it was made from, so that it is dropped when
-        # that one is, as in a move to another device.
-        self._together: weakref.WeakKeyDictionary[Matrix, ExpertMatrices[Any] | None] = weakref.WeakKeyDictionary()
+        # All matrices as one, beside the opened matrices that it was made from. The first of these is the key, so that
+        # it is dropped when that one is, as in a move to another device.
+        self._together: weakref.WeakKeyDictionary[Matrix, tuple[_MatrixRefs, ExpertMatrices[Any] | None]]
+        self._together = weakref.WeakKeyDictionary()
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """Multiply by one matrix as it is stored: (n, in_features) -> (n, out_features)."""
@@ -63,13 +65,16 @@ class CodedStack(CodedParameter):
         if first.device.type != "cuda" or first.is_offloaded:
             return None
         key = first.matrix()
-        if key not in self._together:
+        made = self._together.get(key)
+        if made is None or any(weight.opened is None or matrix() is not weight.opened for weight, matrix in made[0]):
             experts = [self.parts(index) for index in range(len(self))]
             weights = [weight for parts in experts for weight in parts]
-            can_join = all(weight.device == first.device and not weight.is_offloaded for weight in weights)
-            opened = [[weight.matrix() for weight in parts] for parts in experts] if can_join else []
-            self._together[key] = join_experts(opened) if can_join else None
-        return self._together[key]
+            joined = None
+            if all(weight.device == first.device and not weight.is_offloaded for weight in weights):
+                joined = join_experts([[weight.matrix() for weight in parts] for parts in experts])
+            refs = [(weight, weakref.ref(weight.matrix())) for weight in weights] if joined is not None else []
+            made = self._together[key] = refs, joined
+        return made[1]
 
     def multiply_chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Multiply by the matrices, as they are stored, of chosen experts.

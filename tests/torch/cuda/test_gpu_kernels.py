@@ -82,7 +82,7 @@ def test_a_few_rows_that_take_many_bits() -> None:
     assert error < 1e-3 * np.linalg.norm(x.double().numpy() @ dense.T)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 12])
 def test_many_small_tiles(batch: int) -> None:
     """Warps that pass by others by many tiles wait for the place of their sums."""
     part, dense = _matrix(_symbols(60000, 768, 2.0, 128))

@@ -24,22 +24,30 @@ class CudaMatrix(PartedMatrix[DeviceMatrix, Product]):
         A few vectors are multiplied while the matrix is decoded. For more, or if rows are so long that activations do
         not fit in shared memory, the matrix is first decoded to memory in the type of x.
         """
-        if x.shape[0] > self._max_batch or self._largest_batch == 0:
-            return x @ self.dequantize(x.dtype).T
-        return self._launch(x, self._largest_batch)
+        step = self.launch_vectors(x.shape[0])
+        return self._launch(x, step) if step else x @ self.dequantize(x.dtype).T
+
+    def launch_vectors(self, batch: int) -> int:
+        """Vectors that each launch of a product with `batch` vectors takes; 0 if the matrix is decoded to memory."""
+        tuning, largest = gpu_of(self.device).tuning, self._largest_batch
+        is_large = self.shape[0] * self.shape[1] >= tuning.many_weights
+        few = tuning.few_vectors
+        if batch > (tuning.many_batch if is_large and largest >= few else tuning.max_batch):
+            return 0
+        if largest >= few and (batch > tuning.max_batch or any(part.code.raw_bits for part in self.parts)):
+            launches = max(1, -(-batch // few))
+            return max(1, -(-batch // launches))
+        return largest
 
     def plan(self, batch: int) -> Plan:
         """How the product with `batch` vectors uses shared memory."""
         return product_plan(self.parts, batch, self.device)
 
     @functools.cached_property
-    def _max_batch(self) -> int:
-        return gpu_of(self.device).tuning.max_batch
-
-    @functools.cached_property
     def _largest_batch(self) -> int:
         """Vectors that one launch takes; 0 if not even one fits in shared memory."""
-        return next((batch for batch in range(self._max_batch, 0, -1) if self.plan(batch).fits), 0)
+        most = gpu_of(self.device).tuning.max_batch
+        return next((batch for batch in range(most, 0, -1) if self.plan(batch).fits), 0)
 
     def _make_product(self, batch: int, dtype: torch.dtype) -> Product:
         return Product(self.parts, batch, dtype, self.device)
