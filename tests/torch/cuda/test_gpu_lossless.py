@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import entrollm.hf
-from entrollm import compress
+from entrollm import CompressOptions, compress
 from entrollm.torch.backend import join
 from entrollm.torch.cuda import LosslessCudaMatrix, open_lossless_cuda
 from entrollm.torch.cuda.lossless import pack_lossless
 from entrollm.torch.weight import CodedWeight
-from tests.support.paths import EXAMPLES
+from tests.support.paths import TINY_LLAMA
 from tests.torch.cuda.gpu_checks import check_in_graph
 from tests.torch.cuda.test_lossless import DTYPES, gaussian, words_of
 
@@ -56,14 +56,14 @@ def test_products_match_float64(shape: tuple[int, int], dtype: torch.dtype) -> N
     matrix, bits = made(*shape)
     weights = words_of(bits).double().numpy()
     limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    for batch in (1, 2, 3, 8, 9):
+    for batch in (1, 2, 3, 8, 11, 30):
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
         y = matrix.multiply(x.cuda())
         assert y.dtype == dtype and y.shape == (batch, shape[0])
         # Of what such products are on average, since the one output of a single row may be near 0.
         size = np.linalg.norm(weights) * batch**0.5
         assert np.linalg.norm(y.double().cpu().numpy() - x.double().numpy() @ weights.T) < limit * size
-        if batch < 9:
+        if batch < 30:
             assert torch.equal(matrix.multiply(x.cuda()), y)
 
 
@@ -109,7 +109,7 @@ def test_matrices_that_would_not_be_smaller_stay_words() -> None:
 
 
 def test_a_model_answers_as_on_the_cpu(tmp_path: Path) -> None:
-    compress(EXAMPLES / "tiny-llama", tmp_path, lossless=True)
+    compress(TINY_LLAMA, tmp_path, CompressOptions(lossless=True))
     tokens = torch.arange(5, 17)[None]
     answers = []
     for device in ("cpu", "cuda"):

@@ -5,6 +5,8 @@
 namespace {
 
 constexpr int kPieceWords = kPieceColumns / 2;
+constexpr int kWarps = THREADS / kLanes;
+constexpr int kPatchedRows = kTileRows / kWarps;  // of a warp
 
 struct Launch {
   LosslessMatrix matrix;
@@ -36,7 +38,7 @@ __device__ __forceinline__ void write_piece(const Launch& launch, long long begi
   if (column >= launch.columns) return;
   u8* out = launch.out + (begin + column) * (TYPE == 0 ? 4 : 2);
   if constexpr (TYPE == 1) {
-    __stcs(reinterpret_cast<uint4*>(out), make_uint4(words[0], words[1], words[2], words[3]));
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
   } else {
     float values[kPieceColumns];
 #pragma unroll
@@ -88,23 +90,39 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const long long begins[2] = {begin_of(row), begin_of(row + 8)};
   const bool exist[2] = {exists(row), exists(row + 8)};
   const u32 base = both_halves(matrix.bases[tile]);
-  for (int i = warp; i < matrix.stripes; i += THREADS / kLanes) {
-    Stripe stripe;
-    const long long at = static_cast<long long>(tile) * matrix.stripes + i;
+  int patches[kPatchedRows];  // of a warp's rows, the first that is left
 #pragma unroll
-    for (int piece = 0; piece < kStripePieces; ++piece) {
-      stripe.load(piece, matrix.data + at * (kStripePieces * kLanes) + lane);
-    }
-    write_quarters<0>(launch, stripe, base, begins, exist, i * kStripeColumns + lane % 4 * 8);
+  for (int i = 0; i < kPatchedRows; ++i) {
+    patches[i] = matrix.patch_begins[tile * kTileRows + warp + i * kWarps];
   }
-  __syncthreads();  // a patched weight is written again
-  for (int i = warp; i < kTileRows; i += THREADS / kLanes) {
-    const int patched = tile * kTileRows + i;
-    if (!exists(patched)) continue;
-    const int end = matrix.patch_begins[patched + 1];
-    for (int at = matrix.patch_begins[patched] + lane; at < end; at += kLanes) {
-      const u32 patch = matrix.patches[at];
-      store_bits(launch.out, begin_of(patched) + (patch & 0xffffu), patch >> 16);
+#pragma unroll 1
+  for (int first = 0; first < matrix.stripes; first += kWarps) {
+    if (first + warp < matrix.stripes) {
+      Stripe stripe;
+      const long long at = static_cast<long long>(tile) * matrix.stripes + first + warp;
+#pragma unroll
+      for (int piece = 0; piece < kStripePieces; ++piece) {
+        stripe.load(piece, matrix.data + at * (kStripePieces * kLanes) + lane);
+      }
+      const int column = (first + warp) * kStripeColumns + lane % 4 * 8;
+      write_quarters<0>(launch, stripe, base, begins, exist, column);
+    }
+    __syncthreads();  // a patched weight is written again, while it is in the cache
+#pragma unroll
+    for (int i = 0; i < kPatchedRows; ++i) {
+      const int patched = tile * kTileRows + warp + i * kWarps;
+      if (!exists(patched)) continue;
+      const int end = matrix.patch_begins[patched + 1];
+      for (bool more = true; more;) {
+        const int at = patches[i] + lane;
+        const u32 patch = at < end ? matrix.patches[at] : 0;
+        const int column = patch & 0xffffu;
+        const bool now = at < end && column < (first + kWarps) * kStripeColumns;
+        if (now) store_bits(launch.out, begin_of(patched) + column, patch >> 16);
+        const u32 all = __ballot_sync(~0u, now);
+        patches[i] += __popc(all);
+        more = all == ~0u;
+      }
     }
   }
 }
