@@ -123,7 +123,7 @@ void AttentionBlock::attend(ThreadPool& pool, const float* qkv, const SequenceCa
   ::entrollm::run(
       pool, Append{keys, values, sequence.tokens, width, shape_.kv_heads, dim, sequence.cache});
   ::entrollm::run(pool, Attention{qkv, sequence.tokens, width, shape_.heads, dim, shape_.kv_heads,
-                                  sequence.cache, sequence.window, out});
+                                  sequence.cache, sequence.window, out, sequence.earlier});
 }
 
 FeedForwardBlock::FeedForwardBlock(const JoinedProduct& up, const JoinedProduct& down,
