@@ -118,10 +118,11 @@ void AttentionBlock::attend(ThreadPool& pool, const float* qkv,
   const std::size_t width = shape_.width(), dim = shape_.head_dim, heads = shape_.heads;
   std::vector<Append> appends;
   std::vector<Attention> attentions;
-  for (const auto& [tokens, cache, window] : sequences) {
+  for (const auto& [tokens, cache, window, earlier] : sequences) {
     appends.push_back(
         {qkv + heads * dim, qkv + shape_.rotated(), tokens, width, shape_.kv_heads, dim, cache});
-    attentions.push_back({qkv, tokens, width, heads, dim, shape_.kv_heads, cache, window, out});
+    attentions.push_back(
+        {qkv, tokens, width, heads, dim, shape_.kv_heads, cache, window, out, earlier});
     qkv += tokens * width;
     out += tokens * heads * dim;
   }

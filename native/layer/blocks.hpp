@@ -51,6 +51,7 @@ struct SequenceCache {
   std::size_t tokens;  // consecutive rows, at least 1
   CachedPositions cache;
   std::optional<std::size_t> window;
+  std::vector<CachedPositions> earlier;
 };
 
 class AttentionBlock {

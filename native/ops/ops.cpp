@@ -72,27 +72,47 @@ const float* moved(const float* scales, std::size_t count) {
   return scales == nullptr ? nullptr : scales + count;
 }
 
+// What a key-value head has of some positions.
+PositionRun run_of(const CachedPositions& cache, std::size_t kv_head) {
+  return {cache.length,
+          moved(cache.keys, cache.type, kv_head * cache.key_head_stride),
+          cache.key_stride,
+          moved(cache.values, cache.type, kv_head * cache.value_head_stride),
+          moved(cache.key_scales, kv_head * cache.scale_head_stride),
+          moved(cache.value_scales, kv_head * cache.scale_head_stride)};
+}
+
+// All positions that attention may see.
+std::size_t length_of(const Attention& op) {
+  std::size_t length = op.cache.length;
+  for (const CachedPositions& each : op.earlier) length += each.length;
+  return length;
+}
+
 // Computes one tile of the queries that share a key-value head: rows [begin, end) of its
 // (tokens, query heads).
 void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, std::size_t end) {
   thread_local std::vector<float> scratch;
+  thread_local std::vector<PositionRun> runs;
   const CachedPositions& cache = op.cache;
+  const std::size_t length = length_of(op);
+  runs.clear();
+  for (const CachedPositions& each : op.earlier) runs.push_back(run_of(each, kv_head));
+  runs.push_back(run_of(cache, kv_head));
   const std::size_t sharing = op.heads / op.kv_heads;  // query heads of a key-value head
   const bool is_spread = cache.type == CacheType::kInt8;
   AttentionTile tile{};
   tile.rows = end - begin;
-  std::size_t first = cache.length;
   for (std::size_t row = begin; row < end; ++row) {
     const std::size_t token = row / sharing;
     const std::size_t head = kv_head * sharing + row % sharing;
-    const std::size_t last = cache.length - op.tokens + token + 1;
+    const std::size_t last = length - op.tokens + token + 1;
     tile.queries[row - begin] = op.queries + token * op.token_stride + head * op.head_dim;
     tile.outputs[row - begin] = op.out + (token * op.heads + head) * op.head_dim;
     tile.firsts[row - begin] = op.window && last > *op.window ? last - *op.window : 0;
     tile.lasts[row - begin] = last;
-    first = std::min(first, tile.firsts[row - begin]);
   }
-  const std::size_t room = attention_scratch(tile.lasts[tile.rows - 1] - first, op.head_dim);
+  const std::size_t room = attention_scratch(op.head_dim);
   scratch.resize(room + (is_spread ? tile.rows * op.head_dim : 0));
   for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
     float* const query = scratch.data() + room + row * op.head_dim;
@@ -103,11 +123,8 @@ void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, st
   tile.head_dim = op.head_dim;
   tile.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(op.head_dim)));
   tile.type = cache.type;
-  tile.keys = moved(cache.keys, cache.type, kv_head * cache.key_head_stride);
-  tile.key_stride = cache.key_stride;
-  tile.values = moved(cache.values, cache.type, kv_head * cache.value_head_stride);
-  tile.key_scales = moved(cache.key_scales, kv_head * cache.scale_head_stride);
-  tile.value_scales = moved(cache.value_scales, kv_head * cache.scale_head_stride);
+  tile.runs = runs.data();
+  tile.run_count = runs.size();
   tile.scratch = scratch.data();
   kernels().floats->attend(tile);
   for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
@@ -216,7 +233,7 @@ void run(ThreadPool& pool, std::span<const Attention> ops) {
   const Parts tiles = parts_of(
       ops, [&](const Attention& op) { return op.kv_heads * tiles_of(op); },
       [](const Attention& op) {
-        const std::size_t length = op.cache.length;
+        const std::size_t length = length_of(op);
         const std::size_t seen = op.window ? std::min(*op.window + op.tokens, length) : length;
         return 2 * seen * op.head_dim;
       });

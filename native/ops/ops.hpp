@@ -77,8 +77,8 @@ struct Append {
 };
 void run(ThreadPool& pool, std::span<const Append> ops);
 
-// Causal attention of the last `tokens` of the cached positions. heads / kv_heads query heads share
-// a key-value head.
+// Causal attention of the last `tokens` of the cached positions, which see all earlier ones too.
+// heads / kv_heads query heads share a key-value head.
 struct Attention {
   const float* queries;  // (tokens, heads, head_dim), tokens `token_stride` apart
   std::size_t tokens;    // at most cache.length
@@ -89,6 +89,7 @@ struct Attention {
   CachedPositions cache;
   std::optional<std::size_t> window;  // positions that a token sees, with its own; at least 1
   float* out;                         // (tokens, heads, head_dim)
+  std::span<const CachedPositions> earlier = {};  // positions before, of the same type
 };
 void run(ThreadPool& pool, std::span<const Attention> ops);
 

@@ -147,6 +147,8 @@ def _engine(name: str, device: str, own: _OwnOptions, *, check: bool) -> Engine:
         if device != "cpu":
             raise ValueError(f"--engine entrollm runs on the CPU alone; leave it out for --device {device}")
         memory = read_memory(own.memory)
+        if own.speculate == "mtp":
+            raise ValueError("serve guesses by --speculate ngram or --draft MODEL; --speculate mtp is an option of run")
         speculate = open_speculation(own.speculate, own.draft, threads=own.threads, memory=memory, check=check)
         return CpuEngine(own.threads, memory, check, own.cache_type, speculate)
     for field in fields(own):

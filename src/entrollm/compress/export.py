@@ -92,7 +92,7 @@ def export(
             with ShardWriter(path, ordinary=True) as writer:
                 for name in shard:
                     own = members.get(name, ())
-                    chunks = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
+                    chunks: Iterator[NDArray[Any]] = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
                     if name in restored:
                         chunks = restored[name].chunks(pool)
                     writer.add_plain(name, types[name], shapes[name], chunks)
