@@ -23,6 +23,7 @@ from entrollm.serve.keys import Keys
 from entrollm.serve.output.choose import choose
 from entrollm.serve.served import ServedModel
 from entrollm.serve.slots import Slots
+from entrollm.serve.trim import limit_arenas
 
 # Connections beyond these are refused at once.
 _MAX_CONNECTIONS = 512
@@ -104,6 +105,7 @@ def serve(
         OSError: the address cannot be listened on.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    limit_arenas()
     listening = listen(*address)
     service = Service(models, settings, keys)
     config = uvicorn.Config(
