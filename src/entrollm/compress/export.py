@@ -92,9 +92,11 @@ def export(
             with ShardWriter(path, ordinary=True) as writer:
                 for name in shard:
                     own = members.get(name, ())
-                    chunks: Iterator[NDArray[Any]] = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
+                    chunks: Iterator[NDArray[Any]]
                     if name in restored:
                         chunks = restored[name].chunks(pool)
+                    else:
+                        chunks = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
                     writer.add_plain(name, types[name], shapes[name], chunks)
                     names[name] = path.name
                     done += sizes[name]
