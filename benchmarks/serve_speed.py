@@ -3,10 +3,10 @@
 usage: python benchmarks/serve_speed.py OUT [--only PART...] [--rounds N] [--tokens N] [--threads N] [--device D]
            [--peer GGUF] [--json FILE]
 
-Parts: start, run (tokens/s over HTTP against those of the same model in this process, and what an answer takes beyond
-the model's steps), clients (eight against one), prefix (first token of a known prompt against an unknown one), stall
-(time between tokens of a stream while a prompt of 4,000 tokens is read, against that before), mask (a grammar's part of
-a token). --peer measures the server of llama-cpp-python with a GGUF file in the same way, as far as it has the parts.
+Parts: start, clients (eight against one), prefix (first token of a known prompt against an unknown one), stall (time
+between tokens of a stream while a prompt of 4,000 tokens is read, against that before), mask (a grammar's part of a
+token). --peer measures the server of llama-cpp-python with a GGUF file in the same way, as far as it has the parts.
+serve_overhead.py has what HTTP adds to a token.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import selectors
 import signal
 import socket
 import statistics
@@ -33,7 +34,7 @@ from common import finish
 from entrollm import load
 from entrollm.serve.grammar import Grammars
 
-PARTS = ("start", "run", "clients", "prefix", "stall", "mask")
+PARTS = ("start", "clients", "prefix", "stall", "mask")
 WORDS = "the king was in his garden and many ships went over sea that day while old men told tales of war"
 CLIENTS = 8
 LONG = 4000
@@ -59,10 +60,14 @@ class Client:
         self.url = url
         self._named = {} if model is None else {"model": model}
 
-    def stream(self, prompt: str, tokens: int, **more: Any) -> tuple[list[float], int, int]:
+    def body(self, prompt: str, tokens: int) -> dict[str, Any]:
+        """A request for a stream."""
+        asked = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0}
+        return asked | self._named | {"stream_options": {"include_usage": True}}
+
+    def stream(self, prompt: str, tokens: int) -> tuple[list[float], int, int]:
         """When events came, from the request on, and the numbers of tokens of the answer and of the prompt."""
-        body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, **self._named, **more}
-        body["stream_options"] = {"include_usage": True}
+        body = self.body(prompt, tokens)
         started, times, usage = time.perf_counter(), [], {}
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=600) as response:
             for line in response.iter_lines():
@@ -73,24 +78,6 @@ class Client:
                         raise RuntimeError(line)
                     usage = event.get("usage") or usage
         return times, usage.get("completion_tokens", len(times)), usage.get("prompt_tokens", 0)
-
-    def rate(self, prompt: str, tokens: int) -> float:
-        """Tokens per second behind the first, whose time is that of an answer of one token."""
-        (*_, first), _, _ = self.stream(prompt, 1)
-        (*_, last), count, _ = self.stream(prompt, tokens)
-        return (count - 1) / (last - first)
-
-    def outside(self, prompt: str, tokens: int) -> float:
-        """What an answer takes beyond the steps of the model, sampling included, as a share of those."""
-        before, started = self._step_s(), time.perf_counter()
-        self.stream(prompt, tokens)
-        elapsed_s, steps_s = time.perf_counter() - started, self._step_s() - before
-        return elapsed_s / steps_s - 1
-
-    def _step_s(self) -> float:
-        found = re.search(r"^entrollm_step_seconds_total (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
-        assert found
-        return float(found[1])
 
 
 @contextmanager
@@ -129,7 +116,7 @@ def peer(path: Path, threads: int) -> Any:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
-    command += ["--n_threads", str(threads), "--n_threads_batch", str(threads)]
+    command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--interrupt_requests", "false"]
 
     def ready(process: subprocess.Popen[str]) -> str:
         url = f"http://127.0.0.1:{port}"
@@ -146,21 +133,41 @@ def peer(path: Path, threads: int) -> Any:
 
 def clients(client: Client, tokens: int, seed: int) -> dict[str, float]:
     """Tokens per second of one client and of eight, prompts included."""
+    return {
+        "one": together(client, [text(3, 100 * seed)], tokens),
+        "eight": together(client, [text(3, 100 * seed + i) for i in range(CLIENTS)], tokens),
+    }
 
-    def rate(count: int) -> float:
-        made = []
-        threads = [
-            threading.Thread(target=lambda i=i: made.append(client.stream(text(3, 100 * seed + i), tokens)[1]))
-            for i in range(count)
-        ]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(made) / (time.perf_counter() - started)
 
-    return {"one": rate(1), "eight": rate(CLIENTS)}
+def together(client: Client, prompts: Sequence[str], tokens: int) -> float:
+    """Tokens per second of streams side by side, read as bytes so that reading takes next to no time."""
+    host, port = client.url.removeprefix("http://").split(":")
+    found: dict[socket.socket, bytes] = {}
+    started = time.perf_counter()
+    with selectors.DefaultSelector() as selector:
+        for prompt in prompts:
+            body = json.dumps(client.body(prompt, tokens))
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection = socket.create_connection((host, int(port)), timeout=600)
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            found[connection] = b""
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                connection = key.fileobj  # type: ignore[assignment]
+                part = connection.recv(65536)
+                found[connection] += part
+                if not part or b"[DONE]" in found[connection][-64:]:
+                    selector.unregister(connection)
+                    connection.close()
+    elapsed_s = time.perf_counter() - started
+    made = 0
+    for answer in found.values():
+        if b"[DONE]" not in answer:
+            raise RuntimeError(answer[-2000:].decode())
+        counts = re.findall(rb'"completion_tokens": ?(\d+)', answer)
+        made += int(counts[-1]) if counts else answer.count(b"data: {")
+    return made / elapsed_s
 
 
 def prefix(client: Client, seed: int) -> dict[str, float]:
@@ -242,20 +249,10 @@ def measure(context: Any, name: str | None, parts: Sequence[str], arguments: arg
     found: dict[str, Any] = {}
     with context as (url, start_s):
         client = Client(url, name)
-        client.rate("The king", 16)  # whatever is made at the first answer
-        is_compared = "run" in parts and arguments.device == "cpu"
-        model = load(arguments.out, arguments.threads) if is_compared else None
-        if model is not None:
-            model.generate("The king", max_tokens=16, temperature=0.0)
-            time.sleep(2)
+        client.stream("The king", 16)  # whatever is made at the first answer
+        time.sleep(2)
         found["start_s"] = start_s
         for number in range(arguments.rounds):
-            if model is not None:
-                result = model.generate("The king", max_tokens=arguments.tokens, temperature=0.0)
-                found.setdefault("run", []).append(result.tokens_per_second)
-            if "run" in parts:
-                found.setdefault("serve", []).append(client.rate("The king", arguments.tokens))
-                found.setdefault("outside", []).append(client.outside("The king", arguments.tokens))
             if "clients" in parts:
                 for key, value in clients(client, arguments.tokens, number + 1).items():
                     found.setdefault(key, []).append(value)
@@ -272,7 +269,7 @@ def report(title: str, found: dict[str, Any]) -> None:
     print(title)
     for key, values in found.items():
         print(f"  {key:14} {summary(values) if isinstance(values, list) else values}")
-    for above, below in (("serve", "run"), ("eight", "one"), ("cached", "uncached")):
+    for above, below in (("eight", "one"), ("cached", "uncached")):
         if above in found and below in found:
             ratios = [a / b for a, b in zip(found[above], found[below], strict=True)]
             print(f"  {above} / {below}: {summary(ratios)}")

@@ -51,20 +51,22 @@ _SHIFT = re.compile(r"ushr|sshr|shl|sli|sri|usra|ssra|ushl")
 
 @dataclass(frozen=True)
 class Core:
-    """Published widths of a core: instructions, loads, stores and vector operations a cycle."""
+    """Published widths of a core: instructions, loads and vector operations a cycle."""
 
     name: str
     gigahertz: float
     width: int
     loads: int
     isa: str
+    vectors: int = 2
 
 
-# Two vector pipes each, of which one shifts and one multiplies; one store a cycle.
+# Half of the vector pipes are taken to shift, and half to multiply; one store a cycle.
 CORES = (
     Core("Cortex-A57", 1.43, 3, 1, "neon"),
     Core("Cortex-A72", 1.5, 3, 1, "neon"),
     Core("Cortex-A76", 2.4, 4, 2, "neon-dot"),
+    Core("Apple Firestorm", 3.2, 8, 3, "neon-dot", 4),
 )
 
 
@@ -144,9 +146,9 @@ def cycles(counts: Counter[str], core: Core) -> float:
     micro_operations = counts["load"] + counts["store"] + counts["integer"] + counts["vector"]
     return max(
         micro_operations / core.width,
-        counts["vector"] / 2,
-        counts["multiply"],
-        counts["shift"],
+        counts["vector"] / core.vectors,
+        2 * counts["multiply"] / core.vectors,
+        2 * counts["shift"] / core.vectors,
         counts["load"] / core.loads,
         counts["store"],
     )

@@ -19,7 +19,17 @@ from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.flat import pack_flat
 from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
-from gemv import DEVICE, LAUNCHES, SHAPES, SOURCES, commit, graph_times, measure_uncoded, random_symbols
+from gemv import (
+    DEVICE,
+    LAUNCHES,
+    SHAPES,
+    SOURCES,
+    batch_times,
+    commit,
+    graph_times,
+    measure_uncoded,
+    random_symbols,
+)
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 DISTINCT_BYTES = 300 << 20
@@ -43,19 +53,10 @@ def bf16_times(rows: int, columns: int) -> dict[int, float]:
 
 def our_times(matrices: list[Any], weights: Tensor) -> dict[str, Any]:
     """Microseconds by batch, checked against float64, and of decoding to memory."""
-    rows, columns = weights.shape
-    spread = {}
-    errors = []
-    for batch in BATCHES:
-        x = torch.randn(batch, columns, device=DEVICE).bfloat16()
-        expected = x.double() @ weights.T
-        errors.append(float((matrices[0].multiply(x).double() - expected).norm() / expected.norm()))
-        assert errors[-1] < 4e-3, (batch, errors)  # that of outputs in bfloat16
-        times = graph_times(lambda i, x=x: matrices[i].multiply(x), len(matrices))  # type: ignore[misc]
-        spread[batch] = [statistics.median(times), min(times), max(times)]
+    spread, error = batch_times(matrices, weights, BATCHES)
     decode = graph_times(lambda i: matrices[i].dequantize(torch.bfloat16), min(len(matrices), 8))
-    bits = matrices[0].size_bytes * 8 / (rows * columns)
-    return {"bits": bits, "us": spread, "decode_us": statistics.median(decode), "error": max(errors)}
+    bits = matrices[0].size_bytes * 8 / weights.numel()
+    return {"bits": bits, "us": spread, "decode_us": statistics.median(decode), "error": error}
 
 
 def measure(rows: int, columns: int, entropy: float) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import json
 import math
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,28 @@ def graph_times(launch: Callable[[int], None], copies: int) -> list[float]:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000 / copies)
     return times[2:]
+
+
+def batch_times(matrices: list[Any], weights: Tensor, batches: Sequence[int]) -> tuple[dict[int, list[float]], float]:
+    """Median, least and most microseconds of products of bfloat16 by batch, over distinct matrices of equal weights.
+
+    Args:
+        matrices: in GPU memory of their own.
+        weights: float64, what they hold.
+        batches: numbers of vectors.
+    Returns:
+        the times, and the largest relative error against float64.
+    """
+    found, errors = {}, []
+    copies = len(matrices)
+    for batch in batches:
+        x = torch.randn(batch, weights.shape[1], device=DEVICE).bfloat16()
+        expected = x.double() @ weights.T
+        errors.append(float((matrices[0].multiply(x).double() - expected).norm() / expected.norm()))
+        assert errors[-1] < 4e-3, (batch, errors)  # that of outputs in bfloat16
+        times = graph_times(lambda i, x=x: matrices[i % copies].multiply(x), max(copies, LAUNCHES))  # type: ignore[misc]
+        found[batch] = [statistics.median(times), min(times), max(times)]
+    return found, max(errors)
 
 
 def summary(times: list[float]) -> dict[str, float]:

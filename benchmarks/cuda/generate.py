@@ -5,7 +5,7 @@
 
 Both generate with `generate` and a static cache, for which transformers compiles the step with CUDA graphs, and with
 `entrollm.hf.generate`; the time of a prompt of 2,048 tokens comes with it. Weights are random integers of a stated
-entropy; matrices of one shape hold the same ones in memory of their own.
+entropy, or with `--forms lossless` Gaussian bfloat16; matrices of one shape hold the same ones in memory of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from hf_model import measure
 from entrollm.torch.cuda.device_matrix import DeviceMatrix, transcode
 from entrollm.torch.cuda.flat import FlatPart, pack_flat
 from entrollm.torch.cuda.flat_matrix import FlatCudaMatrix
+from entrollm.torch.cuda.lossless import LosslessPart, pack_lossless
+from entrollm.torch.cuda.lossless_matrix import LosslessCudaMatrix
 from entrollm.torch.cuda.matrix import CudaMatrix
 from gemv import DEVICE, commit, gaussian_deviation
 
@@ -59,28 +61,36 @@ SHAPES = (
 
 
 class Coded:
-    """Makes coded or flat matrices: the first of a shape is written, the others are copies of it."""
+    """Makes matrices of a form: the first of a shape is written, the others are copies of it."""
 
-    def __init__(self, entropy: float, is_flat: bool) -> None:
+    def __init__(self, entropy: float, form: str) -> None:
         self._deviation = gaussian_deviation(entropy)
-        self._is_flat = is_flat
-        self._made: dict[tuple[int, int], DeviceMatrix | FlatPart] = {}
+        self._form = form
+        self._made: dict[tuple[int, int], DeviceMatrix | FlatPart | LosslessPart] = {}
         self.bytes = self.weights = 0
 
-    def __call__(self, rows: int, columns: int) -> CudaMatrix | FlatCudaMatrix:
+    def _first(self, rows: int, columns: int) -> DeviceMatrix | FlatPart | LosslessPart:
+        if self._form == "lossless":
+            words = torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE)
+            return pack_lossless("weights", words.normal_(std=columns**-0.5))
+        symbols = torch.empty(rows, columns, dtype=torch.uint8, device=DEVICE)
+        for i in range(0, rows, 8192):
+            part = torch.randn(min(8192, rows - i), columns, device=DEVICE).mul_(self._deviation).round_().add_(128)
+            symbols[i : i + 8192] = part.clamp_(0, 255).to(torch.uint8)
+        scale = torch.full((rows,), columns**-0.5 / self._deviation, device=DEVICE)
+        make = pack_flat if self._form == "flat" else transcode
+        return make("weights", symbols, scale, scale * -128)
+
+    def __call__(self, rows: int, columns: int) -> CudaMatrix | FlatCudaMatrix | LosslessCudaMatrix:
         """A matrix of its own."""
         first = self._made.get((rows, columns))
         if first is None:
-            symbols = torch.empty(rows, columns, dtype=torch.uint8, device=DEVICE)
-            for i in range(0, rows, 8192):
-                part = torch.randn(min(8192, rows - i), columns, device=DEVICE).mul_(self._deviation).round_().add_(128)
-                symbols[i : i + 8192] = part.clamp_(0, 255).to(torch.uint8)
-            scale = torch.full((rows,), columns**-0.5 / self._deviation, device=DEVICE)
-            make = pack_flat if self._is_flat else transcode
-            first = self._made[rows, columns] = make("weights", symbols, scale, scale * -128)
-        matrix: CudaMatrix | FlatCudaMatrix
+            first = self._made[rows, columns] = self._first(rows, columns)
+        matrix: CudaMatrix | FlatCudaMatrix | LosslessCudaMatrix
         if isinstance(first, FlatPart):
             matrix = FlatCudaMatrix([replace(first, data=first.data.clone())], DEVICE)
+        elif isinstance(first, LosslessPart):
+            matrix = LosslessCudaMatrix([replace(first, data=first.data.clone())], DEVICE)
         else:
             chunks = replace(first.chunks, data=first.chunks.data.clone())
             matrix = CudaMatrix([replace(first, chunks=chunks)], DEVICE)
@@ -100,7 +110,7 @@ def run(shape: Shape, entropies: list[float], eager: bool, forms: list[str]) -> 
     baseline = measure(shape.kind, None, eager, shape.sizes())
     print(f"{shape.name}, bfloat16: {_summary(baseline)}", flush=True)
     for entropy, form in itertools.product(entropies, forms):
-        coded = Coded(entropy, form == "flat")
+        coded = Coded(entropy, form)
         ours = measure(shape.kind, coded, eager, shape.sizes())
         ratio, fast, same = (
             ours[way]["tokens_per_s"] / baseline[of]["tokens_per_s"]
@@ -136,7 +146,9 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(shape.name for shape in SHAPES))
     parser.add_argument("--entropies", type=_numbers, default=[2.2], help="of the weights")
     parser.add_argument("--eager", action="store_true", help="time transformers without compilation, too")
-    parser.add_argument("--forms", type=lambda text: text.split(","), default=["coded", "flat"])
+    parser.add_argument(
+        "--forms", type=lambda text: text.split(","), default=["coded", "flat"], help="coded, flat, lossless"
+    )
     parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     arguments = parser.parse_args()
     shapes = [shape for shape in SHAPES if shape.name in arguments.models.split(",")]

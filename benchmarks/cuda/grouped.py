@@ -17,7 +17,7 @@ import torch
 
 from entrollm.format.group_scales import GroupedKind, GroupScales
 from entrollm.torch.cuda.grouped import GroupedCudaMatrix, GroupedFields
-from gemv import DEVICE, DISTINCT_BYTES, LAUNCHES, SHAPES, commit, graph_times, measure_bf16, measure_uncoded, summary
+from gemv import DEVICE, DISTINCT_BYTES, SHAPES, batch_times, commit, graph_times, measure_bf16, measure_uncoded
 
 _K = {"group_scale": "U8", "super_scale": "F16", "group_minimum": "U8", "super_minimum": "F16"}
 FORMS = {
@@ -66,15 +66,7 @@ def measure(bits: int, kind: GroupedKind, rows: int, columns: int) -> dict[str, 
         for _ in range(copies)
     ]
     matrices = [GroupedCudaMatrix.from_fields(part, DEVICE) for part in parts]
-    for batch in BATCHES:
-        x = torch.randn(batch, columns, device=DEVICE).bfloat16()
-        expected = x.double() @ weights.T
-        error = float((single.multiply(x).double() - expected).norm() / expected.norm())
-        assert error < 4e-3, error
-        y = torch.empty(batch, rows, device=DEVICE).bfloat16()
-        products = [matrix.product(batch, x.dtype) for matrix in matrices]
-        times = graph_times(lambda i, x=x, y=y, products=products: products[i % copies](x, y), max(copies, LAUNCHES))
-        found[f"batch {batch}"] = {**summary(times), "error": error}
+    found["us"], found["error"] = batch_times(matrices, weights, BATCHES)
     decode = graph_times(lambda i: matrices[i % copies].dequantize(torch.bfloat16), 5)
     found["decode_us"] = statistics.median(decode)
     return found
@@ -91,8 +83,8 @@ def main() -> None:
         print(f"{rows} x {columns}: bf16 {bf16['median_us']:.2f} us, int4 {int4['median_us']:.2f} us", flush=True)
         for name, (bits, kind) in FORMS.items():
             ours = measure(bits, kind, rows, columns)
-            times = ", ".join(f"{ours[f'batch {batch}']['median_us']:.1f}" for batch in BATCHES)
-            us = ours["batch 1"]["median_us"]
+            times = ", ".join(f"{ours['us'][batch][0]:.1f}" for batch in BATCHES)
+            us = ours["us"][1][0]
             ratios = f"x bf16 {bf16['median_us'] / us:.2f}, x int4 {int4['median_us'] / us:.2f}"
             print(f"  {name}: {ours['bits']:.2f} bits, batches {BATCHES}: {times} us; {ratios}", flush=True)
             print(f"    to memory {ours['decode_us']:.1f} us", flush=True)

@@ -8,8 +8,10 @@
 
 namespace entrollm {
 
-// Activation vectors that one product takes at most.
+// Activation vectors that a flat product takes at most, and those that share the unpacking of a
+// row: more would not leave their digits in the first-level cache.
 inline constexpr std::size_t kMostFlatVectors = 8;
+inline constexpr std::size_t kFlatGroup = 4;
 
 // Rows of one width, 2 to 7 bits, one behind the other.
 struct FlatRows {
@@ -41,8 +43,9 @@ struct FlatKernels {
   void (*unpack)(const std::uint8_t* fields, std::size_t chunks, int bits, std::uint8_t base,
                  std::uint8_t* symbols);
 
-  // The exact products of fields and activations: sums (rows, count).
-  void (*product)(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums);
+  // The exact products of fields and at most kFlatGroup vectors, to sums[row * stride + vector].
+  void (*product)(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums,
+                  std::size_t stride);
 
   // Adds the products of `rows` rows' differences with `count` whole activation vectors, given as
   // (columns, count), to sums (rows, count). Counts are those of FlatVectors.

@@ -13,6 +13,18 @@ enum class CacheType : std::uint8_t { kFloat32, kFloat16, kInt8 };
 
 // The number of query rows that share one pass over the keys and values.
 inline constexpr std::size_t kAttentionRows = 8;
+// Positions whose keys, values and scores stay in a cache while all rows of a tile use them.
+inline constexpr std::size_t kPositionsAtOnce = 256;
+
+// Keys and values of consecutive positions of a head.
+struct PositionRun {
+  std::size_t count;
+  const void* keys;           // (head_dim, count)
+  std::size_t key_stride;     // elements from a feature of the keys to the next
+  const void* values;         // (count, head_dim)
+  const float* key_scales;    // (count); null unless kInt8
+  const float* value_scales;  // likewise
+};
 
 struct AttentionTile {
   std::size_t rows;  // 1 to kAttentionRows
@@ -23,17 +35,15 @@ struct AttentionTile {
   std::size_t head_dim;
   float scale;  // of the scores
   CacheType type;
-  const void* keys;           // (head_dim, positions)
-  std::size_t key_stride;     // elements from a feature of the keys to the next
-  const void* values;         // (positions, head_dim)
-  const float* key_scales;    // (positions); null unless kInt8
-  const float* value_scales;  // likewise
-  float* scratch;             // attention_scratch() floats
+  const PositionRun*
+      runs;               // one behind the other; results are those of a single run if all but the
+  std::size_t run_count;  // last are multiples of kPositionsAtOnce
+  float* scratch;         // attention_scratch() floats
 };
 
-// The number of floats of scratch for a tile whose rows see a range of `positions` positions.
-constexpr std::size_t attention_scratch(std::size_t positions, std::size_t head_dim) {
-  return kAttentionRows * ((positions + 15) / 16 * 16 + 2 * head_dim);
+// The number of floats of scratch for a tile.
+constexpr std::size_t attention_scratch(std::size_t head_dim) {
+  return kAttentionRows * (kPositionsAtOnce + 2 * head_dim);
 }
 
 // Computes results from the exact sums of some rows with eight activation vectors.

@@ -26,7 +26,10 @@ constexpr bool is_grouped_size(std::size_t columns) {
   return columns == 8 || columns == 16 || columns == 32 || (columns != 0 && columns % 64 == 0);
 }
 
-// Rows of one width, 2 to 8 bits, one behind the other.
+// Entries of a table that fields look symbols up in.
+inline constexpr std::size_t kGroupedTable = 16;
+
+// Rows of one width, 2 to 8 bits, one behind the other. With a table, the width is 3 or 4.
 struct GroupedRows {
   const std::uint8_t* fields;
   std::size_t rows;
@@ -34,6 +37,8 @@ struct GroupedRows {
   std::size_t first_chunk;  // of the row, a multiple of kGroupedRun
   std::size_t chunks;
   int bits;
+  const std::uint8_t* table;  // the symbols of the fields; null if they are the symbols
+  int symbol_bits;            // that no symbol of the table exceeds; the width without a table
   std::size_t group_columns;  // is_grouped_size
   const float* scales;        // (rows, scale_stride): those of all groups of a row
   std::size_t scale_stride;
@@ -83,9 +88,15 @@ struct GroupedSums {
   std::size_t sums_stride;  // groups and zeros up to a whole number of lanes
 };
 
+using ReorderDigits = void (*)(std::int8_t* digits, std::size_t count);
+
 struct GroupedKernels {
+  // Puts the digits of `count` times kVector columns of a vector, high ones first, into the order
+  // in which product() reads them; null if that is the order of columns.
+  ReorderDigits reorder;
+
   // Adds the products of rows with 1, 2, 4 or 8 vectors to lanes (rows, count, kGroupedLanes). The
-  // digits are those of the first chunk on.
+  // digits are those of the first chunk on, reordered.
   void (*product)(const GroupedRows& rows, const FlatVectors& x, float* lanes);
 
   // The totals of `batch` vectors, at most sums.vectors: (rows, batch). Each is the total of its

@@ -140,6 +140,7 @@ struct EncodeKernels {
 };
 
 extern const EncodeKernels kScalarEncodeKernels;
+extern const EncodeKernels kAvx2EncodeKernels;
 
 struct Kernels {
   const char* name;

@@ -2,6 +2,8 @@
 
 #include <memory>
 #include <stdexcept>
+#include <vector>
+
 namespace entrollm {
 namespace {
 
@@ -78,11 +80,7 @@ void AttentionBlock::run(ThreadPool& pool, const float* x, std::size_t rows,
   qkv_.run(pool, entered, rows, qkv.get());
   prepare_queries(pool, qkv.get(), rows, angles);
   const Buffer mixed = new_buffer(rows * wide);
-  std::size_t row = 0;
-  for (const SequenceCache& sequence : sequences) {
-    attend(pool, qkv.get() + row * shape_.width(), sequence, mixed.get() + row * wide);
-    row += sequence.tokens;
-  }
+  attend(pool, qkv.get(), sequences, mixed.get());
   output_.run(pool, mixed.get(), rows, y);
   leave(pool, surroundings_, x, rows, features(), y);
 }
@@ -115,15 +113,21 @@ void AttentionBlock::prepare_queries(ThreadPool& pool, float* qkv, std::size_t r
   }
 }
 
-void AttentionBlock::attend(ThreadPool& pool, const float* qkv, const SequenceCache& sequence,
-                            float* out) const {
-  const std::size_t width = shape_.width(), dim = shape_.head_dim;
-  const float* keys = qkv + shape_.heads * dim;
-  const float* values = qkv + shape_.rotated();
-  ::entrollm::run(
-      pool, Append{keys, values, sequence.tokens, width, shape_.kv_heads, dim, sequence.cache});
-  ::entrollm::run(pool, Attention{qkv, sequence.tokens, width, shape_.heads, dim, shape_.kv_heads,
-                                  sequence.cache, sequence.window, out});
+void AttentionBlock::attend(ThreadPool& pool, const float* qkv,
+                            std::span<const SequenceCache> sequences, float* out) const {
+  const std::size_t width = shape_.width(), dim = shape_.head_dim, heads = shape_.heads;
+  std::vector<Append> appends;
+  std::vector<Attention> attentions;
+  for (const auto& [tokens, cache, window, earlier] : sequences) {
+    appends.push_back(
+        {qkv + heads * dim, qkv + shape_.rotated(), tokens, width, shape_.kv_heads, dim, cache});
+    attentions.push_back(
+        {qkv, tokens, width, heads, dim, shape_.kv_heads, cache, window, out, earlier});
+    qkv += tokens * width;
+    out += tokens * heads * dim;
+  }
+  ::entrollm::run(pool, appends);
+  ::entrollm::run(pool, attentions);
 }
 
 FeedForwardBlock::FeedForwardBlock(const JoinedProduct& up, const JoinedProduct& down,

@@ -51,6 +51,7 @@ struct SequenceCache {
   std::size_t tokens;  // consecutive rows, at least 1
   CachedPositions cache;
   std::optional<std::size_t> window;
+  std::vector<CachedPositions> earlier;
 };
 
 class AttentionBlock {
@@ -71,7 +72,8 @@ class AttentionBlock {
  private:
   void prepare_queries(ThreadPool& pool, float* qkv, std::size_t rows,
                        const RowAngles& angles) const;
-  void attend(ThreadPool& pool, const float* qkv, const SequenceCache& sequence, float* out) const;
+  void attend(ThreadPool& pool, const float* qkv, std::span<const SequenceCache> sequences,
+              float* out) const;
 
   const JoinedProduct& qkv_;
   const JoinedProduct& output_;

@@ -24,6 +24,43 @@ void for_rows(ThreadPool& pool, std::size_t rows, std::size_t cost, Body body) {
   });
 }
 
+// The parts of several operations, one behind the other.
+struct Parts {
+  std::vector<std::size_t> ends;  // of each operation's parts
+  std::size_t cost = 0;           // of all of them
+};
+
+template <class Op, class Count, class Cost>
+Parts parts_of(std::span<const Op> ops, Count count, Cost cost) {
+  Parts parts;
+  std::size_t end = 0;
+  for (const Op& op : ops) {
+    const std::size_t own = count(op);
+    parts.ends.push_back(end += own);
+    parts.cost += own * cost(op);
+  }
+  return parts;
+}
+
+// Calls body(operation, part) for all parts. They differ in cost, so tasks are small.
+template <class Body>
+void for_parts(ThreadPool& pool, const Parts& parts, Body body) {
+  const std::size_t all = parts.ends.empty() ? 0 : parts.ends.back();
+  if (all == 0) return;
+  const bool is_shared = pool.size() > 1 && parts.cost >= kShared;
+  const std::size_t tasks = is_shared ? std::min(all, 16 * pool.size()) : 1;
+  pool.run(tasks, [&](std::size_t task, std::size_t) {
+    std::size_t part = all * task / tasks;
+    const std::size_t end = all * (task + 1) / tasks;
+    auto op = std::upper_bound(parts.ends.begin(), parts.ends.end(), part);
+    for (; part < end; ++part) {
+      while (part == *op) ++op;
+      const std::size_t first = op == parts.ends.begin() ? 0 : *(op - 1);
+      body(static_cast<std::size_t>(op - parts.ends.begin()), part - first);
+    }
+  });
+}
+
 const void* moved(const void* data, CacheType type, std::size_t elements) {
   const std::size_t size = type == CacheType::kFloat32   ? sizeof(float)
                            : type == CacheType::kFloat16 ? sizeof(std::uint16_t)
@@ -35,27 +72,47 @@ const float* moved(const float* scales, std::size_t count) {
   return scales == nullptr ? nullptr : scales + count;
 }
 
+// What a key-value head has of some positions.
+PositionRun run_of(const CachedPositions& cache, std::size_t kv_head) {
+  return {cache.length,
+          moved(cache.keys, cache.type, kv_head * cache.key_head_stride),
+          cache.key_stride,
+          moved(cache.values, cache.type, kv_head * cache.value_head_stride),
+          moved(cache.key_scales, kv_head * cache.scale_head_stride),
+          moved(cache.value_scales, kv_head * cache.scale_head_stride)};
+}
+
+// All positions that attention may see.
+std::size_t length_of(const Attention& op) {
+  std::size_t length = op.cache.length;
+  for (const CachedPositions& each : op.earlier) length += each.length;
+  return length;
+}
+
 // Computes one tile of the queries that share a key-value head: rows [begin, end) of its
 // (tokens, query heads).
 void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, std::size_t end) {
   thread_local std::vector<float> scratch;
+  thread_local std::vector<PositionRun> runs;
   const CachedPositions& cache = op.cache;
+  const std::size_t length = length_of(op);
+  runs.clear();
+  for (const CachedPositions& each : op.earlier) runs.push_back(run_of(each, kv_head));
+  runs.push_back(run_of(cache, kv_head));
   const std::size_t sharing = op.heads / op.kv_heads;  // query heads of a key-value head
   const bool is_spread = cache.type == CacheType::kInt8;
   AttentionTile tile{};
   tile.rows = end - begin;
-  std::size_t first = cache.length;
   for (std::size_t row = begin; row < end; ++row) {
     const std::size_t token = row / sharing;
     const std::size_t head = kv_head * sharing + row % sharing;
-    const std::size_t last = cache.length - op.tokens + token + 1;
+    const std::size_t last = length - op.tokens + token + 1;
     tile.queries[row - begin] = op.queries + token * op.token_stride + head * op.head_dim;
     tile.outputs[row - begin] = op.out + (token * op.heads + head) * op.head_dim;
     tile.firsts[row - begin] = op.window && last > *op.window ? last - *op.window : 0;
     tile.lasts[row - begin] = last;
-    first = std::min(first, tile.firsts[row - begin]);
   }
-  const std::size_t room = attention_scratch(tile.lasts[tile.rows - 1] - first, op.head_dim);
+  const std::size_t room = attention_scratch(op.head_dim);
   scratch.resize(room + (is_spread ? tile.rows * op.head_dim : 0));
   for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
     float* const query = scratch.data() + room + row * op.head_dim;
@@ -66,11 +123,8 @@ void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, st
   tile.head_dim = op.head_dim;
   tile.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(op.head_dim)));
   tile.type = cache.type;
-  tile.keys = moved(cache.keys, cache.type, kv_head * cache.key_head_stride);
-  tile.key_stride = cache.key_stride;
-  tile.values = moved(cache.values, cache.type, kv_head * cache.value_head_stride);
-  tile.key_scales = moved(cache.key_scales, kv_head * cache.scale_head_stride);
-  tile.value_scales = moved(cache.value_scales, kv_head * cache.scale_head_stride);
+  tile.runs = runs.data();
+  tile.run_count = runs.size();
   tile.scratch = scratch.data();
   kernels().floats->attend(tile);
   for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
@@ -159,27 +213,34 @@ void run(ThreadPool& pool, const GatedUnits& op) {
   });
 }
 
-void run(ThreadPool& pool, const Append& op) {
-  for_rows(pool, op.kv_heads, 4 * op.tokens * op.head_dim, [&](std::size_t begin, std::size_t end) {
-    for (std::size_t head = begin; head < end; ++head) append_head(op, head);
-  });
+void run(ThreadPool& pool, std::span<const Append> ops) {
+  const Parts heads = parts_of(
+      ops, [](const Append& op) { return op.kv_heads; },
+      [](const Append& op) { return 4 * op.tokens * op.head_dim; });
+  for_parts(pool, heads, [&](std::size_t op, std::size_t head) { append_head(ops[op], head); });
 }
 
-void run(ThreadPool& pool, const Attention& op) {
-  if (op.heads == 0 || op.tokens == 0) return;
-  const std::size_t rows = op.heads / op.kv_heads * op.tokens;
+void run(ThreadPool& pool, std::span<const Attention> ops) {
+  const auto rows_of = [](const Attention& op) {
+    return op.heads == 0 ? 0 : op.heads / op.kv_heads * op.tokens;
+  };
+  std::size_t all = 0;
+  for (const Attention& op : ops) all += op.kv_heads * rows_of(op);
   // Larger tiles read keys and values less often, and smaller ones give every thread some.
-  const bool is_shared = op.kv_heads * rows >= kAttentionRows * pool.size();
+  const bool is_shared = all >= kAttentionRows * pool.size();
   const std::size_t most = is_shared ? kAttentionRows : kAttentionRows / 2;
-  const std::size_t tiles = (rows + most - 1) / most;
-  const std::size_t length = op.cache.length;
-  const std::size_t seen = op.window ? std::min(*op.window + op.tokens, length) : length;
-  const std::size_t cost = 2 * seen * op.head_dim;
-  for_rows(pool, op.kv_heads * tiles, cost, [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) {
-      const std::size_t first = i % tiles * most;
-      attend_tile(op, i / tiles, first, std::min(rows, first + most));
-    }
+  const auto tiles_of = [&](const Attention& op) { return (rows_of(op) + most - 1) / most; };
+  const Parts tiles = parts_of(
+      ops, [&](const Attention& op) { return op.kv_heads * tiles_of(op); },
+      [](const Attention& op) {
+        const std::size_t length = length_of(op);
+        const std::size_t seen = op.window ? std::min(*op.window + op.tokens, length) : length;
+        return 2 * seen * op.head_dim;
+      });
+  for_parts(pool, tiles, [&](std::size_t number, std::size_t tile) {
+    const Attention& op = ops[number];
+    const std::size_t first = tile % tiles_of(op) * most;
+    attend_tile(op, tile / tiles_of(op), first, std::min(rows_of(op), first + most));
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <optional>
+#include <span>
 
 #include "kernels/float_kernels.hpp"
 #include "threads/pool.hpp"
@@ -74,10 +75,10 @@ struct Append {
   std::size_t head_dim;
   CachedPositions cache;
 };
-void run(ThreadPool& pool, const Append& op);
+void run(ThreadPool& pool, std::span<const Append> ops);
 
-// Causal attention of the last `tokens` of the cached positions. heads / kv_heads query heads share
-// a key-value head.
+// Causal attention of the last `tokens` of the cached positions, which see all earlier ones too.
+// heads / kv_heads query heads share a key-value head.
 struct Attention {
   const float* queries;  // (tokens, heads, head_dim), tokens `token_stride` apart
   std::size_t tokens;    // at most cache.length
@@ -88,7 +89,8 @@ struct Attention {
   CachedPositions cache;
   std::optional<std::size_t> window;  // positions that a token sees, with its own; at least 1
   float* out;                         // (tokens, heads, head_dim)
+  std::span<const CachedPositions> earlier = {};  // positions before, of the same type
 };
-void run(ThreadPool& pool, const Attention& op);
+void run(ThreadPool& pool, std::span<const Attention> ops);
 
 }  // namespace entrollm

@@ -14,7 +14,10 @@ constexpr float kLargest = 32639.0f;
 constexpr std::int32_t kInfinity = 0x7f800000;
 
 // Rows of a task that rounds activations.
-constexpr std::size_t kTaskRows = 16;
+constexpr std::size_t kTaskRows = 4;
+
+// Elements of a batch below which one thread lays them out sooner than several.
+constexpr std::size_t kSharedElements = 8192;
 
 // Columns of one activation vector that lie side by side in a digit group.
 constexpr std::size_t kRun = 4;
@@ -34,6 +37,15 @@ std::size_t interleaved_bytes(const ActivationRows& rows, Activations::Layout la
 // Writes a vector's digits to its place in a digit group, where runs of four lie 64 bytes apart.
 void spread(const std::int8_t* digits, std::size_t count, std::int8_t* out) {
   for (std::size_t i = 0; i < count; i += kRun, out += kVector) std::memcpy(out, digits + i, kRun);
+}
+
+// Writes columns [begin, end) of rows side by side: out is (columns, Rows).
+template <std::size_t Rows>
+void transpose(const std::int16_t* const* rows, std::size_t begin, std::size_t end,
+               std::int16_t* out) {
+  for (std::size_t at = begin; at < end; ++at) {
+    for (std::size_t row = 0; row < Rows; ++row) out[at * Rows + row] = rows[row][at];
+  }
 }
 
 }  // namespace
@@ -59,32 +71,59 @@ Activations::Activations(ThreadPool& pool, const ActivationRows& rows, Layout la
       fill_row(rows, row, {whole_.data() + at, high_.data() + at, low_.data() + at});
     }
   });
-  if (interleaved_.size() != 0) interleave();
+  if (interleaved_.size() != 0) interleave(pool);
 }
 
-void Activations::interleave() {
-  std::int8_t* out = interleaved_.data();
-  for (std::size_t at = 0; at < padded_; at += kVector) {
-    for (std::size_t column = 0; column < columns(); ++column, out += 2 * kVector) {
-      if (column < batch()) {
-        std::memcpy(out, high_.data() + column * padded_ + at, kVector);
-        std::memcpy(out + kVector, low_.data() + column * padded_ + at, kVector);
-      } else {
-        std::memset(out, 0, 2 * kVector);
+// Calls body(begin, end) for ranges of padded columns, which are whole vectors.
+template <class Body>
+void Activations::for_columns(ThreadPool& pool, const Body& body) const {
+  const std::size_t vectors = padded_ / kVector;
+  const std::size_t tasks =
+      batch() * padded_ < kSharedElements ? 1 : std::min(vectors, pool.size());
+  pool.run(tasks, [&](std::size_t task, std::size_t) {
+    body(vectors * task / tasks * kVector, vectors * (task + 1) / tasks * kVector);
+  });
+}
+
+void Activations::interleave(ThreadPool& pool) {
+  for_columns(pool, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t first = 0; first < batch(); first += kFlatGroup) {
+      const std::size_t count = group(first).count;
+      std::int8_t* out = interleaved_.data() + 2 * (first * padded_ + begin * count);
+      for (std::size_t at = begin; at < end; at += kVector) {
+        for (std::size_t column = first; column < first + count; ++column, out += 2 * kVector) {
+          if (column < batch()) {
+            std::memcpy(out, high_.data() + column * padded_ + at, kVector);
+            std::memcpy(out + kVector, low_.data() + column * padded_ + at, kVector);
+          } else {
+            std::memset(out, 0, 2 * kVector);
+          }
+        }
       }
     }
-  }
+  });
 }
 
-void Activations::interleave_whole() {
+void Activations::interleave_whole(ThreadPool& pool) {
   if (columns() == 1 || interleaved_whole_.size() != 0) return;
   interleaved_whole_ = AlignedArray<std::int16_t>(padded_ * columns());
-  std::int16_t* out = interleaved_whole_.data();
-  for (std::size_t at = 0; at < padded_; ++at) {
-    for (std::size_t column = 0; column < columns(); ++column) {
-      *out++ = column < batch() ? whole_.data()[column * padded_ + at] : std::int16_t{0};
-    }
+  const AlignedArray<std::int16_t> zeros(batch() == columns() ? 0 : padded_);
+  std::fill_n(zeros.data(), zeros.size(), std::int16_t{0});
+  const std::int16_t* rows[kMostFlatVectors];
+  for (std::size_t column = 0; column < columns(); ++column) {
+    rows[column] = column < batch() ? whole_.data() + column * padded_ : zeros.data();
   }
+  std::int16_t* const out = interleaved_whole_.data();
+  for_columns(pool, [&](std::size_t begin, std::size_t end) {
+    switch (columns()) {
+      case 2:
+        return transpose<2>(rows, begin, end, out);
+      case 4:
+        return transpose<4>(rows, begin, end, out);
+      default:
+        return transpose<8>(rows, begin, end, out);
+    }
+  });
 }
 
 void Activations::fill_digit_group(const ActivationRows& rows, std::size_t group) {

@@ -1,6 +1,7 @@
 // Activation vectors as balanced base-256 digits, ready for int8 products.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -59,16 +60,21 @@ class Activations {
     return Digits{high_.data() + at, low_.data() + at, whole_.data() + at, sums(row)}.from(column);
   }
 
-  // Of Layout::kSideBySide: 1, 2, 4 or 8 columns, those past the batch being zero, and their
-  // digits; see CascadeRun and FlatVectors.
+  // Of Layout::kSideBySide: 1, 2, 4 or 8 columns, those past the batch being zero.
   std::size_t columns() const { return std::bit_ceil(batch()); }
-  const std::int8_t* interleaved() const { return interleaved_.data(); }
+
+  // Likewise: the vectors from `first` on, a multiple of kFlatGroup, and 1, 2 or 4 columns of their
+  // digits; see CascadeRun too.
+  FlatVectors group(std::size_t first) const {
+    return {interleaved_.data() + first * 2 * padded_,
+            std::bit_ceil(std::min(kFlatGroup, batch() - first))};
+  }
 
   // Likewise, whole: (padded columns, columns()). Null before interleave_whole().
   const std::int16_t* interleaved_whole() const {
     return columns() == 1 ? whole_.data() : interleaved_whole_.data();
   }
-  void interleave_whole();
+  void interleave_whole(ThreadPool& pool);
 
   // Of Layout::kDigitGroups: the groups from `group` on; see kDigitGroup.
   const std::int8_t* digit_groups(std::size_t group) const {
@@ -85,7 +91,9 @@ class Activations {
     std::int8_t* low;
   };
   void fill_row(const ActivationRows& rows, std::size_t row, const Buffers& out);
-  void interleave();
+  void interleave(ThreadPool& pool);
+  template <class Body>
+  void for_columns(ThreadPool& pool, const Body& body) const;
   void fill_digit_group(const ActivationRows& rows, std::size_t group);
   const std::int64_t* sums(std::size_t row) const {
     return sums_.data() + row * (padded_ / kVector + 1);

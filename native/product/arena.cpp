@@ -62,6 +62,16 @@ void unmap_tail(void* tail, std::size_t size) { munmap(tail, size); }
 
 }  // namespace
 
+void want_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t size) {
+#ifdef MADV_HUGEPAGE
+  if (size < kHugeFrom) return;
+  const std::size_t page = page_bytes();
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (begin + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), begin + size - first, MADV_HUGEPAGE);  // a wish
+#endif
+}
+
 // Pages that small arenas have pieces of, until the last of them is gone.
 class SharedPages {
  public:

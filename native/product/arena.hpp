@@ -11,6 +11,9 @@
 
 namespace entrollm {
 
+// Asks the system for huge pages where `size` bytes that nobody has written yet are many.
+void want_huge_pages(void* memory, std::size_t size);
+
 class SharedPages;
 
 // Pages are the system's until they are written, and huge ones where it grants them.

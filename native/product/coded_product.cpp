@@ -32,7 +32,7 @@ std::size_t CodedProduct::run_fused(std::size_t begin, std::size_t end) const {
   auto& sums = thread_buffers().sums;
   sums.resize(rows * x_.columns());
   CascadeRun run = matrix_.cascade_run(begin, end);
-  run.digits = x_.interleaved();
+  run.digits = x_.group(0).digits;
   run.columns = x_.columns();
   const std::size_t done = kernels().cascade_product(run, sums.data());
   if (done != run.row_blocks * run.parts) return begin * run.parts + done;

@@ -68,6 +68,25 @@ FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
   settle(pool);
 }
 
+FlatMatrix::FlatMatrix(ThreadPool& pool, const FlatMatrix& stored)
+    : geometry_(stored.geometry_),
+      scales_(stored.scales_),
+      segment_rows_(stored.segment_rows_),
+      segments_(stored.segments_.size()) {
+  constexpr std::size_t kRounding = 3 * 64;  // pieces begin cache lines
+  std::size_t size = 0;
+  for (const FlatSegment& segment : stored.segments_) {
+    size += segment.rows * row_bytes(segment) + (segment.rows + 1) * sizeof(std::uint32_t) +
+            segment.patches.first[segment.rows] * sizeof(FlatPatch) + kRounding;
+  }
+  arena_.emplace(size);
+  pool.run(segments_.size(), [&](std::size_t i, std::size_t) {
+    const FlatSegment& segment = stored.segments_[i];
+    segments_[i] = copy_segment(segment, row_bytes(segment), *arena_);
+  });
+  settle(pool);
+}
+
 // Moves the segments to where they stay.
 void FlatMatrix::settle(ThreadPool& pool) {
   const std::uint8_t* before = arena_->data();
@@ -128,7 +147,7 @@ void FlatMatrix::place(const FlatStreams& streams) {
   for (FlatSegment& segment : segments_) {
     segment.fields = fields;
     segment.patches = {first, words};
-    fields += segment.rows * flat_row_bytes(chunks(), segment.bits);
+    fields += segment.rows * row_bytes(segment);
     std::size_t at = 0;
     for (std::size_t row = 0; row < segment.rows; ++row) {
       *first++ = static_cast<std::uint32_t>(at);
@@ -175,8 +194,8 @@ void FlatMatrix::unpack(std::size_t first, std::size_t count, std::uint8_t* out)
   const FlatSegment& segment = segments_[first / segment_rows_];
   const std::size_t row = first % segment_rows_;
   const std::size_t padded = geometry_.padded_columns();
-  kernels().flat->unpack(segment.fields + row * flat_row_bytes(chunks(), segment.bits),
-                         count * chunks(), segment.bits, segment.base, out);
+  kernels().flat->unpack(segment.fields + row * row_bytes(segment), count * chunks(), segment.bits,
+                         segment.base, out);
   const FlatPatches& patches = segment.patches;
   for (std::size_t i = 0; i < count; ++i, out += padded) {
     std::size_t column = 0;

@@ -1,6 +1,6 @@
 // A matrix in the flat form: fields of one width for each segment of rows, and patches where a
-// weight lies outside. It is read in place from its stored bytes, or transcoded from a coded
-// matrix, whose integers, products and rows it then has.
+// weight lies outside. It is read in place from its stored bytes or from a copy of them, or
+// transcoded from a coded matrix, whose integers, products and rows it then has.
 #pragma once
 
 #include <array>
@@ -38,6 +38,10 @@ class FlatMatrix {
   // outside of its row.
   FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams, Scales scales);
 
+  // Copies a matrix to memory of its own, where it has huge pages; the scales must outlive the
+  // copy.
+  FlatMatrix(ThreadPool& pool, const FlatMatrix& stored);
+
   const Geometry& geometry() const { return geometry_; }
   const Scales& scales() const { return scales_; }
   std::size_t chunks() const { return geometry_.padded_columns() / kVector; }
@@ -63,6 +67,9 @@ class FlatMatrix {
   void dequantize(ThreadPool& pool, std::span<const std::int64_t> rows, float* out) const;
 
  private:
+  std::size_t row_bytes(const FlatSegment& segment) const {
+    return flat_row_bytes(chunks(), segment.bits);
+  }
   void settle(ThreadPool& pool);
   void place(const FlatStreams& streams);
   std::size_t check_row(const FlatPatch* words, std::size_t size) const;
@@ -70,7 +77,7 @@ class FlatMatrix {
   Geometry geometry_;
   Scales scales_;
   std::size_t segment_rows_;
-  std::optional<Arena> arena_;        // of a transcoded matrix
+  std::optional<Arena> arena_;        // of a transcoded matrix or a copy
   std::vector<std::uint32_t> first_;  // where the patches of stored rows begin in their segment
   std::vector<FlatSegment> segments_;
 };

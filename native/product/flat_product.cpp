@@ -60,9 +60,13 @@ void FlatProduct::run_few(const Run& run) const {
     add_bytes(run, sums);
   } else {
     const std::size_t row_bytes = flat_row_bytes(matrix_.chunks(), segment.bits);
+    const FlatRows rows{segment.fields + run.row * row_bytes, run.count, matrix_.chunks(),
+                        segment.bits};
     fetch_patches(run);
-    flat.product({segment.fields + run.row * row_bytes, run.count, matrix_.chunks(), segment.bits},
-                 {x_.interleaved(), columns}, sums);
+    if (columns > kFlatGroup) std::fill_n(sums, run.count * columns, std::int64_t{0});
+    for (std::size_t first = 0; first < x_.batch(); first += kFlatGroup) {
+      flat.product(rows, x_.group(first), sums + first, columns);
+    }
     FlatPatches patches = segment.patches;
     patches.first += run.row;
     flat.add_patches(patches, run.count, x_.interleaved_whole(), columns, sums);

@@ -19,9 +19,9 @@ std::uint8_t* allocate(Arena& arena, std::size_t size) {
 }
 
 template <class T>
-const T* store(Arena& arena, const std::vector<T>& values) {
-  std::uint8_t* to = allocate(arena, values.size() * sizeof(T));
-  if (!values.empty()) std::memcpy(to, values.data(), values.size() * sizeof(T));
+const T* store(Arena& arena, const T* values, std::size_t count) {
+  std::uint8_t* to = allocate(arena, count * sizeof(T));
+  if (count != 0) std::memcpy(to, values, count * sizeof(T));
   return reinterpret_cast<const T*>(to);
 }
 
@@ -61,8 +61,9 @@ FlatSegment Transcoder::transcode(std::size_t rows, std::size_t columns, Arena& 
   const std::size_t row_bytes = flat_row_bytes(chunks, window.bits);
   std::uint8_t* fields = allocate(arena, rows * row_bytes);
   kernels().flat->pack(symbols_.data(), rows * chunks, window.bits, window.base, fields);
-  const std::uint32_t* first = store(arena, first_);
-  return {rows, window.bits, window.base, fields, {first, store(arena, patches_)}};
+  const std::uint32_t* first = store(arena, first_.data(), first_.size());
+  const FlatPatch* words = store(arena, patches_.data(), patches_.size());
+  return {rows, window.bits, window.base, fields, {first, words}};
 }
 
 void Transcoder::find_patches(std::size_t rows, std::size_t columns, const FlatWindow& window) {
@@ -75,6 +76,16 @@ void Transcoder::find_patches(std::size_t rows, std::size_t columns, const FlatW
     if (window.bits < kMaxFlatBits) append_patches(symbols, padded, window, patches_);
     first_.push_back(static_cast<std::uint32_t>(patches_.size()));
   }
+}
+
+FlatSegment copy_segment(const FlatSegment& segment, std::size_t row_bytes, Arena& arena) {
+  FlatSegment copy = segment;
+  const FlatPatches& patches = segment.patches;
+  copy.fields = store(arena, segment.fields, segment.rows * row_bytes);
+  // Behind fields, where kernels read a few bytes more, there is something always.
+  copy.patches.first = store(arena, patches.first, segment.rows + 1);
+  copy.patches.words = store(arena, patches.words, patches.first[segment.rows]);
+  return copy;
 }
 
 Transcoder& thread_transcoder() {

@@ -16,6 +16,9 @@ namespace entrollm {
 // segments get whose patches would take more.
 std::size_t most_flat_bytes(const Geometry& geometry, std::size_t segment_rows);
 
+// Copies a segment of `row_bytes` bytes of fields a row to the arena.
+FlatSegment copy_segment(const FlatSegment& segment, std::size_t row_bytes, Arena& arena);
+
 // A thread's buffers for one segment at a time.
 class Transcoder {
  public:

@@ -34,16 +34,34 @@ std::size_t group_count(const Geometry& geometry, std::size_t size) {
   return (geometry.columns - 1) / size + 1;
 }
 
-int width_of(const Code& code) {
-  unsigned largest = 0;
+// The symbols that a code can have, in order.
+std::vector<std::uint8_t> symbols_of(const Code& code) {
+  std::array<bool, 256> found{};
   for (const Node& node : code.nodes()) {
-    if (node.bits == 8) return 8;
-    const auto* end = node.table.data() + (std::size_t{1} << node.bits);
-    largest = std::max<unsigned>(largest, *std::max_element(node.table.data(), end));
+    if (node.kind == NodeKind::kSplit) continue;
+    if (node.bits == 8) {
+      found.fill(true);
+      break;
+    }
+    const std::size_t count = (std::size_t{1} << node.bits) - (node.left >= 0 ? 1 : 0);
+    for (std::size_t i = 0; i < count; ++i) {
+      for (unsigned low = 0; low < 1u << code.low_bits(); ++low) found[node.table[i] | low] = true;
+    }
   }
-  largest |= (1u << code.low_bits()) - 1;
-  return std::max(kMinFlatBits, static_cast<int>(std::bit_width(largest)));
+  std::vector<std::uint8_t> symbols;
+  for (std::size_t symbol = 0; symbol < found.size(); ++symbol) {
+    if (found[symbol]) symbols.push_back(static_cast<std::uint8_t>(symbol));
+  }
+  return symbols;
 }
+
+int width_of(std::size_t largest, int least) {
+  return std::max(least, static_cast<int>(std::bit_width(largest)));
+}
+
+// Kernels look symbols up by fields of 3 or 4 bits.
+constexpr int kLeastTableBits = 3;
+static_assert(kGroupedTable == 16);
 
 }  // namespace
 
@@ -61,7 +79,16 @@ GroupedMatrix::GroupedMatrix(const CodedMatrix& coded, const GroupScales& scales
 void GroupedMatrix::flatten(ThreadPool& pool) {
   if (!can_flatten() || is_flat()) return;
   const Geometry& geometry = coded_.geometry();
-  const int bits = width_of(coded_.code());
+  const std::vector<std::uint8_t> symbols = symbols_of(coded_.code());
+  symbol_bits_ = width_of(symbols.back(), kMinFlatBits);
+  const int numbered = width_of(symbols.size() - 1, kLeastTableBits);
+  has_table_ = symbols.size() <= kGroupedTable && numbered < symbol_bits_;
+  const int bits = has_table_ ? numbered : symbol_bits_;
+  std::array<std::uint8_t, 256> numbers{};
+  for (std::size_t i = 0; has_table_ && i < symbols.size(); ++i) {
+    table_[i] = symbols[i];
+    numbers[symbols[i]] = static_cast<std::uint8_t>(i);
+  }
   const std::size_t chunks = geometry.padded_columns() / kVector;
   row_bytes_ = flat_row_bytes(chunks, bits);
   Arena arena(geometry.rows * row_bytes_ + kVector);
@@ -73,8 +100,14 @@ void GroupedMatrix::flatten(ThreadPool& pool) {
     const std::size_t begin = task * step;
     const std::size_t end = std::min(geometry.row_blocks(), begin + step);
     const std::size_t bad = coded_.for_blocks(begin, end, [&](const DecodedBlock& block) {
+      std::array<std::uint8_t, kMaxBlockColumns> numbered_row;
       for (std::size_t row = 0; row < block.rows; ++row) {
-        kernels().flat->pack(block.symbols + row * block.columns, block.columns / kVector, bits, 0,
+        const std::uint8_t* from = block.symbols + row * block.columns;
+        if (has_table_) {
+          for (std::size_t i = 0; i < block.columns; ++i) numbered_row[i] = numbers[from[i]];
+          from = numbered_row.data();
+        }
+        kernels().flat->pack(from, block.columns / kVector, bits, 0,
                              fields + (block.first_row + row) * row_bytes_ +
                                  flat_row_bytes(block.first_column / kVector, bits));
       }
@@ -139,6 +172,9 @@ class GroupedVectors {
           std::memset(out, 0, 2 * kVector);
         }
       }
+    }
+    if (kernels().grouped->reorder != nullptr) {
+      kernels().grouped->reorder(digits.data(), chunks_ * count);
     }
     digits_.push_back(std::move(digits));
   }
@@ -207,6 +243,8 @@ class GroupedProduct {
             first_chunk,
             chunks,
             bits,
+            matrix_.is_flat() ? matrix_.table() : nullptr,
+            matrix_.is_flat() ? matrix_.symbol_bits() : bits,
             matrix_.scales().size,
             scratch().scale.data(),
             matrix_.scales().terms.groups};

@@ -1,6 +1,7 @@
 // Matrices whose scales belong to groups of columns, and their products.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -28,8 +29,9 @@ class GroupedMatrix {
   // Throws std::invalid_argument when the scales do not fit the matrix.
   GroupedMatrix(const CodedMatrix& coded, const GroupScales& scales);
 
-  // Transcodes to fields of one width; does nothing where the product would not use them. Throws
-  // CorruptBlock when a block does not decode.
+  // Transcodes to fields of one width, or to numbers of at most 16 symbols if those are narrower;
+  // does nothing where the product would not use them. Throws CorruptBlock when a block does not
+  // decode.
   void flatten(ThreadPool& pool);
 
   // Whether the kernels of group scales take the matrix. Blocks must end where runs do.
@@ -45,6 +47,9 @@ class GroupedMatrix {
   const Geometry& geometry() const { return coded().geometry(); }
   const GroupScales& scales() const { return scales_; }
   int bits() const { return bits_; }
+  int symbol_bits() const { return symbol_bits_; }
+  // The symbols by number; null if fields are symbols.
+  const std::uint8_t* table() const { return has_table_ ? table_.data() : nullptr; }
   const std::uint8_t* fields() const { return fields_begin_; }
   std::size_t row_bytes() const { return row_bytes_; }
 
@@ -52,6 +57,9 @@ class GroupedMatrix {
   const CodedMatrix& coded_;
   GroupScales scales_;
   int bits_ = 0;  // 0 while coded
+  int symbol_bits_ = 0;
+  bool has_table_ = false;
+  std::array<std::uint8_t, kGroupedTable> table_{};
   std::size_t row_bytes_ = 0;
   std::optional<Arena> fields_;
   const std::uint8_t* fields_begin_ = nullptr;

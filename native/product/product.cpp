@@ -48,7 +48,7 @@ class SharedActivations {
       if (!own) shared_ = &made_.back();
     }
     Activations& found = own ? made_.back() : *shared_;
-    if (is_flat && layout() == Activations::Layout::kSideBySide) found.interleave_whole();
+    if (is_flat && layout() == Activations::Layout::kSideBySide) found.interleave_whole(pool_);
     return found;
   }
 

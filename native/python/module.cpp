@@ -63,6 +63,15 @@ std::unique_ptr<PyFlatMatrix> transcode(const PyMatrix& coded, ThreadPool& pool)
       new PyFlatMatrix{{}, {}, coded.scale, coded.offset, coded.column_scale, make()});
 }
 
+std::unique_ptr<PyFlatMatrix> copy_flat(const PyFlatMatrix& stored, ThreadPool& pool) {
+  const auto make = [&] {
+    const nb::gil_scoped_release release;
+    return FlatMatrix(pool, stored.matrix);
+  };
+  return std::unique_ptr<PyFlatMatrix>(
+      new PyFlatMatrix{{}, {}, stored.scale, stored.offset, stored.column_scale, make()});
+}
+
 std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shape,
                                         std::size_t segment_rows, Vector<std::uint16_t> windows,
                                         Vector<std::uint8_t> fields, Vector<std::uint8_t> patches,
@@ -210,6 +219,8 @@ NB_MODULE(_core, m) {
       .def(nb::new_(&transcode), "coded"_a, "pool"_a)
       .def_static("open", &open_flat, "shape"_a, "segment_rows"_a, "windows"_a, "fields"_a,
                   "patches"_a, "row_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
+      .def("copy", &copy_flat, "pool"_a)
+      .def_prop_ro("is_in_place", [](const PyFlatMatrix& self) { return self.fields.has_value(); })
       .def_prop_ro("size_bytes", [](const PyFlatMatrix& self) { return self.matrix.size_bytes(); })
       .def_prop_ro("patches", [](const PyFlatMatrix& self) { return self.matrix.patches(); })
       .def_prop_ro("rows_by_bits",

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 
+#include "product/arena.hpp"
+
 namespace entrollm {
 
 template <class T>
@@ -18,7 +20,9 @@ using Matrix =
 // Memory for `size` elements of a new array, which the caller fills.
 template <class T>
 T* allocate(std::size_t size) {
-  return new T[size == 0 ? 1 : size];
+  T* data = new T[size == 0 ? 1 : size];
+  want_huge_pages(data, size * sizeof(T));
+  return data;
 }
 
 // A new array that owns memory from allocate().

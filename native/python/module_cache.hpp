@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "ops/ops.hpp"
 
@@ -71,6 +73,24 @@ CachedPositions cached_positions(const Cached& keys, const Cached& values,
     cache.scale_head_stride = stride(*scales, 1);
   }
   return cache;
+}
+
+// Keys, values and scales of positions before others.
+template <class Cached, class Scales>
+using Earlier = std::vector<std::tuple<Cached, Cached, std::optional<Scales>>>;
+
+// Runs of positions before those of `cache`, whose keys are `keys`.
+template <class Cached, class Scales>
+std::vector<CachedPositions> earlier_positions(const Earlier<Cached, Scales>& earlier,
+                                               const CachedPositions& cache, const Cached& keys) {
+  std::vector<CachedPositions> runs;
+  for (const auto& [their_keys, their_values, their_scales] : earlier) {
+    runs.push_back(cached_positions(their_keys, their_values, their_scales));
+    require(runs.back().type == cache.type && their_keys.shape(0) == keys.shape(0) &&
+                their_keys.shape(1) == keys.shape(1),
+            "earlier keys and values do not fit the others");
+  }
+  return runs;
 }
 
 }  // namespace entrollm

@@ -29,9 +29,9 @@ using Rows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Cached = nb::ndarray<nb::ndim<3>, nb::device::cpu>;
 using Scales = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 
-// Tokens, keys, values, window and scales of a sequence.
-using Sequence =
-    std::tuple<std::size_t, Cached, Cached, std::optional<std::size_t>, std::optional<Scales>>;
+// Tokens, keys, values, window and scales of a sequence, and the positions before.
+using Sequence = std::tuple<std::size_t, Cached, Cached, std::optional<std::size_t>,
+                            std::optional<Scales>, Earlier<Cached, Scales>>;
 
 std::span<const float> span_of(const Weight& weight) {
   return weight ? view(*weight) : std::span<const float>();
@@ -116,13 +116,13 @@ std::unique_ptr<PyFeedForwardBlock> make_feed_forward(nb::object up, nb::object 
 }
 
 SequenceCache checked(const AttentionShape& shape, const Sequence& sequence) {
-  const auto& [tokens, keys, values, window, scales] = sequence;
+  const auto& [tokens, keys, values, window, scales, earlier] = sequence;
   const CachedPositions cache = cached_positions(keys, values, scales);
   require(tokens > 0 && tokens <= cache.length, "a sequence has fewer positions than new tokens");
   require(keys.shape(0) == shape.kv_heads && keys.shape(1) == shape.head_dim,
           "keys and values do not fit the heads");
   require(!window || *window > 0, "a window has at least one position");
-  return {tokens, cache, window};
+  return {tokens, cache, window, earlier_positions(earlier, cache, keys)};
 }
 
 RowAngles checked(const AttentionShape& shape, std::size_t rows, const std::optional<Rows>& cosines,

@@ -32,7 +32,7 @@ struct PyMatrix {
   CodedMatrix matrix;
 };
 
-// A transcoded matrix has streams of its own and shares the scales of the coded one.
+// A transcoded matrix or a copy has streams of its own and shares the scales of the first one.
 struct PyFlatMatrix {
   std::optional<Vector<std::uint8_t>> fields;
   std::optional<Vector<std::uint8_t>> patches;

@@ -1,9 +1,12 @@
 // The part of entrollm._core that binds native/ops. Arrays are checked here, and only here.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "ops/ops.hpp"
 #include "python/module_arrays.hpp"
@@ -63,12 +66,14 @@ nb::ndarray<nb::numpy, float> gated(Matrix<float> gate_up, ThreadPool& pool, Gat
 
 nb::ndarray<nb::numpy, float> attention(Heads queries, Cached keys, Cached values,
                                         std::optional<std::size_t> window, ThreadPool& pool,
-                                        const std::optional<Heads>& scales) {
+                                        const std::optional<Heads>& scales,
+                                        const Earlier<Cached, Heads>& earlier) {
   const std::size_t tokens = queries.shape(0);
   const std::size_t heads = queries.shape(1);
   const std::size_t kv_heads = keys.shape(0);
   const std::size_t head_dim = keys.shape(1);
   const CachedPositions cache = cached_positions(keys, values, scales);
+  const std::vector<CachedPositions> before = earlier_positions(earlier, cache, keys);
   require(is_packed(queries), "heads should lie one behind the other");
   require(queries.shape(2) == head_dim && head_dim > 0,
           "queries, keys and values have other numbers of features");
@@ -78,10 +83,11 @@ nb::ndarray<nb::numpy, float> attention(Heads queries, Cached keys, Cached value
   const std::size_t shape[2] = {tokens, heads * head_dim};
   float* out = allocate<float>(shape[0] * shape[1]);
   auto result = own(out, shape);
-  const Attention op{queries.data(), tokens, stride(queries, 0), heads, head_dim, kv_heads, cache,
-                     window,         out};
+  const Attention op{
+      queries.data(), tokens, stride(queries, 0), heads, head_dim, kv_heads, cache, window, out,
+      before};
   const nb::gil_scoped_release release;
-  run(pool, op);
+  run(pool, std::span(&op, 1));
   return result;
 }
 
@@ -100,7 +106,7 @@ void append(Heads new_keys, Heads new_values, Written keys, Written values,
   const Append op{
       new_keys.data(), new_values.data(), tokens, stride(new_keys, 0), kv_heads, dim, cache};
   const nb::gil_scoped_release release;
-  run(pool, op);
+  run(pool, std::span(&op, 1));
 }
 
 }  // namespace
@@ -117,7 +123,8 @@ void bind_ops(nb::module_& m) {
       [](Matrix<float> gate_up, ThreadPool& pool) { return gated(gate_up, pool, Gate::kGelu); },
       "gate_up"_a, "pool"_a);
   m.def("attention", &attention, "queries"_a, "keys"_a.noconvert(), "values"_a.noconvert(),
-        "window"_a.none(), "pool"_a, "scales"_a.none() = nb::none());
+        "window"_a.none(), "pool"_a, "scales"_a.none() = nb::none(),
+        "earlier"_a.noconvert() = Earlier<Cached, Heads>());
   m.def("append", &append, "new_keys"_a, "new_values"_a, "keys"_a.noconvert(),
         "values"_a.noconvert(), "scales"_a.none().noconvert(), "pool"_a);
 }

@@ -49,6 +49,7 @@ class FlatMatrix:
     """A matrix in the flat form: a coded one transcoded to memory of its own, or one that is stored in this form.
 
     Attributes:
+        is_in_place: whether it is read from the arrays that it was opened with.
         size_bytes: memory of its own.
         patches: how many corrections there are of weights outside of their segment's fields.
         rows_by_bits: how many rows have fields of each width.
@@ -67,6 +68,11 @@ class FlatMatrix:
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
     ) -> FlatMatrix: ...
+    def copy(self, pool: ThreadPool) -> FlatMatrix:
+        """The same matrix in memory of its own, in huge pages where the system grants them."""
+
+    @property
+    def is_in_place(self) -> bool: ...
     @property
     def size_bytes(self) -> int: ...
     @property
@@ -172,6 +178,9 @@ def swiglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32
 def geglu(gate_up: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]:
     """gelu(gate) * up, with the approximation of gelu by a hyperbolic tangent; otherwise as swiglu."""
 
+_Run = tuple[NDArray[Any], NDArray[Any], NDArray[np.float32] | None]
+_Positions = tuple[int, NDArray[Any], NDArray[Any], int | None, NDArray[np.float32] | None, Sequence[_Run]]
+
 def attention(
     queries: NDArray[np.float32],
     keys: NDArray[Any],
@@ -179,6 +188,7 @@ def attention(
     window: int | None,
     pool: ThreadPool,
     scales: NDArray[np.float32] | None = None,
+    earlier: Sequence[_Run] = (),
 ) -> NDArray[np.float32]:
     """Causal attention with grouped heads.
 
@@ -188,6 +198,8 @@ def attention(
         values: (kv_heads, length, head_dim), of the same type.
         window: how many positions back, itself included, a query sees; None for all.
         scales: of int8 keys and of values, (2, kv_heads, length), as `append` writes them; None for other types.
+        earlier: keys, values and scales of positions before these. The result has the same bits as with all in one if
+            each holds a multiple of 256 positions and there is no window.
     Returns:
         A new (n, heads * head_dim).
     """
@@ -276,7 +288,7 @@ class AttentionBlock:
         cosines: NDArray[np.float32] | None,
         sines: NDArray[np.float32] | None,
         query_factors: NDArray[np.float32] | None,
-        sequences: Sequence[tuple[int, NDArray[Any], NDArray[Any], int | None, NDArray[np.float32] | None]],
+        sequences: Sequence[_Positions],
         pool: ThreadPool,
     ) -> NDArray[np.float32]:
         """Run the rows of some sequences: (n, features) -> a new (n, features).
@@ -285,8 +297,8 @@ class AttentionBlock:
             x: the rows of each sequence in turn.
             cosines, sines: (n, ..., at most head_dim / 2); None to rotate nothing.
             query_factors: n factors; None for 1.
-            sequences: of each, the number of its rows, and as for `attention` its keys, values, window and scales.
-                Keys and values of the rows, which are the last positions, are written.
+            sequences: of each, the number of its rows, and as for `attention` its keys, values, window, scales and
+                earlier. Keys and values of the rows, which are the last positions, are written.
         """
 
 class FeedForwardBlock:

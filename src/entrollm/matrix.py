@@ -65,20 +65,15 @@ class CodedMatrix:
 
     @property
     def can_be_flat(self) -> bool:
-        """Whether it can be transcoded to the flat form.
-
-        Fp8 values and odd sizes of scale groups have none, and a file may have the matrix in it.
-        """
-        if isinstance(self.spec.code, FlatCode):
-            return False
+        """Whether memory can hold it in the flat form, which fp8 values and odd sizes of scale groups do not have."""
         return self.grouped is None or self.grouped.can_flatten
 
     @property
     def is_flat(self) -> bool:
-        """Whether it was transcoded to the flat form, which needs no bytes of the file but the low ones."""
-        if isinstance(self.spec.code, FlatCode):
-            return False
-        return isinstance(self.native, _core.FlatMatrix) or (self.grouped is not None and self.grouped.is_flat)
+        """Whether memory holds it in the flat form, which needs no bytes of the file but the low ones."""
+        if isinstance(self.native, _core.FlatMatrix):
+            return not self.native.is_in_place
+        return self.grouped is not None and self.grouped.is_flat
 
     @property
     def flat_bytes(self) -> int | None:
@@ -95,25 +90,27 @@ class CodedMatrix:
         return {self.grouped.bits: self.spec.rows} if self.grouped is not None and self.grouped.is_flat else {}
 
     def to_flat(self, pool: _core.ThreadPool) -> CodedMatrix:
-        """The same matrix transcoded to the flat form: the same integers, the same products bit for bit.
+        """The same matrix in the flat form in memory: the same integers, the same products bit for bit.
 
         Raises:
             CorruptStreamError: a block does not decode.
             MemoryError: the memory does not suffice.
             ValueError: it has no flat form.
         """
-        if isinstance(self.spec.code, FlatCode):
-            return self
         if not self.can_be_flat:
             raise ValueError(f"{self.name}: matrices with fp8 values or an odd size of scale groups have no flat form")
-        if self.is_flat or isinstance(self.native, _core.FlatMatrix):
+        if self.is_flat:
             return self
         try:
-            if self.groups is not None:
-                grouped = _open_groups(self.native, self.groups)
+            native = self.native
+            if isinstance(native, _core.FlatMatrix):
+                flat = native.copy(pool)
+            elif self.groups is not None:
+                grouped = _open_groups(native, self.groups)
                 grouped.flatten(pool)
                 return replace(self, grouped=grouped)
-            flat = _core.FlatMatrix(self.native, pool)
+            else:
+                flat = _core.FlatMatrix(native, pool)
             lossless = None if self.lossless is None else self.lossless.with_symbols(flat)
             return replace(self, native=flat, lossless=lossless)
         except _core.CorruptBlockError as error:

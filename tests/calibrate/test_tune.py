@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
@@ -236,7 +235,7 @@ def test_tuning_of_a_grid_without_a_size_is_refused(model: Path, tmp_path: Path)
 def test_a_divergence_that_is_not_finite_is_an_error(
     model: Path, untuned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Student, "_divergence", lambda *_: torch.tensor(math.nan))
+    monkeypatch.setattr("entrollm.calibrate.student._divergences", lambda wanted, _: wanted.sum(-1) * math.nan)
     with pytest.raises(EntroLLMError, match="the divergence of the compressed model is not finite"):
         Tuner(model, windows(8, 1), windows(4, 3))(untuned)
 

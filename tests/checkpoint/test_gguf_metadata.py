@@ -23,6 +23,7 @@ from entrollm.format.reader import CompressedModel
 from entrollm.models import read_config
 from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
+from tests.checkpoint.gguf_layers import LAYERED, shapes_of
 from tests.support.gguf_sources import GgufSource, file_name, llama_values
 from tests.support.quantized_sources import LINEARS, plain_tensors
 
@@ -41,6 +42,8 @@ def tensor(name: str, *shape: int) -> Tensor:
 def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *more: Tensor) -> GgufSource:
     """The small model with every tensor, of an architecture; None as a value removes its key."""
     changed = llama_values() | (values or {})
+    if architecture in LAYERED:
+        return _layered(architecture, values or {}, *more)
     if architecture in MIXTURES:
         sizes = {"llama.expert_feed_forward_length": EXPERT_SIZE}
         if architecture == "olmoe":
@@ -73,6 +76,21 @@ def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *mo
         source.tensors = _fused(architecture, source.tensors)
     source.tensors += more
     return source
+
+
+def _layered(architecture: str, values: dict[str, Any], *more: Tensor) -> GgufSource:
+    """A model whose layers differ; `values` win over its own."""
+    own = {f"llama.{key}": value for key, value in LAYERED[architecture][1].items()}
+    name = architecture.partition("-windows")[0]
+    changed = llama_values() | {"llama.block_count": 4} | own | values
+    named = {key.replace("llama.", f"{name}.", 1): value for key, value in changed.items() if value is not None}
+    tensors = [tensor(each, *shape) for each, shape in shapes_of(architecture).items()]
+    if "rope_freqs.weight" in shapes_of(architecture):
+        # A quarter of each head is rotated.
+        ((place, size),) = ((at, each[1][0]) for at, each in enumerate(tensors) if each[0] == "rope_freqs.weight")
+        factors = np.where(np.arange(size) < size // 4, 1, 1e30).astype(np.float32)
+        tensors[place] = ("rope_freqs.weight", (size,), 0, factors.tobytes())
+    return GgufSource(named | {"general.architecture": name}, [*tensors, *more])
 
 
 def _fused(architecture: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -134,7 +152,7 @@ def scaling(**values: Any) -> dict[str, Any]:
     return {f"llama.rope.scaling.{key}": value for key, value in values.items()}
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, *LAYERED}))
 def test_a_whole_file_runs(architecture: str, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(whole(architecture).to_bytes())
     assert why_not_run(tmp_path / "model.gguf") is None

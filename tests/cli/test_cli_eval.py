@@ -49,6 +49,12 @@ def test_a_model_against_itself_agrees() -> None:
         assert model["perplexity"] == found["reference"]["perplexity"]
 
 
+def test_the_type_of_the_cache_is_that_of_the_models() -> None:
+    options = ["--against", MODEL, "--window", "64", "--max-windows", "2", "--cache-type", "int8", "--json"]
+    (model,) = json.loads(run(MODEL, "--text", TEXT, *options).stdout)["models"]
+    assert 0 < model["kl"]["mean"] < 1e-3
+
+
 def test_people_get_a_table() -> None:
     result = run(MODEL, "--text", TEXT, "--max-windows", "1")
     assert result.exit_code == 0

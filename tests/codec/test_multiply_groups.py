@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from entrollm import _core
+from entrollm.codec.choose import choose_code
+from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field
 from tests.support.isa_workers import InstructionSets
 from tests.support.matrices import block_shapes, codes, multiply_groups, shapes, store, symbol_matrices
@@ -53,6 +56,38 @@ def test_the_product_is_as_exact_as_16_bit_activations_allow(
         np.testing.assert_array_equal(again.view(np.uint32), results["scalar"].view(np.uint32))
     one = multiply_groups(stored, x[-1:], size, scale.reshape(-1), flat, values)
     np.testing.assert_array_equal(one[0].view(np.uint32), results["scalar"][-1].view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "bits"),
+    [
+        (np.arange(0, 241, 15), 8),
+        (np.arange(0, 240, 15), 4),
+        (np.arange(4, 128, 8), 4),
+        (np.array([0, 25, 60, 170, 200, 255]), 3),
+        (np.array([9, 24, 86]), 3),
+        (np.arange(7), 3),
+    ],
+    ids=["17 symbols", "16 of 8 bits", "16 of 7 bits", "6 of 8 bits", "3 of 7 bits", "7 of 3 bits"],
+)
+@pytest.mark.parametrize("size", [8, 32, 128])
+def test_few_symbols_are_numbered(
+    instruction_sets: InstructionSets, symbols: NDArray[np.int64], bits: int, size: int
+) -> None:
+    generator = np.random.default_rng(size)
+    columns = 2240  # more than are reordered at a time for eight vectors
+    code = choose_code(np.isin(np.arange(256), symbols).astype(int).tolist(), 1)
+    assert isinstance(code, Code)
+    stored = store(code, generator.choice(symbols, (5, columns)).astype(np.uint8), Blocks(5, 1024))
+    scale = generator.standard_normal(5 * -(-columns // size)).astype(np.float32)
+    matrix = _core.GroupedMatrix(stored.open(), size, 1, {"group_scale": (scale.view(np.uint8), "F32")}, 0.0, 1.0, None)
+    matrix.flatten(_core.ThreadPool(1))
+    assert matrix.bits == bits
+    for batch in (1, 3, 9):
+        x = generator.standard_normal((batch, columns)).astype(np.float32)
+        results = instruction_sets.each(multiply_groups, stored, x, size, scale, None)
+        for name, y in results.items():
+            np.testing.assert_array_equal(y.view(np.uint32), results["scalar"].view(np.uint32), err_msg=name)
 
 
 def ones(*shape: int) -> NDArray[np.float32]:

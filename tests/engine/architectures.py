@@ -78,6 +78,13 @@ _DELTA = {
     "linear_value_head_dim": 12,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
+_GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 7,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _SHARED_EXPERT = {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -144,6 +151,33 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 2.0,
         },
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **_GEMMA4,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 12,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma4-experts": (
+        "Gemma4TextConfig",
+        {
+            **_GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 6,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 48,
+        },
+    ),
+    "gemma4_unified": ("Gemma4UnifiedTextConfig", _GEMMA4),
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma2": (
         "Gemma2Config",
@@ -349,6 +383,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 _SEEDS = {"qwen3_moe": 8, "qwen3_next": 9, "qwen3_5_moe": 9}
 
 
+_ROUTERS = ("gate.weight", "router.weight", "router.proj.weight")
+
+
 def _causal_class(config: Any) -> Any:
     """The class of a model; AutoModelForCausalLM does not know all of them."""
     if type(config) in transformers.AutoModelForCausalLM._model_mapping:
@@ -362,21 +399,28 @@ def _write_checkpoint(name: str, folder: Path) -> Path:
     torch.manual_seed(_SEEDS.get(name, 7))
     model = _causal_class(config)(config)
     # What these add to the weights of their norms is 1.
-    center = 0 if config.model_type.startswith(("gemma", "nemotron")) else 1
+    center = 0 if config.model_type == "gemma" or config.model_type.startswith(("gemma2", "gemma3", "nemotron")) else 1
     with torch.no_grad():
-        for parameter_name, buffer in model.named_buffers():
-            if parameter_name.endswith("correction_bias"):
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):
                 buffer.copy_(0.3 * torch.randn_like(buffer))
+            elif buffer_name.endswith("layer_scalar"):
+                buffer.copy_(0.8 + 0.1 * torch.randn_like(buffer))
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("norm.weight"):
                 parameter.copy_(center + 0.2 * torch.randn_like(parameter))
-            elif parameter_name.endswith(("gate.weight", "router.weight")):
+            elif parameter_name.endswith(_ROUTERS) and "per_layer_input" not in parameter_name:
                 # Experts of clearly different scores, so that rounding changes no choice.
                 parameter.copy_(4 * torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(1.5 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        if config.model_type.startswith("gemma4"):
+            # Its attention has no other scale, and sharp attention enlarges the rounding of activations.
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("q_norm.weight"):
+                    parameter.mul_(0.3)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
     return folder
 

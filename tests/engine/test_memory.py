@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from entrollm.engine.memory_report import report_memory
 from entrollm.errors import CorruptStreamError
 from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf, Split
+from entrollm.format.flat import FlatCode
 from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
@@ -174,6 +176,9 @@ def test_what_is_faster_flat() -> None:
     for isa in ("avx512", "amx"):
         assert is_faster_flat(cascade, isa, 4) and not is_faster_flat(cascade, isa, 5)
         assert is_faster_flat(tree, isa, 16) and is_faster_flat(grouped, isa, 16)
+    stored_flat = replace(cascade, code=FlatCode(64))
+    assert is_faster_flat(stored_flat, "avx512", 16) and not is_faster_flat(stored_flat, "scalar", 1)
+    assert not is_faster_flat(replace(stored_flat, rows=2**13, columns=2**10), "avx2", 1)
     assert not is_faster_flat(tree, "scalar", 1) and not is_faster_flat(grouped, "scalar", 1)
 
 

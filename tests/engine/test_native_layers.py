@@ -100,6 +100,7 @@ def attend(rows: int = 1, length: int = 3, **changed: Any) -> Floats:
     given = {**given, "features": 16, **changed}
     x = np.zeros((rows, given["features"]), np.float32)
     sequence = given["count"], given["keys"], given["values"], given["window"], given.get("scales")
+    sequence = (*sequence, given.get("earlier", []))
     angles = given["cosines"], given.get("sines", given["cosines"]), given.get("factors")
     return attention()(x, *angles, [sequence], _core.ThreadPool(1))
 

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from entrollm import Model, UnsupportedError, load
+from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache
 from entrollm.engine.generate import Generation
+from entrollm.engine.head_drafter import HeadDrafter
 from entrollm.engine.latent_attention import MultiHeadLatentAttention
 from entrollm.engine.options import GenerationOptions
 from entrollm.engine.pace import LENGTHS, Pace
 from entrollm.engine.sampling import Sampler, SamplingOptions, candidates
 from entrollm.engine.speculate import Drafter, Guess, ModelDrafter, NgramDrafter
+from entrollm.engine.state import NoState
 from entrollm.engine.weights import Floats, Ids
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
@@ -43,8 +46,12 @@ class MarkovDecoder:
     def keeps_rotations(self, length: int, longer: int) -> bool:
         return True
 
-    def forward(self, ids: Ids, cache: Cache, *, last: int) -> Floats:
+    def forward(
+        self, ids: Ids, cache: Cache, *, last: int, observe: Callable[[int, Floats], None] | None = None
+    ) -> Floats:
         self.passes += 1
+        if observe is not None:
+            observe(cache.length, np.zeros((len(ids), self.config.hidden_size), dtype=np.float32))
         for layer in cache.layers:
             layer.extend(len(ids))  # type: ignore[union-attr]
         cache.ids.extend(ids.tolist())
@@ -59,6 +66,23 @@ class PaddedDecoder(MarkovDecoder):
         missing = vocab_size - len(kept)
         super().__init__(np.pad(kept, ((0, missing), (0, missing)), constant_values=9.0))
         self.config = replace(self.config, vocab_size=vocab_size)
+
+
+class MarkovHead:
+    """Stands for the layer of a model that guesses the token after the next one."""
+
+    def __init__(self, logits: Floats) -> None:
+        self.table = logits
+
+    def new_state(self) -> NoState:
+        return NoState()
+
+    def __call__(self, hidden: Floats, ids: Sequence[int], start: int, state: NoState) -> Floats:
+        assert len(hidden) == len(ids)
+        return np.array(ids, dtype=np.float32)[:, None]
+
+    def logits(self, hidden: Floats) -> Floats:
+        return self.table[hidden[:, 0].astype(int)].copy()
 
 
 class Always:
@@ -96,10 +120,12 @@ def drafter_of(kind: str) -> Drafter:
     if kind == "ngram":
         return NgramDrafter()
     near = table(0) + 0.7 * table(1)  # a model that is right often, and not always
+    if kind == "head":
+        return HeadDrafter(MarkovHead(near))  # type: ignore[arg-type]
     return ModelDrafter(MarkovDecoder(near), VOCABULARY)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["ngram", "model"])
+@pytest.mark.parametrize("kind", ["ngram", "model", "head"])
 def test_sampled_tokens_have_the_distribution_of_the_model(kind: str, always: None) -> None:
     """A chi-square test of the last two of eight tokens, whose joint distribution is known."""
     settings = {"temperature": 0.9, "top_p": 0.95}
@@ -124,7 +150,7 @@ def test_sampled_tokens_have_the_distribution_of_the_model(kind: str, always: No
     assert chi_square < freedom + 3.7 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("kind", ["ngram", "model"])
+@pytest.mark.parametrize("kind", ["ngram", "model", "head"])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "repetition_penalty": 1.3, "frequency_penalty": 0.2}])
 def test_guesses_change_no_token(kind: str, settings: dict[str, float], always: None) -> None:
     plain, guessing = MarkovDecoder(table(0)), MarkovDecoder(table(0))
@@ -199,6 +225,37 @@ def test_models_go_back_behind_a_wrong_guess(
     assert cache.length == 20 + 23
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "lfm2"])
+def test_guesses_go_on_after_steps_without(
+    name: str, always: None, coded: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch makes every third token, as a server does when another answer comes and goes."""
+    model = coded(name)
+    prompt = random_ids(20, seed=1)
+    expected = list(model.generate(prompt, max_tokens=24).token_ids)
+    monkeypatch.setattr("entrollm.engine.model.NgramDrafter", lambda: Script([*prompt, *expected]))
+    text = model.new_answer(prompt, continues_text=True, max_tokens=24)
+    cache, other = model.new_cache(), model.new_cache()
+    (row,) = model.step([SequenceStep(np.array(prompt), cache)])
+    found = [text.push(row)[0]]
+    pending = found[:]
+    speculation = model.speculation(cache, pending, "ngram")
+    turn = 0
+    while text.finish_reason == "unfinished":
+        turn += 1
+        if turn % 3 == 0:
+            row, _ = model.step([SequenceStep(np.array(pending), cache), SequenceStep(np.array([5]), other)])
+            made = [text.push(row)[0]]
+            pending = made[:]
+        else:
+            speculation.follow(pending)
+            made = [token for token, _ in speculation.step(text)]
+            pending = speculation.pending
+        found += made
+    assert found == expected
+    assert 3 <= speculation.right < speculation.guessed
+
+
 def test_latent_attention_of_guesses_takes_the_formula_of_single_tokens(
     coded: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +273,25 @@ def test_ngrams_repeat_what_followed_and_go_round() -> None:
     assert drafter.guess(9, lambda: None) == Guess([9, 2, 3, 4, 9, 2, 3, 4, 9], 1)  # type: ignore[arg-type, return-value]
     drafter.extend([7])
     assert drafter.guess(2, lambda: None) == Guess()  # type: ignore[arg-type, return-value]
+
+
+def test_the_more_tokens_agree_the_longer_guesses_begin() -> None:
+    drafter, text = NgramDrafter(), list(range(30))
+    drafter.extend(text)
+    kinds = []
+    for count in (4, 5, 6, 11, 12, 20):
+        drafter.extend(text[len(drafter._ids) - 30 : count])
+        guess = drafter.guess(3, lambda: None)  # type: ignore[arg-type, return-value]
+        assert guess.tokens == text[count : count + 3]
+        kinds.append(guess.kind)
+    assert kinds == [2, 2, 3, 3, 4, 4]
+    lengths = []
+    for kind in (0, 3, 4):
+        pace = Pace(True)
+        pace.record(0, 0, 0, 1.0)
+        pace._elapsed = 1000.0  # there is time to lose
+        lengths.append(pace.choose(kind, 15))
+    assert lengths[0] < lengths[1] <= lengths[2]
 
 
 @pytest.mark.parametrize(("is_free", "cost"), [(True, 0.2), (False, 0.2), (False, 0.9)])
@@ -245,7 +321,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused(coded: Callable[[str], M
         model.generate("a", speculate=coded("llama"))
     with pytest.raises(UnsupportedError, match=r"a lfm2, whose layers keep a state that cannot take guesses back"):
         model.generate("a", speculate=coded("lfm2"))
-    with pytest.raises(ValueError, match="speculate should be 'ngram' or a model, got 'lookup'"):
+    with pytest.raises(ValueError, match="speculate should be 'ngram', 'mtp' or a model, got 'lookup'"):
         model.generate("a", speculate="lookup")  # type: ignore[arg-type]
     other = load_dense(TINY_LLAMA)
     assert other.tokenizer is not None

@@ -58,6 +58,22 @@ def _gemma3() -> Any:
     )
 
 
+def _gemma4() -> Any:
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    inputs = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
+    return transformers.Gemma4Config(
+        text_config={**_TEXT, **layers, **inputs, "global_head_dim": 32, "num_kv_shared_layers": 2},
+        vision_config={**_VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+        image_token_id=300,
+        video_token_id=301,
+        audio_token_id=302,
+        boi_token_id=303,
+        eoi_token_id=304,
+        boa_token_id=305,
+        eoa_token_index=306,
+    )
+
+
 def _mistral3() -> Any:
     return transformers.Mistral3Config(
         text_config={**_TEXT, "model_type": "ministral3", "sliding_window": None},
@@ -66,7 +82,7 @@ def _mistral3() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [_gemma3, _mistral3])
+@pytest.mark.parametrize("make", [_gemma3, _gemma4, _mistral3])
 def test_the_text_part_runs_and_the_rest_is_kept(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(3)
     model = transformers.AutoModelForImageTextToText.from_config(make())

@@ -91,11 +91,20 @@ def test_products_have_the_same_bits_on_every_instruction_set(instruction_sets: 
             np.testing.assert_array_equal(flat.view(np.uint32), coded.view(np.uint32))
 
 
-def test_the_file_form_is_used_in_place() -> None:
-    matrix = open_stored(np.full((3, 64), 7, np.uint8), 2)
-    assert not matrix.can_be_flat and not matrix.is_flat and matrix.flat_bytes is None
-    assert matrix.to_flat(POOL) is matrix
-    assert matrix.flat_rows == {2: 3}
+def test_the_file_form_is_used_in_place_or_copied() -> None:
+    symbols = np.full((3, 4160), 7, np.uint8)
+    symbols[1, 5:4000:1000] = 200
+    matrix = open_stored(symbols, 2)
+    assert matrix.can_be_flat and not matrix.is_flat and matrix.flat_bytes is None
+    copy = matrix.to_flat(POOL)
+    assert copy.is_flat and copy.to_flat(POOL) is copy
+    assert copy.flat_bytes is not None and 3 * 4160 / 4 < copy.flat_bytes < 3 * 4160 / 4 + 1000
+    x = activations((2, 4160), 1)
+    expected = multiply([matrix], x, POOL)
+    del matrix
+    assert copy.flat_rows == {2: 3}
+    np.testing.assert_array_equal(copy.symbols(0, 3, POOL), symbols)
+    np.testing.assert_array_equal(multiply([copy], x, POOL), expected)
 
 
 def test_an_entry_at_an_odd_address_is_read() -> None:

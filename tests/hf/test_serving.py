@@ -121,13 +121,14 @@ def test_sequences_of_different_lengths(kind: str, device: str) -> None:
     assert [cache.length for cache in caches] == [19, 8, 13]
 
 
-def test_rotations_that_depend_on_the_length() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_rotations_that_depend_on_the_length(device: str) -> None:
     """A call of transformers has the frequencies of its longest sequence: each runs alone, and anew at the limit."""
     torch.manual_seed(3)
     config = transformers.Phi3Config(
         **SMALL, original_max_position_embeddings=16, rope_parameters=dict(LONG_ROPE), initializer_range=0.3
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(device)
     ours = served(model)
     assert not ours.runs_together and not ours.reads_pieces
     sequences = [tokens(18), tokens(7, 1)]
@@ -195,9 +196,10 @@ def test_beginnings_are_kept() -> None:
     np.testing.assert_allclose(step(ours, (other[15:], cache))[0], found[0], atol=2e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", WHOLE)
-def test_prompts_that_come_as_a_whole(kind: str) -> None:
-    model = made(kind)
+def test_prompts_that_come_as_a_whole(kind: str, device: str) -> None:
+    model = made(kind, device)
     ours, sequences = served(model), [tokens(12), tokens(7, 1)]
     assert not ours.reads_pieces
     first, second = (ours.new_cache() for _ in sequences)

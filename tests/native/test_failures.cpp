@@ -158,7 +158,7 @@ void check_attention(std::size_t threads) {
     op.heads = op.kv_heads = kHeads;
     op.head_dim = kDim;
     op.out = out.data();
-    run(pool, op);
+    run(pool, std::span<const Attention>(&op, 1));
     return out;
   });
 }

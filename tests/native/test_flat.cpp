@@ -101,15 +101,16 @@ struct ProductCase {
 };
 
 void check_product(const Kernels& kernels, const ProductCase& c) {
-  std::vector<std::int64_t> sums(c.rows.rows * c.count, -1), expected(sums.size());
-  kScalarFlatKernels.product(c.rows, c.x(), expected.data());
-  kernels.flat->product(c.rows, c.x(), sums.data());
+  const std::size_t stride = c.count + 1;
+  std::vector<std::int64_t> sums(c.rows.rows * stride, -1), expected(sums);
+  kScalarFlatKernels.product(c.rows, c.x(), expected.data(), stride);
+  kernels.flat->product(c.rows, c.x(), sums.data(), stride);
   require(sums == expected, std::string(kernels.name) + " multiplies");
 }
 
 void check_products(const Kernels& kernels, Random& random) {
   for (int bits = kMinFlatBits; bits < kMaxFlatBits; ++bits) {
-    for (const std::size_t vectors : {1, 2, 4, 8}) {
+    for (const std::size_t vectors : {1, 2, 4}) {
       check_product(kernels, {random, bits, random.below(10), 1 + random.below(12), vectors});
     }
     // Longer than 32-bit sums are wide.

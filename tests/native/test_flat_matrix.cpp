@@ -198,6 +198,9 @@ void check_stored(ThreadPool& pool) {
       const Stored stored = store(c.matrix, 1 + random.below(20), pool);
       const FlatMatrix flat(stored.rows, stored.columns, stored.streams(), c.matrix.scales());
       check_equal(c.matrix, flat, pool, random);
+      const FlatMatrix copy(pool, flat);
+      check_equal(c.matrix, copy, pool, random);
+      require(copy.size_bytes() > 0 && copy.patches() == flat.patches(), "a copy has its own");
       patches += flat.patches();
       without += flat.patches() == 0;
     }

@@ -43,8 +43,8 @@ GroupScales scales_of(std::size_t size, std::size_t groups, const std::vector<fl
   return scales;
 }
 
-// Group scales at the edges of exact-size arrays.
-void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
+// Group scales at the edges of exact-size arrays. Returns whether the flat form numbers symbols.
+bool check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
   const Geometry& geometry = c.geometry;
   constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 192, 512, 1024};
   const std::size_t size = random.coin()   ? kSizes[random.below(std::size(kSizes))]
@@ -93,6 +93,7 @@ void check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& poo
     require(false, "another number of groups is refused");
   } catch (const std::invalid_argument&) {
   }
+  return grouped.table() != nullptr;
 }
 
 void check_rows(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
@@ -156,7 +157,7 @@ bool refuses(const CodedCase& c, std::size_t dense_size, std::size_t sparse_size
 int main() {
   ThreadPool one(1);
   ThreadPool three(3);
-  std::size_t refused = 0;
+  std::size_t refused = 0, numbered = 0;
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Random random(seed);
     const RandomCode source(random);
@@ -168,7 +169,7 @@ int main() {
     ThreadPool& pool = random.coin() ? one : three;
     check_products(c, matrix, pool);
     check_rows(c, matrix, pool, random);
-    check_groups(c, matrix, pool, random);
+    numbered += check_groups(c, matrix, pool, random);
     for (int n = 0; n < 3; ++n) refused += survives(c, random, pool);
     require(refuses(c, dense.size() + 64, sparse.size(), c.rows.sparse_sizes.size()), "dense size");
     require(refuses(c, dense.size(), sparse.size() + 64, c.rows.sparse_sizes.size()),
@@ -176,5 +177,6 @@ int main() {
     require(refuses(c, dense.size(), sparse.size(), c.rows.sparse_sizes.size() + 1), "block count");
   }
   std::printf("matrix: %zu of 900 damaged matrices refused\n", refused);
+  require(numbered > 0 && numbered < 100, "some matrices have few symbols");
   require(refused > 100, "damage is noticed where lengths disagree");
 }

@@ -78,9 +78,11 @@ struct Cached {
     kPortableFloatKernels.round_to_int8(floats.get(), count, integers.get());
   }
 
-  const void* of(CacheType type) const {
-    if (type == CacheType::kFloat32) return floats.get();
-    return type == CacheType::kFloat16 ? static_cast<const void*>(halves.get()) : integers.get();
+  // From one of the elements on.
+  const void* of(CacheType type, std::size_t first = 0) const {
+    if (type == CacheType::kFloat32) return floats.get() + first;
+    return type == CacheType::kFloat16 ? static_cast<const void*>(halves.get() + first)
+                                       : integers.get() + first;
   }
 };
 
@@ -124,25 +126,46 @@ void check_attention(Random& random) {
   tile.rows = rows;
   tile.head_dim = head_dim;
   tile.scale = 0.125f;
-  tile.keys = keys.of(tile.type);
-  tile.key_stride = length;
-  tile.values = values.of(tile.type);
-  if (tile.type == CacheType::kInt8) {
-    tile.key_scales = key_scales.get();
-    tile.value_scales = value_scales.get();
-  }
+  const bool has_scales = tile.type == CacheType::kInt8;
+  const PositionRun whole{length,
+                          keys.of(tile.type),
+                          length,
+                          values.of(tile.type),
+                          has_scales ? key_scales.get() : nullptr,
+                          has_scales ? value_scales.get() : nullptr};
+  tile.runs = &whole;
+  tile.run_count = 1;
   for (std::size_t row = 0; row < rows; ++row) {
     tile.queries[row] = queries.get() + row * head_dim;
     tile.lasts[row] = length - rows + row + 1;
     tile.firsts[row] = random.coin() ? 0 : random.below(tile.lasts[row]);
   }
-  const Floats scratch(new float[attention_scratch(length, head_dim)]);
+  const Floats scratch(new float[attention_scratch(head_dim)]);
   tile.scratch = scratch.get();
   const Floats before = random_floats(random, rows * head_dim);
   agree("attend", before, rows * head_dim, [&](const FloatKernels& floats, float* out) {
     for (std::size_t row = 0; row < rows; ++row) tile.outputs[row] = out + row * head_dim;
     floats.attend(tile);
   });
+  if (length <= kPositionsAtOnce) return;
+  // Two runs give what one gives, if no window moves the blocks.
+  for (std::size_t row = 0; row < rows; ++row) tile.firsts[row] = 0;
+  constexpr std::size_t first = kPositionsAtOnce;
+  const PositionRun split[2] = {
+      {first, whole.keys, length, whole.values, whole.key_scales, whole.value_scales},
+      {length - first, keys.of(tile.type, first), length, values.of(tile.type, first * head_dim),
+       has_scales ? whole.key_scales + first : nullptr,
+       has_scales ? whole.value_scales + first : nullptr}};
+  std::vector<float> found[2];
+  for (const std::size_t count : {1, 2}) {
+    tile.runs = count == 1 ? &whole : split;
+    tile.run_count = count;
+    std::vector<float>& out = found[count - 1];
+    out.resize(rows * head_dim);
+    for (std::size_t row = 0; row < rows; ++row) tile.outputs[row] = out.data() + row * head_dim;
+    kernels().floats->attend(tile);
+  }
+  require(found[0] == found[1], "attention over two runs");
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entrollm.codec.choose import choose_code
+from entrollm.codec.flat import best_window
 from entrollm.codec.lengths import code_lengths
 from entrollm.errors import FormatError
 from entrollm.format.code import Code, Field, Leaf, Split
@@ -97,6 +98,28 @@ def test_rounding_by_length_comes_closer_to_the_rate_distortion_limit(step: floa
         return rate - 0.5 * float(np.log2(quantized.energy / quantized.error))
 
     assert excess_bits(0.07) < excess_bits(0.0) - 0.005
+
+
+def test_flat_codes_level_columns_whose_weights_differ() -> None:
+    weights = gaussian(256, 192, seed=5)
+    assert quantize(weights, 0.1, fits="flat").column_scale is None
+    weights[:, ::16] *= 6
+    assert quantize(weights, 0.1).column_scale is None
+    assert quantize(weights[:2], 0.1, fits="flat").column_scale is None  # two rows do not pay a scale for each column
+
+    def excess_bits(quantized: Quantized) -> float:
+        bits = best_window(quantized.counts)[1] / weights.size
+        return bits - 0.5 * float(np.log2(quantized.energy / quantized.error))
+
+    flat = [quantize(weights, step, fits="flat") for step in (0.08, 0.1, 0.12)]
+    for each in flat:
+        assert each.column_scale is not None
+        scales = scale_values(each.column_scale)
+        assert scales[::16].mean() > 2 * np.delete(scales, np.s_[::16]).mean()
+        difference = dequantize(each) * scales - weights
+        assert each.error == pytest.approx(float((difference**2).sum()), rel=1e-4)
+    uneven = [quantize(weights, step) for step in (0.05, 0.08, 0.1, 0.12, 0.2)]
+    assert min(map(excess_bits, flat)) < min(map(excess_bits, uneven)) - 0.2
 
 
 def test_outliers_are_not_clipped() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +187,39 @@ def test_key_files(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_keys(file)
+
+
+ARENAS = """
+import ctypes, re, sys, threading
+from entrollm.serve.trim import limit_arenas
+
+if "limited" in sys.argv:
+    limit_arenas()
+held, together = [], threading.Barrier(9)
+
+def work():
+    held.append(bytearray(100_000))
+    together.wait()
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+together.wait()
+library = ctypes.CDLL(None)
+library.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(library.fopen(sys.argv[1].encode(), b"w"))
+library.malloc_info(0, file)
+library.fclose(file)
+print(len(re.findall("<heap nr", open(sys.argv[1]).read())))
+"""
+
+
+@pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_info")), reason="needs glibc"
+)
+def test_threads_share_the_memory_that_others_freed(tmp_path: Path) -> None:
+    def arenas(*arguments: str) -> int:
+        command = [sys.executable, "-c", ARENAS, str(tmp_path / "info.xml"), *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert arenas("limited") <= 2 < arenas()

@@ -157,7 +157,7 @@ def encode_value(value: Any) -> bytes:
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if value and isinstance(value[0], (int, float)):
-        kind, code = (5, "i") if isinstance(value[0], int) else (6, "f")
+        kind, code = {bool: (7, "?"), int: (5, "i"), float: (6, "f")}[type(value[0])]
         return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)
     items = b"".join(text(item) for item in value)
     return struct.pack("<IIQ", 9, 8, len(value)) + items

@@ -30,6 +30,15 @@ struct FlatLanes {
     return bytes;
   }
 
+  // Sixteen entries, and those that bytes below 16 choose.
+  using Table = Bytes;
+  [[gnu::always_inline]] static inline Table load_table(const std::uint8_t* entries) {
+    return vld1q_u8(entries);
+  }
+  [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
+    return vqtbl1q_u8(table, bytes);
+  }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     vst1q_u8(out, bytes);
   }

@@ -7,11 +7,10 @@ namespace entrollm {
 namespace {
 
 struct FlatProducts : FlatTotals {
-  static constexpr std::size_t kMostVectors = 8;
   static constexpr std::size_t kUnroll = 1;
   // Widths with a part of single bits need more registers a row.
   static constexpr std::size_t rows(int bits, std::size_t vectors) {
-    return vectors <= 2 && bits % 2 == 0 ? 4 : vectors <= 4 ? 2 : 1;
+    return vectors <= 2 && bits % 2 == 0 ? 4 : 2;
   }
 
   template <int Bits>

@@ -8,7 +8,6 @@ namespace entrollm {
 namespace {
 
 struct FlatProducts : FlatTotals {
-  static constexpr std::size_t kMostVectors = 4;
   static constexpr std::size_t kUnroll = 1;
   // Widths with a part of single bits need more registers a row.
   static constexpr std::size_t rows(int bits, std::size_t vectors) {

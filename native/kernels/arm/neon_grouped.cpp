@@ -8,6 +8,7 @@ namespace {
 
 struct GroupedLanes : GroupedFloats {
   static constexpr std::size_t kMostVectors = 4;
+  static constexpr ReorderDigits kReorder = nullptr;
 
   template <int Bits>
   struct Sums {

@@ -1,10 +1,12 @@
 // Attention over cached keys and values of every type, and what rounds them to it, for the
 // instruction set that the including file is compiled for. Scores are summed feature by feature and
-// values position by position, whatever the blocks are.
+// values position by position. The softmax runs along: whenever a block of positions has a larger
+// score than those before, what these have given is scaled down.
 #pragma once
 
 #include <bit>
 #include <cmath>
+#include <utility>
 
 #include "kernels/float_kernels.hpp"
 #include "kernels/generic/float_lanes.hpp"
@@ -20,9 +22,6 @@ inline constexpr std::size_t kRowsAtOnce = 4, kVectors = 1;
 inline constexpr std::size_t kRowsAtOnce = kLanes == kNative ? 8 : 4;
 inline constexpr std::size_t kVectors = kLanes == kNative ? 3 : 1;
 #endif
-// Positions whose keys or values stay in a cache while all rows of a tile use them.
-inline constexpr std::size_t kPositionsAtOnce = 256;
-
 // Calls block<kVectors>(at) and then block<1>(at) for the whole vectors of `count` elements;
 // returns how many elements these have.
 template <class Block>
@@ -35,81 +34,84 @@ std::size_t for_vectors(std::size_t count, Block block) {
   return at;
 }
 
-// sums[row][i] += weights(row, k) * vector i of load(k, i), for k below `terms`.
-template <std::size_t Rows, std::size_t Vectors, class Weight, class Load>
-inline void multiply_add(Lanes (&sums)[Rows][Vectors], std::size_t terms, Weight weight,
-                         Load load) {
-  for (std::size_t k = 0; k < terms; ++k) {
-    Lanes vectors[Vectors];
-    for (std::size_t i = 0; i < Vectors; ++i) vectors[i] = load(k, i);
-    for (std::size_t row = 0; row < Rows; ++row) {
-      const Lanes factor = splat(weight(row, k));
-      for (std::size_t i = 0; i < Vectors; ++i) {
-        sums[row][i] = sums[row][i] + factor * vectors[i];
-      }
-    }
-  }
+// Calls body<0>() to body<count - 1>(). With indices that are constants from the start, GCC keeps
+// arrays in registers; it unrolls loops too late for that.
+template <std::size_t... Index, class Body>
+[[gnu::always_inline]] inline void unroll(std::index_sequence<Index...>, Body body) {
+  (body.template operator()<Index>(), ...);
 }
 
-// What a tile sees: positions [base, base + count), of which a row of scratch has `room`.
-struct Span {
-  std::size_t base;
-  std::size_t count;
-  std::size_t room;
-};
+// sums[row][i] += weights(row, k) * vector i of load(k, i), for k below `terms`.
+template <std::size_t Rows, std::size_t Vectors, class Weight, class Load>
+[[gnu::always_inline]] inline void multiply_add(Lanes (&sums)[Rows][Vectors], std::size_t terms,
+                                                Weight weight, Load load) {
+  constexpr std::make_index_sequence<Rows> kRows;
+  constexpr std::make_index_sequence<Vectors> kVectorsOf;
+  for (std::size_t k = 0; k < terms; ++k) {
+    Lanes vectors[Vectors];
+    unroll(kVectorsOf,
+           [&]<std::size_t I>() __attribute__((always_inline)) { vectors[I] = load(k, I); });
+    unroll(kRows, [&]<std::size_t Row>() __attribute__((always_inline)) {
+      const Lanes factor = splat(weight(Row, k));
+      unroll(kVectorsOf, [&]<std::size_t I>() __attribute__((always_inline)) {
+        sums[Row][I] = sums[Row][I] + factor * vectors[I];
+      });
+    });
+  }
+}
 
 // Some rows of a tile.
 struct RowSet {
   const float* queries;  // (head_dim, rows)
-  float* scores;         // rows of Span::room floats
+  float* scores;         // rows of kPositionsAtOnce floats
   float* outputs;        // rows of head_dim floats, sums so far
 };
 
-// Writes the scores of positions [begin, end) of a span.
+// Writes the scores of `count` positions of a run from `begin` on, at most kPositionsAtOnce.
 template <std::size_t Rows, class T>
-void score(const AttentionTile& tile, const Span& span, const RowSet& rows, std::size_t begin,
-           std::size_t end) {
+void score(const AttentionTile& tile, const PositionRun& run, const RowSet& rows, std::size_t begin,
+           std::size_t count) {
   const Lanes scale = splat(tile.scale);
-  const T* keys = static_cast<const T*>(tile.keys) + span.base;
-  const float* scales = tile.key_scales == nullptr ? nullptr : tile.key_scales + span.base;
+  const T* keys = static_cast<const T*>(run.keys) + begin;
+  const float* scales = run.key_scales == nullptr ? nullptr : run.key_scales + begin;
   const auto query = [&](std::size_t row, std::size_t k) { return rows.queries[k * Rows + row]; };
-  const std::size_t whole = for_vectors(end - begin, [&]<std::size_t Vectors>(std::size_t offset) {
-    const T* at = keys + begin + offset;
+  const std::size_t whole = for_vectors(count, [&]<std::size_t Vectors>(std::size_t offset) {
+    const T* at = keys + offset;
     Lanes sums[Rows][Vectors] = {};
     multiply_add(sums, tile.head_dim, query, [&](std::size_t k, std::size_t i) {
-      const T* vector = at + k * tile.key_stride + i * kLanes;
+      const T* vector = at + k * run.key_stride + i * kLanes;
       __builtin_prefetch(vector + kPositionsAtOnce);
       return load_lanes(vector);
     });
     for (std::size_t i = 0; i < Vectors; ++i) {
-      const std::size_t place = begin + offset + i * kLanes;
+      const std::size_t place = offset + i * kLanes;
       const Lanes factor = scales == nullptr ? scale : scale * load_lanes(scales + place);
       for (std::size_t row = 0; row < Rows; ++row) {
-        store_lanes(rows.scores + row * span.room + place, sums[row][i] * factor);
+        store_lanes(rows.scores + row * kPositionsAtOnce + place, sums[row][i] * factor);
       }
     }
   });
-  const std::size_t place = begin + whole;
-  if (place == end) return;
+  if (whole == count) return;
   Lanes sums[Rows][1] = {};
   multiply_add(sums, tile.head_dim, query, [&](std::size_t k, std::size_t) {
-    return load_some(keys + k * tile.key_stride + place, end - place, T{});
+    return load_some(keys + k * run.key_stride + whole, count - whole, T{});
   });
   const Lanes factor =
-      scales == nullptr ? scale : scale * load_some(scales + place, end - place, 0.0f);
+      scales == nullptr ? scale : scale * load_some(scales + whole, count - whole, 0.0f);
   for (std::size_t row = 0; row < Rows; ++row) {
-    store_lanes(rows.scores + row * span.room + place, sums[row][0] * factor);
+    store_lanes(rows.scores + row * kPositionsAtOnce + whole, sums[row][0] * factor);
   }
 }
 
-// Adds the values of positions [begin, end) of a span, each times its weight, to the outputs.
+// Adds the values of `count` positions of a run from `begin` on, each times its weight, to the
+// outputs.
 template <std::size_t Rows, class T>
-void mix(const AttentionTile& tile, const Span& span, const RowSet& rows, std::size_t begin,
-         std::size_t end) {
+void mix(const AttentionTile& tile, const PositionRun& run, const RowSet& rows, std::size_t begin,
+         std::size_t count) {
   const std::size_t width = tile.head_dim;
-  const T* values = static_cast<const T*>(tile.values) + (span.base + begin) * width;
+  const T* values = static_cast<const T*>(run.values) + begin * width;
   const auto weight = [&](std::size_t row, std::size_t k) {
-    return rows.scores[row * span.room + begin + k];
+    return rows.scores[row * kPositionsAtOnce + k];
   };
   const std::size_t whole = for_vectors(width, [&]<std::size_t Vectors>(std::size_t at) {
     Lanes sums[Rows][Vectors];
@@ -118,7 +120,7 @@ void mix(const AttentionTile& tile, const Span& span, const RowSet& rows, std::s
         sums[row][i] = load_lanes(rows.outputs + row * width + at + i * kLanes);
       }
     }
-    multiply_add(sums, end - begin, weight, [&](std::size_t k, std::size_t i) {
+    multiply_add(sums, count, weight, [&](std::size_t k, std::size_t i) {
       return load_lanes(values + k * width + at + i * kLanes);
     });
     for (std::size_t row = 0; row < Rows; ++row) {
@@ -132,7 +134,7 @@ void mix(const AttentionTile& tile, const Span& span, const RowSet& rows, std::s
   for (std::size_t row = 0; row < Rows; ++row) {
     sums[row][0] = load_some(rows.outputs + row * width + whole, width - whole, 0.0f);
   }
-  multiply_add(sums, end - begin, weight, [&](std::size_t k, std::size_t) {
+  multiply_add(sums, count, weight, [&](std::size_t k, std::size_t) {
     return load_some(values + k * width + whole, width - whole, T{});
   });
   for (std::size_t row = 0; row < Rows; ++row) {
@@ -140,31 +142,38 @@ void mix(const AttentionTile& tile, const Span& span, const RowSet& rows, std::s
   }
 }
 
-// Replaces scores by exp(score - largest), those outside [begin, end) by 0; returns their sum.
-inline float soften(float* scores, std::size_t begin, std::size_t end, std::size_t room) {
+// The softmax of a row as far as its positions have been seen.
+struct Running {
+  float largest = -std::numeric_limits<float>::infinity();  // score
+  float total = 0.0f;                                       // of exp(score - largest)
+};
+
+// Replaces the scores of a block by exp(score - largest so far), those outside [begin, end) by 0.
+// Returns what weights from earlier blocks are to be multiplied by.
+inline float soften(float* scores, std::size_t begin, std::size_t end, std::size_t count,
+                    Running& row) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
+  const std::size_t room = (count + kLanes - 1) / kLanes * kLanes;
   for (std::size_t i = 0; i < begin; ++i) scores[i] = kHidden;
   for (std::size_t i = end; i < room; ++i) scores[i] = kHidden;
-  Lanes largest = load_lanes(scores);
-  for (std::size_t i = kLanes; i < room; i += kLanes) {
+  Lanes largest = splat(row.largest);
+  for (std::size_t i = 0; i < room; i += kLanes) {
     largest = larger(largest, load_lanes(scores + i));
   }
-  const Lanes top = splat(fold(largest, [](float a, float b) { return a > b ? a : b; }));
+  const float most = fold(largest, [](float a, float b) { return a > b ? a : b; });
+  // A row that has seen no position yet has no largest score.
+  const Lanes top = splat(most == kHidden ? 0.0f : most);
   Lanes total = splat(0.0f);
   for (std::size_t i = 0; i < room; i += kLanes) {
     const Lanes weights = exp_of(load_lanes(scores + i) - top);
     store_lanes(scores + i, weights);
     total = total + weights;
   }
-  return sum_of(total);
-}
-
-// Calls body(begin, end) for the blocks of `count` positions.
-template <class Body>
-void for_positions(std::size_t count, Body body) {
-  for (std::size_t begin = 0; begin < count; begin += kPositionsAtOnce) {
-    body(begin, count - begin < kPositionsAtOnce ? count : begin + kPositionsAtOnce);
-  }
+  float factor[kLanes];
+  store_lanes(factor, exp_of(splat(row.largest) - top));
+  row.largest = most;
+  row.total = row.total * factor[0] + sum_of(total);
+  return factor[0];
 }
 
 // Calls body<Rows>(first) for sets of at most kRowsAtOnce rows.
@@ -178,6 +187,12 @@ void for_row_sets(std::size_t rows, Body body) {
   }
 }
 
+// `place` as one of the `count` positions from `begin` on, or their end.
+inline std::size_t within(std::size_t place, std::size_t begin, std::size_t count) {
+  if (place <= begin) return 0;
+  return place - begin < count ? place - begin : count;
+}
+
 template <class T>
 void attend_tile(const AttentionTile& tile) {
   std::size_t base = tile.firsts[0];
@@ -187,12 +202,8 @@ void attend_tile(const AttentionTile& tile) {
     end = tile.lasts[row] > end ? tile.lasts[row] : end;
   }
   const std::size_t width = tile.head_dim;
-  const Span span{base, end - base, (end - base + kLanes - 1) / kLanes * kLanes};
-  float* const sums = tile.scratch + tile.rows * span.room;
+  float* const sums = tile.scratch + tile.rows * kPositionsAtOnce;
   float* const queries = sums + tile.rows * width;
-  const auto set_of = [&](std::size_t first) {
-    return RowSet{queries + first * width, tile.scratch + first * span.room, sums + first * width};
-  };
   for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
     for (std::size_t k = 0; k < width; ++k) {
       for (std::size_t row = 0; row < Rows; ++row) {
@@ -200,28 +211,42 @@ void attend_tile(const AttentionTile& tile) {
       }
     }
   });
-  for_positions(span.count, [&](std::size_t begin, std::size_t until) {
-    for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
-      score<Rows, T>(tile, span, set_of(first), begin, until);
-    });
-  });
-  float totals[kAttentionRows];
-  for (std::size_t row = 0; row < tile.rows; ++row) {
-    float* const scores = tile.scratch + row * span.room;
-    totals[row] = soften(scores, tile.firsts[row] - base, tile.lasts[row] - base, span.room);
-    if (tile.value_scales != nullptr) {
-      for (std::size_t i = 0; i < span.count; ++i) scores[i] *= tile.value_scales[base + i];
-    }
-  }
   for (std::size_t i = 0; i < tile.rows * width; ++i) sums[i] = 0.0f;
-  for_positions(span.count, [&](std::size_t begin, std::size_t until) {
-    for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
-      mix<Rows, T>(tile, span, set_of(first), begin, until);
-    });
-  });
+  Running running[kAttentionRows];
+  const auto set_of = [&](std::size_t first) {
+    return RowSet{queries + first * width, tile.scratch + first * kPositionsAtOnce,
+                  sums + first * width};
+  };
+  std::size_t start = 0;  // of a run
+  for (std::size_t at = 0; at < tile.run_count; ++at) {
+    const PositionRun& run = tile.runs[at];
+    const std::size_t last = within(end, start, run.count);
+    for (std::size_t begin = within(base, start, run.count); begin < last;
+         begin += kPositionsAtOnce) {
+      const std::size_t count = last - begin < kPositionsAtOnce ? last - begin : kPositionsAtOnce;
+      for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
+        score<Rows, T>(tile, run, set_of(first), begin, count);
+      });
+      for (std::size_t row = 0; row < tile.rows; ++row) {
+        float* const scores = tile.scratch + row * kPositionsAtOnce;
+        const std::size_t from = within(tile.firsts[row], start + begin, count);
+        const std::size_t to = within(tile.lasts[row], start + begin, count);
+        const float factor = soften(scores, from, to, count, running[row]);
+        if (factor != 1.0f) {
+          for (std::size_t i = 0; i < width; ++i) sums[row * width + i] *= factor;
+        }
+        if (run.value_scales == nullptr) continue;
+        for (std::size_t i = 0; i < count; ++i) scores[i] *= run.value_scales[begin + i];
+      }
+      for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
+        mix<Rows, T>(tile, run, set_of(first), begin, count);
+      });
+    }
+    start += run.count;
+  }
   for (std::size_t row = 0; row < tile.rows; ++row) {
     for (std::size_t i = 0; i < width; ++i) {
-      tile.outputs[row][i] = sums[row * width + i] / totals[row];
+      tile.outputs[row][i] = sums[row * width + i] / running[row].total;
     }
   }
 }

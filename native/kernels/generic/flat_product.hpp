@@ -4,7 +4,6 @@
 //   struct FlatProducts {
 //     using Lanes = FlatLanes;
 //     using Sums;                             // a register of 32-bit sums
-//     static constexpr std::size_t kMostVectors;          // that share the unpacking of a row
 //     static constexpr std::size_t kUnroll;  // chunks that the loop repeats its code for
 //     // Rows that share loads of activations.
 //     static constexpr std::size_t rows(int bits, std::size_t vectors);
@@ -26,9 +25,12 @@
 namespace entrollm {
 namespace {
 
-// Chunks that rows are multiplied with at a time: digits of a first-level cache. Sums over
-// them fit 32 bits: 127 * 128 * 65536 columns < 2^31.
-constexpr std::size_t flat_cut_chunks(std::size_t vectors) { return 256 / vectors; }
+// Chunks that rows are multiplied with at a time: digits of half a first-level cache, or of a whole
+// one where rows use them too rarely for that to matter. Sums over them fit 32 bits:
+// 127 * 128 * 65536 columns < 2^31.
+constexpr std::size_t flat_cut_chunks(std::size_t vectors) {
+  return (vectors < kFlatGroup ? 256 : 128) / vectors;
+}
 static_assert(flat_cut_chunks(1) * kVector <= 65536);
 
 // Products of differences and activations that fit 32 bits together: 8 * 32768 * 4096 < 2^31.
@@ -180,39 +182,37 @@ template <class Products, int Bits, std::size_t Rows, std::size_t Vectors>
 }
 
 template <class Products, int Bits, std::size_t Vectors>
-void multiply_flat_vectors(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums) {
-  constexpr std::size_t kTogether =
-      Vectors < Products::kMostVectors ? Vectors : Products::kMostVectors;
+void multiply_flat_vectors(const FlatRows& rows, const std::int8_t* digits, std::int64_t* sums,
+                           std::size_t stride) {
   FlatCut cut{};
   cut.row_bytes = flat_row_bytes(rows.chunks, Bits);
   cut.digits_step = 2 * Vectors * kVector;
-  for (std::size_t i = 0; i < rows.rows * Vectors; ++i) sums[i] = 0;
+  for (std::size_t row = 0; row < rows.rows; ++row) {
+    for (std::size_t i = 0; i < Vectors; ++i) sums[row * stride + i] = 0;
+  }
   constexpr std::size_t kCut = flat_cut_chunks(Vectors);
   for (std::size_t first = 0; first < rows.chunks; first += kCut) {
     const std::size_t left = rows.chunks - first;
     cut.chunks = left < kCut ? left : kCut;
     cut.fields = rows.fields + flat_row_bytes(first, Bits);
-    for (std::size_t vector = 0; vector < Vectors; vector += kTogether) {
-      cut.digits = x.digits + first * cut.digits_step + 2 * vector * kVector;
-      multiply_flat_cut<Products, Bits, Products::rows(Bits, kTogether), kTogether>(
-          cut, rows.rows, sums + vector, Vectors);
-    }
+    cut.digits = digits + first * cut.digits_step;
+    multiply_flat_cut<Products, Bits, Products::rows(Bits, Vectors), Vectors>(cut, rows.rows, sums,
+                                                                              stride);
   }
 }
 
 template <class Products>
-void multiply_flat(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums) {
+void multiply_flat(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums,
+                   std::size_t stride) {
   with_flat_width(rows.bits, [&]<int Bits>() __attribute__((always_inline)) {
     if constexpr (Bits < 8) {
       switch (x.count) {
         case 1:
-          return multiply_flat_vectors<Products, Bits, 1>(rows, x, sums);
+          return multiply_flat_vectors<Products, Bits, 1>(rows, x.digits, sums, stride);
         case 2:
-          return multiply_flat_vectors<Products, Bits, 2>(rows, x, sums);
-        case 4:
-          return multiply_flat_vectors<Products, Bits, 4>(rows, x, sums);
+          return multiply_flat_vectors<Products, Bits, 2>(rows, x.digits, sums, stride);
         default:
-          return multiply_flat_vectors<Products, Bits, 8>(rows, x, sums);
+          return multiply_flat_vectors<Products, Bits, kFlatGroup>(rows, x.digits, sums, stride);
       }
     }
   });

@@ -6,10 +6,11 @@
 //     using Floats;                         // a float for every four bytes of a register
 //     static constexpr std::size_t kMostVectors;  // that share the unpacking of a row
 //     template <int Bits>
-//     struct Sums {                         // exact sums of four columns each
-//       void add(Lanes::Bytes fields, const std::int8_t* high, const std::int8_t* low);
+//     struct Sums {                         // exact, of four columns each; symbols have Bits bits
+//       void add(Lanes::Bytes symbols, const std::int8_t* high, const std::int8_t* low);
 //       Floats floats() const;              // the sums so far, rounded to float32
 //     };
+//     static constexpr auto kReorder;       // see GroupedKernels::reorder
 //     static Floats load(const float*);
 //     static void store(float*, Floats);
 //     static Floats fma(Floats a, Floats b, Floats c);
@@ -33,17 +34,50 @@ namespace {
 // As kFlatAhead.
 inline constexpr std::size_t kGroupedAhead = 8192;
 
-template <class Isa, int Bits, std::size_t Vectors>
+// Fields that are the symbols.
+template <class Lanes, int Bits>
+struct PlainFields {
+  static constexpr int kBits = Bits;
+  static constexpr int kSymbolBits = Bits;
+
+  [[gnu::always_inline]] inline explicit PlainFields(const GroupedRows&) {}
+
+  template <std::size_t Register>
+  [[gnu::always_inline]] inline typename Lanes::Bytes symbols(const std::uint8_t* chunk) const {
+    return Lanes::template fields<Bits, Register>(chunk);
+  }
+};
+
+// Fields that look symbols up in a table.
+template <class Lanes, int Bits, int SymbolBits>
+struct TableFields {
+  static constexpr int kBits = Bits;
+  static constexpr int kSymbolBits = SymbolBits;
+
+  [[gnu::always_inline]] inline explicit TableFields(const GroupedRows& rows)
+      : table(Lanes::load_table(rows.table)) {}
+
+  template <std::size_t Register>
+  [[gnu::always_inline]] inline typename Lanes::Bytes symbols(const std::uint8_t* chunk) const {
+    return Lanes::look_up(table, Lanes::template fields<Bits, Register>(chunk));
+  }
+
+  const typename Lanes::Table table;
+};
+
+template <class Isa, class Fields, std::size_t Vectors>
 class GroupedRow {
  public:
   using Lanes = typename Isa::Lanes;
   using Floats = typename Isa::Floats;
   static constexpr std::size_t kRegisters = kVector / Lanes::kLanes;
   static constexpr std::size_t kFloats = Lanes::kLanes / 4;
-  static constexpr std::size_t kChunkBytes = flat_chunk_bytes(Bits);
+  static constexpr std::size_t kChunkBytes = flat_chunk_bytes(Fields::kBits);
+  using Sums = typename Isa::template Sums<Fields::kSymbolBits>;
 
-  [[gnu::always_inline]] inline GroupedRow(const float* lanes, std::size_t digits_step)
-      : digits_step_(digits_step) {
+  [[gnu::always_inline]] inline GroupedRow(const Fields& fields, const float* lanes,
+                                           std::size_t digits_step)
+      : fields_(fields), digits_step_(digits_step) {
     each([&]<std::size_t I>() __attribute__((always_inline)) {
       lanes_[I / kRegisters][I % kRegisters] = Isa::load(lanes + I * kFloats);
     });
@@ -61,10 +95,10 @@ class GroupedRow {
                                                const std::int8_t* digits, const float* scales) {
     __builtin_prefetch(fields + kGroupedAhead, 0, 2);
     for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
-      const auto weights = Lanes::template fields<Bits, Register>(fields);
+      const auto weights = fields_.template symbols<Register>(fields);
       const Floats scale = scale_of<Size, Register>(scales);
       for_vectors([&]<std::size_t Vector>() __attribute__((always_inline)) {
-        typename Isa::template Sums<Bits> sums;
+        Sums sums;
         add<Register, Vector>(sums, weights, digits);
         Floats& lane = lanes_[Vector][Register];
         lane = Isa::fma(sums.floats(), scale, lane);
@@ -75,11 +109,11 @@ class GroupedRow {
   // A run of chunks of one group.
   [[gnu::always_inline]] inline void add_run(const std::uint8_t* fields, const std::int8_t* digits,
                                              std::size_t chunks, float scale) {
-    typename Isa::template Sums<Bits> sums[Vectors][kRegisters];
+    Sums sums[Vectors][kRegisters];
     for (std::size_t i = 0; i < chunks; ++i, fields += kChunkBytes, digits += digits_step_) {
       __builtin_prefetch(fields + kGroupedAhead, 0, 2);
       for_flat_registers<Lanes>([&]<std::size_t Register>() __attribute__((always_inline)) {
-        const auto weights = Lanes::template fields<Bits, Register>(fields);
+        const auto weights = fields_.template symbols<Register>(fields);
         for_vectors([&]<std::size_t Vector>() __attribute__((always_inline)) {
           add<Register, Vector>(sums[Vector][Register], weights, digits);
         });
@@ -106,7 +140,7 @@ class GroupedRow {
     }(std::make_index_sequence<Vectors>());
   }
 
-  template <std::size_t Register, std::size_t Vector, class Sums>
+  template <std::size_t Register, std::size_t Vector>
   [[gnu::always_inline]] static inline void add(Sums& sums, typename Lanes::Bytes weights,
                                                 const std::int8_t* digits) {
     const std::int8_t* high = digits + 2 * Vector * kVector + Register * Lanes::kLanes;
@@ -123,22 +157,24 @@ class GroupedRow {
     }
   }
 
+  const Fields fields_;
   const std::size_t digits_step_;
   Floats lanes_[Vectors][kRegisters];
 };
 
-template <class Isa, int Bits, std::size_t Vectors, std::size_t Size>
+template <class Isa, class Fields, std::size_t Vectors, std::size_t Size>
 [[gnu::noinline]] void multiply_small_groups(const GroupedRows& rows, const std::int8_t* digits,
                                              std::size_t step, float* lanes, std::size_t stride) {
+  const Fields table(rows);
   for (std::size_t row = 0; row < rows.rows; ++row, lanes += stride) {
-    GroupedRow<Isa, Bits, Vectors> tile(lanes, step);
+    GroupedRow<Isa, Fields, Vectors> tile(table, lanes, step);
     const std::uint8_t* fields = rows.fields + row * rows.row_bytes;
     const float* scales =
         rows.scales + row * rows.scale_stride + rows.first_chunk * (kVector / Size);
     const std::int8_t* x = digits;
     for (std::size_t i = 0; i < rows.chunks; ++i) {
       tile.template add_small<Size>(fields, x, scales);
-      fields += flat_chunk_bytes(Bits);
+      fields += flat_chunk_bytes(Fields::kBits);
       scales += kVector / Size;
       x += step;
     }
@@ -146,13 +182,14 @@ template <class Isa, int Bits, std::size_t Vectors, std::size_t Size>
   }
 }
 
-template <class Isa, int Bits, std::size_t Vectors>
+template <class Isa, class Fields, std::size_t Vectors>
 [[gnu::noinline]] void multiply_large_groups(const GroupedRows& rows, const std::int8_t* digits,
                                              std::size_t step, float* lanes, std::size_t stride) {
   const std::size_t group_chunks = rows.group_columns / kVector;
   const std::size_t end = rows.first_chunk + rows.chunks;
+  const Fields table(rows);
   for (std::size_t row = 0; row < rows.rows; ++row, lanes += stride) {
-    GroupedRow<Isa, Bits, Vectors> tile(lanes, step);
+    GroupedRow<Isa, Fields, Vectors> tile(table, lanes, step);
     const std::uint8_t* fields = rows.fields + row * rows.row_bytes;
     const std::int8_t* x = digits;
     std::size_t group = rows.first_chunk / group_chunks;
@@ -163,7 +200,7 @@ template <class Isa, int Bits, std::size_t Vectors>
       if (stop > end) stop = end;
       const std::size_t chunks = stop - at;
       tile.add_run(fields, x, chunks, rows.scales[row * rows.scale_stride + group]);
-      fields += chunks * flat_chunk_bytes(Bits);
+      fields += chunks * flat_chunk_bytes(Fields::kBits);
       x += chunks * step;
       at = stop;
       if (at == group_end) {
@@ -176,7 +213,7 @@ template <class Isa, int Bits, std::size_t Vectors>
   }
 }
 
-template <class Isa, int Bits, std::size_t Vectors>
+template <class Isa, class Fields, std::size_t Vectors>
 void multiply_grouped_vectors(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
   constexpr std::size_t kTogether = Vectors < Isa::kMostVectors ? Vectors : Isa::kMostVectors;
   constexpr std::size_t kStep = 2 * Vectors * kVector;
@@ -186,34 +223,49 @@ void multiply_grouped_vectors(const GroupedRows& rows, const FlatVectors& x, flo
     float* out = lanes + vector * kGroupedLanes;
     switch (rows.group_columns) {
       case 8:
-        multiply_small_groups<Isa, Bits, kTogether, 8>(rows, digits, kStep, out, kStride);
+        multiply_small_groups<Isa, Fields, kTogether, 8>(rows, digits, kStep, out, kStride);
         break;
       case 16:
-        multiply_small_groups<Isa, Bits, kTogether, 16>(rows, digits, kStep, out, kStride);
+        multiply_small_groups<Isa, Fields, kTogether, 16>(rows, digits, kStep, out, kStride);
         break;
       case 32:
-        multiply_small_groups<Isa, Bits, kTogether, 32>(rows, digits, kStep, out, kStride);
+        multiply_small_groups<Isa, Fields, kTogether, 32>(rows, digits, kStep, out, kStride);
         break;
       default:
-        multiply_large_groups<Isa, Bits, kTogether>(rows, digits, kStep, out, kStride);
+        multiply_large_groups<Isa, Fields, kTogether>(rows, digits, kStep, out, kStride);
     }
+  }
+}
+
+template <class Isa, class Fields>
+void multiply_grouped_batch(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
+  switch (x.count) {
+    case 1:
+      return multiply_grouped_vectors<Isa, Fields, 1>(rows, x, lanes);
+    case 2:
+      return multiply_grouped_vectors<Isa, Fields, 2>(rows, x, lanes);
+    case 4:
+      return multiply_grouped_vectors<Isa, Fields, 4>(rows, x, lanes);
+    default:
+      return multiply_grouped_vectors<Isa, Fields, 8>(rows, x, lanes);
   }
 }
 
 template <class Isa>
 void multiply_grouped_rows(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
-  with_flat_width(rows.bits, [&]<int Bits>() __attribute__((always_inline)) {
-    switch (x.count) {
-      case 1:
-        return multiply_grouped_vectors<Isa, Bits, 1>(rows, x, lanes);
-      case 2:
-        return multiply_grouped_vectors<Isa, Bits, 2>(rows, x, lanes);
-      case 4:
-        return multiply_grouped_vectors<Isa, Bits, 4>(rows, x, lanes);
-      default:
-        return multiply_grouped_vectors<Isa, Bits, 8>(rows, x, lanes);
-    }
-  });
+  using Lanes = typename Isa::Lanes;
+  if (rows.table == nullptr) {
+    return with_flat_width(rows.bits, [&]<int Bits>() __attribute__((always_inline)) {
+      multiply_grouped_batch<Isa, PlainFields<Lanes, Bits>>(rows, x, lanes);
+    });
+  }
+  const bool is_byte = rows.symbol_bits == 8;
+  if (rows.bits == 3) {
+    return is_byte ? multiply_grouped_batch<Isa, TableFields<Lanes, 3, 8>>(rows, x, lanes)
+                   : multiply_grouped_batch<Isa, TableFields<Lanes, 3, 7>>(rows, x, lanes);
+  }
+  is_byte ? multiply_grouped_batch<Isa, TableFields<Lanes, 4, 8>>(rows, x, lanes)
+          : multiply_grouped_batch<Isa, TableFields<Lanes, 4, 7>>(rows, x, lanes);
 }
 
 // grouped_total in registers.
@@ -266,7 +318,8 @@ void write_grouped_totals(const GroupedSums& sums, std::size_t batch, float* tot
 
 template <class Isa>
 constexpr GroupedKernels make_grouped_kernels() {
-  return {.product = multiply_grouped_rows<Isa>,
+  return {.reorder = Isa::kReorder,
+          .product = multiply_grouped_rows<Isa>,
           .totals = write_grouped_totals<Isa>,
           .terms = write_group_terms<Isa::widen_halves>};
 }

@@ -30,9 +30,9 @@ void unpack(const std::uint8_t* fields, std::size_t chunks, int bits, std::uint8
   }
 }
 
-void product(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums) {
+void product(const FlatRows& rows, const FlatVectors& x, std::int64_t* sums, std::size_t stride) {
   const std::uint8_t* chunk = rows.fields;
-  for (std::size_t row = 0; row < rows.rows; ++row, sums += x.count) {
+  for (std::size_t row = 0; row < rows.rows; ++row, sums += stride) {
     std::fill_n(sums, x.count, std::int64_t{0});
     const std::int8_t* digits = x.digits;
     for (std::size_t i = 0; i < rows.chunks; ++i, chunk += flat_chunk_bytes(rows.bits)) {

@@ -34,9 +34,10 @@ void product(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
             const std::size_t local = chunk - rows.first_chunk;
             const std::int8_t* digits = x.digits + (local * x.count + vector) * 2 * kVector;
             for (std::size_t k = lane * kColumns; k < (lane + 1) * kColumns; ++k) {
-              const std::int32_t field =
+              const std::uint8_t field =
                   flat_field(fields + local * flat_chunk_bytes(rows.bits), rows.bits, k);
-              sum += field * (256 * digits[k] + digits[kVector + k]);
+              const std::int32_t symbol = rows.table == nullptr ? field : rows.table[field];
+              sum += symbol * (256 * digits[k] + digits[kVector + k]);
             }
           }
           const std::size_t group = (at * kVector + lane * kColumns) / rows.group_columns;
@@ -83,7 +84,9 @@ void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {
 
 }  // namespace
 
-const GroupedKernels kScalarGroupedKernels = {
-    .product = product, .totals = write_totals, .terms = write_group_terms<widen_halves>};
+const GroupedKernels kScalarGroupedKernels = {.reorder = nullptr,
+                                              .product = product,
+                                              .totals = write_totals,
+                                              .terms = write_group_terms<widen_halves>};
 
 }  // namespace entrollm

@@ -89,6 +89,7 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
 constexpr Kernels kTable = [] {
   Kernels kernels = kernels_of<Avx2Vectors, Avx2Products>("avx2");
   kernels.dot_tile_pair = dot_tile_pair;
+  kernels.encode = &kAvx2EncodeKernels;
   kernels.flat = &kAvx2FlatKernels;
   kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2GroupedKernels;

@@ -7,7 +7,6 @@ namespace entrollm {
 namespace {
 
 struct FlatProducts : FlatTotals {
-  static constexpr std::size_t kMostVectors = 4;
   static constexpr std::size_t kUnroll = 4;
   static constexpr std::size_t rows(int, std::size_t vectors) { return vectors == 1 ? 2 : 1; }
 

@@ -8,14 +8,13 @@ namespace {
 struct FlatProducts {
   using Lanes = FlatLanes;
   using Sums = __m512i;
-  static constexpr std::size_t kMostVectors = 4;
   static constexpr std::size_t kUnroll = 4;
-  static constexpr std::size_t rows(int, std::size_t vectors) {
-    return vectors == 1 ? 2 : vectors == 2 ? 4 : vectors == 4 ? 2 : 1;
-  }
+  static constexpr std::size_t rows(int, std::size_t vectors) { return vectors == 2 ? 4 : 2; }
 
   [[gnu::always_inline]] static inline __m512i load(const std::int8_t* digits) {
-    return _mm512_load_si512(digits);
+    __m512i bytes = _mm512_load_si512(digits);
+    asm("" : "+v"(bytes));  // compilers load it again for each row
+    return bytes;
   }
 
   [[gnu::always_inline]] static inline void total(__m512i a, __m512i b, __m512i c, __m512i d,

@@ -9,6 +9,7 @@ struct GroupedLanes {
   using Lanes = FlatLanes;
   using Floats = __m512;
   static constexpr std::size_t kMostVectors = 8;
+  static constexpr ReorderDigits kReorder = nullptr;
 
   template <int Bits>
   struct Sums {

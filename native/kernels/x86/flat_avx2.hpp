@@ -31,6 +31,15 @@ struct FlatLanes {
   [[gnu::always_inline]] static inline Bytes load(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
+  // Sixteen entries, and those that bytes below 16 choose.
+  using Table = Bytes;
+  [[gnu::always_inline]] static inline Table load_table(const std::uint8_t* entries) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+  [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
+    return _mm256_shuffle_epi8(table, bytes);
+  }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes);
   }

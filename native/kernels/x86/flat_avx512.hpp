@@ -42,6 +42,15 @@ struct FlatLanes {
     return bytes;
   }
 
+  // Sixteen entries, and those that bytes below 16 choose.
+  using Table = Bytes;
+  [[gnu::always_inline]] static inline Table load_table(const std::uint8_t* entries) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+  [[gnu::always_inline]] static inline Bytes look_up(Table table, Bytes bytes) {
+    return _mm512_shuffle_epi8(table, bytes);
+  }
+
   [[gnu::always_inline]] static inline void store(std::uint8_t* out, Bytes bytes) {
     _mm512_storeu_si512(out, bytes);
   }

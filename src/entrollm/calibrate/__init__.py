@@ -1,6 +1,7 @@
 """Measure what a model's matrices see of a text, for calibrated quantization."""
 
 from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, calibrate, held_out
+from entrollm.calibrate.compare import compare
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
@@ -17,6 +18,7 @@ __all__ = [
     "calibrate",
     "calibration_windows",
     "check_tunable",
+    "compare",
     "held_out",
     "measure",
     "sample_windows",

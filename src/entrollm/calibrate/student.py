@@ -7,7 +7,7 @@ transformers' own code, so autograd gives the gradients of its matrices whatever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,12 +60,39 @@ class Student:
         Raises:
             EntroLLMError: the divergence is not finite.
         """
+        if gradients is None:
+            return float(self.compare(windows)[0].mean())
         parts = batches(windows, self._original.model)
         self._teach(parts)
-        found = self._follow(parts, windows.size, gradients)
-        if not math.isfinite(found):
-            raise EntroLLMError("the divergence of the compressed model is not finite; its weights may be damaged")
-        return max(0.0, found)  # rounding may take what is close to 0 below it
+        return max(0.0, _check(self._follow(parts, windows.size, gradients)))  # rounding may take 0 below it
+
+    def compare(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The KL divergence of each prediction from the original's, in nats, and whether both have one likeliest token.
+
+        Args:
+            windows: token ids, shape (windows, tokens).
+        Returns:
+            Both have the shape of the windows.
+        Raises:
+            EntroLLMError: a divergence is not finite.
+        """
+        parts = batches(windows, self._original.model)
+        self._teach(parts)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def go(number: int) -> None:
+            with torch.no_grad():
+                predicted = _log_probabilities(self._network, parts[number])
+                wanted = self._spool.take(_wanted(number))
+                found.append((_divergences(wanted, predicted), wanted.argmax(-1) == predicted.argmax(-1)))
+
+        self._put(self._outer)
+        self._forward(self._network, self._load, [partial(go, number) for number in range(len(parts))])
+        divergences, agreements = (
+            self._device.take(torch.cat(kind)).reshape(windows.shape) for kind in zip(*found, strict=True)
+        )
+        _check(float(divergences.sum()))
+        return np.maximum(divergences, 0.0), agreements
 
     def _teach(self, parts: list[NDArray[np.int64]]) -> None:
         """Leave the original's predictions in the spool."""
@@ -75,11 +102,15 @@ class Student:
             with torch.no_grad():
                 self._spool.put(_wanted(number), _log_probabilities(network, parts[number]))
 
+        self._forward(network, network.load, [partial(go, number) for number in range(len(parts))])
+
+    def _forward(self, network: Network, load: Callable[[int], None], runs: Sequence[Callable[[], None]]) -> None:
+        """Run batches through the layers of a model, without gradients."""
         lockstep = Lockstep(network.layers, network.names)
         try:
-            for index, calls in lockstep.run([partial(go, number) for number in range(len(parts))]):
+            for index, calls in lockstep.run(runs):
                 assert isinstance(index, int)
-                network.load(index)
+                load(index)
                 with torch.no_grad():
                     for call in calls:
                         call.result = lockstep.forward(index, call.args, call.kwargs)
@@ -87,17 +118,17 @@ class Student:
         finally:
             lockstep.close()
 
-    def _follow(self, parts: list[NDArray[np.int64]], predicted: int, gradients: Gradients | None) -> float:
-        """The divergence of the compressed model from the predictions in the spool."""
+    def _follow(self, parts: list[NDArray[np.int64]], predicted: int, gradients: Gradients) -> float:
+        """The divergence of the compressed model from the predictions in the spool, and its gradients."""
         network = self._network
         found = []
 
         def go(number: int) -> None:
-            with torch.set_grad_enabled(gradients is not None):
-                divergence = self._divergence(number, _log_probabilities(network, parts[number])) / predicted
+            with torch.enable_grad():
+                predictions = _log_probabilities(network, parts[number])
+                divergence = _divergences(self._spool.take(_wanted(number)), predictions).sum() / predicted
                 found.append(float(divergence.detach()))
-                if gradients is not None:
-                    divergence.backward()  # type: ignore[no-untyped-call]
+                divergence.backward()  # type: ignore[no-untyped-call]
 
         self._put(self._outer)
         lockstep = Lockstep(network.layers, network.names)
@@ -106,18 +137,11 @@ class Student:
             for index, calls in lockstep.run([partial(go, number) for number in range(len(parts))]):
                 assert isinstance(index, int)
                 self._load(index)
-                layer = partial(_call, lockstep, index)
-                if gradients is None:
-                    with torch.no_grad():
-                        for call in calls:
-                            call.result = layer(*call.args, **call.kwargs)
-                else:
-                    visits.append((index, [Visit(call, f"{index}-{call.batch}", self._spool) for call in calls]))
-                    for call, visit in zip(calls, visits[-1][1], strict=True):
-                        call.result = visit.forward(layer)
+                visits.append((index, [Visit(call, f"{index}-{call.batch}", self._spool) for call in calls]))
+                for call, visit in zip(calls, visits[-1][1], strict=True):
+                    call.result = visit.forward(partial(_call, lockstep, index))
                 network.release(index)
             while visits:
-                assert gradients is not None
                 index, layer_visits = visits.pop()
                 self._load(index)
                 for visit in layer_visits:
@@ -126,16 +150,9 @@ class Student:
                 network.release(index)
         finally:
             lockstep.close()
-        if gradients is not None:
-            self._gather(self._outer, gradients)
-            network.model.zero_grad()
+        self._gather(self._outer, gradients)
+        network.model.zero_grad()
         return math.fsum(found)
-
-    def _divergence(self, number: int, found: Tensor) -> Tensor:
-        """The sum of a batch's divergences, of log-probabilities that were found."""
-        wanted = self._spool.take(_wanted(number))
-        divergence: Tensor = (wanted.exp() * (wanted - found)).sum(dtype=torch.float64)
-        return divergence
 
     def _load(self, index: int) -> None:
         """Load a layer of the compressed model."""
@@ -174,6 +191,17 @@ def _log_probabilities(network: Network, ids: NDArray[np.int64]) -> Tensor:
     """float32 (predictions, vocabulary)."""
     outputs = network.model(**model_inputs(network, ids, predicts=True))
     return torch.log_softmax(predictions(outputs).float().flatten(0, -2), -1)
+
+
+def _divergences(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL divergences, float64 (predictions,), of log-probabilities (predictions, vocabulary)."""
+    return (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64)
+
+
+def _check(divergence: float) -> float:
+    if not math.isfinite(divergence):
+        raise EntroLLMError("the divergence of the compressed model is not finite; its weights may be damaged")
+    return divergence
 
 
 def _wanted(number: int) -> str:

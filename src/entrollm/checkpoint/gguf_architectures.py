@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
+from entrollm.checkpoint.gguf_architecture import (
+    ATTENTION,
+    FULL,
+    GRANITE_FACTORS,
+    MLP,
+    QKV,
+    SLIDING,
+    Architecture,
+    Values,
+    granite_factors,
+    layer_kinds,
+)
+from entrollm.checkpoint.gguf_mixtures import MIXTURES
 
-class Values(Protocol):
-    """The keys of a file's architecture, without its name."""
-
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
-        """An integer."""
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
-
-    def has(self, name: str) -> bool:
-        """Whether the key is there."""
-
-
-Extend = Callable[[Values, dict[str, Any]], dict[str, Any]]
-
-
-def _nothing(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What one of llama.cpp's architectures is in Hugging Face's terms.
-
-    Attributes:
-        model_type, class_name: of config.json.
-        extend: what the architecture adds to config.json, from the keys and from what all have.
-        keys: keys that `extend` reads.
-        parts: the names of a layer's tensors that are not the usual ones, without their end. In those of stacks, {}
-            is the number of the expert.
-        whole_names: the same, for names that differ in their end.
-        alternating: the end of a tensor's name, whose rows come after those of the tensor with the second end.
-        rows: the ends of names that are matrices of one row, and vectors in the file.
-        rotates_part: only a part of each head may be rotated.
-        norm_offset: how much more the weights of norms are in the file.
-        interleaves: rows of queries and keys that are rotated together are neighbours in the file.
-        has_qk_norms: queries and keys are normalised.
-        has_windows: layers may see a part of the context alone.
-        biases: projections that may have biases, by the key of config.json that says so; "" if the model type does.
-    """
-
-    model_type: str
-    class_name: str
-    extend: Extend = _nothing
-    keys: frozenset[str] = frozenset()
-    parts: Mapping[str, str] = field(default_factory=dict)
-    whole_names: Mapping[str, str] = field(default_factory=dict)
-    alternating: Mapping[str, str] = field(default_factory=dict)
-    rows: tuple[str, ...] = ()
-    rotates_part: bool = False
-    norm_offset: float = 0.0
-    interleaves: bool = False
-    has_qk_norms: bool = False
-    has_windows: bool = False
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_ATTENTION = (*_QKV, "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _FOUR_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -86,15 +37,6 @@ def _gemma(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"hidden_act": "gelu_pytorch_tanh"}
 
 
-def _kinds(values: Values, config: dict[str, Any], pattern: int) -> dict[str, Any]:
-    """Windows in all layers but every `pattern`-th, if the file has a window."""
-    layers = config["num_hidden_layers"]
-    window = values.integer("attention.sliding_window", 0, low=0)
-    pattern = values.integer("attention.sliding_window_pattern", pattern)
-    kinds = [_SLIDING if window and (index + 1) % pattern else _FULL for index in range(layers)]
-    return {"layer_types": kinds, "sliding_window": window or None}
-
-
 def _query_scale(config: dict[str, Any], large: int) -> dict[str, Any]:
     """The query_pre_attn_scalar, which is another one in the largest model of a family."""
     if config["num_hidden_layers"] == large:
@@ -108,7 +50,7 @@ def _gemma2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         "attn_logit_softcapping": values.number("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": values.number("final_logit_softcapping", 30.0),
         **_query_scale(config, _GEMMA2_27B),
-        **_kinds(values, config, 2),
+        **layer_kinds(values, config, 2),
     }
 
 
@@ -117,94 +59,119 @@ def _gemma3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     cap = values.number("final_logit_softcapping", 0.0)
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "rope_parameters": {_FULL: config["rope_parameters"], _SLIDING: local},
+        "rope_parameters": {FULL: config["rope_parameters"], SLIDING: local},
         "final_logit_softcapping": cap or None,
         **_query_scale(config, _GEMMA3_27B),
-        **_kinds(values, config, 6),
+        **layer_kinds(values, config, 6),
     }
 
 
-def _granite(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    # 0 is no factor, as in llama.cpp.
+def _gemma4(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    layers, wide, cap = config["num_hidden_layers"], config["head_dim"], values.number("final_logit_softcapping", 0.0)
+    slides = values.flags("attention.sliding_window_pattern", layers)
+    heads = values.integers("attention.head_count_kv", layers)
+    sizes = values.integers("feed_forward_length", layers)
+    narrow = values.integer("attention.key_length_swa", wide)
+    values.expect("attention.value_length_swa", narrow, "the keys' length")
+    values.expect("rope.dimension_count_swa", narrow, "the heads' length, of which all is rotated")
+    shared = values.integer("attention.shared_kv_layers", 0, low=0)
+    full = [index for index in range(layers) if not slides[index]]
     return {
-        "attention_multiplier": values.number("attention.scale", 0.0) or config["head_dim"] ** -0.5,
-        "embedding_multiplier": values.number("embedding_scale", 0.0) or 1.0,
-        "residual_multiplier": values.number("residual_scale", 0.0) or 1.0,
-        "logits_scaling": values.number("logit_scale", 0.0) or 1.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": narrow,
+        "intermediate_size": sizes[0],
+        "layer_types": [SLIDING if slid else FULL for slid in slides],
+        "sliding_window": values.integer("attention.sliding_window"),
+        "per_layer_config": {
+            str(index): {"head_dim": narrow if slides[index] else wide, "num_key_value_heads": heads[index]}
+            for index in range(layers)
+        },
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": shared > 0 and sizes[-1] == 2 * sizes[0],
+        "attention_k_eq_v": any(not values.has_tensor(f"blk.{index}.attn_v.weight") for index in full),
+        "hidden_size_per_layer_input": values.integer("embedding_length_per_layer_input", 0, low=0),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "rope_parameters": {
+            FULL: config["rope_parameters"],
+            SLIDING: {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)},
+        },
+        "final_logit_softcapping": cap or None,
     }
+
+
+_LAYER_INPUTS = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
 
 
 def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": [int((index + 1) % 4 != 0) for index in range(config["num_hidden_layers"])]}
 
 
-def _experts(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    count, used = values.integer("expert_count"), values.integer("expert_used_count")
-    return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
+def _ministral3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    rope = config["rope_parameters"]
+    growth = values.number("attention.temperature_scale", 0.0)
+    multiplier = values.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if growth:
+        length = values.integer("rope.scaling.original_context_length")
+        rope = rope | {"llama_4_scaling_beta": growth, "original_max_position_embeddings": length}
+    if multiplier:
+        rope = rope | {"mscale": 1.0, "mscale_all_dim": multiplier}
+    return {"rope_parameters": rope}
 
 
-def _qwen3_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    size = values.integer("expert_feed_forward_length")
-    return {**_experts(values, config), "moe_intermediate_size": size, "norm_topk_prob": True}
-
-
-def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    # Some converters leave out the size of the part that all tokens run through, which is then the common one.
-    shared = values.integer("expert_shared_feed_forward_length", config["intermediate_size"])
-    return {
-        **_experts(values, config),
-        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": shared,
-        "norm_topk_prob": False,
-    }
-
-
-def _olmoe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {**_experts(values, config), "norm_topk_prob": False}
-
-
-def _gpt_oss(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+def _olmo2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    kinds = layer_kinds(values, config, 4)
+    if kinds["sliding_window"] is None:
+        return {}
     rope = config["rope_parameters"]
     return {
-        **_experts(values, config),
-        "intermediate_size": values.integer("expert_feed_forward_length"),
-        # The model's own code does not round the limits of the stretched frequencies.
-        "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
-        **_kinds(values, config, 2),
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        # Layers with windows are not stretched.
+        "rope_parameters": {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": rope["rope_theta"]}},
+        **kinds,
     }
+
+
+def _cohere2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layer_norm_eps": config["rms_norm_eps"],
+        "logit_scale": values.number("logit_scale"),
+        **layer_kinds(values, config, 4),
+    }
+
+
+def _lfm2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    heads = values.integers("attention.head_count_kv", config["num_hidden_layers"])
+    return {
+        "norm_eps": config["rms_norm_eps"],
+        "conv_L_cache": values.integer("shortconv.l_cache"),
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": [FULL if count else "conv" for count in heads],
+    }
+
+
+_LFM2 = {
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+}
 
 
 def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": values.integer("attention.sliding_window", 0, low=0) or None}
 
-
-_EXPERT_KEYS = frozenset({"expert_count", "expert_used_count", "expert_feed_forward_length"})
-_ROUTED = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
-    "ffn_up_exps": "mlp.experts.{}.up_proj",
-    "ffn_down_exps": "mlp.experts.{}.down_proj",
-}
-_SHARED = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-# What "llama" is with experts.
-MIXTRAL = Architecture(
-    model_type="mixtral",
-    class_name="MixtralForCausalLM",
-    extend=_experts,
-    keys=frozenset({"expert_count", "expert_used_count"}),
-    parts={
-        "ffn_gate_inp": "block_sparse_moe.gate",
-        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-    },
-    interleaves=True,
-)
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -213,14 +180,22 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             model_type="llama",
             class_name="LlamaForCausalLM",
             interleaves=True,
-            biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            has_factors=True,
+            biases={"attention_bias": ATTENTION, "mlp_bias": MLP},
         ),
-        "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM", biases={"": _QKV}),
+        "mistral3": Architecture(
+            model_type="ministral3",
+            class_name="Ministral3ForCausalLM",
+            extend=_ministral3,
+            keys=frozenset({"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}),
+            interleaves=True,
+        ),
+        "qwen2": Architecture(model_type="qwen2", class_name="Qwen2ForCausalLM", biases={"": QKV}),
         "qwen3": Architecture(
             model_type="qwen3",
             class_name="Qwen3ForCausalLM",
             has_qk_norms=True,
-            biases={"attention_bias": _ATTENTION},
+            biases={"attention_bias": ATTENTION},
         ),
         "gemma": Architecture(
             model_type="gemma",
@@ -247,74 +222,85 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             has_qk_norms=True,
             has_windows=True,
         ),
+        "gemma4": Architecture(
+            model_type="gemma4_text",
+            class_name="Gemma4ForCausalLM",
+            extend=_gemma4,
+            keys=frozenset(
+                {"attention.sliding_window_pattern", "attention.key_length_swa", "attention.value_length_swa"}
+                | {"attention.shared_kv_layers", "embedding_length_per_layer_input", "final_logit_softcapping"}
+                | {"rope.freq_base_swa", "rope.dimension_count_swa"}
+            ),
+            parts=_FOUR_NORMS | _LAYER_INPUTS,
+            whole_names={"layer_output_scale.weight": "layer_scalar"},
+            outer={
+                "per_layer_token_embd": "model.embed_tokens_per_layer",
+                "per_layer_model_proj": "model.per_layer_model_projection",
+                "per_layer_proj_norm": "model.per_layer_projection_norm",
+            },
+            has_qk_norms=True,
+            has_windows=True,
+            has_factors=True,
+            has_layer_sizes=True,
+        ),
         "granite": Architecture(
             model_type="granite",
             class_name="GraniteForCausalLM",
-            extend=_granite,
-            keys=frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}),
+            extend=granite_factors,
+            keys=GRANITE_FACTORS,
             interleaves=True,
-            biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            biases={"attention_bias": ATTENTION, "mlp_bias": MLP},
         ),
         "smollm3": Architecture(
             model_type="smollm3",
             class_name="SmolLM3ForCausalLM",
             extend=_smollm3,
             interleaves=True,
-            biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            biases={"attention_bias": ATTENTION, "mlp_bias": MLP},
         ),
         "olmo2": Architecture(
             model_type="olmo2",
             class_name="Olmo2ForCausalLM",
+            extend=_olmo2,
+            keys=frozenset({"attention.sliding_window_pattern"}),
             parts=_OUTPUT_NORMS,
             has_qk_norms=True,
-        ),
-        "qwen2moe": Architecture(
-            model_type="qwen2_moe",
-            class_name="Qwen2MoeForCausalLM",
-            extend=_qwen2_moe,
-            keys=_EXPERT_KEYS | {"expert_shared_feed_forward_length"},
-            parts=_ROUTED | _SHARED,
-            rows=("mlp.shared_expert_gate.weight",),
-            biases={"qkv_bias": _QKV},
-        ),
-        "qwen3moe": Architecture(
-            model_type="qwen3_moe",
-            class_name="Qwen3MoeForCausalLM",
-            extend=_qwen3_moe,
-            keys=_EXPERT_KEYS,
-            parts=_ROUTED,
-            has_qk_norms=True,
-            biases={"attention_bias": _ATTENTION},
-        ),
-        "olmoe": Architecture(
-            model_type="olmoe",
-            class_name="OlmoeForCausalLM",
-            extend=_olmoe,
-            keys=frozenset({"expert_count", "expert_used_count"}),
-            parts=_ROUTED,
-            has_qk_norms=True,
-        ),
-        "gpt-oss": Architecture(
-            model_type="gpt_oss",
-            class_name="GptOssForCausalLM",
-            extend=_gpt_oss,
-            keys=_EXPERT_KEYS,
-            parts={"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
-            whole_names={
-                "attn_sinks.weight": "self_attn.sinks",
-                "ffn_gate_exps.weight": "mlp.experts.gate_up_proj.{}.T",
-                "ffn_up_exps.weight": "mlp.experts.gate_up_proj.{}.T",
-                "ffn_down_exps.weight": "mlp.experts.down_proj.{}.T",
-                "ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias",
-                "ffn_up_exps.bias": "mlp.experts.gate_up_proj_bias",
-                "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
-            },
-            alternating={
-                "ffn_up_exps.weight": "ffn_gate_exps.weight",
-                "ffn_up_exps.bias": "ffn_gate_exps.bias",
-            },
             has_windows=True,
-            biases={"attention_bias": _ATTENTION, "": ("mlp.router",)},
+        ),
+        "exaone4": Architecture(
+            model_type="exaone4",
+            class_name="Exaone4ForCausalLM",
+            extend=lambda values, config: layer_kinds(values, config, 4),
+            keys=frozenset({"attention.sliding_window_pattern"}),
+            parts=_OUTPUT_NORMS,
+            has_qk_norms=True,
+            has_windows=True,
+            has_factors=True,
+        ),
+        "cohere2": Architecture(
+            model_type="cohere2",
+            class_name="Cohere2ForCausalLM",
+            extend=_cohere2,
+            keys=frozenset({"logit_scale", "attention.sliding_window_pattern"}),
+            eps="attention.layer_norm_epsilon",
+            has_windows=True,
+            biases={"attention_bias": ATTENTION},
+        ),
+        "ernie4_5": Architecture(
+            model_type="ernie4_5",
+            class_name="Ernie4_5ForCausalLM",
+            biases={"use_bias": (*ATTENTION, *MLP)},
+        ),
+        "lfm2": Architecture(
+            model_type="lfm2",
+            class_name="Lfm2ForCausalLM",
+            extend=_lfm2,
+            keys=frozenset({"shortconv.l_cache"}),
+            parts=_LFM2,
+            kernels=("conv.conv.weight",),
+            outer={"token_embd_norm": "model.embedding_norm"},
+            has_qk_norms=True,
+            has_layer_sizes=True,
         ),
         "phi3": Architecture(
             model_type="phi3",
@@ -333,13 +319,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 "post_ffw_norm": "post_mlp_layernorm",
             },
             rotates_part=True,
-            biases={"attention_bias": _QKV},
+            biases={"attention_bias": QKV},
         ),
         "seed_oss": Architecture(
             model_type="seed_oss",
             class_name="SeedOssForCausalLM",
             parts={"post_attention_norm": "post_attention_layernorm"},
-            biases={"attention_bias": _QKV},
+            biases={"attention_bias": QKV},
         ),
+        **MIXTURES,
     }
 )

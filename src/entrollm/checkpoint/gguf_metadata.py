@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.gguf_architectures import ARCHITECTURES, MIXTRAL, Architecture
+from entrollm.checkpoint.gguf_architecture import Architecture
+from entrollm.checkpoint.gguf_architectures import ARCHITECTURES
+from entrollm.checkpoint.gguf_mixtures import MIXTRAL
 from entrollm.checkpoint.gguf_vocabulary import Vocabulary, end_tokens, start_token
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import GgufFile
 
-ROPE_FACTORS = "rope_freqs.weight"
+_FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# Tensors that say how queries and keys are rotated.
+ROTATIONS = frozenset({_FACTORS, _LONG, _SHORT})
 
 # Keys of an architecture, without its name, that `_config` and `_rope` read.
 _USED = frozenset(
@@ -70,9 +74,11 @@ _GENERAL: Mapping[str, tuple[object, ...]] = MappingProxyType(
 # How to sample, by the names of generation_config.json.
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
 # How Llama 3 stretches its rotation; the files hold only the factors that follow.
-_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
+# Divisors of frequencies that leave features as they are, in Gemma 4.
+_HARDLY = 1e20
 
 
 def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
@@ -116,13 +122,13 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
         "model_type": architecture.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
+        "intermediate_size": metadata.size("feed_forward_length"),
+        "num_hidden_layers": metadata.layers(),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": metadata.number(architecture.eps),
         "max_position_embeddings": context_length,
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -153,7 +159,7 @@ class _Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self._path = file.path
-        self._values = file.metadata
+        self._values, self._tensors = file.metadata, file.tensors
         architecture = self._values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise UnsupportedError(
@@ -206,6 +212,42 @@ class _Metadata:
             raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a positive integer")
         return value
 
+    def integers(self, name: str, count: int) -> list[int]:
+        """A list of `count` integers in [0, 2^31); one integer stands for as many of it."""
+        key = self._prefix + name
+        value = self._values.get(key)
+        if type(value) is int:
+            return [self.integer(name)] * count
+        if isinstance(value, list) and len(value) == count and all(type(n) is int and 0 <= n < 2**31 for n in value):
+            return value
+        raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected {count} integers from 0")
+
+    def layers(self) -> int:
+        """The layers of the model, without those that guess tokens."""
+        name = "nextn_predict_layers"
+        guessing = self.integer(name, 0, low=0) if name in self.architecture.keys else 0
+        layers = self.integer("block_count")
+        if guessing >= layers:
+            raise FormatError(f"{self._path}: {self._prefix}{name} is {guessing}, of {layers} layers in all")
+        return layers - guessing
+
+    def flags(self, name: str, count: int) -> list[bool]:
+        """A list of `count` booleans."""
+        key = self._prefix + name
+        value = self._values.get(key)
+        if isinstance(value, list) and len(value) == count and all(isinstance(flag, bool) for flag in value):
+            return value
+        raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected {count} times true or false")
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """An integer; the first of a list that is not 0 where layers may differ."""
+        if not self.architecture.has_layer_sizes or not isinstance(self._values.get(self._prefix + name), list):
+            return self.integer(name, default)
+        found = [size for size in self.integers(name, self.layers()) if size]
+        if not found:
+            raise FormatError(f"{self._path}: {self._prefix}{name} is 0 for all layers")
+        return found[0]
+
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         key = self._prefix + name
@@ -213,6 +255,14 @@ class _Metadata:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a number")
         return float(str(np.float32(value)))  # the decimal that was meant: the file has it in 32 bits
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A boolean."""
+        key = self._prefix + name
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected true or false")
+        return value
 
     def text(self, name: str, default: str) -> str:
         """A string."""
@@ -226,6 +276,10 @@ class _Metadata:
         """Whether the key is there."""
         return self._prefix + name in self._values
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return name in self._tensors
+
 
 def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str, Any]:
     theta = metadata.number("rope.freq_base", 10000.0)
@@ -234,16 +288,41 @@ def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str,
     # 0 is no factor, as in llama.cpp.
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0)) or 1.0
     attention = metadata.number("rope.scaling.attn_factor", 1.0)
+    if _LONG in file.tensors or _SHORT in file.tensors:
+        return rope | _longrope(metadata, file)
     if kind not in _SCALINGS:
         raise UnsupportedError(f"{file.path}: rope scaling {kind!r:.80} is not supported; supported are linear, yarn")
     if attention != 1.0 and kind != "yarn":
         raise metadata.unsupported("rope.scaling.attn_factor")
-    if ROPE_FACTORS in file.tensors:
-        if metadata.architecture.model_type != "llama" or (factor != 1.0 and kind != "none"):
-            raise UnsupportedError(f"{file.path}: {ROPE_FACTORS} and a scaling of rotations are not supported together")
-        factors = file.array(ROPE_FACTORS).astype(np.float64).reshape(-1)
+    if _FACTORS in file.tensors:
+        if not metadata.architecture.has_factors or (factor != 1.0 and kind != "none"):
+            raise UnsupportedError(f"{file.path}: {_FACTORS} and a scaling of rotations are not supported together")
+        factors = file.array(_FACTORS).astype(np.float64).reshape(-1)
+        if metadata.architecture.model_type == "gemma4_text":
+            return rope | _proportional(file.path, factors)
         return {**_llama3(file.path, theta, factors), "rope_theta": theta}
     return rope | _SCALINGS[kind](metadata, factor, context_length)
+
+
+def _proportional(path: Path, factors: NDArray[np.float64]) -> dict[str, Any]:
+    """The parameters of Gemma 4, where the last features are rotated by next to nothing."""
+    rotated = int((factors == 1).sum())
+    if not (factors[:rotated] == 1).all() or not (factors[rotated:] >= _HARDLY).all():
+        raise UnsupportedError(f"{path}: {_FACTORS} holds factors that are not those of Gemma 4")
+    return {"rope_type": "proportional", "partial_rotary_factor": rotated / len(factors)}
+
+
+def _longrope(metadata: _Metadata, file: GgufFile) -> dict[str, Any]:
+    if metadata.architecture.model_type != "phi3" or not {_LONG, _SHORT} <= file.tensors.keys():
+        raise UnsupportedError(f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architecture phi3")
+    factors = {name: file.array(name).astype(np.float64).reshape(-1).tolist() for name in (_LONG, _SHORT)}
+    return {
+        "rope_type": "longrope",
+        "long_factor": factors[_LONG],
+        "short_factor": factors[_SHORT],
+        "attention_factor": metadata.number("rope.scaling.attn_factor", 1.0),
+        "original_max_position_embeddings": metadata.integer("rope.scaling.original_context_length"),
+    }
 
 
 def _unscaled(metadata: _Metadata, factor: float, context_length: int) -> dict[str, Any]:
@@ -280,4 +359,4 @@ def _llama3(path: Path, theta: float, factors: NDArray[np.float64]) -> dict[str,
         expected = 1 / ((1 - smooth) / factor + smooth)
         if np.allclose(factors, expected, rtol=1e-3):
             return {**_LLAMA3, "factor": factor, "original_max_position_embeddings": _LLAMA3_CONTEXT}
-    raise UnsupportedError(f"{path}: {ROPE_FACTORS} holds factors that are not those of Llama 3")
+    raise UnsupportedError(f"{path}: {_FACTORS} holds factors that are not those of Llama 3")

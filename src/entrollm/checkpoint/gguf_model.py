@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.gguf_architectures import Architecture
-from entrollm.checkpoint.gguf_metadata import ROPE_FACTORS, model_config
+from entrollm.checkpoint.gguf_architecture import Architecture
+from entrollm.checkpoint.gguf_metadata import ROTATIONS, model_config
 from entrollm.checkpoint.gguf_sources import Source, find_sources
 from entrollm.errors import FormatError, Message, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile
@@ -105,7 +105,7 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
     heads = {}
     if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    sources = find_sources(file, architecture, ROPE_FACTORS)
+    sources = find_sources(file, architecture, ROTATIONS)
     names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
@@ -116,7 +116,8 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
             shape = file.tensors[source.name].shape
             if len(shape) != (2 if source.expert is None else 3):
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
-            if not name.endswith(".weight") and layout.transposed_member(name) is None:
+            is_member = layout.stack_member(name) is not None or layout.transposed_member(name) is not None
+            if not name.endswith(".weight") and not is_member:
                 raise UnsupportedError(
                     f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
                     "no matrix of weights"
@@ -128,13 +129,19 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
     return config, files
 
 
+def all_layers(config: Mapping[str, Any]) -> int:
+    """The layers of a model with those that guess tokens."""
+    layers: int = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
+    return layers
+
+
 def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any], architecture: Architecture) -> None:
     """Refuse tensors that the architecture would leave unread.
 
     Raises:
         UnsupportedError: there is one.
     """
-    layers = config["num_hidden_layers"]
+    layers = all_layers(config)
     for name, theirs in names.items():
         match = _LAYER.match(name)
         if match is not None and int(match["index"]) >= layers:
@@ -167,7 +174,7 @@ def _biases(
     Raises:
         UnsupportedError: only some have one, or others than the architecture allows.
     """
-    layers = config["num_hidden_layers"]
+    layers = all_layers(config)
     left = {name for name in names if name.endswith(".bias")}
     found = {}
     for key, parts in architecture.biases.items():

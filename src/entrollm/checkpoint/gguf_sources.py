@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.checkpoint.gguf_architectures import Architecture
+from entrollm.checkpoint.gguf_architecture import Architecture
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import FLOAT_TYPES, GgufFile
 from entrollm.files.safetensors import Entry
@@ -30,7 +30,7 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]{0,3})\.)?(?P<part>\w+(?:\.\w+)?)\.(?P<kind>weight|bias)")
 _MAX_EXPERTS = 2**16
 
 
@@ -39,14 +39,18 @@ class Source:
     """What a tensor is made of.
 
     Attributes:
-        tensors: one tensor of the file, or two of one type and shape, whose rows (or numbers of a row) alternate.
+        tensors: one tensor of the file, or two of one type and shape, whose rows (or numbers of a row) are joined.
+        alternates: rows of two tensors alternate; else all of the first come first.
         expert: of a stack, the place of the matrix in it; None if the tensor is whole.
         is_row: a vector is a matrix of one row.
+        is_kernel: a matrix is the kernel of a convolution of each channel by itself.
     """
 
     tensors: tuple[str, ...]
     expert: int | None = None
     is_row: bool = False
+    is_kernel: bool = False
+    alternates: bool = True
 
     @property
     def name(self) -> str:
@@ -66,6 +70,8 @@ class Source:
         begin = tensor.begin + (self.expert or 0) * size
         if self.is_row:
             shape = (1, *shape)
+        if self.is_kernel:
+            shape = (shape[0], 1, *shape[1:])
         if len(self.tensors) == 2:
             shape = (2 * shape[0], *shape[1:]) if self.expert is not None else (*shape[:-1], 2 * shape[-1])
             size *= 2
@@ -79,6 +85,8 @@ class Source:
         parts = [self._part(file, name) for name in self.tensors]
         if len(parts) == 1:
             return parts[0]
+        if not self.alternates:
+            return np.concatenate(parts)
         axis = 1 if self.expert is not None else -1
         return np.stack(parts, axis=axis).reshape(self.entry(file).shape)
 
@@ -87,16 +95,18 @@ class Source:
         if self.expert is not None:
             experts = file.tensors[name].shape[0]
             array = array.reshape(experts, -1, array.shape[-1])[self.expert]
+        if self.is_kernel:
+            return array[:, None]
         return array[None] if self.is_row else array
 
 
-def find_sources(file: GgufFile, architecture: Architecture, left_out: str) -> dict[str, Source]:
+def find_sources(file: GgufFile, architecture: Architecture, left_out: frozenset[str]) -> dict[str, Source]:
     """The tensors of a file by Hugging Face's names.
 
     Args:
         file: the file.
         architecture: what its tensors are called.
-        left_out: a tensor that has no name there.
+        left_out: tensors that have no name there.
     Raises:
         FormatError: a stack of experts has another shape, or lacks the one that it belongs with; or two tensors have
             one name.
@@ -104,7 +114,7 @@ def find_sources(file: GgufFile, architecture: Architecture, left_out: str) -> d
     """
     found: dict[str, Source] = {}
     for name in file.tensors:
-        if name != left_out:
+        if name not in left_out:
             for ours, source in _rename(file, name, architecture).items():
                 if ours in found:
                     raise FormatError(
@@ -119,8 +129,9 @@ def _rename(file: GgufFile, name: str, architecture: Architecture) -> dict[str, 
     match = _NAME.fullmatch(name)
     if match is not None:
         layer, part, kind = match["layer"], match["part"], match["kind"]
-        if layer is None and part in _OUTER:
-            return {f"{_OUTER[part]}.{kind}": Source((name,))}
+        outer = architecture.outer.get(part) or _OUTER.get(part)
+        if layer is None and outer is not None:
+            return {f"{outer}.{kind}": Source((name,))}
         if layer is not None:
             prefix = f"model.layers.{int(layer)}."
             if ours := architecture.whole_names.get(f"{part}.{kind}"):
@@ -134,7 +145,7 @@ def _named(file: GgufFile, name: str, ours: str, architecture: Architecture) -> 
     """The tensor of this name, or all experts where the name has a place for their number."""
     tensors: tuple[str, ...] = (name,)
     path = file.path
-    for second, first in architecture.alternating.items():
+    for second, first in {**architecture.alternating, **architecture.following}.items():
         if name.endswith(second):  # its rows belong to the first one's
             return {} if name.removesuffix(second) + first in file.tensors else _lacks(path, name, first)
         if name.endswith(first):
@@ -149,12 +160,14 @@ def _named(file: GgufFile, name: str, ours: str, architecture: Architecture) -> 
             tensors = (name, other)
     shape = file.tensors[name].shape
     if "{}" not in ours:
-        return {ours: Source(tensors, is_row=len(shape) == 1 and ours.endswith(architecture.rows))}
+        is_row = len(shape) == 1 and ours.endswith(architecture.rows)
+        return {ours: Source(tensors, is_row=is_row, is_kernel=len(shape) == 2 and ours.endswith(architecture.kernels))}
     if len(shape) != 3 or shape[0] > _MAX_EXPERTS:
         raise FormatError(
             f"{path}: tensor {name!r} has shape {list(shape)}, expected a stack of experts with three axes"
         )
-    return {ours.format(expert): Source(tensors, expert) for expert in range(shape[0])}
+    alternates = not name.endswith(tuple(architecture.following.values()))
+    return {ours.format(expert): Source(tensors, expert, alternates=alternates) for expert in range(shape[0])}
 
 
 def _lacks(path: Path, name: str, other: str) -> dict[str, Source]:

@@ -31,12 +31,16 @@ _PREFIXES = (
     "",
 )
 _BODY = re.compile(
-    r"embed_tokens\.weight|(norm|final_layernorm|embedding_norm)\.(weight|bias)|rotary_emb\.inv_freq"
+    r"embed_tokens(_per_layer)?\.weight|(norm|final_layernorm|embedding_norm)\.(weight|bias)|rotary_emb\.inv_freq"
+    r"|per_layer_(model_projection|projection_norm)\.weight|layers\.\d+\.layer_scalar"
     r"|layers\.\d+\.(self_attn|linear_attn|mamba|mlp|shared_mlp|block_sparse_moe|feed_forward|(operator|ffn)_norm"
-    r"|conv|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm)\..+"
+    r"|conv|[eh]norm|eh_proj|shared_head|embed_tokens|router|experts|per_layer_(input_gate|projection)|post_per_layer_input_norm"
+    r"|(input|(pre|post)_(attention|feedforward|self_attn|mlp))_layernorm(_[12])?)\..+"
 )
 # GPT-2's own names; its first checkpoints are saved without the prefix.
 _GPT2 = re.compile(r"(transformer\.)?(?P<body>w[tp]e\.weight|ln_f\.(weight|bias)|h\.\d+\.(attn|mlp|ln_1|ln_2)\..+)")
+# The layer for guesses of models that have it apart from their layers.
+_TOKEN_HEAD = re.compile(r"mtp\..+")
 _HEAD = re.compile(r"(language_model\.|text_model\.|model\.)*lm_head\..+")
 
 
@@ -168,6 +172,8 @@ def _tied(found: dict[str, str]) -> dict[str, str]:
 def _canonical(name: str) -> str | None:
     if _HEAD.fullmatch(name):
         return name[name.index("lm_head.") :]
+    if _TOKEN_HEAD.fullmatch(name):
+        return name
     if match := _GPT2.fullmatch(name):
         return f"transformer.{match['body']}"
     for prefix in _PREFIXES:

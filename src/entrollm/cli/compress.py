@@ -34,6 +34,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "its 4-bit grids, 8 bits for one tensor"),
     ("entrollm compress MODEL -o OUT --lossless", "every bit of the original, in two thirds of its size"),
     ("entrollm compress MODEL -o OUT --lossless-for 'lm_head*'", "every bit of one tensor, 4.5 bits for the others"),
+    ("entrollm compress MODEL -o OUT --lossless --base BASE", "how a fine-tuned model differs from its base"),
     ("entrollm compress MODEL -o OUT --keep 'lm_head*'", "leave a tensor in its type"),
     ("entrollm compress MODEL -o OUT --prefer speed", "a little larger, faster to decode"),
     ("entrollm compress MODEL -o OUT --prefer speed --target arm", "the same for a board with ARM cores"),
@@ -97,6 +98,15 @@ def command(
     ] = None,
     lossless: LosslessOption = False,
     lossless_for: LosslessForOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="MODEL",
+            help="With --lossless: store differences to the model that this one was fine-tuned from, where they are "
+            "smaller. The folder does not run; entrollm export --base restores the model.",
+        ),
+    ] = None,
     keep: KeepOption = None,
     bpw: BpwOption = None,
     size: SizeOption = None,
@@ -216,6 +226,7 @@ def command(
         overrides=overrides,
         lossless=lossless,
         lossless_for=lossless_for or (),
+        base=base,
         keep=keep or (),
         granularity=granularity.value,
         prefer=prefer.value,
@@ -230,7 +241,7 @@ def command(
         measure=measure,
         threads=threads,
     )
-    is_run = _warn_of_engine(model)
+    is_run = base is None and _warn_of_engine(model)
     with ProgressBars(quiet=json_output) as progress:
         result = compress(model, out, options, overwrite=overwrite, progress=progress)
     if json_output:

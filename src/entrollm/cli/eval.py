@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from entrollm.cli.console import CheckOption, JsonOption, MemoryOption, ThreadsOption, json_safe, print_json
+from entrollm.cli.console import (
+    CacheTypeOption,
+    CheckOption,
+    JsonOption,
+    MemoryOption,
+    ThreadsOption,
+    json_safe,
+    print_json,
+)
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOptions, WindowOption, measure
 from entrollm.cli.options import read_memory
 
@@ -52,6 +60,7 @@ def command(
     chat: Annotated[bool, typer.Option("--chat", help="Lay questions out by the model's chat template.")] = False,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
     json_output: JsonOption = False,
 ) -> None:
@@ -62,23 +71,25 @@ def command(
     prediction fewer than it has tokens.
 
     Bits per byte are nats per token / ln 2 x tokens / bytes of the text. File bits are the bits of all weight files per
-    weight, everything included.
+    weight, everything included. --cache-type is that of the models; the reference has f32.
     """
     if (text is None) == (tasks is None):
         raise ValueError("give either --text FILE or --tasks A,B")
     if text is None:
-        from entrollm.cli.task_scores import TaskOptions, score
+        from entrollm.cli.task_scores import LoadOptions, TaskOptions, score
 
         _refuse("--tasks", {"--against": against, "--window": window, "--max-windows": max_windows, "--bos": bos})
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
         options = TaskOptions(names, limit, few_shot, include, chat)
-        score(models, options, threads=threads, memory=memory, check=check, json_output=json_output)
+        loading = LoadOptions(threads, memory, cache_type, check)
+        score(models, options, loading, json_output=json_output)
         return
     from entrollm.engine.load import load
 
     _refuse("--text", {"--limit": limit, "--few-shot": few_shot, "--include": include, "--chat": chat})
     loader = partial(load, threads=threads, memory=read_memory(memory), check=check)
-    measured = measure(models, against, TextOptions(text, window, max_windows, bos), loader, json_output)
+    typed = partial(loader, cache_type=cache_type)
+    measured = measure(models, against, TextOptions(text, window, max_windows, bos), typed, json_output, loader)
     if json_output:
         print_json(json_safe(measured.to_json()))
     else:

@@ -113,21 +113,13 @@ def _table(title: str, report: MemoryReport) -> Table:
             matrix.name,
             describe_code(matrix.code, matrix.flat_rows),
             f"{matrix.file_bytes * 8 / matrix.weights:.2f}",
-            _flat_form(matrix),
+            " + ".join(f"{bits}" for bits in matrix.flat_rows) or "group scales",
             "" if matrix.flat_bytes is None else f"{matrix.flat_bytes * 8 / matrix.weights:.2f}",
             "flat" if matrix.is_flat else "file",
         )
         for matrix in report.matrices
     ]
     return Table(title, columns, tuple(rows))
-
-
-def _flat_form(matrix: MatrixForms) -> str:
-    from entrollm.format.flat import FlatCode
-
-    if isinstance(matrix.code, FlatCode):
-        return "in the file"
-    return " + ".join(f"{bits}" for bits in matrix.flat_rows) or "group scales"
 
 
 def _print_choices(report: MemoryReport) -> None:

@@ -124,6 +124,7 @@ def measure(
     options: TextOptions,
     load: Callable[[str], Model],
     quiet: bool,
+    load_reference: Callable[[str], Model] | None = None,
 ) -> Measured:
     """Run models over a text one after the other, and the reference once for all of them.
 
@@ -133,6 +134,7 @@ def measure(
         options: the text.
         load: loads a model.
         quiet: show no progress.
+        load_reference: loads the reference; by default `load`.
     Raises:
         EntroLLMError, ValueError: a model cannot be run, or the text is not UTF-8 or too short.
         OSError: the text cannot be read.
@@ -148,7 +150,7 @@ def measure(
         raise ValueError(why_no_tokenizer(resolve(models[0]), "reading a text"))
     windows = cut_windows(tokenizer, content, _protocol([config for config, _ in read], options))
     watch = Stopwatch()
-    reference = None if against is None else load(against)
+    reference = None if against is None else (load_reference or load)(against)
     loaders = [partial(load, model) for model in models]
     with progress_bar("evaluating", "tokens", quiet=quiet) as progress:
         evaluations, reference_evaluation = evaluate_in_turn(loaders, windows, reference, progress)

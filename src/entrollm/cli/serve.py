@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from entrollm.cli.console import CheckOption, MemoryOption, ThreadsOption, message, warn
+from entrollm.cli.console import CacheTypeOption, CheckOption, MemoryOption, ThreadsOption, message, warn
 from entrollm.cli.options import read_memory
+from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 
 if TYPE_CHECKING:
     from entrollm.serve.engines import Engine
@@ -22,7 +24,22 @@ EXAMPLES = (
     ("entrollm serve OUT OUT2 --port 9000 --slots 16", "two models"),
     ("entrollm serve OUT --host 0.0.0.0 --api-key-file KEYS", "for other machines"),
     ("entrollm serve OUT --device cuda", "on a GPU, with transformers"),
+    ("entrollm serve OUT --cache-type int8 --speculate ngram", "long contexts, and faster single answers"),
 )
+
+
+@dataclass(frozen=True)
+class _OwnOptions:
+    """Options of entrollm's own engine, as they are given."""
+
+    threads: int | None
+    memory: str
+    cache_type: str
+    speculate: str | None
+    draft: str | None
+
+
+_DEFAULTS = _OwnOptions(None, "auto", "f32", None, None)
 
 
 def command(
@@ -80,8 +97,11 @@ def command(
             help="What runs the models; auto takes entrollm's own engine on the CPU and transformers elsewhere.",
         ),
     ] = "auto",
+    speculate: SpeculateOption = None,
+    draft: DraftOption = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
+    cache_type: CacheTypeOption = "f32",
     check: CheckOption = True,
 ) -> None:
     """Serve models over HTTP, with the API that OpenAI's clients speak, and a chat page.
@@ -109,25 +129,20 @@ def command(
     if not is_local and keys is None:
         warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")
     check_formats(tool_format, reasoning_format)
-    options = LoadOptions(
-        slots,
-        context,
-        _engine(engine, device, threads, memory, check=check),
-        tool_format,
-        reasoning_format,
-        idle_release,
-    )
+    runs = _engine(engine, device, _OwnOptions(threads, memory, cache_type, speculate, draft), check=check)
+    options = LoadOptions(slots, context, runs, tool_format, reasoning_format, idle_release)
     catalog = open_models(models, options)
     settings = Settings(queue_length=queue, timeout_s=timeout, local_only=is_local and keys is None)
     names = ", ".join(entry.name for entry in catalog.entries)
     serve(catalog, settings, keys, (host, port), grace, lambda url: message(f"serving {names} at {url}/v1"))
 
 
-def _engine(name: str, device: str, threads: int | None, memory: str, *, check: bool) -> Engine:
+def _engine(name: str, device: str, own: _OwnOptions, *, check: bool) -> Engine:
     """What runs the models.
 
     Raises:
         ValueError: there is no such engine, or an option is not one of it.
+        EntroLLMError: the draft model does not load.
     """
     from entrollm.serve.engines import CpuEngine
 
@@ -136,9 +151,14 @@ def _engine(name: str, device: str, threads: int | None, memory: str, *, check: 
     if name == "entrollm" or (name == "auto" and device == "cpu"):
         if device != "cpu":
             raise ValueError(f"--engine entrollm runs on the CPU alone; leave it out for --device {device}")
-        return CpuEngine(threads, read_memory(memory), check)
-    for option, is_given in (("--threads", threads is not None), ("--memory", memory != "auto")):
-        if is_given:
+        memory = read_memory(own.memory)
+        if own.speculate == "mtp":
+            raise ValueError("serve guesses by --speculate ngram or --draft MODEL; --speculate mtp is an option of run")
+        speculate = open_speculation(own.speculate, own.draft, threads=own.threads, memory=memory, check=check)
+        return CpuEngine(own.threads, memory, check, own.cache_type, speculate)
+    for field in fields(own):
+        if getattr(own, field.name) != getattr(_DEFAULTS, field.name):
+            option = f"--{field.name.replace('_', '-')}"
             raise ValueError(f"{option} is an option of entrollm's own engine, and transformers runs these models")
     from entrollm.hf.serving import TransformersEngine
 

@@ -14,8 +14,9 @@ SpeculateOption = Annotated[
     str | None,
     typer.Option(
         "--speculate",
-        metavar="ngram",
-        help="Guess that text goes on as it did before, and check several tokens at once; the text stays the same.",
+        metavar="ngram|mtp",
+        help="Guess that text goes on as it did before (ngram), or what the model's own multi-token head says (mtp), "
+        "and check several tokens at once; the text stays the same.",
     ),
 ]
 DraftOption = Annotated[
@@ -51,6 +52,8 @@ def open_speculation(
         return load(draft, threads=threads, memory=form, check=check)
     if speculate is None:
         return None
-    if speculate != "ngram":
-        raise ValueError(f"--speculate takes ngram, found {speculate!r}; a model is named by --draft MODEL")
-    return "ngram"
+    if speculate == "ngram":
+        return "ngram"
+    if speculate == "mtp":
+        return "mtp"
+    raise ValueError(f"--speculate takes ngram or mtp, found {speculate!r}; a model is named by --draft MODEL")

@@ -34,15 +34,23 @@ class TaskOptions:
             raise ValueError(f"--include {self.include} is not a folder")
 
 
-def score(
-    models: Sequence[str], options: TaskOptions, *, threads: int | None, memory: str, check: bool, json_output: bool
-) -> None:
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load the models; see `load`."""
+
+    threads: int | None
+    memory: str
+    cache_type: str
+    check: bool
+
+
+def score(models: Sequence[str], options: TaskOptions, loading: LoadOptions, *, json_output: bool) -> None:
     """Run each model on the tasks, and print a table or JSON.
 
     Args:
         models: folders or Hub ids.
         options: the tasks.
-        threads, memory, check: how to load the models; see `load`.
+        loading: how to load the models.
         json_output: print JSON.
     Raises:
         UnsupportedError: lm-eval is not installed.
@@ -56,7 +64,7 @@ def score(
 
     results = []
     for name in models:
-        model = HarnessModel(name, threads=threads, memory=memory, check=check)
+        model = HarnessModel(name, **asdict(loading))
         scores = run_tasks(
             model,
             options.names,

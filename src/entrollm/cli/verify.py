@@ -41,7 +41,7 @@ def command(
 
     watch = Stopwatch()
     with (
-        CompressedModel.open(model) as opened,
+        CompressedModel.open(model, restores=against is None) as opened,
         Checkpoint.open(resolve(against)) if against else nullcontext() as original,
         progress_bar("verifying", "weights", quiet=json_output) as update,
     ):

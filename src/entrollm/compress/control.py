@@ -25,9 +25,11 @@ _SLACK = 0.002
 _TRIES = 16
 # Predictions are corrected by the ratio of actual to predicted sizes so far, at most by this factor.
 _LARGEST_CORRECTION = 1.03
-# Matrices with this share of the weights take any step, to meet the size; the others choose steps of their own, at
-# coarsenesses that are spread by this factor either way.
-_FREE_SHARE = 0.15
+# The last matrices take any step, to meet the size: those with this share of the weights, or more where the matrix
+# before them is large, up to the second share. The others choose steps of their own, at coarsenesses that are spread by
+# this factor either way.
+_FREE_SHARE, _MOST_FREE = 0.03, 0.15
+_FREE_OVER_CHOOSING = 2
 _SPREAD = 1.1
 _GOLDEN = 0.618034
 
@@ -161,11 +163,11 @@ class RateControl:
         same coarseness, and no size in between could be met.
         """
         found = set()
-        left = self._coded_weights()
-        last = _FREE_SHARE * left
+        left = total = self._coded_weights()
         for i, name in enumerate(self._remaining):
-            left -= self._curves[name].weights
-            if left < last:
+            weights = self._curves[name].weights
+            left -= weights
+            if left < max(_FREE_SHARE * total, min(_FREE_OVER_CHOOSING * weights, _MOST_FREE * total)):
                 break
             found.add(name)
             self._relative[name] *= _SPREAD ** (2 * (i * _GOLDEN % 1) - 1)

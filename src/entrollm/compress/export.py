@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
+from entrollm.compress.difference import restored_matrices
 from entrollm.compress.folder import OutputFolder, remove_marker, write_index
 from entrollm.compress.stacks import find_stacks, is_transposed
 from entrollm.errors import FormatError
@@ -49,6 +51,7 @@ def export(
     pool: _core.ThreadPool,
     dtype: ExportType = "original",
     on_progress: Callable[[float, float], None] | None = None,
+    base: Checkpoint | None = None,
 ) -> ExportResult:
     """Write the dequantized weights as a checkpoint that any Hugging Face tool reads.
 
@@ -59,6 +62,7 @@ def export(
         dtype: the type of the decoded matrices; "original" is the type that each had before compression. f32 holds
             the dequantized values exactly, the others round them.
         on_progress: called with the weights that are done and all weights.
+        base: what the folder's differences are to; `None` if it holds none.
     Raises:
         FormatError: a matrix is malformed, differs from its checksum or does not decode.
         ValueError: `out` exists, or the dtype is unknown.
@@ -66,9 +70,15 @@ def export(
     """
     if dtype != "original" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be original, {', '.join(_DTYPES)}; found {dtype!r}")
-    members = _members(model)
+    if base is not None and dtype != "original":
+        raise ValueError(f"differences are restored to the original types, not to {dtype}")
+    restored = {} if base is None else restored_matrices(model, base)
+    parts = {part for matrix in restored.values() for part in matrix.parts}
+    members = {name: own for name, own in _members(model).items() if name not in parts}
     types = {name: _type(model, name, own, dtype) for name, own in members.items()}
     shapes = {name: _shape(model, name, own) for name, own in members.items()}
+    types |= {name: matrix.dtype for name, matrix in restored.items()}
+    shapes |= {name: matrix.shape for name, matrix in restored.items()}
     sizes = {name: int(np.prod(shapes[name])) for name in shapes}
     shards = _plan_shards({name: sizes[name] * DTYPES[types[name]].itemsize for name in shapes})
     total, done = sum(sizes.values()), 0
@@ -81,7 +91,12 @@ def export(
             path = folder.partial / layout.shard_name(index, len(shards))
             with ShardWriter(path, ordinary=True) as writer:
                 for name in shard:
-                    chunks = (chunk for member in members[name] for chunk in _chunks(model, member, types[name], pool))
+                    own = members.get(name, ())
+                    chunks: Iterator[NDArray[Any]]
+                    if name in restored:
+                        chunks = restored[name].chunks(pool)
+                    else:
+                        chunks = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
                     writer.add_plain(name, types[name], shapes[name], chunks)
                     names[name] = path.name
                     done += sizes[name]
@@ -188,5 +203,5 @@ def _write_small_files(model: CompressedModel, folder: OutputFolder, dtype: Expo
     folder.write_text("config.json", json.dumps(config, indent=2) + "\n")
     for file in side_files(model.path):
         name = file.relative_to(model.path)
-        if name != Path("config.json"):
+        if name not in (Path("config.json"), Path(layout.DIFFERENCE_NAME)):
             folder.write_bytes(name.as_posix(), file.read_bytes())

@@ -65,7 +65,7 @@ class SelfAttention:
         block, hidden = config.block, config.hidden_size
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         queries = 2 * wide if config.has_output_gate else wide
-        sizes = [queries + 2 * narrow] if config.is_fused else [queries, narrow, narrow]
+        sizes = [queries + 2 * narrow] if config.is_fused else [queries, narrow, narrow][: len(block.qkv)]
         qkv = {prefix + name: size for name, size in zip(block.qkv, sizes, strict=True)}
         self._qkv = Projection(weights, qkv, hidden, config.qkv_bias, block.is_transposed)
         output = {prefix + block.output: hidden}
@@ -79,6 +79,9 @@ class SelfAttention:
         elif config.qk_norm == "width":
             q, k = (load_tensor(weights, name, (size,)) for name, size in zip(names, (wide, narrow), strict=True))
             self._width_norms = offset_weight(config, q), offset_weight(config, k)
+        self._value_norm: Floats | None = None
+        if config.has_value_norm:
+            self._value_norm = np.ones((config.num_kv_heads, config.head_dim), dtype=np.float32)
         self._sinks: Floats | None = None
         if config.has_sinks:
             self._sinks = load_tensor(weights, prefix + block.sinks, (config.num_heads,))
@@ -105,6 +108,10 @@ class SelfAttention:
             gate = sigmoid(pairs[:, :, 1]).reshape(len(x), -1)
             qkv = np.concatenate([pairs[:, :, 0], qkv[:, 2 * heads :]], axis=1)
         qk = qkv[:, :rotated_heads]
+        # Norms make new keys, so that values may be the ones before them.
+        values = qkv[:, -config.num_kv_heads :]
+        if self._value_norm is not None:
+            values = _core.rms_norm(np.ascontiguousarray(values), self._value_norm, config.norm_eps, self._pool)
         if self._head_norms is not None:
             qk = _core.rms_norm(np.ascontiguousarray(qk), self._head_norms, config.norm_eps, self._pool)
         elif self._width_norms is not None:
@@ -118,7 +125,7 @@ class SelfAttention:
             queries *= self._query_factor
         if angles is not None and angles.query_factors is not None:
             queries *= angles.query_factors
-        mixed = cache.attend(queries, qk[:, heads:], qkv[:, rotated_heads:], self._mix)
+        mixed = cache.attend(queries, qk[:, heads:], values, self._mix)
         if gate is not None:
             mixed *= gate
         return self._output(mixed)
@@ -131,7 +138,7 @@ class SelfAttention:
         """
         config = self._config
         is_plain = config.attention_cap is None and not (config.has_sinks or config.has_output_gate)
-        if config.is_qkv_by_head or config.has_rotated_neighbours or not is_plain:
+        if config.is_qkv_by_head or config.has_rotated_neighbours or config.has_value_norm or not is_plain:
             return None
         qkv, output = self._qkv.native(), self._output.native()
         if qkv is None or output is None:
@@ -152,8 +159,8 @@ class SelfAttention:
         return np.concatenate(parts, axis=1).reshape(qk.shape)
 
     def _mix_natively(self, queries: Floats, positions: Positions) -> Floats:
-        keys, values, window, scales = positions[1:]
-        return _core.attention(queries, keys, values, window, self._pool, scales)
+        keys, values, window, scales, earlier = positions[1:]
+        return _core.attention(queries, keys, values, window, self._pool, scales, earlier)
 
     def _mix_plainly(self, queries: Floats, positions: Positions) -> Floats:
         bound = self._config.attention_cap

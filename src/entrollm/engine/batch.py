@@ -133,6 +133,15 @@ class SequencesState:
             start = end
         return np.concatenate(parts)
 
+    def look(self, queries: Floats, mix: Mix) -> Floats:
+        """Mix values for the rows that each sequence has added already; see Attention."""
+        starts = [0, *self._ends]
+        parts = [
+            cache.look(queries[start:end], mix)
+            for cache, start, end in zip(self._caches(), starts, self._ends, strict=False)
+        ]
+        return np.concatenate(parts)
+
     def advance(self, rows: Sequence[Floats], step: Advance) -> Floats:
         """Bring each sequence's state forward by its rows; see Recurrence."""
         parts = []

@@ -12,7 +12,7 @@ from entrollm import _core
 from entrollm.engine.state import NoState, RecurrentState, check_arrays
 from entrollm.engine.weights import Floats
 from entrollm.errors import UnsupportedError
-from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
+from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, SharedKeys, ShortConvolution
 
 CacheType = Literal["f32", "f16", "int8"]
 """How keys and values are held: as they are; in half precision; or as integers with a scale for each head and position,
@@ -26,8 +26,11 @@ Buffers = tuple[NDArray[Any], NDArray[Any], Floats | None]
 _DTYPES: dict[CacheType, type] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 _LARGEST_HALF = np.float32(65504.0)
 _INITIAL_POSITIONS = 256
-# Added to every capacity: rows of keys whose starts lie a power of two apart would compete for the same cache lines.
-_SKEW = 16
+# Bytes of a cache line. Rows of keys are an odd number of lines apart: if they were a power of two apart, they would
+# compete for the same places in a cache.
+_LINE = 64
+# Sequences share positions by the blocks that attention reads at once, so that sharing changes no bits.
+_SHARED_BLOCK = 256
 
 
 class Mix(Protocol):
@@ -53,6 +56,8 @@ class Positions(NamedTuple):
             (kv_heads, length, head_dim) in the cache's type, valid until the cache changes.
         window: positions that a query sees, its own included; None for all.
         scales: of int8 keys and values, float32 (2, kv_heads, length); None for other types.
+        earlier: keys, values and scales of the positions before, which this sequence may share with others and never
+            writes.
     """
 
     tokens: int
@@ -60,6 +65,7 @@ class Positions(NamedTuple):
     values: NDArray[Any]
     window: int | None
     scales: Floats | None = None
+    earlier: Sequence[Buffers] = ()
 
     def floats(self) -> tuple[Floats, Floats]:
         """The keys and values in float32; they must not be int8."""
@@ -83,6 +89,16 @@ class Attention(Protocol):
             float32 (n, heads * head_dim).
         """
 
+    def look(self, queries: Floats, mix: Mix) -> Floats:
+        """Mix values for queries at the last n positions, which have been added already.
+
+        Args:
+            queries: float32 (n, heads, head_dim).
+            mix: called once for each sequence.
+        Returns:
+            float32 (n, heads * head_dim).
+        """
+
 
 class LayerCache:
     """Keys and values of one layer; with a sliding window, only those that a later token can still see.
@@ -92,8 +108,10 @@ class LayerCache:
         window: positions that a token sees; None for all.
         value_dim: features of a value; None if as many as of a key.
         cache_type: how keys and values are held; int8 needs as many features of both.
+        can_share: copies may share the positions that they begin with, in views of buffers that nobody writes there.
 
-    Invariant: positions [first, first + held) lie in slots [start, start + held) of both buffers.
+    Invariant: positions [first, first + held) lie in slots [start, start + held) of both buffers. With shared
+    positions, these are [0, first), and slots before `floor` are theirs.
     """
 
     def __init__(
@@ -103,9 +121,13 @@ class LayerCache:
         window: int | None,
         value_dim: int | None = None,
         cache_type: CacheType = "f32",
+        can_share: bool = False,
     ) -> None:
         self._window = window
         self._cache_type = cache_type
+        self._can_share = can_share and window is None
+        self._shared: list[Buffers] = []
+        self._floor = 0
         self._start = 0
         self._held = 0
         self._first = 0
@@ -150,28 +172,58 @@ class LayerCache:
         if self._start + self._held + n > self.capacity:
             self._make_room(n)
         self._held += n
-        keys, values, scales = self._seen(slice(self._start, self._start + self._held))
-        return [Positions(n, keys, values, self._window, scales)]
+        return [self._positions(n)]
 
     def attend(self, queries: Floats, keys: Floats, values: Floats, mix: Mix) -> Floats:
         """Add n positions of one sequence and let each look back from its own; see Attention."""
         return mix(queries, self.append(keys, values))
 
+    def look(self, queries: Floats, mix: Mix) -> Floats:
+        """Let the last n positions look back without adding any; see Attention."""
+        return mix(queries, self._positions(len(queries)))
+
     def can_truncate(self, length: int) -> bool:
         """Whether the next token at position `length` would find all that it may see."""
         needed = 0 if self._window is None else max(0, length - self._window + 1)
-        return self._first <= needed and length <= self._first + self._held
+        oldest = 0 if self._shared else self._first
+        return oldest <= needed and length <= self._first + self._held
 
     def truncate(self, length: int) -> None:
         """Forget the positions from `length` on; can_truncate(length) must hold."""
+        if self._shared and length < self._first:
+            kept = self._copy(length)
+            self._shared, self._first = kept._shared, kept._first
+            self._keys, self._values, self._scales = kept._keys, kept._values, kept._scales
+            self._floor, self._start, self._held = 0, kept._start, kept._held
+            return
         self._held = max(0, length - self._first)
         if self._held == 0:
-            self._start, self._first = 0, length
+            self._start, self._first = self._floor, length
 
     def fork(self, length: int) -> LayerCache:
-        """A copy of the positions before `length`, in buffers of its own; can_truncate(length) must hold."""
+        """A copy of the positions before `length`; can_truncate(length) must hold."""
+        whole = length // _SHARED_BLOCK * _SHARED_BLOCK
+        if self._can_share and whole > self._first:
+            count = whole - self._first
+            self._shared.append(self._seen(slice(self._start, self._start + count)))
+            self._drop(count)
+            self._floor = self._start
+        return self._copy(length)
+
+    def _copy(self, length: int) -> LayerCache:
+        """A copy of the positions before `length`, in buffers of its own but for whole blocks that are shared."""
         kv_heads, head_dim, value_dim = self._shape
-        copy = LayerCache(kv_heads, head_dim, self._window, value_dim, self._cache_type)
+        copy = LayerCache(kv_heads, head_dim, self._window, value_dim, self._cache_type, self._can_share)
+        begin = 0  # of a shared run
+        for run in self._shared:
+            stop = min(begin + run[1].shape[1], length)
+            whole = (stop - begin) // _SHARED_BLOCK * _SHARED_BLOCK
+            if whole:
+                copy._shared.append(_part(run, slice(0, whole)))
+            if stop > begin + whole:  # the last positions, which end within a block
+                copy._fill(_part(run, slice(whole, stop - begin)), begin + whole)
+                return copy
+            begin = stop
         held = max(0, length - self._first)
         copy._fill(self._seen(slice(self._start, self._start + held)), self._first if held else length)
         return copy
@@ -179,6 +231,11 @@ class LayerCache:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What the cache holds, by name, for a file."""
         keys, values, scales = self._seen(slice(self._start, self._start + self._held))
+        if self._shared:
+            runs = [*self._shared, (keys, values, scales)]
+            keys, values = np.concatenate([run[0] for run in runs], 2), np.concatenate([run[1] for run in runs], 1)
+            if scales is not None:
+                scales = np.concatenate([run[2] for run in runs if run[2] is not None], 2)
         return {"keys": keys, "values": values} | ({} if scales is None else {"scales": scales})
 
     def restore(self, length: int, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -208,10 +265,13 @@ class LayerCache:
                     ours[...] = theirs
         self._first = first
 
+    def _positions(self, n: int) -> Positions:
+        keys, values, scales = self._seen(slice(self._start, self._start + self._held))
+        return Positions(n, keys, values, self._window, scales, self._shared)
+
     def _seen(self, places: slice) -> Buffers:
         """The keys, values and scales of some places."""
-        scales = None if self._scales is None else self._scales[:, :, places]
-        return self._keys[:, :, places], self._values[:, places], scales
+        return _part((self._keys, self._values, self._scales), places)
 
     def _new_buffers(self, capacity: int) -> Buffers:
         kv_heads, head_dim, value_dim = self._shape
@@ -231,13 +291,27 @@ class LayerCache:
         capacity = self.capacity
         needed = self._held + n
         # Moving within the capacity pays only if it frees about half; else a window would move at every token.
-        grown = capacity if 2 * needed <= capacity else max(_INITIAL_POSITIONS, 2 * needed) + _SKEW
+        grown = (
+            capacity if 2 * needed <= capacity else _odd_lines(max(_INITIAL_POSITIONS, 2 * needed), self._keys.itemsize)
+        )
         kept = self._seen(slice(self._start, self._start + self._held))
         self._keys, self._values, self._scales = self._new_buffers(grown)
         for ours, theirs in zip(self._seen(slice(0, self._held)), kept, strict=True):
             if ours is not None and theirs is not None:
                 ours[...] = theirs
-        self._start = 0
+        self._start = self._floor = 0
+
+
+def _odd_lines(positions: int, itemsize: int) -> int:
+    """At least `positions`, so that a row of as many features takes an odd number of cache lines."""
+    per_line = _LINE // itemsize
+    return (-(-positions // per_line) | 1) * per_line
+
+
+def _part(buffers: Buffers, places: slice) -> Buffers:
+    """The keys, values and scales of some places."""
+    keys, values, scales = buffers
+    return keys[:, :, places], values[:, places], None if scales is None else scales[:, :, places]
 
 
 LayerState = LayerCache | RecurrentState | NoState
@@ -264,9 +338,12 @@ def check_cache_type(cache_type: str, config: ModelConfig) -> CacheType:
 
 def new_layer_state(config: ModelConfig, index: int, cache_type: CacheType = "f32") -> LayerState:
     """What layer `index` keeps of the tokens of a sequence."""
-    if config.layer_blocks and not config.layer_blocks[index].has_mixer:
+    config = config.layer(index)
+    if not config.block.has_mixer:
         return NoState()
     match config.mixer(index):
+        case SharedKeys():
+            return NoState()
         case LatentAttention(rank=rank, rotated=rotated):
             # The vectors that keys and values are made of, and the rotated features that all heads share.
             return LayerCache(1, rank + rotated, config.windows[index], 0, cache_type)
@@ -278,7 +355,9 @@ def new_layer_state(config: ModelConfig, index: int, cache_type: CacheType = "f3
         case Mamba2() as form:
             channels = form.heads * form.head_dim + 2 * form.groups * form.state
             return RecurrentState((form.kernel - 1, channels), (form.heads, form.state, form.head_dim))
-    return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index], None, cache_type)
+    # Attention with these options reads its keys and values as one array.
+    can_share = config.attention_cap is None and not config.has_sinks
+    return LayerCache(config.num_kv_heads, config.head_dim, config.windows[index], None, cache_type, can_share)
 
 
 def cache_bytes_per_token(config: ModelConfig, cache_type: CacheType) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -13,13 +12,15 @@ from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
 from entrollm.engine.cache import Cache, LayerCache, LayerState, check_cache_type
-from entrollm.engine.experts import MixedExperts
+from entrollm.engine.experts import ExpertsBeside, MixedExperts
 from entrollm.engine.feed_forward import FeedForward
+from entrollm.engine.layer_inputs import LayerInput, TokenInputs
 from entrollm.engine.mixers import make_mixer
 from entrollm.engine.projection import Norm, Projection, load_norm
+from entrollm.engine.token_head import SharedParts, TokenHead
 from entrollm.engine.weights import Embedding, Floats, Ids, Weights, load_embedding, load_tensor
-from entrollm.errors import CorruptStreamError
-from entrollm.models.config import ModelConfig
+from entrollm.errors import CorruptStreamError, UnsupportedError
+from entrollm.models.config import ModelConfig, SharedKeys
 
 # Prompt tokens per pass through the layers: bounds the activations without re-reading the weights too often.
 _TOKENS_PER_PASS = 512
@@ -74,6 +75,7 @@ class Decoder:
         self.config = config
         self._cache_type = check_cache_type(cache_type, config)
         self._embeddings = Embeddings(config, weights)
+        self._inputs = None if config.layer_inputs is None else TokenInputs(config, weights, config.layer_inputs)
         self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self._norm = load_norm(config, weights, config.names.norm)
         names = config.names
@@ -84,24 +86,57 @@ class Decoder:
             bias = load_tensor(weights, f"{names.head.removesuffix('.weight')}.bias", (config.vocab_size,))
         self._head = Projection(weights, {head.removesuffix(".weight"): config.vocab_size}, config.hidden_size, bias)
         self._rotations = Rotations(config)
+        self._weights = weights
+        self._token_head: TokenHead | None = None
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence."""
         return Cache(self.config, self._cache_type)
 
-    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
+    def token_head(self) -> TokenHead:
+        """The layer that guesses the token after the next one, loaded when it is first asked for.
+
+        Raises:
+            FormatError: a tensor of it is missing or has another shape.
+            UnsupportedError: the checkpoint has none.
+        """
+        if self._token_head is None:
+            self._token_head = self._load_token_head()
+        return self._token_head
+
+    def _load_token_head(self) -> TokenHead:
+        config, form = self.config, self.config.token_head
+        if form is None or f"{form.projection}.weight" not in self._weights:
+            raise UnsupportedError(f"this {config.model_type} has no layer that guesses tokens (a multi-token head)")
+        layer = Layer(config, self._weights, form.like, form.layer)
+        shared = SharedParts(self._embeddings, self._rotations, self.logits)
+        return TokenHead(config, self._weights, form, layer, shared)
+
+    def forward(
+        self,
+        ids: Ids,
+        cache: Cache,
+        *,
+        last: int | None = None,
+        observe: Callable[[int, Floats], None] | None = None,
+    ) -> Floats:
         """Run the model on the tokens that follow those in the cache, and add them to it.
 
         Args:
             ids: int64 (n,), n >= 1, each in [0, vocab_size).
             cache: the tokens before; left in an undefined state if this call is interrupted, until its reset().
             last: compute the logits of that many last positions alone, n at most.
+            observe: is given the hidden states; see SequenceStep.
         Returns:
             float32 (n, vocab_size), or (last, vocab_size).
         """
         wanted = len(ids) if last is None else last
         ids = self._begin(ids, cache)
-        hidden = [x for x, _ in self._run([Segment(0, ids, cache)])]
+        hidden = []
+        for x, _ in self._run([Segment(0, ids, cache)]):
+            if observe is not None:
+                observe(cache.length - len(x), self._norm(x))
+            hidden.append(x)
         return self.logits(self._norm((hidden[0] if len(hidden) == 1 else np.concatenate(hidden))[-wanted:]))
 
     def step(self, steps: Sequence[SequenceStep]) -> Floats:
@@ -177,8 +212,12 @@ class Decoder:
         only = len(segments) == 1
         angles = rows[0] if only else joined_angles(rows)
         x = entering[0] if only else np.concatenate(entering)
+        inputs: Floats | None = None
+        if self._inputs is not None:
+            inputs = self._inputs(np.concatenate([segment.ids for segment in segments]), x)
         for index, layer in enumerate(self._layers):
-            x = layer(x, angles[index], segments[0].cache.layers[index] if only else SequencesState(segments, index))
+            state = segments[0].cache.layers[layer.state] if only else SequencesState(segments, layer.state)
+            x = layer(x, angles[index], state, None if inputs is None else inputs[index])
         return x
 
 
@@ -188,14 +227,22 @@ class Layer:
     Each of the two runs as native code where that has all of its options and its matrices are coded, with the same
     bits as result.
 
+    Args:
+        config: the model's.
+        weights: its tensors.
+        index: number of the layer.
+        prefix: what the names of its tensors start with; None for the usual names with its number.
+
+    Attributes:
+        state: number of the layer whose state this one reads and extends, which is its own but for shared keys.
+
     Raises:
         FormatError: a tensor is missing or has another shape.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
-        if config.layer_blocks:
-            config = replace(config, block=config.layer_blocks[index])
-        prefix, block = f"{config.names.layers}{index}.", config.block
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, prefix: str | None = None) -> None:
+        config = config.layer(index)
+        prefix, block = prefix or f"{config.names.layers}{index}.", config.block
 
         def norm(name: str | None) -> Norm | None:
             return None if name is None else load_norm(config, weights, prefix + name)
@@ -206,30 +253,54 @@ class Layer:
         )
         self._mlp_norm, self._mlp_output_norm = norm(block.mlp_norm), norm(block.mlp_output_norm)
         self._mixer = make_mixer(config, weights, prefix, index) if block.has_mixer else None
+        mixer = config.mixer(index)
+        self.state = mixer.source if isinstance(mixer, SharedKeys) else index
         experts = config.experts[index] if config.experts else None
-        self._feed_forward: FeedForward | MixedExperts | None = None
-        if block.has_mlp and experts is not None:
+        self._feed_forward: FeedForward | MixedExperts | ExpertsBeside | None = None
+        if block.has_mlp and experts is not None and experts.beside is not None:
+            self._feed_forward = ExpertsBeside(config, weights, prefix, experts, experts.beside)
+        elif block.has_mlp and experts is not None:
             self._feed_forward = MixedExperts(config, weights, prefix, experts)
         elif block.has_mlp:
             self._feed_forward = FeedForward(config, weights, prefix, config.mlp)
         self._is_parallel = block.is_parallel
         self._shares_norm = block.is_parallel and block.mlp_norm == block.attention_norm
         self._scale = None if config.residual_scale == 1.0 else np.float32(config.residual_scale)
+        self._input: LayerInput | None = None
+        if config.layer_inputs is not None:
+            self._input = LayerInput(config, weights, prefix, config.layer_inputs)
+        self._output_scale = None if block.scale is None else load_tensor(weights, prefix + block.scale, (1,))
         self._eps, self._pool = config.norm_eps, weights.pool
         self._native_attention: _core.AttentionBlock | None = None
         self._native_feed_forward: _core.FeedForwardBlock | None = None
         self._is_prepared = False
 
-    def __call__(self, x: Floats, angles: Angles | None, state: LayerState | SequencesState) -> Floats:
+    def __call__(
+        self,
+        x: Floats,
+        angles: Angles | None,
+        state: LayerState | SequencesState,
+        vectors: Floats | None = None,
+    ) -> Floats:
         """float32 (n, hidden_size) -> a new float32 (n, hidden_size).
 
         Args:
             x: the residual stream.
             angles: of the rotation; None if the layer does not rotate.
             state: what the layer keeps of the sequence, or of each sequence in the pass.
+            vectors: the layer's own of each token, float32 (n, size); None if the model has none.
         """
         if not self._is_prepared:
             self._prepare()
+        x = self._through_parts(x, angles, state)
+        if self._input is not None and vectors is not None:
+            x += self._input(x, vectors)
+        if self._output_scale is not None:
+            x *= self._output_scale
+        return x
+
+    def _through_parts(self, x: Floats, angles: Angles | None, state: LayerState | SequencesState) -> Floats:
+        """Attention and the feed-forward part; see __call__."""
         normalised, mixed = x, x
         if self._native_attention is not None and isinstance(state, LayerCache | SequencesState):
             turns = (None, None, None) if angles is None else (angles.cosines, angles.sines, angles.query_factors)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from entrollm import _core
 from entrollm.engine.arithmetic import sigmoid
 from entrollm.engine.feed_forward import FeedForward
-from entrollm.engine.projection import Projection
+from entrollm.engine.projection import Projection, load_norm
 from entrollm.engine.weights import Floats, Ids, Weights, load_tensor
-from entrollm.models.config import Experts, Mlp, ModelConfig
+from entrollm.models.config import Beside, Experts, Mlp, ModelConfig
 
 
 class MixedExperts:
@@ -51,9 +52,14 @@ class MixedExperts:
             if experts.shared_gate:
                 self._shared_gate = Projection(weights, {prefix + experts.shared_gate: 1}, hidden, False)
 
-    def __call__(self, x: Floats) -> Floats:
-        """float32 (n, hidden_size), normalised -> float32 (n, hidden_size)."""
-        chosen, shares = self._router(x)
+    def __call__(self, x: Floats, routed: Floats | None = None) -> Floats:
+        """float32 (n, hidden_size), normalised -> float32 (n, hidden_size).
+
+        Args:
+            x: n tokens.
+            routed: what the router sees of them; None for the same.
+        """
+        chosen, shares = self._router(x if routed is None else routed)
         y = np.zeros_like(x)
         numbers = np.unique(chosen)
         if self._fetch is not None:
@@ -72,6 +78,28 @@ class MixedExperts:
         return y
 
 
+class ExpertsBeside:
+    """Experts and the usual feed-forward part beside them, on the same input, each between norms of its own.
+
+    Raises:
+        FormatError: a tensor is missing or has another shape.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, experts: Experts, beside: Beside) -> None:
+        self._experts = MixedExperts(config, weights, prefix, experts)
+        self._mlp = FeedForward(config, weights, prefix, config.mlp)
+        self._norm, self._output_norm, self._experts_norm, self._experts_output_norm = (
+            load_norm(config, weights, prefix + name)
+            for name in (beside.norm, beside.output_norm, beside.experts_norm, beside.experts_output_norm)
+        )
+
+    def __call__(self, x: Floats) -> Floats:
+        """float32 (n, hidden_size), not normalised -> float32 (n, hidden_size)."""
+        y = self._output_norm(self._mlp(self._norm(x)))
+        y += self._experts_output_norm(self._experts(self._experts_norm(x), x))
+        return y
+
+
 class Router:
     """Chooses the experts of each token, and their weights.
 
@@ -84,6 +112,14 @@ class Router:
         self._routing = experts.routing
         scores = {prefix + experts.router: experts.count}
         self._products = Projection(weights, scores, config.hidden_size, self._routing.has_bias)
+        self._norm: Floats | None = None
+        self._factors: Floats | None = None
+        self._eps, self._pool = config.norm_eps, weights.pool
+        if self._routing.norm:
+            weight = load_tensor(weights, prefix + self._routing.norm, (config.hidden_size,))
+            self._norm = weight * np.float32(self._routing.norm_scale)
+        if self._routing.factors:
+            self._factors = load_tensor(weights, prefix + self._routing.factors, (experts.count,))
         self._correction: Floats | None = None
         if self._routing.correction:
             shape = (1, experts.count) if self._routing.is_correction_matrix else (experts.count,)
@@ -92,6 +128,8 @@ class Router:
     def __call__(self, x: Floats) -> tuple[Ids, Floats]:
         """The experts of each token and their weights, (n, used) each: float32 (n, hidden_size) -> both."""
         routing = self._routing
+        if self._norm is not None:
+            x = _core.rms_norm(x, self._norm, self._eps, self._pool)
         products = self._products(x)
         if routing.scores == "sparse_mixer":
             return _sparse_mixer(products, routing.jitter)
@@ -105,6 +143,8 @@ class Router:
             shares /= np.maximum(shares.sum(axis=1, keepdims=True), np.float32(max(routing.least_sum, 1e-20)))
         if routing.scale != 1.0:
             shares *= np.float32(routing.scale)
+        if self._factors is not None:
+            shares *= self._factors[chosen]
         return chosen, shares
 
     def _within_groups(self, ranks: Floats) -> Floats:

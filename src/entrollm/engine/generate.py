@@ -174,4 +174,5 @@ class _Run:
                 "another stream has used this stream's cache in the meantime; give each of the streams that run side "
                 "by side a cache of its own, from new_cache()"
             )
-        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last=last)
+        observe = None if self.drafter is None else self.drafter.observe
+        return self.decoder.forward(np.array(ids, dtype=np.int64), self.cache, last=last, observe=observe)

@@ -21,7 +21,7 @@ class MatrixForms:
         name: of the tensor.
         weights: how many it has.
         code: of its bytes in the file, of which it has file_bytes.
-        flat_bytes: what its flat form takes in memory; `None` if it has none, or the file has it already.
+        flat_bytes: what its flat form takes in memory; `None` if it has none.
         flat_rows: how many rows have fields of each width, by bits.
         is_flat: whether "auto" multiplies with the flat form on this machine.
     """

@@ -8,9 +8,10 @@ from entrollm.engine.attention import Angles, SelfAttention
 from entrollm.engine.gated_delta import GatedDeltaRule
 from entrollm.engine.latent_attention import MultiHeadLatentAttention
 from entrollm.engine.mamba import Mamba2Mixer
+from entrollm.engine.shared_attention import SharedAttention
 from entrollm.engine.short_convolution import GatedConvolution
 from entrollm.engine.weights import Floats, Weights
-from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, ShortConvolution
+from entrollm.models.config import GatedDelta, LatentAttention, Mamba2, ModelConfig, SharedKeys, ShortConvolution
 
 
 class TokenMixer(Protocol):
@@ -22,7 +23,8 @@ class TokenMixer(Protocol):
         Args:
             x: n tokens.
             angles: of the rotation; None if the layer does not rotate.
-            cache: what the layer keeps of the sequence, as `new_layer_state` makes it, or of each sequence.
+            cache: what the layer keeps of the sequence, as `new_layer_state` makes it, or of each sequence; that of an
+                earlier layer for shared keys.
         """
 
 
@@ -41,4 +43,6 @@ def make_mixer(config: ModelConfig, weights: Weights, prefix: str, index: int) -
             return GatedConvolution(config, weights, prefix, form)
         case Mamba2() as form:
             return Mamba2Mixer(config, weights, prefix, form)
+        case SharedKeys():
+            return SharedAttention(config, weights, prefix)
     return SelfAttention(config, weights, prefix)

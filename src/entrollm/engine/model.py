@@ -17,8 +17,9 @@ from entrollm.engine.decoder import Decoder
 from entrollm.engine.detokenize import Detokenizer
 from entrollm.engine.files import ModelFiles
 from entrollm.engine.generate import Generation, GenerationResult
+from entrollm.engine.head_drafter import HeadDrafter
 from entrollm.engine.options import GenerateKeywords, resolve_options
-from entrollm.engine.speculate import Drafter, ModelDrafter, NgramDrafter
+from entrollm.engine.speculate import Drafter, ModelDrafter, NgramDrafter, Speculation
 from entrollm.engine.text_model import TextModel, TextShape
 from entrollm.engine.weights import Floats, Ids, Weights
 from entrollm.errors import UnsupportedError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from entrollm.engine.chat import Message
 
 Prompt = str | Sequence[int]
-Speculate = Union[Literal["ngram"], "Model"]
+Speculate = Union[Literal["ngram", "mtp"], "Model"]
 _OTHER_WAY = errors.Message("transformers may run it, with the plugin entrollm.hf for a compressed folder")
 
 
@@ -182,7 +183,8 @@ class Model(TextModel):
             prompt: text, encoded as tokenizer.json says (which may add a start token), or raw token ids.
             on_text: called with each piece of text as it is made.
             speculate: what guesses the next tokens, which this model then checks several at a time: "ngram" looks up
-                how the text so far goes on elsewhere; a smaller model with the same tokenizer says what it would say.
+                how the text so far goes on elsewhere; "mtp" asks the multi-token head of this model, if it has one; a
+                smaller model with the same tokenizer says what it would say.
                 The tokens are the same as without, also where they are sampled, as far as a pass of several tokens
                 gives each the bits that it has alone: coded matrices and native attention do. Where parts run in numpy
                 or matrices are not coded, a sum can be rounded otherwise, and a token whose logit is nearly another's
@@ -191,7 +193,7 @@ class Model(TextModel):
         Raises:
             TypeError, ValueError: an option or the prompt is invalid, or the prompt fills the context.
             UnsupportedError: generation_config.json asks for something that is not implemented, or the smaller model
-                has another vocabulary, or layers whose state cannot go back.
+                has another vocabulary, or layers whose state cannot go back, or this one has no multi-token head.
         """
         return _run(self.stream(prompt, speculate=speculate, **options), on_text)
 
@@ -244,6 +246,24 @@ class Model(TextModel):
         # The answer is a text of its own, not a continuation: its first space, if any, is the tokenizer's.
         return self._generation(self.encode_chat(messages), [], cache, speculate, options)
 
+    def speculation(self, cache: Cache, pending: Sequence[int], speculate: Speculate) -> Speculation:
+        """What makes the tokens of one answer by guesses, for callers that run `step` themselves.
+
+        Args:
+            cache: of the answer's sequence, from new_cache().
+            pending: the tokens that follow those in the cache, at least one.
+            speculate: as for generate, but not "mtp"; a smaller model must have passed check_draft.
+        Raises:
+            ValueError: it is "mtp", whose head needs the hidden states of the caller's steps.
+        """
+        if speculate == "mtp":
+            raise ValueError("the multi-token head guesses for generate and stream alone")
+
+        def forward(ids: Sequence[int], /, *, last: int) -> Floats:
+            return self._decoder.forward(np.array(ids, dtype=np.int64), cache, last=last)
+
+        return Speculation(self._new_drafter(speculate), [*cache.ids, *pending], self._decoder, cache, forward)
+
     def _generation(
         self,
         ids: list[int],
@@ -261,9 +281,15 @@ class Model(TextModel):
             return None
         if isinstance(speculate, Model):
             check_draft(self, speculate)
+        elif speculate not in ("ngram", "mtp"):
+            raise ValueError(f"speculate should be 'ngram', 'mtp' or a model, got {speculate!r}")
+        return self._new_drafter(speculate)
+
+    def _new_drafter(self, speculate: Speculate) -> Drafter:
+        if isinstance(speculate, Model):
             return ModelDrafter(speculate._decoder, self._config.vocab_size)
-        if speculate != "ngram":
-            raise ValueError(f"speculate should be 'ngram' or a model, got {speculate!r}")
+        if speculate == "mtp":
+            return HeadDrafter(self._decoder.token_head())
         return NgramDrafter()
 
 

@@ -14,7 +14,8 @@ _MOST_CREDIT = 8.0
 _TIMED_AFTER = 32
 # The share of the newest measurement in an average.
 _NEWEST_TIME, _NEWEST_RATE = 0.25, 0.1
-_FIRST_RATE = 0.5
+# How often guesses of a kind are taken to be right until that is known.
+_FIRST_RATES = (0.5, 0.5, 0.5, 0.75, 0.9)
 # The share of an unused measurement that is forgotten with each token that is made without a guess.
 _FORGOTTEN = 0.02
 
@@ -47,7 +48,7 @@ class Pace:
         single = self._seconds.get(0)
         if single is None or self._in_a_row >= _TIMED_AFTER:
             return 0
-        rate = self._rates.get(kind, _FIRST_RATE)
+        rate = self._rate(kind)
         lengths = [length for length in LENGTHS if length <= most]
         best = max(lengths, key=lambda length: self._gain(rate, length, single), default=0)
         if not lengths or self._gain(rate, best, single) <= 1.0:
@@ -91,8 +92,11 @@ class Pace:
 
     def _learn(self, kind: int, results: list[bool]) -> None:
         for is_right in results:
-            rate = self._rates.get(kind, _FIRST_RATE)
+            rate = self._rate(kind)
             self._rates[kind] = rate + _NEWEST_RATE * (is_right - rate)
+
+    def _rate(self, kind: int) -> float:
+        return self._rates.get(kind, _FIRST_RATES[min(kind, len(_FIRST_RATES) - 1)])
 
     def _forget(self) -> None:
         """Move the times of guesses towards what is assumed, since one that was disturbed would else never be tried."""

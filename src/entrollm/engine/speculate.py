@@ -23,6 +23,8 @@ from entrollm.engine.weights import Floats
 
 # Tokens of the text whose continuation elsewhere is taken for a guess: the more agree, the likelier it is right.
 _SHORTEST, _LONGEST = 2, 4
+# Tokens before these that agree too make a kind of their own, from either number on.
+_LONG = (6, 12)
 # The start of a text whose cache can go back as it is.
 _START = Mark(0, {})
 
@@ -49,6 +51,10 @@ class Drafter(Protocol):
 
     is_free: bool
 
+    @property
+    def observe(self) -> Callable[[int, Floats], None] | None:
+        """Is given the hidden states of all tokens that the model runs; see SequenceStep. None if it needs none."""
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on after `tokens`, which are the text's."""
 
@@ -68,6 +74,7 @@ class NgramDrafter:
     """Guesses that the text goes on as it did after the last occurrence of its last tokens."""
 
     is_free = True
+    observe = None
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -86,13 +93,24 @@ class NgramDrafter:
     def prepare(self) -> None:
         """Do nothing."""
 
-    def guess(self, most: int, new_sampler: Callable[[], Sampler]) -> Guess:
+    def guess(self, most: int, new_sampler: Callable[[], Sampler] | None = None) -> Guess:
         """Guess tokens; see Drafter. The kind grows with the number of tokens that agree."""
         for size in range(_LONGEST, _SHORTEST - 1, -1):
             place = self._next[size].get(tuple(self._ids[-size:]))
             if place is not None:
-                return Guess(self._from(place, most), size - _SHORTEST)
+                kind = size - _SHORTEST
+                if size == _LONGEST:
+                    agreeing = self._agreeing(place)
+                    kind += sum(agreeing >= least for least in _LONG)
+                return Guess(self._from(place, most), kind)
         return Guess()
+
+    def _agreeing(self, place: int) -> int:
+        """How many tokens before a place are those at the end of the text, as far as it matters."""
+        found = _LONGEST
+        while found < min(place, _LONG[-1]) and self._ids[place - 1 - found] == self._ids[-1 - found]:
+            found += 1
+        return found
 
     def _from(self, place: int, count: int) -> list[int]:
         """The tokens from a place on, which repeat where they reach the end of the text."""
@@ -112,6 +130,7 @@ class ModelDrafter:
     """
 
     is_free = False
+    observe = None
 
     def __init__(self, decoder: Decoder, vocab_size: int) -> None:
         self._decoder = decoder
@@ -199,11 +218,27 @@ class Speculation:
         drafter.extend(ids)
         drafter.prepare()
 
+    @property
+    def pending(self) -> list[int]:
+        """The tokens that the cache lacks, the last one at least."""
+        return self._ids[self._cache.length :]
+
+    def follow(self, pending: Sequence[int]) -> None:
+        """Go on after tokens that were made without guesses.
+
+        Args:
+            pending: those that the cache lacks.
+        """
+        cache, known = self._cache, len(self._ids)
+        new = [*cache.ids[known:], *pending[max(0, known - cache.length) :]]
+        self._ids += new
+        self._drafter.extend(new)
+
     def step(self, text: AnswerText) -> list[tuple[int, str]]:
         """Make at least one token: each with the text that is complete then, as AnswerText.push has it."""
         started = time.perf_counter()
         cache = self._cache
-        late = self._ids[cache.length :]
+        late = self.pending
         guess = self._guess(text) if len(late) == 1 else Guess()
         count = self._pace.choose(guess.kind, len(guess.tokens))
         tokens = list(guess.tokens[:count])

@@ -39,6 +39,12 @@ def token_bytes(config: ModelConfig, sizes: Mapping[str, int]) -> TokenBytes:
     looked_up = {config.names.positions} | ({config.names.embedding} if head in stored else set())
     if stored.get(head) == stored.get(config.names.embedding):
         looked_up = {config.names.positions, head}  # one matrix with two names
+    if config.layer_inputs is not None:
+        looked_up.add(config.layer_inputs.embedding)
+    if config.token_head is not None:
+        # Only guesses read it.
+        place = config.token_head.projection.rpartition(".")[0]
+        looked_up |= {name for name in by_name if name.startswith(f"{place}.")}
     total = sum(size for name, size in by_name.items() if name not in looked_up)
     spared = 0.0
     for index, experts in enumerate(config.experts):

@@ -19,6 +19,8 @@ from entrollm.format.group_scales import GROUP_ARRAY_TYPES
 ALIGNMENT_BYTES = 64
 QUANT_METHOD = "entrollm"
 INDEX_NAME = "model.safetensors.index.json"
+# Says which matrices are differences to those of a base; a folder with it is no model by itself.
+DIFFERENCE_NAME = "difference.json"
 # Keys of __metadata__ that are not tensor names; PLAIN_KEY is of version 1, TENSORS_KEY of later ones.
 VERSION_KEY = "entrollm.version"
 PLAIN_KEY = "entrollm.plain"

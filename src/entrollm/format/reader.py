@@ -55,17 +55,18 @@ class CompressedModel:
         self._plain_checksums = plain
 
     @classmethod
-    def open(cls, path: str | Path, *, check: bool = True) -> Self:
+    def open(cls, path: str | Path, *, check: bool = True, restores: bool = False) -> Self:
         """Open a compressed model folder.
 
         Args:
             path: the folder.
             check: compare the small files and the headers with their checksums; those of tensors are compared by
                 `check_checksum`.
+            restores: whether the folder may hold differences to a base, which alone do not make a model.
         Raises:
             FormatError: the folder, a shard or a spec is malformed, or a file differs from its checksum; the message
                 names it.
-            UnsupportedError: a newer version wrote the folder.
+            UnsupportedError: a newer version wrote the folder, or it holds differences to a base.
             ValueError: the path is not a folder of a compressed model.
         """
         path = Path(path)
@@ -78,6 +79,11 @@ class CompressedModel:
         if type(version) is not int or version not in READ_VERSIONS:
             raise UnsupportedError(
                 f"{path / 'config.json'}: format version {version!r}; this EntroLLM reads {versions_read()}"
+            )
+        if not restores and (path / layout.DIFFERENCE_NAME).exists():
+            raise UnsupportedError(
+                f"{path} holds the differences of a model to its base; restore it first, with `entrollm export {path} "
+                "-o MODEL --base BASE`"
             )
         return cls(path, config, open_weight_files(path))
 

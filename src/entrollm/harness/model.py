@@ -49,7 +49,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_length: tokens of context and continuation together; by default the model's context.
         batch_size: texts that are generated side by side, "auto" for 8; likelihoods are computed one by one, because
             a single request fills the processor.
-        threads, memory, check: as for `load`.
+        threads, memory, cache_type, check: as for `load`.
         add_bos_token: whether texts begin with the start token; by default as tokenizer.json says.
     Raises:
         FormatError, UnsupportedError: the model cannot be run.
@@ -64,6 +64,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_size: int | str = 8,
         threads: int | None = None,
         memory: str = "auto",
+        cache_type: str = "f32",
         check: bool = True,
         add_bos_token: bool | None = None,
         **ignored: object,
@@ -73,7 +74,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if unknown:
             raise ValueError(f"entrollm models have no argument {', '.join(sorted(unknown))}")
         folder = resolve(path)
-        self._model = load(folder, threads, memory=check_memory(memory), check=check)
+        self._model = load(folder, threads, memory=check_memory(memory), check=check, cache_type=cache_type)
         if self._model.tokenizer is None:
             raise ValueError(why_no_tokenizer(folder, "reading a text"))
         self._path = path

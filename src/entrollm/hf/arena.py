@@ -112,7 +112,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # of __init_sub
         found = []
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             if isinstance(rows, int):
-                buffer[rows, :, positions] = states[0]
+                buffer[rows][:, positions] = states[0]
                 found.append(buffer[rows : rows + 1, :, :length])
             else:
                 buffer[rows, :, positions] = states[:, :, 0]

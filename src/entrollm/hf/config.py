@@ -22,7 +22,7 @@ from entrollm.recipes.options import CompressOptions
 Method = Literal["paper", "ecsq", "feedback", "imported", "lossless"]
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
-# Bits of a bfloat16 weight. GPUs hold lossless matrices decoded.
+# Bits of a bfloat16 weight, more than which no device holds of a lossless matrix.
 _LOSSLESS_BITS = 16
 _FIELDS = frozenset(
     {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.generation import utils
 
+from entrollm.hf.attention import shared_keys
+from entrollm.hf.speculation import speculate
+
 # Tokens that a cache is made for at least. Calls with caches of one size share compiled code.
 _SMALLEST_CACHE = 512
 
@@ -39,8 +42,10 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
 
     On an NVIDIA GPU it uses, unless the options say otherwise, a static cache for a power of two of tokens, and
     `compile_config`. It also checks whether to stop only after the next token has been started, so that the GPU never
-    waits for the CPU. A token too many is dropped, and streamers get each token one step later. The model may be any
-    model of transformers, coded or not. It must not be changed after the first token, see `compile_config`.
+    waits for the CPU. A token too many is dropped, and streamers get each token one step later. With
+    prompt_lookup_num_tokens, the tokens of one greedy text come several at a time where its n-grams tell what follows.
+    The model may be any model of transformers, coded or not. It must not be changed after the first token, see
+    `compile_config`.
 
     Args:
         model: a model of transformers that can generate.
@@ -51,19 +56,28 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """
     if model.device.type != "cuda":
         return model.generate(inputs, **options)
+    if _asked(options).get("prompt_lookup_num_tokens"):
+        found = speculate(model, inputs, options)
+        return model.generate(inputs, **options) if found is None else found
     token = _defers.set(True)
     try:
-        return model.generate(inputs, **_with_static_cache(inputs, options))
+        with shared_keys(model):
+            return model.generate(inputs, **_with_static_cache(inputs, options))
     finally:
         _defers.reset(token)
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of their configuration."""
+    config = options.get("generation_config")
+    given = {} if config is None else {name: value for name, value in vars(config).items() if value is not None}
+    return given | options
 
 
 def _with_static_cache(inputs: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
     """Add a static cache to the options, unless they choose another cache or none."""
     config = copy.deepcopy(options.get("generation_config"))
-    asked = (
-        {} if config is None else {name: value for name, value in vars(config).items() if value is not None}
-    ) | options
+    asked = _asked(options)
     if not asked.get("use_cache", True) or {"past_key_values", "cache_implementation"} & asked.keys():
         return options
     chosen: dict[str, Any] = {"cache_implementation": "static"}

@@ -152,6 +152,7 @@ class EntroQuantizer(HfQuantizer):
                 suffixes = [suffix for suffix in weight.entries() if weight.name + suffix in on_host]
                 weight.replace_entries({suffix: on_host[weight.name + suffix] for suffix in suffixes})
             weight.matrix()
+        torch.cuda.empty_cache()  # of what the layout took in between
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Refuse to save in transformers' own way, whose files would lack the specs."""

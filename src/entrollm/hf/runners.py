@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from entrollm.engine.batch import SequenceCache
 from entrollm.hf.arena import Arena, ArenaCache
+from entrollm.hf.attention import shared_keys
 
 # Lengths of caches are rounded up to powers of two from here on, so that few graphs serve all.
 _SHORTEST = 256
@@ -142,7 +143,7 @@ class Together:
         self._model = model
         self._arena = Arena(windows)
         self._is_additive = model.config._attn_implementation == "eager"
-        self._graphs: dict[tuple[int, int], _Graph] | None = None
+        self._graphs: dict[tuple[int, ...], _Graph] | None = None
         if model.device.type == "cuda":
             # One pool for all: a graph's results are read before another one runs.
             self._graphs, self._pool = {}, torch.cuda.graph_pool_handle()
@@ -171,18 +172,36 @@ class Together:
         length = min(max(_SHORTEST, 1 << (longest - 1).bit_length()), self._arena.capacity)
         inputs = torch.zeros((3, batch), dtype=torch.int64)
         inputs[:, :count] = torch.tensor([list(ids), rows, [cache.length for cache in caches]])
-        if self._graphs is None:
-            logits = self._decode(inputs.to(self._model.device), length)
-        else:
-            if self._arena.is_moved:
-                self._graphs.clear()
-                self._arena.is_moved = False
-            if (batch, length) not in self._graphs:
-                self._graphs[batch, length] = _Graph(self, inputs, length)
-            logits = self._graphs[batch, length](inputs)
+        logits = self._replay((batch, length), inputs, lambda held: self._decode(held, length))
         for token, cache in zip(ids, caches, strict=True):
             cache.ids.append(token)
         return logits[:count]
+
+    def extend(self, ids: Sequence[int], cache: Any) -> Tensor:
+        """Run a few tokens of one sequence and add them to its cache: logits (n, vocab_size) after each.
+
+        On a GPU, every number of tokens has a graph of its own.
+        """
+        start, stop = cache.length, cache.length + len(ids)
+        self._arena.reserve(stop)
+        row = cache.row
+        length = min(max(_SHORTEST, 1 << (stop - 1).bit_length()), self._arena.capacity)
+        inputs = torch.tensor([list(ids), range(start, stop)])
+        logits = self._replay((len(ids), length, row), inputs, lambda held: self._extend(held, row, length))
+        cache.ids += ids
+        return logits
+
+    def _replay(self, key: tuple[int, ...], inputs: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a step with inputs on the CPU, on a GPU by the graph that has this key; the next call overwrites it."""
+        if self._graphs is None:
+            return run(inputs.to(self._model.device))
+        if self._arena.is_moved:
+            self._graphs.clear()
+            self._arena.is_moved = False
+        if key not in self._graphs:
+            with shared_keys(self._model):
+                self._graphs[key] = _Graph(run, inputs.to(self._model.device), self._pool)
+        return self._graphs[key](inputs)
 
     def without_graphs(self) -> bool:
         """Run without CUDA graphs from now on, and say whether there were any."""
@@ -199,6 +218,18 @@ class Together:
         tokens, rows, positions = inputs
         self._arena.rows, self._arena.positions, self._arena.length = rows, positions, length
         return self._run(tokens[:, None], positions[:, None])[:, -1]
+
+    def _extend(self, inputs: Tensor, row: int, length: int) -> Tensor:
+        """The logits after each of some tokens of a row, which is read up to `length`: (n, vocab_size).
+
+        Args:
+            inputs: int64 (2, n): tokens and positions.
+            row: of the arena.
+            length: tokens, more than any position.
+        """
+        tokens, positions = inputs
+        self._arena.rows, self._arena.positions, self._arena.length = row, positions, length
+        return self._run(tokens[None], positions[None], all_logits=True)[0]
 
     def _run(self, tokens: Tensor, positions: Tensor, *, all_logits: bool = False) -> Tensor:
         windows = set(self._arena.windows)
@@ -218,25 +249,25 @@ class Together:
 
 
 class _Graph:
-    """A step of a number of rows, recorded once and replayed.
+    """A step, recorded once and replayed.
 
     Args:
-        runner: runs it.
-        inputs: int64 (3, batch), on the CPU: those of the first step.
-        length: of the caches that are read.
+        run: from inputs to logits.
+        inputs: int64, on the GPU: those of the first step, whose memory those of others are copied to.
+        pool: of graphs.
     """
 
-    def __init__(self, runner: Together, inputs: Tensor, length: int) -> None:
-        self._inputs = inputs.to(runner._model.device)
+    def __init__(self, run: Callable[[Tensor], Tensor], inputs: Tensor, pool: Any) -> None:
+        self._inputs = inputs
         self._graph = torch.cuda.CUDAGraph()
         # Outside of the graph first, so that whatever is made at the first call exists.
-        side = torch.cuda.Stream(self._inputs.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._inputs.device))
+        side = torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(inputs.device))
         with torch.cuda.stream(side):
-            runner._decode(self._inputs, length)
-        torch.cuda.current_stream(self._inputs.device).wait_stream(side)
-        with torch.cuda.graph(self._graph, pool=runner._pool):
-            self._logits = runner._decode(self._inputs, length)
+            run(inputs)
+        torch.cuda.current_stream(inputs.device).wait_stream(side)
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._logits = run(inputs)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The logits, which the next call overwrites: (batch, vocab_size)."""

@@ -70,6 +70,9 @@ class TransformersEngine:
         dtype: str | torch.dtype = torch.float32 if device.type == "cpu" else "auto"
         return TransformersModel(read_model_files(path), load(path, self.device, dtype=dtype, check=self.check))
 
+    def guesses(self, model: TextModel) -> None:
+        """Guess nothing."""
+
 
 class TransformersModel(TextModel):
     """A causal model of transformers that takes steps of several sequences.
@@ -104,7 +107,8 @@ class TransformersModel(TextModel):
             ends.token_ids("ends"),
         )
         super().__init__(files, shape)
-        with torch.inference_mode(), self._on_device():
+        # Here and below not inference mode, in which layers with one input do not share a launch.
+        with torch.no_grad(), self._on_device():
             self._runner, self._has_plain_head = self._chosen_runner()
         self.runs_together = isinstance(self._runner, Together)
 
@@ -130,7 +134,7 @@ class TransformersModel(TextModel):
     def step(self, steps: Sequence[SequenceStep]) -> Floats:
         """See TextModel."""
         rows: list[Tensor | None] = [None] * len(steps)
-        with torch.inference_mode(), self._on_device():
+        with torch.no_grad(), self._on_device():
             streams = [i for i, each in enumerate(steps) if _is_stream(each)]
             for index, each in enumerate(steps):
                 if index not in streams:
@@ -147,7 +151,7 @@ class TransformersModel(TextModel):
 
     def logits_of(self, hidden: Floats) -> Floats:
         """See TextModel; gives_prompt_logits must hold."""
-        with torch.inference_mode(), self._on_device():
+        with torch.no_grad(), self._on_device():
             rows = torch.from_numpy(np.ascontiguousarray(hidden)).to(self._model.device, self._model.dtype)
             return _to_numpy(self._head(rows))
 

@@ -15,6 +15,7 @@ from entrollm.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm4,
     glm4_moe,
     glm4_moe_lite,
@@ -64,6 +65,8 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
     "gemma": gemma.read_config,
     "gemma2": gemma2.read_config,
     "gemma3_text": gemma3.read_config,
+    "gemma4_text": gemma4.read_config,
+    "gemma4_unified_text": gemma4.read_unified_config,
     "glm4": glm4.read_config,
     "glm4_moe": glm4_moe.read_config,
     "glm4_moe_lite": glm4_moe_lite.read_config,
@@ -103,6 +106,8 @@ ARCHITECTURES: Mapping[str, Callable[[Fields], ModelConfig]] = {
 # Models of text and images, by model type: what model type their text part has where its section names none.
 MULTIMODAL: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "llava": "llama",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",

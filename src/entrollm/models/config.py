@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from entrollm.models.rope import Rope
@@ -32,7 +32,8 @@ class Block:
     A layer adds to its input what attention makes of it, and to the sum what the feed-forward part makes of that.
 
     Attributes:
-        qkv: the projections to queries, keys and values: three matrices, or one for all.
+        qkv: the projections to queries, keys and values: three matrices, or one for all; or two, where values are the
+            keys before their norm and rotation.
         output: the projection of the mixed values.
         sinks: the scores that mix no value, where the model has them.
         up: the projections into the feed-forward part: gate and up, one for both, or up alone.
@@ -40,6 +41,7 @@ class Block:
         q_norm, k_norm: the norms of queries and keys, where the model has them.
         attention_norm, mlp_norm: the norms of the inputs; None if there is none.
         attention_output_norm, mlp_output_norm: the norms of the outputs before they are added; None if there is none.
+        scale: the tensor of one number that the output of the layer is multiplied by; None if there is none.
         has_mixer, has_mlp: a layer has both parts, but in models whose layers are single parts.
         is_parallel: the feed-forward part reads the input of the layer, as attention does.
         is_transposed: matrices are stored as (in_features, out_features).
@@ -56,6 +58,7 @@ class Block:
     attention_output_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_output_norm: str | None = None
+    scale: str | None = None
     has_mixer: bool = True
     has_mlp: bool = True
     is_parallel: bool = False
@@ -113,6 +116,9 @@ class Routing:
         scale: factor on the weights.
         least_sum: what weights are divided by at least, where they are made to add up to 1.
         jitter: how far scores may be below the best, relatively, to count in SparseMixer's weights.
+        norm: the weights of a norm of the router's own, without `weight_offset`; "" if there is none.
+        norm_scale: factor on them.
+        factors: the tensor with a factor for the weights of each expert; "" if there is none.
     """
 
     scores: Literal["softmax", "sigmoid", "sparse_mixer"] = "softmax"
@@ -125,6 +131,24 @@ class Routing:
     scale: float = 1.0
     least_sum: float = 0.0
     jitter: float = 0.0
+    norm: str = ""
+    norm_scale: float = 1.0
+    factors: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """The norms of a layer in which the usual feed-forward part runs beside the experts; each has two of its own.
+
+    Attributes:
+        norm, output_norm: of the input and output of the usual part.
+        experts_norm, experts_output_norm: of the experts' input and output; the router sees what is not normalised.
+    """
+
+    norm: str
+    output_norm: str
+    experts_norm: str
+    experts_output_norm: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +166,7 @@ class Experts:
         routing: how experts are chosen.
         shared: the part that all tokens run through beside the experts; None if there is none.
         shared_gate: the matrix that scales the output of the shared part, without `.weight`; "" if there is none.
+        beside: the norms of experts beside the usual feed-forward part; None if they take its place.
     """
 
     count: int
@@ -154,6 +179,7 @@ class Experts:
     routing: Routing = field(default_factory=Routing)
     shared: Mlp | None = None
     shared_gate: str = ""
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +264,74 @@ class Mamba2:
     time_limits: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedKeys:
+    """Attention over the keys and values of an earlier layer, to which a layer has queries alone.
+
+    Attributes:
+        source: number of the earlier layer, which has the same window and heads.
+    """
+
+    source: int
+
+
 # What mixes tokens in a layer in place of the usual attention.
-Mixer = LatentAttention | GatedDelta | ShortConvolution | Mamba2
+Mixer = LatentAttention | GatedDelta | ShortConvolution | Mamba2 | SharedKeys
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """Vectors that each layer has for each token beside the residual stream, from an embedding and a projection.
+
+    A layer multiplies the activation of `gate` with its vector, and adds what `projection` and `norm` make of that.
+
+    Attributes:
+        size: features of a vector.
+        vocab_size: rows of the embedding.
+        embedding: the matrix with the vectors of all layers side by side.
+        model_projection: the matrix from embedded tokens to the vectors of all layers, without `.weight`.
+        model_norm: of what it makes, without `.weight`.
+        gate, projection, norm: the parts of a layer, without `.weight`.
+    """
+
+    size: int
+    vocab_size: int
+    embedding: str = "model.embed_tokens_per_layer.weight"
+    model_projection: str = "model.per_layer_model_projection"
+    model_norm: str = "model.per_layer_projection_norm"
+    gate: str = "per_layer_input_gate"
+    projection: str = "per_layer_projection"
+    norm: str = "post_per_layer_input_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """The sizes of one layer, where layers differ in them; as in ModelConfig."""
+
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenHead:
+    """A layer behind the model's that guesses the token after the next one (multi-token prediction).
+
+    It reads a projection of two vectors side by side: the embedding of the next token and the last hidden state, each
+    behind a norm of its own. What comes out goes through a norm and the output head of the model.
+
+    Attributes:
+        layer: what the names of the layer start with.
+        like: number of the layer of the model that has the same parts.
+        token_norm, hidden_norm, projection, norm: without `.weight`.
+    """
+
+    layer: str
+    like: int
+    token_norm: str
+    hidden_norm: str
+    projection: str
+    norm: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +365,7 @@ class ModelConfig:
         qkv_bias, output_bias, mlp_bias, head_bias: which projections add a bias.
         is_qkv_by_head: the rows of a fused projection are ordered by head, the query, key and value of each together.
         qk_norm: queries and keys are normalised, per head or over their whole width.
+        has_value_norm: values are normalised per head, by a norm without weights.
         has_output_gate: what a head mixes is scaled by sigmoids, whose features follow those of its query.
         has_sinks: each head has a score that takes part in the softmax and mixes no value.
         attention_scale: factor on the scores; None for head_dim ** -0.5.
@@ -286,6 +379,9 @@ class ModelConfig:
         norm: the kind of norm.
         block: the parts of a layer.
         layer_blocks: the parts of each layer, where layers differ in them; an empty tuple if all have `block`.
+        layer_shapes: the sizes of each layer, where layers differ in them; an empty tuple if none does.
+        layer_inputs: the vectors of each token for each layer; None if there are none.
+        token_head: the layer that guesses tokens, which a checkpoint may have or not; None if none has it.
         names: of the tensors.
         bos_token_id: the token that starts a text, if any.
         eos_token_ids: the tokens that end one.
@@ -312,6 +408,7 @@ class ModelConfig:
     head_bias: bool = False
     is_qkv_by_head: bool = False
     qk_norm: Literal["", "head", "width"] = ""
+    has_value_norm: bool = False
     has_output_gate: bool = False
     has_sinks: bool = False
     attention_scale: float | None = None
@@ -327,6 +424,9 @@ class ModelConfig:
     norm: Norm = field(default_factory=Norm)
     block: Block = field(default_factory=Block)
     layer_blocks: tuple[Block, ...] = ()
+    layer_shapes: tuple[LayerShape, ...] = ()
+    layer_inputs: LayerInputs | None = None
+    token_head: TokenHead | None = None
     names: Names = field(default_factory=Names)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -351,6 +451,19 @@ class ModelConfig:
     def mixer(self, index: int) -> Mixer | None:
         """What mixes tokens in a layer; None for the usual attention."""
         return self.mixers[index] if self.mixers else None
+
+    def layer(self, index: int) -> ModelConfig:
+        """The configuration with the parts and sizes of a layer in place of those of most."""
+        config = replace(self, block=self.layer_blocks[index]) if self.layer_blocks else self
+        if not self.layer_shapes:
+            return config
+        shape = self.layer_shapes[index]
+        return replace(
+            config,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+        )
 
     @property
     def is_fused(self) -> bool:

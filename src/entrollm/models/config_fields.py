@@ -51,6 +51,10 @@ class Fields:
         """The object without other keys."""
         return Fields({key: self._values[key] for key in keys if key in self}, self.source)
 
+    def without(self, *keys: str) -> Fields:
+        """The object without some keys."""
+        return Fields({key: value for key, value in self._values.items() if key not in keys}, self.source)
+
     def raw(self, key: str) -> object:
         """The value as it is, or None."""
         return self._values.get(key)

@@ -56,7 +56,8 @@ def read_corrected_experts(
         router="mlp.gate",
         expert=named_mlp("mlp.experts.{}", size),
         stack=stacked_mlp("mlp.experts", size),
-        normalises=fields.flag("norm_topk_prob", True),
+        # Null is false, as in transformers.
+        normalises=fields.flag("norm_topk_prob", not fields.has("norm_topk_prob")),
         routing=Routing(
             scores="sigmoid",
             correction="mlp.gate.e_score_correction_bias",

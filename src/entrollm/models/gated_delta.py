@@ -8,6 +8,7 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.models.config import GatedDelta, ModelConfig, Norm
 from entrollm.models.config_fields import Fields
 from entrollm.models.read import FULL, Defaults, read_decoder
+from entrollm.models.token_head import head_of_its_own
 
 _LINEAR = "linear_attention"
 _MAX_KERNEL = 64
@@ -40,7 +41,7 @@ def read_delta_decoder(fields: Fields, defaults: Defaults, *, is_by_head: bool) 
     if config.activation != "silu":
         raise UnsupportedError(f"{fields.source}: hidden_act other than silu is not supported for this model type")
     attention_bias = fields.flag("attention_bias", False)
-    return replace(
+    config = replace(
         config,
         norm=Norm(weight_offset=1.0),
         qk_norm="head",
@@ -49,6 +50,7 @@ def read_delta_decoder(fields: Fields, defaults: Defaults, *, is_by_head: bool) 
         output_bias=attention_bias,
         mixers=tuple(None if kind == FULL else form for kind in _kinds(fields, config.num_layers)),
     )
+    return replace(config, token_head=head_of_its_own(config))
 
 
 def _kinds(fields: Fields, num_layers: int) -> list[str]:

@@ -6,6 +6,7 @@ from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
 from entrollm.models.experts import read_corrected_experts
 from entrollm.models.read import Defaults, read_decoder
+from entrollm.models.token_head import head_behind_layers
 
 _DEFAULTS = Defaults(context_length=131072, kv_heads=8, norm_eps=1e-5, partial_rotary=0.5)
 
@@ -20,4 +21,5 @@ def read_config(fields: Fields) -> ModelConfig:
         qkv_bias=fields.flag("attention_bias", False),
         qk_norm="head" if fields.flag("use_qk_norm", False) else "",
         experts=tuple(None if index < dense else experts for index in range(config.num_layers)),
+        token_head=head_behind_layers(config),
     )

@@ -8,6 +8,7 @@ from entrollm.models.config_fields import Fields
 from entrollm.models.experts import read_corrected_experts
 from entrollm.models.latent import read_latent_decoder
 from entrollm.models.read import Defaults
+from entrollm.models.token_head import head_behind_layers
 
 _DEFAULTS = Defaults(
     context_length=202752, kv_heads=20, norm_eps=1e-5, partial_rotary=1.0, bos_token_id=0, eos_token_id=1
@@ -25,4 +26,8 @@ def read_config(fields: Fields) -> ModelConfig:
     for kind in kinds:
         if kind not in (_DENSE, _SPARSE):
             raise UnsupportedError(f"{fields.source}: {key} has {kind!r:.40}; supported: {_DENSE}, {_SPARSE}")
-    return replace(config, experts=tuple(experts if kind == _SPARSE else None for kind in kinds))
+    return replace(
+        config,
+        experts=tuple(experts if kind == _SPARSE else None for kind in kinds),
+        token_head=head_behind_layers(config),
+    )

@@ -87,6 +87,7 @@ class _Source:
 
     fields: Fields
     theta: float
+    head_dim: int
     rotary_dim: int
     original_length: int
     stretch: float
@@ -183,7 +184,9 @@ def read_rope_section(config: Fields, fields: Fields, heads: RotatedHeads, theta
         key, default = "original_max_position_embeddings", heads.original_context_length
         holder = config if key in config or default is not None else fields
         original = holder.integer(key, default or heads.context_length, high=_MAX_CONTEXT)
-    return _VARIANTS[kind](_Source(fields, theta, rotary_dim, original, heads.context_length / original))
+    return _VARIANTS[kind](
+        _Source(fields, theta, heads.head_dim, rotary_dim, original, heads.context_length / original)
+    )
 
 
 def _default(source: _Source) -> Rope:
@@ -192,6 +195,13 @@ def _default(source: _Source) -> Rope:
 
 def _linear(source: _Source) -> Rope:
     return Rope(source.frequencies() / np.float32(source.fields.factor("factor")))
+
+
+def _proportional(source: _Source) -> Rope:
+    # All features of a head are rotated in pairs half a head apart, the later ones by nothing.
+    whole = replace(source, rotary_dim=source.head_dim).frequencies()
+    whole[source.rotary_dim // 2 :] = 0
+    return Rope(whole / np.float32(source.fields.factor("factor", 1.0)))
 
 
 def _llama3(source: _Source) -> Rope:
@@ -265,6 +275,7 @@ _VARIANTS: Mapping[str, Callable[[_Source], Rope]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
+    "proportional": _proportional,
     "yarn": _yarn,
     "longrope": _longrope,
 }

@@ -38,6 +38,11 @@ rounding many weights towards 0 hurts a model more than its squared error sugges
 _ROW_POWER = 0.5
 # The same holds for columns, whose best steps are in inverse proportion to the size of their inputs.
 _COLUMN_POWER = 0.5
+# Fields of one width need numbers of one size, so steps of flat codes also grow with the weights of a column. That is
+# worth a scale for each column where the logarithms of their sizes vary by this, and by this over the number of rows.
+_WEIGHT_POWER = 0.65
+_LEAST_VARIANCE = 0.01
+_LEAST_VARIANCE_OF_A_ROW = 4.0
 # Inputs below this share of the RMS count as if they had it.
 _SMALLEST_COLUMN = 0.02
 # Code lengths are estimated from about this many weights.
@@ -73,7 +78,7 @@ class EcsqQuantizer:
         Raises:
             FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.
         """
-        columns, gain = self._column_steps(source.shape)
+        columns, gain = self._column_steps(source)
         column_steps = np.ones(1, np.float32) if columns is None else columns.values()
         scaled = _Scaled(source, column_steps)
         steps, keeps_zero = self._row_steps(scaled, gain)
@@ -115,19 +120,30 @@ class EcsqQuantizer:
             column_scale=columns,
         )
 
-    def _column_steps(self, shape: tuple[int, int]) -> tuple[LogScales | None, float]:
+    def _column_steps(self, source: RowSource) -> tuple[LogScales | None, float]:
         """Steps of the columns around 1, and the factor on all steps at which they do the damage of equal ones."""
-        if self.column_sizes is None:
+        sizes = self._input_sizes(source.shape[1])
+        weights = _column_spread(source) if self.fits == "flat" else None
+        if sizes is None and weights is None:
             return None, 1.0
-        sizes = self.column_sizes.astype(np.float64)
-        whole = math.sqrt(float(np.square(sizes).mean()))
-        if not 0 < whole < math.inf:
-            return None, 1.0
-        sizes = np.maximum(sizes, _SMALLEST_COLUMN * whole)
-        typical = float(np.exp(np.log(sizes).mean()))
-        columns = snap((sizes / typical) ** -_COLUMN_POWER, octave_codes(shape[0], self.step, self.fine_scales), 1.0)
+        wanted = np.ones(source.shape[1])
+        if sizes is None:
+            sizes = wanted
+        else:
+            wanted = (sizes / float(np.exp(np.log(sizes).mean()))) ** -_COLUMN_POWER
+        if weights is not None:
+            wanted = wanted * weights**_WEIGHT_POWER
+        columns = snap(wanted, octave_codes(source.shape[0], self.step, self.fine_scales), 1.0)
         damage = float(np.square(sizes * columns.values()).mean())
         return columns, math.sqrt(float(np.square(sizes).mean()) / damage)
+
+    def _input_sizes(self, columns: int) -> NDArray[np.float64] | None:
+        """The sizes of the inputs, none of them very small; None if unknown."""
+        if self.column_sizes is None:
+            return None
+        sizes = self.column_sizes.astype(np.float64)
+        whole = math.sqrt(float(np.square(sizes).mean()))
+        return np.maximum(sizes, _SMALLEST_COLUMN * whole) if 0 < whole < math.inf else None
 
     def _row_steps(self, source: _Scaled, gain: float) -> tuple[LogScales, bool]:
         """The step of each row, and whether all weights of a row are 0; such rows have positive steps too."""
@@ -191,6 +207,20 @@ class _Scaled:
         if len(self.column_steps) > 1:
             weights /= self.column_steps
         return weights
+
+
+def _column_spread(source: RowSource) -> NDArray[np.float64] | None:
+    """The sizes of the columns of a matrix around 1, none of them very small; None if they are about equal."""
+    rows = source.shape[0]
+    energies = source.map(lambda chunk: np.square(source.read(*chunk), dtype=np.float64).sum(axis=0))
+    sizes = np.sqrt(np.sum(energies, axis=0) / rows)
+    whole = math.sqrt(float(np.square(sizes).mean()))
+    if not 0 < whole < math.inf:
+        return None
+    logarithms = np.log(np.maximum(sizes, _SMALLEST_COLUMN * whole))
+    logarithms -= logarithms.mean()
+    is_spread = float(np.square(logarithms).mean()) > max(_LEAST_VARIANCE, _LEAST_VARIANCE_OF_A_ROW / rows)
+    return np.exp(logarithms) if is_spread else None
 
 
 def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.float64]:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Device
 from entrollm.calibrate import (
     DEFAULT_WINDOWS,
     WINDOW_TOKENS,
@@ -16,6 +18,7 @@ from entrollm.calibrate import (
     Tuner,
     calibrate,
     check_tunable,
+    compare,
     held_out,
 )
 from entrollm.checkpoint.model_folder import Checkpoint
@@ -26,13 +29,14 @@ from entrollm.compress.pipeline import side_contents
 from entrollm.compress.planning import make_plan, with_size
 from entrollm.compress.target import DEFAULT_TARGET
 from entrollm.engine.files import read_model_files
+from entrollm.evaluate.divergence import summarize_divergences
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.recipes.device import open_device
 from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, report_weights
 from entrollm.recipes.result import CompressResult
-from entrollm.recipes.search import DivergenceLimit, compress_within
+from entrollm.recipes.search import DivergenceLimit, Measure, compress_within
 from entrollm.system import scratch_folder
 
 # What the light method reads: of a text, and as much again that the model writes.
@@ -54,8 +58,8 @@ def compress_calibrated(
     _check_plan(model, out, coding)
     if options.tune:
         check_tunable(model)
-    elif options.max_kl is not None:
-        # Raises if the engine, which measures divergences, does not run the model.
+    elif options.max_kl is not None and options.device == "cpu":
+        # Raises if the engine, which measures divergences on processors, does not run the model.
         read_config(Fields(read_model_files(resolve(model)).config, "config.json"))
     device = open_device(options.device)
     with scratch_folder("entrollm-calibration-") as folder, device.guard():
@@ -83,13 +87,20 @@ def compress_calibrated(
                 model,
                 out,
                 coding,
-                DivergenceLimit(options.max_kl, windows),
+                DivergenceLimit(options.max_kl, windows, _measure(model, windows, options, device)),
                 statistics=statistics,
                 post_fit=post_fit,
                 overwrite=overwrite,
                 progress=progress,
             )
     return CompressResult.of(written, None if tuner is None else tuner.result, search)
+
+
+def _measure(model: str | Path, windows: NDArray[np.int64], options: CompressOptions, device: Device) -> Measure | None:
+    """What measures divergences where a GPU calibrates; None for the engine, which is faster on processors."""
+    if options.device == "cpu":
+        return None
+    return lambda folder: summarize_divergences(*compare(model, folder, windows, device, options.threads))
 
 
 def _check_plan(model: str | Path, out: Path, coding: CodingOptions) -> None:

@@ -11,6 +11,7 @@ from entrollm.recipes.progress import Progress, Silent, report_weights
 
 if TYPE_CHECKING:
     from entrollm.compress.predict import SizePlan
+    from entrollm.compress.result import FolderResult
     from entrollm.recipes.result import CompressResult
 
 
@@ -44,6 +45,8 @@ def compress(
     options = options or CompressOptions()
     progress = progress or Silent()
     result = _compress(model, Path(out), options, overwrite, progress)
+    if options.base is not None:
+        return result  # which is no model by itself
     from entrollm.recipes.closeness import with_closeness
 
     return with_closeness(model, result, options, progress)
@@ -63,8 +66,15 @@ def _compress(
     from entrollm.compress import compress_folder
     from entrollm.recipes.result import CompressResult
 
-    written = compress_folder(model, out, options.coding(), overwrite=overwrite, on_progress=report_weights(progress))
-    return CompressResult.of(written)
+    def write(source: str | Path) -> FolderResult:
+        report = report_weights(progress)
+        return compress_folder(source, out, options.coding(), overwrite=overwrite, on_progress=report)
+
+    if options.base is None:
+        return CompressResult.of(write(model))
+    from entrollm.compress.difference import compress_difference
+
+    return CompressResult.of(compress_difference(model, options.base, out, write))
 
 
 def plan(model: str | Path, options: CompressOptions) -> SizePlan:

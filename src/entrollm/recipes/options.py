@@ -47,6 +47,8 @@ class CompressOptions:
             `calibration`.
         lossless: code every matrix bit for bit, which leaves nothing to round: no size goes with it.
         lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.
+        base: a checkpoint that the model was fine-tuned from, a folder or a Hub id: with `lossless`, matrices become
+            differences to it where these are smaller. The folder does not run; `export` with the same base restores it.
         keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
@@ -75,6 +77,7 @@ class CompressOptions:
     overrides: Mapping[str, int | None] = field(default_factory=dict)
     lossless: bool = False
     lossless_for: Sequence[str] = ()
+    base: str | Path | None = None
     keep: Sequence[str] = ()
     granularity: Granularity = "tensor"
     prefer: Prefer = "size"
@@ -202,6 +205,8 @@ def _check_calibration(options: CompressOptions) -> None:
 def _check_size(options: CompressOptions) -> None:
     """Check that one option at most decides the size, and that calibration has one."""
     given = [value for value in (options.bits, options.bpw, options.size) if value is not None]
+    if options.base is not None and not options.lossless:
+        raise OptionError(Message("{} goes with {}", Option("base", options.base), Option("lossless")))
     if options.lossless and (given or options.has_widths or options.max_kl is not None or options.calibration):
         words = "{} leaves nothing to round: leave out {}, {}, {}, {} and {}, or name some matrices with {}"
         others = Option("max_kl"), Option("calibration"), Option("lossless_for", [Placeholder("GLOB")])

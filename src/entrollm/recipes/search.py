@@ -29,6 +29,8 @@ _CLOSE_KL = 0.95
 _CLOSE_BITS = 0.02
 _TRIALS = 10
 
+Measure = Callable[[Path], Divergence]
+
 
 @dataclass(frozen=True, eq=False)
 class DivergenceLimit:
@@ -37,10 +39,12 @@ class DivergenceLimit:
     Attributes:
         max_kl: mean KL divergence, in nats per prediction, above 0.
         windows: token ids to measure it on, shape (windows, tokens); calibration must not have seen them.
+        measure: returns the divergence of a folder on them; `None` for the engine.
     """
 
     max_kl: float
     windows: NDArray[np.int64]
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.max_kl < math.inf:
@@ -136,11 +140,10 @@ class _Search:
     ) -> None:
         self._model = model
         self._options = options
-        self._windows = Windows(limit.windows, limit.windows.size, 1)
         self._statistics = statistics
         self._post_fit = post_fit
         self._progress = progress
-        self._reference = load(model, threads=options.threads)
+        self._measure = limit.measure or _measured_by_engine(model, limit.windows, options.threads)
         self.trials: list[Trial] = []
         self.found: dict[float, Divergence] = {}
 
@@ -160,13 +163,24 @@ class _Search:
         """Write the model at a size in place of the last one, and measure its mean divergence."""
         shutil.rmtree(out, ignore_errors=True)
         written = self.compress(out, bits)
-        evaluations, _ = evaluate([load(out, threads=self._options.threads)], self._windows, self._reference)
-        divergence = evaluations[0].divergence
-        assert divergence is not None  # there is a reference
+        divergence = self._measure(out)
         self.trials.append(Trial(written.file_bits, divergence))
         self.found[bits] = divergence
         self._progress.tried(self.trials[-1])
         return divergence.mean
+
+
+def _measured_by_engine(model: str | Path, windows: NDArray[np.int64], threads: int | None) -> Measure:
+    reference = load(model, threads=threads)
+    text = Windows(windows, windows.size, 1)
+
+    def measure(folder: Path) -> Divergence:
+        evaluations, _ = evaluate([load(folder, threads=threads)], text, reference)
+        divergence = evaluations[0].divergence
+        assert divergence is not None  # there is a reference
+        return divergence
+
+    return measure
 
 
 def smallest_size(attempt: Callable[[float], float], sizes: tuple[float, float], max_kl: float) -> float:

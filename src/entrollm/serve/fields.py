@@ -80,11 +80,17 @@ def _prompts(value: object, most: int = _MAX_PROMPTS) -> object:
 
 # Fields of which each says what an answer must look like.
 GUIDES = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 _ONE_PROMPT = [{"type": "string"}, _TOKEN_IDS]
-_PROMPTS = WithJsonSchema({"anyOf": [*_ONE_PROMPT, {"type": "array", "items": {"anyOf": _ONE_PROMPT}}]})
-Prompts = Annotated[list[Any], BeforeValidator(_prompts), _PROMPTS]
-Inputs = Annotated[list[Any], BeforeValidator(partial(_prompts, most=_MAX_INPUTS)), _PROMPTS]
+
+
+def _described(most: int) -> WithJsonSchema:
+    several = {"type": "array", "items": {"anyOf": _ONE_PROMPT}, "minItems": 1, "maxItems": most}
+    return WithJsonSchema({"anyOf": [*_ONE_PROMPT, several]})
+
+
+Prompts = Annotated[list[Any], BeforeValidator(_prompts), _described(_MAX_PROMPTS)]
+Inputs = Annotated[list[Any], BeforeValidator(partial(_prompts, most=_MAX_INPUTS)), _described(_MAX_INPUTS)]
 
 
 def _boolean(value: object) -> object:

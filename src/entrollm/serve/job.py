@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from entrollm.engine.answer import AnswerText, FinishReason
 from entrollm.engine.sampling import TokenLogprobs
+from entrollm.engine.speculate import Speculation
 from entrollm.engine.weights import Floats
 from entrollm.serve.errors import ApiError
 from entrollm.serve.served import ServedModel
@@ -56,6 +57,8 @@ class Job:
         after: an answer to the same prompt, whose reading of the prompt this one waits for.
         is_cancelled: nobody waits for it any more; set by cancel of the scheduler.
         reused_tokens: tokens of the prompt that a cache held when the answer began.
+        pending: tokens that the cache lacks.
+        speculation: guesses tokens while the answer runs alone, once it has.
     """
 
     client: Hashable
@@ -72,5 +75,6 @@ class Job:
     # The rest belongs to the scheduler's thread.
     slot: Slot | None = None
     pending: Sequence[int] = ()
+    speculation: Speculation | None = None
     has_read_prompt: bool = False
     is_over: bool = False

@@ -20,6 +20,7 @@ class Metrics:
             values were in a cache, and tokens of answers.
         cancelled, expired, failed: answers that ended without their last token.
         steps, step_s: passes through a model, and seconds in them.
+        guessed_tokens, right_tokens: tokens that were run before it was known that they are chosen, and those chosen.
         first_token_s: histogram of the seconds from arrival to first token, by upper bound.
     """
 
@@ -32,6 +33,8 @@ class Metrics:
     failed: int = 0
     steps: int = 0
     step_s: float = 0.0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
     first_token_s: Counter[float] = field(default_factory=Counter)
     first_token_sum_s: float = 0.0
 
@@ -55,6 +58,8 @@ class Metrics:
             "failed_total": self.failed,
             "steps_total": self.steps,
             "step_seconds_total": self.step_s,
+            "guessed_tokens_total": self.guessed_tokens,
+            "right_tokens_total": self.right_tokens,
         }
         for name, value in counters.items():
             lines += [f"# TYPE entrollm_{name} counter", f"entrollm_{name} {value}"]

@@ -15,6 +15,7 @@ from entrollm.engine.batch import SequenceStep
 from entrollm.engine.sampling import token_logprobs
 from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError
+from entrollm.serve.engines import Guesses
 from entrollm.serve.errors import ApiError
 from entrollm.serve.fair_queue import FairQueue, QueueFullError
 from entrollm.serve.grammar import GrammarError
@@ -34,7 +35,8 @@ class Scheduler:
 
     Models take steps in turn, in the order in which the first of their running answers began.
 
-    Prompts are read in pieces beside the running streams, as many tokens at a time as `Pace` allows.
+    Prompts are read in pieces beside the running streams, as many tokens at a time as `Pace` allows. An answer
+    that runs alone on a model that guesses makes several tokens in a step.
 
     Args:
         queue_length: answers that may wait for a slot.
@@ -192,8 +194,10 @@ class Scheduler:
     def _step(self, served: ServedModel, jobs: Sequence[Job]) -> list[tuple[Job, Event]]:
         """Run the next tokens of the jobs, which are all that run on this model."""
         streams = [job for job in jobs if job.has_read_prompt]
+        if served.guesses is not None and len(jobs) == len(streams) == 1 and jobs[0].logprobs is None:
+            return self._step_by_guesses(served.guesses, jobs[0])
         room = served.pace.prompt_tokens(len(streams))
-        taken: list[tuple[Job, int]] = [(job, 1) for job in streams]
+        taken: list[tuple[Job, int]] = [(job, len(job.pending)) for job in streams]
         prompt_tokens = 0
         for job in jobs:
             if not job.has_read_prompt and prompt_tokens < room:
@@ -240,14 +244,42 @@ class Scheduler:
         self._metrics.step_s += elapsed_s
         return events
 
+    def _step_by_guesses(self, guesses: Guesses, job: Job) -> list[tuple[Job, Event]]:
+        """Make the next tokens of an answer that runs alone."""
+        assert job.slot is not None and job.answer is not None
+        started = time.perf_counter()
+        try:
+            if job.speculation is None:
+                job.speculation = guesses(job.slot.cache, job.pending)
+            speculation = job.speculation
+            speculation.follow(job.pending)
+            guessed, right = speculation.guessed, speculation.right
+            made = speculation.step(job.answer)
+        except GrammarError as error:
+            return [(job, self._fail_grammar(job, error, keep=False))]
+        except Exception as error:
+            _LOG.exception("a step of %s failed", job.served.name)
+            return [(job, self._fail(job, f"the model failed: {error}", keep=False))]
+        job.pending = speculation.pending
+        metrics, reason = self._metrics, job.answer.finish_reason
+        metrics.guessed_tokens += speculation.guessed - guessed
+        metrics.right_tokens += speculation.right - right
+        metrics.generated_tokens += len(made)
+        metrics.steps += 1
+        metrics.step_s += time.perf_counter() - started
+        if reason != "unfinished":
+            self._end(job)
+        (*first, last) = made
+        events: list[tuple[Job, Event]] = [(job, NewToken(token, text, "unfinished", None)) for token, text in first]
+        return [*events, (job, NewToken(*last, reason, None))]
+
     def _push(self, job: Job, logits: Floats) -> Event:
         """Choose the job's next token."""
         assert job.answer is not None
         try:
             token, text = job.answer.push(logits)
         except GrammarError as error:
-            self._fail(job, str(error))
-            return ApiError(400, str(error), code="grammar_failed")
+            return self._fail_grammar(job, error)
         except (FormatError, ValueError) as error:
             return self._fail(job, str(error))
         job.pending = (token,)
@@ -265,8 +297,13 @@ class Scheduler:
         self._end(job, keep=keep)
         return ApiError(500, message, code="model_failed")
 
+    def _fail_grammar(self, job: Job, error: GrammarError, *, keep: bool = True) -> ApiError:
+        self._fail(job, str(error), keep=keep)
+        return ApiError(400, str(error), code="grammar_failed")
+
     def _end(self, job: Job, *, keep: bool = True) -> None:
         job.is_over = True
+        job.speculation = None
         arrival_s = self._arrivals.pop(job)
         if job.slot is not None:
             self._mean_answer_s += 0.2 * (time.monotonic() - arrival_s - self._mean_answer_s)

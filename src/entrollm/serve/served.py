@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from entrollm.checkpoint.panics import decode, encode
 from entrollm.engine.text_model import TextModel
 from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.serve.engines import Guesses
 from entrollm.serve.errors import bad_request
 from entrollm.serve.grammar import AnswerForm, Grammars, Postponed, TokenGrammar
 from entrollm.serve.output.choose import OutputFormat
@@ -30,6 +31,7 @@ class ServedModel:
         context_length: tokens of prompt and answer together.
         slots: the caches.
         output: how it writes calls and reasoning.
+        guesses: what guesses tokens of an answer that runs alone; None if nothing does.
         tokenizer: the model's.
         pace: how much of a prompt is read in one step.
         token_text: the text of single tokens.
@@ -40,7 +42,15 @@ class ServedModel:
         UnsupportedError: the model has no tokenizer, or generation_config.json asks for what is not implemented.
     """
 
-    def __init__(self, name: str, model: TextModel, context_length: int, slots: Slots, output: OutputFormat) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: TextModel,
+        context_length: int,
+        slots: Slots,
+        output: OutputFormat,
+        guesses: Guesses | None = None,
+    ) -> None:
         if model.tokenizer is None:
             raise UnsupportedError(f"{name} has no tokenizer.json, which serving needs")
         try:
@@ -52,6 +62,7 @@ class ServedModel:
         self.context_length = min(context_length, model.shape.context_length)
         self.slots = slots
         self.output = output
+        self.guesses = guesses
         self.tokenizer = model.tokenizer
         self.pace = Pace(model.least_piece)
         self.token_text = TokenText(self.tokenizer)

@@ -23,6 +23,7 @@ from entrollm.serve.keys import Keys
 from entrollm.serve.output.choose import choose
 from entrollm.serve.served import ServedModel
 from entrollm.serve.slots import Slots
+from entrollm.serve.trim import limit_arenas
 
 # Connections beyond these are refused at once.
 _MAX_CONNECTIONS = 512
@@ -77,7 +78,8 @@ def _entry(name: str, path: Path, options: LoadOptions) -> Entry:
     def load_it() -> ServedModel:
         model = options.engine.load(path)
         output = choose(model.chat_template, options.tool_format, options.reasoning_format)
-        return ServedModel(name, model, context_length, Slots(model, options.slots), output)
+        slots, guesses = Slots(model, options.slots), options.engine.guesses(model)
+        return ServedModel(name, model, context_length, slots, output, guesses)
 
     return Entry(name, context_length, template is not None, load_it)
 
@@ -103,6 +105,7 @@ def serve(
         OSError: the address cannot be listened on.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    limit_arenas()
     listening = listen(*address)
     service = Service(models, settings, keys)
     config = uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Gives memory that was freed back to the system."""
+"""Keeps the C library from holding memory that was freed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from collections.abc import Callable
 
 _LOOK_S = 0.5
 _MOST_BUSY_S = 60.0
+_MALLOC_ARENA_MAX = -8  # of <malloc.h>
+_ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """Let threads share two arenas; call it before they start.
+
+    By default the C library gives them up to eight for each processor, and the holes in each are lost to the others.
+    Every grammar is compiled in a thread of its own, so all arenas would come into use.
+    """
+    mallopt = _function("mallopt")
+    if mallopt is not None:
+        mallopt(_MALLOC_ARENA_MAX, _ARENAS)
 
 
 async def keep_trimming(done: Callable[[], int], is_idle: Callable[[], bool]) -> None:
@@ -21,11 +34,9 @@ async def keep_trimming(done: Callable[[], int], is_idle: Callable[[], bool]) ->
         done: a count that grows with work.
         is_idle: whether there is nothing to do.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _function("malloc_trim")
     if trim is None:
-        return  # a C library that keeps nothing
+        return
     trimmed, since_s = done(), 0.0
     while True:
         await asyncio.sleep(_LOOK_S)
@@ -33,3 +44,11 @@ async def keep_trimming(done: Callable[[], int], is_idle: Callable[[], bool]) ->
         if done() != trimmed and (is_idle() or since_s >= _MOST_BUSY_S):
             trimmed, since_s = done(), 0.0
             await asyncio.to_thread(trim, 0)
+
+
+def _function(name: str) -> Callable[..., object] | None:
+    """A function of the C library; `None` if it has none of that name, since it keeps nothing."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found: Callable[..., object] | None = getattr(ctypes.CDLL(None), name, None)
+    return found

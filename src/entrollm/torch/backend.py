@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,24 @@ from entrollm.format.flat import FlatCode
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.spec import TensorSpec
-from entrollm.torch.cuda import MIN_CAPABILITY, CudaMatrix, FlatCudaMatrix, open_cuda
+from entrollm.torch.cuda import (
+    MIN_CAPABILITY,
+    CodedExperts,
+    CudaMatrix,
+    ExpertMatrices,
+    FlatCudaMatrix,
+    FlatExperts,
+    GroupedCudaMatrix,
+    GroupedExperts,
+    LosslessCudaMatrix,
+    open_cuda,
+    open_lossless_cuda,
+)
 from entrollm.torch.matrix import Matrix
 from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
 from entrollm.torch.plain import PlainMatrix
+
+PartT = TypeVar("PartT")
 
 Backend = Literal["auto", "fast", "plain"]
 """`auto`: native kernels on the CPU, CUDA kernels on NVIDIA GPUs, plain torch operations on other devices; `fast`: the
@@ -65,7 +79,41 @@ def join(matrices: Sequence[Matrix]) -> Matrix | None:
     flat = [matrix for matrix in matrices if isinstance(matrix, FlatCudaMatrix)]
     if len(flat) == len(matrices) and len({matrix.device for matrix in flat}) == 1:
         return FlatCudaMatrix([part for matrix in flat for part in matrix.parts], flat[0].device)
+    lossless = [matrix for matrix in matrices if isinstance(matrix, LosslessCudaMatrix)]
+    if len(lossless) == len(matrices) and len({matrix.device for matrix in lossless}) == 1:
+        return LosslessCudaMatrix([part for matrix in lossless for part in matrix.parts], lossless[0].device)
     return None
+
+
+def join_experts(experts: Sequence[Sequence[Matrix]]) -> ExpertMatrices[Any] | None:
+    """Join the opened matrices of experts, so that one launch multiplies by chosen ones.
+
+    Args:
+        experts: the matrices of each expert, on one device.
+    Returns:
+        all of them; `None` if they are of several forms or shapes, or not on a GPU.
+    """
+    matrices = [matrix for parts in experts for matrix in parts]
+    shapes = [[matrix.shape for matrix in parts] for parts in experts]
+    if any(shape != shapes[0] for shape in shapes):
+        return None
+    flat = [matrix.parts[0] for matrix in matrices if isinstance(matrix, FlatCudaMatrix)]
+    coded = [matrix.parts[0] for matrix in matrices if isinstance(matrix, CudaMatrix)]
+    grouped = [matrix.part for matrix in matrices if isinstance(matrix, GroupedCudaMatrix)]
+    if len(flat) == len(matrices):
+        return FlatExperts(_by_expert(flat, len(shapes[0])), flat[0].data.device)
+    if len(coded) == len(matrices):
+        return CodedExperts(_by_expert(coded, len(shapes[0])), coded[0].table.device)
+    are_alike = len({part.macros() for part in grouped}) == 1
+    can_multiply = all(part.is_multipliable and part.order is None for part in grouped)
+    if len(grouped) == len(matrices) and are_alike and can_multiply:
+        return GroupedExperts(_by_expert(grouped, len(shapes[0])), next(iter(grouped[0].fields.values())).device)
+    return None
+
+
+def _by_expert(parts: list[PartT], count: int) -> list[list[PartT]]:
+    """The parts of all experts, `count` of each."""
+    return [parts[begin : begin + count] for begin in range(0, len(parts), count)]
 
 
 def open_on(
@@ -89,7 +137,11 @@ def open_on(
     if isinstance(spec.code, FlatCode) and not uses_kernels:
         return HostMatrix(open_native(name, spec, entries), device)
     if backend != "plain" and isinstance(spec.kind, LosslessKind):
-        return DecodedMatrix(open_native(name, spec, entries), device)
+        decoded = DecodedMatrix(open_native(name, spec, entries), device)
+        if not uses_kernels or spec.kind.type != "BF16":
+            return decoded
+        check_cuda_packages()
+        return open_lossless_cuda(name, decoded.weight, device) or decoded
     if uses_kernels:
         check_cuda_packages()
         return open_cuda(open_native(name, spec, entries), device, backend == "fast")

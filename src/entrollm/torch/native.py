@@ -110,6 +110,9 @@ class DecodedMatrix:
     Args:
         matrix: the matrix, on the CPU.
         device: where it multiplies.
+
+    Attributes:
+        weight: all weights in their own type, shape (out_features, in_features), on the device.
     """
 
     def __init__(self, matrix: CodedMatrix, device: torch.device) -> None:
@@ -117,11 +120,11 @@ class DecodedMatrix:
         assert matrix.lossless is not None and isinstance(matrix.spec.kind, LosslessKind)
         self._name = matrix.name
         words = torch.from_numpy(matrix.lossless.words(0, matrix.spec.rows, _pool()))
-        self._weight = words.to(device).view(WORD_TYPES[matrix.spec.kind.type])
+        self.weight = words.to(device).view(WORD_TYPES[matrix.spec.kind.type])
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (n, in_features) -> (n, out_features) in the type of x."""
-        return functional.linear(x, self._weight.to(x.dtype))
+        return functional.linear(x, self.weight.to(x.dtype))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Look up rows: integers (n,) -> float32 (n, in_features).
@@ -131,11 +134,11 @@ class DecodedMatrix:
         """
         if ids.numel() and not bool(((ids >= 0) & (ids < self.shape[0])).all()):
             raise IndexError(f"{self._name}: a row is looked up that is outside of its {self.shape[0]} rows")
-        return self._weight[ids].to(torch.float32)
+        return self.weight[ids].to(torch.float32)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """All weights: (out_features, in_features)."""
-        return self._weight.to(dtype)
+        return self.weight.to(dtype)
 
 
 def _pool() -> _core.ThreadPool:

@@ -16,6 +16,13 @@ from torch import Tensor
 from entrollm.torch.matrix import Matrix
 
 
+class ExpertOperand(Protocol):
+    """What operators multiply with where every vector of outputs has an expert: a stack of coded matrices."""
+
+    def multiply_chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Multiply by the matrices of chosen experts; see CodedStack."""
+
+
 class Operand(Protocol):
     """What operators multiply with: a coded matrix, or several of them one below the other."""
 
@@ -34,7 +41,15 @@ class Operand(Protocol):
 
 
 _operands: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
+_experts: weakref.WeakValueDictionary[int, ExpertOperand] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+
+
+def register_experts(operand: ExpertOperand) -> int:
+    """Give experts the number that operators know them by; no number is given twice."""
+    number = next(_numbers)
+    _experts[number] = operand
+    return number
 
 
 def register(operand: Operand) -> int:
@@ -133,3 +148,14 @@ def rows(ids: Tensor, weight: int, columns: int, dtype: torch.dtype) -> Tensor:
 @rows.register_fake
 def _(ids: Tensor, weight: int, columns: int, dtype: torch.dtype) -> Tensor:
     return ids.new_empty((ids.shape[0], columns), dtype=dtype)
+
+
+@torch.library.custom_op("entrollm::chosen_linear", mutates_args=())
+def chosen_linear(x: Tensor, chosen: Tensor, experts: int, out_features: int) -> Tensor:
+    """Multiply by the matrices of chosen experts; see CodedStack."""
+    return _experts[experts].multiply_chosen(x, chosen)
+
+
+@chosen_linear.register_fake
+def _(x: Tensor, chosen: Tensor, experts: int, out_features: int) -> Tensor:
+    return x.new_empty((chosen.numel(), out_features))

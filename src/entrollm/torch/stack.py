@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entrollm.torch import operators
+from entrollm.torch.backend import join_experts
+from entrollm.torch.cuda import ExpertMatrices
 from entrollm.torch.joined_weights import JoinedWeights
+from entrollm.torch.matrix import Matrix
 from entrollm.torch.parameter import CodedParameter, decoded
 from entrollm.torch.weight import CodedWeight
+
+_MatrixRefs = list[tuple[CodedWeight, "weakref.ref[Matrix]"]]
+# Attributes that belong to one object and are made anew in its copies.
+_NOT_COPIED = ("number", "_together")
 
 
 class CodedStack(CodedParameter):
@@ -29,6 +38,14 @@ class CodedStack(CodedParameter):
         for index, parts in enumerate(matrices):
             self.add_module(str(index), nn.ModuleList(parts))
         self._joined: dict[int, JoinedWeights] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.number = operators.register_experts(self)
+        # All matrices as one, beside the opened matrices that it was made from. The first of these is the key, so that
+        # it is dropped when that one is, as in a move to another device.
+        self._together: weakref.WeakKeyDictionary[Matrix, tuple[_MatrixRefs, ExpertMatrices[Any] | None]]
+        self._together = weakref.WeakKeyDictionary()
 
     def multiply(self, index: int, x: Tensor) -> Tensor:
         """Multiply by one matrix as it is stored: (n, in_features) -> (n, out_features)."""
@@ -36,6 +53,51 @@ class CodedStack(CodedParameter):
             self._joined[index] = JoinedWeights(self.parts(index))
         joined = self._joined[index]
         return joined.multiply(x) if joined.are_together() else torch.cat([part(x) for part in joined.weights], dim=-1)
+
+    def is_together(self, dtype: torch.dtype) -> bool:
+        """Whether one launch on a GPU multiplies vectors of a type by several experts."""
+        together = self._on_gpu()
+        return together is not None and together.takes(1, 1, dtype)
+
+    def _on_gpu(self) -> ExpertMatrices[Any] | None:
+        """All matrices as one, if they are in one form and on one GPU."""
+        first = self.parts(0)[0]
+        if first.device.type != "cuda" or first.is_offloaded:
+            return None
+        key = first.matrix()
+        made = self._together.get(key)
+        if made is None or any(weight.opened is None or matrix() is not weight.opened for weight, matrix in made[0]):
+            experts = [self.parts(index) for index in range(len(self))]
+            weights = [weight for parts in experts for weight in parts]
+            joined = None
+            if all(weight.device == first.device and not weight.is_offloaded for weight in weights):
+                joined = join_experts([[weight.matrix() for weight in parts] for parts in experts])
+            refs = [(weight, weakref.ref(weight.matrix())) for weight in weights] if joined is not None else []
+            made = self._together[key] = refs, joined
+        return made[1]
+
+    def multiply_chosen(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Multiply by the matrices, as they are stored, of chosen experts.
+
+        Args:
+            x: (inputs, in_features): one input for each token, or for each choice.
+            chosen: int64 (tokens, choices), the experts of each token; numbers that no expert has mean none.
+        Returns:
+            (tokens * choices, out_features) in the type of x, with zeros where no expert is chosen.
+        """
+        if operators.is_observed(x):
+            found: Tensor = operators.chosen_linear(x, chosen, self.number, self.out_features)
+            return found
+        together = self._on_gpu()
+        tokens, choices = chosen.shape
+        if together is not None and together.takes(tokens, choices, x.dtype):
+            return together.multiply(x, chosen)
+        product = x.new_zeros(chosen.numel(), self.out_features)
+        for expert in torch.unique(chosen).tolist():
+            if 0 <= expert < len(self):
+                (places,) = torch.where(chosen.reshape(-1) == expert)
+                product[places] = self.multiply(expert, x[places // (chosen.numel() // len(x))])
+        return product
 
     def __getitem__(self, index: Any) -> Tensor:
         """Decode one matrix of the parameter, or all of them where the index is not one of theirs."""
@@ -86,3 +148,10 @@ class CodedStack(CodedParameter):
         parts = self._modules[str(index)]
         assert isinstance(parts, nn.ModuleList)
         return [part for part in parts if isinstance(part, CodedWeight)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in _NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin()

@@ -158,6 +158,11 @@ class CodedWeight(CodedParameter):
             self._opened_from = (*self._buffers.values(),)
         return self._opened
 
+    @property
+    def opened(self) -> Matrix | None:
+        """The matrix if it is open, whether or not it has moved since."""
+        return self._opened
+
     def _is_current(self) -> bool:
         """Whether the opened matrix was made from these very tensors."""
         return all(map(operator.is_, self._buffers.values(), self._opened_from))

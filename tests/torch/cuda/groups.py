@@ -34,10 +34,10 @@ KINDS: dict[str, tuple[int, GroupedKind]] = {
 """Bits and form, by the name of a source."""
 
 
-def random_groups(name: str, rows: int, columns: int) -> tuple[np.ndarray, GroupScales]:
+def random_groups(name: str, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, GroupScales]:
     """Symbols, uint8 (rows, columns), and scales of one of KINDS."""
     bits, kind = KINDS[name]
-    rng = np.random.default_rng(rows + columns)
+    rng = np.random.default_rng(rows + columns + seed)
     symbols = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
     symbols[0, 0] = (1 << bits) - 1
     if kind.values is not None:

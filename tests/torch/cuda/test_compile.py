@@ -10,10 +10,14 @@ import torch
 
 from entrollm.torch.cuda.compile import Target, read_source
 from entrollm.torch.cuda.decode import decode_macros
+from entrollm.torch.cuda.experts import TASK_BYTES
+from entrollm.torch.cuda.flat_experts import expert_plan
 from entrollm.torch.cuda.flat_plan import flat_plan
 from entrollm.torch.cuda.gpu import typical_gpu
 from entrollm.torch.cuda.grouped import GroupedFields
 from entrollm.torch.cuda.launch import TYPES
+from entrollm.torch.cuda.lossless_matrix import decode_macros as lossless_decode_macros
+from entrollm.torch.cuda.lossless_matrix import lossless_plan, most_vectors
 from entrollm.torch.cuda.plan import plan_of
 from entrollm.torch.cuda.product import product_macros
 from entrollm.torch.cuda.tuning import FAMILIES, Tuning
@@ -68,6 +72,27 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
         found = usage("flat_product.cu", tuning, flat.macros((2, 5), tuning.flat_ahead, TYPES[torch.bfloat16]))
         assert found["bytes spill stores"] == 0
         assert found["registers"] * flat.threads <= REGISTERS
+    for dtype, batch in ((torch.bfloat16, 1), (torch.float32, most_vectors(torch.float32))):
+        lossless = lossless_plan(gpu, 896, 16, batch, dtype)
+        assert lossless is not None
+        macros = lossless.macros(batch, dtype)
+        found = usage("lossless_product.cu", tuning, macros)
+        assert found["bytes spill stores"] == 0
+        assert found["registers"] * dict(macros)["THREADS"] <= REGISTERS
+    assert usage("lossless_decode.cu", tuning, lossless_decode_macros(torch.bfloat16))["bytes spill stores"] == 0
+    for vectors in (1, 4):
+        experts = expert_plan(gpu, 96, 8, 5, vectors, 8)
+        assert experts is not None and experts.end_bytes <= gpu.block_bytes
+        found = usage("flat_experts.cu", tuning, experts.macros((2, 5), tuning.flat_ahead, TYPES[torch.bfloat16]))
+        assert found["bytes spill stores"] == 0
+        assert found["registers"] * experts.threads <= REGISTERS
+        plan = plan_of(gpu, vectors, 2048, True, 4 << 10)
+        found = usage("coded_experts.cu", tuning, product_macros(plan, vectors, TYPES[torch.bfloat16]))
+        assert found["bytes spill stores"] <= 4
+        assert found["bytes smem"] <= plan.table.state_bytes
+        found = usage("grouped_experts.cu", tuning, part.product_macros(tuning, vectors, TYPES[torch.bfloat16]))
+        assert found["bytes spill stores"] == 0
+        assert found["bytes smem"] <= TASK_BYTES
     macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 2), ("MAX_BITS", 5))
     assert usage("flat_decode.cu", tuning, macros)["bytes spill stores"] == 0
     assert usage("grouped_decode.cu", tuning, part.decode_macros(TYPES[torch.bfloat16]))["bytes spill stores"] == 0

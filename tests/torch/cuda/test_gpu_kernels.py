@@ -82,6 +82,18 @@ def test_a_few_rows_that_take_many_bits() -> None:
     assert error < 1e-3 * np.linalg.norm(x.double().numpy() @ dense.T)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 12])
+def test_many_small_tiles(batch: int) -> None:
+    """Warps that pass by others by many tiles wait for the place of their sums."""
+    part, dense = _matrix(_symbols(60000, 768, 2.0, 128))
+    matrix = CudaMatrix([part], DEVICE)
+    x = torch.randn(batch, 768, generator=torch.Generator().manual_seed(0))
+    expected = x.double().numpy() @ dense.T
+    for _ in range(20):
+        error = np.linalg.norm(matrix.multiply(x.cuda()).cpu().numpy() - expected)
+        assert error < 1e-3 * np.linalg.norm(expected)
+
+
 def test_products_do_not_change_between_runs() -> None:
     part, _ = _matrix(_symbols(4096, 4096, 1.1, 128))
     matrix = CudaMatrix([part], DEVICE)

@@ -17,12 +17,14 @@ from entrollm.errors import UnsupportedError
 from entrollm.matrix import CodedMatrix
 from entrollm.torch.cuda import chunks, flat, layout
 from entrollm.torch.cuda import compile as kernels
-from entrollm.torch.cuda.chunks import Chunks, row_words, write_chunks
+from entrollm.torch.cuda.chunks import Chunks, write_chunks
 from entrollm.torch.cuda.device_matrix import transcode
 from entrollm.torch.cuda.gpu import Gpu, typical_gpu
 from entrollm.torch.cuda.launch import MAX_MATRICES
+from entrollm.torch.cuda.matrix import CudaMatrix
 from entrollm.torch.cuda.open import open_cuda
 from entrollm.torch.cuda.plan import TablePlace, chunk_limit, plan_of
+from entrollm.torch.cuda.rows import row_words
 from entrollm.torch.cuda.shape import Room, Shape, choose_shape
 from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
 from entrollm.torch.cuda.tuning import FAMILIES, HOPPER, Tuning, tuning_of
@@ -111,10 +113,12 @@ def test_tables_are_prefix_codes(counts: list[int]) -> None:
 
 
 def test_row_words_keep_every_bit() -> None:
-    scale = torch.tensor([1.5, -2.0])
-    words = row_words(torch.tensor([7, 3]), scale, scale / 3)
-    assert words[:, 0].tolist() == [7, 3]
-    assert torch.equal(words[:, 1].contiguous().view(torch.float32), scale)
+    scale, order = torch.tensor([1.5, -2.0, 1 / 3]), torch.tensor([2, 0, 1])
+    words = row_words(order, scale, scale / 3)
+    assert words[:, 0].tolist() == [2, 0, 1]
+    assert torch.equal(words[:, 1].contiguous().view(torch.float32), scale[order])
+    assert torch.equal(words[:, 2].contiguous().view(torch.float32), scale[order] / 3)
+    assert not row_words(order, scale[:1], None)[:, 2].any()
 
 
 @pytest.mark.parametrize("columns, raw", [(576, True), (4096, False), (4096, True), (14336, True)])
@@ -307,3 +311,17 @@ def test_every_family_multiplies_long_rows(tuning: Tuning) -> None:
         activations = plan.triple_bytes + plan.raw_bytes
         taken = plan.slot_bytes * plan.front_slots + (activations if plan.in_front else 0)
         assert taken <= plan.table.begin - 1024 - plan.table.state_bytes
+
+
+def test_launches_of_a_batch() -> None:
+    """With raw bits, several launches of four vectors; large matrices take more of them before they are decoded."""
+    rng = np.random.default_rng(0)
+    steps = {}
+    for deviation in (0.5, 3.0):
+        symbols = torch.from_numpy(np.clip(np.rint(rng.normal(128, deviation, (32, 2048))), 0, 255).astype(np.uint8))
+        matrix = CudaMatrix([transcode("tensor", symbols, torch.ones(1))], torch.device("cpu"))
+        steps[deviation] = [matrix.launch_vectors(batch) for batch in (0, 1, 4, 5, 8, 9)]
+        matrix.shape = (1 << 15, 2048)
+        assert [matrix.launch_vectors(batch) for batch in (9, 12, 13)] == [3, 4, 0]
+    assert steps[0.5] == [8, 8, 8, 8, 8, 0]
+    assert steps[3.0] == [1, 1, 4, 3, 4, 0]

@@ -67,7 +67,7 @@ def write_chunks(name: str, shape: Shape, code: TripleCode, rows: Tensor, read: 
         name: the matrix's name, for errors.
         shape: how to cut it.
         code: the code of its symbols.
-        rows: int32, shape (rows, 3), on the device: the words about each row, from `row_words`.
+        rows: int32, shape (rows, 3), on the device: the words about each row, from `rows.row_words`.
         read: returns the symbols of rows [begin, end): uint8, shape (end - begin, columns), on the device.
         room: has the largest size of a chunk. If some rows take so many bits that chunks exceed it, the matrix is cut
             finer.
@@ -91,11 +91,6 @@ def write_chunks(name: str, shape: Shape, code: TripleCode, rows: Tensor, read: 
         end = tile + len(symbols)
         writer.write(tile, symbols, starts[tile:end], sizes[tile:end], table[tile:end], data.view(torch.int32))
     return Chunks(shape, data, table.to(torch.int32), largest)
-
-
-def row_words(index: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Join the rows' indices in the matrix, scales and offsets: int32, shape (rows, 3)."""
-    return torch.stack([index.to(torch.int32), scale.view(torch.int32), offset.view(torch.int32)], -1)
 
 
 def _batches(shape: Shape, code: TripleCode, read: SymbolReader) -> Iterator[tuple[int, Tensor]]:

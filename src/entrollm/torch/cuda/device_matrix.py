@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entrollm.torch.cuda.chunks import BATCH_WEIGHTS, Chunks, look_up, row_words, write_chunks
+from entrollm.torch.cuda.chunks import BATCH_WEIGHTS, Chunks, look_up, write_chunks
 from entrollm.torch.cuda.gpu import gpu_of
 from entrollm.torch.cuda.launch import MatrixStruct, divisor
 from entrollm.torch.cuda.layout import padded_columns
 from entrollm.torch.cuda.plan import chunk_limit, plan_of
+from entrollm.torch.cuda.rows import padded_scales, positions_of, row_words
 from entrollm.torch.cuda.shape import Room, Shape, choose_shape
 from entrollm.torch.cuda.triples import TripleCode, choose_triple_code
 
@@ -40,6 +41,16 @@ class DeviceMatrix:
     bounds: Tensor
     positions: Tensor
     column_scale: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """Its rows."""
+        return self.shape.rows
+
+    @property
+    def columns(self) -> int:
+        """Its columns."""
+        return self.shape.columns
 
     @property
     def size_bytes(self) -> int:
@@ -103,12 +114,8 @@ def transcode(
     limit = chunk_limit(gpu, padded, raw)
     room = Room(gpu.tuning, limit, lambda chunk_bytes: plan_of(gpu, 1, padded, raw, chunk_bytes).slots)
     shape = choose_shape(name, rows, columns, code.bits, room)
-    scale = scale.to(device).expand(rows)
-    offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
-    words = row_words(order, scale[order], offset[order])
+    words = row_words(order, scale, offset)
     chunks = write_chunks(name, shape, code, words, lambda begin, end: symbols[order[begin:end]], room)
-    positions = torch.empty_like(order)
-    positions[order] = torch.arange(rows, device=device)
     return DeviceMatrix(
         name,
         chunks.shape,
@@ -116,8 +123,8 @@ def transcode(
         chunks,
         torch.tensor(code.table().view(np.int32), device=device),
         torch.tensor(chunks.shape.segment_bounds(), dtype=torch.int16, device=device),
-        positions.to(torch.int32),
-        None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
+        positions_of(order),
+        padded_scales(column_scale, device),
     )
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from entrollm.errors import UnsupportedError
-from entrollm.torch.cuda.chunks import BATCH_WEIGHTS, row_words
+from entrollm.torch.cuda.chunks import BATCH_WEIGHTS
 from entrollm.torch.cuda.layout import LANES, MAX_COLUMNS, TILE_ROWS
+from entrollm.torch.cuda.rows import padded_scales, positions_of, row_words
 
 STRIPE_COLUMNS = 256
 STRIPE_STEPS = 8
@@ -102,11 +103,11 @@ def choose_widths(symbols: Tensor) -> Widths:
     step = max(1, BATCH_WEIGHTS // (TILE_ROWS * columns)) * TILE_ROWS
     keys = [_best_fields(_counts(part)) for part in torch.split(symbols, step)]
     order = torch.argsort(torch.cat([width * 256 + base for width, base in keys]), stable=True)
-    counts = torch.cat([_tile_counts(symbols[part]) for part in torch.split(order, step)])
+    counts = torch.cat([tile_counts(symbols[part]) for part in torch.split(order, step)])
     width, _ = _best_fields(counts)
     # Tiles of one width lie together. The last may have fewer rows, and therefore stays last.
     width = torch.cummax(width, 0).values
-    base, outside = _windows(counts, width)
+    base, outside = fullest_windows(counts, width)
     padded = stripes_of(columns) * STRIPE_COLUMNS
     return Widths(order, width, base, int((width * padded * TILE_ROWS + outside * 32).sum()))
 
@@ -118,23 +119,28 @@ def _counts(symbols: Tensor) -> Tensor:
     return torch.bincount((first + symbols).reshape(-1), minlength=rows * 256).reshape(rows, 256)
 
 
-def _tile_counts(symbols: Tensor) -> Tensor:
-    """How often each symbol occurs in each tile: int64 (tiles, 256)."""
+def tile_counts(symbols: Tensor) -> Tensor:
+    """Count each symbol in each tile of uint8 symbols, shape (rows, columns): int64 (tiles, 256)."""
     counts = torch.nn.functional.pad(_counts(symbols), (0, 0, 0, -len(symbols) % TILE_ROWS))
     return counts.reshape(-1, TILE_ROWS, 256).sum(1)
 
 
 def _best_fields(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The cheapest width and its base for each row of counts."""
-    choices = [_windows(counts, torch.full_like(counts[:, 0], bits)) for bits in range(1, MOST_BITS + 1)]
+    choices = [fullest_windows(counts, torch.full_like(counts[:, 0], bits)) for bits in range(1, MOST_BITS + 1)]
     total = counts.sum(1)
     costs = torch.stack([bits * total + outside * _PATCH_COST for bits, (_, outside) in enumerate(choices, 1)])
     best = costs.argmin(0)
     return best + 1, torch.stack([base for base, _ in choices]).gather(0, best[None])[0]
 
 
-def _windows(counts: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """The base of the fullest window of 2^bits symbols, and the symbols outside of it, for each row of counts."""
+def fullest_windows(counts: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the base of the fullest window of 2^bits symbols, and the symbols outside of it, for each row of counts.
+
+    Args:
+        counts: int64, shape (n, 256).
+        bits: int64, shape (n,).
+    """
     sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
     end = torch.arange(257, device=counts.device)
     begins = (end[None] - (1 << bits)[:, None]).clamp(min=0)
@@ -181,12 +187,8 @@ def pack_flat(
     tile, row, column, difference = (torch.cat(values) for values in zip(*patches, strict=True))
     patch_ends = torch.bincount(tile, minlength=len(bits)).cumsum(0)
     patch_begins = torch.nn.functional.pad(patch_ends[:-1], (1, 0))
-    scale = scale.to(device).expand(rows)
-    offset = torch.zeros_like(scale) if offset is None else offset.to(device).expand(rows)
-    words = torch.nn.functional.pad(row_words(order, scale[order], offset[order]), (0, 0, 0, -rows % TILE_ROWS))
+    words = torch.nn.functional.pad(row_words(order, scale, offset), (0, 0, 0, -rows % TILE_ROWS))
     rest = torch.stack([base, patch_begins, patch_ends, torch.zeros_like(base)], 1).to(torch.int32)
-    positions = torch.empty_like(order)
-    positions[order] = torch.arange(rows, device=device)
     return FlatPart(
         name,
         rows,
@@ -195,8 +197,8 @@ def pack_flat(
         torch.cat([words.reshape(len(bits), -1), rest], 1),
         (row + (difference + 256 << 4) + (column << 13)).to(torch.int32),
         tuple(ends),
-        positions.to(torch.int32),
-        None if column_scale is None else torch.nn.functional.pad(column_scale.to(device), (0, -columns % 4)),
+        positions_of(order),
+        padded_scales(column_scale, device),
     )
 
 

@@ -13,8 +13,9 @@ from entrollm.torch.cuda.compile import Macros
 from entrollm.torch.cuda.flat import MOST_BITS, STRIPE_COLUMNS, STRIPE_STEPS, FlatPart
 from entrollm.torch.cuda.flat_plan import FlatPlan, block_groups, flat_plan, launch_vectors
 from entrollm.torch.cuda.gpu import Gpu, gpu_of
-from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, DivisorStruct, aligned, divisor, function
+from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, DivisorStruct, divisor, function
 from entrollm.torch.cuda.layout import STEP_BYTES, TILE_ROWS, padded_columns
+from entrollm.torch.cuda.parted import PartedMatrix
 
 _DECODE_THREADS = 256
 _PREPARE_THREADS = 512
@@ -212,28 +213,8 @@ class _Preparation:
         return workspace
 
 
-class FlatCudaMatrix:
-    """Flat matrices, one below the other, on one GPU.
-
-    Args:
-        parts: matrices with the same number of columns.
-        device: the GPU.
-    """
-
-    def __init__(self, parts: Sequence[FlatPart], device: torch.device) -> None:
-        if not 1 <= len(parts) <= MAX_MATRICES:
-            raise ValueError(f"a product takes 1 to {MAX_MATRICES} matrices, not {len(parts)}")
-        if len({part.columns for part in parts}) != 1:
-            raise ValueError(f"matrices of one product must have the same columns: {[p.columns for p in parts]}")
-        self.parts = tuple(parts)
-        self.device = device
-        self.shape = (sum(part.rows for part in parts), parts[0].columns)
-        self._products: dict[tuple[int, torch.dtype], FlatProduct] = {}
-
-    @property
-    def size_bytes(self) -> int:
-        """GPU memory in use."""
-        return sum(part.size_bytes for part in self.parts)
+class FlatCudaMatrix(PartedMatrix[FlatPart, FlatProduct]):
+    """Flat matrices, one below the other, on one GPU."""
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (n, in_features) -> (n, out_features) in the type of x, which is float32, bfloat16 or float16.
@@ -245,42 +226,12 @@ class FlatCudaMatrix:
             return x @ self.dequantize(x.dtype).T
         if self._singles and len(x) > self._gpu.tuning.flat_rounded:
             return torch.cat([single.multiply(x) for single in self._singles], dim=1)
-        y = x.new_empty(x.shape[0], self.shape[0])
-        step = launch_vectors(self._gpu, self.parts[0].stripes, self._most_bits, x.shape[0])
-        for begin in range(0, x.shape[0], step):
-            part = aligned(x[begin : begin + step])
-            self.product(len(part), x.dtype)(part, y[begin : begin + step])
-        return y
-
-    def product(self, batch: int, dtype: torch.dtype) -> FlatProduct:
-        """The product with `batch` vectors of a type, ready to launch."""
-        key = batch, dtype
-        if key not in self._products:
-            self._products[key] = FlatProduct(self.parts, self.plan(batch), dtype, self.device)
-        return self._products[key]
+        return self._launch(x, launch_vectors(self._gpu, self.parts[0].stripes, self._most_bits, x.shape[0]))
 
     def plan(self, batch: int) -> FlatPlan:
         """How the product with `batch` vectors is divided."""
         tiles = tuple(part.tiles for part in self.parts)
         return flat_plan(self._gpu, tiles, self.parts[0].stripes, self._most_bits, batch)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Decode all weights: (out_features, in_features)."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        begin = 0
-        for part in self.parts:
-            decode_flat(part, out[begin : begin + part.rows], None, self.device)
-            begin += part.rows
-        return out
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Look up rows of the only matrix: integers (n,) -> float32 (n, in_features); NaN outside of the matrix."""
-        inside = (ids >= 0) & (ids < self.shape[0])
-        ids = ids.clamp(0, self.shape[0] - 1).to(torch.int64).contiguous()
-        out = torch.empty(len(ids), self.shape[1], dtype=torch.float32, device=self.device)
-        if len(ids):
-            decode_flat(self.parts[0], out, ids, self.device)
-        return out.masked_fill_(~inside[:, None], torch.nan)
 
     @functools.cached_property
     def _most_bits(self) -> int:
@@ -296,3 +247,9 @@ class FlatCudaMatrix:
     @property
     def _gpu(self) -> Gpu:
         return gpu_of(self.device)
+
+    def _make_product(self, batch: int, dtype: torch.dtype) -> FlatProduct:
+        return FlatProduct(self.parts, self.plan(batch), dtype, self.device)
+
+    def _decode(self, part: FlatPart, out: Tensor, ids: Tensor | None) -> None:
+        decode_flat(part, out, ids, self.device)

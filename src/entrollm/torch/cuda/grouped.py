@@ -48,17 +48,22 @@ class GroupedMatrixStruct(ctypes.Structure):
     )
 
 
-class GroupedProductStruct(ctypes.Structure):
-    """`Launch` of grouped_product.cu."""
+class VectorsStruct(ctypes.Structure):
+    """`Vectors` of grouped_work.cuh."""
 
     _fields_ = (
-        ("matrix", GroupedMatrixStruct),
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("columns", ctypes.c_int),
         ("y_stride", ctypes.c_int),
         ("panel_steps", ctypes.c_int),
     )
+
+
+class GroupedProductStruct(ctypes.Structure):
+    """`Launch` of grouped_product.cu."""
+
+    _fields_ = (("matrix", GroupedMatrixStruct), ("vectors", VectorsStruct))
 
 
 class GroupedDecodeStruct(ctypes.Structure):
@@ -156,6 +161,14 @@ class GroupedFields:
     def parts(self) -> int:
         """Groups of a unit."""
         return next(parts for parts in (1, 2, 4) if self.group_columns * parts % UNIT_COLUMNS == 0)
+
+    def panel(self, room_bytes: int, batch: int) -> tuple[int, int]:
+        """Steps of a warp whose activations are in shared memory at a time, and the bytes that these take."""
+        steps = -(-self.columns // _STEP_COLUMNS)
+        # Activations and their sums in each group of a unit.
+        step_bytes = (_STEP_COLUMNS + 32 * self.parts) * 4 * batch
+        held = min(steps, room_bytes // step_bytes)
+        return held, held * step_bytes
 
     def struct(self) -> GroupedMatrixStruct:
         """The matrix as an argument of kernels."""
@@ -311,17 +324,15 @@ class _Product:
         values = dict(macros)
         self._threads = values["THREADS"]
         self._grid = min(gpu.multiprocessors, -(-part.rows // values["ROWS"]))
-        steps = -(-part.columns // _STEP_COLUMNS)
-        # Activations and their sums in each group of a unit.
-        step_bytes = (_STEP_COLUMNS + 32 * part.parts) * 4 * batch
-        panel = min(steps, (gpu.block_bytes - RESERVED_BYTES) // step_bytes)
-        end_bytes = RESERVED_BYTES + panel * step_bytes
+        panel, panel_bytes = part.panel(gpu.block_bytes - RESERVED_BYTES, batch)
+        end_bytes = RESERVED_BYTES + panel_bytes
         self._function = function("grouped_product.cu", "multiply_grouped", device, macros, end_bytes)
         columns = padded_columns(part.columns)
-        self._struct = GroupedProductStruct(part.struct(), columns=columns, y_stride=part.rows, panel_steps=panel)
+        vectors = VectorsStruct(columns=columns, y_stride=part.rows, panel_steps=panel)
+        self._struct = GroupedProductStruct(part.struct(), vectors)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Multiply `x` into `y`. Both are contiguous and of the product's type; rows of `x` are padded."""
-        self._struct.x = x.data_ptr()
-        self._struct.y = y.data_ptr()
+        self._struct.vectors.x = x.data_ptr()
+        self._struct.vectors.y = y.data_ptr()
         self._function.launch([self._struct], self._grid, self._threads, self._overlaps)

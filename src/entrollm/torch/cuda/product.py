@@ -44,6 +44,21 @@ def product_macros(plan: Plan, batch: int, dtype: int) -> Macros:
     )
 
 
+def product_struct(plan: Plan, columns: int, y_stride: int) -> ProductStruct:
+    """What product kernels must know about a plan, and vectors of padded `columns` and of `y_stride` outputs."""
+    return ProductStruct(
+        columns=columns,
+        y_stride=y_stride,
+        slots=divisor(plan.slots),
+        slot_bytes=plan.slot_bytes,
+        triple_bytes=plan.triple_bytes,
+        raw_bytes=plan.raw_bytes,
+        in_front=plan.in_front,
+        front_slots=plan.front_slots,
+        early=plan.early,
+    )
+
+
 class Product:
     """The product of some matrices, decoded as they are multiplied, with a fixed number of vectors of one type.
 
@@ -67,19 +82,9 @@ class Product:
             y_begin += part.shape.rows
             cta_begin += count
         self._grid = cta_begin
-        self._struct = ProductStruct(
-            matrices=tuple(structs),
-            count=len(parts),
-            columns=padded_columns(parts[0].shape.columns),
-            y_stride=y_begin,
-            slots=divisor(plan.slots),
-            slot_bytes=plan.slot_bytes,
-            triple_bytes=plan.triple_bytes,
-            raw_bytes=plan.raw_bytes,
-            in_front=plan.in_front,
-            front_slots=plan.front_slots,
-            early=plan.early,
-        )
+        self._struct = product_struct(plan, padded_columns(parts[0].shape.columns), y_begin)
+        self._struct.matrices = tuple(structs)
+        self._struct.count = len(parts)
 
     def __call__(self, x: Tensor, y: Tensor) -> None:
         """Multiply `x` into `y`. Both are contiguous and of the product's type; rows of `x` are padded."""

@@ -41,6 +41,11 @@ class Tuning:
         multiprocessor_bytes: shared memory of a multiprocessor.
         product_threads: threads of a multiprocessor in a product; two blocks share them equally.
         product_slots: for growing numbers of vectors; the last sets the largest batch of one launch.
+        few_vectors: vectors of each launch where a product takes several, and where symbols have raw bits: half of the
+            largest batch takes less than half of its time then.
+        many_batch: vectors of products that take several launches at most, with matrices of at least `many_weights`
+            weights; smaller ones are decoded to memory in less time.
+        many_weights: see many_batch.
         fewest_slots: slots for chunks with which a product is worth starting; with fewer, warps wait for memory.
         wanted_slots: slots that long rows must leave room for with one vector.
         table_copies: copies of a code's table for 32 lanes, the preferred number first; fewer where rows are long.
@@ -70,6 +75,9 @@ class Tuning:
     multiprocessor_bytes: int
     product_threads: int
     product_slots: tuple[Slots, ...]
+    few_vectors: int
+    many_batch: int
+    many_weights: int
     fewest_slots: int
     wanted_slots: int
     table_copies: tuple[int, ...]
@@ -121,6 +129,9 @@ HOPPER = Tuning(
         Slots(vectors=4, chunks=12, open_tiles=16),
         Slots(vectors=8, chunks=6, open_tiles=8),  # sums of more vectors leave room for fewer
     ),
+    few_vectors=4,  # this and the next two: measured, see the table of flat matrices in docs/research/cuda.md
+    many_batch=12,
+    many_weights=1 << 25,
     fewest_slots=3,
     wanted_slots=4,
     table_copies=(32,),  # one for each lane: no two of them wait for each other

@@ -39,7 +39,7 @@ struct FlatMatrix {
   int tile_ends[kMostBits];  // where the tiles with fields of 1, 2, .. bits end
   int y_begin;               // where its outputs begin in a vector of outputs
   int cta_begin;
-  Divisor groups;  // of blocks, each of which has every so manyth tile
+  Divisor groups;  // of blocks: group g has tiles g, g + groups, and so on
 };
 
 // Where a tile's fields begin, for a lane.

@@ -43,7 +43,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     prepare_flat(const __grid_constant__ Launch launch) {
   __shared__ Rounded rounded;
   const int vector = blockIdx.x;
-  if (threadIdx.x < kBatch) rounded.sum[threadIdx.x] = 0;
   let_next_begin();
   wait_for_previous();
   if (vector >= kBatch) {
@@ -66,7 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    launch.scales[vector] = vector < launch.vectors ? rounded.scale[vector] : 0.0f;
-    launch.totals[vector] = rounded.sum[vector];
+    const bool exists = vector < launch.vectors;
+    launch.scales[vector] = exists ? rounded.scale[vector] : 0.0f;
+    launch.totals[vector] = exists ? rounded.sum[vector] : 0;
   }
 }

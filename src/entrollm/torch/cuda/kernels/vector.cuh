@@ -208,6 +208,7 @@ __device__ __forceinline__ void round_vector(const Vector& x, int vector, int tu
   for (int part = 0; part < kKept; ++part) x.read(first + part * kThreads, kept[part]);
   meanwhile();
   if (Groups::group() >= kGroups) return;
+  if (first == 0) rounded.sum[vector] = 0;  // before the barrier behind which the group adds to it
   u32 largest_bits = 0;
   const auto compare = [&](int dozen, const Vector::Bits(&bits)[3]) {
     float values[kDozen];
