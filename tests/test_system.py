@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from entrollm.system import FolderLock, memory_bytes, scratch_folder, sync_folder
+from entrollm.system import FolderLock, memory_bytes, replacing, scratch_folder, sync_folder
 
 
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:
@@ -56,6 +56,37 @@ def test_a_scratch_folder_of_a_killed_process_is_removed(tmp_path: Path) -> None
         assert not left.exists()
         assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name, "y-other"}
     assert [path.name for path in tmp_path.iterdir()] == ["y-other"]
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
+    """Neither other files of the user, nor what a killed process left, are in the way."""
+    path, other = tmp_path / "a.txt", tmp_path / ".entrollm-new-left"
+    other.mkdir()
+    (other / "a.txt").write_text("half")
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as new:
+        new.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "old"
+    with replacing(path) as new:
+        new.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with replacing(link) as new:
+        new.write_text("newer")
+    assert link.is_symlink() and path.read_text() == "newer"
+
+
+def test_a_file_that_cannot_be_replaced_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "missing" / "a.txt", folder):
+        with pytest.raises(OSError, match=r"^[^>]*$") as caught, replacing(path) as new:
+            new.write_text("new")
+        assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_only_a_folder_that_exists_is_synced(tmp_path: Path) -> None:

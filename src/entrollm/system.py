@@ -83,6 +83,29 @@ def scratch_folder(prefix: str, parent: str | Path | None = None) -> Iterator[Pa
             lock.release()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path for a new file, which takes the name `path` at the end unless there was an error.
+
+    The file is made in a scratch folder beside `path` that this user alone can read. Where `path` is a link, the file
+    that it leads to is replaced.
+
+    Raises:
+        OSError: the folder cannot be written to, or something else than a file has the name.
+    """
+    prefix = ".entrollm-new-"
+    place = path.resolve() if path.is_symlink() else path
+    try:
+        with naming(path), scratch_folder(prefix, place.parent) as folder:
+            temporary = folder / place.name
+            yield temporary
+            temporary.replace(place)
+    except OSError as error:
+        if prefix in str(error.filename):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
 def _remove_abandoned(folder: Path) -> None:
     lock = None if folder.is_symlink() else _lock_of(folder)
     if lock is not None:

@@ -204,3 +204,16 @@ def test_a_draft_has_about_the_histogram_of_the_matrix(step: float) -> None:
         quantized = quantizer.quantize(ArraySource("w", weights), choose)
         bits.append(entropy_bits([int(c) for c in quantized.counts]))
     assert bits[1] == pytest.approx(bits[0], abs=0.02)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    full = tmp_path / "spool-a.npy"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        Spool(tmp_path, HOST).put("a", np.ones((300, 100), np.float32))
+    assert caught.value.filename == str(full)
+    spool = Spool(tmp_path, HOST)
+    array = np.arange(6.0).reshape(2, 3).T
+    spool.put("b", array)
+    np.testing.assert_array_equal(spool.take("b"), array)

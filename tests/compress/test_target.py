@@ -13,12 +13,13 @@ from entrollm.cli.console import describe_error
 from entrollm.compress import CodingOptions, Target, compress_folder, parse_size, plan
 from entrollm.compress.describe import describe
 from entrollm.compress.verify import verify
-from entrollm.errors import FormatError
+from entrollm.errors import EntroLLMError, FormatError
 from entrollm.format.flat import FlatCode
 from entrollm.format.reader import CompressedModel
 from entrollm.quantize.importance import relative_steps, row_precision
 from entrollm.quantize.select import BitsOverride
 from entrollm.quantize.statistics import Sensitivity
+from tests.support.checkpoints import write_random_llama
 from tests.support.gguf_sources import write_gguf
 from tests.support.paths import TINY_LLAMA
 
@@ -270,3 +271,22 @@ def test_rows_follow_measured_weights() -> None:
     assert precision is not None
     np.testing.assert_allclose(precision / precision[1], [2, 1, 1, 1], rtol=1e-5)
     assert row_precision("model.embed_tokens.weight", 4096, Sensitivity(1.0)) is None
+
+
+def test_many_tiny_shards(tmp_path: Path) -> None:
+    """Files are padded to 64 bytes, which counts in files of 3 kB."""
+    model = tmp_path / "model"
+    model.mkdir()
+    write_random_llama(model, layers=1, tied=True)
+
+    def options(bits: float) -> CodingOptions:
+        return CodingOptions(target=Target(bits_per_weight=bits), shard_bytes=8000)
+
+    compress_folder(model, tmp_path / "out", options(3.238))
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 11
+    weights = sum(array.size for array in load_file(model / "model.safetensors").values())
+    aim = 3.238 * weights / 8
+    assert abs(sum(file.stat().st_size for file in files) - aim) <= 0.005 * aim + 64 * len(files)
+    with pytest.raises(EntroLLMError, match=r"would take \d+ bytes, over the limit of \d+; give a larger size"):
+        compress_folder(model, tmp_path / "small", options(2.2))

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from transformers import AutoTokenizer
 
 import entrollm
-from entrollm.checkpoint.panics import panics_named
+from entrollm.checkpoint.panics import decode, encode, panics_named
 from entrollm.engine.files import read_model_files
 from entrollm.errors import FormatError
 from tests.engine.tokenizers_for_tests import byte_level
@@ -169,3 +169,27 @@ def test_a_tokenizer_that_makes_the_library_panic_is_refused_by_name(tmp_path: P
 def test_other_base_exceptions_pass() -> None:
     with pytest.raises(KeyboardInterrupt), panics_named("tokenizer.json"):
         raise KeyboardInterrupt
+
+
+def test_expressions_that_take_for_ever_are_an_error() -> None:
+    """The library gives up such an expression, with a panic."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a|aa)+$b"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("(a|aa)+$b"), "")])
+    text = "a" * 40 + "c"
+    with pytest.raises(FormatError, match=r"tokenizer\.json: the tokenizers library fails on it .*retry-limit"):
+        encode(tokenizer, text, add_special_tokens=False)
+    token = tokenizer.token_to_id("a")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: the tokenizers library fails on it"):
+        decode(tokenizer, [*[token] * 40, token + 2], skip_special_tokens=False)
+
+
+def test_halves_of_characters_are_refused(tmp_path: Path) -> None:
+    """JSON can spell half of a pair of surrogates, which is no text; both halves together are a character."""
+    (tmp_path / "config.json").write_text("{}")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(r'{"bos_token": "\ud83d\ude00"}')
+    assert read_model_files(tmp_path).special_tokens == {"bos_token": "\N{GRINNING FACE}"}
+    settings.write_text(r'{"bos_token": "\ud83d"}')
+    with pytest.raises(FormatError, match=r"tokenizer_config\.json: not valid JSON: .*surrogates not allowed"):
+        read_model_files(tmp_path)

@@ -379,6 +379,9 @@ def test_a_bad_config_is_refused(folder: Path, tmp_path: Path) -> None:
     refuse(folder, FormatError, "has no config.json; expected a model folder")
     with pytest.raises(ValueError, match="is missing; expected a model folder"):
         read_config(tmp_path / "nothing")
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"is a GGUF file; `entrollm compress \S+ -o OUT` makes a folder of it"):
+        read_config(tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="is a file; expected a model folder"):
         read_config(folder / "model.safetensors")
 

@@ -161,8 +161,9 @@ def _mutate_calls(folder: Path, seed: tuple[str, str], generator: random.Random)
     data = text.encode()
     for _ in range(generator.choice((1, 1, 2, 5))):
         data = mutate_text(data, generator)
-    (folder / "kind").write_text(json.dumps([name, reasoning, generator.choice((1, 3, 17, 10**6))]))
-    (folder / "text").write_bytes(data[:20_000])
+    step = generator.choice((1, 3, 17, 10**6))
+    (folder / "kind").write_text(json.dumps([name, reasoning, step]))
+    (folder / "text").write_bytes(data[: min(20_000, 1000 * step)])
 
 
 def _read_calls(folder: Path) -> None:

@@ -26,6 +26,32 @@ class Target:
     read: Callable[[Path], object]
 
 
+class Files:
+    """Files of a folder, some of which change from one input to the next; the others are not written again."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[Json, bytes]] = {}
+        self._written: dict[Path, bytes] = {}
+
+    def text(self, value: Json) -> bytes:
+        """A value that is never changed as JSON."""
+        found = self._texts.get(id(value))
+        if found is None:
+            found = self._texts[id(value)] = value, to_text(value)  # keeps the value, and so its id
+        return found[1]
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Let a file have this content."""
+        if self._written.get(path) is not content:
+            path.write_bytes(content)
+            self._written[path] = content
+
+    def remove(self, path: Path) -> None:
+        """Let there be no such file."""
+        path.unlink(missing_ok=True)
+        self._written.pop(path, None)
+
+
 def mutated(value: Json, generator: random.Random) -> bytes:
     """Mostly a mutated value, now and then damaged text."""
     if generator.randrange(5):

@@ -32,15 +32,17 @@ from tests.checkpoint.imported.test_damage import LAYER, SOURCES
 from tests.fuzz.model_targets import MODEL_TARGETS
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
 from tests.fuzz.served_targets import SERVED_TARGETS
-from tests.fuzz.target import Target, mutated
+from tests.fuzz.target import Files, Target, mutated
 from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
 from tests.support.float4_sources import nvfp4_packer
 from tests.support.gguf_sources import GgufSource, llama_values
 from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
+_FILES = Files()
 _TABLE = "entrollm.tensors"
 _FILE = "model.safetensors"
+_PARTS = tuple(f"model-{number:05d}-of-00003.gguf" for number in (1, 2, 3))
 _FORMATS = {
     **SOURCES,
     "fp8": (test_fp8.BLOCKS, test_fp8.packer("blocks")),
@@ -200,9 +202,9 @@ def _mutate_files(folder: Path, seed: Mapping[str, Any], generator: random.Rando
     changed = generator.choice(sorted(seed))
     for name, value in seed.items():
         is_changed = name == changed or not generator.randrange(9)
-        (folder / name).write_bytes(mutated(value, generator) if is_changed else to_text(value))
+        _FILES.write(folder / name, mutated(value, generator) if is_changed else _FILES.text(value))
     if CHECKSUMS_NAME in seed and changed != CHECKSUMS_NAME and generator.randrange(4):
-        (folder / CHECKSUMS_NAME).unlink()  # it would find the change
+        _FILES.remove(folder / CHECKSUMS_NAME)  # it would find the change
 
 
 def _read_folder(folder: Path) -> None:
@@ -266,16 +268,47 @@ def _prepare_gguf(folder: Path) -> list[Any]:
     ]
 
 
-def _mutate_gguf(folder: Path, seed: Any, generator: random.Random) -> None:
+def _gguf_bytes(parts: Any) -> bytes:
     try:
-        values, tensors = mutate_json(seed, generator) if generator.randrange(4) else seed
+        values, tensors = parts
         rows = [(name, tuple(shape), kind, bytes(size)) for name, shape, kind, size in tensors]
-        content = GgufSource(values, rows).to_bytes()
+        return GgufSource(values, rows).to_bytes()
     except Exception:  # no file can say this
-        content = GgufSource(seed[0]).to_bytes()
+        return GgufSource({}).to_bytes()
+
+
+def _mutate_gguf(folder: Path, seed: Any, generator: random.Random) -> None:
+    content = _gguf_bytes(mutate_json(seed, generator) if generator.randrange(4) else seed)
     for _ in range(generator.choice((0, 0, 1, 2))):
         content = mutate_text(content, generator)
     (folder / "model.gguf").write_bytes(content)
+
+
+def _prepare_parts(folder: Path) -> list[Any]:
+    """The parts of a split file; a later one has no metadata of the model."""
+    values, tensors = _prepare_gguf(folder)[0]
+    parts = []
+    for number, part in enumerate((tensors[:1], tensors[1:2], tensors[2:])):
+        split = {"split.no": number, "split.count": 3, "split.tensors.count": len(tensors)}
+        parts.append([split | values if number == 0 else split, part])
+    return [parts]
+
+
+def _mutate_parts(folder: Path, seed: Any, generator: random.Random) -> None:
+    parts = mutate_json(seed, generator)
+    damaged = generator.randrange(20)
+    for number, name in enumerate(_PARTS):
+        (folder / name).unlink(missing_ok=True)
+        if isinstance(parts, list) and number < len(parts):
+            content = _gguf_bytes(parts[number])
+            (folder / name).write_bytes(mutate_text(content, generator) if number == damaged else content)
+
+
+def _read_parts(folder: Path) -> None:
+    with Checkpoint.open(folder / _PARTS[0]) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if info.weights:
+                checkpoint.read_float32(name)
 
 
 def _read_gguf(folder: Path) -> None:
@@ -315,8 +348,8 @@ def _mutate_imported(folder: Path, seed: tuple[Any, Any, bytes], generator: rand
     part = generator.randrange(4)
     if part:
         config = {**config, "quantization_config": mutate_json(config["quantization_config"], generator)}
-    (folder / "config.json").write_bytes(to_text(config))
-    text = mutated(header, generator) if part in (0, 2) else to_text(header)
+    _FILES.write(folder / "config.json", to_text(config) if part else _FILES.text(config))
+    text = mutated(header, generator) if part in (0, 2) else _FILES.text(header)
     data = _with_noise(data, generator) if part == 3 else data
     _join(folder / _FILE, text, data, generator)
 
@@ -336,6 +369,7 @@ TARGETS: Mapping[str, Target] = {
     "folder": Target(_prepare_folder, _mutate_files, _read_folder),
     "checkpoint": Target(_prepare_checkpoint, _mutate_files, _read_checkpoint),
     "gguf": Target(_prepare_gguf, _mutate_gguf, _read_gguf),
+    "gguf-parts": Target(_prepare_parts, _mutate_parts, _read_parts),
     **{name.lower().replace(", ", "-").replace(" ", "-"): _imported(name) for name in _FORMATS},
     **TEXT_TARGETS,
     **SERVED_TARGETS,

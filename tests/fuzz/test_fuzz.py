@@ -26,7 +26,7 @@ def test_only_the_products_errors_leave_a_parser(name: str) -> None:
 
 
 def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of another kind, one that is no Exception, an endless loop and a large table are all faults."""
+    """An error of another kind or that no check raised, a panic, an endless loop and a large table are all faults."""
 
     class PanicException(BaseException):
         pass
@@ -35,18 +35,20 @@ def test_faults_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         fault = next(faults)
         if isinstance(fault, BaseException):
             raise fault
+        if fault == "number":
+            int("x")
         if fault == "loop":
             while True:
                 pass
         return b"x" * (2 * campaign.MEMORY_LIMIT_BYTES)
 
-    faults = iter((KeyError("x"), PanicException("x"), "loop", "memory", ValueError("reported")))
+    faults = iter((KeyError("x"), PanicException("x"), "loop", "memory", "number", ValueError("reported")))
     target = Target(lambda folder: [None], lambda folder, seed, generator: None, read)
     monkeypatch.setattr(campaign, "TARGETS", {"broken": target})
     monkeypatch.setattr(campaign, "TIME_LIMIT_S", 0.05)
-    outcome = campaign.run("broken", inputs=5, seconds=30)
+    outcome = campaign.run("broken", inputs=6, seconds=30)
     found = sorted(key.partition(" ")[0] for key in outcome.faults)
-    assert found == ["KeyError", "MemoryError", "PanicException", "TooSlowError"]
+    assert found == ["KeyError", "MemoryError", "PanicException", "TooSlowError", "ValueError"]
     assert outcome.examples[next(key for key in outcome.faults if key.startswith("KeyError"))][0] == 0
 
 

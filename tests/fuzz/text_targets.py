@@ -11,15 +11,17 @@ from typing import Any
 
 from entrollm.cli.compare import read_json
 from entrollm.compress.shard import MatrixRecord, ShardRecord
+from entrollm.engine.files import read_json as read_file
 from entrollm.engine.files import read_model_files
 from entrollm.engine.options import resolve_options
 from entrollm.models import ARCHITECTURES, read_config
 from entrollm.models.config_fields import Fields
 from entrollm.report import read_points
 from tests.engine.tokenizers_for_tests import byte_level, sentence_piece
-from tests.fuzz.mutate import to_text
-from tests.fuzz.target import Target, mutated
+from tests.fuzz.target import Files, Target, mutated
 from tests.support.quantized_sources import CONFIG
+
+_FILES = Files()
 
 
 def _prepare_config(folder: Path) -> list[Any]:
@@ -45,7 +47,7 @@ def _mutate_config(folder: Path, seed: Any, generator: random.Random) -> None:
 
 
 def _read_config(folder: Path) -> None:
-    read_config(Fields(read_model_files(folder).config, "config.json"))
+    read_config(Fields(read_file(folder / "config.json") or {}, "config.json"))
 
 
 def _prepare_tokenizer(folder: Path) -> list[Any]:
@@ -68,6 +70,9 @@ def _prepare_tokenizer(folder: Path) -> list[Any]:
                 "added_tokens.json": {"<x>": tokenizer.get_vocab_size()},
             }
         )
+        settings = {**seeds[-1]["tokenizer_config.json"]}
+        del settings["added_tokens_decoder"]
+        seeds.append({**seeds[-1], "tokenizer_config.json": settings})
     return seeds
 
 
@@ -75,9 +80,7 @@ def _mutate_tokenizer(folder: Path, seed: Mapping[str, Any], generator: random.R
     changed = generator.choice(sorted(seed))
     for name, value in seed.items():
         is_changed = name == changed or not generator.randrange(6)
-        if name == "tokenizer_config.json" and generator.randrange(2):
-            value = {key: item for key, item in value.items() if key != "added_tokens_decoder"}
-        (folder / name).write_bytes(mutated(value, generator) if is_changed else to_text(value))
+        _FILES.write(folder / name, mutated(value, generator) if is_changed else _FILES.text(value))
 
 
 def _read_tokenizer(folder: Path) -> None:
@@ -88,7 +91,6 @@ def _read_tokenizer(folder: Path) -> None:
 
 
 def _prepare_generation(folder: Path) -> list[Any]:
-    (folder / "config.json").write_text("{}")
     common = {
         "bos_token_id": 1,
         "eos_token_id": [2, 3],
@@ -107,7 +109,7 @@ def _mutate_generation(folder: Path, seed: Any, generator: random.Random) -> Non
 
 
 def _read_generation(folder: Path) -> None:
-    read = read_model_files(folder).generation_config
+    read = read_file(folder / "generation_config.json") or {}
     resolve_options({}, Fields(read, "generation_config.json"), (2,), prompt_tokens=5)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from entrollm import CompressOptions, compress
 from entrollm.cli.main import app
 from entrollm.compress.export import export
+from entrollm.errors import FormatError
 from entrollm.format.reader import CompressedModel
 from entrollm.harness import HarnessModel
 from entrollm.threads import start_pool
@@ -120,3 +122,11 @@ def test_wrong_use_is_named(compressed: Path, arguments: list[str], message: str
     result = run(str(compressed), *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
+
+
+def test_predictions_that_are_not_finite_are_an_error(ours: HarnessModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would count them as wrong, or as right."""
+    logits = ours._model.logits
+    monkeypatch.setattr(ours._model, "logits", lambda *args, **options: logits(*args, **options) * np.float32(np.nan))
+    with pytest.raises(FormatError, match="the model's predictions are not finite"):
+        ours.loglikelihood(instances("loglikelihood", ("The", " river")), disable_tqdm=True)

@@ -22,6 +22,7 @@ from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
 from entrollm.hf import EntroConfig, check
 from entrollm.hf.names import find_parameters
+from entrollm.hf.serving import TransformersEngine
 from entrollm.torch import backend
 from tests.support.folders import change_entries, change_header, change_spec, read_entry
 from tests.torch.models import ids
@@ -180,8 +181,15 @@ def test_wrong_options() -> None:
 
 
 def test_wrong_device(coded: Path) -> None:
-    with pytest.raises(RuntimeError, match="nonsense"):
-        entrollm.hf.load(coded, device="nonsense")
+    for device in ("nonsense", "cuda:x"):
+        for load in (
+            lambda name: entrollm.hf.load(coded, device=name),
+            lambda name: TransformersEngine(name).load(coded),
+        ):
+            with pytest.raises(ValueError, match=f"device is '{device}', which torch does not know"):
+                load(device)
+    with pytest.raises(ValueError, match="device is 'meta', where tensors have no numbers"):
+        TransformersEngine("meta").load(coded)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"device is .cuda:1., but torch .* finds no GPU here"):
             entrollm.hf.load(coded, device="cuda:1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -138,3 +139,29 @@ def test_echo_alone_and_in_a_stream(client: httpx.Client, model: Model) -> None:
     assert [piece["choices"][0]["text"] for piece in pieces] == ["The king was", ""]
     error = refused(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 0}), 400)
     assert "max_tokens should be at least 1 without echo" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "what"),
+    [
+        (PATH, {"input": "The king"}, "hidden states"),
+        (PATH, {"input": "The king", "encoding_format": "base64", "pooling": "last"}, "hidden states"),
+        ("/v1/completions", {"prompt": "The king", "echo": True, "logprobs": 1, "max_tokens": 0}, "logits"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_an_error(
+    path: str, body: Any, what: str, client: httpx.Client, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be vectors of NaN, or null in place of log-probabilities."""
+    run = model.step
+
+    def step(steps: list[SequenceStep]) -> Floats:
+        def broken(observe: Any) -> Any:
+            return None if observe is None else lambda start, hidden: observe(start, hidden * np.float32(np.nan))
+
+        return run([replace(each, observe=broken(each.observe)) for each in steps])
+
+    monkeypatch.setattr(model, "step", step)
+    error = refused(client.post(path, json=body), 500)
+    assert error["message"].startswith(f"the model's {what} are not finite: its weights hold NaN")
+    assert error["code"] == "model_failed"

@@ -296,6 +296,13 @@ def test_an_address_in_use_is_one_line(server: Running, folder: Path) -> None:
     assert result.stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
 
+@pytest.mark.parametrize(("option", "seconds"), [("--timeout", "1e300"), ("--grace", "inf"), ("--idle-release", "inf")])
+def test_times_that_nobody_lives_to_see_are_refused(option: str, seconds: str, folder: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(folder), option, seconds])
+    assert result.exit_code == 1
+    assert f"{option} should be at most 1000000000 seconds" in result.stderr
+
+
 def test_models_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "tiny"
     other.mkdir()
@@ -308,6 +315,11 @@ def test_models_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
     without = CliRunner().invoke(app, ["serve", str(other)])
     assert without.exit_code == 1
     assert "has no tokenizer.json, which serving needs" in without.stderr
+    (other / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+    (other / "generation_config.json").write_text('{"num_beams": 4}')
+    beams = CliRunner().invoke(app, ["serve", str(other), "--no-check"])
+    assert beams.exit_code == 1
+    assert "error: tiny/generation_config.json: num_beams 4 is not supported" in beams.stderr
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_any_object(client: httpx.Client) -> None:
         (schema_format({"type": "king"}), "response_format: Invalid type: king"),
         (schema_format({"type": "object", "if": {}}), 'response_format: Unimplemented keys: ["if"]'),
         (schema_format({"$ref": "file:///etc/passwd"}), "response_format: "),
+        (schema_format({"type": "integer", "minimum": 10**400}), "response_format: number out of range"),
         (schema_format({"enum": ["x" * 70000]}), "response_format is longer than 65536 bytes"),
         (schema_format({"enum": [-(2**63)]}), "the number -9223372036854775808, which is not supported"),
         ({"type": "json_schema"}, "needs json_schema"),

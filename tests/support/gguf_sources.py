@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ class GgufSource:
         return head + bytes(-len(head) % 32) + data
 
 
+@lru_cache(maxsize=4096)
 def text(value: str) -> bytes:
     """A string with its length."""
     return struct.pack("<Q", len(value.encode())) + value.encode()

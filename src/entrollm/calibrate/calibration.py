@@ -20,7 +20,7 @@ from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress.source import stamps
-from entrollm.engine.files import read_model_files
+from entrollm.engine.files import read_model_files, why_no_tokenizer
 from entrollm.errors import FormatError, UnsupportedError
 
 DEFAULT_WINDOWS = 64
@@ -139,5 +139,5 @@ class _Source:
 
     def tokenizer(self) -> Tokenizer:
         if self._files.tokenizer is None:
-            raise ValueError(f"{self.path} has no tokenizer.json, which reading a calibration text needs")
+            raise ValueError(why_no_tokenizer(self.path, "reading a calibration text"))
         return self._files.tokenizer

@@ -83,8 +83,15 @@ class Spool:
         self._device = device
 
     def put(self, key: str, array: Array) -> None:
-        """Write an array."""
-        np.save(self._path(key), self._device.take(array))
+        """Write an array.
+
+        Raises:
+            OSError: it cannot be written; the error names the file, as that of numpy's own writing does not.
+        """
+        path, values = self._path(key).with_suffix(".npy"), np.asarray(self._device.take(array), order="C")
+        with naming(path), path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+            file.write(values.data)
 
     def take(self, key: str) -> Array:
         """Read an array for the last time."""

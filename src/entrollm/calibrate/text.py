@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from entrollm.checkpoint.panics import panics_named
+from entrollm.checkpoint.panics import encode
 from entrollm.errors import FormatError
 
 _FEWEST_WINDOWS = 8
@@ -51,8 +51,7 @@ def _all_windows(tokenizer: Tokenizer, path: str | Path, window: int, fewest: in
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not UTF-8 text: {error}") from None
-    with panics_named("tokenizer.json"):
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    ids = np.array(encode(tokenizer, text, add_special_tokens=False), dtype=np.int64)
     available = len(ids) // window
     if available < fewest:
         raise FormatError(f"{path} has {len(ids)} tokens; calibration needs at least {fewest} windows of {window}")

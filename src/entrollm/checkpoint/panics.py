@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from tokenizers import Tokenizer
+
 from entrollm.errors import FormatError
+
+_SOURCE = "tokenizer.json"
 
 
 @contextmanager
@@ -26,3 +30,23 @@ def panics_named(source: object) -> Iterator[None]:
             f"{source}: the tokenizers library fails on it ({error}); fetch it again, or make it anew with "
             "transformers' save_pretrained"
         ) from None
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        FormatError: the library panicked, as it does where an expression of the tokenizer takes too long.
+    """
+    with panics_named(_SOURCE):
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    """The text of token ids.
+
+    Raises:
+        FormatError: the library panicked.
+    """
+    with panics_named(_SOURCE):
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -81,14 +81,17 @@ def command(
     /exit or Ctrl-D leaves, /reset forgets the dialogue, /help lists what can be typed. Ctrl-C stops the answer in
     progress. With --json, each line of the input is a question, and the whole dialogue is printed at the end.
     """
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.files import why_no_tokenizer
     from entrollm.engine.load import load
     from entrollm.errors import UnsupportedError
 
     form = read_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
-    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
+    path = resolve(model)
+    loaded = load(path, threads=threads, memory=form, check=check, cache_type=cache_type)
     if loaded.tokenizer is None:
-        raise UnsupportedError(loaded.no_tokenizer)
+        raise UnsupportedError(why_no_tokenizer(path, "a dialogue"))
     if not loaded.has_chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it is not made for dialogue; use entrollm run")
     options: GenerateKeywords = {

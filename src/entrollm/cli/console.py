@@ -25,7 +25,7 @@ from entrollm.cli.flags import write_flags
 from entrollm.cli.streams import STDOUT, discard, naming_stdout, write_stdout
 from entrollm.errors import EntroLLMError, OptionError
 from entrollm.report.numbers import format_bytes, format_count, format_rate
-from entrollm.system import naming
+from entrollm.system import replacing
 from entrollm.threads import MAX_THREADS
 
 __all__ = [
@@ -305,10 +305,5 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; the error names it.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with naming(path):
-            temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

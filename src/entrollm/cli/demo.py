@@ -102,12 +102,13 @@ def _evaluate(
         loader: loads a folder.
         quiet: show no progress.
     """
+    from entrollm.engine.files import why_no_tokenizer
     from entrollm.evaluate import DEFAULT_WINDOW, Protocol, cut_windows, evaluate, read_text
 
     file, count = text
     reference = loader(model)
     if reference.tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer.json, which is needed to read a text")
+        raise ValueError(why_no_tokenizer(model, "reading a text"))
     window = min(DEFAULT_WINDOW, reference.config.context_length)
     cut = cut_windows(reference.tokenizer, read_text(file), Protocol(window, count, None))
     labels = [label for label, _, prefer in _VARIANTS if prefer != "fixed"]

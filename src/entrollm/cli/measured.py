@@ -142,15 +142,12 @@ def measure(
     from entrollm.checkpoint.resolve import resolve
     from entrollm.engine.files import why_no_tokenizer
     from entrollm.evaluate import cut_windows, evaluate_in_turn, model_size, read_text
-    from entrollm.files.shards import is_gguf
 
     content = read_text(options.text)
     read = [_read_small_files(model) for model in (*models, *(() if against is None else (against,)))]
     tokenizer = next((tokenizer for _, tokenizer in read if tokenizer is not None), None)
     if tokenizer is None:
-        path = resolve(models[0])
-        needed = f"{path} has no tokenizer.json, which is needed to read a text"
-        raise ValueError(why_no_tokenizer(path) if is_gguf(path) else needed)
+        raise ValueError(why_no_tokenizer(resolve(models[0]), "reading a text"))
     windows = cut_windows(tokenizer, content, _protocol([config for config, _ in read], options))
     watch = Stopwatch()
     reference = None if against is None else (load_reference or load)(against)

@@ -97,12 +97,18 @@ def command(
     are left out come from the model's generation_config.json; without one, the
     likeliest token is taken. --top-k, --top-p or --min-p turn sampling on.
     """
+    from entrollm.checkpoint.resolve import resolve
+    from entrollm.engine.files import why_no_tokenizer
     from entrollm.engine.load import load
+    from entrollm.errors import UnsupportedError
 
     text = _read_prompt(prompt)
     form = read_memory(memory)
     guesses = open_speculation(speculate, draft, threads=threads, memory=form, check=check)
-    loaded = load(model, threads=threads, memory=form, check=check, cache_type=cache_type)
+    path = resolve(model)
+    loaded = load(path, threads=threads, memory=form, check=check, cache_type=cache_type)
+    if loaded.tokenizer is None:
+        raise UnsupportedError(why_no_tokenizer(path, "a prompt"))
     known = None if cache is None else _opened(loaded, cache)
     # What the options and the prompt have wrong comes out here, before the prompt is run.
     stream = loaded.stream(

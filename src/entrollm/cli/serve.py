@@ -17,6 +17,8 @@ from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculat
 if TYPE_CHECKING:
     from entrollm.serve.engines import Engine
 
+_MOST_SECONDS = 10**9
+
 EXAMPLES = (
     ("entrollm serve OUT", "API at http://127.0.0.1:8000/v1, chat page at /"),
     ("entrollm serve OUT OUT2 --port 9000 --slots 16", "two models"),
@@ -120,6 +122,9 @@ def command(
     from entrollm.serve.server import LoadOptions, open_models, serve
 
     keys = None if api_key_file is None else read_keys(api_key_file)
+    for option, seconds in (("--timeout", timeout), ("--grace", grace), ("--idle-release", idle_release)):
+        if seconds is not None and seconds > _MOST_SECONDS:
+            raise ValueError(f"{option} should be at most {_MOST_SECONDS} seconds, got {seconds}")
     is_local = _is_loopback(host)
     if not is_local and keys is None:
         warn(f"{host} can be reached from other machines, and anyone there may use the models; add --api-key-file")

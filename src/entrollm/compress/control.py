@@ -126,7 +126,9 @@ class RateControl:
         if self._tries > _TRIES:
             # A tiny matrix may have no step that comes near. The largest size below the limit has to do.
             if not self._best[1]:
-                raise EntroLLMError(f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}")
+                raise EntroLLMError(
+                    f"the files would take {total:.0f} bytes, over the limit of {self._limit:.0f}; give a larger size"
+                )
             if self._nudge == self._best[1]:
                 return False
             self._nudge = self._best[1]

@@ -4,7 +4,6 @@ fingerprint."""
 from __future__ import annotations
 
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.files.dtypes import DTYPES
 from entrollm.files.safetensors import SafetensorsFile, open_safetensors
 from entrollm.format.layout import FileEntry, build_header
-from entrollm.system import naming, sync_folder
+from entrollm.system import replacing, sync_folder
 
 _FORMAT = "entrollm cache 2"
 _IDS = "ids"
@@ -51,21 +50,15 @@ def save_cache(path: Path, cache: Cache, fingerprint: str) -> None:
         "rotations": _ROTATIONS[cache.is_long],
         "crc32": f"{_checksum(packed):08x}",
     }
-    with naming(path):
-        # A new file that this user alone can read, since a prompt may be private.
-        number, name = tempfile.mkstemp(".tmp", ".entrollm-cache-", path.parent)
-    temporary = Path(name)
-    try:
-        with naming(path), os.fdopen(number, "wb") as out:
-            out.write(build_header(entries, metadata))
-            for array in packed.values():
-                out.write(array.reshape(-1).view(np.uint8).data)
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(path)
-        sync_folder(path.resolve().parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # This user alone can read it, since a prompt may be private.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with replacing(path) as temporary, os.fdopen(os.open(temporary, flags, 0o600), "wb") as out:
+        out.write(build_header(entries, metadata))
+        for array in packed.values():
+            out.write(array.reshape(-1).view(np.uint8).data)
+        out.flush()
+        os.fsync(out.fileno())
+    sync_folder(path.resolve().parent)
 
 
 def restore_cache(path: Path, cache: Cache, fingerprint: str, vocab_size: int) -> None:

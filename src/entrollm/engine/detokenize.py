@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
-from entrollm.checkpoint.panics import panics_named
+from entrollm.checkpoint.panics import decode
 
 _REPLACEMENT = "\ufffd"
 # Enough of the prompt for a decoder that treats the first token of a text differently.
@@ -56,10 +56,9 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         hidden = self._hidden
-        with panics_named("tokenizer.json"):
-            if hidden is None:
-                return self._tokenizer.decode(ids, skip_special_tokens=True)
-            return self._tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False)
+        if hidden is None:
+            return decode(self._tokenizer, ids, skip_special_tokens=True)
+        return decode(self._tokenizer, [token for token in ids if token not in hidden], skip_special_tokens=False)
 
 
 class StopFinder:

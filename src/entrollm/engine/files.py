@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from entrollm.errors import FormatError
 from entrollm.files.contents import check_is_file
 from entrollm.files.shards import is_gguf
 
+# The escape of half of a pair, which may be alone.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # Tokenizers of other kinds.
 _OTHER_TOKENIZERS = (
     "tokenizer.model",
@@ -94,6 +97,8 @@ def read_json(path: Path) -> dict[str, object] | None:
         return None
     try:
         values = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()  # halves of pairs alone are no text
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -116,11 +121,12 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def why_no_tokenizer(folder: Path) -> str:
+def why_no_tokenizer(folder: Path, needed_by: str | None = None) -> str:
     """What there is in place of tokenizer.json; its ids would be guesses without the tools of its own kind.
 
     Args:
         folder: a folder without one, or a GGUF file.
+        needed_by: what needs it and cannot take token ids in place of text; `None` if that can.
     """
     if is_gguf(folder):
         return (
@@ -128,6 +134,8 @@ def why_no_tokenizer(folder: Path) -> str:
         )
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).is_file()]
     if not others:
+        if needed_by is not None:
+            return f"{folder} has no tokenizer.json, which {needed_by} needs"
         return ModelFiles.no_tokenizer
     return (
         f"{folder} has no tokenizer.json, only {others[0]}, which is not read; make one with transformers: "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from entrollm.engine.processors import History, LogitsProcessor, Penalties, RepetitionPenalty, TokenBias
 from entrollm.engine.weights import Floats, Ids
@@ -120,8 +120,7 @@ class Sampler:
             ValueError: no token is left to choose from.
         """
         top = int(np.argmax(logits))  # the first NaN, if there is one
-        if not np.isfinite(logits[top]):
-            raise FormatError("the model's logits are not finite: its weights hold NaN, infinite or absurd values")
+        check_finite(logits[top], "logits")
         if self._processors or banned or allowed is not None:
             logits = logits.copy()
             for process in self._processors:
@@ -210,6 +209,19 @@ class TokenLogprobs:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+
+def check_finite(numbers: ArrayLike, what: str) -> None:
+    """Check numbers that a model has made.
+
+    Args:
+        numbers: floats.
+        what: their name, such as "logits".
+    Raises:
+        FormatError: one is not finite.
+    """
+    if not np.isfinite(numbers).all():
+        raise FormatError(f"the model's {what} are not finite: its weights hold NaN, infinite or absurd values")
 
 
 def token_logprobs(logits: Floats, token: int, count: int) -> TokenLogprobs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from entrollm.checkpoint.panics import panics_named
+from entrollm.checkpoint.panics import encode
 from entrollm.engine.answer import AnswerText
 from entrollm.engine.batch import SequenceCache, SequenceStep
 from entrollm.engine.detokenize import Detokenizer
@@ -110,11 +110,6 @@ class TextModel(ABC):
     def shape(self) -> TextShape:
         """What texts and answers depend on."""
         return self._shape
-
-    @property
-    def no_tokenizer(self) -> str:
-        """Why there is no tokenizer, and what to do; empty if there is one."""
-        return self._no_tokenizer
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -227,8 +222,7 @@ class TextModel(ABC):
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; it may come from input that is not UTF-8"
             ) from None
-        with panics_named("tokenizer.json"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
 
     def _checked(self, ids: Sequence[int] | Ids) -> Ids:
         array = np.asarray(ids)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from entrollm.checkpoint.panics import panics_named
+from entrollm.checkpoint.panics import encode
 from entrollm.errors import Message, Option, OptionError
 
 DEFAULT_WINDOW = 512
@@ -59,8 +59,7 @@ def cut_windows(tokenizer: Tokenizer, text: str, protocol: Protocol) -> Windows:
     Raises:
         ValueError: the text does not fill one window.
     """
-    with panics_named("tokenizer.json"):
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    ids = np.array(encode(tokenizer, text, add_special_tokens=False), dtype=np.int64)
     wanted = protocol.window if protocol.bos_id is None else protocol.window - 1
     count = len(ids) // wanted
     if count == 0:

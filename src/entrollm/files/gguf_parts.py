@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from entrollm.errors import FormatError
 from entrollm.files.gguf import GgufFile, open_gguf
 
-_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})(?P<of>-of-)(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
 
 
@@ -71,7 +71,9 @@ def open_gguf_parts(path: Path) -> GgufFile:
             f"{path}: it is one of several parts ({_COUNT} is {count!r:.40}), but its name does not end in "
             "-00001-of-0000N.gguf; rename the parts, or join them with `llama-gguf-split --merge`"
         )
-    paths = [path.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}{match['suffix']}") for i in range(count)]
+    paths = [
+        path.with_name(f"{match['stem']}-{i + 1:05d}{match['of']}{count:05d}{match['suffix']}") for i in range(count)
+    ]
     if int(match["number"]) != 1:
         raise FormatError(f"{path}: it is a later part of a model; name the first part, {paths[0].name}")
     with ExitStack() as opened:
@@ -87,6 +89,7 @@ def open_gguf_parts(path: Path) -> GgufFile:
                     f"{part}: {_NUMBER} and {_COUNT} are {found[0]!r:.40} and {found[1]!r:.40}, expected {number} and "
                     f"{count}; it is a part of another file"
                 )
+            _check_same_model(first, parts[-1])
         whole = GgufParts(parts)
         expected = _integer(first, _TENSORS, len(whole.tensors))
         if expected != len(whole.tensors):
@@ -96,6 +99,21 @@ def open_gguf_parts(path: Path) -> GgufFile:
             )
         opened.pop_all()
         return whole
+
+
+def _check_same_model(first: GgufFile, part: GgufFile) -> None:
+    """Check that what a later part says of the model, which is seldom anything, is what the first one says.
+
+    Raises:
+        FormatError: it is not.
+    """
+    for key in part.metadata.keys() & first.metadata.keys() - {_COUNT, _NUMBER, _TENSORS}:
+        ours, theirs = first.metadata[key], part.metadata[key]
+        if ours != theirs:
+            raise FormatError(
+                f"{part.path}: {key} is {theirs!r:.40}, and {ours!r:.40} in {first.path.name}; it is a part of another "
+                "file"
+            )
 
 
 def _integer(file: GgufFile, key: str, default: int | None = None) -> int | None:

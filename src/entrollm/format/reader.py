@@ -210,6 +210,10 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: the path is not a folder.
     """
     if not path.is_dir():
+        if path.suffix.lower() == ".gguf" and path.is_file():
+            raise ValueError(
+                f"{path} is a GGUF file; `entrollm compress {path} -o OUT` makes a folder of it, then use OUT"
+            )
         raise ValueError(f"{path} is {'a file' if path.exists() else 'missing'}; expected a model folder")
     config_path = path / "config.json"
     if not config_path.is_file():

@@ -12,10 +12,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from entrollm.checkpoint.panics import decode, encode
+from entrollm.checkpoint.resolve import resolve
 from entrollm.engine.batch import SequenceStep
+from entrollm.engine.files import why_no_tokenizer
 from entrollm.engine.load import load
 from entrollm.engine.memory import check_memory
 from entrollm.engine.model import Model
+from entrollm.engine.sampling import check_finite
 from entrollm.evaluate.perplexity import token_losses
 from entrollm.harness.running import Running, start
 
@@ -69,9 +73,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         unknown = set(ignored) - {"device", "max_batch_size"}
         if unknown:
             raise ValueError(f"entrollm models have no argument {', '.join(sorted(unknown))}")
-        self._model = load(path, threads, memory=check_memory(memory), check=check, cache_type=cache_type)
+        folder = resolve(path)
+        self._model = load(folder, threads, memory=check_memory(memory), check=check, cache_type=cache_type)
         if self._model.tokenizer is None:
-            raise ValueError(f"{path}: {self._model.no_tokenizer}")
+            raise ValueError(why_no_tokenizer(folder, "reading a text"))
         self._path = path
         self._tokens = self._model.tokenizer
         self._special = self._model.special_tokens
@@ -115,10 +120,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """The token ids of a text; a start token that the text begins with is not added again."""
         adds = self._adds_start if add_special_tokens is None else add_special_tokens
-        prefix = self._tokens.decode([self.prefix_token_id], skip_special_tokens=False)
+        prefix = decode(self._tokens, [self.prefix_token_id], skip_special_tokens=False)
         if add_special_tokens is None and prefix and string.startswith(prefix):
             adds = False
-        return list(self._tokens.encode(string, add_special_tokens=True if adds is None else adds).ids)
+        return encode(self._tokens, string, add_special_tokens=True if adds is None else adds)
 
     def _loglikelihood_tokens(self, requests: list[Pair], disable_tqdm: bool = False, **_: object) -> list[Likelihood]:
         found: dict[int, Likelihood] = {}
@@ -133,7 +138,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             logits = self._model.logits(ids[:-1], last=len(continuation), cache=cache)
             targets = np.array(continuation, dtype=np.int64)
             is_greedy = bool((logits.argmax(axis=1) == targets).all())
-            found[index] = (-float(token_losses(logits, targets).sum()), is_greedy)
+            losses = token_losses(logits, targets)
+            check_finite(losses, "predictions")
+            found[index] = (-float(losses.sum()), is_greedy)
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, found[index])
         return [found[index] for index in range(len(requests))]
@@ -189,7 +196,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             sampling = {"temperature": 0.0}
         until = options.get("until") or []
         # The end token's text may also come from other tokens.
-        end = self._tokens.decode([self.eot_token_id], skip_special_tokens=False)
+        end = decode(self._tokens, [self.eot_token_id], skip_special_tokens=False)
         stop = [text for text in [*([until] if isinstance(until, str) else until), end] if text]
         return {"max_tokens": most, "stop": stop, **sampling}
 

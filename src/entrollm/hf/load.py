@@ -49,8 +49,7 @@ def load(
     with CompressedModel.open(path, check=check) as stored:
         kind = auto_class or _architecture(path, stored.config)
     if device is not None:
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
+        check_device(device)
         options["device_map"] = {"": device}
     token, check_token = default_backend.set(backend), checks_bytes.set(check)
     try:
@@ -58,6 +57,23 @@ def load(
     finally:
         default_backend.reset(token)
         checks_bytes.reset(check_token)
+
+
+def check_device(device: str | int | torch.device) -> torch.device:
+    """The device that is named.
+
+    Raises:
+        ValueError: torch knows none of this name, or this machine has no such GPU.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, which torch does not know: {error}") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch {torch.__version__} finds no GPU here")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs here")
+    return found
 
 
 def set_backend(model: nn.Module, backend: Backend) -> None:

@@ -20,7 +20,7 @@ from entrollm.engine.files import ModelFiles, read_model_files
 from entrollm.engine.text_model import TextModel, TextShape
 from entrollm.engine.weights import Floats
 from entrollm.errors import UnsupportedError
-from entrollm.hf.load import load
+from entrollm.hf.load import check_device, load
 from entrollm.hf.runners import OneByOne, Runner, Together, attention_windows
 from entrollm.models.config_fields import Fields
 
@@ -63,8 +63,11 @@ class TransformersEngine:
             FormatError, UnsupportedError, ValueError: as entrollm.hf.load.
         """
         disable_progress_bar()  # type: ignore[no-untyped-call]  # a server's messages are lines
+        device = check_device(self.device)
+        if device.type == "meta":
+            raise ValueError("device is 'meta', where tensors have no numbers")
         # Of the types that files have, processors are fast with this one alone.
-        dtype: str | torch.dtype = torch.float32 if torch.device(self.device).type == "cpu" else "auto"
+        dtype: str | torch.dtype = torch.float32 if device.type == "cpu" else "auto"
         return TransformersModel(read_model_files(path), load(path, self.device, dtype=dtype, check=self.check))
 
     def guesses(self, model: TextModel) -> None:

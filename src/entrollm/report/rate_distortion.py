@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from entrollm.errors import FormatError, UnsupportedError
+from entrollm.system import replacing
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -83,12 +84,8 @@ def draw_rate_distortion(path: Path, points: Sequence[RatePoint], title: str) ->
     axes.grid(which="both", alpha=0.3)
     if shown:
         axes.legend()
-    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return [point.label for point in points if point.kl <= 0]
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from entrollm.checkpoint.panics import decode
 from entrollm.serve import answers as formats
 from entrollm.serve.answering import (
     Answers,
@@ -116,7 +117,15 @@ class Api:
             )
             asked = self._continuations(request, Prompted(served, body, ids, body.logprobs, form=form), body)
             jobs += asked
-            echo = Echo(prompt if isinstance(prompt, str) else served.tokenizer.decode(ids)) if body.echo else None
+            echo = (
+                Echo(
+                    prompt
+                    if isinstance(prompt, str)
+                    else await in_thread(partial(decode, served.tokenizer, ids, skip_special_tokens=True), "prompt")
+                )
+                if body.echo
+                else None
+            )
             if echo is not None and body.logprobs is not None:
                 asked[0].observe = PromptLogprobs(served.model, ids, body.logprobs, echo)
             echoes += [echo] * len(asked)
@@ -168,7 +177,8 @@ class Api:
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
         if wrong is not None:
             raise bad_request(f"token id {wrong} is outside the vocabulary of {vocab_size}", "tokens")
-        return JsonResponse({"prompt": served.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        text = await in_thread(partial(decode, served.tokenizer, body.tokens, skip_special_tokens=False), "tokens")
+        return JsonResponse({"prompt": text})
 
     async def page(self, request: Request) -> Response:
         """/: the chat page."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
 
-from entrollm.engine.sampling import TokenLogprobs, token_logprobs
+from entrollm.engine.sampling import TokenLogprobs, check_finite, token_logprobs
 from entrollm.engine.text_model import TextModel
 from entrollm.engine.weights import Floats
 
@@ -44,13 +44,18 @@ class PromptLogprobs:
         self._echo = echo
 
     def __call__(self, start: int, hidden: Floats) -> None:
-        """Take the hidden states of the tokens from `start` on."""
+        """Take the hidden states of the tokens from `start` on.
+
+        Raises:
+            FormatError: a likeliest logit is not finite.
+        """
         if start == 0:
             self._echo.logprobs = [TokenLogprobs(self._ids[0], nan, ())]
         following = self._ids[start + 1 : start + 1 + len(hidden)]
         for first in range(0, len(following), _ROWS):
             tokens = following[first : first + _ROWS]
             logits = self._model.logits_of(hidden[first : first + len(tokens)])
+            check_finite(logits.max(axis=1), "logits")
             self._echo.logprobs += [
                 token_logprobs(row, token, self._count) for row, token in zip(logits, tokens, strict=True)
             ]

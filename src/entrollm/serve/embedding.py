@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.engine.sampling import check_finite
 from entrollm.engine.weights import Floats
 from entrollm.serve.errors import ApiError
 from entrollm.serve.job import Event, Job
@@ -30,7 +31,12 @@ class Pooled:
         self._sum: NDArray[np.float64] | None = None
 
     def __call__(self, start: int, hidden: Floats) -> None:
-        """Take the hidden states of the tokens from `start` on."""
+        """Take the hidden states of the tokens from `start` on.
+
+        Raises:
+            FormatError: they are not finite.
+        """
+        check_finite(hidden, "hidden states")
         if self._pooling == "last":
             self._sum = hidden[-1].astype(np.float64)
             return

@@ -54,7 +54,11 @@ class Grammars:
             ApiError: the schema is too long, invalid, or uses what is not implemented.
         """
         options: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE}
-        return self._compile(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options), field)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        except ValueError as error:  # texts and numbers that it cannot read
+            raise bad_request(f"{field}: {error}", field) from None
+        return self._compile(grammar, field)
 
     def lark(self, grammar: str, field: str) -> TokenGrammar:
         """The grammar of a Lark grammar; see json_schema."""

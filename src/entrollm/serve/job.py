@@ -35,6 +35,8 @@ class PromptRead:
     """The prompt of a job without an answer has been read."""
 
 
+# Is given the hidden states of tokens, and the position of the first; see SequenceStep.
+Observe = Callable[[int, Floats], None]
 # An ApiError ends the answer.
 Event = NewToken | PromptRead | ApiError
 
@@ -66,7 +68,7 @@ class Job:
     sink: Callable[[Event], None]
     deadline_s: float
     logprobs: int | None = None
-    observe: Callable[[int, Floats], None] | None = None
+    observe: Observe | None = None
     after: Job | None = None
     is_cancelled: bool = False
     reused_tokens: int = 0

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from entrollm.serve.engines import Guesses
 from entrollm.serve.errors import ApiError
 from entrollm.serve.fair_queue import FairQueue, QueueFullError
 from entrollm.serve.grammar import GrammarError
-from entrollm.serve.job import Event, Job, NewToken, PromptRead
+from entrollm.serve.job import Event, Job, NewToken, Observe, PromptRead
 from entrollm.serve.metrics import Metrics
 from entrollm.serve.served import ServedModel
 
@@ -206,11 +207,14 @@ class Scheduler:
                 taken.append((job, count))
                 prompt_tokens += count
         steps = []
+        failed: dict[Job, str] = {}
         for job, count in taken:
             assert job.slot is not None
             ids = np.array(job.pending[:count], dtype=np.int64)
             is_last = count == len(job.pending)
-            observe = None if job.has_read_prompt else job.observe
+            observe = None
+            if job.observe is not None and not job.has_read_prompt:
+                observe = partial(_observe, job, job.observe, failed)
             steps.append(SequenceStep(ids, job.slot.cache, is_last and job.answer is not None, observe))
         started = time.perf_counter()
         try:
@@ -221,12 +225,16 @@ class Scheduler:
             return [(job, self._fail(job, f"the model failed: {error}", keep=False)) for job, _ in taken]
         events: list[tuple[Job, Event]] = []
         for (job, count), step in zip(taken, steps, strict=True):
+            row = next(rows) if step.needs_logits else None
+            if job in failed:
+                events.append((job, self._fail(job, failed[job])))
+                continue
             job.pending = job.pending[count:]
             if job.pending:
                 continue
             job.has_read_prompt = True
-            if step.needs_logits:
-                events.append((job, self._push(job, next(rows))))
+            if row is not None:
+                events.append((job, self._push(job, row)))
             else:
                 self._end(job)
                 events.append((job, PromptRead()))
@@ -303,6 +311,14 @@ class Scheduler:
             job.served.slots.give_back(job.slot, keep=keep and job.answer is not None)
             job.slot = None
             self._running.remove(job)
+
+
+def _observe(job: Job, observe: Observe, failed: dict[Job, str], start: int, hidden: Floats) -> None:
+    """Show a job its hidden states; what it finds wrong with them ends this job alone, and not the whole step."""
+    try:
+        observe(start, hidden)
+    except FormatError as error:
+        failed[job] = str(error)
 
 
 def _stopping() -> ApiError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from entrollm.checkpoint.panics import decode, encode
 from entrollm.engine.text_model import TextModel
-from entrollm.errors import UnsupportedError
+from entrollm.errors import EntroLLMError, UnsupportedError
 from entrollm.serve.engines import Guesses
 from entrollm.serve.errors import bad_request
 from entrollm.serve.grammar import AnswerForm, Grammars, Postponed, TokenGrammar
@@ -37,7 +38,8 @@ class ServedModel:
         grammars: compiles grammars.
 
     Raises:
-        UnsupportedError: the model has no tokenizer.
+        FormatError: its generation_config.json is malformed.
+        UnsupportedError: the model has no tokenizer, or generation_config.json asks for what is not implemented.
     """
 
     def __init__(
@@ -51,6 +53,10 @@ class ServedModel:
     ) -> None:
         if model.tokenizer is None:
             raise UnsupportedError(f"{name} has no tokenizer.json, which serving needs")
+        try:
+            model.new_answer([0], continues_text=False, max_tokens=1)  # what no answer could be made with
+        except EntroLLMError as error:
+            raise type(error)(f"{name}/{error}") from None
         self.name = name
         self.model = model
         self.context_length = min(context_length, model.shape.context_length)
@@ -84,7 +90,7 @@ class ServedModel:
         """Whether a prompt ends with the marker behind which the model reasons."""
         if self.output.reasoning is None:
             return False
-        end = self.tokenizer.decode(list(prompt[-_LAST_TOKENS:]), skip_special_tokens=False).rstrip()
+        end = decode(self.tokenizer, list(prompt[-_LAST_TOKENS:]), skip_special_tokens=False).rstrip()
         return end.endswith(self.output.reasoning.opening.rstrip())
 
     def after_reasoning(self, grammar: TokenGrammar, prompt: Sequence[int]) -> AnswerForm:
@@ -101,7 +107,7 @@ class ServedModel:
                 raise bad_request(f"{self.name} reasons first, and {marker} is not a token that a grammar could follow")
         else:
             return grammar
-        trigger = self.tokenizer.encode(marker, add_special_tokens=False).ids
+        trigger = encode(self.tokenizer, marker, add_special_tokens=False)
         return Postponed(grammar, trigger, self.model.shape.vocab_size, self.model.end_token_ids)
 
     def _mark(self, marker: str) -> str:

@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from entrollm.checkpoint.resolve import resolve
-from entrollm.engine.files import chat_template_of
+from entrollm.engine.files import chat_template_of, why_no_tokenizer
 from entrollm.errors import UnsupportedError
 from entrollm.serve.api import Settings
 from entrollm.serve.app import Service
@@ -71,7 +71,7 @@ def open_models(paths: Sequence[str], options: LoadOptions) -> Catalog:
 def _entry(name: str, path: Path, options: LoadOptions) -> Entry:
     """What the small files of a model tell before it is loaded."""
     if not (path / "tokenizer.json").is_file():
-        raise UnsupportedError(f"{path} has no tokenizer.json, which serving needs")
+        raise UnsupportedError(why_no_tokenizer(path, "serving"))
     template = chat_template_of(path)
     context_length = min(options.context_length, options.engine.context_length(path))
 

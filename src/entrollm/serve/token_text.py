@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer
 
+from entrollm.checkpoint.panics import decode
+
 
 class TokenText:
     """Decodes one token at a time, special ones included."""
@@ -22,7 +24,7 @@ class TokenText:
         """The token's text; U+FFFD stands for a part of a character."""
         if token not in self._known:
             # Decoders may strip a space at the beginning of a text, so a token's text is what its repetition adds.
-            once = self._tokenizer.decode([token], skip_special_tokens=False)
-            twice = self._tokenizer.decode([token, token], skip_special_tokens=False)
+            once = decode(self._tokenizer, [token], skip_special_tokens=False)
+            twice = decode(self._tokenizer, [token, token], skip_special_tokens=False)
             self._known[token] = twice[len(once) :]
         return self._known[token]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from entrollm.checkpoint.imported import expressions
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
 from tests.checkpoint.imported import test_awq, test_gptq
@@ -90,4 +91,19 @@ def test_stored_rotations_are_refused(tmp_path: Path) -> None:
 
     write_source(tmp_path, config(), pack)
     with pytest.raises(UnsupportedError, match=r"\.hadamard_matrix: AutoRound weights with a rotation of their inputs"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["auto-round", "gptq"])
+def test_expressions_that_take_for_ever_are_refused(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's regular expressions try each way to split a name, of which there are more than 2^30 here."""
+    rule = {r"(([a-z_.0-9])+)+!": {"bits": 8}}
+    named = {"dynamic": rule} if method == "gptq" else {"extra_config": rule}
+    monkeypatch.setattr(expressions, "TIME_LIMIT_S", 0.5)
+    write_source(tmp_path, config(**named) | {"quant_method": method}, test_gptq.packer(4, 32, index=False))
+    with pytest.raises(
+        FormatError, match=r"the regular expressions of quantization_config take more than 0\.5 seconds"
+    ):
         Checkpoint.open(tmp_path)

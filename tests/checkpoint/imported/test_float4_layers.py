@@ -97,6 +97,10 @@ def with_zero(tensors: Arrays) -> None:
     tensors["weight_global_scale"] = np.zeros(1, np.float32)
 
 
+def with_infinity(tensors: Arrays) -> None:
+    tensors["weight_global_scale"] = np.full(1, np.inf, np.float32)
+
+
 def with_nan(tensors: Arrays) -> None:
     tensors["weight_scale"] = np.full((256, 8), np.nan, ml_dtypes.float8_e4m3fn)
 
@@ -113,6 +117,7 @@ def with_few_groups(tensors: Arrays) -> None:
         (without_whole, FormatError, "it needs either weight_global_scale or weight_scale_2, found none"),
         (with_two, FormatError, "weight_global_scale: expected one number of type F32"),
         (with_zero, FormatError, "a scale is not finite, or too large for float32"),
+        (with_infinity, FormatError, "weight_global_scale: it is inf, which makes scales zero; the file is damaged"),
         (with_nan, FormatError, "a scale is not finite, or too large for float32"),
         (with_few_groups, FormatError, r"for each of 256 rows and each 16 of 128 columns, found \[256, 4\]"),
     ],

@@ -47,6 +47,13 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
         np.testing.assert_array_equal(weights, expected[name])
 
 
+def test_names_may_be_in_capitals(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    for part in tmp_path.glob("m-*.gguf"):
+        part.rename(tmp_path / part.name.upper())
+    Checkpoint.open(tmp_path / "M-00001-OF-00003.GGUF").close()
+
+
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     first, _ = write_parts(tmp_path)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
@@ -67,6 +74,7 @@ def test_the_first_part_is_asked_for(tmp_path: Path) -> None:
     [
         ({1: {"split.no": 2}}, r"m-00002-of-00003\.gguf: split.no and split.count are 2 and 3, expected 1 and 3"),
         ({2: {"split.count": 4}}, r"m-00003-of-00003\.gguf: split.no and split.count are 2 and 4, expected 2 and 3"),
+        ({1: {"general.architecture": "gemma"}}, "general.architecture is 'gemma', and 'llama' in m-00001-of-00003"),
         ({0: {"split.tensors.count": 13}}, "split.tensors.count is 13, but the 3 parts have 12 tensors"),
         ({0: {"split.count": 5}}, "its name does not end in -00001-of"),
         ({0: {"split.count": "x"}}, "split.count is 'x', expected an integer"),

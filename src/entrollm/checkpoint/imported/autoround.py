@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from entrollm.checkpoint.imported import awq, float4_layers, gptq
+from entrollm.checkpoint.imported.expressions import check_expression
 from entrollm.checkpoint.imported.formats import ImportedMatrix, RawTensors
 from entrollm.errors import FormatError, UnsupportedError
 
@@ -75,6 +76,6 @@ def _exceptions(quantization: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if bits is not None and not (isinstance(bits, int) and bits >= _LEAST_FLOAT_BITS):
             # A name is taken as it is, or as an expression for whole names.
             expression = f"(?:{re.escape(name)}|{name})$"
-            gptq.compile_names(expression, f"extra_config {name!r:.80}")
+            check_expression(expression, f"extra_config {name!r:.80}")
             found[expression] = {"bits": bits}
     return found

@@ -129,4 +129,8 @@ def _floats(layer: str, scale: NDArray[np.float32], tensors: RawTensors) -> NDAr
     # A weight is at most 12 times as large.
     if not (np.abs(scales) < np.finfo(np.float32).max / 12).all():
         raise FormatError(f"{layer}{_SCALE}: a scale is not finite, or too large for float32")
+    if (scales == 0)[scale != 0].any():
+        raise FormatError(
+            f"{layer}{found[0]}: it is {float(whole):g}, which makes scales zero; the file is damaged, fetch it again"
+        )
     return scales

@@ -10,13 +10,13 @@ them as they are. W = (q - zero) * scale, rounded to the type of the scales.
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.checkpoint.imported.expressions import check_expression, first_matches
 from entrollm.checkpoint.imported.formats import (
     FLOAT_TYPES,
     ImportedMatrix,
@@ -51,49 +51,37 @@ def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[I
         raise UnsupportedError(f"config.json: GPTQ weights in Marlin's layout; supported are {_LAYOUTS}")
     bits = integer_option(quantization, "bits", _BITS)
     dynamic = _dynamic(quantization)
-    for name in tensors.entries:
-        layer = name.removesuffix("qweight")
-        if layer != name:
-            yield _matrix(layer, _bits_of(layer.rstrip("."), bits, dynamic), layout == "gptq", tensors)
+    layers = [name.removesuffix("qweight") for name in tensors.entries if name.endswith("qweight")]
+    widths = _bits_of([layer.rstrip(".") for layer in layers], bits, dynamic)
+    for layer, width in zip(layers, widths, strict=True):
+        yield _matrix(layer, width, layout == "gptq", tensors)
 
 
-def _dynamic(quantization: Mapping[str, Any]) -> list[tuple[re.Pattern[str], Mapping[str, Any] | None]]:
+def _dynamic(quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
     """Expressions for names of layers, with the options that the layers have instead, or None for unquantized ones."""
-    rules: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
+    rules: dict[str, Mapping[str, Any] | None] = {}
     dynamic = quantization.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise FormatError(f"config.json: quantization_config has dynamic {dynamic!r:.80}, expected an object")
     for key, options in dynamic.items():
         if not isinstance(options, dict):
             raise FormatError(f"config.json: dynamic {key!r:.80} of quantization_config is not an object")
-        pattern = compile_names(key.removeprefix("-:").removeprefix("+:"), f"dynamic {key!r:.80}")
-        rules.append((pattern, None if key.startswith("-:") else options))
+        expression = key.removeprefix("-:").removeprefix("+:")
+        check_expression(expression, f"dynamic {key!r:.80}")
+        rules.setdefault(expression, None if key.startswith("-:") else options)
     return rules
 
 
-def compile_names(expression: str, place: str) -> re.Pattern[str]:
-    """Compile an expression for names of layers; `place` is where quantization_config has it, for errors.
-
-    Raises:
-        FormatError: it is not a valid expression.
-    """
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"config.json: {place} of quantization_config: expected a regular expression for names of layers, found an "
-            f"error: {error}; correct it"
-        ) from None
-
-
-def _bits_of(layer: str, bits: int, dynamic: list[tuple[re.Pattern[str], Mapping[str, Any] | None]]) -> int:
-    """The bits of a layer: those of the first expression that matches the beginning of its name, or the common ones."""
-    for pattern, options in dynamic:
-        if pattern.match(layer):
-            if options is None:
-                raise FormatError(f"{layer}.qweight: the layer is quantized, and dynamic in config.json says it is not")
-            return integer_option({"bits": bits, **options}, "bits", _BITS)
-    return bits
+def _bits_of(layers: Sequence[str], bits: int, dynamic: Mapping[str, Mapping[str, Any] | None]) -> list[int]:
+    """The bits of layers: those of the first expression that matches the beginning of a name, or the common ones."""
+    found = []
+    options = list(dynamic.values())
+    for layer, number in zip(layers, first_matches(list(dynamic), layers), strict=True):
+        own = {} if number is None else options[number]
+        if own is None:
+            raise FormatError(f"{layer}.qweight: the layer is quantized, and dynamic in config.json says it is not")
+        found.append(integer_option({"bits": bits, **own}, "bits", _BITS))
+    return found
 
 
 def _matrix(layer: str, bits: int, is_less_one: bool, tensors: RawTensors) -> ImportedMatrix:
