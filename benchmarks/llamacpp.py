@@ -13,6 +13,7 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,16 @@ def tensor_types(shape: dict[str, Any], kind: str) -> dict[str, gguf.GGMLQuantiz
         return {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(target).tensors}
 
 
-def quantize(source: Path, target: Path, kind: str) -> None:
+def quantize(
+    source: Path, target: Path, kind: str, importance: Mapping[str, NDArray[np.float32]] | None = None
+) -> None:
     """llama.cpp's own quantizer.
+
+    Args:
+        source, target: GGUF files.
+        kind: one of TYPES.
+        importance: the mean squares of the inputs of matrices, float32 (columns,), by their names in the file: what
+            llama.cpp calls an importance matrix.
 
     Raises:
         ValueError: it refuses.
@@ -94,6 +103,13 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = TYPES[kind]
     parameters.nthread = 1
+    # An entry without a name ends the list.
+    entries = (llama_cpp.llama_model_imatrix_data * (len(importance or {}) + 1))()
+    for entry, (name, squares) in zip(entries, (importance or {}).items(), strict=False):
+        entry.name, entry.size = name.encode(), squares.size
+        entry.data = squares.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if importance is not None:
+        parameters.imatrix = entries
     with _Silence():
         failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters))
     if failed:

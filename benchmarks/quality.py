@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from common import environment
 from entrollm import _core
-from entrollm.calibrate import CalibrationText, calibrate
+from entrollm.calibrate import CalibrationText, StoredStatistics, calibrate
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.statistics import Statistics
@@ -33,12 +33,12 @@ from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, eva
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.quantize.paper import Granularity
-from quality_peers import Peer, Tensors, group_peers, llamacpp_peers
-from quality_torch import TorchModel, decoded
+from quality_peers import LlamaCpp, Peer, Tensors, group_peers, llamacpp_peers
+from quality_torch import TorchModel, decoded, mean_squares
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0)
 GROUP_WIDTHS = (2, 3, 4)
-PEERS = ("groups", "llama.cpp")
+PEERS = ("groups", "llama.cpp", "imatrix")
 PAPER: tuple[tuple[int, Granularity], ...] = ((4, "tensor"), (6, "tensor"), (8, "tensor"), (4, "row"), (5, "row"))
 DATA_FREE = "data-free"
 BEGIN, END = "<!-- written by benchmarks/quality.py -->\n", "<!-- end -->\n"
@@ -144,9 +144,13 @@ class Measurement:
 
 
 def measure_all(
-    measurement: Measurement, known: dict[str, Statistics], bits: Sequence[float], peers: Sequence[str]
+    measurement: Measurement,
+    known: dict[str, StoredStatistics],
+    bits: Sequence[float],
+    peers: Sequence[str],
+    join_rows: bool,
 ) -> Iterator[Row]:
-    """All rows; `known` has statistics by the text that they come from."""
+    """All rows; `known` has statistics by the text that they come from. llama.cpp's types are `peers` of their own."""
     model, threads = measurement.model, measurement.threads
     runs: list[tuple[str, str, CodingOptions, Statistics | None]] = []
     for asked in bits:
@@ -165,8 +169,12 @@ def measure_all(
         others: list[Iterable[Peer]] = []
         if "groups" in peers:
             others.append(group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS))
-        if "llama.cpp" in peers:
-            others.append(llamacpp_peers(tensors, measurement.config, Path(folder)))
+        for name in ("llama.cpp", "imatrix"):
+            if name in peers:
+                windows = next(iter(known.values())).windows if name == "imatrix" else None
+                importance = None if windows is None else mean_squares(model, tensors, windows, threads)
+                given = LlamaCpp(importance, join_rows)
+                others.append(llamacpp_peers(tensors, measurement.config, Path(folder), given))
         for peer in itertools.chain.from_iterable(others):
             yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
 
@@ -282,23 +290,28 @@ def main() -> None:
     parser.add_argument("--calibration", nargs="*", default=[], metavar="NAME=FILE|self", help="texts to calibrate on")
     parser.add_argument("--max-windows", type=int, default=12)
     parser.add_argument("--bits", type=float, nargs="*", default=list(BITS))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="other quantizers to compare with")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:2], help="other quantizers to compare with")
     parser.add_argument("--torch", action="store_true", help="measure with PyTorch, as quality_torch.py says")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON")
     parser.add_argument("--page", type=Path, help="a page with marks for the tables")
     parser.add_argument("--plot", type=Path, help="PNG")
+    parser.add_argument(
+        "--join-rows", action="store_true", help="give llama.cpp as many rows as fill 256 weights as one"
+    )
     arguments = parser.parse_args()
+    if "imatrix" in arguments.peers and not arguments.calibration:
+        parser.error("--peers imatrix needs a --calibration, whose windows it reads")
     model, text = arguments.model, arguments.text
     measurement = Measurement(model, text, arguments.max_windows, arguments.threads, arguments.torch)
     with tempfile.TemporaryDirectory(prefix="calibration-") as folder:
-        known: dict[str, Statistics] = {}
+        known: dict[str, StoredStatistics] = {}
         for item in arguments.calibration:
             name, _, file = item.rpartition("=")
             place = Path(folder) / str(len(known))
             place.mkdir()
             known[name or file] = calibrate(arguments.model, CalibrationText(None if file == "self" else file), place)
-        rows = list(measure_all(measurement, known, arguments.bits, arguments.peers))
+        rows = list(measure_all(measurement, known, arguments.bits, arguments.peers, arguments.join_rows))
     count, window = measurement.windows.ids.shape
     results = {
         "model": arguments.model.resolve().name,

@@ -5,7 +5,8 @@ Every peer gives the weights that it would multiply with, in float32, and the bi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ Tensors = dict[str, Floats]
 GROUP = 128
 # A scale and an offset of 16 bits for each group.
 _GROUP_BITS = 32
+# Weights that a superblock of llama.cpp takes from one row.
+_BLOCK = 256
 # HQQ's defaults (lp_norm, beta, kappa, iterations).
 _HQQ_NORM, _HQQ_BETA, _HQQ_GROWTH, _HQQ_ROUNDS = 0.7, 10.0, 1.01, 20
 
@@ -124,16 +127,42 @@ def _gptq(weight: Floats, factor: Floats | None, width: int) -> Floats:
     return out
 
 
-def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path) -> Iterator[Peer]:
-    """llama.cpp's quantizer on the model, without an importance matrix; sizes are those of the GGUF files."""
+@dataclass(frozen=True)
+class LlamaCpp:
+    """What llama.cpp's quantizer is given.
+
+    Attributes:
+        importance: mean squares of the inputs of matrices, by their names in the checkpoint; None for none.
+        joins_rows: whether as many rows as fill blocks of 256 are given as one, where a row does not. Such files run
+            nowhere; they say what the types would do on a model of another width.
+        kinds: the file types.
+    """
+
+    importance: Tensors | None = None
+    joins_rows: bool = False
+    kinds: tuple[str, ...] = tuple(TYPES)
+
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """How many rows of a matrix are given as one."""
+        joined = _BLOCK // math.gcd(_BLOCK, shape[-1])
+        return joined if self.joins_rows and len(shape) == 2 and shape[0] % joined == 0 else 1
+
+
+def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCpp) -> Iterator[Peer]:
+    """llama.cpp's quantizer on the model; sizes are those of the GGUF files."""
     source = folder / "f32.gguf"
-    _write_gguf(tensors, config, source)
+    _write_gguf(tensors, config, source, given)
     weights = sum(tensor.size for tensor in tensors.values())
-    for kind in TYPES:
+    squares = {
+        _gguf_name(name): np.tile(values, given.rows(tensors[name].shape))
+        for name, values in (given.importance or {}).items()
+    }
+    for kind in given.kinds:
         target = folder / f"{kind}.gguf"
-        quantize(source, target, kind)
-        made, types = _read_gguf(target, config)
-        yield Peer(kind, "llama.cpp", made, target.stat().st_size * 8 / weights, _mix(types))
+        quantize(source, target, kind, squares or None)
+        made, types = _read_gguf(target, config, {name: tensor.shape for name, tensor in tensors.items()})
+        family = "llama.cpp" if given.importance is None else "llama.cpp, importance matrix"
+        yield Peer(kind, family, made, target.stat().st_size * 8 / weights, _mix(types))
         target.unlink()
 
 
@@ -171,6 +200,10 @@ def _interleave(weight: Floats, heads: int) -> Floats:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def _joined(weight: Floats, rows: int) -> Floats:
+    return np.ascontiguousarray(weight if rows == 1 else weight.reshape(-1, rows * weight.shape[1]))
+
+
 def _restore(weight: Floats, heads: int) -> Floats:
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
@@ -182,7 +215,7 @@ def _heads(name: str, config: ModelConfig) -> int:
     return config.num_kv_heads if name.endswith(("k_proj.weight", "attn_k.weight")) else 0
 
 
-def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path) -> None:
+def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaCpp) -> None:
     if config.model_type != "llama":
         raise ValueError(f"GGUF files are written for llama models, found {config.model_type}")
     writer = gguf.GGUFWriter(path, "llama")
@@ -201,14 +234,17 @@ def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path) -> None:
     writer.add_file_type(0)
     for name, tensor in tensors.items():
         heads = _heads(name, config)
-        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(_interleave(tensor, heads) if heads else tensor))
+        ordered = _interleave(tensor, heads) if heads else tensor
+        writer.add_tensor(_gguf_name(name), _joined(ordered, given.rows(tensor.shape)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _read_gguf(path: Path, config: ModelConfig) -> tuple[Tensors, dict[str, int]]:
+def _read_gguf(
+    path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Tensors, dict[str, int]]:
     """The weights under their names in the checkpoint, and how many of them have each type."""
     back = {value: key for key, value in _GGUF_NAMES.items()}
     fixed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -221,7 +257,7 @@ def _read_gguf(path: Path, config: ModelConfig) -> tuple[Tensors, dict[str, int]
         else:
             _, index, rest = stem.split(".", 2)
             name = f"model.layers.{index}.{back[rest]}.weight"
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shapes[name])
         heads = _heads(name, config)
         found[name] = _restore(values, heads) if heads else values
         kind = tensor.tensor_type.name

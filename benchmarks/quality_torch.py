@@ -5,6 +5,7 @@ PyTorch rounds the inputs of products to bfloat16 where the processor multiplies
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,34 @@ class TorchModel:
         model.model.rotary_emb = rotation  # its frequencies are in no checkpoint
         self._model = model.eval()
 
+    def modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """All modules by name."""
+        return iter(self._model.named_modules())
+
     def logits(self, ids: NDArray[np.int64], /) -> Floats:
         """float32 (n, vocabulary)."""
         with torch.inference_mode():
             found: Floats = self._model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
         return found
+
+
+def mean_squares(
+    checkpoint: Path, tensors: dict[str, Floats], windows: NDArray[np.int64], threads: int
+) -> dict[str, Floats]:
+    """The mean squares of the inputs of linear layers, float32 (columns,), by the names of their weights."""
+    model = TorchModel(checkpoint, tensors, threads)
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        squares = inputs[0].flatten(0, -2).double().square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    for name, module in model.modules():
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in tensors:
+            module.register_forward_pre_hook(lambda _, inputs, name=f"{name}.weight": add(name, inputs))
+    for ids in windows:
+        model.logits(ids)
+    return {name: (total / windows.size).float().numpy() for name, total in sums.items()}
 
 
 def decoded(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from entrollm import _core
-from entrollm.calibrate import StoredStatistics, Tuner, check_tunable, measure, tune
+from entrollm.calibrate import StoredStatistics, Tuner, check_predicts, measure, tune
 from entrollm.calibrate.scales import MovingScales
 from entrollm.calibrate.store import Spool
 from entrollm.calibrate.student import Student
@@ -244,4 +244,4 @@ def test_a_model_that_predicts_no_tokens_is_refused(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="BertModel predicts no tokens, which tuning needs"):
-        check_tunable(tmp_path)
+        check_predicts(tmp_path, "tuning")

@@ -466,6 +466,41 @@ def test_tensors_that_would_not_be_read_are_refused(extra: Tensor, message: str,
         config_of(tmp_path, whole("llama", {}, extra))
 
 
+def long_factors(**values: float) -> list[Tensor]:
+    return [
+        (f"rope_factors_{name}.weight", (16,), 0, np.full(16, value, np.float32).tobytes())
+        for name, value in values.items()
+    ]
+
+
+def test_longrope(tmp_path: Path) -> None:
+    values = scaling(original_context_length=64, attn_factor=1.25)
+    rope = read(tmp_path, whole("phi3", values, *long_factors(long=8.0, short=2.0))).rope
+    assert (rope.switch_length, rope.scale) == (64, 1.25)
+    assert rope.long_frequencies is not None
+    np.testing.assert_allclose(rope.frequencies[0], 0.5)
+    np.testing.assert_allclose(4 * rope.long_frequencies, rope.frequencies, rtol=1e-6)
+    for architecture, factors in (("phi3", {"long": 8.0}), ("llama", {"long": 8.0, "short": 2.0})):
+        with pytest.raises(UnsupportedError, match=r"are supported together, for the architecture phi3"):
+            config_of(tmp_path, whole(architecture, values, *long_factors(**factors)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("gemma4", {"attention.sliding_window_pattern": [True, False]}, "expected 4 times true or false"),
+        ("gemma4", {"feed_forward_length": [256, 256]}, "expected 4 integers from 0"),
+        ("lfm2", {"attention.head_count_kv": [0, 0, 0, 0]}, "lfm2.attention.head_count_kv is 0 for all layers"),
+        ("glm4moe", {"nextn_predict_layers": 4}, "glm4moe.nextn_predict_layers is 4, of 4 layers in all"),
+        ("glm4moe", {"expert_weights_norm": 1}, "expert_weights_norm is 1, expected true or false"),
+        ("glm4moe", {"expert_gating_func": 1}, "expert_gating_func is 1, expected 2, sigmoids"),
+    ],
+)
+def test_layers_that_do_not_fit(architecture: str, values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((FormatError, UnsupportedError), match=message):
+        config_of(tmp_path, whole(architecture, {f"llama.{key}": value for key, value in values.items()}))
+
+
 def test_factors_of_the_rotation_and_a_scaling_do_not_mix(tmp_path: Path) -> None:
     factors = ("rope_freqs.weight", (16,), 0, np.ones(16, np.float32).tobytes())
     for architecture, values in (("llama", scaling(factor=4.0)), ("qwen2", {})):

@@ -51,8 +51,8 @@ class ScriptedDecoder:
     def new_cache(self) -> Cache:
         return Cache(self.config)
 
-    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None) -> Floats:
-        assert last == 1
+    def forward(self, ids: Ids, cache: Cache, *, last: int | None = None, observe: object = None) -> Floats:
+        assert last == 1 and observe is None
         self.calls.append(ids.tolist())
         cache.ids.extend(ids.tolist())
         logits = np.zeros((1, self.config.vocab_size), dtype=np.float32)

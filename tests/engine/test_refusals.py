@@ -93,7 +93,7 @@ def small_model() -> Model:
         ),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope type 'dynamic' is not supported; supported: default, linear, llama3, longrope, yarn",
+            "rope type 'dynamic' is not supported; supported: default, linear, llama3, longrope, proportional, yarn",
         ),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported for this model type"),
         (

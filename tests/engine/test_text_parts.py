@@ -74,6 +74,15 @@ def _gemma4() -> Any:
     )
 
 
+def _lfm2() -> Any:
+    return transformers.Lfm2VlConfig(
+        text_config={**_TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        vision_config={**_VISION, "model_type": "siglip2_vision_model", "num_patches": 4},
+        image_token_id=300,
+        projector_hidden_size=64,
+    )
+
+
 def _mistral3() -> Any:
     return transformers.Mistral3Config(
         text_config={**_TEXT, "model_type": "ministral3", "sliding_window": None},
@@ -82,7 +91,7 @@ def _mistral3() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [_gemma3, _gemma4, _mistral3])
+@pytest.mark.parametrize("make", [_gemma3, _gemma4, _lfm2, _mistral3])
 def test_the_text_part_runs_and_the_rest_is_kept(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(3)
     model = transformers.AutoModelForImageTextToText.from_config(make())

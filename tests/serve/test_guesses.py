@@ -150,7 +150,8 @@ def test_the_type_of_the_cache(serve: Serve, folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--cache-type", "int4"], "the cache's type should be one of f32, f16, int8, found 'int4'"),
-        (["--speculate", "lookup"], "--speculate takes ngram, found 'lookup'"),
+        (["--speculate", "lookup"], "--speculate takes ngram or mtp, found 'lookup'"),
+        (["--speculate", "mtp"], "--speculate mtp is an option of run"),
         (["--speculate", "ngram", "--draft", "x"], "are two ways to guess tokens; give one of them"),
         (["--engine", "transformers", "--cache-type", "f16"], "--cache-type is an option of entrollm's own engine"),
         (["--engine", "transformers", "--speculate", "ngram"], "--speculate is an option of entrollm's own engine"),

@@ -55,16 +55,15 @@ def test_it_says_what_the_engine_says(folder: Path, model: Any) -> None:
     np.testing.assert_allclose([found[i].logprob for i in range(len(wanted))], wanted, atol=2e-3)
 
 
-def test_layers_hold_coded_matrices(model: Any) -> None:
-    from entrollm.vllm.quantization import EntroVllmMethod
+def test_matrices_without_a_layer(model: Any) -> None:
+    from vllm.config import set_current_vllm_config
 
-    layers = model.apply_model(_coded_layers)[0]
-    assert layers >= 5
-    assert EntroVllmMethod.embedding is not None
+    from entrollm.vllm.quantization import EntroVllmConfig
 
-
-def _coded_layers(model: Any) -> int:
-    return sum(hasattr(module, "entrollm_weights") for module in model.modules())
+    config = EntroVllmConfig.from_config({})
+    message = r"model\.embed_tokens\.weight and \d+ other coded matrices have no layer in vLLM"
+    with set_current_vllm_config(model.llm_engine.vllm_config), pytest.raises(UnsupportedError, match=message):
+        config.check_claimed()
 
 
 def test_what_is_not_a_folder(model: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from entrollm.calibrate.compare import compare
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
-from entrollm.calibrate.tune import Tuner, TuneResult, check_tunable
+from entrollm.calibrate.tune import Tuner, TuneResult, check_predicts
 from entrollm.calibrate.walk import measure
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Tuner",
     "calibrate",
     "calibration_windows",
-    "check_tunable",
+    "check_predicts",
     "compare",
     "held_out",
     "measure",

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from entrollm.arrays import HOST, Device
 from entrollm.calibrate.network import Network
 from entrollm.calibrate.sums import draw_labels
+from entrollm.calibrate.threads import QuickestThreads
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError, Message, Option, UnsupportedError
 from entrollm.torch.device import TorchDevice
@@ -61,6 +62,7 @@ def sample_windows(
         network.load(index)
     generator = np.random.default_rng(seed)
     windows, tokens = shape
+    quickest = QuickestThreads()
     batch = min(windows, max(1, cache_bytes // _sequence_bytes(model.config.get_text_config(), tokens)))
     written = np.empty(shape, np.int64)
     for begin in range(0, windows, batch):
@@ -72,7 +74,8 @@ def sample_windows(
             ids = np.full(len(part), start)
         cache = None
         for position in range(tokens):
-            logits, cache = _predict(model, torch.from_numpy(ids).to(place.place), cache)
+            with quickest.step():
+                logits, cache = _predict(model, torch.from_numpy(ids).to(place.place), cache)
             if position == 0:
                 _give_room(cache, tokens)
             if not torch.isfinite(logits.sum()):

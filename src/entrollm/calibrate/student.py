@@ -125,8 +125,8 @@ class Student:
 
         def go(number: int) -> None:
             with torch.enable_grad():
-                predictions = _log_probabilities(network, parts[number])
-                divergence = _divergences(self._spool.take(_wanted(number)), predictions).sum() / predicted
+                logs = _log_probabilities(network, parts[number])
+                divergence = _divergences(self._spool.take(_wanted(number)), logs).sum() / predicted
                 found.append(float(divergence.detach()))
                 divergence.backward()  # type: ignore[no-untyped-call]
 
@@ -195,7 +195,8 @@ def _log_probabilities(network: Network, ids: NDArray[np.int64]) -> Tensor:
 
 def _divergences(wanted: Tensor, found: Tensor) -> Tensor:
     """KL divergences, float64 (predictions,), of log-probabilities (predictions, vocabulary)."""
-    return (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64)
+    divergences: Tensor = (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64)
+    return divergences
 
 
 def _check(divergence: float) -> float:

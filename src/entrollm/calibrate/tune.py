@@ -137,9 +137,12 @@ class Tuner:
         return sum(student.divergence(part) * len(part) for part in parts) / len(self._held_out)
 
 
-def check_tunable(model: str | Path) -> None:
-    """Refuse a model whose scales cannot be tuned, before it is calibrated.
+def check_predicts(model: str | Path, purpose: str) -> None:
+    """Refuse a model that predicts no tokens before it is calibrated.
 
+    Args:
+        model: a folder or a Hub id.
+        purpose: what needs predictions.
     Raises:
         UnsupportedError: transformers does not know it, or it predicts no tokens.
     """
@@ -148,7 +151,7 @@ def check_tunable(model: str | Path) -> None:
         network = empty_model(checkpoint)
     if network.get_output_embeddings() is None:
         raise UnsupportedError(
-            f"{path}: {type(network).__name__} predicts no tokens, which tuning needs; compress it without tuning"
+            f"{path}: {type(network).__name__} predicts no tokens, which {purpose} needs; compress it without"
         )
 
 

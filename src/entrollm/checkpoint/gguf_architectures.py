@@ -170,7 +170,13 @@ _LFM2 = {
 
 
 def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": values.integer("attention.sliding_window", 0, low=0) or None}
+    rope = config["rope_parameters"]
+    key = "original_max_position_embeddings"
+    return {
+        "sliding_window": values.integer("attention.sliding_window", 0, low=0) or None,
+        # Where this model type has it.
+        **({key: rope[key]} if "long_factor" in rope else {}),
+    }
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(

@@ -143,7 +143,7 @@ def _is_smaller(model: Checkpoint, base: Checkpoint, name: str) -> bool:
         for row, values in enumerate((np.minimum(found, _FIRST_FAR), (words << np.uint16(1)) >> np.uint16(8))):
             counts[row] += np.bincount(values.reshape(-1), minlength=256)
     near, own = (entropy_bits(row.tolist()) for row in counts)
-    return bool(near + _FAR_BITS * counts[0, _FIRST_FAR] / info.weights < own + _RAW_BITS)
+    return near + _FAR_BITS * int(counts[0, _FIRST_FAR]) / info.weights < own + _RAW_BITS
 
 
 def _words(checkpoint: Checkpoint, name: str) -> Iterator[NDArray[np.uint16]]:

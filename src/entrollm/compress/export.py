@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -91,12 +92,8 @@ def export(
             path = folder.partial / layout.shard_name(index, len(shards))
             with ShardWriter(path, ordinary=True) as writer:
                 for name in shard:
-                    own = members.get(name, ())
-                    chunks: Iterator[NDArray[Any]]
-                    if name in restored:
-                        chunks = restored[name].chunks(pool)
-                    else:
-                        chunks = (chunk for member in own for chunk in _chunks(model, member, types[name], pool))
+                    own = (_chunks(model, member, types[name], pool) for member in members.get(name, ()))
+                    chunks = restored[name].chunks(pool) if name in restored else itertools.chain.from_iterable(own)
                     writer.add_plain(name, types[name], shapes[name], chunks)
                     names[name] = path.name
                     done += sizes[name]

@@ -17,7 +17,7 @@ from entrollm.calibrate import (
     CalibrationText,
     Tuner,
     calibrate,
-    check_tunable,
+    check_predicts,
     compare,
     held_out,
 )
@@ -57,8 +57,10 @@ def compress_calibrated(
     check_output(out, overwrite)
     _check_plan(model, out, coding)
     if options.tune:
-        check_tunable(model)
-    elif options.max_kl is not None and options.device == "cpu":
+        check_predicts(model, "tuning")
+    elif options.max_kl is not None and options.device != "cpu":
+        check_predicts(model, "a search for a divergence")
+    elif options.max_kl is not None:
         # Raises if the engine, which measures divergences on processors, does not run the model.
         read_config(Fields(read_model_files(resolve(model)).config, "config.json"))
     device = open_device(options.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
 from entrollm.errors import UnsupportedError
@@ -22,6 +27,8 @@ from entrollm.torch.entries import to_tensor
 from entrollm.torch.joined_weights import JoinedWeights
 from entrollm.torch.weight import CodedWeight
 
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings)\.weight$")
+
 
 @register_quantization_config(layout.QUANT_METHOD)
 class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
@@ -30,6 +37,7 @@ class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._stored: CompressedModel | None = None
+        self._claimed: set[str] = set()
 
     def get_name(self) -> str:
         """The method's name."""
@@ -67,7 +75,7 @@ class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """
         stored = self._folder()
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
-            names = [f"{each}.weight" for each in self._unpacked(prefix)]
+            names = self._names(layer, prefix)
             coded = [name for name in names if name in stored.specs]
             if coded and len(coded) < len(names):
                 kept = next(name for name in names if name not in coded)
@@ -75,7 +83,8 @@ class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
                     f"{kept} is kept in its type, and {coded[0]}, which vLLM multiplies with in one layer, is coded"
                 )
             if coded:
-                return EntroVllmMethod(stored, names)
+                self._claimed.update(names)
+                return EntroVllmMethod(self, stored, names)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
         if any(name.startswith(f"{prefix}.") for name in stored.specs) and _holds_experts(layer):
             raise UnsupportedError(f"{prefix}: coded experts run in transformers, not in vLLM")
@@ -96,21 +105,44 @@ class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
             self._stored = CompressedModel.open(path)
         return self._stored
 
-    def _unpacked(self, prefix: str) -> list[str]:
-        """The checkpoint's layers that vLLM has joined in one."""
+    def _names(self, layer: nn.Module, prefix: str) -> list[str]:
+        """The checkpoint's matrices of a layer: several where vLLM has joined them."""
         parent, _, name = prefix.rpartition(".")
-        return [f"{parent}.{each}" if parent else each for each in self.packed_modules_mapping.get(name, [name])]
+        unpacked = self.packed_modules_mapping.get(name, [name])
+        names = [f"{parent}.{each}.weight" if parent else f"{each}.weight" for each in unpacked]
+        stored = self._folder()
+        is_tied = isinstance(layer, ParallelLMHead) and names[0] not in (*stored.specs, *stored.plain)
+        if is_tied or (not prefix and isinstance(layer, VocabParallelEmbedding)):
+            # vLLM does not tell the name of an embedding.
+            found = [each for each in stored.specs if _EMBEDDING.search(each)]
+            return found if len(found) == 1 else names
+        return names
+
+    def check_claimed(self) -> None:
+        """Check that each coded matrix has its layer, since vLLM does not load their entries.
+
+        Raises:
+            UnsupportedError: there are matrices that no layer has asked for.
+        """
+        left = sorted(set(self._folder().specs) - self._claimed)
+        if left:
+            raise UnsupportedError(
+                f"{left[0]} and {len(left) - 1} other coded matrices have no layer in vLLM that EntroLLM knows; run "
+                "this model in transformers"
+            )
 
 
 class EntroVllmMethod(LinearMethodBase):  # type: ignore[misc]
     """Multiplies by coded matrices, which may have codes of their own, one below the other.
 
     Args:
+        config: knows which matrices have layers.
         stored: the folder.
         names: the matrices.
     """
 
-    def __init__(self, stored: CompressedModel, names: list[str]) -> None:
+    def __init__(self, config: EntroVllmConfig, stored: CompressedModel, names: list[str]) -> None:
+        self._config = config
         self._stored = stored
         self._names = names
 
@@ -143,7 +175,12 @@ class EntroVllmMethod(LinearMethodBase):  # type: ignore[misc]
         layer.entrollm_weights = joined  # type: ignore[assignment]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Write the matrices in the device's layout."""
+        """Write the matrices in the device's layout.
+
+        Raises:
+            UnsupportedError: another matrix has no layer.
+        """
+        self._config.check_claimed()
         _weights(layer).matrix()
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,11 +16,12 @@ from entrollm.torch.cuda.flat_plan import flat_plan
 from entrollm.torch.cuda.gpu import typical_gpu
 from entrollm.torch.cuda.grouped import GroupedFields
 from entrollm.torch.cuda.launch import TYPES
+from entrollm.torch.cuda.layout import LANES
 from entrollm.torch.cuda.lossless_matrix import decode_macros as lossless_decode_macros
 from entrollm.torch.cuda.lossless_matrix import lossless_plan, most_vectors
 from entrollm.torch.cuda.plan import plan_of
 from entrollm.torch.cuda.product import product_macros
-from entrollm.torch.cuda.tuning import FAMILIES, Tuning
+from entrollm.torch.cuda.tuning import AMPERE, FAMILIES, HOPPER, Tuning
 from tests.torch.cuda.groups import random_groups
 
 core = pytest.importorskip("cuda.core")
@@ -72,14 +73,6 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
         found = usage("flat_product.cu", tuning, flat.macros((2, 5), tuning.flat_ahead, TYPES[torch.bfloat16]))
         assert found["bytes spill stores"] == 0
         assert found["registers"] * flat.threads <= REGISTERS
-    for dtype, batch in ((torch.bfloat16, 1), (torch.float32, most_vectors(torch.float32))):
-        lossless = lossless_plan(gpu, 896, 16, batch, dtype)
-        assert lossless is not None
-        macros = lossless.macros(batch, dtype)
-        found = usage("lossless_product.cu", tuning, macros)
-        assert found["bytes spill stores"] == 0
-        assert found["registers"] * dict(macros)["THREADS"] <= REGISTERS
-    assert usage("lossless_decode.cu", tuning, lossless_decode_macros(torch.bfloat16))["bytes spill stores"] == 0
     for vectors in (1, 4):
         experts = expert_plan(gpu, 96, 8, 5, vectors, 8)
         assert experts is not None and experts.end_bytes <= gpu.block_bytes
@@ -96,3 +89,15 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
     macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 2), ("MAX_BITS", 5))
     assert usage("flat_decode.cu", tuning, macros)["bytes spill stores"] == 0
     assert usage("grouped_decode.cu", tuning, part.decode_macros(TYPES[torch.bfloat16]))["bytes spill stores"] == 0
+
+
+@pytest.mark.parametrize("tuning", [AMPERE, HOPPER], ids=lambda tuning: tuning.family)
+def test_lossless_kernels_fit(tuning: Tuning) -> None:
+    gpu = typical_gpu(tuning)
+    batch = most_vectors(torch.float32)
+    plan = lossless_plan(gpu, 896, 16, batch, torch.float32)
+    assert plan is not None
+    found = usage("lossless_product.cu", tuning, plan.macros(batch, torch.float32))
+    assert found["bytes spill stores"] == 0
+    assert found["registers"] * plan.warps * LANES <= REGISTERS
+    assert usage("lossless_decode.cu", tuning, lossless_decode_macros(torch.bfloat16))["bytes spill stores"] == 0

@@ -120,8 +120,8 @@ def lossless_plan(gpu: Gpu, tiles: int, stripes: int, batch: int, dtype: torch.d
 
     # Warps wait for each other after a group, so that it should be large, but not at the cost of another panel.
     group = min(block_tiles, _MOST_GROUP)
-    for panels in range(1, stripes + 1):
-        panel = min(stripes, -(-stripes // (panels * warps)) * warps)  # so that all warps have equally many
+    whole_turns = range(-(-stripes // warps) * warps, 0, -warps)  # of all warps
+    for panel in (stripes, *(panel for panel in whole_turns if panel < stripes), *range(warps - 1, 0, -1)):
         for count in range(group, 0, -1):
             if end_bytes(count, panel) <= gpu.block_bytes:
                 return LosslessPlan(blocks, warps, stages, count, panel, end_bytes(count, panel))
