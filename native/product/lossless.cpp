@@ -49,10 +49,9 @@ std::size_t LosslessMatrix::decode_rows(std::size_t row_block, std::uint8_t* out
 
 void LosslessMatrix::widen(const std::uint8_t* symbols, std::size_t count, std::uint8_t* high,
                            std::uint8_t* low) const {
-  for (std::size_t i = 0; i < count; ++i) {
-    high[i] = wide_high_[symbols[i]];
-    low[i] = wide_low_[symbols[i]];
-  }
+  const auto map = kernels().encode->map_symbols;
+  map(symbols, count, 0xff, wide_high_.data(), high);
+  map(symbols, count, 0xff, wide_low_.data(), low);
 }
 
 void LosslessMatrix::row_words(std::size_t row, const std::uint8_t* symbols,
