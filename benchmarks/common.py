@@ -68,7 +68,7 @@ class Coded:
         if rows % blocks.rows:
             raise ValueError(f"{rows} rows do not fill groups of {blocks.rows}")
         counts = [int(c) for c in _core.histogram(symbols)]
-        self.code = code or choose_code(counts, block_count(rows, columns, blocks), prefer)
+        self.code = code or choose_code(counts, block_count(rows, columns, blocks), prefer, can_be_flat=False)
         self.huffman_bits = huffman_bits(counts)
         self.entropy_bits = entropy_bits(counts)
         dense, sparse, sizes = _core.encode(
