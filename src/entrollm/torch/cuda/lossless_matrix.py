@@ -16,6 +16,7 @@ from entrollm.torch.cuda.gpu import RESERVED_BYTES, Gpu, gpu_of
 from entrollm.torch.cuda.launch import MAX_MATRICES, TYPES, aligned, function
 from entrollm.torch.cuda.layout import LANES, TILE_ROWS, padded_columns
 from entrollm.torch.cuda.lossless import STRIPE_COLUMNS, LosslessPart
+from entrollm.torch.cuda.parted import PartedMatrix
 
 MAX_BATCH = 24
 """Vectors that the kernel takes in a few launches; for more, the matrix is decoded to memory."""
@@ -192,28 +193,13 @@ class _Product:
         self._function.launch([self._struct], self._plan.blocks, self._plan.warps * LANES, self._overlaps)
 
 
-class LosslessCudaMatrix:
+class LosslessCudaMatrix(PartedMatrix[LosslessPart, _Product]):
     """Lossless bfloat16 matrices, one below the other, on one GPU.
 
     Args:
         parts: matrices with the same number of columns.
         device: the GPU.
     """
-
-    def __init__(self, parts: Sequence[LosslessPart], device: torch.device) -> None:
-        if not 1 <= len(parts) <= MAX_MATRICES:
-            raise ValueError(f"a product takes 1 to {MAX_MATRICES} matrices, not {len(parts)}")
-        if len({part.columns for part in parts}) != 1:
-            raise ValueError(f"matrices of one product must have the same columns: {[p.columns for p in parts]}")
-        self.parts = tuple(parts)
-        self.device = device
-        self.shape = (sum(part.rows for part in parts), parts[0].columns)
-        self._products: dict[tuple[int, torch.dtype], _Product | None] = {}
-
-    @property
-    def size_bytes(self) -> int:
-        """GPU memory in use."""
-        return sum(part.size_bytes for part in self.parts)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply: (n, in_features) -> (n, out_features) in the type of x, which is float32, bfloat16 or float16.
@@ -227,9 +213,7 @@ class LosslessCudaMatrix:
         y = x.new_empty(batch, self.shape[0])
         for launch in range(launches):
             begin, end = (batch * i // launches for i in (launch, launch + 1))
-            product = self.product(end - begin, x.dtype)
-            assert product is not None  # as that of the largest launch
-            product(aligned(x[begin:end]), y[begin:end])
+            self.product(end - begin, x.dtype)(aligned(x[begin:end]), y[begin:end])
         return y
 
     def _launches(self, batch: int, dtype: torch.dtype) -> int:
@@ -237,31 +221,17 @@ class LosslessCudaMatrix:
         if not 0 < batch <= MAX_BATCH:
             return 0
         choices = range(-(-batch // most_vectors(dtype)), _MOST_LAUNCHES + 1)
-        return next((count for count in choices if self.product(-(-batch // count), dtype) is not None), 0)
+        return next((count for count in choices if self._plan(-(-batch // count), dtype) is not None), 0)
 
-    def product(self, batch: int, dtype: torch.dtype) -> _Product | None:
-        """The product with `batch` vectors of a type, ready to launch; `None` if shared memory is too small for it."""
-        key = batch, dtype
-        if key not in self._products:
-            tiles = sum(part.tiles for part in self.parts)
-            plan = lossless_plan(gpu_of(self.device), tiles, self.parts[0].stripes, batch, dtype)
-            self._products[key] = None if plan is None else _Product(self.parts, plan, batch, dtype, self.device)
-        return self._products[key]
+    def _plan(self, batch: int, dtype: torch.dtype) -> LosslessPlan | None:
+        tiles = sum(part.tiles for part in self.parts)
+        return lossless_plan(gpu_of(self.device), tiles, self.parts[0].stripes, batch, dtype)
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Decode all weights: (out_features, in_features)."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        begin = 0
-        for part in self.parts:
-            _decode(part, out[begin : begin + part.rows], None, self.device)
-            begin += part.rows
-        return out
+    def _make_product(self, batch: int, dtype: torch.dtype) -> _Product:
+        plan = self._plan(batch, dtype)
+        if plan is None:
+            raise ValueError(f"{batch} vectors of {self.shape[1]} columns do not fit in the shared memory of a block")
+        return _Product(self.parts, plan, batch, dtype, self.device)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Look up rows of the only matrix: integers (n,) -> float32 (n, in_features); NaN outside of the matrix."""
-        inside = (ids >= 0) & (ids < self.shape[0])
-        ids = ids.clamp(0, self.shape[0] - 1).to(torch.int64).contiguous()
-        out = torch.empty(len(ids), self.shape[1], dtype=torch.float32, device=self.device)
-        if len(ids):
-            _decode(self.parts[0], out, ids, self.device)
-        return out.masked_fill_(~inside[:, None], torch.nan)
+    def _decode(self, part: LosslessPart, out: Tensor, ids: Tensor | None) -> None:
+        _decode(part, out, ids, self.device)
