@@ -121,6 +121,21 @@ def test_calls_that_are_left_to_transformers(model: Any) -> None:
     assert found is not None and torch.equal(found, greedy(model, tokens)[:, : tokens.shape[1] + 4])
 
 
+def test_what_a_call_leaves_open_is_as_the_model_has_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = ids()
+    made = greedy(model, tokens)[0, tokens.shape[1] :].tolist()
+    config = GenerationConfig(prompt_lookup_num_tokens=3)
+    without_end = GenerationConfig(max_new_tokens=TOKENS, prompt_lookup_num_tokens=3)
+    found = speculate(model, tokens, {"generation_config": config})
+    assert found is not None
+    assert torch.equal(found, model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", made[4])
+    found = speculate(model, tokens, {"generation_config": without_end})
+    assert found is not None and found[0, tokens.shape[1] :].tolist() == made[: made.index(made[4]) + 1]
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    assert speculate(model, tokens, {"generation_config": without_end}) is None
+
+
 def test_heads_that_share_keys(model: Any) -> None:
     tokens = ids(batch=2)
     expected = greedy(model, tokens)
