@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, Gemma3Config, GenerationConfig
 
 import entrollm.hf
 from entrollm.engine.pace import LENGTHS
@@ -144,3 +144,20 @@ def test_heads_that_share_keys(model: Any) -> None:
         assert torch.equal(greedy(model, tokens, cache_implementation="static", disable_compile=True), expected)
         assert torch.equal(greedy(model, tokens), expected)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_other_parts_stays() -> None:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=size | {"image_size": 28, "patch_size": 14})
+    each = {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=each)
+
+    def used() -> list[str]:
+        return [part._attn_implementation for part in (model.config, config.text_config, config.vision_config)]
+
+    config = model.config
+    assert used() == ["sdpa", "sdpa", "eager"]
+    with shared_keys(model):
+        assert used() == ["entrollm_sdpa", "entrollm_sdpa", "eager"]
+    assert used() == ["sdpa", "sdpa", "eager"]
