@@ -75,7 +75,7 @@ def speculate(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> Ten
 
 def _understood(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> _Call | None:
     # As transformers does: what the call leaves open is as the model's own configuration has it.
-    config = copy.deepcopy(options.pop("generation_config", None) or GenerationConfig())
+    config = copy.deepcopy(options.pop("generation_config", None) or GenerationConfig())  # type: ignore[no-untyped-call]
     config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     rest = config.update(**options)
     streamer, mask = rest.pop("streamer", None), rest.pop("attention_mask", None)
