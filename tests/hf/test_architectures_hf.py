@@ -19,7 +19,7 @@ from entrollm.cli.console import describe_error
 from entrollm.compress.export import export
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format.reader import CompressedModel
-from entrollm.hf import CodedStack, CodedWeight, EntroConfig, EntroEmbedding, EntroLinear
+from entrollm.hf import CodedStack, CodedWeight, EntroConfig, EntroEmbedding, EntroLinear, experts
 from tests.torch.models import difference, ids, write_coded
 
 # Name: class of the configuration, class of the model, and options.
@@ -195,3 +195,15 @@ def test_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     (coded / "entrollm_checksums.json").unlink()  # edited on purpose
     with pytest.raises(FormatError, match=r"the model's .* has shape \[96, 192\], the folder's \[96, 128\]"):
         open_model("gpt2", coded)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_experts_at_once_and_one_by_one_agree(folder: Callable[[str], Path], name: str, tokens: int) -> None:
+    layer = open_model(name, folder(name)).model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.randint(0, 5, (tokens, 2), generator=generator)  # 4 means none
+    call = layer, torch.randn(tokens, 96, generator=generator), chosen, torch.rand(tokens, 2, generator=generator)
+    with torch.no_grad():
+        wanted, found = experts._one_by_one(*call), experts._together(*call)
+    torch.testing.assert_close(found, wanted)

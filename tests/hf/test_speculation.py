@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, Gemma3Config, GenerationConfig
 
 import entrollm.hf
 from entrollm.engine.pace import LENGTHS
@@ -121,6 +121,21 @@ def test_calls_that_are_left_to_transformers(model: Any) -> None:
     assert found is not None and torch.equal(found, greedy(model, tokens)[:, : tokens.shape[1] + 4])
 
 
+def test_what_a_call_leaves_open_is_as_the_model_has_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = ids()
+    made = greedy(model, tokens)[0, tokens.shape[1] :].tolist()
+    config = GenerationConfig(prompt_lookup_num_tokens=3)
+    without_end = GenerationConfig(max_new_tokens=TOKENS, prompt_lookup_num_tokens=3)
+    found = speculate(model, tokens, {"generation_config": config})
+    assert found is not None
+    assert torch.equal(found, model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", made[4])
+    found = speculate(model, tokens, {"generation_config": without_end})
+    assert found is not None and found[0, tokens.shape[1] :].tolist() == made[: made.index(made[4]) + 1]
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    assert speculate(model, tokens, {"generation_config": without_end}) is None
+
+
 def test_heads_that_share_keys(model: Any) -> None:
     tokens = ids(batch=2)
     expected = greedy(model, tokens)
@@ -129,3 +144,20 @@ def test_heads_that_share_keys(model: Any) -> None:
         assert torch.equal(greedy(model, tokens, cache_implementation="static", disable_compile=True), expected)
         assert torch.equal(greedy(model, tokens), expected)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_other_parts_stays() -> None:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=size | {"image_size": 28, "patch_size": 14})
+    each = {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=each)
+
+    def used() -> list[str]:
+        return [part._attn_implementation for part in (model.config, config.text_config, config.vision_config)]
+
+    config = model.config
+    assert used() == ["sdpa", "sdpa", "eager"]
+    with shared_keys(model):
+        assert used() == ["entrollm_sdpa", "entrollm_sdpa", "eager"]
+    assert used() == ["sdpa", "sdpa", "eager"]

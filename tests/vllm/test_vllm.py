@@ -66,6 +66,18 @@ def test_matrices_without_a_layer(model: Any) -> None:
         config.check_claimed()
 
 
+def test_layers_of_other_names_are_not_left_empty(model: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from entrollm.vllm.quantization import EntroVllmConfig
+
+    with set_current_vllm_config(model.llm_engine.vllm_config):
+        layer = ReplicatedLinear(8, 8, quant_config=EntroVllmConfig.from_config({}), prefix="language_model.other")
+        with pytest.raises(UnsupportedError, match="have no layer in vLLM that EntroLLM knows"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_what_is_not_a_folder(model: Any, tmp_path: Path) -> None:
     from vllm.config import get_current_vllm_config, set_current_vllm_config
 

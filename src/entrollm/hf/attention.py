@@ -62,8 +62,24 @@ def shared_keys(model: Any) -> Iterator[None]:
     if not takes_names or model.config._attn_implementation != "sdpa":
         yield
         return
-    model.set_attn_implementation(_NAME)
+    before = _implementations(model.config)
+    model.set_attn_implementation(_shared(before))
     try:
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(before)
+
+
+def _implementations(config: Any) -> dict[str, Any]:
+    """The implementations of a configuration and of those in it, as set_attn_implementation takes them."""
+    parts = ((name, getattr(config, name)) for name in config.sub_configs)
+    inner = {name: _implementations(part) for name, part in parts if part is not None}
+    return {"": config._attn_implementation, **inner}
+
+
+def _shared(implementations: dict[str, Any]) -> dict[str, Any]:
+    """The same with this attention in the place of "sdpa"; others, such as of an encoder of images, stay."""
+    return {
+        name: _shared(each) if isinstance(each, dict) else _NAME if each == "sdpa" else each
+        for name, each in implementations.items()
+    }

@@ -71,7 +71,7 @@ def _together(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     if layer.has_post_expert_norm:
         state = layer.post_expert_norm(state)
     weighted = (state * top_k_weights.masked_fill(~exists, 0).reshape(-1, 1)).to(torch.float32)
-    return weighted.reshape(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+    return weighted.reshape(*top_k_index.shape, weighted.shape[1]).sum(1).to(hidden_states.dtype)
 
 
 # Which experts run depends on the data: compiled, every choice would be compiled anew.

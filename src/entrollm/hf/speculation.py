@@ -24,7 +24,7 @@ _KNOWN = frozenset(
     | {"top_p", "min_p", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 )
 _PROMPT_TOKENS = 512  # of one call
-_TRANSFORMERS_LENGTH = 20  # of a text for which nobody says how long it may be
+_TRANSFORMERS_TOKENS = 20  # that transformers makes where nobody says how many
 _runners: weakref.WeakKeyDictionary[Any, Together] = weakref.WeakKeyDictionary()
 
 
@@ -74,7 +74,9 @@ def speculate(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> Ten
 
 
 def _understood(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> _Call | None:
-    config = copy.deepcopy(options.pop("generation_config", None) or model.generation_config)
+    # As transformers does: what the call leaves open is as the model's own configuration has it.
+    config = copy.deepcopy(options.pop("generation_config", None) or GenerationConfig())  # type: ignore[no-untyped-call]
+    config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
     rest = config.update(**options)
     streamer, mask = rest.pop("streamer", None), rest.pop("attention_mask", None)
     tokens = rest.pop("input_ids", None) if inputs is None else inputs
@@ -85,7 +87,7 @@ def _understood(model: Any, inputs: Tensor | None, options: dict[str, Any]) -> _
     ids = tokens[0].tolist()
     most = config.max_new_tokens
     if most is None:
-        most = (config.max_length or _TRANSFORMERS_LENGTH) - len(ids)
+        most = _TRANSFORMERS_TOKENS if config.max_length is None else config.max_length - len(ids)
     ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).reshape(-1).tolist()
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if not ids or most < 1 or (limit is not None and len(ids) + most > limit):

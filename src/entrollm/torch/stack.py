@@ -81,7 +81,7 @@ class CodedStack(CodedParameter):
 
         Args:
             x: (inputs, in_features): one input for each token, or for each choice.
-            chosen: int64 (tokens, choices), the experts of each token; numbers that no expert has mean none.
+            chosen: integers (tokens, choices), the experts of each token; numbers that no expert has mean none.
         Returns:
             (tokens * choices, out_features) in the type of x, with zeros where no expert is chosen.
         """

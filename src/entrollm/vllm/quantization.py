@@ -85,7 +85,7 @@ class EntroVllmConfig(QuantizationConfig):  # type: ignore[misc]
             if coded:
                 self._claimed.update(names)
                 return EntroVllmMethod(self, stored, names)
-            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else UnquantizedEmbeddingMethod()
+            return _DenseLinear(self) if isinstance(layer, LinearBase) else _DenseEmbedding(self)
         if any(name.startswith(f"{prefix}.") for name in stored.specs) and _holds_experts(layer):
             raise UnsupportedError(f"{prefix}: coded experts run in transformers, not in vLLM")
         return None
@@ -196,6 +196,35 @@ class EntroVllmMethod(LinearMethodBase):  # type: ignore[misc]
         """Let a head multiply by the matrix of the embedding."""
         layer.entrollm_weights = _weights(embed_tokens)  # type: ignore[assignment]
         return layer
+
+
+class _DenseLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+    """Multiplies by a matrix that is not coded.
+
+    Where no layer has asked for a coded matrix, such layers alone notice that their weights have not been loaded.
+    """
+
+    def __init__(self, config: EntroVllmConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """See check_claimed."""
+        self._config.check_claimed()
+        super().process_weights_after_loading(layer)
+
+
+class _DenseEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """The same for embeddings and heads."""
+
+    def __init__(self, config: EntroVllmConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """See check_claimed."""
+        self._config.check_claimed()
+        super().process_weights_after_loading(layer)
 
 
 def _weights(layer: nn.Module) -> JoinedWeights:

@@ -133,8 +133,8 @@ def check_products(
 @pytest.mark.parametrize("is_flat", [True, False])
 def test_all_tokens_choose_one_expert(is_flat: bool) -> None:
     experts, dense = made(16, (96, 96), 512, is_flat)
-    for expert in (0, 15):
-        chosen = torch.full((64, 2), expert, device=DEVICE)
+    for expert, integers in ((0, torch.int64), (15, torch.int32)):
+        chosen = torch.full((64, 2), expert, dtype=integers, device=DEVICE)
         x = torch.randn(64, 512, device=DEVICE)
         wanted = expected(x, chosen, dense)
         found = experts.multiply(x, chosen).double().cpu().numpy()

@@ -87,7 +87,7 @@ class ExpertMatrices(Generic[PartT]):
 
         Args:
             x: (inputs, in_features) in float32, bfloat16 or float16: one input for each token, or for each choice.
-            chosen: int64 (tokens, choices), the experts of each token; numbers that no expert has mean none.
+            chosen: integers (tokens, choices), the experts of each token; numbers that no expert has mean none.
         Returns:
             (tokens * choices, out_features) in the type of x, with zeros where no expert is chosen.
         """
@@ -95,7 +95,7 @@ class ExpertMatrices(Generic[PartT]):
         tokens, choices = chosen.shape
         product = self._product(tokens, choices, x.dtype) if chosen.numel() else None
         if product is not None:
-            product(aligned(x), chosen.contiguous(), y)
+            product(aligned(x), chosen.to(torch.int64).contiguous(), y)
         return y
 
     def _product(self, tokens: int, choices: int, dtype: torch.dtype) -> ExpertProduct | None:
