@@ -35,10 +35,11 @@ struct AttentionTile {
   std::size_t head_dim;
   float scale;  // of the scores
   CacheType type;
-  const PositionRun*
-      runs;               // one behind the other; results are those of a single run if all but the
-  std::size_t run_count;  // last are multiples of kPositionsAtOnce
-  float* scratch;         // attention_scratch() floats
+  // The runs follow each other. Results are those of a single run if the lengths of all but the
+  // last are multiples of kPositionsAtOnce.
+  const PositionRun* runs;
+  std::size_t run_count;
+  float* scratch;  // attention_scratch() floats
 };
 
 // The number of floats of scratch for a tile.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from entrollm import Model, load
+from entrollm.engine.batch import SequenceStep
 from entrollm.engine.cache import Cache, LayerCache
 from entrollm.engine.weights import Floats
 from tests.engine.architectures import random_ids
@@ -50,6 +51,22 @@ def test_forks_share_whole_blocks_and_give_the_same_bits(model: Model) -> None:
             [run(model, cache, others[:7]), run(model, cache, others[7:8]), run(model, cache, others[8:])]
         )
         assert np.array_equal(found, fresh(model, IDS[:length] + others, 60))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_step_of_sequences_with_and_without_shared_positions(
+    threads: int, model: Model, coded_folder: Callable[[str], Path]
+) -> None:
+    together = load(coded_folder("llama"), threads=threads, cache_type=model.new_cache().cache_type)
+    source, alone = together.new_cache(), together.new_cache()
+    run(together, source, IDS[:600])
+    run(together, alone, IDS[:40])
+    lengths, counts = (600, 590, 256, 40), (1, 5, 2, 3)
+    caches = (source, source.fork(590), source.fork(256), alone)
+    others = [random_ids(count, seed=count) for count in counts]
+    steps = [SequenceStep(np.array(ids), cache, True) for ids, cache in zip(others, caches, strict=True)]
+    expected = [fresh(model, IDS[:length] + ids, 1) for length, ids in zip(lengths, others, strict=True)]
+    assert np.array_equal(together.step(steps), np.concatenate(expected))
 
 
 def test_a_cache_goes_back_behind_what_it_shares(model: Model) -> None:

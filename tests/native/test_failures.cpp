@@ -181,7 +181,7 @@ void check_layer(const CodedMatrix& matrix, std::size_t threads) {
       return CachedPositions{CacheType::kFloat32, kTokens, keys.data() + at, head,    kTokens,
                              values.data() + at,  head,    nullptr,          nullptr, 0};
     };
-    const SequenceCache caches[] = {{kTokens, cache(0), {}}, {1, cache(half), 2}};
+    const SequenceCache caches[] = {{kTokens, cache(0), {}, {}}, {1, cache(half), 2, {}}};
     attention.run(pool, x.data(), kTokens + 1, {}, caches, y.data());
     feed_forward.run(pool, y.data(), kTokens + 1, z.data());
     z.insert(z.end(), keys.begin(), keys.end());

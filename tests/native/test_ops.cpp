@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/float_kernels.hpp"
+#include "ops/ops.hpp"
 #include "support.hpp"
 
 using namespace entrollm;
@@ -168,14 +169,59 @@ void check_attention(Random& random) {
   require(found[0] == found[1], "attention over two runs");
 }
 
+// Several sequences in one call, some of them behind positions that others have: each gives what it
+// gives alone, from buffers of exactly the size that it may read.
+void check_sequences(ThreadPool& pool, Random& random) {
+  const std::size_t kv_heads = 1 + random.below(3), heads = kv_heads * (1 + random.below(3));
+  const std::size_t head_dim = 1 + random.below(40), width = heads * head_dim;
+  const std::size_t count = 1 + random.below(5);
+  std::vector<Floats> buffers;
+  const auto positions = [&](std::size_t length) {
+    CachedPositions cache{};
+    cache.length = length;
+    cache.keys = buffers.emplace_back(random_floats(random, kv_heads * head_dim * length)).get();
+    cache.values = buffers.emplace_back(random_floats(random, kv_heads * head_dim * length)).get();
+    cache.key_head_stride = cache.value_head_stride = head_dim * length;
+    cache.key_stride = length;
+    return cache;
+  };
+  const std::vector<CachedPositions> shared = {positions(kPositionsAtOnce),
+                                               positions(2 * kPositionsAtOnce)};
+  std::vector<Attention> ops(count);
+  std::vector<Floats> expected;
+  for (Attention& op : ops) {
+    op.tokens = random.below(6);
+    op.token_stride = width;
+    op.heads = heads;
+    op.head_dim = head_dim;
+    op.kv_heads = kv_heads;
+    op.cache = positions(op.tokens + random.below(300));
+    op.earlier = std::span(shared).first(random.below(3));
+    const std::size_t size = op.tokens * width;
+    op.queries = buffers.emplace_back(random_floats(random, size)).get();
+    op.out = expected.emplace_back(new float[size]).get();
+    run(pool, std::span<const Attention>(&op, 1));
+  }
+  for (Attention& op : ops) {
+    op.out = buffers.emplace_back(random_floats(random, op.tokens * width)).get();
+  }
+  run(pool, std::span<const Attention>(ops));
+  for (std::size_t i = 0; i < count; ++i) {
+    require(std::equal(ops[i].out, ops[i].out + ops[i].tokens * width, expected[i].get()),
+            "attention of several sequences");
+  }
+}
+
 }  // namespace
 
 int main() {
   check_halves();
+  ThreadPool one(1), three(3);
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Random random(seed);
     check_elementwise(random);
     check_attention(random);
+    check_sequences(random.coin() ? one : three, random);
   }
   std::puts("ops: all instruction sets agree");
 }

@@ -62,7 +62,7 @@ def _read(fields: Fields, defaults: Defaults, window: int, input_size: int) -> M
     kinds = patterned_kinds(fields, config.num_layers, 6)
     kinds[-1] = FULL
     shapes = _read_shapes(fields, config, kinds)
-    sources = _read_sources(fields, kinds)
+    sources = _read_sources(fields, kinds, shapes)
     if fields.flag("use_double_wide_mlp", False):
         shapes = [
             shape if source is None else replace(shape, intermediate_size=2 * shape.intermediate_size)
@@ -129,11 +129,11 @@ def _read_shapes(fields: Fields, config: ModelConfig, kinds: list[str]) -> list[
     return shapes
 
 
-def _read_sources(fields: Fields, kinds: list[str]) -> list[int | None]:
+def _read_sources(fields: Fields, kinds: list[str], shapes: list[LayerShape]) -> list[int | None]:
     """For each layer, the one whose keys and values it reads; None for its own.
 
     Raises:
-        FormatError: a layer that has none of its own follows none of its kind.
+        FormatError: a layer that has none of its own follows none of its kind, or the last of them has other heads.
     """
     shared = fields.integer("num_kv_shared_layers", 0, low=0, high=len(kinds))
     first = len(kinds) - shared
@@ -143,6 +143,13 @@ def _read_sources(fields: Fields, kinds: list[str]) -> list[int | None]:
             f"{fields.source}: num_kv_shared_layers {shared} of {len(kinds)} leaves no layer with keys of its own for "
             "each kind in layer_types"
         )
+    for index in range(first, len(kinds)):
+        source = last[kinds[index]]
+        if shapes[index] != shapes[source]:
+            raise FormatError(
+                f"{fields.source}: layer {index} shares the keys of layer {source}, but per_layer_config gives them "
+                "other head_dim or num_key_value_heads"
+            )
     return [None if index < first else last[kind] for index, kind in enumerate(kinds)]
 
 
