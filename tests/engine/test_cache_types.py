@@ -10,7 +10,8 @@ import pytest
 
 from entrollm import Model, UnsupportedError, _core, load
 from entrollm.engine.batch import SequenceStep
-from entrollm.engine.cache import CacheType, LayerCache, Positions, cache_bytes_per_token
+from entrollm.engine.cache import cache_bytes_per_token
+from entrollm.engine.layer_cache import CacheType, LayerCache, Positions
 from entrollm.engine.weights import Floats
 from tests.engine.architectures import random_ids, relative_difference
 from tests.engine.dense import load_dense

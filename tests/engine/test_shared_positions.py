@@ -10,7 +10,8 @@ import pytest
 
 from entrollm import Model, load
 from entrollm.engine.batch import SequenceStep
-from entrollm.engine.cache import Cache, LayerCache
+from entrollm.engine.cache import Cache
+from entrollm.engine.layer_cache import LayerCache
 from entrollm.engine.weights import Floats
 from tests.engine.architectures import random_ids
 

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Cache, LayerCache, Mix, Positions
+from entrollm.engine.cache import Cache
+from entrollm.engine.layer_cache import LayerCache, Mix, Positions
 from entrollm.engine.state import Advance, RecurrentState
 from entrollm.engine.weights import Floats, Ids
 

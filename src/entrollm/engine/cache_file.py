@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entrollm.engine.cache import Cache, LayerCache
+from entrollm.engine.cache import Cache
+from entrollm.engine.layer_cache import LayerCache
 from entrollm.engine.state import RecurrentState
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.files.dtypes import DTYPES

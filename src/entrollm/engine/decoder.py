@@ -11,9 +11,10 @@ from entrollm.checkpoint.names import output_head
 from entrollm.engine.arithmetic import cap
 from entrollm.engine.attention import Angles, Rotations, SelfAttention
 from entrollm.engine.batch import Segment, SequencesState, SequenceStep, joined_angles, passes
-from entrollm.engine.cache import Cache, LayerCache, LayerState, check_cache_type
+from entrollm.engine.cache import Cache, LayerState, check_cache_type
 from entrollm.engine.experts import ExpertsBeside, MixedExperts
 from entrollm.engine.feed_forward import FeedForward
+from entrollm.engine.layer_cache import LayerCache
 from entrollm.engine.layer_inputs import LayerInput, TokenInputs
 from entrollm.engine.mixers import make_mixer
 from entrollm.engine.projection import Norm, Projection, load_norm

@@ -13,7 +13,7 @@ import numpy as np
 from entrollm import _core
 from entrollm.engine.arithmetic import plain_attention, rotate_neighbours
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Attention, Positions
+from entrollm.engine.layer_cache import Attention, Positions
 from entrollm.engine.projection import Projection
 from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_tensor
 from entrollm.models.config import LatentAttention, ModelConfig

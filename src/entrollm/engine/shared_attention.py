@@ -6,7 +6,7 @@ import numpy as np
 
 from entrollm import _core
 from entrollm.engine.attention import Angles
-from entrollm.engine.cache import Attention, Positions
+from entrollm.engine.layer_cache import Attention, Positions
 from entrollm.engine.projection import Projection, offset_weight
 from entrollm.engine.weights import Floats, Weights, load_tensor
 from entrollm.models.config import ModelConfig

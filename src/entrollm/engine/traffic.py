@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from entrollm.checkpoint.names import text_names
-from entrollm.engine.cache import CACHE_TYPES, cache_bytes_per_token, check_cache_type
+from entrollm.engine.cache import cache_bytes_per_token, check_cache_type
+from entrollm.engine.layer_cache import CACHE_TYPES
 from entrollm.errors import UnsupportedError
 from entrollm.models.config import Experts, ModelConfig
 
