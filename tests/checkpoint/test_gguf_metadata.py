@@ -415,6 +415,20 @@ def test_values_that_agree_with_the_rest(values: dict[str, Any], tmp_path: Path)
     assert config_of(tmp_path, whole("llama", values)) == config_of(tmp_path, whole())
 
 
+def test_layers_without_end_are_refused(tmp_path: Path) -> None:
+    """One number would stand for a list of as many."""
+    with pytest.raises(FormatError, match=r"lfm2.block_count is 2147483647, expected at most 10000"):
+        config_of(tmp_path, whole("lfm2", {"lfm2.block_count": 2**31 - 1, "lfm2.attention.head_count_kv": 2}))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_factors_of_rotations_are_numbers(bad: float, tmp_path: Path) -> None:
+    factors = np.array([1.0, bad], np.float32).tobytes()
+    parts = [(f"rope_factors_{which}.weight", (2,), 0, factors) for which in ("long", "short")]
+    with pytest.raises(FormatError, match=r"rope_factors_long.weight holds a factor that is not positive and finite"):
+        config_of(tmp_path, whole("phi3", {"phi3.rope.scaling.original_context_length": 64}, *parts))
+
+
 def test_tokens_that_are_not_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"tokens has 1 tokens, and token_embd\.weight 320 rows"):
         config_of(tmp_path, whole("llama", {"tokenizer.ggml.tokens": ["a"]}))

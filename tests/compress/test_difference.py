@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ml_dtypes import float8_e4m3fn
 from numpy.typing import NDArray
 
 from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.compress import difference
 from entrollm.compress.difference import NEAR, add_differences, differences, restored_matrices
 from entrollm.compress.export import export
 from entrollm.compress.verify import verify
@@ -135,6 +137,8 @@ def test_options_that_do_not_go_with_a_base(folder: Path, tmp_path: Path) -> Non
     [
         (lambda found: found.clear(), "expected matrices, each with base_crc32, crc32, dtype"),
         (lambda found: found["matrices"]["near.weight"].pop("crc32"), "expected matrices, each with"),
+        (lambda found: found["matrices"]["near.weight"].update(crc32="1f"), "expected matrices, each with"),
+        (lambda found: found["matrices"]["near.weight"].update(base_crc32=[]), "expected matrices, each with"),
         (lambda found: found["matrices"].update(x=found["matrices"]["near.weight"]), "'x' has no differences"),
         (lambda found: found["matrices"]["near.weight"].update(dtype="F32"), "'near.weight' has no differences"),
     ],
@@ -151,6 +155,49 @@ def test_malformed_descriptions_are_refused(folder: Path, tmp_path: Path, change
         pytest.raises(FormatError, match=message),
     ):
         export(model, tmp_path / "out", POOL, base=base)
+
+
+def test_grids_are_no_differences(folder: Path, tmp_path: Path) -> None:
+    weights = np.abs(gaussian(300, 130)).astype(float8_e4m3fn)
+    write_tensors(tmp_path / "model", {"near.weight" + NEAR: weights})
+    compress(tmp_path / "model", tmp_path / "coded", CompressOptions(bits=4, threads=1, measure=False))
+    shutil.copy(folder / "coded" / layout.DIFFERENCE_NAME, tmp_path / "coded")
+    with (
+        CompressedModel.open(tmp_path / "coded", check=False, restores=True) as model,
+        Checkpoint.open(folder / "base") as base,
+        pytest.raises(FormatError, match=r"'near.weight' has no differences"),
+    ):
+        restored_matrices(model, base)
+
+
+def test_kept_matrices_are_no_differences(folder: Path, tmp_path: Path) -> None:
+    options = CompressOptions(lossless=True, base=folder / "base", keep=["near.weight"], threads=1)
+    compress(folder / "model", tmp_path / "coded", options)
+    with CompressedModel.open(tmp_path / "coded", restores=True) as model:
+        assert "near.weight" in model.plain
+        assert "half.weight" + NEAR in model.specs
+    restore(tmp_path / "coded", folder / "base", tmp_path / "out")
+
+
+def test_quantized_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Scales of fp8 are no tensors of their own, and would be lost."""
+    tensors = {"near.weight": gaussian(300, 130).astype(BF16), "a.weight": gaussian(64, 64).astype(float8_e4m3fn)}
+    write_tensors(tmp_path / "model", {**tensors, "a.weight_scale_inv": np.ones((1, 1), np.float32)})
+    with pytest.raises(UnsupportedError, match=r"model is quantized \(fp8\), and only ordinary weights"):
+        compress(tmp_path / "model", tmp_path / "coded", CompressOptions(lossless=True, base=folder / "base"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_output_that_exists_is_refused_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(difference, "write_difference", None)
+    with pytest.raises(OptionError, match=r"coded exists; name another folder"):
+        compress(folder / "model", folder / "coded", CompressOptions(lossless=True, base=folder / "base"))
+
+
+def test_what_a_killed_run_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / ".coded.difference-killed").mkdir()
+    compress(folder / "model", tmp_path / "coded", CompressOptions(lossless=True, base=folder / "base", threads=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["coded"]
 
 
 @pytest.mark.parametrize(

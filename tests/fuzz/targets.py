@@ -15,12 +15,13 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from entrollm import _core
+from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.side_files import side_files
 from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress import Target as Size
+from entrollm.compress.difference import restored_matrices
 from entrollm.files.gguf import BLOCK_TYPES
 from entrollm.files.safetensors import open_safetensors
 from entrollm.format import layout
@@ -37,6 +38,7 @@ from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
 from tests.support.float4_sources import nvfp4_packer
 from tests.support.gguf_sources import GgufSource, llama_values
+from tests.support.lossless_cases import write_tensors
 from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
 _FILES = Files()
@@ -183,6 +185,49 @@ def _read_specs(folder: Path) -> None:
                     multiply([matrix.to_flat(pool)], x, pool)
         for name in model.plain:
             model.array(name)
+
+
+class _Unchecked(CompressedModel):
+    """A folder whose damaged bytes are read in spite of their checksums."""
+
+    def check_checksum(self, name: str) -> None:
+        pass
+
+
+def _prepare_difference(folder: Path) -> list[Any]:
+    """A folder of differences to `base`, some of which are in lists."""
+    generator = np.random.default_rng(33)
+    base = {
+        "a.weight": generator.standard_normal((20, 130)).astype(ml_dtypes.bfloat16),
+        "b.weight": generator.standard_normal((9, 70)).astype(np.float16),
+    }
+    model = {name: (array.view(np.uint16) + np.uint16(2)).view(array.dtype) for name, array in base.items()}
+    model["a.weight"][3, 4:9] = 100.0
+    write_tensors(folder / "base", base)
+    write_tensors(folder / "model", model)
+    compress(folder / "model", folder / "coded", CompressOptions(lossless=True, base=folder / "base", threads=1))
+    shutil.copyfile(folder / "coded" / "config.json", folder / "config.json")
+    described = json.loads((folder / "coded" / layout.DIFFERENCE_NAME).read_text())
+    return [(described, _split(folder / "coded" / _FILE))]
+
+
+def _mutate_difference(folder: Path, seed: tuple[Any, tuple[Any, bytes]], generator: random.Random) -> None:
+    described, file = seed
+    is_described = generator.randrange(2) == 0
+    text = mutated(described, generator) if is_described else _FILES.text(described)
+    _FILES.write(folder / layout.DIFFERENCE_NAME, text)
+    if is_described:
+        _join(folder / _FILE, _FILES.text(file[0]), file[1], generator)
+    else:
+        _mutate_specs(folder, file, generator)
+
+
+def _read_difference(folder: Path) -> None:
+    pool = _core.ThreadPool(1)
+    with _Unchecked.open(folder, check=False, restores=True) as model, Checkpoint.open(folder / "base") as base:
+        for matrix in restored_matrices(model, base).values():
+            for _ in matrix.chunks(pool):
+                pass
 
 
 def _prepare_folder(folder: Path) -> list[Any]:
@@ -366,6 +411,7 @@ TARGETS: Mapping[str, Target] = {
     "safetensors": Target(_prepare_safetensors, _mutate_header, _read_safetensors),
     "specs": Target(_prepare_specs, _mutate_specs, _read_specs),
     "groups": Target(_prepare_groups, _mutate_specs, _read_specs),
+    "difference": Target(_prepare_difference, _mutate_difference, _read_difference),
     "folder": Target(_prepare_folder, _mutate_files, _read_folder),
     "checkpoint": Target(_prepare_checkpoint, _mutate_files, _read_checkpoint),
     "gguf": Target(_prepare_gguf, _mutate_gguf, _read_gguf),

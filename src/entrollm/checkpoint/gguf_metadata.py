@@ -77,6 +77,8 @@ _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p":
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
+# Names of tensors have four digits for the layer.
+_MAX_LAYERS = 10_000
 # Divisors of frequencies that leave features as they are, in Gemma 4.
 _HARDLY = 1e20
 
@@ -227,6 +229,8 @@ class _Metadata:
         name = "nextn_predict_layers"
         guessing = self.integer(name, 0, low=0) if name in self.architecture.keys else 0
         layers = self.integer("block_count")
+        if layers > _MAX_LAYERS:
+            raise FormatError(f"{self._path}: {self._prefix}block_count is {layers}, expected at most {_MAX_LAYERS}")
         if guessing >= layers:
             raise FormatError(f"{self._path}: {self._prefix}{name} is {guessing}, of {layers} layers in all")
         return layers - guessing
@@ -316,6 +320,9 @@ def _longrope(metadata: _Metadata, file: GgufFile) -> dict[str, Any]:
     if metadata.architecture.model_type != "phi3" or not {_LONG, _SHORT} <= file.tensors.keys():
         raise UnsupportedError(f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architecture phi3")
     factors = {name: file.array(name).astype(np.float64).reshape(-1).tolist() for name in (_LONG, _SHORT)}
+    for name, numbers in factors.items():
+        if not all(0 < number < math.inf for number in numbers):
+            raise FormatError(f"{file.path}: {name} holds a factor that is not positive and finite; fetch it again")
     return {
         "rope_type": "longrope",
         "long_factor": factors[_LONG],

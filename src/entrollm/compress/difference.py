@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.codec.huffman import entropy_bits
 from entrollm.compress.result import FolderResult
-from entrollm.errors import CorruptStreamError, EntroLLMError, FormatError
+from entrollm.errors import CorruptStreamError, EntroLLMError, FormatError, UnsupportedError
 from entrollm.files.dtypes import DTYPES
 from entrollm.files.safetensors import parse_json_object
 from entrollm.format import layout
+from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
+from entrollm.system import scratch_folder
 
 NEAR, FAR = ".difference.weight", ".difference_far"
 """What the bytes of differences and the list of the others are called, after the name of the tensor."""
@@ -59,23 +61,31 @@ def _ordered(words: NDArray[np.uint16]) -> NDArray[np.uint16]:
     return words ^ (words >> np.uint16(15)) * np.uint16(0x7FFF)
 
 
-def write_difference(model: Checkpoint, base: Checkpoint, folder: Path) -> int:
+def write_difference(model: Checkpoint, base: Checkpoint, folder: Path, keep: Sequence[str] = ()) -> int:
     """Write a checkpoint in which matrices are differences to those of a base, where these take fewer bits.
 
     Args:
         model: the checkpoint.
         base: the one that it was made from.
         folder: an empty folder.
+        keep: globs of tensors that do not become differences.
     Returns:
         how many differences are in lists.
     Raises:
+        UnsupportedError: the checkpoint is quantized, or a GGUF file.
         EntroLLMError: no difference takes fewer bits than its matrix.
     """
+    if model.quantization is not None or model.path.is_file():
+        what = "a GGUF file" if model.path.is_file() else f"quantized ({model.quantization})"
+        raise UnsupportedError(
+            f"{model.path} is {what}, and only ordinary weights become differences; compress it without a base"
+        )
     described: dict[str, Any] = {}
     far: dict[str, NDArray[np.float32]] = {}
     with ShardWriter(folder / "model.safetensors", ordinary=True) as writer:
         for name, info in model.tensors.items():
-            if not _is_smaller(model, base, name):
+            is_kept = any(fnmatchcase(found, glob) for found in (name, name + NEAR) for glob in keep)
+            if is_kept or not _is_smaller(model, base, name):
                 writer.add_plain(name, info.dtype, info.shape, [model.array(name)])
                 continue
             near = (np.minimum(found, _FIRST_FAR).astype(np.uint8) for found in _chunks(model, base, name))
@@ -106,7 +116,7 @@ def write_difference(model: Checkpoint, base: Checkpoint, folder: Path) -> int:
 
 
 def compress_difference(
-    model: str | Path, base: str | Path, out: Path, write: Callable[[Path], FolderResult]
+    model: str | Path, base: str | Path, out: Path, write: Callable[[Path], FolderResult], keep: Sequence[str] = ()
 ) -> FolderResult:
     """Compress a checkpoint as differences to a base; its differences lie beside `out` meanwhile.
 
@@ -114,17 +124,20 @@ def compress_difference(
         model, base: checkpoint folders or Hub ids.
         out: the folder to make.
         write: compresses a checkpoint without loss.
+        keep: globs of tensors that do not become differences.
     Raises:
+        UnsupportedError: the checkpoint is quantized, or a GGUF file.
         EntroLLMError: no difference takes fewer bits than its matrix.
     """
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with (
         Checkpoint.open(resolve(model)) as opened,
         Checkpoint.open(resolve(base)) as theirs,
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder,
+        scratch_folder(f".{out.name}.difference-", out.parent) as folder,
     ):
-        listed = write_difference(opened, theirs, Path(folder))
-        written = write(Path(folder))
+        listed = write_difference(opened, theirs, folder, keep)
+        written = write(folder)
         weights = written.weights - listed
         file_bits = written.file_bytes * 8 / weights
         return replace(written, weights=weights, source_bytes=opened.file_bytes(), file_bits=file_bits)
@@ -243,12 +256,12 @@ def restored_matrices(model: CompressedModel, base: Checkpoint) -> Mapping[str, 
     if not path.is_file():
         raise FormatError(f"{model.path} holds no differences; export it without a base")
     stored = parse_json_object(path, path.read_bytes(), "the differences").get("matrices")
-    if not isinstance(stored, dict) or not all(isinstance(of, dict) and of.keys() == _KEYS for of in stored.values()):
+    if not isinstance(stored, dict) or not all(_is_described(fields) for fields in stored.values()):
         raise FormatError(f"{path}: expected matrices, each with {', '.join(sorted(_KEYS))}")
     found = {}
     for name, fields in stored.items():
         spec = model.specs.get(name + NEAR)
-        if spec is None or spec.dtype != _BYTES or fields["dtype"] not in _TYPES:
+        if spec is None or spec.kind != LosslessKind(_BYTES) or fields["dtype"] not in _TYPES:
             raise FormatError(f"{path}: {name!r} has no differences in {model.path}")
         shape = spec.rows, spec.columns
         theirs = base.tensors.get(name)
@@ -261,3 +274,12 @@ def restored_matrices(model: CompressedModel, base: Checkpoint) -> Mapping[str, 
             )
         found[name] = RestoredMatrix(name, fields["dtype"], shape, model, base, fields["crc32"])
     return found
+
+
+def _is_described(fields: Any) -> bool:
+    return (
+        isinstance(fields, dict)
+        and fields.keys() == _KEYS
+        and type(fields["base_crc32"]) is int
+        and type(fields["crc32"]) is int
+    )

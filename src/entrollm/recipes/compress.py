@@ -73,8 +73,11 @@ def _compress(
     if options.base is None:
         return CompressResult.of(write(model))
     from entrollm.compress.difference import compress_difference
+    from entrollm.compress.folder import check_output
 
-    return CompressResult.of(compress_difference(model, options.base, out, write))
+    check_output(out, overwrite)
+    keep = [override.pattern for override in options.coding().overrides]
+    return CompressResult.of(compress_difference(model, options.base, out, write, keep))
 
 
 def plan(model: str | Path, options: CompressOptions) -> SizePlan:

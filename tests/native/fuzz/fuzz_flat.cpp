@@ -1,5 +1,5 @@
 // libFuzzer: a flat matrix from arbitrary streams is refused, or decoded and multiplied inside of
-// its buffers.
+// its buffers, and its copy in memory is the same.
 #include <stdexcept>
 
 #include "../coded_case.hpp"
@@ -55,6 +55,15 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
     std::vector<float> y(2 * rows);
     const AnyMatrix matrices[] = {&matrix};
     multiply(pool, matrices, x.data(), 2, y.data());
+    const FlatMatrix copy(pool, matrix);
+    Bytes copied(rows * columns);
+    copy.decode(pool, 0, rows, copied.data());
+    require(copied == symbols, "a copy has the same symbols");
+    std::vector<float> again(2 * rows);
+    const AnyMatrix copies[] = {&copy};
+    multiply(pool, copies, x.data(), 2, again.data());
+    require(std::memcmp(again.data(), y.data(), y.size() * sizeof(float)) == 0,
+            "a copy has the same products");
   } catch (const std::invalid_argument&) {
   }
   return 0;
