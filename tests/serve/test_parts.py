@@ -69,6 +69,16 @@ def test_prompts_are_read_in_pieces_that_cost_less_than_a_step() -> None:
     assert 8 <= pace.prompt_tokens(3) <= 512
 
 
+def test_a_few_slow_steps_before_a_prompt_make_no_room_for_it() -> None:
+    pace = Pace()
+    for _ in range(20):
+        pace.record(1, 0, 0.020)
+        pace.record(1, 4, 0.020 + 4 * 0.001)
+    for _ in range(3):
+        pace.record(1, 0, 0.060)
+    assert 15 <= pace.prompt_tokens(1) <= 16  # 0.8 * 20 ms at 1 ms a token
+
+
 def test_pieces_that_take_long_make_room_for_streams() -> None:
     pace = Pace(least=256)
     assert pace.prompt_tokens(1) == 256
