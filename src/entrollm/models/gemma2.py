@@ -12,7 +12,7 @@ BLOCK = Block(
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
 )
-_DEFAULTS = Defaults(
+DEFAULTS = Defaults(
     context_length=8192,
     head_dim=256,
     kv_heads=4,
@@ -27,7 +27,7 @@ _DEFAULTS = Defaults(
 def read_config(fields: Fields) -> ModelConfig:
     """Read a gemma2 config.json."""
     refuse_flags(fields, "use_bidirectional_attention")
-    config = read_decoder(fields, _DEFAULTS)
+    config = read_decoder(fields, DEFAULTS)
     attention_bias = fields.flag("attention_bias", False)
     return replace(
         config,

@@ -5,11 +5,10 @@ from dataclasses import replace
 from entrollm.models.config import ModelConfig
 from entrollm.models.config_fields import Fields
 from entrollm.models.gemma import NORM
-from entrollm.models.gemma2 import BLOCK
+from entrollm.models.gemma2 import BLOCK, DEFAULTS
 from entrollm.models.read import (
     FULL,
     SLIDING,
-    Defaults,
     patterned_kinds,
     read_cap,
     read_decoder,
@@ -18,15 +17,9 @@ from entrollm.models.read import (
     with_ropes_by_kind,
 )
 
-_DEFAULTS = Defaults(
+_DEFAULTS = replace(
+    DEFAULTS,
     context_length=131072,
-    head_dim=256,
-    kv_heads=4,
-    tied=True,
-    bos_token_id=2,
-    eos_token_id=1,
-    activation="gelu_pytorch_tanh",
-    keys={"hidden_act": "hidden_activation"},
     sizes={
         "vocab_size": 262208,
         "hidden_size": 2304,

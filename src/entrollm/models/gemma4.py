@@ -6,7 +6,7 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.models.config import Beside, Experts, LayerInputs, LayerShape, ModelConfig, Norm, Routing, SharedKeys
 from entrollm.models.config_fields import MAX_SIZE, Fields
 from entrollm.models.experts import stacked_mlp
-from entrollm.models.gemma2 import BLOCK
+from entrollm.models.gemma2 import BLOCK, DEFAULTS
 from entrollm.models.read import (
     FULL,
     SLIDING,
@@ -19,15 +19,9 @@ from entrollm.models.read import (
 )
 from entrollm.models.rope import Rope, read_rope_section
 
-_DEFAULTS = Defaults(
+_DEFAULTS = replace(
+    DEFAULTS,
     context_length=131072,
-    head_dim=256,
-    kv_heads=4,
-    tied=True,
-    bos_token_id=2,
-    eos_token_id=1,
-    activation="gelu_pytorch_tanh",
-    keys={"hidden_act": "hidden_activation"},
     sizes={
         "vocab_size": 262144,
         "hidden_size": 2304,
