@@ -78,33 +78,6 @@ inline Lanes load_lanes(const std::uint16_t* p) {
   return v;
 }
 
-// Loads integers.
-inline Lanes load_lanes(const std::int8_t* p) {
-  Lanes v;
-#if defined(__aarch64__)
-  const int8x16_t bytes = vld1q_s8(p);
-  const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
-  for (std::size_t i = 0; i < 2; ++i) {
-    v.part[2 * i] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(words[i])));
-    v.part[2 * i + 1] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_high_s16(words[i])));
-  }
-#else
-  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
-    const std::int8_t* from = p + i * kNative;
-#if defined(__AVX512F__)
-    v.part[i] = _mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
-    v.part[i] = _mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    for (std::size_t lane = 0; lane < kNative; ++lane) v.part[i][lane] = from[lane];
-#endif
-  }
-#endif
-  return v;
-}
-
 inline void store_lanes(float* p, const Lanes& v) {
   for (std::size_t i = 0; i < Lanes::kParts; ++i) {
     std::memcpy(p + i * kNative, &v.part[i], sizeof v.part[i]);
@@ -125,6 +98,15 @@ inline void store_some(float* p, const Lanes& v, std::size_t count) {
   store_lanes(some, v);
   std::memcpy(p, some, count * sizeof(float));
 }
+
+inline float first_of(const Lanes& v) {
+  float lanes[kLanes];
+  store_lanes(lanes, v);
+  return lanes[0];
+}
+
+// The number of lanes of as many vectors as `count` elements take.
+constexpr std::size_t padded(std::size_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 inline Lanes splat(float value) {
   Lanes v;
@@ -191,6 +173,25 @@ inline NativeFloats exp_part(NativeFloats x) {
   const NativeFloats result = p * (NativeFloats)exponent;
   const NativeFloats low = x < -87.0f ? NativeFloats{} : result;
   return x > 88.0f ? NativeFloats{} + std::numeric_limits<float>::infinity() : low;
+}
+
+// 2^x to within 3e-6 of itself, for x below 128. It is 0 below -126.5. NaN stays NaN.
+inline NativeFloats power_of_two_part(NativeFloats x) {
+  constexpr float kRounder = 12582912.0f;  // as in exp_part
+  const NativeFloats least = NativeFloats{} - 127.0f;
+  const NativeFloats bounded = least > x ? least : x;
+  const NativeFloats shifted = bounded + kRounder;
+  const NativeFloats r = bounded - (shifted - kRounder);
+  NativeFloats p = r * 9.57010128e-3f + 5.59178591e-2f;
+  p = p * r + 2.40247443e-1f;
+  p = p * r + 6.93121791e-1f;
+  p = p * r + 9.99999285e-1f;
+  const NativeWords exponent = ((NativeWords)shifted << 23) + (127u << 23);
+  return p * (NativeFloats)exponent;
+}
+
+inline Lanes power_of_two(const Lanes& x) {
+  return each_part([](auto part) { return power_of_two_part(part); }, x);
 }
 
 inline Lanes exp_of(const Lanes& x) {
