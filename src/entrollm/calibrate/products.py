@@ -16,8 +16,8 @@ _STRIPES = 4
 def rounded(place: torch.device) -> Iterator[None]:
     """Inside of it, a GPU rounds the factors of products of float32 to TF32, three digits, but for those of `moments`.
 
-    That is seven times as fast, and changes what layers compute less than the type that most models are stored in. Text
-    and labels are drawn outside of it, so that they are those of any other device.
+    That is four to seven times as fast, and changes what layers compute less than the type that most models are stored
+    in. Text and labels are drawn outside of it, so that they are those of any other device.
     """
     with _precision("high", place):
         yield
