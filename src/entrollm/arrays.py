@@ -42,6 +42,22 @@ def single(array: Array) -> Array:
     return xp.asarray(array, dtype=xp.float32)
 
 
+def solve_positive(matrix: Array, values: Array) -> Array:
+    """The x with matrix @ x = values.
+
+    Args:
+        matrix: float64, shape (n, n), symmetric and positive definite.
+        values: float64, shape (n,).
+    """
+    if isinstance(matrix, np.ndarray):
+        return np.linalg.solve(matrix, values)
+    torch = functions(matrix)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:  # by rounding
+        return torch.linalg.solve(matrix, values)
+    return torch.cholesky_solve(values[:, None], factor)[:, 0]
+
+
 class Device(Protocol):
     """A place for arrays.
 

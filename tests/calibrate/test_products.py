@@ -12,6 +12,23 @@ def test_moments_are_exact() -> None:
         torch.testing.assert_close(products.moments(part).tril(), (part.T @ part).tril())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_rounds_factors_of_estimates_alone() -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(4096, 256, generator=generator).cuda() for _ in range(2))
+    exact = first.double().T @ second.double(), second.double().T @ second.double()
+
+    def errors() -> list[float]:
+        found = products.estimate(first, second), products.moments(second).tril()
+        pairs = zip(found, (exact[0], exact[1].tril()), strict=True)
+        return [float((ours.double() - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
+
+    with products.rounded(first.device):
+        estimated, moments = errors()
+    assert 1e-5 < estimated < 1e-3 and moments < 1e-6
+    assert max(errors()) < 1e-6  # as it was before
+
+
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_estimates_are_close(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_HAS_BFLOAT16", has_bfloat16)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from entrollm.arrays import HOST, Device
+from entrollm.arrays import HOST, Device, solve_positive
 from entrollm.calibrate import measure, sample_windows
+from entrollm.calibrate.room import Room
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.console import describe_error
@@ -62,16 +63,18 @@ def test_statistics_are_those_of_the_host(name: str, device: TorchDevice, tmp_pa
     assert found.fingerprint == expected.fingerprint
     with Checkpoint.open(folder) as checkpoint:
         matrices = [key for key, info in checkpoint.tensors.items() if len(info.shape) == 2]
+    # GPUs round what gradients are made of to three digits.
+    close = 1e-4 if device.place.type == "cpu" else 1e-3
     for key in matrices:
         ours, theirs = found.factor(key), expected.factor(key)
         assert isinstance(ours, torch.Tensor)
-        np.testing.assert_allclose(ours.cpu(), theirs, atol=1e-4 * float(np.abs(theirs).max()), err_msg=key)
+        np.testing.assert_allclose(ours.cpu(), theirs, atol=close * float(np.abs(theirs).max()), err_msg=key)
         one, other = found.sensitivity(key), expected.sensitivity(key)
         assert one is not None
         assert other is not None
-        assert one.share == pytest.approx(other.share, rel=1e-3)
+        assert one.share == pytest.approx(other.share, rel=10 * close)
         if other.row_weights is not None:
-            np.testing.assert_allclose(one.row_weights, other.row_weights, rtol=1e-3)
+            np.testing.assert_allclose(one.row_weights, other.row_weights, rtol=10 * close)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "phi3-longrope"])
@@ -194,6 +197,48 @@ def test_a_stored_triangle_comes_back(
     assert [path.name for path in tmp_path.iterdir()] == ["factor-0"]
 
 
+def test_arrays_wait_on_the_device_while_there_is_room(device: TorchDevice, tmp_path: Path) -> None:
+    first, second = (device.put(np.full((3, 5), value, np.float32)) for value in (1, 2))
+    spool = Spool(tmp_path, device, Room(100))
+    spool.put("first", first)
+    spool.put("second", second)
+    assert [path.name for path in tmp_path.iterdir()] == ["spool-second"]
+    first += 7  # what waits is a copy
+    assert spool.take("first").tolist() == [[1.0] * 5] * 3
+    spool.put("third", second)
+    assert [path.name for path in tmp_path.iterdir()] == ["spool-second"]
+    assert spool.take("second").tolist() == spool.take("third").tolist() == [[2.0] * 5] * 3
+
+
+def test_statistics_wait_on_a_device_with_memory_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    folder = ARCHITECTURES["llama"](tmp_path / "model")
+    device = TorchDevice("cpu")
+    expected = measured(folder, tmp_path / "files", device)
+    assert any((tmp_path / "files").iterdir())
+    device.spare = 0.5
+    found = measured(folder, tmp_path / "device", device)
+    assert not any((tmp_path / "device").iterdir())
+    for key in expected.order:
+        assert torch.equal(found.factor(key), expected.factor(key))
+    monkeypatch.setattr(device, "memory", lambda: 1 << 10)  # not even what calibration needs
+    measured(folder, tmp_path / "small", device)
+    assert any((tmp_path / "small").iterdir())
+
+
+def test_positive_systems_are_solved_as_in_numpy() -> None:
+    x = np.random.default_rng(0).standard_normal((40, 20))
+    matrix, values = x.T @ x, x[0]
+    expected = np.linalg.solve(matrix, values)
+    np.testing.assert_allclose(solve_positive(matrix, values), expected, rtol=1e-9)
+    found = solve_positive(torch.from_numpy(matrix), torch.from_numpy(values))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    # A matrix that is not positive definite, by rounding, is solved too.
+    matrix -= 1.01 * np.linalg.eigvalsh(matrix)[0] * np.eye(20)
+    found = solve_positive(torch.from_numpy(matrix), torch.from_numpy(values))
+    np.testing.assert_allclose(found, np.linalg.solve(matrix, values), rtol=1e-6)
+
+
 @pytest.mark.parametrize("step", [0.3, 0.9])
 def test_a_draft_has_about_the_histogram_of_the_matrix(step: float) -> None:
     weights = np.random.default_rng(3).standard_normal((96, 150)).astype(np.float32)
@@ -208,7 +253,7 @@ def test_a_draft_has_about_the_histogram_of_the_matrix(step: float) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    full = tmp_path / "spool-a.npy"
+    full = tmp_path / "spool-a"
     full.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:
         Spool(tmp_path, HOST).put("a", np.ones((300, 100), np.float32))

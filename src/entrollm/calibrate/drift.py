@@ -31,7 +31,7 @@ from entrollm.torch.device import TorchDevice
 _TRUST = 0.6
 _RIDGE = 0.2
 
-Weights = Callable[[], NDArray[np.float32]]
+Weights = Callable[[], Array]
 Stop = tuple[str, list[Call], list[Call]]
 """A matrix, and the products with it that all windows wait for: in the original model and in the quantized one."""
 
@@ -75,10 +75,11 @@ class DriftWalk:
         if name not in self._streams:
             return None
         if name != self._current[0]:  # the last matrix is asked for again and again, until the size fits
-            found = next((stop for stop in self._stops if stop[0] == name), None)
-            if found is None:
-                raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
-            correction = self._solve(*found)
+            with products.rounded(self._models.original.place):
+                found = next((stop for stop in self._stops if stop[0] == name), None)
+                if found is None:
+                    raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
+                correction = self._solve(*found)
             self._current = name, correction.cpu().numpy() if self._is_host else correction
         return self._current[1]
 
@@ -199,7 +200,8 @@ class _Models:
     def _apply(self, name: str) -> None:
         weights = self.recorded.pop(name, None)
         if weights is not None:
-            self._quantized.views[name].copy_(self._device.put(weights()))
+            found = weights()
+            self._quantized.views[name].copy_(found if isinstance(found, Tensor) else self._device.put(found))
 
     def _go(self, network: Network, watcher: _Pauser, ids: NDArray[np.int64]) -> None:
         with torch.no_grad(), Watch(network, watcher):

@@ -117,12 +117,15 @@ class Network:
         """Where it computes."""
         return self._device.place
 
-    def weight(self, name: str) -> Tensor:
-        """A matrix of the checkpoint, in float32."""
-        member = layout.stack_member(name)
-        if member is None or name in self._checkpoint.tensors:
-            return self._device.put(self._checkpoint.read_float32(name))
-        return self._device.put(self._checkpoint.read_float32(member[0])[member[1]])
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """The shapes of all matrices, whether they are loaded or not: those outside the layers, then of each layer."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(1 + len(self.layers))]
+        for name, parameter in self.model.named_parameters():
+            layer = next((index for index, prefix in enumerate(self._inner) if name.startswith(prefix)), -1)
+            if parameter.dim() > 1:
+                rows, columns = parameter.shape[-2:]
+                found[1 + layer] += [(rows, columns)] * (parameter.numel() // max(1, rows * columns))
+        return found
 
     def matrix_at(self, weight: Tensor) -> Matrix | None:
         """The matrix that a tensor is, or None if it is not a loaded one or a part of one."""
@@ -173,7 +176,7 @@ class Network:
         return parameter
 
     def _read(self, name: str, source: _Source, shape: tuple[int, ...]) -> Tensor:
-        read = self._checkpoint.read_float32
+        read = self._checkpoint.read_weights
         parts = [[self._device.put(read(part)) for part in names] for names in source.members]
         members = [torch.cat(rows) if len(rows) > 1 else rows[0] for rows in parts]
         found = torch.stack(members) if source.is_merged else members[0]

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 # The lower triangle of a symmetric product is made in this many stripes, each up to the diagonal.
 _STRIPES = 4
+
+
+@contextmanager
+def rounded(place: torch.device) -> Iterator[None]:
+    """Inside of it, a GPU rounds the factors of products of float32 to TF32, three digits, but for those of `moments`.
+
+    That is four to seven times as fast, and changes what layers compute less than the type that most models are stored
+    in. Text and labels are drawn outside of it, so that they are those of any other device.
+    """
+    with _precision("high", place):
+        yield
+
+
+@contextmanager
+def _precision(name: str, place: torch.device) -> Iterator[None]:
+    if place.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def moments(x: Tensor) -> Tensor:
@@ -19,17 +46,19 @@ def moments(x: Tensor) -> Tensor:
     product = x.new_zeros(columns, columns)
     across = x.T.contiguous()
     step = -(-columns // _STRIPES)
-    for begin in range(0, columns, step):
-        end = min(columns, begin + step)
-        product[begin:end, :end] = across[begin:end] @ x[:, :end]
+    with _precision("highest", x.device):
+        for begin in range(0, columns, step):
+            end = min(columns, begin + step)
+            product[begin:end, :end] = across[begin:end] @ x[:, :end]
     return product
 
 
 def estimate(first: Tensor, second: Tensor) -> Tensor:
     """first^T second of float32 (..., n, rows) and (..., n, columns), to three digits where that is faster.
 
-    Factors are rounded to bfloat16 on processors that multiply it twice as fast. Gradients and differences vary by far
-    more than that from text to text. Second moments are not made in this way, since their small eigenvalues count.
+    Factors are rounded to bfloat16 on processors that multiply it twice as fast, and to TF32 on GPUs, inside of
+    `rounded`. Gradients and differences vary by far more than that from text to text. Second moments are not made in
+    this way, since their small eigenvalues count.
 
     Returns:
         float32, shape (..., rows, columns).

@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from entrollm.arrays import HOST, Device, double
+from entrollm.calibrate import products
 from entrollm.calibrate.inputs import batches, model_inputs, predictions, vocabulary
 from entrollm.calibrate.lockstep import Call, Lockstep
 from entrollm.calibrate.network import Matrix, Network
+from entrollm.calibrate.room import room_beside
 from entrollm.calibrate.seen import Pools, Seen, Watcher
 from entrollm.calibrate.store import Spool, StoredStatistics
 from entrollm.calibrate.sums import RARE_TOKEN, draw_labels, mean_moments
@@ -53,7 +55,8 @@ def measure(
     """Run windows of text through a model and keep what its matrices see, and how much their errors matter.
 
     Memory: the float32 weights outside the layers and of one layer, the hidden states of all windows, and 16 bytes x
-    columns^2 for each matrix of a layer. On disk: the hidden states of at most 64 windows before each layer.
+    columns^2 for each matrix of a layer. On disk, or on a GPU that has room for it: the hidden states of at most 64
+    windows before each layer, and the statistics, 2 bytes x columns^2 for each matrix.
 
     Args:
         checkpoint: the model.
@@ -68,8 +71,9 @@ def measure(
     """
     place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
     network = Network(checkpoint, place)
-    stored = StoredStatistics(folder, windows, device)
-    _Measurement(network, windows, stored, Spool(folder, place)).run(progress)
+    room = room_beside(network, windows.size, place)
+    stored = StoredStatistics(folder, windows, device, room)
+    _Measurement(network, windows, stored, Spool(folder, place, room)).run(progress)
     return stored
 
 
@@ -113,7 +117,8 @@ class _Measurement:
             self._stored.streams |= {name: None for name, seen in self._glue.seen.items() if not seen.is_looked_up}
             done = len(visits)
             while visits:
-                self._backward(lockstep, *visits.pop())
+                with products.rounded(self._network.place):
+                    self._backward(lockstep, *visits.pop())
                 if progress is not None:
                     progress(2 * done - len(visits), 2 * done)
         finally:
@@ -224,7 +229,7 @@ class _Measurement:
                 if moments is None or seen.is_looked_up:
                     moments = squares
                 factor = damped_factor(mean_moments(squares, moments))
-                weight = self._network.weight(piece.name)
+                weight = self._network.views[piece.name]
                 share = total / self._predictions / 2 * float(weight.square().mean(dtype=torch.float64))
                 self._stored.add(piece.name, factor, Sensitivity(share, self._rows(len(weight))))
 

@@ -26,6 +26,7 @@ from entrollm.files.shards import is_gguf, open_weight_files
 
 _CONFIG = "config.json"
 _FLOAT_DTYPES = FP8_DTYPES | {"F16", "BF16", "F32", "F64"}
+_DIRECT_DTYPES = {"F16", "BF16", "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,15 @@ class Checkpoint:
             columns = math.prod(values.shape[1:])
             self._block_scales(name).apply(values.reshape(values.shape[0], columns), start)
         return values
+
+    def read_weights(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows [start, stop) of a tensor in the shortest way: a view in its own type if that is bfloat16, float16 or
+        float32, else as `read_float32` returns them.
+
+        Errors as for `read_float32`.
+        """
+        is_direct = name not in self.imported and self.tensors[name].dtype in _DIRECT_DTYPES
+        return self.read(name, start, stop) if is_direct else self.read_float32(name, start, stop)
 
     def read_imported(self, name: str) -> ImportedWeights:
         """The integers and scales of a matrix of `imported` or `fp8`.

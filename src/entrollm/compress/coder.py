@@ -163,13 +163,10 @@ class CheckpointRows:
         self.chunks = row_chunks(rows, columns, self.blocks)
         self._checkpoint = checkpoint
         self._executor = executor
-        self._direct = checkpoint.tensors[name].dtype in ("BF16", "F16", "F32")
 
     def read(self, begin: int, end: int) -> NDArray[Any]:
         """Rows [begin, end) in their own type if quantizers take it, else in float32."""
-        if self._direct:
-            return self._checkpoint.read(self.name, begin, end)
-        return self._checkpoint.read_float32(self.name, begin, end)
+        return self._checkpoint.read_weights(self.name, begin, end)
 
     def map(self, work: Callable[[tuple[int, int]], Result]) -> list[Result]:
         """The results of `work` for each chunk, computed on the threads."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -153,8 +152,11 @@ class _Corrected:
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize the matrix, and record what it became for the matrices after it."""
-        quantized = replace(self.inner, correction=self.drift.correction(self.name)).quantize(source, choose)
-        self.drift.record(self.name, quantized.weights)
+        correction = self.drift.correction(self.name)
+        quantized = replace(self.inner, correction=correction).quantize(source, choose)
+        # The walk takes a corrected matrix before it goes on, so that a GPU keeps one of them at most.
+        dense = None if correction is None else quantized.dense
+        self.drift.record(self.name, quantized.weights if dense is None else lambda: dense)
         return quantized
 
 
@@ -194,16 +196,11 @@ class _Sampler:
 
     def quantize(self, step: float, choose: CodeChooser) -> Quantized:
         if self._rows is None:
-            rows = [self._checkpoint.read_float32(self._name, int(i), int(i) + 1) for i in self._picked]
-            self._rows = np.concatenate(rows).astype(_sample_type(self._checkpoint, self._name))
+            rows = [self._checkpoint.read_weights(self._name, int(i), int(i) + 1) for i in self._picked]
+            self._rows = np.concatenate(rows)
             self._checkpoint.release(self._name)
         quantizer = self._methods.at_step(self._name, step, self._precision, is_draft=True)
         return quantizer.quantize(ArraySource(self._name, self._rows), choose)
-
-
-def _sample_type(checkpoint: Checkpoint, name: str) -> Any:
-    """The type of a sample: bf16 takes half the memory if the weights are bf16 anyway."""
-    return ml_dtypes.bfloat16 if checkpoint.tensors[name].dtype == "BF16" else np.float32
 
 
 def _matrix_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from entrollm.arrays import Array, Device
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress.source import Stamps
@@ -24,12 +21,12 @@ class Drift(Protocol):
             float32, the shape of the matrix, on the device of the statistics; None if there is nothing to add.
         """
 
-    def record(self, name: str, weights: Callable[[], NDArray[np.float32]]) -> None:
+    def record(self, name: str, weights: Callable[[], Array]) -> None:
         """Record what a matrix became; a matrix without a record counts as unchanged.
 
         Args:
             name: the matrix.
-            weights: reads it; called when it is needed, or never.
+            weights: reads it, in NumPy or on the device of the statistics; called when it is needed, or never.
         """
 
 

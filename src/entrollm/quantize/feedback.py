@@ -17,18 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.arrays import HOST, Array, Device, double, functions, like, single
+from entrollm.arrays import HOST, Array, Device, double, functions, like, single, solve_positive
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
 from entrollm.quantize.ecsq import PRICE
 from entrollm.quantize.grid import PLAIN_GRID, CodeFit, Grid, fit_grid, fit_rounding, grid_choices
-from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range
-from entrollm.quantize.rounding import ZERO, Rounding, to_integers
+from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range, sum_counts
+from entrollm.quantize.rounding import BLOCK_COLUMNS, ZERO, Rounding, round_columns
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
-# Within a block of columns, errors are fed back one column at a time; to the columns before it, by one matrix product.
-_BLOCK_COLUMNS = 64
 _SAMPLE_ROWS = 128
 _REFINEMENTS = 2
 _RIDGE = 1e-6
@@ -88,13 +86,14 @@ class FeedbackQuantizer:
         integers *= self.device.put(columns.values())
         return Quantized(
             symbols=symbols,
-            counts=_core.histogram(symbols),
+            counts=sum_counts(source.map(lambda rows: _core.histogram(symbols[rows[0] : rows[1]]))),
             grid=f"feedback-{self.step:.4g}",
             scale=rows if len(rows) > 1 else rows.values(),
             error=energy(integers - weights),
             energy=energy(weights),
             zero=ZERO - grid.shift,
             column_scale=columns,
+            dense=integers if self.device.spare else None,
         )
 
     def _steps(self, weights: Array) -> tuple[Array, Array]:
@@ -227,31 +226,14 @@ def feed_back(
     left /= units[:, None]
     integers = functions(weights).empty_like(left)
     thresholds = like(left, rounding.thresholds)
-    for end in range(len(left), 0, -_BLOCK_COLUMNS):
-        block = slice(max(0, end - _BLOCK_COLUMNS), end)
+    for end in range(len(left), 0, -BLOCK_COLUMNS):
+        block = slice(max(0, end - BLOCK_COLUMNS), end)
         # What an integer of 1 in a column of the block takes from each column before it.
         reach = factor[block, :end] * column_steps[block, None] / units[:end]
-        (integers[block],) = device.run(_round, left[block], reach[:, block], thresholds)
+        (integers[block],) = device.run(round_columns, left[block], reach[:, block], thresholds)
         if block.start:
             left[: block.start] -= reach[:, : block.start].T @ integers[block]
     return integers.T
-
-
-def _round(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
-    """Round the rows of a block, the last one first.
-
-    Args:
-        left: float32, shape (block, n), in units of the steps; overwritten.
-        reach: float32, shape (block, block).
-        thresholds: see `to_integers`.
-    Returns:
-        the integers, float32, shape (block, n).
-    """
-    integers = functions(left).empty_like(left)
-    for i in range(len(left) - 1, -1, -1):
-        integers[i] = to_integers(left[i], thresholds)
-        left[:i] -= reach[i, :i, None] * integers[i]
-    return (integers,)
 
 
 def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:
@@ -276,5 +258,5 @@ def _fit_columns(integers: Array, row_scale: Array, column_scale: Array, moments
         return column_scale
     places = np.arange(len(normal))
     normal[places, places] += ridge
-    fitted = xp.linalg.solve(normal, matched + ridge * column_scale)
+    fitted = solve_positive(normal, matched + ridge * column_scale)
     return xp.where(fitted > 0.25 * column_scale, fitted, column_scale)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.arrays import Array
 from entrollm.errors import FormatError, Message, Option
 from entrollm.format.flat import AnyCode
 from entrollm.format.group_scales import GroupScales
@@ -66,6 +67,7 @@ class Quantized:
         groups: group scales, which replace all other scales; None if absent.
         lossless: what the symbols are of lossless words, which replaces all scales; None if absent.
         low: uint8, shape (rows, columns), the bytes of lossless words that are not coded; None if absent.
+        dense: what `weights` gives, up to float32 rounding, on a GPU that quantized; None elsewhere.
     """
 
     symbols: NDArray[np.uint8]
@@ -80,6 +82,7 @@ class Quantized:
     groups: GroupScales | None = None
     lossless: LosslessKind | None = None
     low: NDArray[np.uint8] | None = None
+    dense: Array | None = None
 
     def weights(self) -> Float32:
         """The dequantized matrix, exactly as readers decode it; needs a `zero`. float32, shape (rows, columns)."""

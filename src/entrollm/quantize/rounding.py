@@ -12,6 +12,9 @@ Float32 = NDArray[np.float32]
 ZERO = 128
 """The symbol of weight 0 on a signed grid."""
 
+BLOCK_COLUMNS = 64
+"""Within a block of so many columns, errors are fed back one column at a time; to those before, by one product."""
+
 # 128 KB of float32, so that a block and its temporaries stay in the L2 cache.
 _BLOCK_ELEMENTS = 1 << 15
 
@@ -70,6 +73,23 @@ def thresholds_between(lengths: NDArray[np.float64], price: float) -> NDArray[np
     # A threshold stays between its two symbols.
     clipped: NDArray[np.float64] = np.clip(between, below, below + 1)
     return clipped
+
+
+def round_columns(left: Array, reach: Array, thresholds: Array) -> tuple[Array]:
+    """Round the columns of a block, the last one first, each compensating for the errors of those rounded before it.
+
+    Args:
+        left: float32, shape (block, n), at most `BLOCK_COLUMNS` columns, in units of the steps; overwritten.
+        reach: float32, shape (block, block), what an integer of 1 in a column takes from each column before it.
+        thresholds: see `to_integers`.
+    Returns:
+        the integers, float32, shape (block, n).
+    """
+    integers = functions(left).empty_like(left)
+    for i in range(len(left) - 1, -1, -1):
+        integers[i] = to_integers(left[i], thresholds)
+        left[:i] -= reach[i, :i, None] * integers[i]
+    return (integers,)
 
 
 def to_integers(scaled: Array, thresholds: Array) -> Array:

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.errors import EntroLLMError, Message, Option, UnsupportedError
+from entrollm.quantize.rounding import round_columns
 from entrollm.system import memory_bytes
+from entrollm.torch.cuda.compile import check_installed
+from entrollm.torch.cuda.rounding import ColumnRounding
+from entrollm.torch.cuda.tuning import MIN_CAPABILITY
 
 _ON_THE_PROCESSOR = Message("calibrate on the processor, with {}", Option("device", "cpu"))
 
@@ -35,8 +39,10 @@ class TorchDevice:
         self._is_cuda = self._device.type == "cuda"
         if self._is_cuda:
             _check_gpu()
+            self._device = torch.device(kind, torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self._device) if self._is_cuda else "this machine"
         self.spare = 0.5 if self._is_cuda else 0.0
+        self._kernels = _kernels(self._device) if self._is_cuda else {}
         self._recordings: dict[tuple[Function, tuple[torch.Size, ...]], _Recording] = {}
 
     @property
@@ -55,17 +61,23 @@ class TorchDevice:
 
     def take(self, array: Tensor) -> NDArray[Any]:
         """A tensor as a NumPy array, its elements in order."""
-        taken: NDArray[Any] = array.contiguous().cpu().numpy()
-        return taken
+        if not self._is_cuda:
+            taken: NDArray[Any] = array.contiguous().numpy()
+            return taken
+        # Memory that the GPU writes to by itself, and that torch keeps for the next time, takes a fraction of the time.
+        held = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        copied: NDArray[Any] = held.copy_(array).numpy()
+        return copied
 
     def zeros(self, *shape: int) -> Tensor:
         """A new float32 tensor of zeros."""
         return torch.zeros(shape, device=self._device)
 
     def memory(self) -> int:
-        """Free bytes of the GPU, or those of the machine."""
+        """Free bytes of the GPU, those that torch keeps for later included, or those of the machine."""
         if self._is_cuda:
-            return int(torch.cuda.mem_get_info(self._device)[0])
+            kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return int(torch.cuda.mem_get_info(self._device)[0]) + kept
         return memory_bytes()
 
     @contextmanager
@@ -83,13 +95,29 @@ class TorchDevice:
             raise EntroLLMError(full, hint=hint) from None
 
     def run(self, function: Function, *arrays: Tensor) -> tuple[Tensor, ...]:
-        """Call a function; a GPU records its many small operations the first time, and replays them after that."""
+        """Call a function, or the kernel that a GPU has in its place.
+
+        Without a kernel, a GPU records the many small operations the first time, and replays them after that.
+        """
         if not self._is_cuda:
             return function(*arrays)
+        if function in self._kernels:
+            return self._kernels[function](*arrays)
         key = (function, tuple(array.shape for array in arrays))
         if key not in self._recordings:
             self._recordings[key] = _Recording(function, arrays)
         return self._recordings[key](arrays)
+
+
+def _kernels(device: torch.device) -> dict[Function, Function]:
+    """Kernels by the functions that they replace; none for older GPUs, or without the packages that compile them."""
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return {}
+    try:
+        check_installed()
+    except UnsupportedError:
+        return {}
+    return {round_columns: ColumnRounding(device)}
 
 
 class _Recording:

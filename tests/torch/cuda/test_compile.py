@@ -21,6 +21,7 @@ from entrollm.torch.cuda.lossless_matrix import decode_macros as lossless_decode
 from entrollm.torch.cuda.lossless_matrix import lossless_plan, most_vectors
 from entrollm.torch.cuda.plan import plan_of
 from entrollm.torch.cuda.product import product_macros
+from entrollm.torch.cuda.rounding import rounding_macros
 from entrollm.torch.cuda.tuning import AMPERE, FAMILIES, HOPPER, Tuning
 from tests.torch.cuda.groups import random_groups
 
@@ -88,6 +89,8 @@ def test_kernels_fit_every_family(tuning: Tuning) -> None:
         assert found["bytes smem"] <= TASK_BYTES
     macros = (("TYPE", TYPES[torch.bfloat16]), ("THREADS", 256), ("MIN_BITS", 2), ("MAX_BITS", 5))
     assert usage("flat_decode.cu", tuning, macros)["bytes spill stores"] == 0
+    found = usage("round_columns.cu", tuning, rounding_macros())
+    assert found["bytes spill stores"] == found["bytes stack frame"] == 0
     assert usage("grouped_decode.cu", tuning, part.decode_macros(TYPES[torch.bfloat16]))["bytes spill stores"] == 0
 
 
