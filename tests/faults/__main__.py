@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--actions", nargs="+", choices=ACTIONS, default=list(ACTIONS))
     parser.add_argument("--stride", type=int, default=1, help="disturb every n-th call only")
     parser.add_argument("--first", type=int, default=0, help="the first call to disturb")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for each mode, at most")
     options = parser.parse_args()
     if "LD_PRELOAD" not in os.environ:
         with tempfile.TemporaryDirectory(prefix="entrollm-shim-") as folder:
@@ -31,9 +33,17 @@ def main() -> int:
         return process
     is_wrong = False
     for name in options.modes or MODES:
-        outcome = run(name, actions=tuple(options.actions), stride=options.stride, first=options.first)
+        outcome = run(
+            name,
+            actions=tuple(options.actions),
+            stride=options.stride,
+            first=options.first,
+            seconds=options.seconds,
+        )
         is_wrong = is_wrong or bool(outcome.faults)
-        print(f"{name}: {outcome.runs} runs disturbed at {outcome.steps} calls, then {dict(outcome.states)}")
+        print(f"{name}: {outcome.runs} runs disturbed, {outcome.steps} calls in each, then {dict(outcome.states)}")
+        if outcome.next_step < outcome.steps:
+            print(f"  the time is over; go on with --first {outcome.next_step}")
         for fault, count in sorted(outcome.faults.items()):
             print(f"  {count} times: {fault}")
         sys.stdout.flush()

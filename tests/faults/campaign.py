@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import pickle
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from entrollm import CompressOptions, compress
 from entrollm.errors import EntroLLMError, OptionError
-from tests.kills.campaign import MODES, files_of, import_calibration, kind_of_place
+from tests.kills.campaign import MODES, files_of, kind_of_place, preload
 
 ACTIONS = {"kill": 0, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EIO": errno.EIO, "EACCES": errno.EACCES}
 _WHERE_BYTES = 4096
@@ -30,12 +32,14 @@ class Outcome:
 
     Attributes:
         steps: calls of a whole run that change the disk.
+        next_step: the first of them that there was no time for; `steps` if there is none.
         runs: runs that were disturbed.
-        states: what was at the output's place afterwards, by "none", "old" and "new".
+        states: what was at the output's place afterwards, as `kind_of_place` calls it.
         faults: what was wrong, by what was found and at which call.
     """
 
     steps: int = 0
+    next_step: int = 0
     runs: int = 0
     states: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -64,12 +68,13 @@ class _Runs:
         self._library = ctypes.CDLL(None)
         self.temporary.mkdir()
         self._model, self._options = self.mode.prepare(work)
-        import_calibration(self._options)
-        self.old = None
-        if self.mode.overwrite:
-            self._in_child(lambda: compress(self._model, work / "old", CompressOptions(bpw=6.5)))
-            self.old = files_of(work / "old")
+        preload(self._options, lambda: compress(self._model, self.out, self._options))
         self._old_folder = work / "old"
+        if self.mode.over_itself:
+            self.out.rename(self._old_folder)
+        elif self.mode.overwrite:
+            self._in_child(lambda: compress(self._model, self._old_folder, CompressOptions(bpw=6.5)))
+        self.old = files_of(self._old_folder)
 
     def reset(self) -> None:
         """Put nothing, or the earlier output, at the output's place."""
@@ -131,10 +136,18 @@ def _pickled(found: tuple[BaseException | None, object]) -> bytes:
     return content
 
 
-def run(name: str, *, actions: tuple[str, ...] = tuple(ACTIONS), stride: int = 1, first: int = 0) -> Outcome:
-    """Disturb a mode's runs at every `stride`-th call that changes the disk, in each way."""
+def run(
+    name: str,
+    *,
+    actions: tuple[str, ...] = tuple(ACTIONS),
+    stride: int = 1,
+    first: int = 0,
+    seconds: float = math.inf,
+) -> Outcome:
+    """Disturb a mode's runs, in each way, at every `stride`-th call that changes the disk, for `seconds` at most."""
     work = Path(tempfile.mkdtemp(prefix="entrollm-faults-"))
-    outcome = Outcome()
+    outcome = Outcome(next_step=first)
+    end = time.monotonic() + seconds
     try:
         runs = _Runs(work, name)
         runs.reset()
@@ -142,11 +155,12 @@ def run(name: str, *, actions: tuple[str, ...] = tuple(ACTIONS), stride: int = 1
         if code or error or outcome.steps <= 0:
             raise RuntimeError(f"the undisturbed run ended with {code}, {error!r}, {outcome.steps} calls")
         new = files_of(runs.out)
-        assert new is not None and new != runs.old
-        for step in range(first, outcome.steps, stride):
+        assert new is not None and (new == runs.old) == runs.mode.over_itself
+        while outcome.next_step < outcome.steps and time.monotonic() < end:
             for action in actions:
                 runs.reset()
-                _disturb(runs, outcome, new, step, action)
+                _disturb(runs, outcome, new, outcome.next_step, action)
+            outcome.next_step = min(outcome.steps, outcome.next_step + stride)
     finally:
         shutil.rmtree(work)
     return outcome
@@ -166,7 +180,7 @@ def _disturb(runs: _Runs, outcome: Outcome, new: dict[str, bytes], step: int, ac
         note(f"{state} at the output's place")
     if code not in ((-signal.SIGKILL,) if action == "kill" else (0,)):
         note(f"exit code {code}")
-    elif error is None and action != "kill" and state != "new":
+    elif error is None and action != "kill" and state not in ("new", "same"):
         note("no error, and no output")
     elif error is not None:
         _check_error(error, state, note)

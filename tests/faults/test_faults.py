@@ -18,4 +18,4 @@ def test_runs_whose_calls_fail() -> None:
     command = [sys.executable, "-m", "tests.faults", "bits", "overwrite", *how]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count("runs disturbed at") == 2 and " 0 runs disturbed" not in ended.stdout
+    assert ended.stdout.count(" runs disturbed,") == 2 and " 0 runs disturbed" not in ended.stdout

@@ -20,8 +20,8 @@ from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from tests.engine.architectures import ARCHITECTURES
 from tests.engine.dense import DenseWeights, read_tensors
-from tests.fuzz.mutate import mutate_json, mutate_text
-from tests.fuzz.target import Target
+from tests.fuzz.mutate import mutate_json, mutate_text, to_text
+from tests.fuzz.target import Target, write
 
 _CACHE = "prompt.cache"
 # One of each kind of part.
@@ -52,7 +52,7 @@ class _Models:
         if changed is None or generator.randrange(2):
             config = mutate_json(config, generator)
         how = generator.choice(("none", "transposed", "flat", "longer", "shorter", "scalar"))
-        (folder / "model.json").write_text(json.dumps([name, config, changed, how]))
+        write(folder / "model.json", to_text([name, config, changed, how]))
 
     def read(self, folder: Path) -> None:
         name, config, changed, how = json.loads((folder / "model.json").read_text())
@@ -107,7 +107,7 @@ class _Caches:
     def mutate(self, folder: Path, seed: tuple[str, Any, dict[str, Any]], generator: random.Random) -> None:
         """Change arrays and mostly the checksum with them, or what is said of them, or seldom the whole file."""
         name, metadata, arrays = seed
-        (folder / "kind").write_text(name)
+        write(folder / "kind", name.encode())
         arrays = dict(arrays)
         kind = generator.randrange(8)
         if kind < 5:
@@ -124,7 +124,7 @@ class _Caches:
         save_file(arrays, folder / _CACHE, metadata)
         if kind == 7:
             content = (folder / _CACHE).read_bytes()
-            (folder / _CACHE).write_bytes(mutate_text(content, generator))
+            write(folder / _CACHE, mutate_text(content, generator))
 
     def read(self, folder: Path) -> None:
         name = (folder / "kind").read_text()

@@ -13,13 +13,16 @@ Json = Any
 _NUMBERS = (0, -1, 1, 2, 3, 7, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63))
 _FLOATS = (0.0, -0.0, 0.5, -1.5, 1e-300, 5e-324, 1e308, math.inf, -math.inf, math.nan)
 _TEXTS = ("", "x", "weight", "\0", "\ud800", "é" * 40, "../x", "{0}", "%s", "a" * 3000, "1", "true", "F32", "I64", "U8")
+_MOST_KNOWN = 400
 _OTHERS: tuple[Json, ...] = (None, True, False, [], {}, [[]], [None], {"": None}, [0] * 300, [[[[[[]]]]]])
 
 
 def mutate_json(value: Json, generator: random.Random) -> Json:
-    """A copy of a value with a few changes somewhere inside; every list and object is as likely as a large one."""
-    value = _copy(value)
-    containers = _containers(value)
+    """A copy of a value with a few changes somewhere inside; every list and object is as likely as a large one.
+
+    The value itself must never change, because copies of it are made from what it was at first.
+    """
+    value, containers = _KNOWN.copy(value)
     if not containers:
         return random_json(generator)
     for _ in range(generator.choice((1, 1, 1, 2, 3, 6))):
@@ -130,3 +133,24 @@ def _near(value: Json, generator: random.Random) -> Json:
     if isinstance(value, list):
         return generator.choice((value[1:], value + value, value[::-1], value[:1]))
     return random_json(generator)
+
+
+class _Known:
+    """Values that were copied lately, as they were pickled together with the list of their containers."""
+
+    def __init__(self) -> None:
+        self._pickled: dict[int, tuple[Json, bytes]] = {}
+
+    def copy(self, value: Json) -> tuple[Json, list[Any]]:
+        """A copy of a value that never changes, and the containers in it."""
+        found = self._pickled.get(id(value))
+        if found is None:
+            if len(self._pickled) == _MOST_KNOWN:
+                self._pickled.clear()
+            found = value, pickle.dumps((value, _containers(value)), -1)  # keeps the value, and so its id
+            self._pickled[id(value)] = found
+        copied: tuple[Json, list[Any]] = pickle.loads(found[1])
+        return copied
+
+
+_KNOWN = _Known()

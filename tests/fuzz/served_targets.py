@@ -25,10 +25,12 @@ from entrollm.serve.grammar import Grammars
 from entrollm.serve.output.choose import CALL_FORMATS, REASONING_FORMATS, OutputFormat, choose
 from entrollm.serve.output.items import ToolCall
 from entrollm.serve.responses_fields import ResponsesRequest
-from tests.fuzz.mutate import mutate_text
-from tests.fuzz.target import Target, mutated
+from tests.fuzz.mutate import mutate_text, to_text
+from tests.fuzz.target import Target, mutated, write
 from tests.support.paths import TINY_LLAMA
 
+# A mutated answer comes in so many pieces at most.
+_MOST_PIECES = 250
 _SCHEMA = {
     "type": "object",
     "properties": {
@@ -95,8 +97,8 @@ _REQUESTS: list[tuple[str, Any]] = [
 
 def _mutate_request(folder: Path, seed: tuple[str, Any], generator: random.Random) -> None:
     kind, body = seed
-    (folder / "kind").write_text(kind)
-    (folder / "body").write_bytes(mutated(body, generator))
+    write(folder / "kind", kind.encode())
+    write(folder / "body", mutated(body, generator))
 
 
 def _read_request(folder: Path) -> None:
@@ -162,8 +164,8 @@ def _mutate_calls(folder: Path, seed: tuple[str, str], generator: random.Random)
     for _ in range(generator.choice((1, 1, 2, 5))):
         data = mutate_text(data, generator)
     step = generator.choice((1, 3, 17, 10**6))
-    (folder / "kind").write_text(json.dumps([name, reasoning, step]))
-    (folder / "text").write_bytes(data[: min(20_000, 1000 * step)])
+    write(folder / "kind", to_text([name, reasoning, step]))
+    write(folder / "text", data[: min(20_000, _MOST_PIECES * step)])
 
 
 def _read_calls(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,17 @@ class Target:
     read: Callable[[Path], object]
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file as `path.write_bytes` does, but over its old content, which takes half the time."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        written = os.write(descriptor, content)
+        os.ftruncate(descriptor, written)
+    finally:
+        os.close(descriptor)
+    assert written == len(content)
+
+
 class Files:
     """Files of a folder, some of which change from one input to the next; the others are not written again."""
 
@@ -43,7 +55,7 @@ class Files:
     def write(self, path: Path, content: bytes) -> None:
         """Let a file have this content."""
         if self._written.get(path) is not content:
-            path.write_bytes(content)
+            write(path, content)
             self._written[path] = content
 
     def remove(self, path: Path) -> None:

@@ -33,7 +33,7 @@ from tests.checkpoint.imported.test_damage import LAYER, SOURCES
 from tests.fuzz.model_targets import MODEL_TARGETS
 from tests.fuzz.mutate import mutate_json, mutate_text, to_text
 from tests.fuzz.served_targets import SERVED_TARGETS
-from tests.fuzz.target import Files, Target, mutated
+from tests.fuzz.target import Files, Target, mutated, write
 from tests.fuzz.text_targets import TEXT_TARGETS
 from tests.support.checkpoints import write_checkpoint
 from tests.support.float4_sources import nvfp4_packer
@@ -81,7 +81,7 @@ def _join(path: Path, header: bytes, data: bytes, generator: random.Random) -> N
     length = len(header) if generator.randrange(30) else generator.choice((0, 7, len(header) + 1, 2**40, 2**64 - 1))
     if not generator.randrange(30):
         data = data[: generator.randrange(len(data) + 1)]
-    path.write_bytes(length.to_bytes(8, "little") + header + data)
+    write(path, length.to_bytes(8, "little") + header + data)
 
 
 def _with_noise(data: bytes, generator: random.Random) -> bytes:
@@ -232,7 +232,7 @@ def _read_difference(folder: Path) -> None:
 
 def _prepare_folder(folder: Path) -> list[Any]:
     write_checkpoint(folder / "source", _small_weights())
-    compress_folder(folder / "source", folder / "coded", CodingOptions(shard_bytes=6000))
+    compress_folder(folder / "source", folder / "coded", CodingOptions(shard_bytes=12_000))
     for file in (folder / "coded").iterdir():
         file.rename(folder / file.name)
     shutil.rmtree(folder / "source")
@@ -326,7 +326,7 @@ def _mutate_gguf(folder: Path, seed: Any, generator: random.Random) -> None:
     content = _gguf_bytes(mutate_json(seed, generator) if generator.randrange(4) else seed)
     for _ in range(generator.choice((0, 0, 1, 2))):
         content = mutate_text(content, generator)
-    (folder / "model.gguf").write_bytes(content)
+    write(folder / "model.gguf", content)
 
 
 def _prepare_parts(folder: Path) -> list[Any]:
@@ -346,7 +346,7 @@ def _mutate_parts(folder: Path, seed: Any, generator: random.Random) -> None:
         (folder / name).unlink(missing_ok=True)
         if isinstance(parts, list) and number < len(parts):
             content = _gguf_bytes(parts[number])
-            (folder / name).write_bytes(mutate_text(content, generator) if number == damaged else content)
+            write(folder / name, mutate_text(content, generator) if number == damaged else content)
 
 
 def _read_parts(folder: Path) -> None:

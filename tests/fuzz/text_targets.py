@@ -18,7 +18,7 @@ from entrollm.models import ARCHITECTURES, read_config
 from entrollm.models.config_fields import Fields
 from entrollm.report import read_points
 from tests.engine.tokenizers_for_tests import byte_level, sentence_piece
-from tests.fuzz.target import Files, Target, mutated
+from tests.fuzz.target import Files, Target, mutated, write
 from tests.support.quantized_sources import CONFIG
 
 _FILES = Files()
@@ -43,7 +43,7 @@ def _prepare_config(folder: Path) -> list[Any]:
 
 
 def _mutate_config(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "config.json").write_bytes(mutated(seed, generator))
+    write(folder / "config.json", mutated(seed, generator))
 
 
 def _read_config(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _prepare_generation(folder: Path) -> list[Any]:
 
 
 def _mutate_generation(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "generation_config.json").write_bytes(mutated(seed, generator))
+    write(folder / "generation_config.json", mutated(seed, generator))
 
 
 def _read_generation(folder: Path) -> None:
@@ -119,7 +119,7 @@ def _prepare_points(folder: Path) -> list[Any]:
 
 
 def _mutate_points(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "points.json").write_bytes(mutated(seed, generator))
+    write(folder / "points.json", mutated(seed, generator))
 
 
 def _read_points(folder: Path) -> None:
@@ -133,7 +133,7 @@ def _prepare_record(folder: Path) -> list[Any]:
 
 
 def _mutate_record(folder: Path, seed: Any, generator: random.Random) -> None:
-    (folder / "model.json").write_bytes(mutated(seed, generator))
+    write(folder / "model.json", mutated(seed, generator))
 
 
 def _read_record(folder: Path) -> None:

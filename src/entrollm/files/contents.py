@@ -59,12 +59,13 @@ def check_is_file(path: Path) -> None:
     Raises:
         FormatError: there is one. A path where nothing is passes.
     """
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        return
+    if not path.is_file():
         raise FormatError(f"{path} is not a file that holds data; fetch the file again")
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise FormatError(f"{path} is a Git LFS pointer in place of the file; fetch it with: git lfs pull")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise FormatError(f"{path} is a Git LFS pointer in place of the file; fetch it with: git lfs pull")
 
 
 def _whole(present: list[str]) -> str | None:

@@ -31,6 +31,8 @@ _MAX_AXES = 4
 _STRING, _ARRAY = 8, 9
 # The struct codes of value types of fixed size, by ggml's number of the type.
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {code: struct.Struct("<" + code) for code in _FIXED.values()}
+_LENGTH = _NUMBERS["Q"]
 _MAX_ARRAY_BYTES = 2**63 - 1
 
 FLOAT_TYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -165,6 +167,7 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
+        self._size = len(data)
         self._at = 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -194,14 +197,17 @@ class _Header:
         return self._data[self._at - size : self._at]
 
     def _need(self, size: int) -> None:
-        if size > len(self._data) - self._at:
+        if size > self._size - self._at:
             raise FormatError(
                 f"{self._path}: byte {self._at} begins something of {size} bytes, but the file has {len(self._data)}; "
                 "it is truncated or damaged, fetch it again"
             )
 
     def _number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+        number = _NUMBERS[code]
+        self._need(number.size)
+        self._at += number.size
+        return number.unpack_from(self._data, self._at - number.size)[0]
 
     def _count(self, item_bytes: int) -> int:
         """A 64-bit count of items that take at least `item_bytes` bytes each."""
@@ -210,9 +216,14 @@ class _Header:
         return count
 
     def _string(self) -> str:
-        size = self._count(1)
+        # Vocabularies have hundreds of thousands of them, so this calls little.
+        self._need(_LENGTH.size)
+        begin = self._at = self._at + _LENGTH.size
+        (size,) = _LENGTH.unpack_from(self._data, begin - _LENGTH.size)
+        self._need(size)
+        self._at += size
         try:
-            return self._take(size).decode("utf-8")
+            return self._data[begin : self._at].decode("utf-8")
         except UnicodeDecodeError as error:
             raise FormatError(f"{self._path}: a string before byte {self._at} is not UTF-8: {error}") from None
 
@@ -230,7 +241,7 @@ class _Header:
             raise FormatError(
                 f"{self._path}: an array before byte {self._at} is of type {kind}, which is not supported"
             )
-        count = self._count(struct.calcsize("<" + _FIXED[kind]))
+        count = self._count(_NUMBERS[_FIXED[kind]].size)
         code = f"<{count}{_FIXED[kind]}"
         return list(struct.unpack(code, self._take(struct.calcsize(code))))
 
