@@ -81,7 +81,7 @@ def whole(architecture: str = "llama", values: dict[str, Any] | None = None, *mo
 def _layered(architecture: str, values: dict[str, Any], *more: Tensor) -> GgufSource:
     """A model whose layers differ; `values` win over its own."""
     own = {f"llama.{key}": value for key, value in LAYERED[architecture][1].items()}
-    name = architecture.partition("-windows")[0]
+    name = architecture.partition(":")[0]
     changed = llama_values() | {"llama.block_count": 4} | own | values
     named = {key.replace("llama.", f"{name}.", 1): value for key, value in changed.items() if value is not None}
     tensors = [tensor(each, *shape) for each, shape in shapes_of(architecture).items()]
@@ -495,7 +495,7 @@ def test_longrope(tmp_path: Path) -> None:
     np.testing.assert_allclose(rope.frequencies[0], 0.5)
     np.testing.assert_allclose(4 * rope.long_frequencies, rope.frequencies, rtol=1e-6)
     for architecture, factors in (("phi3", {"long": 8.0}), ("llama", {"long": 8.0, "short": 2.0})):
-        with pytest.raises(UnsupportedError, match=r"are supported together, for the architecture phi3"):
+        with pytest.raises(UnsupportedError, match=r"are supported together, for the architectures phi3, phimoe"):
             config_of(tmp_path, whole(architecture, values, *long_factors(**factors)))
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from entrollm.errors import UnsupportedError
+
 
 class Values(Protocol):
     """The keys of a file's architecture, without its name."""
@@ -34,6 +36,9 @@ class Values(Protocol):
     def has_tensor(self, name: str) -> bool:
         """Whether the file has a tensor."""
 
+    def unsupported(self, name: str) -> UnsupportedError:
+        """The error to raise for the value of a key."""
+
 
 Extend = Callable[[Values, dict[str, Any]], dict[str, Any]]
 
@@ -57,7 +62,10 @@ class Architecture:
         following: the end of a stack's name, all rows of which come after those of the stack with the second end.
         rows: the ends of names that are matrices of one row, and vectors in the file.
         kernels: the ends of names that are kernels of convolutions, and matrices in the file.
+        layers: what the names of tensors in layers begin with.
         outer: the names of tensors outside the layers that are not the usual ones.
+        split: the projections that one tensor of a layer may be fused of, one after the other, without their end.
+        by_head: the fused projections whose rows come by head in the model, and by projection in the file.
         eps: the key of what norms add.
         rotates_part: only a part of each head may be rotated.
         norm_offset: how much more the weights of norms are in the file.
@@ -66,6 +74,8 @@ class Architecture:
         has_windows: layers may see a part of the context alone.
         has_factors: the file may hold factors of the rotation, which are those of Llama 3.
         has_layer_sizes: layers may differ in their key-value heads, 0 being a layer without, and features.
+        has_norm_biases: norms add a bias.
+        has_head_bias: the output head may add a bias.
         biases: projections that may have biases, by the key of config.json that says so; "" if the model type does.
     """
 
@@ -79,7 +89,10 @@ class Architecture:
     following: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    layers: str = "model.layers."
     outer: Mapping[str, str] = field(default_factory=dict)
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_head: tuple[str, ...] = ()
     eps: str = "attention.layer_norm_rms_epsilon"
     rotates_part: bool = False
     norm_offset: float = 0.0
@@ -88,6 +101,8 @@ class Architecture:
     has_windows: bool = False
     has_factors: bool = False
     has_layer_sizes: bool = False
+    has_norm_biases: bool = False
+    has_head_bias: bool = False
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -106,11 +121,19 @@ def layer_kinds(values: Values, config: dict[str, Any], pattern: int) -> dict[st
     return {"layer_types": kinds, "sliding_window": window or None}
 
 
-GRANITE_FACTORS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
+GRANITE_FACTORS = frozenset(
+    {"attention.scale", "embedding_scale", "residual_scale", "logit_scale", "rope.scaling.finetuned"}
+)
 
 
 def granite_factors(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    """The factors of Granite models; 0 is no factor, as in llama.cpp."""
+    """The factors of Granite models; 0 is no factor, as in llama.cpp.
+
+    Raises:
+        UnsupportedError: positions are not rotated, which this key says of Granite models alone.
+    """
+    if not values.flag("rope.scaling.finetuned", True):
+        raise values.unsupported("rope.scaling.finetuned")
     return {
         "attention_multiplier": values.number("attention.scale", 0.0) or config["head_dim"] ** -0.5,
         "embedding_multiplier": values.number("embedding_scale", 0.0) or 1.0,

@@ -18,6 +18,7 @@ from entrollm.checkpoint.gguf_architecture import (
     granite_factors,
     layer_kinds,
 )
+from entrollm.checkpoint.gguf_layer_norm import CENTERED
 from entrollm.checkpoint.gguf_mixtures import MIXTURES
 
 _FOUR_NORMS = {
@@ -333,6 +334,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             parts={"post_attention_norm": "post_attention_layernorm"},
             biases={"attention_bias": QKV},
         ),
+        **CENTERED,
         **MIXTURES,
     }
 )

@@ -19,6 +19,8 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import GgufFile
 
 _FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# The architectures that may have factors for long and for short texts.
+_TWO_LENGTHS = ("phi3", "phimoe")
 # Tensors that say how queries and keys are rotated.
 ROTATIONS = frozenset({_FACTORS, _LONG, _SHORT})
 
@@ -317,8 +319,10 @@ def _proportional(path: Path, factors: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _longrope(metadata: _Metadata, file: GgufFile) -> dict[str, Any]:
-    if metadata.architecture.model_type != "phi3" or not {_LONG, _SHORT} <= file.tensors.keys():
-        raise UnsupportedError(f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architecture phi3")
+    if metadata.architecture.model_type not in _TWO_LENGTHS or not {_LONG, _SHORT} <= file.tensors.keys():
+        raise UnsupportedError(
+            f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architectures {', '.join(_TWO_LENGTHS)}"
+        )
     factors = {name: file.array(name).astype(np.float64).reshape(-1).tolist() for name in (_LONG, _SHORT)}
     for name, numbers in factors.items():
         if not all(0 < number < math.inf for number in numbers):

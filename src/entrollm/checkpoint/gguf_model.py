@@ -20,7 +20,8 @@ from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
 from entrollm.format import layout
 
-_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.")
+# Queries, keys and values.
+_FUSED = 3
 
 
 class GgufTensors:
@@ -54,6 +55,7 @@ class GgufTensors:
         self._part = part
         self._sources = {name: source for name, source in sources.items() if source.name in part.tensors}
         self._heads = heads
+        self._by_head = architecture.by_head
         self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
             {name: source.entry(file) for name, source in self._sources.items()}
@@ -67,11 +69,15 @@ class GgufTensors:
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
-        if len(array) % (2 * heads):
+        is_fused = any(f".{part}." in name for part in self._by_head)
+        if len(array) % (heads * (_FUSED if is_fused else 2)):
             raise FormatError(f"{self.path}: tensor {name!r} has {len(array)} rows, which {heads} heads do not share")
-        # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
-        apart = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
-        return np.ascontiguousarray(apart).reshape(array.shape)
+        if is_fused:
+            ordered = array.reshape(_FUSED, heads, -1, *array.shape[1:]).swapaxes(0, 1)
+        else:
+            # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
+            ordered = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
+        return np.ascontiguousarray(ordered).reshape(array.shape)
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor's pages need not stay resident."""
@@ -102,10 +108,12 @@ def open_gguf_model(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensors]]
 
 def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTensors]]:
     architecture, config = model_config(file)
-    heads = {}
+    query_heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    heads = dict.fromkeys(architecture.by_head, query_heads)
     if architecture.interleaves:
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    sources = find_sources(file, architecture, ROTATIONS)
+        heads |= {"q_proj": query_heads, "k_proj": key_heads}
+    split_rows = tuple(config["head_dim"] * count for count in (query_heads, key_heads, key_heads))
+    sources = find_sources(file, architecture, ROTATIONS, split_rows)
     names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
@@ -116,7 +124,7 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
             shape = file.tensors[source.name].shape
             if len(shape) != (2 if source.expert is None else 3):
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
-            is_member = layout.stack_member(name) is not None or layout.transposed_member(name) is not None
+            is_member = layout.stack_member(name) is not None or layout.is_transposed(name)
             if not name.endswith(".weight") and not is_member:
                 raise UnsupportedError(
                     f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
@@ -142,8 +150,9 @@ def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any
         UnsupportedError: there is one.
     """
     layers = all_layers(config)
+    layer = re.compile(re.escape(architecture.layers) + r"(?P<index>\d+)\.")
     for name, theirs in names.items():
-        match = _LAYER.match(name)
+        match = layer.match(name)
         if match is not None and int(match["index"]) >= layers:
             raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is beyond the {layers} layers of the model")
         if "_norm.weight" in name and ".self_attn." in name and not architecture.has_qk_norms:
@@ -176,11 +185,16 @@ def _biases(
     """
     layers = all_layers(config)
     left = {name for name in names if name.endswith(".bias")}
+    if architecture.has_norm_biases:
+        norms = {f"{name.removesuffix('.weight')}.bias" for name in names if names[name].endswith("_norm.weight")}
+        left -= norms
+    if architecture.has_head_bias:
+        left = {name for name in left if names[name] != "output.bias"}
     found = {}
     for key, parts in architecture.biases.items():
         found[key] = False
         if layers * len(parts) <= len(left):  # the number of layers is what the file claims
-            complete = {f"model.layers.{index}.{part}.bias" for index in range(layers) for part in parts}
+            complete = {f"{architecture.layers}{index}.{part}.bias" for index in range(layers) for part in parts}
             found[key] = complete <= left
             left -= complete if found[key] else set()
     if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Source:
     Attributes:
         tensors: one tensor of the file, or two of one type and shape, whose rows (or numbers of a row) are joined.
         alternates: rows of two tensors alternate; else all of the first come first.
+        rows: the range of the rows that are used; None for all.
         expert: of a stack, the place of the matrix in it; None if the tensor is whole.
         is_row: a vector is a matrix of one row.
         is_kernel: a matrix is the kernel of a convolution of each channel by itself.
@@ -51,6 +53,7 @@ class Source:
     is_row: bool = False
     is_kernel: bool = False
     alternates: bool = True
+    rows: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -68,12 +71,17 @@ class Source:
         if self.expert is not None:
             shape, size = shape[1:], size // shape[0]
         begin = tensor.begin + (self.expert or 0) * size
+        if self.rows is not None:
+            first, last = self.rows
+            row_bytes = size // shape[0]
+            begin, size, shape = begin + first * row_bytes, (last - first) * row_bytes, (last - first, *shape[1:])
         if self.is_row:
             shape = (1, *shape)
         if self.is_kernel:
             shape = (shape[0], 1, *shape[1:])
         if len(self.tensors) == 2:
-            shape = (2 * shape[0], *shape[1:]) if self.expert is not None else (*shape[:-1], 2 * shape[-1])
+            joins_rows = self.expert is not None or not self.alternates
+            shape = (2 * shape[0], *shape[1:]) if joins_rows else (*shape[:-1], 2 * shape[-1])
             size *= 2
         if tensor.type.name in FLOAT_TYPES:
             return Entry(tensor.type.name, shape, begin, begin + size)
@@ -95,27 +103,32 @@ class Source:
         if self.expert is not None:
             experts = file.tensors[name].shape[0]
             array = array.reshape(experts, -1, array.shape[-1])[self.expert]
+        if self.rows is not None:
+            array = array[slice(*self.rows)]
         if self.is_kernel:
             return array[:, None]
         return array[None] if self.is_row else array
 
 
-def find_sources(file: GgufFile, architecture: Architecture, left_out: frozenset[str]) -> dict[str, Source]:
+def find_sources(
+    file: GgufFile, architecture: Architecture, left_out: frozenset[str], split_rows: tuple[int, ...]
+) -> dict[str, Source]:
     """The tensors of a file by Hugging Face's names.
 
     Args:
         file: the file.
         architecture: what its tensors are called.
         left_out: tensors that have no name there.
+        split_rows: the rows of each part of a tensor that the architecture splits.
     Raises:
-        FormatError: a stack of experts has another shape, or lacks the one that it belongs with; or two tensors have
-            one name.
+        FormatError: a stack of experts has another shape, or lacks the one that it belongs with; a tensor to split has
+            other rows than its parts; or two tensors have one name.
         UnsupportedError: a tensor is not part of the architecture.
     """
     found: dict[str, Source] = {}
     for name in file.tensors:
         if name not in left_out:
-            for ours, source in _rename(file, name, architecture).items():
+            for ours, source in _rename(file, name, architecture, split_rows).items():
                 if ours in found:
                     raise FormatError(
                         f"{file.path}: tensors {found[ours].name!r:.80} and {name!r:.80} are both {ours} of the model; "
@@ -125,7 +138,7 @@ def find_sources(file: GgufFile, architecture: Architecture, left_out: frozenset
     return found
 
 
-def _rename(file: GgufFile, name: str, architecture: Architecture) -> dict[str, Source]:
+def _rename(file: GgufFile, name: str, architecture: Architecture, split_rows: tuple[int, ...]) -> dict[str, Source]:
     match = _NAME.fullmatch(name)
     if match is not None:
         layer, part, kind = match["layer"], match["part"], match["kind"]
@@ -133,12 +146,25 @@ def _rename(file: GgufFile, name: str, architecture: Architecture) -> dict[str, 
         if layer is None and outer is not None:
             return {f"{outer}.{kind}": Source((name,))}
         if layer is not None:
-            prefix = f"model.layers.{int(layer)}."
+            prefix = f"{architecture.layers}{int(layer)}."
+            if parts := architecture.split.get(part):
+                return _split(file, name, [f"{prefix}{ours}.{kind}" for ours in parts], split_rows)
             if ours := architecture.whole_names.get(f"{part}.{kind}"):
                 return _named(file, name, prefix + ours, architecture)
             if ours := architecture.parts.get(part) or _INNER.get(part):
                 return _named(file, name, f"{prefix}{ours}.{kind}", architecture)
     raise UnsupportedError(f"{file.path}: tensor {name!r:.80} is not part of a supported architecture")
+
+
+def _split(file: GgufFile, name: str, parts: list[str], rows: tuple[int, ...]) -> dict[str, Source]:
+    """The parts of a tensor, one after the other."""
+    shape = file.tensors[name].shape
+    if shape[0] != sum(rows):
+        raise FormatError(
+            f"{file.path}: tensor {name!r} has {shape[0]} rows, and its parts have {' + '.join(map(str, rows))}"
+        )
+    ends = itertools.accumulate(rows)
+    return {ours: Source((name,), rows=(end - size, end)) for ours, size, end in zip(parts, rows, ends, strict=True)}
 
 
 def _named(file: GgufFile, name: str, ours: str, architecture: Architecture) -> dict[str, Source]:
@@ -159,14 +185,15 @@ def _named(file: GgufFile, name: str, ours: str, architecture: Architecture) -> 
                 raise FormatError(f"{path}: tensors {name!r} and {other!r} differ in type or shape")
             tensors = (name, other)
     shape = file.tensors[name].shape
+    alternates = not name.endswith(tuple(architecture.following.values()))
     if "{}" not in ours:
         is_row = len(shape) == 1 and ours.endswith(architecture.rows)
-        return {ours: Source(tensors, is_row=is_row, is_kernel=len(shape) == 2 and ours.endswith(architecture.kernels))}
+        is_kernel = len(shape) == 2 and ours.endswith(architecture.kernels)
+        return {ours: Source(tensors, is_row=is_row, is_kernel=is_kernel, alternates=alternates)}
     if len(shape) != 3 or shape[0] > _MAX_EXPERTS:
         raise FormatError(
             f"{path}: tensor {name!r} has shape {list(shape)}, expected a stack of experts with three axes"
         )
-    alternates = not name.endswith(tuple(architecture.following.values()))
     return {ours.format(expert): Source(tensors, expert, alternates=alternates) for expert in range(shape[0])}
 
 
