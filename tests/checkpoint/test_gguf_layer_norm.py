@@ -49,7 +49,7 @@ def check_reference(source: GgufSource, rows: int, folder: Path, options: Compre
     assert np.abs(load(folder / "coded", 1).logits(ids) - expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", list(CENTERED))
+@pytest.mark.parametrize("architecture", [*CENTERED, "granitemoe", "granitemoe:shared"])
 def test_logits_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
     source, rows = source_of(architecture)
     check_reference(source, rows, tmp_path, CompressOptions(bits=8, measure=False))

@@ -119,7 +119,7 @@ def _check_new(out: Path) -> None:
 def _members(model: CompressedModel) -> dict[str, list[str]]:
     """The tensors of the checkpoint, each with what it is made of: itself, or the matrices of a stack."""
     # Experts of GGUF files that keep their type are matrices of a stack, too.
-    kept = (name for name in model.plain if layout.transposed_member(name) and model.array(name).ndim == 2)
+    kept = (name for name in model.plain if layout.is_kept_member(name) and model.array(name).ndim == 2)
     stacks = find_stacks((*model.specs, *kept))
     stack_of = {member: stack for stack, members in stacks.items() for member in members}
     members = {}

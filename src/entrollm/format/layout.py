@@ -221,6 +221,12 @@ def transposed_matrix(name: str) -> str | None:
     return name.removesuffix(_TRANSPOSED) if is_transposed(name) and transposed_member(name) is None else None
 
 
+def is_kept_member(name: str) -> bool:
+    """Whether a plain matrix of this name is one of a stack, as matrices of experts from GGUF files are."""
+    member = stack_member(name)
+    return transposed_member(name) is not None or (member is not None and member[0].endswith(".weight"))
+
+
 def member_name(stack: str, index: int, *, is_transposed: bool = False) -> str:
     """The name of matrix `index` of a tensor of three axes, or of its transpose."""
     return f"{stack}.{index}{_TRANSPOSED if is_transposed else ''}"

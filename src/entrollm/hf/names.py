@@ -83,10 +83,10 @@ def find_parameters(
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
     kept_paths = set()
     for name in kept:
-        if layout.transposed_member(name) is not None:
+        if layout.is_kept_member(name):
             raise UnsupportedError(
-                f"{name} is a matrix of an expert that is kept in its type, and transformers holds it transposed; "
-                "expected coded experts",
+                f"{name} is a matrix of an expert that is kept in its type, and transformers holds those of all "
+                "experts in one tensor; expected coded experts",
                 hint=Message(
                     "compress the model without keeping it, or load what `entrollm export` makes of the folder"
                 ),
