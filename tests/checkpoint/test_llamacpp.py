@@ -5,6 +5,7 @@ The other project runs in a process of its own, with the interpreter that LLAMAC
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -52,12 +53,14 @@ print("FOUND" + json.dumps(found))
 """
 
 
-def _is_installed() -> bool:
+@functools.cache
+def is_installed() -> bool:
+    """Whether the other project can be asked."""
     done = subprocess.run([PYTHON, "-c", "import llama_cpp"], capture_output=True)
     return done.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _is_installed(), reason="llama-cpp-python is not installed")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="llama-cpp-python is not installed")
 
 
 def ask(path: Path, texts: list[str], ids: list[int]) -> dict[str, Any]:
@@ -104,10 +107,12 @@ def model(values: dict[str, Any], rows: int, architecture: str = "llama") -> Ggu
     return GgufSource(made.values, tensors)
 
 
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "smollm", "gpt-2"])
 @pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize(
+    "pre", ["llama-bpe", "qwen2", "smollm", "gpt-2", "qwen35", "deepseek-v3", "glm4", "dbrx", "refact"]
+)
 def test_byte_level_tokenizers(pre: str, add_bos: bool | None, tmp_path: Path) -> None:
-    original = trained(pre)
+    original = trained(pre if pre in ("llama-bpe", "qwen2", "smollm") else "gpt-2")
     values = values_of(original, "gpt2", pre=pre, merges=merges_of(original), add_bos_token=add_bos)
     rows = len(values["tokenizer.ggml.tokens"])
     path = tmp_path / "model.gguf"

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from entrollm.checkpoint.gguf_changes import Changes
+from entrollm.errors import UnsupportedError
+
 
 class Values(Protocol):
     """The keys of a file's architecture, without its name."""
@@ -34,12 +37,23 @@ class Values(Protocol):
     def has_tensor(self, name: str) -> bool:
         """Whether the file has a tensor."""
 
+    def unsupported(self, name: str) -> UnsupportedError:
+        """The error to raise for the value of a key."""
+
 
 Extend = Callable[[Values, dict[str, Any]], dict[str, Any]]
 
 
 def _nothing(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {}
+
+
+def _no_changes(config: Mapping[str, Any]) -> Changes:
+    return {}
+
+
+def _same_name(name: str, config: Mapping[str, Any]) -> str:
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,11 @@ class Architecture:
         has_factors: the file may hold factors of the rotation, which are those of Llama 3.
         has_layer_sizes: layers may differ in their key-value heads, 0 being a layer without, and features.
         biases: projections that may have biases, by the key of config.json that says so; "" if the model type does.
+        loose_biases: the ends of names of biases that some layers may have.
+        plain_norms: the ends of names of norms whose weights are the same in the file, whatever `norm_offset` is.
+        has_own_heads: `extend` says how long heads are and how much of them is rotated.
+        changes: what is done to tensors of layers, from config.json.
+        final_name: the name of a tensor in the checkpoint, from the usual one and config.json.
     """
 
     model_type: str
@@ -89,6 +108,11 @@ class Architecture:
     has_factors: bool = False
     has_layer_sizes: bool = False
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose_biases: tuple[str, ...] = ()
+    plain_norms: tuple[str, ...] = ()
+    has_own_heads: bool = False
+    changes: Callable[[Mapping[str, Any]], Changes] = _no_changes
+    final_name: Callable[[str, Mapping[str, Any]], str] = _same_name
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

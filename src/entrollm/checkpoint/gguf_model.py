@@ -32,7 +32,6 @@ class GgufTensors:
         file: the whole file.
         part: the part.
         sources: what the tensors of the whole file are made of.
-        architecture: of the model.
         heads: the heads of projections whose rows are in another order.
 
     Attributes:
@@ -45,7 +44,6 @@ class GgufTensors:
         file: GgufFile,
         part: GgufFile,
         sources: Mapping[str, Source],
-        architecture: Architecture,
         heads: Mapping[str, int],
     ) -> None:
         self.path = part.path
@@ -54,7 +52,6 @@ class GgufTensors:
         self._part = part
         self._sources = {name: source for name, source in sources.items() if source.name in part.tensors}
         self._heads = heads
-        self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
             {name: source.entry(file) for name, source in self._sources.items()}
         )
@@ -62,8 +59,6 @@ class GgufTensors:
     def array(self, name: str) -> NDArray[Any]:
         """A tensor as Hugging Face has it; a view, unless its values or its rows are in another order in the file."""
         array = self._sources[name].array(self._file)
-        if self._norm_offset and name.endswith("norm.weight"):
-            return array.astype(np.float32) - self._norm_offset
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
@@ -105,12 +100,13 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
     heads = {}
     if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    sources = find_sources(file, architecture, ROTATIONS)
+    sources = find_sources(file, architecture, ROTATIONS, architecture.changes(config))
     names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
     _check_experts(path, file, sources, config)
-    types = {}
+    sources = {architecture.final_name(name, config): source for name, source in sources.items()}
+    types, columns = {}, {}
     for name, source in sources.items():
         if (kind := source.type(file)) not in FLOAT_TYPES:
             shape = file.tensors[source.name].shape
@@ -123,9 +119,11 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
                     "no matrix of weights"
                 )
             types[name] = kind
-    files = {part.path.name: GgufTensors(file, part, sources, architecture, heads) for part in file.parts}
+            if source.change is not None and source.change.columns is not None:
+                columns[name] = source.change.columns.tolist()
+    files = {part.path.name: GgufTensors(file, part, sources, heads) for part in file.parts}
     if types:
-        config["quantization_config"] = {"quant_method": "gguf", "types": types}
+        config["quantization_config"] = {"quant_method": "gguf", "types": types, "columns": columns}
     return config, files
 
 
@@ -159,10 +157,11 @@ def _check_experts(path: Path, file: GgufFile, sources: Mapping[str, Source], co
         FormatError: there is one.
     """
     for source in sources.values():
-        if source.expert == 0 and file.tensors[source.name].shape[0] != config["num_experts"]:
+        count = config.get("num_experts", 0)
+        if source.expert == 0 and file.tensors[source.name].shape[0] != count:
             raise FormatError(
                 f"{path}: tensor {source.name!r:.80} has {file.tensors[source.name].shape[0]} experts, and the model "
-                f"{config['num_experts']} (expert_count)"
+                f"{count} (expert_count)"
             )
 
 
@@ -175,7 +174,7 @@ def _biases(
         UnsupportedError: only some have one, or others than the architecture allows.
     """
     layers = all_layers(config)
-    left = {name for name in names if name.endswith(".bias")}
+    left = {name for name in names if name.endswith(".bias") and not name.endswith(architecture.loose_biases)}
     found = {}
     for key, parts in architecture.biases.items():
         found[key] = False

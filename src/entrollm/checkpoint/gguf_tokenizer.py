@@ -11,8 +11,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from entrollm.checkpoint.gguf_metadata import generation_config
+from entrollm.checkpoint.gguf_splits import COMPOSED, SINGLE_DIGITS, SPLITS
 from entrollm.checkpoint.gguf_vocabulary import (
     BYTE_LEVEL,
+    GEMMA4,
     LLAMA3_SPLITS,
     PREFIX,
     SENTENCE_PIECE,
@@ -38,12 +40,7 @@ _FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {"add_sep_token": (False,), "suppress_tokens": ([],), "precompiled_charsmap": ([],)}
 )
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-# The expression that splits text into words, and llama.cpp's names of the ways of splitting.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2, _SMOLLM, _GPT2 = "qwen2", "smollm", "gpt-2"
+_GPT2 = "gpt-2"
 
 
 def convert_tokenizer(path: Path) -> dict[str, str]:
@@ -76,6 +73,8 @@ def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer = _byte_level(vocabulary)
     elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
+    elif kind == GEMMA4:
+        tokenizer = _gemma4(vocabulary)
     else:
         raise UnsupportedError(f"{vocabulary.path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     _add_special_tokens(tokenizer, vocabulary)
@@ -109,20 +108,17 @@ def _templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """BPE over bytes, as in Llama 3, Qwen and SmolLM."""
+    """BPE over bytes, as in Llama 3, Qwen, DeepSeek V3 and SmolLM."""
     pre = vocabulary.pre
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
-    if any(len(merge) != 2 for merge in merges):
-        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
-    tokenizer = _make(vocabulary, merges, ignore_merges=pre in LLAMA3_SPLITS)
+    tokenizer = _make(vocabulary, _merges(vocabulary), ignore_merges=pre in LLAMA3_SPLITS)
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in LLAMA3_SPLITS or pre == _QWEN2:
-        words = Regex(_WORDS.format(digits="" if pre == _QWEN2 else "{1,3}"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), bytes_of_words])
-        if pre == _QWEN2:
+    if pre in SPLITS:
+        splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in SPLITS[pre]]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_of_words])
+        if pre in COMPOSED:
             tokenizer.normalizer = normalizers.NFC()
-    elif pre == _SMOLLM:
+    elif pre in SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_text])
     elif pre == _GPT2:
@@ -130,6 +126,23 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     else:
         raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} cannot be converted")
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
+    merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
+    if any(len(merge) != 2 for merge in merges):
+        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
+    return merges
+
+
+def _gemma4(vocabulary: Vocabulary) -> Tokenizer:
+    """BPE over characters with bytes for what is in no piece; lines are split, and spaces are not."""
+    unknown = vocabulary.special("unknown")
+    tokenizer = _make(vocabulary, _merges(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 

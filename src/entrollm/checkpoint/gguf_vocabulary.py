@@ -10,7 +10,7 @@ from entrollm.errors import FormatError
 from entrollm.files.gguf import GgufFile
 
 PREFIX = "tokenizer.ggml."
-BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
+BYTE_LEVEL, SENTENCE_PIECE, GEMMA4 = "gpt2", "llama", "gemma4"
 # Ways to split text, by llama.cpp's names, that begin every text with the start token unless the file says otherwise.
 LLAMA3_SPLITS = frozenset({"llama3", "llama-v3", "llama-bpe"})
 
