@@ -160,7 +160,7 @@ def _qwen(model_type: str, class_name: str, *, has_experts: bool, is_by_key_head
         class_name=class_name,
         extend=_delta_moe if has_experts else _delta,
         keys=_DELTA_KEYS | (_QWEN.keys if has_experts else frozenset()),
-        parts=_DELTA_PARTS | (_QWEN.parts if has_experts else {}),
+        parts={**_DELTA_PARTS, **(_QWEN.parts if has_experts else {})},
         whole_names={"ssm_dt.bias": "linear_attn.dt_bias"},
         rows=_QWEN.rows,
         kernels=("conv1d.weight",),

@@ -197,16 +197,17 @@ def _rename(file: GgufFile, name: str, architecture: Architecture, changes: Chan
             if any(end in change.others for change in made.values()):
                 other = name.removesuffix(end) + first
                 return {} if other in file.tensors else _lacks(file.path, name, first)
-        if ours := architecture.whole_names.get(end):
-            return _named(file, name, prefix + ours, architecture)
+        if whole := architecture.whole_names.get(end):
+            return _named(file, name, prefix + whole, architecture)
     match = _NAME.fullmatch(name)
     if match is not None:
         layer, part, kind = match["layer"], match["part"], match["kind"]
         outer = architecture.outer.get(part) or _OUTER.get(part)
         if layer is None and outer is not None:
             return {f"{outer}.{kind}": Source((name,))}
-        if layer is not None and (ours := architecture.parts.get(part) or _INNER.get(part)):
-            return _named(file, name, f"model.layers.{int(layer)}.{ours}.{kind}", architecture)
+        inner = architecture.parts.get(part) or _INNER.get(part)
+        if layer is not None and inner is not None:
+            return _named(file, name, f"model.layers.{int(layer)}.{inner}.{kind}", architecture)
     raise UnsupportedError(f"{file.path}: tensor {name!r:.80} is not part of a supported architecture")
 
 

@@ -113,7 +113,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     tokenizer = _make(vocabulary, _merges(vocabulary), ignore_merges=pre in LLAMA3_SPLITS)
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in SPLITS:
+    if pre is not None and pre in SPLITS:
         splits = [pre_tokenizers.Split(Regex(words), "isolated") for words in SPLITS[pre]]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_of_words])
         if pre in COMPOSED:
