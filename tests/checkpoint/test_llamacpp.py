@@ -5,6 +5,7 @@ The other project runs in a process of its own, with the interpreter that LLAMAC
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -54,12 +55,14 @@ print("FOUND" + json.dumps(found))
 """
 
 
-def _is_installed() -> bool:
+@functools.cache
+def is_installed() -> bool:
+    """Whether the other project can be asked."""
     done = subprocess.run([PYTHON, "-c", "import llama_cpp"], capture_output=True)
     return done.returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _is_installed(), reason="llama-cpp-python is not installed")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="llama-cpp-python is not installed")
 
 
 def ask(path: Path, texts: list[str], ids: list[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from entrollm.checkpoint.gguf_changes import Changes
 from entrollm.errors import UnsupportedError
 
 
@@ -47,6 +48,14 @@ def _nothing(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _no_changes(config: Mapping[str, Any]) -> Changes:
+    return {}
+
+
+def _same_name(name: str, config: Mapping[str, Any]) -> str:
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What one of llama.cpp's architectures is in Hugging Face's terms.
@@ -64,8 +73,6 @@ class Architecture:
         kernels: the ends of names that are kernels of convolutions, and matrices in the file.
         layers: what the names of tensors in layers begin with.
         outer: the names of tensors outside the layers that are not the usual ones.
-        split: the projections that one tensor of a layer may be fused of, one after the other, without their end.
-        by_head: the fused projections whose rows come by head in the model, and by projection in the file.
         eps: the key of what norms add.
         rotates_part: only a part of each head may be rotated.
         norm_offset: how much more the weights of norms are in the file.
@@ -77,6 +84,11 @@ class Architecture:
         has_norm_biases: norms add a bias.
         has_head_bias: the output head may add a bias.
         biases: projections that may have biases, by the key of config.json that says so; "" if the model type does.
+        loose_biases: the ends of names of biases that some layers may have.
+        plain_norms: the ends of names of norms whose weights are the same in the file, whatever `norm_offset` is.
+        has_own_heads: `extend` says how long heads are and how much of them is rotated.
+        changes: what is done to tensors of layers, from config.json.
+        final_name: the name of a tensor in the checkpoint, from the usual one and config.json.
     """
 
     model_type: str
@@ -91,8 +103,6 @@ class Architecture:
     kernels: tuple[str, ...] = ()
     layers: str = "model.layers."
     outer: Mapping[str, str] = field(default_factory=dict)
-    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    by_head: tuple[str, ...] = ()
     eps: str = "attention.layer_norm_rms_epsilon"
     rotates_part: bool = False
     norm_offset: float = 0.0
@@ -104,6 +114,11 @@ class Architecture:
     has_norm_biases: bool = False
     has_head_bias: bool = False
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose_biases: tuple[str, ...] = ()
+    plain_norms: tuple[str, ...] = ()
+    has_own_heads: bool = False
+    changes: Callable[[Mapping[str, Any]], Changes] = _no_changes
+    final_name: Callable[[str, Mapping[str, Any]], str] = _same_name
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -121,22 +136,25 @@ def layer_kinds(values: Values, config: dict[str, Any], pattern: int) -> dict[st
     return {"layer_types": kinds, "sliding_window": window or None}
 
 
-GRANITE_FACTORS = frozenset(
-    {"attention.scale", "embedding_scale", "residual_scale", "logit_scale", "rope.scaling.finetuned"}
-)
+GRANITE_FACTORS = frozenset({"attention.scale", "embedding_scale", "residual_scale", "logit_scale"})
 
 
 def granite_factors(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    """The factors of Granite models; 0 is no factor, as in llama.cpp.
-
-    Raises:
-        UnsupportedError: positions are not rotated, which this key says of Granite models alone.
-    """
-    if not values.flag("rope.scaling.finetuned", True):
-        raise values.unsupported("rope.scaling.finetuned")
+    """The factors of Granite models; 0 is no factor, as in llama.cpp."""
     return {
         "attention_multiplier": values.number("attention.scale", 0.0) or config["head_dim"] ** -0.5,
         "embedding_multiplier": values.number("embedding_scale", 0.0) or 1.0,
         "residual_multiplier": values.number("residual_scale", 0.0) or 1.0,
         "logits_scaling": values.number("logit_scale", 0.0) or 1.0,
     }
+
+
+def rotated_granite(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """The same, of models whose positions are rotated.
+
+    Raises:
+        UnsupportedError: they are not, which this key says of Granite models alone.
+    """
+    if not values.flag("rope.scaling.finetuned", True):
+        raise values.unsupported("rope.scaling.finetuned")
+    return granite_factors(values, config)

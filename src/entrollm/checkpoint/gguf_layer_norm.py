@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from entrollm.checkpoint.gguf_architecture import ATTENTION, QKV, Architecture, Values
+from entrollm.checkpoint.gguf_changes import Changes, Order, Shape
 from entrollm.checkpoint.gguf_mixtures import MIXTRAL, counted_experts
+from entrollm.errors import FormatError
 
 _EPS = "attention.layer_norm_epsilon"
 # llama.cpp has one approximate GELU for models that name GELU or an approximation of it.
@@ -77,6 +83,69 @@ def _phimoe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _ByHead:
+    """Fused rows in the order of their heads, which the file has by projection.
+
+    Attributes:
+        heads: of attention.
+        size: features of a head.
+    """
+
+    heads: int
+    size: int
+    others: tuple[str, ...] = ()
+    columns: Order | None = None
+
+    def form(self, kinds: tuple[str, ...], shapes: tuple[Shape, ...]) -> tuple[str, Shape]:
+        """See Change."""
+        _check_rows(shapes[0], len(QKV) * self.heads * self.size)
+        return kinds[0], shapes[0]
+
+    def apply(self, kinds: tuple[str, ...], arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        """See Change."""
+        (array,) = arrays
+        by_part = array.reshape(len(QKV), self.heads, self.size, *array.shape[1:])
+        return np.ascontiguousarray(by_part.swapaxes(0, 1)).reshape(array.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows [begin, end) of a fused tensor with `rows` of them."""
+
+    begin: int
+    end: int
+    rows: int
+    others: tuple[str, ...] = ()
+    columns: Order | None = None
+
+    def form(self, kinds: tuple[str, ...], shapes: tuple[Shape, ...]) -> tuple[str, Shape]:
+        """See Change."""
+        _check_rows(shapes[0], self.rows)
+        return kinds[0], (self.end - self.begin, *shapes[0][1:])
+
+    def apply(self, kinds: tuple[str, ...], arrays: list[NDArray[Any]]) -> NDArray[Any]:
+        """See Change."""
+        return arrays[0][self.begin : self.end]
+
+
+def _check_rows(shape: Shape, rows: int) -> None:
+    if not shape or shape[0] != rows:
+        raise FormatError(f"has shape {list(shape)}, expected {rows} rows")
+
+
+def _by_head(config: Mapping[str, Any]) -> Changes:
+    change = _ByHead(config["num_attention_heads"], config["head_dim"])
+    return {f"attn_qkv.{kind}": {f"{_NEOX[0]}.{kind}": change} for kind in ("weight", "bias")}
+
+
+def _apart(config: Mapping[str, Any]) -> Changes:
+    wide, narrow = (config["head_dim"] * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    ends = (0, wide, wide + narrow, wide + 2 * narrow)
+    parts = {ours: _Part(ends[at], ends[at + 1], ends[-1]) for at, ours in enumerate(QKV)}
+    return {f"attn_qkv.{kind}": {f"{o}.{kind}": part for o, part in parts.items()} for kind in ("weight", "bias")}
+
+
 _PHI = ("self_attn.dense", "mlp.fc1", "mlp.fc2")
 _NEOX = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -116,14 +185,14 @@ CENTERED: Mapping[str, Architecture] = MappingProxyType(
             class_name="GPTNeoXForCausalLM",
             extend=_gptneox,
             keys=frozenset({"use_parallel_residual"}),
-            parts=dict(zip(_FUSED, _NEOX, strict=True)),
+            parts=dict(zip(_FUSED[1:], _NEOX[1:], strict=True)),
             layers="gpt_neox.layers.",
             outer={
                 "token_embd": "gpt_neox.embed_in",
                 "output_norm": "gpt_neox.final_layer_norm",
                 "output": "embed_out",
             },
-            by_head=_NEOX[:1],
+            changes=_by_head,
             eps=_EPS,
             rotates_part=True,
             has_norm_biases=True,
@@ -135,8 +204,8 @@ CENTERED: Mapping[str, Architecture] = MappingProxyType(
             extend=_phi2,
             parts=dict(zip(_FUSED[1:], _PHI, strict=True)),
             outer={"output_norm": "model.final_layernorm"},
-            # The first files have one tensor for the three.
-            split={"attn_qkv": QKV},
+            # The first files have one tensor for queries, keys and values.
+            changes=_apart,
             eps=_EPS,
             rotates_part=True,
             has_norm_biases=True,

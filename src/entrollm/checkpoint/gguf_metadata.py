@@ -100,13 +100,14 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
     hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     head_dim = metadata.integer("attention.key_length", hidden // heads)
     context_length = metadata.integer("context_length")
-    metadata.expect("attention.value_length", head_dim, "the keys' length")
+    if not metadata.architecture.has_own_heads:
+        metadata.expect("attention.value_length", head_dim, "the keys' length")
     metadata.expect("vocab_size", embedding.shape[0], "the rows of token_embd.weight")
     architecture = metadata.architecture
     rope = _rope(metadata, file, context_length)
     if architecture.rotates_part:
         rope["partial_rotary_factor"] = metadata.integer("rope.dimension_count", head_dim) / head_dim
-    else:
+    elif not architecture.has_own_heads:
         metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
     window = metadata.integer("attention.sliding_window", 0, low=0)
     if 0 < window < context_length and not architecture.has_windows:
@@ -126,7 +127,7 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
         "model_type": architecture.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.size("feed_forward_length"),
+        "intermediate_size": metadata.inner_size(),
         "num_hidden_layers": metadata.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
@@ -253,6 +254,12 @@ class _Metadata:
         if not found:
             raise FormatError(f"{self._path}: {self._prefix}{name} is 0 for all layers")
         return found[0]
+
+    def inner_size(self) -> int:
+        """The features of a feed-forward part; those of an expert if there are none besides."""
+        name = "expert_feed_forward_length"
+        is_given = self.has("feed_forward_length") or name not in self.architecture.keys or not self.has(name)
+        return self.size("feed_forward_length") if is_given else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""

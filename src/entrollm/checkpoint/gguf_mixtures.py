@@ -12,8 +12,8 @@ from entrollm.checkpoint.gguf_architecture import (
     QKV,
     Architecture,
     Values,
-    granite_factors,
     layer_kinds,
+    rotated_granite,
 )
 
 
@@ -87,7 +87,7 @@ def _granite_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "granitemoeshared",
         "shared_intermediate_size": shared,
     }
-    return {**counted_experts(values, config), **granite_factors(values, config), **(variant if shared else {})}
+    return {**counted_experts(values, config), **rotated_granite(values, config), **(variant if shared else {})}
 
 
 def _ernie4_5_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:

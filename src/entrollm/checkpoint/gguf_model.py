@@ -20,9 +20,6 @@ from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
 from entrollm.format import layout
 
-# Queries, keys and values.
-_FUSED = 3
-
 
 class GgufTensors:
     """The tensors of a GGUF file, or of a part of one, under Hugging Face's names.
@@ -33,7 +30,6 @@ class GgufTensors:
         file: the whole file.
         part: the part.
         sources: what the tensors of the whole file are made of.
-        architecture: of the model.
         heads: the heads of projections whose rows are in another order.
 
     Attributes:
@@ -46,7 +42,6 @@ class GgufTensors:
         file: GgufFile,
         part: GgufFile,
         sources: Mapping[str, Source],
-        architecture: Architecture,
         heads: Mapping[str, int],
     ) -> None:
         self.path = part.path
@@ -55,8 +50,6 @@ class GgufTensors:
         self._part = part
         self._sources = {name: source for name, source in sources.items() if source.name in part.tensors}
         self._heads = heads
-        self._by_head = architecture.by_head
-        self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
             {name: source.entry(file) for name, source in self._sources.items()}
         )
@@ -64,20 +57,14 @@ class GgufTensors:
     def array(self, name: str) -> NDArray[Any]:
         """A tensor as Hugging Face has it; a view, unless its values or its rows are in another order in the file."""
         array = self._sources[name].array(self._file)
-        if self._norm_offset and name.endswith("norm.weight"):
-            return array.astype(np.float32) - self._norm_offset
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
-        is_fused = any(f".{part}." in name for part in self._by_head)
-        if len(array) % (heads * (_FUSED if is_fused else 2)):
+        if len(array) % (2 * heads):
             raise FormatError(f"{self.path}: tensor {name!r} has {len(array)} rows, which {heads} heads do not share")
-        if is_fused:
-            ordered = array.reshape(_FUSED, heads, -1, *array.shape[1:]).swapaxes(0, 1)
-        else:
-            # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
-            ordered = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
-        return np.ascontiguousarray(ordered).reshape(array.shape)
+        # llama.cpp rotates neighbouring rows of a head together, transformers rows that are half a head apart.
+        apart = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2)
+        return np.ascontiguousarray(apart).reshape(array.shape)
 
     def release(self, name: str) -> None:
         """Tell the system that a tensor's pages need not stay resident."""
@@ -108,17 +95,16 @@ def open_gguf_model(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensors]]
 
 def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTensors]]:
     architecture, config = model_config(file)
-    query_heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    heads = dict.fromkeys(architecture.by_head, query_heads)
+    heads = {}
     if architecture.interleaves:
-        heads |= {"q_proj": query_heads, "k_proj": key_heads}
-    split_rows = tuple(config["head_dim"] * count for count in (query_heads, key_heads, key_heads))
-    sources = find_sources(file, architecture, ROTATIONS, split_rows)
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    sources = find_sources(file, architecture, ROTATIONS, architecture.changes(config))
     names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
     _check_experts(path, file, sources, config)
-    types = {}
+    sources = {architecture.final_name(name, config): source for name, source in sources.items()}
+    types, columns = {}, {}
     for name, source in sources.items():
         if (kind := source.type(file)) not in FLOAT_TYPES:
             shape = file.tensors[source.name].shape
@@ -131,9 +117,11 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
                     "no matrix of weights"
                 )
             types[name] = kind
-    files = {part.path.name: GgufTensors(file, part, sources, architecture, heads) for part in file.parts}
+            if source.change is not None and source.change.columns is not None:
+                columns[name] = source.change.columns.tolist()
+    files = {part.path.name: GgufTensors(file, part, sources, heads) for part in file.parts}
     if types:
-        config["quantization_config"] = {"quant_method": "gguf", "types": types}
+        config["quantization_config"] = {"quant_method": "gguf", "types": types, "columns": columns}
     return config, files
 
 
@@ -168,10 +156,11 @@ def _check_experts(path: Path, file: GgufFile, sources: Mapping[str, Source], co
         FormatError: there is one.
     """
     for source in sources.values():
-        if source.expert == 0 and file.tensors[source.name].shape[0] != config["num_experts"]:
+        count = config.get("num_experts", 0)
+        if source.expert == 0 and file.tensors[source.name].shape[0] != count:
             raise FormatError(
                 f"{path}: tensor {source.name!r:.80} has {file.tensors[source.name].shape[0]} experts, and the model "
-                f"{config['num_experts']} (expert_count)"
+                f"{count} (expert_count)"
             )
 
 
@@ -184,7 +173,7 @@ def _biases(
         UnsupportedError: only some have one, or others than the architecture allows.
     """
     layers = all_layers(config)
-    left = {name for name in names if name.endswith(".bias")}
+    left = {name for name in names if name.endswith(".bias") and not name.endswith(architecture.loose_biases)}
     if architecture.has_norm_biases:
         norms = {f"{name.removesuffix('.weight')}.bias" for name in names if names[name].endswith("_norm.weight")}
         left -= norms

@@ -14,6 +14,7 @@ from entrollm.checkpoint.gguf_metadata import generation_config
 from entrollm.checkpoint.gguf_splits import SPLITS
 from entrollm.checkpoint.gguf_vocabulary import (
     BYTE_LEVEL,
+    GEMMA4,
     PREFIX,
     SENTENCE_PIECE,
     Vocabulary,
@@ -70,6 +71,8 @@ def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer = _byte_level(vocabulary)
     elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
+    elif kind == GEMMA4:
+        tokenizer = _gemma4(vocabulary)
     else:
         raise UnsupportedError(f"{vocabulary.path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     _add_special_tokens(tokenizer, vocabulary)
@@ -109,20 +112,33 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
         raise UnsupportedError(
             f"{vocabulary.path}: a tokenizer that splits text as {vocabulary.pre!r:.80} cannot be converted"
         )
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
-    if any(len(merge) != 2 for merge in merges):
-        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
-    tokenizer = _make(vocabulary, merges, ignore_merges=split.keeps_tokens)
+    tokenizer = _make(vocabulary, _merges(vocabulary), ignore_merges=split.keeps_tokens)
     steps: list[Any] = []
     if split.splits_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if split.words is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.words), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.words is None))
+    steps += [pre_tokenizers.Split(Regex(words), "isolated") for words in split.words]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split.words))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if split.composes:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
+    merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
+    if any(len(merge) != 2 for merge in merges):
+        raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
+    return merges
+
+
+def _gemma4(vocabulary: Vocabulary) -> Tokenizer:
+    """BPE over characters with bytes for what is in no piece; lines are split, and spaces are not."""
+    unknown = vocabulary.special("unknown")
+    tokenizer = _make(vocabulary, _merges(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 

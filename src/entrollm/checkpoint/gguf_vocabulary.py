@@ -11,7 +11,7 @@ from entrollm.errors import FormatError
 from entrollm.files.gguf import GgufFile
 
 PREFIX = "tokenizer.ggml."
-BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
+BYTE_LEVEL, SENTENCE_PIECE, GEMMA4 = "gpt2", "llama", "gemma4"
 
 # What SentencePiece models have where the file names no such token.
 _SENTENCE_PIECE_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
