@@ -419,6 +419,8 @@ def _gemma4_values(config: Any) -> dict[str, Any]:
         "rope.freq_base": 1e6,
         "rope.freq_base_swa": 1e4,
         "embedding_length_per_layer_input": 0,
+        # Without it, llama.cpp takes 30.
+        "final_logit_softcapping": config.final_logit_softcapping,
         "expert_count": config.num_experts,
         "expert_used_count": config.top_k_experts,
         "expert_feed_forward_length": config.moe_intermediate_size,
@@ -495,6 +497,7 @@ KINDS: Mapping[str, Kind] = {
             "sliding_window": 12,
             "layer_types": ["sliding_attention", "full_attention"],
             "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 3.0,
             "attention_k_eq_v": True,
             "num_global_key_value_heads": 1,
             "enable_moe_block": True,
@@ -505,6 +508,7 @@ KINDS: Mapping[str, Kind] = {
         "gemma4",
         _gemma4_values,
         _gemma4,
+        seed=9,
     ),
 }
 
