@@ -165,7 +165,7 @@ def test_experts_that_are_transposed_are_refused(tmp_path: Path) -> None:
     write_random(tmp_path)
     with (
         Checkpoint.open(tmp_path / "model.gguf") as checkpoint,
-        pytest.raises(UnsupportedError, match=r"\.T is an expert that transformers holds transposed.*without it"),
+        pytest.raises(UnsupportedError, match=r"\.T is a matrix that transformers holds transposed.*without it"),
     ):
         Network(checkpoint, TorchDevice("cpu"))
 

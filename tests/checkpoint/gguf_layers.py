@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tests.checkpoint.gguf_layer_norms import CENTERED, outer_shapes
+
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
@@ -76,6 +78,10 @@ def _granite(index: int) -> Shapes:
     return {**_ATTENTION, **_INPUT_NORMS, **experts, "ffn_gate_inp.weight": (EXPERTS, HIDDEN)}
 
 
+def _granite_shared(index: int) -> Shapes:
+    return {**_granite(index), **_SHARED}
+
+
 def _glm(index: int) -> Shapes:
     biases = {f"attn_{part}.bias": (size,) for part, size in (("q", WIDE), ("k", NARROW), ("v", NARROW))}
     norms = {"attn_norm.weight": (HIDDEN,), "post_attention_norm.weight": (HIDDEN,)}
@@ -97,7 +103,16 @@ def _gemma4(index: int) -> Shapes:
     return {**found, **_INPUT_NORMS, **_OUTPUT_NORMS, "layer_output_scale.weight": (1,)}
 
 
-# The layers of each architecture, and its keys without its name; None removes a common key.
+_GRANITE_VALUES = {
+    "expert_count": EXPERTS,
+    "expert_used_count": 2,
+    "attention.scale": 0.25,
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "logit_scale": 4.0,
+}
+# The layers of each architecture, and its keys without its name; None removes a common key. What follows a colon tells
+# files of one architecture apart.
 LAYERED: Mapping[str, tuple[Callable[[int], Shapes], Mapping[str, Any]]] = {
     "mistral3": (
         _llama,
@@ -119,7 +134,7 @@ LAYERED: Mapping[str, tuple[Callable[[int], Shapes], Mapping[str, Any]]] = {
         },
     ),
     "exaone4": (_exaone4, {}),
-    "olmo2-windows": (_olmo3, _WINDOW),
+    "olmo2:windows": (_olmo3, _WINDOW),
     "ernie4_5": (_llama, {}),
     "ernie4_5-moe": (
         _ernie,
@@ -144,16 +159,10 @@ LAYERED: Mapping[str, tuple[Callable[[int], Shapes], Mapping[str, Any]]] = {
         },
     ),
     "lfm2": (_lfm2, {"attention.head_count_kv": [0, 2, 0, 2], "shortconv.l_cache": 3}),
-    "granitemoe": (
-        _granite,
-        {
-            "expert_count": EXPERTS,
-            "expert_used_count": 2,
-            "attention.scale": 0.25,
-            "embedding_scale": 3.0,
-            "residual_scale": 0.5,
-            "logit_scale": 4.0,
-        },
+    "granitemoe": (_granite, _GRANITE_VALUES),
+    "granitemoe:shared": (
+        _granite_shared,
+        {**_GRANITE_VALUES, "expert_shared_feed_forward_length": 2 * EXPERT_SIZE, "rope.scaling.finetuned": True},
     ),
     "glm4moe": (
         _glm,
@@ -166,6 +175,7 @@ LAYERED: Mapping[str, tuple[Callable[[int], Shapes], Mapping[str, Any]]] = {
             "rope.dimension_count": HEAD // 2,
         },
     ),
+    **CENTERED,
 }
 _TIED = ("cohere2", "ernie4_5", "ernie4_5-moe", "gemma4", "lfm2")
 
@@ -173,6 +183,8 @@ _TIED = ("cohere2", "ernie4_5", "ernie4_5-moe", "gemma4", "lfm2")
 def shapes_of(architecture: str) -> Shapes:
     """The shapes of all tensors of a model of four layers."""
     layer, _ = LAYERED[architecture]
+    if architecture in CENTERED:
+        return outer_shapes(architecture) | _numbered(layer)
     found: Shapes = {"token_embd.weight": (VOCABULARY, HIDDEN)}
     found["token_embd_norm.weight" if architecture == "lfm2" else "output_norm.weight"] = (HIDDEN,)
     if architecture not in _TIED:
@@ -180,6 +192,8 @@ def shapes_of(architecture: str) -> Shapes:
     if architecture == "gemma4":
         found |= {"per_layer_token_embd.weight": (VOCABULARY, 4 * 32), "per_layer_model_proj.weight": (4 * 32, HIDDEN)}
         found |= {"per_layer_proj_norm.weight": (32,), "rope_freqs.weight": (HEAD,)}
-    for index in range(4):
-        found |= {f"blk.{index}.{name}": shape for name, shape in layer(index).items()}
-    return found
+    return found | _numbered(layer)
+
+
+def _numbered(layer: Callable[[int], Shapes]) -> Shapes:
+    return {f"blk.{index}.{name}": shape for index in range(4) for name, shape in layer(index).items()}

@@ -252,9 +252,9 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, _Source]:
     known = model.state_dict()
     found: dict[str, dict[str | None, list[str]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
-        if layout.transposed_member(name) is not None:
+        if layout.is_transposed(name):
             raise UnsupportedError(
-                f"{checkpoint.path}: {name} is an expert that transformers holds transposed, which calibration cannot "
+                f"{checkpoint.path}: {name} is a matrix that transformers holds transposed, which calibration cannot "
                 "follow; compress the model without it"
             )
         member = layout.stack_member(name)

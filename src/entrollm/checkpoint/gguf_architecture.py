@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from entrollm.checkpoint.gguf_changes import Changes
+from entrollm.errors import UnsupportedError
+
 
 class Values(Protocol):
     """The keys of a file's architecture, without its name."""
@@ -34,12 +37,23 @@ class Values(Protocol):
     def has_tensor(self, name: str) -> bool:
         """Whether the file has a tensor."""
 
+    def unsupported(self, name: str) -> UnsupportedError:
+        """The error to raise for the value of a key."""
+
 
 Extend = Callable[[Values, dict[str, Any]], dict[str, Any]]
 
 
 def _nothing(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {}
+
+
+def _no_changes(config: Mapping[str, Any]) -> Changes:
+    return {}
+
+
+def _same_name(name: str, config: Mapping[str, Any]) -> str:
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +71,7 @@ class Architecture:
         following: the end of a stack's name, all rows of which come after those of the stack with the second end.
         rows: the ends of names that are matrices of one row, and vectors in the file.
         kernels: the ends of names that are kernels of convolutions, and matrices in the file.
+        layers: what the names of tensors in layers begin with.
         outer: the names of tensors outside the layers that are not the usual ones.
         eps: the key of what norms add.
         rotates_part: only a part of each head may be rotated.
@@ -66,7 +81,14 @@ class Architecture:
         has_windows: layers may see a part of the context alone.
         has_factors: the file may hold factors of the rotation, which are those of Llama 3.
         has_layer_sizes: layers may differ in their key-value heads, 0 being a layer without, and features.
+        has_norm_biases: norms add a bias.
+        has_head_bias: the output head may add a bias.
         biases: projections that may have biases, by the key of config.json that says so; "" if the model type does.
+        loose_biases: the ends of names of biases that some layers may have.
+        plain_norms: the ends of names of norms whose weights are the same in the file, whatever `norm_offset` is.
+        has_own_heads: `extend` says how long heads are and how much of them is rotated.
+        changes: what is done to tensors of layers, from config.json.
+        final_name: the name of a tensor in the checkpoint, from the usual one and config.json.
     """
 
     model_type: str
@@ -79,6 +101,7 @@ class Architecture:
     following: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    layers: str = "model.layers."
     outer: Mapping[str, str] = field(default_factory=dict)
     eps: str = "attention.layer_norm_rms_epsilon"
     rotates_part: bool = False
@@ -88,7 +111,14 @@ class Architecture:
     has_windows: bool = False
     has_factors: bool = False
     has_layer_sizes: bool = False
+    has_norm_biases: bool = False
+    has_head_bias: bool = False
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose_biases: tuple[str, ...] = ()
+    plain_norms: tuple[str, ...] = ()
+    has_own_heads: bool = False
+    changes: Callable[[Mapping[str, Any]], Changes] = _no_changes
+    final_name: Callable[[str, Mapping[str, Any]], str] = _same_name
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -117,3 +147,14 @@ def granite_factors(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         "residual_multiplier": values.number("residual_scale", 0.0) or 1.0,
         "logits_scaling": values.number("logit_scale", 0.0) or 1.0,
     }
+
+
+def rotated_granite(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """The same, of models whose positions are rotated.
+
+    Raises:
+        UnsupportedError: they are not, which this key says of Granite models alone.
+    """
+    if not values.flag("rope.scaling.finetuned", True):
+        raise values.unsupported("rope.scaling.finetuned")
+    return granite_factors(values, config)

@@ -15,9 +15,13 @@ from entrollm.checkpoint.gguf_architecture import (
     SLIDING,
     Architecture,
     Values,
-    granite_factors,
     layer_kinds,
+    rotated_granite,
 )
+from entrollm.checkpoint.gguf_changes import Changes, Joined, Rows
+from entrollm.checkpoint.gguf_hybrids import HYBRIDS
+from entrollm.checkpoint.gguf_latent import LATENT
+from entrollm.checkpoint.gguf_layer_norm import CENTERED
 from entrollm.checkpoint.gguf_mixtures import MIXTURES
 
 _FOUR_NORMS = {
@@ -75,8 +79,14 @@ def _gemma4(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     values.expect("attention.value_length_swa", narrow, "the keys' length")
     values.expect("rope.dimension_count_swa", narrow, "the heads' length, of which all is rotated")
     shared = values.integer("attention.shared_kv_layers", 0, low=0)
+    experts: dict[str, Any] = {}
+    if count := values.integer("expert_count", 0, low=0):
+        experts = {"enable_moe_block": True, "num_experts": count}
+        experts["top_k_experts"] = values.integer("expert_used_count")
+        experts["moe_intermediate_size"] = values.integer("expert_feed_forward_length")
     full = [index for index in range(layers) if not slides[index]]
     return {
+        **experts,
         "hidden_activation": "gelu_pytorch_tanh",
         "head_dim": narrow,
         "intermediate_size": sizes[0],
@@ -103,6 +113,18 @@ _LAYER_INPUTS = {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
+}
+# The experts of Gemma 4, which run beside the usual part.
+_BESIDE = {
+    "ffn_gate_inp": "router.proj",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+}
+_BESIDE_STACKS: Changes = {
+    "ffn_gate_up_exps.weight": {"experts.gate_up_proj.{}": Rows()},
+    "ffn_gate_exps.weight": {"experts.gate_up_proj.{}": Joined(others=("ffn_up_exps.weight",))},
+    "ffn_down_exps.weight": {"experts.down_proj.{}": Rows()},
 }
 
 
@@ -236,9 +258,15 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 {"attention.sliding_window_pattern", "attention.key_length_swa", "attention.value_length_swa"}
                 | {"attention.shared_kv_layers", "embedding_length_per_layer_input", "final_logit_softcapping"}
                 | {"rope.freq_base_swa", "rope.dimension_count_swa"}
+                | {"expert_count", "expert_used_count", "expert_feed_forward_length"}
             ),
-            parts=_FOUR_NORMS | _LAYER_INPUTS,
-            whole_names={"layer_output_scale.weight": "layer_scalar"},
+            parts=_FOUR_NORMS | _LAYER_INPUTS | _BESIDE,
+            whole_names={
+                "layer_output_scale.weight": "layer_scalar",
+                "ffn_gate_inp.scale": "router.scale",
+                "ffn_down_exps.scale": "router.per_expert_scale",
+            },
+            changes=lambda config: _BESIDE_STACKS,
             outer={
                 "per_layer_token_embd": "model.embed_tokens_per_layer",
                 "per_layer_model_proj": "model.per_layer_model_projection",
@@ -252,7 +280,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granite": Architecture(
             model_type="granite",
             class_name="GraniteForCausalLM",
-            extend=granite_factors,
+            extend=rotated_granite,
             keys=GRANITE_FACTORS,
             interleaves=True,
             biases={"attention_bias": ATTENTION, "mlp_bias": MLP},
@@ -333,6 +361,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             parts={"post_attention_norm": "post_attention_layernorm"},
             biases={"attention_bias": QKV},
         ),
+        **CENTERED,
         **MIXTURES,
+        **LATENT,
+        **HYBRIDS,
     }
 )

@@ -19,6 +19,8 @@ from entrollm.errors import FormatError, UnsupportedError
 from entrollm.files.gguf import GgufFile
 
 _FACTORS, _LONG, _SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# The architectures that may have factors for long and for short texts.
+_TWO_LENGTHS = ("phi3", "phimoe")
 # Tensors that say how queries and keys are rotated.
 ROTATIONS = frozenset({_FACTORS, _LONG, _SHORT})
 
@@ -98,13 +100,14 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
     hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     head_dim = metadata.integer("attention.key_length", hidden // heads)
     context_length = metadata.integer("context_length")
-    metadata.expect("attention.value_length", head_dim, "the keys' length")
+    if not metadata.architecture.has_own_heads:
+        metadata.expect("attention.value_length", head_dim, "the keys' length")
     metadata.expect("vocab_size", embedding.shape[0], "the rows of token_embd.weight")
     architecture = metadata.architecture
     rope = _rope(metadata, file, context_length)
     if architecture.rotates_part:
         rope["partial_rotary_factor"] = metadata.integer("rope.dimension_count", head_dim) / head_dim
-    else:
+    elif not architecture.has_own_heads:
         metadata.expect("rope.dimension_count", head_dim, "the heads' length, of which all is rotated")
     window = metadata.integer("attention.sliding_window", 0, low=0)
     if 0 < window < context_length and not architecture.has_windows:
@@ -124,7 +127,7 @@ def model_config(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
         "model_type": architecture.model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": metadata.size("feed_forward_length"),
+        "intermediate_size": metadata.inner_size(),
         "num_hidden_layers": metadata.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
@@ -252,6 +255,12 @@ class _Metadata:
             raise FormatError(f"{self._path}: {self._prefix}{name} is 0 for all layers")
         return found[0]
 
+    def inner_size(self) -> int:
+        """The features of a feed-forward part; those of an expert if there are none besides."""
+        name = "expert_feed_forward_length"
+        is_given = self.has("feed_forward_length") or name not in self.architecture.keys or not self.has(name)
+        return self.size("feed_forward_length") if is_given else self.integer(name)
+
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         key = self._prefix + name
@@ -317,8 +326,10 @@ def _proportional(path: Path, factors: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _longrope(metadata: _Metadata, file: GgufFile) -> dict[str, Any]:
-    if metadata.architecture.model_type != "phi3" or not {_LONG, _SHORT} <= file.tensors.keys():
-        raise UnsupportedError(f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architecture phi3")
+    if metadata.architecture.model_type not in _TWO_LENGTHS or not {_LONG, _SHORT} <= file.tensors.keys():
+        raise UnsupportedError(
+            f"{file.path}: {_LONG} and {_SHORT} are supported together, for the architectures {', '.join(_TWO_LENGTHS)}"
+        )
     factors = {name: file.array(name).astype(np.float64).reshape(-1).tolist() for name in (_LONG, _SHORT)}
     for name, numbers in factors.items():
         if not all(0 < number < math.inf for number in numbers):

@@ -12,26 +12,27 @@ from entrollm.checkpoint.gguf_architecture import (
     QKV,
     Architecture,
     Values,
-    granite_factors,
     layer_kinds,
+    rotated_granite,
 )
 
 
-def _experts(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+def counted_experts(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """The experts of a model, and those of a token."""
     count, used = values.integer("expert_count"), values.integer("expert_used_count")
     return {"num_experts": count, "num_local_experts": count, "num_experts_per_tok": used}
 
 
 def _qwen3_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     size = values.integer("expert_feed_forward_length")
-    return {**_experts(values, config), "moe_intermediate_size": size, "norm_topk_prob": True}
+    return {**counted_experts(values, config), "moe_intermediate_size": size, "norm_topk_prob": True}
 
 
 def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     # Some converters leave out the size of the part that all tokens run through, which is then the common one.
     shared = values.integer("expert_shared_feed_forward_length", config["intermediate_size"])
     return {
-        **_experts(values, config),
+        **counted_experts(values, config),
         "moe_intermediate_size": values.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": shared,
         "norm_topk_prob": False,
@@ -39,13 +40,13 @@ def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _olmoe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {**_experts(values, config), "norm_topk_prob": False}
+    return {**counted_experts(values, config), "norm_topk_prob": False}
 
 
 def _gpt_oss(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     rope = config["rope_parameters"]
     return {
-        **_experts(values, config),
+        **counted_experts(values, config),
         "intermediate_size": values.integer("expert_feed_forward_length"),
         # The model's own code does not round the limits of the stretched frequencies.
         "rope_parameters": rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
@@ -65,7 +66,7 @@ def _guessing(values: Values) -> int:
 def _corrected(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     """Experts chosen by sigmoids plus a correction, within groups."""
     values.expect("expert_gating_func", _SIGMOID, "sigmoids")
-    counts = _experts(values, config)
+    counts = counted_experts(values, config)
     return {
         **counts,
         "n_routed_experts": counts["num_experts"],
@@ -79,8 +80,18 @@ def _corrected(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _granite_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    shared = values.integer("expert_shared_feed_forward_length", 0, low=0)
+    variant = {
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "model_type": "granitemoeshared",
+        "shared_intermediate_size": shared,
+    }
+    return {**counted_experts(values, config), **rotated_granite(values, config), **(variant if shared else {})}
+
+
 def _ernie4_5_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    counts = _experts(values, config)
+    counts = counted_experts(values, config)
     return {
         **counts,
         "moe_num_experts": counts["num_experts"],
@@ -129,7 +140,7 @@ _NEXT = {
 MIXTRAL = Architecture(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
-    extend=_experts,
+    extend=counted_experts,
     keys=frozenset({"expert_count", "expert_used_count"}),
     parts={
         "ffn_gate_inp": "block_sparse_moe.gate",
@@ -156,15 +167,23 @@ MIXTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitemoe": Architecture(
             model_type="granitemoe",
             class_name="GraniteMoeForCausalLM",
-            extend=lambda values, config: _experts(values, config) | granite_factors(values, config),
-            keys=GRANITE_FACTORS | {"expert_count", "expert_used_count"},
-            parts={"ffn_gate_inp": "block_sparse_moe.router.layer"},
+            extend=_granite_moe,
+            keys=GRANITE_FACTORS | {"expert_count", "expert_used_count", "expert_shared_feed_forward_length"},
+            parts={
+                "ffn_gate_inp": "block_sparse_moe.router.layer",
+                "ffn_gate_shexp": "shared_mlp.input_linear",
+                "ffn_up_shexp": "shared_mlp.input_linear",
+                "ffn_down_shexp": "shared_mlp.output_linear",
+            },
             whole_names={
                 "ffn_gate_exps.weight": "block_sparse_moe.input_linear.weight.{}",
                 "ffn_up_exps.weight": "block_sparse_moe.input_linear.weight.{}",
                 "ffn_down_exps.weight": "block_sparse_moe.output_linear.weight.{}",
             },
-            following={"ffn_up_exps.weight": "ffn_gate_exps.weight"},
+            following={
+                "ffn_up_exps.weight": "ffn_gate_exps.weight",
+                "ffn_up_shexp.weight": "ffn_gate_shexp.weight",
+            },
             interleaves=True,
             biases={"attention_bias": ATTENTION},
         ),

@@ -20,8 +20,6 @@ from entrollm.files.gguf_parts import open_gguf_parts
 from entrollm.files.safetensors import Entry
 from entrollm.format import layout
 
-_LAYER = re.compile(r"model\.layers\.(?P<index>\d+)\.")
-
 
 class GgufTensors:
     """The tensors of a GGUF file, or of a part of one, under Hugging Face's names.
@@ -32,7 +30,6 @@ class GgufTensors:
         file: the whole file.
         part: the part.
         sources: what the tensors of the whole file are made of.
-        architecture: of the model.
         heads: the heads of projections whose rows are in another order.
 
     Attributes:
@@ -45,7 +42,6 @@ class GgufTensors:
         file: GgufFile,
         part: GgufFile,
         sources: Mapping[str, Source],
-        architecture: Architecture,
         heads: Mapping[str, int],
     ) -> None:
         self.path = part.path
@@ -54,7 +50,6 @@ class GgufTensors:
         self._part = part
         self._sources = {name: source for name, source in sources.items() if source.name in part.tensors}
         self._heads = heads
-        self._norm_offset = np.float32(architecture.norm_offset)
         self.tensors: Mapping[str, Entry] = MappingProxyType(
             {name: source.entry(file) for name, source in self._sources.items()}
         )
@@ -62,8 +57,6 @@ class GgufTensors:
     def array(self, name: str) -> NDArray[Any]:
         """A tensor as Hugging Face has it; a view, unless its values or its rows are in another order in the file."""
         array = self._sources[name].array(self._file)
-        if self._norm_offset and name.endswith("norm.weight"):
-            return array.astype(np.float32) - self._norm_offset
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
         if heads is None:
             return array
@@ -105,27 +98,30 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
     heads = {}
     if architecture.interleaves:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    sources = find_sources(file, architecture, ROTATIONS)
+    sources = find_sources(file, architecture, ROTATIONS, architecture.changes(config))
     names = {name: source.name for name, source in sources.items()}
     _check_places(path, names, config, architecture)
     config |= _biases(path, names, config, architecture)
     _check_experts(path, file, sources, config)
-    types = {}
+    sources = {architecture.final_name(name, config): source for name, source in sources.items()}
+    types, columns = {}, {}
     for name, source in sources.items():
         if (kind := source.type(file)) not in FLOAT_TYPES:
             shape = file.tensors[source.name].shape
             if len(shape) != (2 if source.expert is None else 3):
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
-            is_member = layout.stack_member(name) is not None or layout.transposed_member(name) is not None
+            is_member = layout.stack_member(name) is not None or layout.is_transposed(name)
             if not name.endswith(".weight") and not is_member:
                 raise UnsupportedError(
                     f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
                     "no matrix of weights"
                 )
             types[name] = kind
-    files = {part.path.name: GgufTensors(file, part, sources, architecture, heads) for part in file.parts}
+            if source.change is not None and source.change.columns is not None:
+                columns[name] = source.change.columns.tolist()
+    files = {part.path.name: GgufTensors(file, part, sources, heads) for part in file.parts}
     if types:
-        config["quantization_config"] = {"quant_method": "gguf", "types": types}
+        config["quantization_config"] = {"quant_method": "gguf", "types": types, "columns": columns}
     return config, files
 
 
@@ -142,8 +138,9 @@ def _check_places(path: Path, names: Mapping[str, str], config: Mapping[str, Any
         UnsupportedError: there is one.
     """
     layers = all_layers(config)
+    layer = re.compile(re.escape(architecture.layers) + r"(?P<index>\d+)\.")
     for name, theirs in names.items():
-        match = _LAYER.match(name)
+        match = layer.match(name)
         if match is not None and int(match["index"]) >= layers:
             raise UnsupportedError(f"{path}: tensor {theirs!r:.80} is beyond the {layers} layers of the model")
         if "_norm.weight" in name and ".self_attn." in name and not architecture.has_qk_norms:
@@ -159,10 +156,11 @@ def _check_experts(path: Path, file: GgufFile, sources: Mapping[str, Source], co
         FormatError: there is one.
     """
     for source in sources.values():
-        if source.expert == 0 and file.tensors[source.name].shape[0] != config["num_experts"]:
+        count = config.get("num_experts", 0)
+        if source.expert == 0 and file.tensors[source.name].shape[0] != count:
             raise FormatError(
                 f"{path}: tensor {source.name!r:.80} has {file.tensors[source.name].shape[0]} experts, and the model "
-                f"{config['num_experts']} (expert_count)"
+                f"{count} (expert_count)"
             )
 
 
@@ -175,12 +173,17 @@ def _biases(
         UnsupportedError: only some have one, or others than the architecture allows.
     """
     layers = all_layers(config)
-    left = {name for name in names if name.endswith(".bias")}
+    left = {name for name in names if name.endswith(".bias") and not name.endswith(architecture.loose_biases)}
+    if architecture.has_norm_biases:
+        norms = {f"{name.removesuffix('.weight')}.bias" for name in names if names[name].endswith("_norm.weight")}
+        left -= norms
+    if architecture.has_head_bias:
+        left = {name for name in left if names[name] != "output.bias"}
     found = {}
     for key, parts in architecture.biases.items():
         found[key] = False
         if layers * len(parts) <= len(left):  # the number of layers is what the file claims
-            complete = {f"model.layers.{index}.{part}.bias" for index in range(layers) for part in parts}
+            complete = {f"{architecture.layers}{index}.{part}.bias" for index in range(layers) for part in parts}
             found[key] = complete <= left
             left -= complete if found[key] else set()
     if left:

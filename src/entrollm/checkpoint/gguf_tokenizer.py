@@ -11,9 +11,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from entrollm.checkpoint.gguf_metadata import generation_config
+from entrollm.checkpoint.gguf_splits import SPLITS
 from entrollm.checkpoint.gguf_vocabulary import (
     BYTE_LEVEL,
-    LLAMA3_SPLITS,
+    GEMMA4,
     PREFIX,
     SENTENCE_PIECE,
     Vocabulary,
@@ -38,12 +39,6 @@ _FIXED: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {"add_sep_token": (False,), "suppress_tokens": ([],), "precompiled_charsmap": ([],)}
 )
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-# The expression that splits text into words, and llama.cpp's names of the ways of splitting.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2, _SMOLLM, _GPT2 = "qwen2", "smollm", "gpt-2"
 
 
 def convert_tokenizer(path: Path) -> dict[str, str]:
@@ -76,6 +71,8 @@ def _tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer = _byte_level(vocabulary)
     elif kind == SENTENCE_PIECE:
         tokenizer = _sentence_piece(vocabulary)
+    elif kind == GEMMA4:
+        tokenizer = _gemma4(vocabulary)
     else:
         raise UnsupportedError(f"{vocabulary.path}: a tokenizer of kind {kind!r:.80} cannot be converted")
     _add_special_tokens(tokenizer, vocabulary)
@@ -109,27 +106,39 @@ def _templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """BPE over bytes, as in Llama 3, Qwen and SmolLM."""
-    pre = vocabulary.pre
+    """BPE over bytes of words."""
+    split = SPLITS.get(vocabulary.pre or "")
+    if split is None:
+        raise UnsupportedError(
+            f"{vocabulary.path}: a tokenizer that splits text as {vocabulary.pre!r:.80} cannot be converted"
+        )
+    tokenizer = _make(vocabulary, _merges(vocabulary), ignore_merges=split.keeps_tokens)
+    steps: list[Any] = []
+    if split.splits_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps += [pre_tokenizers.Split(Regex(words), "isolated") for words in split.words]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split.words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if split.composes:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, ...]]:
     merges = [tuple(merge.split(" ")) for merge in vocabulary.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise FormatError(f"{vocabulary.path}: a merge of {PREFIX}merges is not a pair of tokens")
-    tokenizer = _make(vocabulary, merges, ignore_merges=pre in LLAMA3_SPLITS)
-    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in LLAMA3_SPLITS or pre == _QWEN2:
-        words = Regex(_WORDS.format(digits="" if pre == _QWEN2 else "{1,3}"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), bytes_of_words])
-        if pre == _QWEN2:
-            tokenizer.normalizer = normalizers.NFC()
-    elif pre == _SMOLLM:
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_text])
-    elif pre == _GPT2:
-        tokenizer.pre_tokenizer = bytes_of_text
-    else:
-        raise UnsupportedError(f"{vocabulary.path}: a tokenizer that splits text as {pre!r:.80} cannot be converted")
-    tokenizer.decoder = decoders.ByteLevel()
+    return merges
+
+
+def _gemma4(vocabulary: Vocabulary) -> Tokenizer:
+    """BPE over characters with bytes for what is in no piece; lines are split, and spaces are not."""
+    unknown = vocabulary.special("unknown")
+    tokenizer = _make(vocabulary, _merges(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 

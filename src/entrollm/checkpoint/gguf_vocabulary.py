@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from entrollm.checkpoint.gguf_splits import SPLITS
 from entrollm.errors import FormatError
 from entrollm.files.gguf import GgufFile
 
 PREFIX = "tokenizer.ggml."
-BYTE_LEVEL, SENTENCE_PIECE = "gpt2", "llama"
-# Ways to split text, by llama.cpp's names, that begin every text with the start token unless the file says otherwise.
-LLAMA3_SPLITS = frozenset({"llama3", "llama-v3", "llama-bpe"})
+BYTE_LEVEL, SENTENCE_PIECE, GEMMA4 = "gpt2", "llama", "gemma4"
 
 # What SentencePiece models have where the file names no such token.
 _SENTENCE_PIECE_DEFAULTS = {"bos": 1, "eos": 2, "unknown": 0}
@@ -112,7 +111,8 @@ class Vocabulary:
 
     def begins_text(self) -> bool:
         """Whether the start token comes before every text: the file says so, or else the kind of tokenizer."""
-        by_kind = self.kind == SENTENCE_PIECE or self.pre in LLAMA3_SPLITS
+        split = SPLITS.get(self.pre or "")
+        by_kind = self.kind == SENTENCE_PIECE or (split is not None and split.begins_text)
         return self.flag("add_bos_token", by_kind)
 
 

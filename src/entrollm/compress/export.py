@@ -119,11 +119,16 @@ def _check_new(out: Path) -> None:
 def _members(model: CompressedModel) -> dict[str, list[str]]:
     """The tensors of the checkpoint, each with what it is made of: itself, or the matrices of a stack."""
     # Experts of GGUF files that keep their type are matrices of a stack, too.
-    kept = (name for name in model.plain if layout.transposed_member(name) and model.array(name).ndim == 2)
+    kept = (name for name in model.plain if layout.is_kept_member(name) and model.array(name).ndim == 2)
     stacks = find_stacks((*model.specs, *kept))
     stack_of = {member: stack for stack, members in stacks.items() for member in members}
-    names = (stack_of.get(name, name) for name in (*model.specs, *model.plain))
-    return {name: stacks.get(name, [name]) for name in names}
+    members = {}
+    for name in (*model.specs, *model.plain):
+        if name in stack_of:
+            members[stack_of[name]] = stacks[stack_of[name]]
+        else:
+            members[layout.transposed_matrix(name) or name] = [name]
+    return members
 
 
 def _type(model: CompressedModel, name: str, members: list[str], dtype: ExportType) -> str:
@@ -146,6 +151,8 @@ def _shape(model: CompressedModel, name: str, members: list[str]) -> tuple[int, 
     if members == [name]:
         return found.pop()
     rows, columns = found.pop()
+    if layout.transposed_matrix(members[0]) == name:
+        return columns, rows
     return (len(members), columns, rows) if is_transposed(members) else (len(members), rows, columns)
 
 
@@ -170,9 +177,9 @@ def _chunks(model: CompressedModel, name: str, dtype: str, pool: _core.ThreadPoo
     model.check_checksum(name)
     if name not in model.specs:
         array = model.array(name)
-        is_member = layout.transposed_member(name) and array.ndim == 2
-        yield np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False).T) if is_member else array
-    elif layout.transposed_member(name):
+        is_turned = layout.is_transposed(name) and array.ndim == 2
+        yield np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False).T) if is_turned else array
+    elif layout.is_transposed(name):
         matrix = matrix_of(model, name)
         if matrix.lossless is not None and dtype == matrix.spec.dtype:
             weights = matrix.original(0, matrix.spec.rows, pool)

@@ -10,6 +10,7 @@ import numpy as np
 from entrollm import _core
 from entrollm.engine.linear import CodedLinear
 from entrollm.engine.weights import Embedding, Floats, Weights, load_embedding, load_linear, load_tensor
+from entrollm.format.layout import transposed_name
 from entrollm.models.config import ModelConfig
 
 # Rows of a transposed matrix that are decoded at once.
@@ -26,7 +27,8 @@ class Projection:
         outputs: out_features of each part, by name without the suffix.
         in_features: of every part.
         bias: whether every part has one, named `.bias`; or the biases of all parts.
-        is_transposed: the matrix, of which there is one, is stored as (in_features, out_features).
+        is_transposed: the matrix, of which there is one, is stored as (in_features, out_features), or its transpose
+            under the name of one.
         suffix: what the names of the matrices end with.
     Raises:
         FormatError: a tensor is missing or has another shape.
@@ -44,7 +46,11 @@ class Projection:
         self._linear: Apply
         if is_transposed:
             ((name, size),) = outputs.items()
-            self._linear = _Transposed(load_embedding(weights, name + suffix, (in_features, size)))
+            turned = transposed_name(name + suffix)
+            if turned in weights:
+                self._linear = load_linear(weights, {turned: (size, in_features)})
+            else:
+                self._linear = _Transposed(load_embedding(weights, name + suffix, (in_features, size)))
         else:
             shapes = {name + suffix: (size, in_features) for name, size in outputs.items()}
             self._linear = load_linear(weights, shapes)

@@ -201,9 +201,30 @@ def stack_member(name: str) -> tuple[str, int] | None:
     return (stack, int(index)) if stack and is_number else None
 
 
+def is_transposed(name: str) -> bool:
+    """Whether a matrix is the transpose of a matrix of the model, or of one matrix of a tensor of three axes."""
+    return name.endswith(_TRANSPOSED)
+
+
+def transposed_name(name: str) -> str:
+    """The name of the transpose of a matrix of the model."""
+    return name + _TRANSPOSED
+
+
 def transposed_member(name: str) -> tuple[str, int] | None:
     """As stack_member, of a coded matrix that is the transpose of one matrix of the tensor."""
-    return stack_member(name.removesuffix(_TRANSPOSED)) if name.endswith(_TRANSPOSED) else None
+    return stack_member(name.removesuffix(_TRANSPOSED)) if is_transposed(name) else None
+
+
+def transposed_matrix(name: str) -> str | None:
+    """The matrix of the model that a matrix is the transpose of; None if it is of a stack, or not transposed."""
+    return name.removesuffix(_TRANSPOSED) if is_transposed(name) and transposed_member(name) is None else None
+
+
+def is_kept_member(name: str) -> bool:
+    """Whether a plain matrix of this name is one of a stack, as matrices of experts from GGUF files are."""
+    member = stack_member(name)
+    return transposed_member(name) is not None or (member is not None and member[0].endswith(".weight"))
 
 
 def member_name(stack: str, index: int, *, is_transposed: bool = False) -> str:

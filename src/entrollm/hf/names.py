@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class StoredParameter:
 
 
 def find_parameters(
-    model: Any, shapes: Mapping[str, tuple[int, int]], kept: Iterable[str], are_equal: Callable[[str, str], bool]
+    model: Any, shapes: Mapping[str, tuple[int, int]], kept: Collection[str], are_equal: Callable[[str, str], bool]
 ) -> dict[str, StoredParameter]:
     """Find the parameters that the matrices of a checkpoint belong to. Matrices that the model lacks are left out.
 
@@ -64,6 +64,7 @@ def find_parameters(
         UnsupportedError: transformers rearranges a matrix in a way that coded weights do not support, or makes a
             parameter of coded and kept tensors.
     """
+    _refuse_transposed((*shapes, *kept))
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
@@ -82,10 +83,10 @@ def find_parameters(
             found.setdefault(path, {}).setdefault(pattern, []).append(name)
     kept_paths = set()
     for name in kept:
-        if layout.transposed_member(name) is not None:
+        if layout.is_kept_member(name):
             raise UnsupportedError(
-                f"{name} is a matrix of an expert that is kept in its type, and transformers holds it transposed; "
-                "expected coded experts",
+                f"{name} is a matrix of an expert that is kept in its type, and transformers holds those of all "
+                "experts in one tensor; expected coded experts",
                 hint=Message(
                     "compress the model without keeping it, or load what `entrollm export` makes of the folder"
                 ),
@@ -103,6 +104,15 @@ def find_parameters(
         stored[path] = parameter
     _settle_ties(model, stored, kept_paths, are_equal)
     return stored
+
+
+def _refuse_transposed(names: Iterable[str]) -> None:
+    for name in names:
+        if layout.transposed_matrix(name) is not None:
+            raise UnsupportedError(
+                f"{name} is the transpose of the matrix that transformers has, as GGUF files of GPT-2 hold it",
+                hint=Message("load what `entrollm export` makes of the folder"),
+            )
 
 
 def _settle_ties(

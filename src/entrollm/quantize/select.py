@@ -82,9 +82,11 @@ def plan_tensors(
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is a weight matrix (of a linear layer, an embedding or the output head), or a stack of them.
 
-    A matrix whose name is that of the transpose of one matrix of a stack is a weight matrix, too.
+    A matrix whose name is that of one matrix of a stack, or of a transpose, is a weight matrix, too.
     """
-    is_matrix = name.endswith("weight") or layout.transposed_member(name) is not None
+    member = layout.stack_member(name)
+    whole = layout.transposed_matrix(name) or (name if member is None else member[0])
+    is_matrix = whole.endswith("weight") or layout.transposed_member(name) is not None
     return (len(shape) == 2 and is_matrix) or is_stack(name, shape)
 
 

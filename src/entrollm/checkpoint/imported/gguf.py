@@ -22,6 +22,7 @@ factors does not matter.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,21 +51,43 @@ def recognise(quantization: Mapping[str, Any]) -> bool:
 
 
 def matrices(quantization: Mapping[str, Any], tensors: RawTensors) -> Iterator[ImportedMatrix]:
-    """The quantized matrices of a file; see `Format`. `types` of the config names the block type of each."""
+    """The quantized matrices of a file; see `Format`.
+
+    `types` of the config names the block type of each; `columns` says where the columns of some belong.
+    """
     for name, kind in quantization["types"].items():
         rows, row_bytes = tensors.entries[name].shape
         block = _SIZES[kind]
-        read = functools.partial(_read, name, kind, tensors)
+        read = functools.partial(_read, name, kind, tensors, quantization.get("columns", {}).get(name))
         yield ImportedMatrix(name, (rows, row_bytes // block.size_bytes * block.weights), "F32", (name,), read)
 
 
-def _read(name: str, kind: str, tensors: RawTensors) -> ImportedWeights:
+def dequantize(kind: str, octets: Octets) -> NDArray[np.float32]:
+    """The weights of rows of blocks.
+
+    Args:
+        kind: the type of the blocks.
+        octets: uint8 (rows, bytes of a row).
+    Returns:
+        float32 (rows, columns).
+    Raises:
+        FormatError: a block is malformed.
+    """
+    symbols, scales = _UNPACK[kind](octets.reshape(len(octets), -1, _SIZES[kind].size_bytes))
+    return scales.apply(symbols.reshape(len(octets), -1).astype(np.float32), slice(None))
+
+
+def _read(name: str, kind: str, tensors: RawTensors, columns: list[int] | None) -> ImportedWeights:
     octets = tensors.array(name)
     rows = len(octets)
     try:
         symbols, scales = _UNPACK[kind](octets.reshape(rows, -1, _SIZES[kind].size_bytes))
     except FormatError as error:  # which names the part of the blocks
         raise FormatError(f"{name}: {error}") from None
+    if columns is not None:
+        types = {**scales.form.types, "column_order": "U32"}
+        arrays = {**scales.arrays, "column_order": np.array(columns, np.uint32)}
+        scales = GroupScales(dataclasses.replace(scales.form, types=types), arrays)
     for part, array in scales.arrays.items():
         if array.dtype in (np.float16, np.float32) and not np.isfinite(array).all():
             raise FormatError(f"{name}: its {part} has a value that is not finite")

@@ -1,0 +1,55 @@
+"""GGUF files of models of transformers: logits equal those of the original, and llama.cpp's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from entrollm import CompressOptions, compress
+from entrollm.engine.load import load
+from tests.checkpoint.gguf_converted import KINDS, make_model, tokens, write_file
+from tests.checkpoint.test_llamacpp import ask, is_installed
+from tests.engine.architectures import reference_logits, relative_difference
+
+TOKENS = tokens()
+VOCABULARY = len(TOKENS["tokenizer.ggml.tokens"])
+IDS = np.random.default_rng(9).integers(5, VOCABULARY, 48).tolist()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request: pytest.FixtureRequest) -> tuple[str, Any, Any]:
+    """A kind of model, a model, and its logits."""
+    torch.set_num_threads(1)
+    model = make_model(KINDS[request.param], VOCABULARY)
+    return request.param, model, reference_logits(model, IDS)
+
+
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["floats", "blocks"])
+def test_logits(made: tuple[str, Any, Any], is_quantized: bool, tmp_path: Path) -> None:
+    name, model, expected = made
+    path = write(name, model, tmp_path, is_quantized=is_quantized)
+    found = load(path).logits(IDS)
+    assert relative_difference(found, expected) < 1e-4
+    # llama.cpp rounds what it multiplies with blocks to 8 bits.
+    if is_installed() and not is_quantized:
+        theirs = np.array(ask(path, [], IDS)["logits"])
+        assert np.abs(theirs - found).max() < 0.03 * theirs.std()
+
+
+def write(name: str, model: Any, folder: Path, *, is_quantized: bool) -> Path:
+    path = folder / "model.gguf"
+    path.write_bytes(write_file(KINDS[name], model, is_quantized=is_quantized, tokens=TOKENS).to_bytes())
+    return path
+
+
+@pytest.mark.parametrize("name", ["qwen35moe", "granitehybrid-experts", "gemma4-experts"])
+def test_coded_blocks(name: str, tmp_path: Path) -> None:
+    """Stacks that are joined, and columns in another order."""
+    model = make_model(KINDS[name], VOCABULARY)
+    path = write(name, model, tmp_path, is_quantized=True)
+    compress(path, tmp_path / "coded", CompressOptions(measure=False))
+    assert relative_difference(load(tmp_path / "coded").logits(IDS), reference_logits(model, IDS)) < 2e-3
