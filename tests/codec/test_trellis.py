@@ -1,0 +1,34 @@
+"""The trellis of two grids: what symbols stand for, in half steps."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from entrollm.codec import reference
+from entrollm.codec.trellis import MAX_TRELLIS_SYMBOL, half_steps, trellis_symbols
+
+
+def symbols_of(rows: int, columns: int, seed: int, largest: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, largest, (rows, columns), np.uint8, endpoint=True)
+
+
+@given(rows=st.integers(1, 3), columns=st.integers(1, 200), seed=st.integers(0, 2**32 - 1))
+def test_half_steps_are_those_of_the_reference(rows: int, columns: int, seed: int) -> None:
+    symbols = symbols_of(rows, columns, seed, 255)
+    assert half_steps(symbols).tolist() == [reference.half_steps_of_row(row) for row in symbols.tolist()]
+
+
+def test_half_steps_of_a_row_by_hand() -> None:
+    # m = 0, 0, the parity of column 1, that of 2, of 1 and 3, of 2 and 4, of 1, 3 and 5.
+    symbols = np.array([[5, 3, 4, 7, 1, 1, 127]], np.uint8)
+    assert half_steps(symbols).tolist() == [[10, 6, 9, 14, 2, 3, 255]]
+
+
+def test_symbols_come_back_from_half_steps() -> None:
+    symbols = symbols_of(5, 1000, 1, MAX_TRELLIS_SYMBOL)
+    steps = half_steps(symbols)
+    np.testing.assert_array_equal(trellis_symbols(steps), symbols)
+    assert 0.4 < (steps & 1).mean() < 0.6
