@@ -249,4 +249,5 @@ NB_MODULE(_core, m) {
   bind_layer(m);
   bind_lossless(m);
   bind_ops(m);
+  bind_rounding(m);
 }

@@ -10,6 +10,8 @@ VECTOR: int
 SLACK_BYTES: int
 MAX_BLOCK: int
 MAX_BLOCK_COLUMNS: int
+MOST_TRELLIS_COLUMNS: int
+TRELLIS_ZERO: int
 
 class CorruptBlockError(ValueError): ...
 
@@ -316,3 +318,23 @@ class FeedForwardBlock:
         """(n, features) -> a new (n, features)."""
 
 def histogram(symbols: NDArray[np.uint8]) -> NDArray[np.int64]: ...
+def round_trellis(
+    left: NDArray[np.float32],
+    reach: NDArray[np.float32] | None,
+    weights: NDArray[np.float32],
+    prices: NDArray[np.float32],
+    start: NDArray[np.float32],
+    has_origin: bool,
+) -> NDArray[np.float32]:
+    """Round the columns of a block to the cheapest paths of a trellis, the last column first.
+
+    Args:
+        left: shape (columns, rows), 1 to MOST_TRELLIS_COLUMNS columns, in steps.
+        reach: shape (columns, columns), what a 1 in a column takes from each before it; None if that is nothing.
+        weights: shape (columns,), what the square of an error costs.
+        prices: shape (2 * TRELLIS_ZERO,), of the symbols, in squared steps.
+        start: shape (4, rows), what it costs to begin in a state; see `quantize.trellis`.
+        has_origin: whether the first column is that of the matrix.
+    Returns:
+        Integers, or integers and a half, in the shape of `left`.
+    """

@@ -114,6 +114,8 @@ def _plan_imported(
         sizes = Option("bits"), Option("bpw"), Option("size")
         some = Option("overrides", {Placeholder("GLOB"): Placeholder("N")})
         raise OptionError(Message(alternatives, where, *sizes, some))
+    if options.trellis:
+        raise OptionError(Message("{}: leave out {}, which rounds", where, Option("trellis")))
     others = {name: info.shape for name, info in checkpoint.tensors.items() if name not in imported}
     for override in options.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in others):
