@@ -91,8 +91,8 @@ def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[st
 
 
 def _imported(checkpoint: Checkpoint, options: CodingOptions) -> Mapping[str, ImportedMatrix]:
-    """The matrices whose integers are taken over; those of fp8 only if no other size is asked for."""
-    if checkpoint.imported or options.bits is not None or options.target is not None:
+    """The matrices whose integers are taken over; those of fp8 only if nothing asks for other integers."""
+    if checkpoint.imported or options.bits is not None or options.target is not None or options.trellis:
         return checkpoint.imported
     return checkpoint.fp8
 
