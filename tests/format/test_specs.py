@@ -29,9 +29,7 @@ def specs(draw: st.DrawFn) -> TensorSpec:
         grid_name=draw(st.text(max_size=64)),
         code=draw(codes()),
         blocks=Blocks(draw(st.integers(1, 8192)), draw(st.integers(1, 8192))),
-        kind=GridKind(
-            scale=draw(st.none() | floats), offset=draw(st.none() | floats), trellis=draw(st.booleans())
-        ),
+        kind=GridKind(scale=draw(st.none() | floats), offset=draw(st.none() | floats), trellis=draw(st.booleans())),
         relative_error=draw(st.floats(0, 1e9)),
         checksum=draw(st.integers(0, 2**32 - 1)),
     )
