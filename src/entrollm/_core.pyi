@@ -31,6 +31,8 @@ class Geometry:
     def blocks(self) -> int: ...
 
 class CodedMatrix:
+    """A matrix that stays coded. With a trellis, `decode` gives half steps in the place of symbols."""
+
     def __init__(
         self,
         program: bytes,
@@ -42,6 +44,7 @@ class CodedMatrix:
         scale: NDArray[np.float32],
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
+        trellis: bool = False,
     ) -> None: ...
     def multiply(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
@@ -69,6 +72,7 @@ class FlatMatrix:
         scale: NDArray[np.float32],
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
+        trellis: bool = False,
     ) -> FlatMatrix: ...
     def copy(self, pool: ThreadPool) -> FlatMatrix:
         """The same matrix in memory of its own, in huge pages where the system grants them."""

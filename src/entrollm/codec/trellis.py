@@ -33,4 +33,4 @@ def half_steps(symbols: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def trellis_symbols(steps: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Undo `half_steps`."""
-    return steps >> 1
+    return np.right_shift(steps, np.uint8(1))
