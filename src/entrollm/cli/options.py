@@ -29,7 +29,7 @@ TrellisOption = Annotated[
     bool,
     typer.Option(
         "--trellis",
-        help="Let the weights of a row choose between two grids: as close to the original with 0.12 to 0.17 bits less "
+        help="Let the weights of a row choose between two grids: as close to the original with 0.13 to 0.2 bits less "
         "per weight. Products are slower, so it is for files that must be small.",
     ),
 ]

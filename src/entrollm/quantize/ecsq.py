@@ -78,7 +78,7 @@ class EcsqQuantizer:
     trellis: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
-        """Quantize a matrix. A weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
+        """Quantize a matrix. A weight beyond 118 steps (59 with a trellis) makes its whole row coarser, not clipped.
 
         Raises:
             FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.

@@ -52,7 +52,7 @@ class CompressOptions:
         keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         trellis: let the weights of a row choose between two grids, half a step apart: files that are as close to the
-            original take 0.12 to 0.17 bits less per weight, and products with them are slower. With "size" as `prefer`,
+            original take 0.13 to 0.2 bits less per weight, and products with them are slower. With "size" as `prefer`,
             and none of `bits`, `lossless` and "gptq".
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
