@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "codec/trellis.hpp"
 #include "format/code.hpp"
 #include "kernels/kernels.hpp"
 
@@ -26,6 +27,7 @@ class DecodeScratch {
   std::vector<std::uint32_t>& counts() { return counts_; }
   std::vector<const std::uint8_t*>& outputs() { return outputs_; }
   std::vector<std::uint32_t>& stream_offsets() { return stream_offsets_; }
+  std::vector<TrellisState>& trellis() { return trellis_; }  // of the rows of a row block
 
  private:
   struct Free {
@@ -37,6 +39,7 @@ class DecodeScratch {
   std::vector<std::uint32_t> counts_;
   std::vector<std::uint32_t> stream_offsets_;
   std::vector<const std::uint8_t*> outputs_;
+  std::vector<TrellisState> trellis_;
 };
 
 // The calling thread's buffers, kept between products.

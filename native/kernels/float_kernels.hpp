@@ -69,6 +69,23 @@ struct SumScaling {
   std::size_t stride;
 };
 
+// Columns to round to the paths of a trellis, the last one first; see codec/trellis.hpp for what a
+// path is. Numbers are in steps of a grid: an integer, or an integer and a half.
+struct TrellisBlock {
+  std::size_t columns;  // 1 to kMostTrellisColumns
+  std::size_t rows;
+  const float* left;     // (columns, rows), the numbers to round
+  const float* reach;    // (columns, columns), what a 1 takes from each column before it; or null
+  const float* weights;  // (columns), what the square of an error costs
+  const float* prices;   // of the 2 kTrellisZero symbols, in squared steps
+  const float* start;    // (4, rows), what it costs to begin in a state
+  bool has_origin;       // whether the first column is that of the matrix
+  float* out;            // (columns, rows), the numbers of the cheapest paths
+};
+inline constexpr std::size_t kMostTrellisColumns = 96;
+inline constexpr int kTrellisZero = 64;  // the symbol of 0
+inline constexpr float kClosedState = 1e30f;
+
 struct FloatKernels {
   // The bits of the largest magnitude, which compare as integers. They are at least those of
   // infinity if an entry is not finite.
@@ -109,6 +126,9 @@ struct FloatKernels {
   // Multiplies each run of the largest power of two that divides `count` by an orthonormal Hadamard
   // matrix, which is its own inverse, in place.
   void (*spread)(float* x, std::size_t count);
+
+  // Rounds the rows of a block, which do not depend on each other.
+  void (*round_trellis)(const TrellisBlock& block);
 };
 
 extern const FloatKernels kPortableFloatKernels;

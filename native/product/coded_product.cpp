@@ -119,7 +119,8 @@ std::size_t CodedProduct::run_tiles(std::size_t begin, std::size_t end) const {
 // Multiplies row groups [begin, end) with vectors [first, first + batch).
 std::size_t CodedProduct::run_batch(std::size_t begin, std::size_t end, std::size_t first,
                                     std::size_t batch) const {
-  const std::size_t step = groups_of(kTileRows);
+  // With a trellis, one row block at a time, whose parts are then decoded in order.
+  const std::size_t step = matrix_.has_trellis() ? 1 : groups_of(kTileRows);
   DecodeScratch& scratch = thread_scratch(matrix_.code_, matrix_.max_block());
   ProductBuffers& buffers = thread_buffers();
   buffers.tile.resize(step * matrix_.max_block() + kSlack);

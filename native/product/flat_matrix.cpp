@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "codec/decode.hpp"
+#include "codec/trellis.hpp"
 #include "product/flat_transcode.hpp"
 #include "product/matrix_product.hpp"
 
@@ -38,19 +39,12 @@ Geometry geometry_of(std::size_t rows, std::size_t columns) {
 FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
     : geometry_(matrix.geometry()),
       scales_(matrix.scales()),
-      segment_rows_(rows_of_segments(geometry_)),
-      arena_(std::in_place, most_flat_bytes(geometry_, segment_rows_)),
-      segments_((geometry_.rows - 1) / segment_rows_ + 1) {
+      segment_rows_(rows_of_segments(geometry_)) {
   const std::size_t padded = geometry_.padded_columns();
-  const std::size_t groups = segment_rows_ / geometry_.block_rows;
-  pool.run(segments_.size(), [&](std::size_t segment, std::size_t) {
-    const std::size_t first = segment * segment_rows_;
-    const std::size_t rows = std::min(segment_rows_, geometry_.rows - first);
-    Transcoder& transcoder = thread_transcoder();
-    std::uint8_t* symbols = transcoder.reserve(rows * padded);
+  transcode(pool, [&](std::size_t first, std::size_t rows, std::uint8_t* symbols) {
     DecodeScratch& scratch = thread_scratch(matrix.code_, matrix.max_block());
-    const std::size_t end = std::min(geometry_.row_blocks(), (segment + 1) * groups);
-    for (std::size_t group = segment * groups; group < end; ++group) {
+    const std::size_t end = (first + rows - 1) / geometry_.block_rows + 1;
+    for (std::size_t group = first / geometry_.block_rows; group < end; ++group) {
       for (std::size_t part = 0; part < geometry_.parts(); ++part) {
         if (!matrix.decode_part(group, part, scratch)) {
           throw_corrupt(group * geometry_.parts() + part);
@@ -63,17 +57,44 @@ FlatMatrix::FlatMatrix(ThreadPool& pool, const CodedMatrix& matrix)
         }
       }
     }
-    segments_[segment] = transcoder.transcode(rows, geometry_.columns, *arena_);
   });
-  settle(pool);
 }
 
 FlatMatrix::FlatMatrix(ThreadPool& pool, const FlatMatrix& stored)
     : geometry_(stored.geometry_),
       scales_(stored.scales_),
-      segment_rows_(stored.segment_rows_),
-      segments_(stored.segments_.size()) {
+      segment_rows_(stored.has_trellis_ ? rows_of_segments(geometry_) : stored.segment_rows_) {
+  if (!stored.has_trellis_) {
+    copy(pool, stored);
+    return;
+  }
+  const std::size_t padded = geometry_.padded_columns();
+  transcode(pool, [&](std::size_t first, std::size_t rows, std::uint8_t* symbols) {
+    for (std::size_t row = 0; row < rows; ++row) {
+      stored.unpack(first + row, 1, symbols + row * padded);
+    }
+  });
+}
+
+// Makes the segments of symbols that fill(first row, rows, symbols) writes, in rows of whole
+// chunks; it is called by all threads.
+template <class Fill>
+void FlatMatrix::transcode(ThreadPool& pool, const Fill& fill) {
+  arena_.emplace(most_flat_bytes(geometry_, segment_rows_));
+  segments_.resize((geometry_.rows - 1) / segment_rows_ + 1);
+  pool.run(segments_.size(), [&](std::size_t segment, std::size_t) {
+    const std::size_t first = segment * segment_rows_;
+    const std::size_t rows = std::min(segment_rows_, geometry_.rows - first);
+    Transcoder& transcoder = thread_transcoder();
+    fill(first, rows, transcoder.reserve(rows * geometry_.padded_columns()));
+    segments_[segment] = transcoder.transcode(rows, geometry_.columns, *arena_);
+  });
+  settle(pool);
+}
+
+void FlatMatrix::copy(ThreadPool& pool, const FlatMatrix& stored) {
   constexpr std::size_t kRounding = 3 * 64;  // pieces begin cache lines
+  segments_.resize(stored.segments_.size());
   std::size_t size = 0;
   for (const FlatSegment& segment : stored.segments_) {
     size += segment.rows * row_bytes(segment) + (segment.rows + 1) * sizeof(std::uint32_t) +
@@ -102,8 +123,11 @@ void FlatMatrix::settle(ThreadPool& pool) {
 }
 
 FlatMatrix::FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams,
-                       Scales scales)
-    : geometry_(geometry_of(rows, columns)), scales_(scales), segment_rows_(streams.segment_rows) {
+                       Scales scales, bool has_trellis)
+    : geometry_(geometry_of(rows, columns)),
+      scales_(scales),
+      segment_rows_(streams.segment_rows),
+      has_trellis_(has_trellis) {
   check_scales(scales, rows, columns);
   if (segment_rows_ == 0) throw std::invalid_argument("segments have no rows");
   const std::size_t count = (rows - 1) / segment_rows_ + 1;
@@ -202,6 +226,10 @@ void FlatMatrix::unpack(std::size_t first, std::size_t count, std::uint8_t* out)
     for (std::size_t at = patches.first[row + i]; at < patches.first[row + i + 1]; ++at) {
       column += patch_gap(patches.words[at]);
       out[column] = static_cast<std::uint8_t>(out[column] + patch_difference(patches.words[at]));
+    }
+    if (has_trellis_) {
+      TrellisState state;
+      make_half_steps(out, padded, state);
     }
   }
 }

@@ -1,6 +1,7 @@
 // A matrix in the flat form: fields of one width for each segment of rows, and patches where a
 // weight lies outside. It is read in place from its stored bytes or from a copy of them, or
-// transcoded from a coded matrix, whose integers, products and rows it then has.
+// transcoded from a coded matrix, whose integers, products and rows it then has. Only stored fields
+// may have a trellis; what is copied or transcoded from it has the half steps as its symbols.
 #pragma once
 
 #include <array>
@@ -36,10 +37,11 @@ class FlatMatrix {
   // Reads stored streams in place; they and the scales must outlive the matrix. Throws
   // std::invalid_argument if a size does not match, a window is out of range, or a patch lies
   // outside of its row.
-  FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams, Scales scales);
+  FlatMatrix(std::size_t rows, std::size_t columns, const FlatStreams& streams, Scales scales,
+             bool has_trellis = false);
 
   // Copies a matrix to memory of its own, where it has huge pages; the scales must outlive the
-  // copy.
+  // copy. Half steps of a trellis get fields of their own.
   FlatMatrix(ThreadPool& pool, const FlatMatrix& stored);
 
   const Geometry& geometry() const { return geometry_; }
@@ -49,6 +51,9 @@ class FlatMatrix {
   // Segment i holds the rows from i * segment_rows() on.
   std::span<const FlatSegment> segments() const { return segments_; }
   std::size_t segment_rows() const { return segment_rows_; }
+
+  // Whether rows must be unpacked to their half steps before they are multiplied.
+  bool has_trellis() const { return has_trellis_; }
 
   // Bytes of memory that it holds itself.
   std::size_t size_bytes() const {
@@ -70,6 +75,9 @@ class FlatMatrix {
   std::size_t row_bytes(const FlatSegment& segment) const {
     return flat_row_bytes(chunks(), segment.bits);
   }
+  template <class Fill>
+  void transcode(ThreadPool& pool, const Fill& fill);
+  void copy(ThreadPool& pool, const FlatMatrix& stored);
   void settle(ThreadPool& pool);
   void place(const FlatStreams& streams);
   std::size_t check_row(const FlatPatch* words, std::size_t size) const;
@@ -77,6 +85,7 @@ class FlatMatrix {
   Geometry geometry_;
   Scales scales_;
   std::size_t segment_rows_;
+  bool has_trellis_ = false;
   std::optional<Arena> arena_;        // of a transcoded matrix or a copy
   std::vector<std::uint32_t> first_;  // where the patches of stored rows begin in their segment
   std::vector<FlatSegment> segments_;

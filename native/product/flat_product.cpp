@@ -28,7 +28,7 @@ std::size_t FlatProduct::run(std::size_t begin, std::size_t end) const {
   end = std::min(matrix_.geometry().rows, end * unit_);
   if (uses_panels(x_.batch())) {
     run_panels(begin, end);
-  } else if (x_.batch() <= kMostFlatVectors) {
+  } else if (x_.batch() <= kMostFlatVectors && !matrix_.has_trellis()) {
     for_segments(begin, end, kFewRows, [&](const Run& run) { run_few(run); });
   } else {
     const std::size_t most = kTileSymbols / matrix_.geometry().padded_columns();

@@ -80,8 +80,14 @@ void dequantize_row(const Scales& scales, std::size_t row, std::span<const std::
 
 CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
                          std::span<const std::uint8_t> sparse,
-                         std::span<const std::uint16_t> sparse_sizes, Scales scales)
-    : code_(std::move(code)), geometry_(geometry), dense_(dense), sparse_(sparse), scales_(scales) {
+                         std::span<const std::uint16_t> sparse_sizes, Scales scales,
+                         bool has_trellis)
+    : code_(std::move(code)),
+      geometry_(geometry),
+      dense_(dense),
+      sparse_(sparse),
+      scales_(scales),
+      has_trellis_(has_trellis) {
   geometry_.validate();
   check_scales(scales, geometry_.rows, geometry_.columns);
   check_stream(dense, geometry_.dense_size(code_), "dense");
@@ -97,7 +103,7 @@ CodedMatrix::CodedMatrix(Code code, Geometry geometry, std::span<const std::uint
   check_stream(sparse, sparse_offsets_.back(), "sparse");
   part_bytes_ = code_.dense_size(geometry_.block_rows * geometry_.block_columns);
   row_block_bytes_ = geometry_.dense_before(code_, geometry_.block_rows, geometry_.parts());
-  if (kernels().cascade_product != nullptr) cascade_ = make_cascade(code_);
+  if (kernels().cascade_product != nullptr && !has_trellis_) cascade_ = make_cascade(code_);
 }
 
 bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
@@ -112,8 +118,22 @@ bool CodedMatrix::decode_part(std::size_t row_block, std::size_t part,
                           ? sparse_.subspan(sparse_offsets_[block],
                                             sparse_offsets_[block + 1] - sparse_offsets_[block])
                           : std::span<const std::uint8_t>();
-  return decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part),
-                      scratch) == BlockStatus::kOk;
+  if (decode_block(kernels(), code_, dense, sparse, rows * geometry_.columns_in(part), scratch) !=
+      BlockStatus::kOk) {
+    return false;
+  }
+  if (has_trellis_) add_trellis(row_block, part, scratch);
+  return true;
+}
+
+void CodedMatrix::add_trellis(std::size_t row_block, std::size_t part,
+                              DecodeScratch& scratch) const {
+  const std::size_t width = geometry_.columns_in(part);
+  std::vector<TrellisState>& states = scratch.trellis();
+  if (part == 0) states.assign(geometry_.rows_in(row_block), {});
+  for (std::size_t row = 0; row < states.size(); ++row) {
+    make_half_steps(scratch.block() + row * width, width, states[row]);
+  }
 }
 
 std::size_t CodedMatrix::for_blocks(std::size_t begin, std::size_t end,

@@ -21,7 +21,8 @@ struct CorruptBlock : std::runtime_error {
 
 [[noreturn]] void throw_corrupt(std::size_t block);
 
-// W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j]. `scale` and `offset` have one
+// W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j], where a trellis has half steps
+// in the place of symbols. `scale` and `offset` have one
 // entry, or one for each row; `offset` and `column_scale` may be empty.
 struct Scales {
   std::span<const float> scale;
@@ -60,10 +61,11 @@ struct DecodedBlock {
 class CodedMatrix {
  public:
   // The spans must outlive the matrix, and `dense` and `sparse` include kSlack bytes of padding.
-  // Throws std::invalid_argument if a size does not match the code and the geometry.
+  // With a trellis, everything below has half steps where it says symbols, and only the code knows
+  // the others. Throws std::invalid_argument if a size does not match the code and the geometry.
   CodedMatrix(Code code, Geometry geometry, std::span<const std::uint8_t> dense,
               std::span<const std::uint8_t> sparse, std::span<const std::uint16_t> sparse_sizes,
-              Scales scales);
+              Scales scales, bool has_trellis = false);
 
   // Not copyable, because the cascade points into the code's nodes. Moving leaves them in place.
   CodedMatrix(const CodedMatrix&) = delete;
@@ -74,6 +76,7 @@ class CodedMatrix {
   const Geometry& geometry() const { return geometry_; }
   const Scales& scales() const { return scales_; }
   const Code& code() const { return code_; }
+  bool has_trellis() const { return has_trellis_; }
 
   // Decodes the blocks of row groups [begin, end) in order, on the calling thread. Returns a block
   // that does not decode, or SIZE_MAX.
@@ -101,7 +104,9 @@ class CodedMatrix {
   friend class CodedProduct;
   friend class FlatMatrix;
   std::size_t max_block() const { return geometry_.block_rows * geometry_.block_columns; }
+  // With a trellis, a thread decodes the parts of a row block in order.
   bool decode_part(std::size_t group, std::size_t part, class DecodeScratch& scratch) const;
+  void add_trellis(std::size_t row_block, std::size_t part, class DecodeScratch& scratch) const;
   void copy_rows(std::size_t group, std::size_t part, std::size_t begin, std::size_t end,
                  const std::uint8_t* block, std::uint8_t* out) const;
 
@@ -114,6 +119,7 @@ class CodedMatrix {
   std::size_t part_bytes_;       // dense bytes of a part of a full row block; the last may be short
   std::size_t row_block_bytes_;  // and of all its parts
   Scales scales_;
+  bool has_trellis_;
   Cascade cascade_{};  // no levels if there is no fused product for the code
 };
 

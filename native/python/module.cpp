@@ -44,12 +44,12 @@ std::unique_ptr<PyMatrix> make_matrix(nb::bytes program, int low_bits, Geometry 
                                       Vector<std::uint8_t> dense, Vector<std::uint8_t> sparse,
                                       Vector<std::uint16_t> sparse_sizes, Vector<float> scale,
                                       std::optional<Vector<float>> offset,
-                                      std::optional<Vector<float>> column_scale) {
+                                      std::optional<Vector<float>> column_scale, bool trellis) {
   const auto bytes = std::span(static_cast<const std::uint8_t*>(program.data()), program.size());
   Scales scales{view(scale), offset ? view(*offset) : std::span<const float>(),
                 column_scale ? view(*column_scale) : std::span<const float>()};
   CodedMatrix matrix(Code(bytes, low_bits), geometry, view(dense), view(sparse), view(sparse_sizes),
-                     scales);
+                     scales, trellis);
   return std::unique_ptr<PyMatrix>(
       new PyMatrix{dense, sparse, scale, offset, column_scale, std::move(matrix)});
 }
@@ -77,7 +77,7 @@ std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shap
                                         Vector<std::uint8_t> fields, Vector<std::uint8_t> patches,
                                         Vector<std::uint16_t> row_sizes, Vector<float> scale,
                                         std::optional<Vector<float>> offset,
-                                        std::optional<Vector<float>> column_scale) {
+                                        std::optional<Vector<float>> column_scale, bool trellis) {
   if (reinterpret_cast<std::uintptr_t>(patches.data()) % alignof(FlatPatch) != 0) {
     throw std::invalid_argument("patches are not aligned");
   }
@@ -87,7 +87,7 @@ std::unique_ptr<PyFlatMatrix> open_flat(std::pair<std::size_t, std::size_t> shap
                             view(windows)};
   return std::unique_ptr<PyFlatMatrix>(
       new PyFlatMatrix{fields, patches, scale, offset, column_scale,
-                       FlatMatrix(shape.first, shape.second, streams, scales)});
+                       FlatMatrix(shape.first, shape.second, streams, scales, trellis)});
 }
 
 nb::ndarray<nb::numpy, float> multiply_all(const std::vector<PyAnyMatrix>& matrices,
@@ -206,7 +206,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("blocks", &Geometry::blocks);
   nb::class_<PyMatrix>(m, "CodedMatrix")
       .def(nb::new_(&make_matrix), "program"_a, "low_bits"_a, "geometry"_a, "dense"_a, "sparse"_a,
-           "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
+           "sparse_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none(),
+           "trellis"_a = false)
       .def(
           "multiply",
           [](const PyMatrix& self, Matrix<float> x, ThreadPool& pool) {
@@ -218,7 +219,8 @@ NB_MODULE(_core, m) {
   nb::class_<PyFlatMatrix>(m, "FlatMatrix")
       .def(nb::new_(&transcode), "coded"_a, "pool"_a)
       .def_static("open", &open_flat, "shape"_a, "segment_rows"_a, "windows"_a, "fields"_a,
-                  "patches"_a, "row_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none())
+                  "patches"_a, "row_sizes"_a, "scale"_a, "offset"_a.none(), "column_scale"_a.none(),
+                  "trellis"_a = false)
       .def("copy", &copy_flat, "pool"_a)
       .def_prop_ro("is_in_place", [](const PyFlatMatrix& self) { return self.fields.has_value(); })
       .def_prop_ro("size_bytes", [](const PyFlatMatrix& self) { return self.matrix.size_bytes(); })
@@ -249,4 +251,5 @@ NB_MODULE(_core, m) {
   bind_layer(m);
   bind_lossless(m);
   bind_ops(m);
+  bind_rounding(m);
 }

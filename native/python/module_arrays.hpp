@@ -41,6 +41,9 @@ void bind_layer(nanobind::module_& m);
 // Adds matrices with group scales.
 void bind_grouped(nanobind::module_& m);
 
+// Adds rounding to the paths of a trellis.
+void bind_rounding(nanobind::module_& m);
+
 // Adds lossless matrices.
 void bind_lossless(nanobind::module_& m);
 

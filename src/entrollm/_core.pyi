@@ -10,6 +10,8 @@ VECTOR: int
 SLACK_BYTES: int
 MAX_BLOCK: int
 MAX_BLOCK_COLUMNS: int
+MOST_TRELLIS_COLUMNS: int
+TRELLIS_ZERO: int
 
 class CorruptBlockError(ValueError): ...
 
@@ -29,6 +31,8 @@ class Geometry:
     def blocks(self) -> int: ...
 
 class CodedMatrix:
+    """A matrix that stays coded. With a trellis, `decode` gives half steps in the place of symbols."""
+
     def __init__(
         self,
         program: bytes,
@@ -40,6 +44,7 @@ class CodedMatrix:
         scale: NDArray[np.float32],
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
+        trellis: bool = False,
     ) -> None: ...
     def multiply(self, x: NDArray[np.float32], pool: ThreadPool) -> NDArray[np.float32]: ...
     def decode(self, begin: int, end: int, pool: ThreadPool) -> NDArray[np.uint8]: ...
@@ -67,6 +72,7 @@ class FlatMatrix:
         scale: NDArray[np.float32],
         offset: NDArray[np.float32] | None,
         column_scale: NDArray[np.float32] | None,
+        trellis: bool = False,
     ) -> FlatMatrix: ...
     def copy(self, pool: ThreadPool) -> FlatMatrix:
         """The same matrix in memory of its own, in huge pages where the system grants them."""
@@ -316,3 +322,23 @@ class FeedForwardBlock:
         """(n, features) -> a new (n, features)."""
 
 def histogram(symbols: NDArray[np.uint8]) -> NDArray[np.int64]: ...
+def round_trellis(
+    left: NDArray[np.float32],
+    reach: NDArray[np.float32] | None,
+    weights: NDArray[np.float32],
+    prices: NDArray[np.float32],
+    start: NDArray[np.float32],
+    has_origin: bool,
+) -> NDArray[np.float32]:
+    """Round the columns of a block to the cheapest paths of a trellis, the last column first.
+
+    Args:
+        left: shape (columns, rows), 1 to MOST_TRELLIS_COLUMNS columns, in steps.
+        reach: shape (columns, columns), what a 1 in a column takes from each before it; None if that is nothing.
+        weights: shape (columns,), what the square of an error costs.
+        prices: shape (2 * TRELLIS_ZERO,), of the symbols, in squared steps.
+        start: shape (4, rows), what it costs to begin in a state; see `quantize.trellis`.
+        has_origin: whether the first column is that of the matrix.
+    Returns:
+        Integers, or integers and a half, in the shape of `left`.
+    """

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
+from entrollm.codec.trellis import trellis_symbols
 from entrollm.codec.words import weights_of
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
@@ -44,7 +45,7 @@ class CodedMatrix:
         stored_bytes: all its bytes in the file, without its share of the header.
         native: what multiplies and decodes it, coded or flat, in memory or in the file; where there are groups, of the
             integers alone.
-        scale: float32, shape (1,) or (rows,); of no use where there are groups.
+        scale: float32, shape (1,) or (rows,); of no use where there are groups. That of half steps with a trellis.
         offset: float32, the shape of scale; None for none.
         column_scale: float32, shape (columns,); None for none.
         groups: its group scales; None if absent.
@@ -62,6 +63,11 @@ class CodedMatrix:
     groups: GroupScales | None = None
     grouped: _core.GroupedMatrix | None = None
     lossless: _core.LosslessMatrix | None = None
+
+    @property
+    def has_trellis(self) -> bool:
+        """Whether its coded symbols choose between two grids."""
+        return isinstance(self.spec.kind, GridKind) and self.spec.kind.trellis
 
     @property
     def can_be_flat(self) -> bool:
@@ -117,7 +123,7 @@ class CodedMatrix:
             raise self.corrupt(error) from None
 
     def symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
-        """Decode rows [begin, end): uint8 (end - begin, columns).
+        """Decode rows [begin, end), with a trellis to half steps: uint8 (end - begin, columns).
 
         Raises:
             CorruptStreamError: a block does not decode.
@@ -126,6 +132,15 @@ class CodedMatrix:
             return self.native.decode(begin, end, pool)
         except _core.CorruptBlockError as error:
             raise self.corrupt(error) from None
+
+    def coded_symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
+        """Decode rows [begin, end) to the symbols that the code has: uint8 (end - begin, columns).
+
+        Raises:
+            CorruptStreamError: a block does not decode.
+        """
+        found = self.symbols(begin, end, pool)
+        return trellis_symbols(found) if self.has_trellis else found
 
     def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
@@ -205,6 +220,7 @@ def _open_native(
 ) -> _core.CodedMatrix | _core.FlatMatrix:
     dense, sparse = (arrays.get(suffix, _NO_STREAM) for suffix in layout.STREAMS)
     sizes = _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES))
+    has_trellis = isinstance(spec.kind, GridKind) and spec.kind.trellis
     if isinstance(spec.code, FlatCode):
         shape, windows = (spec.rows, spec.columns), _aligned(arrays.get(layout.SEGMENTS, _NO_SIZES))
         if sparse.ctypes.data % windows.itemsize:
@@ -219,6 +235,7 @@ def _open_native(
             scales.scale,
             scales.offset,
             scales.column_scale,
+            has_trellis,
         )
     return _core.CodedMatrix(
         spec.code.program(),
@@ -230,6 +247,7 @@ def _open_native(
         scales.scale,
         scales.offset,
         scales.column_scale,
+        has_trellis,
     )
 
 

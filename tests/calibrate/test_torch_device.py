@@ -26,6 +26,8 @@ from entrollm.quantize.gptq import GptqQuantizer
 from entrollm.quantize.method import ArraySource, Quantized
 from entrollm.quantize.rounding import ZERO, Rounding, to_integers
 from entrollm.quantize.statistics import Sensitivity, damped_factor
+from entrollm.quantize.trellis import TRELLIS_ZERO
+from entrollm.quantize.trellis import Path as TrellisPath
 from entrollm.torch.device import TorchDevice
 from tests.engine.architectures import ARCHITECTURES, VOCAB_SIZE
 from tests.support.matrices import scale_values
@@ -121,6 +123,23 @@ def test_a_model_calibrated_in_torch_meets_its_size(device: TorchDevice, tmp_pat
     options = CodingOptions(target=Target(bits_per_weight=5.0), threads=1)
     result = compress_folder(folder, tmp_path / "out", options, statistics=statistics)
     assert result.file_bits == pytest.approx(5.0, rel=0.005)
+
+
+def test_the_paths_of_a_trellis_are_those_of_the_host(device: TorchDevice) -> None:
+    generator = np.random.default_rng(5)
+    rows, columns = 9, 130
+    left = (3 * generator.standard_normal((columns, rows))).astype(np.float32)
+    reach = np.tril(generator.standard_normal((columns, columns)) / 8, -1).astype(np.float32)
+    costs, prices = (generator.uniform(0.5, 2, n).astype(np.float32) for n in (columns, 2 * TRELLIS_ZERO))
+    places: list[Device] = [HOST, device]
+    paths = [TrellisPath(prices, place.put(costs), place.put(left), place) for place in places]
+    for end in range(columns, 0, -64):
+        first = paths[0].first(end)
+        found = [
+            place.take(path.round(place.put(left), place.put(reach[first:end, first:end]), end))
+            for place, path in zip(places, paths, strict=True)
+        ]
+        np.testing.assert_array_equal(*found)
 
 
 def test_weights_that_are_not_finite_are_named(device: TorchDevice) -> None:

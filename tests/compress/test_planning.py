@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.cli.console import describe_error
 from entrollm.compress import CodingOptions, Target
 from entrollm.compress.planning import make_plan
+from entrollm.errors import OptionError
 from entrollm.quantize.select import BitsOverride
 from tests.checkpoint.imported.test_gptq import config, packer
 from tests.support.checkpoints import write_checkpoint
@@ -79,3 +81,6 @@ def test_quantized_matrices_are_imported(tmp_path: Path) -> None:
         assert "lm_head.weight" in plan.kept
         with pytest.raises(ValueError, match="is quantized already"):
             make_plan(checkpoint, CodingOptions(target=Target(bits_per_weight=3.0)))
+        with pytest.raises(OptionError, match="its integers are kept: leave out trellis, which rounds") as raised:
+            make_plan(checkpoint, CodingOptions(trellis=True))
+        assert describe_error(raised.value).endswith("leave out --trellis, which rounds")

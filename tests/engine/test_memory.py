@@ -29,7 +29,7 @@ from entrollm.matrix import matrix_of
 from entrollm.system import memory_bytes
 from tests.engine.architectures import random_ids
 from tests.support.folders import write_example
-from tests.support.paths import TINY_LLAMA
+from tests.support.paths import GOLDEN, TINY_LLAMA
 
 CASCADE = Code(Field(2, (0, 1, 2), Field(1, (3, 4))))
 TREE = Code(Split(Field(1, (0, 1)), Field(1, (2, 3))))
@@ -154,6 +154,21 @@ def test_group_scales_have_no_flat_form(tmp_path: Path) -> None:
                 matrix.to_flat(_core.ThreadPool(1))
 
 
+def test_half_steps_of_a_trellis_are_multiplied_alike_in_every_form() -> None:
+    with CompressedModel.open(GOLDEN / "v2-trellis") as model:
+        forms = {memory: CodedWeights(model, 2, memory) for memory in ("file", "auto", "fast")}
+        for name, spec in model.specs.items():
+            for batch in (1, 3, 20):
+                x = np.random.default_rng(batch).standard_normal((batch, spec.columns)).astype(np.float32)
+                expected = forms["file"].linear(name)(x)
+                for weights in forms.values():
+                    np.testing.assert_array_equal(weights.linear(name)(x), expected)
+            rows = forms["fast"].embedding(name).rows(np.array([1]))
+            np.testing.assert_array_equal(rows, forms["file"].embedding(name).rows(np.array([1])))
+        assert all(slot.matrix.is_flat for slot in forms["fast"]._slots.values())
+        assert not any(slot.matrix.is_flat for slot in forms["file"]._slots.values())
+
+
 def test_what_is_fused() -> None:
     assert is_fused(CASCADE)
     assert is_fused(Code(Field(4, tuple(range(0, 256, 16))), low_bits=4))
@@ -179,6 +194,8 @@ def test_what_is_faster_flat() -> None:
     stored_flat = replace(cascade, code=FlatCode(64))
     assert is_faster_flat(stored_flat, "avx512", 16) and not is_faster_flat(stored_flat, "scalar", 1)
     assert not is_faster_flat(replace(stored_flat, rows=2**13, columns=2**10), "avx2", 1)
+    for spec in (cascade, replace(stored_flat, rows=2**13, columns=2**10)):
+        assert is_faster_flat(replace(spec, kind=GridKind(1.0, trellis=True)), "avx512", 16)
     assert not is_faster_flat(tree, "scalar", 1) and not is_faster_flat(grouped, "scalar", 1)
 
 

@@ -212,6 +212,7 @@ BAD_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "one-row blocks": ({"block": [1, 128]}, "the dense stream has 576 bytes, expected 896"),
     "other code": ({"code": {"bits": 4, "symbols": [0] * 16}}, "the dense stream has"),
     "more low bits": ({"low_bits": 1}, "the dense stream has"),
+    "trellis": ({"trellis": True}, "its spec has a trellis, which format version 1 does not have"),
     "no scale": ({"scale": None}, "neither its spec nor the entry"),
 }
 

@@ -29,7 +29,7 @@ def specs(draw: st.DrawFn) -> TensorSpec:
         grid_name=draw(st.text(max_size=64)),
         code=draw(codes()),
         blocks=Blocks(draw(st.integers(1, 8192)), draw(st.integers(1, 8192))),
-        kind=GridKind(scale=draw(st.none() | floats), offset=draw(st.none() | floats)),
+        kind=GridKind(scale=draw(st.none() | floats), offset=draw(st.none() | floats), trellis=draw(st.booleans())),
         relative_error=draw(st.floats(0, 1e9)),
         checksum=draw(st.integers(0, 2**32 - 1)),
     )
@@ -116,6 +116,16 @@ BAD_FIELDS = {
     "scale beyond float32": ({"scale": 3.41e38}, "scale must be a finite float32"),
     "scale beyond float64": ({"scale": 10**400}, "scale must be a finite float32"),
     "offset list": ({"offset": [1]}, "offset must be a finite float32"),
+    "trellis number": ({"trellis": 1}, "trellis must be true or absent, found 1"),
+    "trellis false": ({"trellis": False}, "trellis must be true or absent, found False"),
+    "trellis and groups": (
+        {"trellis": True, "scale": ..., "offset": ..., "groups": {"size": 32, "types": {"group_scale": "F16"}}},
+        "the stored spec has both groups and a trellis",
+    ),
+    "trellis and lossless": (
+        {"trellis": True, "scale": ..., "offset": ..., "lossless": "BF16"},
+        "the stored spec has both lossless and trellis",
+    ),
     "no error": ({"error": ...}, "error must be a number of at least 0, found None"),
     "negative error": ({"error": -0.5}, "error must be a number of at least 0, found -0.5"),
     "short crc": ({"crc32": "123"}, "crc32 must be 8 hex digits, found '123'"),

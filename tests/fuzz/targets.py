@@ -39,6 +39,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.float4_sources import nvfp4_packer
 from tests.support.gguf_sources import GgufSource, llama_values
 from tests.support.lossless_cases import write_tensors
+from tests.support.paths import GOLDEN
 from tests.support.quantized_sources import CONFIG, Arrays, write_folder
 
 _FILES = Files()
@@ -124,7 +125,7 @@ def _prepare_specs(folder: Path) -> list[Any]:
     for name, each in options.items():
         compress_folder(folder / "source", folder / name, each)
     shutil.copyfile(folder / "row" / "config.json", folder / "config.json")  # without the checksums of headers
-    return [_split(folder / name / _FILE) for name in options]
+    return [_split(path / _FILE) for path in (*(folder / name for name in options), GOLDEN / "v2-trellis")]
 
 
 def _prepare_groups(folder: Path) -> list[Any]:

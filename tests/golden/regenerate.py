@@ -12,6 +12,7 @@ from tests.support.golden_cases import write_golden
 from tests.support.golden_flat import write_golden_flat
 from tests.support.golden_groups import write_golden_groups
 from tests.support.golden_lossless import write_golden_lossless
+from tests.support.golden_trellis import write_golden_trellis
 
 HERE = Path(__file__).parent
 
@@ -23,3 +24,4 @@ if __name__ == "__main__":
     write_golden_groups(HERE / "v1-groups")
     write_golden_flat(HERE / "v2-flat")
     write_golden_lossless(HERE / "v2-lossless")
+    write_golden_trellis(HERE / "v2-trellis")

@@ -2,6 +2,7 @@
 // instruction set and the same bits.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/float_kernels.hpp"
 #include "ops/ops.hpp"
@@ -62,6 +63,23 @@ void check_elementwise(Random& random) {
       out[i] = scale * static_cast<float>(integers[i]);
       require(std::abs(out[i] - x[i]) <= 0.5001f * scale, "round_to_int8 is a step off");
     }
+  });
+}
+
+void check_trellis(Random& random) {
+  const std::size_t columns = 1 + random.below(kMostTrellisColumns), rows = 1 + random.below(40);
+  const Floats left = random_floats(random, columns * rows),
+               start = random_floats(random, 4 * rows);
+  const Floats reach = random_floats(random, columns * columns);
+  const Floats weights = random_floats(random, columns);
+  const Floats prices = random_floats(random, 2 * kTrellisZero);
+  for (std::size_t i = 0; i < columns; ++i) weights[i] = std::abs(weights[i]) + 0.1f;
+  left[0] = std::numeric_limits<float>::quiet_NaN();  // which must not be looked up
+  const float* some_reach = random.below(3) == 0 ? nullptr : reach.get();
+  const bool has_origin = random.below(2) == 0;
+  agree("round_trellis", left, columns * rows, [&](const FloatKernels& floats, float* out) {
+    floats.round_trellis({columns, rows, left.get(), some_reach, weights.get(), prices.get(),
+                          start.get(), has_origin, out});
   });
 }
 
@@ -222,6 +240,7 @@ int main() {
   for (std::uint64_t seed = 0; seed < 300; ++seed) {
     Random random(seed);
     check_elementwise(random);
+    check_trellis(random);
     check_attention(random);
     check_sequences(random.coin() ? one : three, random);
   }

@@ -25,6 +25,26 @@ SELF: dict[str, Any] = {"calibration": "self"}
         ({"bits": "4"}, "bits must be 2 to 8, found '4'", "--bits must be 2 to 8, found '4'"),
         ({"overrides": {"*": 1}}, "bits must be 2 to 8, found 1", "--bits must be 2 to 8, found 1"),
         (
+            {"trellis": True, "prefer": "speed"},
+            "trellis is for the smallest files at a size such as bpw=4.5: leave out prefer='speed'",
+            "--trellis is for the smallest files at a size such as --bpw 4.5: leave out --prefer speed",
+        ),
+        (
+            {"trellis": True, "bits": 4},
+            "trellis is for the smallest files at a size such as bpw=4.5: leave out bits=4",
+            "--trellis is for the smallest files at a size such as --bpw 4.5: leave out --bits 4",
+        ),
+        (
+            {"trellis": True, "lossless": True},
+            "trellis is for the smallest files at a size such as bpw=4.5: leave out lossless",
+            "--trellis is for the smallest files at a size such as --bpw 4.5: leave out --lossless",
+        ),
+        (
+            {"trellis": True, "bpw": 3, "calibration": "self", "method": "gptq"},
+            "trellis is for the smallest files at a size such as bpw=4.5: leave out method='gptq'",
+            "--trellis is for the smallest files at a size such as --bpw 4.5: leave out --method gptq",
+        ),
+        (
             {"prefer": "quality"},
             "prefer must be one of size, speed, fixed, found 'quality'",
             "--prefer must be one of size, speed, fixed, found 'quality'",

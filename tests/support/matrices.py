@@ -100,6 +100,7 @@ class StoredMatrix:
     scale: NDArray[np.float32]
     offset: NDArray[np.float32] | None = None
     column_scale: NDArray[np.float32] | None = None
+    trellis: bool = False
 
     def open(self) -> _core.CodedMatrix:
         """The matrix on this process's kernels."""
@@ -113,6 +114,7 @@ class StoredMatrix:
             self.scale,
             self.offset,
             self.column_scale,
+            self.trellis,
         )
 
 
@@ -123,6 +125,8 @@ def store(
     scale: Sequence[float] = (1.0,),
     offset: Sequence[float] | None = None,
     column_scale: Sequence[float] | None = None,
+    *,
+    trellis: bool = False,
 ) -> StoredMatrix:
     """Encode with the native encoder."""
     rows, columns = symbols.shape
@@ -139,6 +143,7 @@ def store(
         np.array(scale, np.float32),
         None if offset is None else np.array(offset, np.float32),
         None if column_scale is None else np.array(column_scale, np.float32),
+        trellis,
     )
 
 

@@ -112,6 +112,15 @@ def test_zero_symbol_and_bfloat16_scales() -> None:
     assert matrix.dequantize(torch.float32).numpy().tobytes() == dequantize(native, np.arange(6)).tobytes()
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 200])
+def test_half_steps_of_a_trellis_are_those_of_the_native_kernels(columns: int) -> None:
+    symbols = np.random.default_rng(columns).integers(56, 72, (9, columns)).astype(np.uint8)
+    stored = store(Code(Field(4, tuple(range(56, 72)))), symbols, trellis=True)
+    matrix = plain(Code(Field(4, tuple(range(56, 72)))), stored, trellis=True)
+    assert matrix.dequantize(torch.float32).numpy().tobytes() == dequantize(stored, np.arange(9)).tobytes()
+    assert matrix.rows(torch.tensor([8])).numpy().tobytes() == dequantize(stored, np.array([8])).tobytes()
+
+
 def vars_of(stored: StoredMatrix) -> dict[str, object]:
     return {field: getattr(stored, field) for field in stored.__dataclass_fields__}
 

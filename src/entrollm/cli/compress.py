@@ -16,6 +16,7 @@ from entrollm.cli.options import (
     LosslessForOption,
     LosslessOption,
     SizeOption,
+    TrellisOption,
     parse_bits,
 )
 from entrollm.cli.progress import ProgressBars
@@ -30,6 +31,7 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bpw 2.5 --calibration text.txt --tune", "closer still, at low sizes"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda", "calibrated on a GPU"),
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
+    ("entrollm compress MODEL -o OUT --bpw 3 --calibration self --trellis", "smaller at equal quality, and slower"),
     ("entrollm compress MODEL -o OUT --bits 8", "the paper's 8-bit grids, nearly lossless"),
     ("entrollm compress MODEL -o OUT --bits 4 --bits 'model.embed*=8'", "its 4-bit grids, 8 bits for one tensor"),
     ("entrollm compress MODEL -o OUT --lossless", "every bit of the original, in two thirds of its size"),
@@ -110,6 +112,7 @@ def command(
     keep: KeepOption = None,
     bpw: BpwOption = None,
     size: SizeOption = None,
+    trellis: TrellisOption = False,
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -229,6 +232,7 @@ def command(
         base=base,
         keep=keep or (),
         granularity=granularity.value,
+        trellis=trellis,
         prefer=prefer.value,
         processor=processor.value,
         calibration=calibration,

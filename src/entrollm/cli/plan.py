@@ -14,6 +14,7 @@ from entrollm.cli.options import (
     LosslessForOption,
     LosslessOption,
     SizeOption,
+    TrellisOption,
 )
 from entrollm.cli.token_bytes import describe_token_bytes, read_token_bytes, token_bytes_to_json
 
@@ -36,6 +37,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hub id.", show_default=False)],
     bpw: BpwOption = None,
     size: SizeOption = None,
+    trellis: TrellisOption = False,
     lossless: LosslessOption = False,
     lossless_for: LosslessForOption = None,
     keep: KeepOption = None,
@@ -56,7 +58,13 @@ def command(
     from entrollm.recipes.closeness import damage_of_plan
 
     options = CompressOptions(
-        bpw=bpw, size=size, lossless=lossless, lossless_for=lossless_for or (), keep=keep or (), threads=threads
+        bpw=bpw,
+        size=size,
+        trellis=trellis,
+        lossless=lossless,
+        lossless_for=lossless_for or (),
+        keep=keep or (),
+        threads=threads,
     )
     result = plan(model, options)
     sizes = {tensor.name: round(tensor.file_bits * tensor.weights / 8) for tensor in result.tensors}

@@ -394,3 +394,16 @@ def _unpack_chunk(stored: bytes, bits: int) -> list[int]:
                 fields[column] |= (octet >> column // (8 * part) * part & (2**part - 1)) << shift
             at += 8 * part
     return fields
+
+
+def half_steps_of_row(symbols: Sequence[int]) -> list[int]:
+    """What the symbols of a whole row stand for with a trellis, in half steps.
+
+    m[0] = m[1] = 0 and m[j + 1] = (k[j] mod 2) xor m[j - 1]; a symbol k[j] stands for 2 k[j] + m[j], modulo 256.
+    """
+    steps = []
+    before = here = 0  # m of the column before this one and of this one
+    for column, symbol in enumerate(symbols):
+        steps.append((2 * symbol + here) % 256)
+        before, here = here, symbol % 2 ^ before if column else 0
+    return steps

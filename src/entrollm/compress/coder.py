@@ -221,6 +221,7 @@ def _grid_kind(quantized: Quantized) -> GridKind:
         offset=None if offset is None else float(offset[0]),
         zero=quantized.zero,
         stored={name: codes.per_octave for name, codes in scales.items() if isinstance(codes, LogScales)},
+        trellis=quantized.trellis,
     )
 
 

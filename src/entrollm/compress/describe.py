@@ -140,11 +140,11 @@ def describe(
 
 
 def symbol_chunks(matrix: CodedMatrix, pool: _core.ThreadPool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode a matrix in runs of whole row blocks; yields (first row, symbols)."""
+    """Decode a matrix in runs of whole row blocks; yields (first row, symbols as the code has them)."""
     spec = matrix.spec
     step = max(1, _CHUNK_WEIGHTS // (spec.columns * spec.blocks.rows)) * spec.blocks.rows
     for begin in range(0, spec.rows, step):
-        yield begin, matrix.symbols(begin, min(spec.rows, begin + step), pool)
+        yield begin, matrix.coded_symbols(begin, min(spec.rows, begin + step), pool)
 
 
 def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorReport:
@@ -157,7 +157,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
     return TensorReport(
         name=matrix.name,
         shape=(spec.rows, spec.columns),
-        grid=spec.grid_name,
+        grid=spec.grid_name + (" + trellis" if matrix.has_trellis else ""),
         code=describe_code(spec.code, matrix.flat_rows),
         symbols=sum(1 for c in histogram if c),
         entropy_bits=entropy_bits(histogram) + low_bits,

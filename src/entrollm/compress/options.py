@@ -37,6 +37,7 @@ class CodingOptions:
         method: how calibrated matrices are quantized: "feedback", "light" for steps of matrices and columns alone, or
             "gptq" for comparison.
         drift: whether "feedback" makes each calibrated matrix compensate for the errors of those before it.
+        trellis: whether weights lie on two grids, which the weights before them choose between.
         fine_scales: whether scales are stored about 2 bits finer than pays by itself, so that a post_fit can move them.
         granularity: one grid per tensor, as in the paper, or one per row.
         overrides: bits of the tensors that match a glob, or None for those that keep their type; the last match wins.
@@ -53,6 +54,7 @@ class CodingOptions:
     target: Target | None = None
     method: Method = "feedback"
     drift: bool = True
+    trellis: bool = False
     fine_scales: bool = False
     granularity: Granularity = "tensor"
     overrides: Sequence[BitsOverride] = ()

@@ -111,6 +111,7 @@ def _fingerprint(
         "method": options.method,
         "drift": options.drift,
         "fine_scales": options.fine_scales,
+        "trellis": options.trellis,
         "statistics": None if statistics is None else statistics.fingerprint,
         "target": None if options.target is None else asdict(options.target),
         "shard_bytes": options.shard_bytes,

@@ -91,8 +91,8 @@ def make_plan(checkpoint: Checkpoint, options: CodingOptions, order: Sequence[st
 
 
 def _imported(checkpoint: Checkpoint, options: CodingOptions) -> Mapping[str, ImportedMatrix]:
-    """The matrices whose integers are taken over; those of fp8 only if no other size is asked for."""
-    if checkpoint.imported or options.bits is not None or options.target is not None:
+    """The matrices whose integers are taken over; those of fp8 only if nothing asks for other integers."""
+    if checkpoint.imported or options.bits is not None or options.target is not None or options.trellis:
         return checkpoint.imported
     return checkpoint.fp8
 
@@ -114,6 +114,8 @@ def _plan_imported(
         sizes = Option("bits"), Option("bpw"), Option("size")
         some = Option("overrides", {Placeholder("GLOB"): Placeholder("N")})
         raise OptionError(Message(alternatives, where, *sizes, some))
+    if options.trellis:
+        raise OptionError(Message("{}: leave out {}, which rounds", where, Option("trellis")))
     others = {name: info.shape for name, info in checkpoint.tensors.items() if name not in imported}
     for override in options.overrides:
         if not any(fnmatchcase(name, override.pattern) for name in others):

@@ -35,9 +35,8 @@ from entrollm.format.grid import GridKind
 from entrollm.format.log_scales import float_scales
 from entrollm.format.spec import TensorSpec
 from entrollm.matrix import multiply, open_matrix
-from entrollm.quantize.ecsq import EcsqQuantizer
+from entrollm.quantize.ecsq import PRICE, EcsqQuantizer
 from entrollm.quantize.method import ArraySource
-from entrollm.quantize.rounding import ZERO
 from entrollm.threads import default_threads, start_pool
 
 _TIMED_WEIGHTS = 1 << 23
@@ -214,14 +213,16 @@ def _product_rate(methods: SizedMethods, threads: int, options: CodingOptions) -
     blocks = choose_blocks(*shape)
     count = block_count(*shape, blocks)
     choose = partial(choose_code, blocks=count, prefer=options.prefer, processor=options.processor)
-    quantized = EcsqQuantizer(steps[len(steps) // 2], price=0.0).quantize(ArraySource("timed", weights), choose)
+    quantizer = EcsqQuantizer(steps[len(steps) // 2], price=PRICE if options.trellis else 0.0, trellis=options.trellis)
+    quantized = quantizer.quantize(ArraySource("timed", weights), choose)
     code = choose([int(c) for c in quantized.counts])
     with ThreadPoolExecutor(threads) as executor:
         arrays = encode_symbols(
             quantized.symbols, code, blocks, row_chunks(*shape, blocks), executor, lambda finished: None
         )
     arrays[layout.SCALE] = float_scales(quantized.scale)
-    spec = TensorSpec(*shape, "F32", quantized.grid, code, blocks_for(code, *shape), GridKind(zero=ZERO))
+    kind = GridKind(zero=quantized.zero, trellis=quantized.trellis)
+    spec = TensorSpec(*shape, "F32", quantized.grid, code, blocks_for(code, *shape), kind)
     matrix = open_matrix("timed", *join_arrays(spec, arrays))
     pool = start_pool(threads)
     return _timed_rate(lambda: multiply([matrix], weights[:1], pool))

@@ -55,6 +55,7 @@ class SizedMethods:
         self._method = options.method
         self._fits = _fits(options)
         self._fine_scales = options.fine_scales
+        self._trellis = options.trellis
         self._last: tuple[str, Array | None] = ("", None)
         self._drift = statistics.drift(checkpoint) if statistics is not None and has_drift(options) else None
         self._final = plan.coded[-1] if plan.coded else ""
@@ -114,12 +115,13 @@ class SizedMethods:
             is_draft: whether only the histogram of the integers is needed.
         """
         factor = self._factor(name)
+        plain = EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales, trellis=self._trellis)
         if self._statistics is None or factor is None:
-            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales)
+            return plain
         device = self._statistics.device
         if self._method == "light":
             sizes = np.sqrt(np.square(device.take(factor)).sum(axis=1))
-            return EcsqQuantizer(step, precision, fits=self._fits, fine_scales=self._fine_scales, column_sizes=sizes)
+            return replace(plain, column_sizes=sizes)
         if self._method == "gptq":
             return GptqQuantizer(step, factor, precision, device)
         return FeedbackQuantizer(
@@ -130,6 +132,7 @@ class SizedMethods:
             fine_scales=self._fine_scales,
             device=device,
             is_draft=is_draft,
+            trellis=self._trellis,
         )
 
     def _factor(self, name: str) -> Array | None:

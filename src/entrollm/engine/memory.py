@@ -15,6 +15,7 @@ from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
 from entrollm.format.flat import FlatCode
+from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 _USABLE = 0.8
 # Bits a weight that the flat form takes more, at most, over Gaussian sources of 1.5 to 5.6 bits (measured: 0.4 to 0.8).
 _EXTRA_BITS = 0.9
+# What half steps of a trellis take more than its symbols.
+_TRELLIS_BITS = 1.0
 # Bits a row that a copy of a flat code takes more: where its patches begin.
 _COPY_BITS = 32
 # AVX-512 decodes cascades while it multiplies, at 24 Gweights/s a core; flat fields take half as much work and more
@@ -82,12 +85,14 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
 
     Args:
         spec: of the matrix. With group scales, no instruction set multiplies while it decodes. A small one that is flat
-            in the file gains from the pages that memory has for it.
+            in the file gains from the pages that memory has for it. Nor with a trellis, in the file as well.
         isa: the name of the instruction set, as `_core.isa()` has it.
         threads: of products.
     """
     if isa == "scalar":
         return False
+    if _has_trellis(spec):
+        return True
     if isinstance(spec.code, FlatCode):
         return spec.rows * spec.columns < _LEAST_IN_PLACE
     if isinstance(spec.kind, GroupedKind) or isa not in _FUSED_ISAS:
@@ -95,6 +100,10 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     if isinstance(spec.kind, LosslessKind):
         return not _is_fused_lossless(spec, spec.kind, spec.code)
     return threads <= _MOST_FLAT_THREADS or not is_fused(spec.code)
+
+
+def _has_trellis(spec: TensorSpec) -> bool:
+    return isinstance(spec.kind, GridKind) and spec.kind.trellis
 
 
 def _is_fused_lossless(spec: TensorSpec, kind: LosslessKind, code: Code) -> bool:
@@ -132,6 +141,7 @@ class MemoryPlan:
             if isinstance(spec.kind, LosslessKind):
                 bits -= spec.kind.low_bits
             extra = _COPY_BITS / spec.columns if isinstance(spec.code, FlatCode) else _EXTRA_BITS
+            extra += _TRELLIS_BITS if _has_trellis(spec) else 0
             if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + extra) * weights / 8)
         self.flat_bytes = sum(sizes.values())

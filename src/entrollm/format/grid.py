@@ -18,6 +18,9 @@ _SCALE_TYPES = ("F32", "BF16")
 class GridKind:
     """W[i, j] = (symbol[i, j] * scale[i] + offset[i]) * column_scale[j].
 
+    With a trellis, 2 symbol[i, j] + m[i, j] is in the place of the symbol, and the scale is that of half a step; see
+    `codec.trellis`.
+
     Attributes:
         scale: the scale of all rows, or the base of their codes; None if the rows store numbers of their own.
         offset: the offset of all rows; None if the rows store their own, or absent.
@@ -25,12 +28,14 @@ class GridKind:
             no offset is stored. None if absent.
         stored: the form of each stored array, by a name of SCALE_ARRAYS: the type of its numbers, or for codes, which
             are bytes, the number of codes in an octave; see `log_scales.decode_scales`.
+        trellis: whether the symbols of a row choose between two grids; the zero is then one of half steps.
     """
 
     scale: float | None = None
     offset: float | None = None
     zero: float | None = None
     stored: Mapping[str, str | int] = field(default_factory=dict)
+    trellis: bool = False
 
     @property
     def entry_names(self) -> tuple[str, ...]:
@@ -48,6 +53,8 @@ class GridKind:
             fields["zero"] = whole_or_float(self.zero)
         if self.stored:
             fields["scales"] = dict(self.stored)
+        if self.trellis:
+            fields["trellis"] = True
         return fields
 
     @classmethod
@@ -68,4 +75,6 @@ class GridKind:
             is_octave = is_int(form, 1, 64) and form in OCTAVE_CODES and name != "offset"
             if not (is_type or is_octave):
                 raise spec.error(f"{name} is stored in an unknown form {form!r:.80}")
-        return cls(scale, offset, zero, stored)
+        if "trellis" in spec and spec.get("trellis") is not True:
+            raise spec.error(f"trellis must be true or absent, found {spec.get('trellis')!r:.80}")
+        return cls(scale, offset, zero, stored, "trellis" in spec)

@@ -110,6 +110,8 @@ class GroupedKind:
             raise spec.error("the stored spec has groups and also a scale or an offset")
         if spec.get("scales", {}):
             raise spec.error("the stored spec has both groups and scales")
+        if "trellis" in spec:
+            raise spec.error("the stored spec has both groups and a trellis")
         zero = spec.zero()
         if zero is not None and ("group_zero" in types or zero != int(zero)):
             raise spec.error(f"the stored spec has groups and a zero that does not go with them: {zero!r}")

@@ -11,7 +11,7 @@ LOSSLESS_TYPES = ("BF16", "F16", "F8_E4M3", "F8_E5M2")
 """The types of words that are coded without loss."""
 GRID_NAME = "lossless"
 """What specs of these matrices state in the place of a grid."""
-_NO_SCALES = ("scale", "offset", "zero", "scales", "groups")
+_NO_SCALES = ("scale", "offset", "zero", "scales", "groups", "trellis")
 
 
 @dataclass(frozen=True, slots=True)

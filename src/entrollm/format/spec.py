@@ -30,7 +30,7 @@ MAX_BLOCK_WEIGHTS = 8192
 SOURCE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SPEC_KEYS = frozenset(
     {"shape", "dtype", "grid", "block", "code", "low_bits", "error", "scale", "offset", "zero", "scales", "parts"}
-    | {"groups", "lossless", "crc32"}
+    | {"trellis", "groups", "lossless", "crc32"}
 )
 _MAX_PART_BYTES = 2**44
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entrollm import _core
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.grid import PLAIN_GRID, Choices, CodeFit, Grid, fit_rounding, grid_choices
+from entrollm.quantize.grid import PLAIN_GRID, AnyRounding, Choices, CodeFit, Grid, fit_rounding, grid_choices
 from entrollm.quantize.method import (
     CodeChooser,
     Float32,
@@ -27,10 +27,13 @@ from entrollm.quantize.method import (
     too_large,
 )
 from entrollm.quantize.rounding import Rounding
+from entrollm.quantize.trellis import TrellisRounding
 
 PRICE = 0.07
 """What a bit is worth in rounding, in squared steps. It is less than the slope of the rate-distortion curve, because
 rounding many weights towards 0 hurts a model more than its squared error suggests."""
+WORTH_BITS = 0.15
+"""About what a trellis saves. Where coarser steps of rows with large weights cost as much, it is left out."""
 
 # With steps in proportion to the size of rows, all rows have the same rate; with equal steps, the same error. Both lose
 # the same, to second order in the spread of the sizes: the first shares bits badly, the second has one code for unlike
@@ -47,7 +50,7 @@ _LEAST_VARIANCE_OF_A_ROW = 4.0
 _SMALLEST_COLUMN = 0.02
 # Code lengths are estimated from about this many weights.
 _SAMPLE_WEIGHTS = 1 << 18
-# The largest distance of a symbol from 0. It leaves room for a grid that is shifted.
+# The largest distance of a symbol from 0, half as large with a trellis. It leaves room for a grid that is shifted.
 _LARGEST_SYMBOL = 118
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -63,6 +66,7 @@ class EcsqQuantizer:
         fits: the code that the grid may be stretched and shifted to suit.
         fine_scales: whether scales are fine enough for tuning.
         column_sizes: float32, shape (columns,), the RMS of the matrix's inputs, up to a factor; None if unknown.
+        trellis: whether integers are to be those of a trellis of two grids, if they have room for the weights.
     """
 
     step: float
@@ -71,9 +75,10 @@ class EcsqQuantizer:
     fits: CodeFit = "prefix"
     fine_scales: bool = False
     column_sizes: Float32 | None = None
+    trellis: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
-        """Quantize a matrix. A weight beyond 118 steps makes its whole row coarser, so that it is not clipped.
+        """Quantize a matrix. A weight beyond 118 steps (59 with a trellis) makes its whole row coarser, not clipped.
 
         Raises:
             FormatError: a weight is not finite, or the weights are too large or too small for a step in float32.
@@ -81,19 +86,20 @@ class EcsqQuantizer:
         columns, gain = self._column_steps(source)
         column_steps = np.ones(1, np.float32) if columns is None else columns.values()
         scaled = _Scaled(source, column_steps)
-        steps, keeps_zero = self._row_steps(scaled, gain)
-        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
+        steps, keeps_zero, trellis = self._row_steps(scaled, gain)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero, trellis=trellis)
         grid, rounding = self._rounding(scaled, steps.values(), choose, choices)
         steps = replace(steps, base=short_base(steps.base * grid.stretch))
         row_steps = steps.values()
+        costs = self._costs(column_steps)
         symbols = np.empty(source.shape, np.uint8)
         codes = np.empty(len(steps), np.uint8)
 
         def quantize(chunk: tuple[int, int]) -> tuple[NDArray[np.int64], float, float]:
             rows = slice(*chunk)
             weights = scaled.read(*chunk)
-            symbols[rows] = rounding.symbols(weights / row_steps[rows, np.newaxis])
-            found = symbols[rows].astype(np.float32)
+            found = rounding.places(weights / row_steps[rows, np.newaxis], costs)
+            symbols[rows] = found
             found -= np.float32(grid.zero)
             scale = steps.nearest(fit_rows(weights, found, row_steps[rows]))
             codes[rows] = scale.codes
@@ -109,7 +115,7 @@ class EcsqQuantizer:
         if not math.isfinite(sum(errors)):
             raise too_large(source.name)
         scale = replace(steps, codes=codes)
-        return Quantized(
+        quantized = Quantized(
             symbols=symbols,
             counts=sum_counts(histograms),
             grid=f"ecsq-{self.step:.4g}",
@@ -119,6 +125,7 @@ class EcsqQuantizer:
             zero=grid.zero,
             column_scale=columns,
         )
+        return quantized.in_half_steps() if isinstance(rounding, TrellisRounding) else quantized
 
     def _column_steps(self, source: RowSource) -> tuple[LogScales | None, float]:
         """Steps of the columns around 1, and the factor on all steps at which they do the damage of equal ones."""
@@ -145,8 +152,17 @@ class EcsqQuantizer:
         whole = math.sqrt(float(np.square(sizes).mean()))
         return np.maximum(sizes, _SMALLEST_COLUMN * whole) if 0 < whole < math.inf else None
 
-    def _row_steps(self, source: _Scaled, gain: float) -> tuple[LogScales, bool]:
-        """The step of each row, and whether all weights of a row are 0; such rows have positive steps too."""
+    def _costs(self, column_steps: Float32) -> Float32 | None:
+        """What the square of an error in steps does in each column, around 1; None if it is the same in all."""
+        sizes = self._input_sizes(len(column_steps))
+        if sizes is None:
+            return None
+        damage = np.square(sizes * column_steps)
+        costs: Float32 = (damage / damage.mean()).astype(np.float32)
+        return costs
+
+    def _row_steps(self, source: _Scaled, gain: float) -> tuple[LogScales, bool, bool]:
+        """The steps of the rows, all positive; whether all weights of a row are 0, and whether a trellis pays."""
 
         def measure(chunk: tuple[int, int]) -> tuple[NDArray[np.float64], ...]:
             weights = source.read(*chunk)
@@ -166,7 +182,7 @@ class EcsqQuantizer:
         maxima, sizes, plain = (np.concatenate(parts) for parts in zip(*source.map(measure), strict=True))
         whole = math.sqrt(float(np.mean(np.square(sizes / max(float(sizes.max()), _TINY))))) * float(sizes.max())
         if whole == 0.0:
-            return snap(np.ones(len(sizes)), 1), True
+            return snap(np.ones(len(sizes)), 1), True, False
         if self.step * whole < _TINY:
             raise out_of_range(
                 source.name, f"its weights, of size {whole:.3g}, are too small for free steps in float32"
@@ -176,13 +192,15 @@ class EcsqQuantizer:
         if self.row_precision is not None:
             steps /= self.row_precision
         finest = octave_codes(source.shape[1], self.step, self.fine_scales)
-        steps = np.maximum(steps, maxima / _LARGEST_SYMBOL * 2 ** (0.5 / finest))
-        steps = np.maximum(np.where(sizes > 0, steps, self.step * whole), _TINY)
-        return snap(steps, finest), bool(sizes.min() == 0)
+        steps = np.where(sizes > 0, steps, self.step * whole)
+        widest = maxima / _LARGEST_SYMBOL * 2 ** (0.5 / finest)
+        trellis = self.trellis and float(np.log2(np.maximum(2 * widest / steps, 1.0)).mean()) < WORTH_BITS
+        steps = np.maximum(np.maximum(steps, (1 + trellis) * widest), _TINY)
+        return snap(steps, finest), bool(sizes.min() == 0), trellis
 
     def _rounding(
         self, source: _Scaled, steps: Float32, choose: CodeChooser, choices: Choices
-    ) -> tuple[Grid, Rounding]:
+    ) -> tuple[Grid, AnyRounding]:
         """A grid, and rounding by the lengths of the code that a sample of the rows would get on the grid."""
         if self.price <= 0:
             return PLAIN_GRID, Rounding()

@@ -20,17 +20,19 @@ from entrollm import _core
 from entrollm.arrays import HOST, Array, Device, double, functions, like, single, solve_positive
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.ecsq import PRICE
-from entrollm.quantize.grid import PLAIN_GRID, CodeFit, Grid, fit_grid, fit_rounding, grid_choices
+from entrollm.quantize.ecsq import PRICE, WORTH_BITS
+from entrollm.quantize.grid import PLAIN_GRID, AnyRounding, CodeFit, Grid, fit_grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range, sum_counts
 from entrollm.quantize.rounding import BLOCK_COLUMNS, ZERO, Rounding, round_columns
+from entrollm.quantize.trellis import Path, TrellisRounding
 
 _COLUMN_POWER = 0.5
 _ROW_POWER = 0.5
 _SAMPLE_ROWS = 128
 _REFINEMENTS = 2
 _RIDGE = 1e-6
-# The largest distance of a symbol from 0. It leaves room for a shifted grid and for steps that are rounded down.
+# The largest distance of a symbol from 0, half as large with a trellis. It leaves room for a shifted grid and for steps
+# that are rounded down.
 _LARGEST_SYMBOL = 112
 # Largest weights of a matrix whose squares, and their products with squares of inputs, float32 holds.
 _SMALLEST, _LARGEST = 1e-14, 1e14
@@ -51,6 +53,7 @@ class FeedbackQuantizer:
         correction: float32, shape (rows, columns), on the device, added to the weights before they are rounded; None
             if absent. The stated error is that against the weights without it.
         is_draft: whether only the histogram of the integers is needed, so that scales need not be fitted.
+        trellis: whether integers are to be those of a trellis of two grids, if they have room for the weights.
     """
 
     step: float
@@ -62,6 +65,7 @@ class FeedbackQuantizer:
     device: Device = HOST
     correction: Array | None = None
     is_draft: bool = False
+    trellis: bool = False
 
     def quantize(self, source: RowSource, choose: CodeChooser) -> Quantized:
         """Quantize a matrix.
@@ -71,33 +75,34 @@ class FeedbackQuantizer:
         """
         weights = read_finite(source, self.device)
         wanted = weights if self.correction is None else weights + self.correction
-        steps = self._steps(wanted)
-        grid, rounding = self._rounding(wanted, steps, choose)
+        steps, trellis = self._steps(wanted)
+        grid, rounding = self._rounding(wanted, steps, trellis, choose)
         rows, columns = self._stored(steps[0], steps[1] * grid.stretch)
         steps = self.device.put(rows.values()), self.device.put(columns.values())
         # On a shifted grid, integers stand for the weights minus the shift, which is added back after the rounding.
         left = wanted - grid.shift * steps[0][:, None] * steps[1] if grid.shift else wanted
         integers = feed_back(left, self.factor, steps, rounding, self.device)
-        symbols = to_symbols(integers, self.device)
+        symbols = to_symbols(integers, self.device, rounding.zero)
         integers += grid.shift
         if not self.is_draft:
             rows, columns = self._refine(wanted, integers, rows, columns)
         integers *= self.device.put(rows.values())[:, None]
         integers *= self.device.put(columns.values())
-        return Quantized(
+        quantized = Quantized(
             symbols=symbols,
             counts=sum_counts(source.map(lambda rows: _core.histogram(symbols[rows[0] : rows[1]]))),
             grid=f"feedback-{self.step:.4g}",
             scale=rows if len(rows) > 1 else rows.values(),
             error=energy(integers - weights),
             energy=energy(weights),
-            zero=ZERO - grid.shift,
+            zero=rounding.zero - grid.shift,
             column_scale=columns,
             dense=integers if self.device.spare else None,
         )
+        return quantized.in_half_steps() if isinstance(rounding, TrellisRounding) else quantized
 
-    def _steps(self, weights: Array) -> tuple[Array, Array]:
-        """Steps of the rows, around 1, and of the columns; the step of a weight is their product."""
+    def _steps(self, weights: Array) -> tuple[tuple[Array, Array], bool]:
+        """Steps of rows, around 1, and of columns, whose product is that of a weight; and whether a trellis pays."""
         take = self.device.take
         diagonal = take(functions(self.factor).diagonal(self.factor)).astype(np.float64)
         inputs = math.sqrt(energy(self.factor) / len(diagonal))
@@ -105,7 +110,7 @@ class FeedbackQuantizer:
         whole = math.sqrt(float(np.square(sizes).mean()))
         if whole == 0.0:
             rows, columns = np.ones(len(weights), np.float32), np.ones(len(diagonal), np.float32)
-            return like(weights, rows), like(weights, columns)
+            return (like(weights, rows), like(weights, columns)), False
         typical = float(np.exp(np.log(diagonal).mean()))
         by_column = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
         column_steps = like(weights, by_column.astype(np.float32))
@@ -113,17 +118,21 @@ class FeedbackQuantizer:
         if self.row_precision is not None:
             by_row /= self.row_precision
         widest = take(row_maxima(weights / column_steps)) / _LARGEST_SYMBOL
-        return like(weights, np.maximum(by_row, widest).astype(np.float32)), column_steps
+        trellis = self.trellis and float(np.log2(np.maximum(2 * widest / by_row, 1.0)).mean()) < WORTH_BITS
+        by_row = np.maximum(by_row, (1 + trellis) * widest)
+        return (like(weights, by_row.astype(np.float32)), column_steps), trellis
 
-    def _rounding(self, weights: Array, steps: tuple[Array, Array], choose: CodeChooser) -> tuple[Grid, Rounding]:
+    def _rounding(
+        self, weights: Array, steps: tuple[Array, Array], trellis: bool, choose: CodeChooser
+    ) -> tuple[Grid, AnyRounding]:
         """A grid, and rounding by the code lengths of a sample of the rows; a draft estimates the lengths."""
         if self.price <= 0:
             return PLAIN_GRID, Rounding()
         keeps_zero = not float(row_maxima(weights).min())
-        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero)
+        choices = grid_choices(fits=self.fits, keeps_zero=keeps_zero, trellis=trellis)
         if self.is_draft:
             grid = fit_grid(self.device.take(weights / steps[0][:, None] / steps[1]), self.price, choices)
-            return grid, Rounding(grid.lengths, self.price)
+            return grid, choices.rounding(grid.lengths, self.price)
         picked = slice(None, None, max(1, len(weights) // _SAMPLE_ROWS))
         sample, row_steps = weights[picked], steps[0][picked][:, None]
         integers = feed_back(sample, self.factor, (steps[0][picked], steps[1]), Rounding(), self.device)
@@ -179,10 +188,10 @@ def read_finite(source: RowSource, device: Device = HOST) -> Array:
     return weights
 
 
-def to_symbols(integers: Array, device: Device) -> NDArray[np.uint8]:
-    """The symbols of integers around 0: uint8, stored by rows."""
+def to_symbols(integers: Array, device: Device, zero: int = ZERO) -> NDArray[np.uint8]:
+    """The symbols of integers around 0, or of numbers of a trellis: uint8, stored by rows."""
     xp = functions(integers)
-    symbols: NDArray[np.uint8] = device.take(xp.asarray(integers + float(ZERO), dtype=xp.uint8))
+    symbols: NDArray[np.uint8] = device.take(xp.asarray(xp.floor(integers) + float(zero), dtype=xp.uint8))
     return np.ascontiguousarray(symbols)
 
 
@@ -206,7 +215,7 @@ def row_maxima(weights: Array) -> Array:
 
 
 def feed_back(
-    weights: Array, factor: Array, steps: tuple[Array, Array], rounding: Rounding, device: Device = HOST
+    weights: Array, factor: Array, steps: tuple[Array, Array], rounding: AnyRounding, device: Device = HOST
 ) -> Array:
     """Round all columns, the last one first, each compensating for the errors of those rounded before it.
 
@@ -214,10 +223,10 @@ def feed_back(
         weights: float32, shape (rows, columns).
         factor: float32, shape (columns, columns), lower triangle.
         steps: of the rows and of the columns; the step of a weight is their product.
-        rounding: rounds numbers to integers.
+        rounding: rounds numbers to integers, or to numbers of a trellis.
         device: the device of the arrays.
     Returns:
-        the integers, float32, shape (rows, columns).
+        the integers or numbers, float32, shape (rows, columns).
     """
     row_steps, column_steps = steps
     units = column_steps * functions(weights).diagonal(factor)
@@ -225,15 +234,36 @@ def feed_back(
     left = factor.T @ (weights / row_steps[:, None]).T
     left /= units[:, None]
     integers = functions(weights).empty_like(left)
-    thresholds = like(left, rounding.thresholds)
+    if isinstance(rounding, TrellisRounding):
+        costs = functions(units).square(units / units.mean())
+        columns: Path | _Columns = Path(rounding.prices, costs, left, device)
+    else:
+        columns = _Columns(like(left, rounding.thresholds), device)
     for end in range(len(left), 0, -BLOCK_COLUMNS):
-        block = slice(max(0, end - BLOCK_COLUMNS), end)
-        # What an integer of 1 in a column of the block takes from each column before it.
-        reach = factor[block, :end] * column_steps[block, None] / units[:end]
-        (integers[block],) = device.run(round_columns, left[block], reach[:, block], thresholds)
-        if block.start:
-            left[: block.start] -= reach[:, : block.start].T @ integers[block]
+        begin, first = max(0, end - BLOCK_COLUMNS), columns.first(end)
+        # What an integer of 1 in a column takes from each column before it.
+        reach = factor[first:end, :end] * column_steps[first:end, None] / units[:end]
+        integers[begin:end] = columns.round(left, reach[:, first:], end)
+        if begin:
+            left[:begin] -= reach[begin - first :, :begin].T @ integers[begin:end]
     return integers.T
+
+
+class _Columns:
+    """Rounds the columns of a block to integers; see `Path`, which has the same methods."""
+
+    def __init__(self, thresholds: Array, device: Device) -> None:
+        self._thresholds = thresholds
+        self._device = device
+
+    def first(self, end: int) -> int:
+        """The first column of the block."""
+        return max(0, end - BLOCK_COLUMNS)
+
+    def round(self, left: Array, reach: Array, end: int) -> Array:
+        """Round a block; its rows of `left` are overwritten."""
+        (integers,) = self._device.run(round_columns, left[self.first(end) : end], reach, self._thresholds)
+        return integers
 
 
 def _fit_rows(integers: Array, row_scale: Array, column_scale: Array, moments: Array, wanted: Array) -> Array:

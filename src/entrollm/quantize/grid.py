@@ -20,16 +20,20 @@ from entrollm.codec.huffman import huffman_lengths
 from entrollm.codec.lengths import code_lengths
 from entrollm.quantize.method import CodeChooser
 from entrollm.quantize.rounding import ZERO, Rounding, thresholds_between
+from entrollm.quantize.trellis import TRELLIS_ZERO, TrellisRounding
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
+AnyRounding = Rounding | TrellisRounding
 CodeFit = Literal["prefix", "flat", "none"]
 """What grids are chosen to suit: a prefix code, a flat code, or nothing."""
 _STRETCHES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
 # An even number of fields fits symbols of both signs if 0 lies between two of them.
 _FLAT_SHIFTS = (0.0, 0.5)
+# Of the first grid of a trellis. The second lies half a step further, so at the first of these they mirror each other.
+_TRELLIS_SHIFTS = (-0.25, -0.125, 0.0)
 _ROUNDS = 2
 # Grids are compared on a histogram of the weights with this many bins per step, up to this many steps from 0.
 _FINE = 64
@@ -47,22 +51,35 @@ class Choices:
     Attributes:
         stretches, shifts: every pair of these makes a grid.
         lengths: the bits of each symbol, float64 of shape (256,), in the code for a histogram of 256 entries.
+        trellis: whether each grid is the first of two that lie half a step apart.
     """
 
     stretches: Sequence[float]
     shifts: Sequence[float]
     lengths: Callable[[Float64], Float64]
+    trellis: bool = False
+
+    @property
+    def zero(self) -> int:
+        """The symbol of the integer 0."""
+        return TRELLIS_ZERO if self.trellis else ZERO
+
+    def rounding(self, lengths: Float64, price: float, shift: float = 0.0) -> AnyRounding:
+        """Rounding to a grid, with the bits of each symbol."""
+        return (TrellisRounding if self.trellis else Rounding)(lengths, price, shift)
 
 
 @dataclass(frozen=True)
 class Grid:
     """A stretched and shifted grid: a weight, in requested steps, is about (symbol - zero) * stretch * gain.
 
+    With a trellis, the symbol counts half a step more where it lies on the second grid.
+
     Attributes:
         stretch: the step to round with, in requested steps.
         shift: a symbol stands for its integer plus this.
         lengths: float64, shape (256,), the bits of each symbol in a Huffman code, or a flat one, for the sample.
-        gain, zero: the best linear map from symbols to weights; zero is ZERO if there is no shift.
+        gain, zero: the best linear map from symbols to weights; the integer 0 is at zero if there is no shift.
     """
 
     stretch: float
@@ -75,13 +92,17 @@ class Grid:
 PLAIN_GRID = Grid(1.0, 0.0, np.zeros(256), 1.0, ZERO)
 
 
-def grid_choices(*, fits: CodeFit, keeps_zero: bool) -> Choices:
+def grid_choices(*, fits: CodeFit, keeps_zero: bool, trellis: bool = False) -> Choices:
     """The grids to choose from.
 
     Args:
         fits: what they are to suit.
         keeps_zero: whether the grid must hold 0.
+        trellis: whether there is a second grid.
     """
+    if trellis:
+        # Where the first grid holds 0, symbols of 0 alone never lead to the second.
+        return Choices(_STRETCHES, (0.0,) if keeps_zero else _TRELLIS_SHIFTS, _prefix_lengths, trellis)
     if fits == "flat":
         # The steps of flat codes are chosen for each matrix before.
         return Choices((1.0,), (0.0,) if keeps_zero else _FLAT_SHIFTS, _flat_lengths)
@@ -89,26 +110,27 @@ def grid_choices(*, fits: CodeFit, keeps_zero: bool) -> Choices:
     return Choices(stretches, (0.0,) if keeps_zero else shifts, _prefix_lengths)
 
 
-def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Choices) -> tuple[Grid, Rounding]:
+def fit_rounding(sample: Float32, price: float, choose: CodeChooser, choices: Choices) -> tuple[Grid, AnyRounding]:
     """Choose a grid for the weights of a sample, and rounding by the lengths of the code that they would get.
 
     Args:
-        sample: weights in steps, any shape.
+        sample: weights in steps, shape (rows, columns).
         price: what a bit is worth in rounding, in squared steps.
         choose: chooses the code.
         choices: the grids to choose from.
     """
     grid = fit_grid(sample, price, choices)
-    rounding = Rounding(grid.lengths, price, grid.shift)
+    rounding = choices.rounding(grid.lengths, price, grid.shift)
     counts = [int(c) for c in _core.histogram(rounding.symbols(sample / np.float32(grid.stretch)))]
-    return grid, Rounding(code_lengths(choose(counts), counts), price, grid.shift)
+    return grid, choices.rounding(code_lengths(choose(counts), counts), price, grid.shift)
 
 
 def fit_grid(sample: Float32, price: float, choices: Choices) -> Grid:
     """The grid with the least rate for its distortion; arguments as for `fit_rounding`."""
     x = _Fine(sample)
-    stretches, shifts = (choices.stretches, choices.shifts) if x.spread() < _WIDE else ((1.0,), (0.0,))
-    tried = [_try(x, stretch, shift, price, choices.lengths) for shift in shifts for stretch in stretches]
+    is_wide = x.spread() >= _WIDE
+    stretches, shifts = ((1.0,), choices.shifts[:1]) if is_wide else (choices.stretches, choices.shifts)
+    tried = [_try(x, stretch, shift, price, choices) for shift in shifts for stretch in stretches]
     return min(tried, key=lambda found: found[0])[1]
 
 
@@ -149,27 +171,27 @@ def _flat_lengths(count: Float64) -> Float64:
     return best_window(count)[0].lengths()
 
 
-def _try(
-    x: _Fine, stretch: float, shift: float, price: float, lengths_of: Callable[[Float64], Float64]
-) -> tuple[float, Grid]:
+def _try(x: _Fine, stretch: float, shift: float, price: float, choices: Choices) -> tuple[float, Grid]:
+    # The two grids of a trellis count alike, as if weights were rounded to each of them.
+    offsets = shift + np.array([[0.0], [0.5]] if choices.trellis else [[0.0]])
     lengths = np.zeros(256)
-    values = np.arange(256) - ZERO + shift
     for _ in range(_ROUNDS):
-        edges = thresholds_between(lengths, price) + shift
-        count, first, second = x.between(edges * stretch)
-        lengths = lengths_of(count)
+        edges = thresholds_between(lengths, price)
+        count, first, second = np.stack([x.between((edges + offset) * stretch) for offset in offsets], axis=1)
+        lengths = choices.lengths(count.sum(axis=0))
     total = count.sum()
-    symbols = values * stretch
+    symbols = (np.arange(256) - ZERO + offsets) * stretch
     mean, centre = first.sum() / total, (count * symbols).sum() / total
     spread, matched = (count * symbols**2).sum() / total, (first * symbols).sum() / total
     gain = _gain(matched - mean * centre, spread - centre**2)
-    if not shift or not 1 / _STEEPEST <= gain <= _STEEPEST:
-        # Without a shift, or with an extreme gain, the zero symbol stays where it is.
+    if choices.trellis or not shift or not 1 / _STEEPEST <= gain <= _STEEPEST:
+        # Without a shift, with an extreme gain or with two grids, the zero symbol stays where it is.
         mean = centre = 0.0
         gain = _gain(matched, spread)
     error = second.sum() / total - mean**2 - gain * (matched - mean * centre)
     rate = (count * lengths).sum() / total
-    zero = ZERO - shift + (centre - mean / gain) / stretch
+    zero = choices.zero - shift + (centre - mean / gain) / stretch
+    lengths = np.roll(lengths, choices.zero - ZERO)
     return rate + 0.5 * np.log2(max(error, 1e-9)), Grid(stretch, shift, lengths, gain, round(float(zero), 3))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from entrollm.arrays import Array
+from entrollm.codec.trellis import half_steps
 from entrollm.errors import FormatError, Message, Option
 from entrollm.format.flat import AnyCode
 from entrollm.format.group_scales import GroupScales
@@ -55,19 +56,23 @@ CodeChooser = Callable[[Sequence[int]], AnyCode]
 class Quantized:
     """A matrix of integers: W[i, j] ~= (symbols[i, j] * scale[i] + offset[i]) * column_scale[j].
 
+    With a trellis, half steps are in the place of the symbols; see `codec.trellis`.
+
     Attributes:
         symbols: uint8, shape (rows, columns).
         counts: int64, shape (256,), how often each symbol occurs.
         grid: how the scales were chosen, human-readable.
         scale: float32, bfloat16 or codes, shape (1,) or (rows,); codes only if there are several rows.
         offset: float32, the shape of scale; None if absent.
-        zero: the symbol that stands for weight 0, possibly between two symbols, in place of an offset; None if absent.
+        zero: the symbol (or half steps) that stands for weight 0, possibly between two, in place of an offset; None if
+            absent.
         column_scale: float32, bfloat16 or codes of base 1, shape (columns,); None if absent.
         error, energy: sums of squares of the quantization error and of the weights.
         groups: group scales, which replace all other scales; None if absent.
         lossless: what the symbols are of lossless words, which replaces all scales; None if absent.
         low: uint8, shape (rows, columns), the bytes of lossless words that are not coded; None if absent.
         dense: what `weights` gives, up to float32 rounding, on a GPU that quantized; None elsewhere.
+        trellis: whether the symbols choose between two grids.
     """
 
     symbols: NDArray[np.uint8]
@@ -83,12 +88,19 @@ class Quantized:
     lossless: LosslessKind | None = None
     low: NDArray[np.uint8] | None = None
     dense: Array | None = None
+    trellis: bool = False
+
+    def in_half_steps(self) -> Quantized:
+        """The same with a trellis, for symbols of one whose scales are still those of steps."""
+        assert self.zero is not None
+        halved = replace(self.scale, base=self.scale.base / 2) if isinstance(self.scale, LogScales) else self.scale / 2
+        return replace(self, scale=halved, zero=2 * self.zero, trellis=True)
 
     def weights(self) -> Float32:
         """The dequantized matrix, exactly as readers decode it; needs a `zero`. float32, shape (rows, columns)."""
         assert self.zero is not None
         scale = float_scales(self.scale)
-        values = self.symbols.astype(np.float32)
+        values = (half_steps(self.symbols) if self.trellis else self.symbols).astype(np.float32)
         values *= scale[:, np.newaxis]
         values += zero_offsets(scale, self.zero)[:, np.newaxis]
         if self.column_scale is not None:

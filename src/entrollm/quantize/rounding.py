@@ -11,6 +11,9 @@ Float32 = NDArray[np.float32]
 
 ZERO = 128
 """The symbol of weight 0 on a signed grid."""
+BLOCK_COLUMNS = 64
+"""Columns that are rounded together. Within them, errors are fed back one column at a time; to the columns before them,
+by one matrix product."""
 
 BLOCK_COLUMNS = 64
 """Within a block of so many columns, errors are fed back one column at a time; to those before, by one product."""
@@ -32,6 +35,8 @@ class Rounding:
         shift: a symbol stands for its integer plus this.
     """
 
+    zero = ZERO
+
     def __init__(self, lengths: NDArray[np.float64] | None = None, price: float = 0.0, shift: float = 0.0) -> None:
         self._shift = np.float32(shift)
         self._thresholds: Float32 | None = None
@@ -51,6 +56,10 @@ class Rounding:
         for begin in range(0, flat.size, _BLOCK_ELEMENTS):
             out[begin : begin + _BLOCK_ELEMENTS] = self._block(flat[begin : begin + _BLOCK_ELEMENTS])
         return out.reshape(scaled.shape)
+
+    def places(self, scaled: Float32, costs: Float32 | None = None) -> Float32:
+        """The symbols as float32; what columns cost makes no difference here, as it does for `TrellisRounding`."""
+        return self.symbols(scaled).astype(np.float32)
 
     def _block(self, scaled: Float32) -> NDArray[np.uint8]:
         if self._shift:

@@ -51,6 +51,9 @@ class CompressOptions:
             differences to it where these are smaller. The folder does not run; `export` with the same base restores it.
         keep: globs of tensors that keep their type; they win over `overrides` and `lossless_for`.
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
+        trellis: let the weights of a row choose between two grids, half a step apart: files that are as close to the
+            original take 0.13 to 0.2 bits less per weight, and products with them are slower. With "size" as `prefer`,
+            and none of `bits`, `lossless` and "gptq".
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
         processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
         calibration: a UTF-8 text file like what the model will read, or "self" for what the model writes itself.
@@ -80,6 +83,7 @@ class CompressOptions:
     base: str | Path | None = None
     keep: Sequence[str] = ()
     granularity: Granularity = "tensor"
+    trellis: bool = False
     prefer: Prefer = "size"
     processor: Processor = "x86"
     calibration: str | Path | None = None
@@ -98,6 +102,7 @@ class CompressOptions:
         _check_values(self)
         _check_calibration(self)
         _check_size(self)
+        _check_trellis(self)
 
     @property
     def has_widths(self) -> bool:
@@ -136,6 +141,7 @@ class CompressOptions:
             target=self.target,
             method=self.method,
             drift=self.drift,
+            trellis=self.trellis,
             fine_scales=self.tune,
             granularity=self.granularity,
             overrides=(*overrides, *(BitsOverride(pattern, None) for pattern in self.keep)),
@@ -224,3 +230,23 @@ def _check_size(options: CompressOptions) -> None:
     if options.granularity != "tensor" and options.bits is None and not options.has_widths:
         raise OptionError(Message("{} goes with {}", Option("granularity", options.granularity), _SIZES[0]))
     _ = options.target  # raises for a size that is not one
+
+
+def _check_trellis(options: CompressOptions) -> None:
+    """Check that matrices are rounded to grids of free steps, and coded for size."""
+    if not options.trellis:
+        return
+    others = [
+        Option(name, value)
+        for name, value, is_wrong in (
+            ("bits", options.bits, options.bits is not None),
+            ("overrides", dict(options.overrides), options.has_widths),
+            ("lossless", None, options.lossless),
+            ("method", options.method, options.method == "gptq"),
+            ("prefer", options.prefer, options.prefer != "size"),
+        )
+        if is_wrong
+    ]
+    if others:
+        words = "{} is for the smallest files at a size such as {}: leave out {}"
+        raise OptionError(Message(words, Option("trellis"), Option("bpw", DEFAULT_BPW), others[0]))

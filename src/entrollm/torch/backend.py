@@ -31,7 +31,7 @@ from entrollm.torch.cuda import (
     open_lossless_cuda,
 )
 from entrollm.torch.matrix import Matrix
-from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_native
+from entrollm.torch.native import DecodedMatrix, HostMatrix, NativeMatrix, open_for_products, open_native
 from entrollm.torch.plain import PlainMatrix
 
 PartT = TypeVar("PartT")
@@ -128,12 +128,13 @@ def open_on(
         device: where it will multiply.
         backend: the back end to choose from.
     Raises:
+        CorruptStreamError: a block of a matrix with a trellis does not decode.
         FormatError: the entries do not match the spec.
         UnsupportedError: packages that the CUDA kernels need are missing.
     """
     uses_kernels = backend != "plain" and uses_cuda_kernels(device)
     if backend != "plain" and device.type == "cpu":
-        return NativeMatrix([open_native(name, spec, entries)])
+        return open_for_products(name, spec, entries)
     if isinstance(spec.code, FlatCode) and not uses_kernels:
         return HostMatrix(open_native(name, spec, entries), device)
     if backend != "plain" and isinstance(spec.kind, LosslessKind):

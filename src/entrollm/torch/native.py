@@ -31,8 +31,19 @@ def open_native(name: str, spec: TensorSpec, entries: Mapping[str, Tensor]) -> C
     return open_matrix(name, spec, {suffix: to_array(entry.cpu()) for suffix, entry in entries.items()})
 
 
+def open_for_products(name: str, spec: TensorSpec, entries: Mapping[str, Tensor]) -> NativeMatrix:
+    """Open a coded matrix on the CPU to multiply with; with a trellis in the flat form, since its code is slow.
+
+    Raises:
+        CorruptStreamError: a block does not decode.
+        FormatError: the entries do not match the spec.
+    """
+    matrix = open_native(name, spec, entries)
+    return NativeMatrix([matrix.to_flat(_pool()) if matrix.has_trellis else matrix])
+
+
 class NativeMatrix:
-    """Coded matrices on the CPU, one below the other, read in place by the native kernels."""
+    """Coded or flat matrices on the CPU, one below the other, that the native kernels multiply with."""
 
     def __init__(self, matrices: Sequence[CodedMatrix]) -> None:
         self.shape = (sum(matrix.spec.rows for matrix in matrices), matrices[0].spec.columns)

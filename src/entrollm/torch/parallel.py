@@ -1,7 +1,8 @@
 """Parts of coded matrices for tensor parallelism: each process holds its rows or columns.
 
 A part is cut out when the model is loaded: decoded, and coded again with the matrix's own code, so that its weights are
-exactly those of the whole matrix.
+exactly those of the whole matrix. Parts of rows with a trellis get a code of half steps, since the grid of a weight
+depends on those before it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from entrollm.codec.blocks import blocks_for
+from entrollm import _core
+from entrollm.codec.blocks import blocks_for, choose_blocks
+from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
 from entrollm.errors import UnsupportedError
 from entrollm.format import layout
+from entrollm.format.blocks import block_count
 from entrollm.format.entry import join_arrays
+from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
@@ -86,8 +91,15 @@ class PartCutter:
         self, name: str, spec: TensorSpec, rows: Range, columns: Range
     ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
         arrays = self._stored.matrix_arrays(name)
-        symbols = matrix_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
+        matrix = matrix_of(self._stored, name)
         shape = (rows[1] - rows[0], columns[1] - columns[0])
+        if isinstance(spec.kind, GridKind) and spec.kind.trellis and shape[1] != spec.columns:
+            symbols = matrix.symbols(*rows, self._pool)[:, slice(*columns)]
+            counts = [int(c) for c in _core.histogram(np.ascontiguousarray(symbols))]
+            code = choose_code(counts, block_count(*shape, choose_blocks(*shape)))
+            spec = replace(spec, code=code, kind=replace(spec.kind, trellis=False))
+        else:
+            symbols = matrix.coded_symbols(*rows, self._pool)[:, slice(*columns)]
         blocks = blocks_for(spec.code, *shape)
         with ThreadPoolExecutor(self._pool.size) as executor:
             coded: dict[str, NDArray[Any]] = encode_symbols(

@@ -111,7 +111,7 @@ class PlainMatrix:
         return torch.cat([self._weights(chunk).to(dtype) for chunk in self._chunks()])
 
     def symbols(self, row_blocks: Tensor) -> Tensor:
-        """Decode row blocks, given by ascending numbers: uint8 (their rows, in_features).
+        """Decode row blocks, given by ascending numbers, with a trellis to half steps: uint8 (their rows, in_features).
 
         Raises:
             CorruptStreamError: a block does not decode.
@@ -123,7 +123,8 @@ class PlainMatrix:
         decoded = [self._decode_row_blocks(whole, spec.blocks.rows)] if len(whole) else []
         if has_short:
             decoded.append(self._decode_row_blocks(row_blocks[-1:], last_rows))
-        return torch.cat(decoded)
+        symbols = torch.cat(decoded)
+        return _half_steps(symbols) if isinstance(spec.kind, GridKind) and spec.kind.trellis else symbols
 
     def _chunks(self) -> tuple[Tensor, ...]:
         row_blocks = torch.arange(self._row_blocks(), device=self._device)
@@ -207,6 +208,16 @@ class PlainMatrix:
                 f"{self._name}: the lists of a block do not fit it; the file is damaged, compress or fetch it again"
             )
         return symbols | low.values()
+
+
+def _half_steps(symbols: Tensor) -> Tensor:
+    """What the symbols of whole rows stand for with a trellis; see `codec.trellis.half_steps`."""
+    parities = symbols & 1
+    steps = symbols * 2
+    for first in (1, 2):
+        grids = torch.cumsum(parities[:, first::2], 1) & 1
+        steps[:, first + 1 :: 2] += grids[:, : steps[:, first + 1 :: 2].shape[1]].to(torch.uint8)
+    return steps
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ std::vector<std::uint16_t> take_words(std::span<const std::uint8_t>& data, std::
 
 }  // namespace
 
-// Input: rows, columns (2 bytes), rows of a segment, windows, sizes, patches; then fields, which
+// Input: rows and whether they have a trellis, columns (2 bytes), rows of a segment, windows, sizes, patches; then fields, which
 // are cut or filled with zeros to the size that the windows call for.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
   if (size < 4) return 0;
@@ -49,7 +49,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t siz
   const std::vector<float> scale{1.0f}, x(2 * columns, 1.0f);
   static ThreadPool pool(1);
   try {
-    const FlatMatrix matrix(rows, columns, streams, {scale, {}, {}});
+    const FlatMatrix matrix(rows, columns, streams, {scale, {}, {}}, bytes[0] >= 128);
     Bytes symbols(rows * columns);
     matrix.decode(pool, 0, rows, symbols.data());
     std::vector<float> y(2 * rows);

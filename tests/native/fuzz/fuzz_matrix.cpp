@@ -1,5 +1,6 @@
-// libFuzzer: a small matrix whose streams were changed or are arbitrary. The coded product, the
-// flat one and those of scale groups must refuse it alike, or compute the same bits.
+// libFuzzer: a small matrix whose streams were changed or are arbitrary, perhaps with a trellis.
+// The coded product, the flat one and those of scale groups must refuse it alike, or compute the
+// same bits.
 #include "input.hpp"
 #include "product/grouped.hpp"
 #include "product/product.hpp"
@@ -61,7 +62,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const Geometry geometry = small_geometry(input);
   const std::size_t batch = 1 + input.byte() % 3;
   constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 24};
-  const bool has_groups = input.byte() % 2 != 0;
+  const std::size_t kind = input.byte() % 3;
+  const bool has_groups = kind == 1, has_trellis = kind == 2;
   const std::size_t group = kSizes[input.byte() % std::size(kSizes)];
   const EncodedRows rows = streams(input, source, code, geometry, random);
 
@@ -70,7 +72,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const float scale = 0.5f;
   const float offset = -3.0f;
   const CodedMatrix matrix(code, geometry, dense.span(), sparse.span(), rows.sparse_sizes,
-                           {{&scale, 1}, {&offset, 1}, {}});
+                           {{&scale, 1}, {&offset, 1}, {}}, has_trellis);
   std::vector<float> x(batch * geometry.columns);
   for (auto& value : x) value = static_cast<float>(random.byte()) - 100.0f;
 
