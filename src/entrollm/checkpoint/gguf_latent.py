@@ -39,7 +39,8 @@ def _latent(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {
         **routed,
         "num_key_value_heads": config["num_attention_heads"],
-        "head_dim": rotated,
+        # In transformers, the rotated features are a head of DeepSeek's, and a part of one of Mistral's.
+        "head_dim": plain + rotated if routed["model_type"] == "mistral4" else rotated,
         "kv_lora_rank": rank,
         "q_lora_rank": values.integer("attention.q_lora_rank") if values.has("attention.q_lora_rank") else None,
         "qk_rope_head_dim": rotated,
