@@ -55,6 +55,12 @@ def opened(
         ("deepseek-v3", "attention.key_length_mla", 16, "attention.key_length_mla 16 is not implemented"),
         ("mistral4", "attention.temperature_length", 8, "length is 8, expected 16, the original context length"),
         ("qwen35", "rope.dimension_sections", [1, 1, 1, 0], "rope.dimension_sections .* is not implemented"),
+        ("qwen35", "ssm.inner_size", 6 * 2**24, "ssm.inner_size 100663296 is not implemented"),
+        ("qwen35", "ssm.state_size", 2**30, "ssm.state_size 1073741824 is not implemented"),
+        ("granitehybrid", "attention.value_length", 8, "value_length is 8, expected 32, the keys' length"),
+        ("granitehybrid", "rope.dimension_count", 8, "dimension_count is 8, expected 32, the heads' length"),
+        ("nemotron_h", "attention.value_length", 8, "value_length is 8, expected 32, the keys' length"),
+        ("deepseek-v2", "nextn_predict_layers", 1, "nextn_predict_layers 1 is not implemented"),
         ("qwen35", "ssm.time_step_rank", 5, "ssm.time_step_rank 5 is not implemented"),
         ("granitehybrid", "ssm.inner_size", 200, "ssm.inner_size 200 is not implemented"),
         ("granitehybrid", "ssm.time_step_rank", 7, "ssm.time_step_rank 7 is not implemented"),
@@ -93,7 +99,7 @@ def as_zeros(end: str, *shape: int, kind: int = 0) -> Callable[[Tensor], Tensor]
         (
             "qwen35",
             as_zeros("attn_qkv.weight", 64, 128),
-            r"qkv.weight' has shape \[64, 128\], expected at least 320 row",
+            r"qkv.weight' has shape \[64, 128\], expected 320 rows",
         ),
         ("qwen35", as_zeros("ssm_out.weight", 128, 96), r"ssm_out.weight' has shape .*, expected 192 columns"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,12 +61,16 @@ class Rows:
 
     Attributes:
         rows: which rows of the file's tensor the model's has, in its order; None for all.
+        total: rows of the file's tensor; None if they are as many as the model's.
+        half: 0 or 1 if the model has only the first or second half of the rows; None if it has both.
         columns: as in Change; blocks keep their order of columns, and their reader sorts them.
         is_flat: the rows are one vector.
         values: makes the numbers of those in the file; None if they are the same.
     """
 
     rows: Order | None = None
+    total: int | None = None
+    half: int | None = None
     columns: Order | None = None
     is_flat: bool = False
     values: Callable[[Float32], Float32] | None = None
@@ -75,9 +80,14 @@ class Rows:
         """See Change."""
         (shape,) = shapes
         if self.rows is not None:
-            if not shape or self.rows.max() >= shape[0]:
-                raise FormatError(f"has shape {list(shape)}, expected at least {int(self.rows.max()) + 1} rows")
+            total = self.total or len(self.rows)
+            if not shape or shape[0] != total:
+                raise FormatError(f"has shape {list(shape)}, expected {total} rows")
             shape = (len(self.rows), *shape[1:])
+        if self.half is not None:
+            if shape[0] % 2:
+                raise FormatError(f"has shape {list(shape)}, expected an even number of rows")
+            shape = (shape[0] // 2, *shape[1:])
         if self.columns is not None and (len(shape) != 2 or shape[1] != len(self.columns)):
             raise FormatError(f"has shape {list(shape)}, expected {len(self.columns)} columns")
         kind = kinds[0] if self.values is None else "F32"
@@ -88,6 +98,8 @@ class Rows:
         (array,) = arrays
         if self.rows is not None:
             array = array[self.rows]
+        if self.half is not None:
+            array = np.split(array, 2)[self.half]
         if self.columns is not None and kinds[0] in FLOAT_TYPES:
             array = array[:, np.argsort(self.columns)]
         if self.is_flat:
@@ -172,10 +184,12 @@ def _logarithms(numbers: Float32) -> Float32:
     return found
 
 
-def split_experts(size: int) -> Mapping[str, Change]:
-    """The gate and up projections of experts with `size` features, which the file has in one stack."""
-    rows = np.arange(2 * size)
-    return {
-        "mlp.experts.{}.gate_proj.weight": Rows(rows=rows[:size]),
-        "mlp.experts.{}.up_proj.weight": Rows(rows=rows[size:]),
+# The gate and up projections of experts, which a file may have in one stack.
+SPLIT_EXPERTS: Changes = MappingProxyType(
+    {
+        "ffn_gate_up_exps.weight": {
+            "mlp.experts.{}.gate_proj.weight": Rows(half=0),
+            "mlp.experts.{}.up_proj.weight": Rows(half=1),
+        }
     }
+)

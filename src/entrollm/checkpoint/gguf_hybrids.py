@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from entrollm.checkpoint.gguf_architecture import FULL, GRANITE_FACTORS, Architecture, Values, granite_factors
-from entrollm.checkpoint.gguf_changes import Change, Changes, Joined, Order, Rows, flat, logarithms, split_experts
+from entrollm.checkpoint.gguf_changes import SPLIT_EXPERTS, Change, Changes, Joined, Order, Rows, flat, logarithms
 from entrollm.checkpoint.gguf_mixtures import MIXTURES
 
 _LINEAR = "linear_attention"
 _SSM_KEYS = frozenset({"ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count"})
 _INTERVAL = 4
+# Rows of a projection; their order is made from what the file claims.
+_MAX_ROWS = 2**20
 _GUESSING = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # The layer that guesses tokens.
 _NEXT = {
@@ -38,6 +40,8 @@ def _delta(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     inner = values.integer("ssm.inner_size")
     if inner % heads or heads % values.integer("ssm.group_count"):
         raise values.unsupported("ssm.time_step_rank")
+    if inner > _MAX_ROWS or values.integer("ssm.group_count") * values.integer("ssm.state_size") > _MAX_ROWS:
+        raise values.unsupported("ssm.inner_size" if inner > _MAX_ROWS else "ssm.state_size")
     if values.has("attention.recurrent_layers"):
         linear = values.flags("attention.recurrent_layers", values.integer("block_count"))[:layers]
     else:
@@ -85,23 +89,18 @@ def _by_key_head(config: Mapping[str, Any]) -> Changes:
     queries, own, mixed, gates = np.split(rows, np.cumsum([key_dim, key_dim, value_dim]), axis=1)
     return {
         "ssm_ba.weight": {
-            "linear_attn.in_proj_b.weight": Rows(rows=pairs[:, 0].reshape(-1)),
-            "linear_attn.in_proj_a.weight": Rows(rows=pairs[:, 1].reshape(-1)),
+            "linear_attn.in_proj_b.weight": Rows(rows=pairs[:, 0].reshape(-1), total=pairs.size),
+            "linear_attn.in_proj_a.weight": Rows(rows=pairs[:, 1].reshape(-1), total=pairs.size),
         },
         "ssm_in.weight": {
             "linear_attn.in_proj_qkv.weight": Rows(
-                rows=np.concatenate([part.reshape(-1) for part in (queries, own, mixed)])
+                rows=np.concatenate([part.reshape(-1) for part in (queries, own, mixed)]), total=rows.size
             ),
-            "linear_attn.in_proj_z.weight": Rows(rows=gates.reshape(-1)),
+            "linear_attn.in_proj_z.weight": Rows(rows=gates.reshape(-1), total=rows.size),
         },
         "ssm_a": {"linear_attn.A_log": logarithms()},
-        **_fused_experts(config),
+        **SPLIT_EXPERTS,
     }
-
-
-def _fused_experts(config: Mapping[str, Any]) -> Changes:
-    size = config.get("moe_intermediate_size")
-    return {} if size is None else {"ffn_gate_up_exps.weight": split_experts(size)}
 
 
 def _by_place(config: Mapping[str, Any]) -> Changes:
@@ -127,7 +126,7 @@ def _by_place(config: Mapping[str, Any]) -> Changes:
         "ssm_dt.bias": {"linear_attn.dt_bias": Rows(rows=heads)},
         "ssm_a": {"linear_attn.A_log": logarithms(heads)},
         "ssm_out.weight": {"linear_attn.out_proj.weight": Rows(columns=columns)},
-        **_fused_experts(config),
+        **SPLIT_EXPERTS,
     }
 
 
@@ -203,10 +202,14 @@ def _granite_hybrid(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         size = values.integer("expert_shared_feed_forward_length", 0, low=0)
     if values.integer("ssm.inner_size") % config["hidden_size"]:
         raise values.unsupported("ssm.inner_size")
+    values.expect("attention.value_length", config["head_dim"], "the keys' length")
+    rotates = values.flag("rope.scaling.finetuned", True)
+    if rotates:
+        values.expect("rope.dimension_count", config["head_dim"], "the heads' length, of which all is rotated")
     return {
         **granite_factors(values, config),
         "layer_types": [FULL if kv_heads else _LINEAR for kv_heads in attends],
-        "position_embedding_type": "rope" if values.flag("rope.scaling.finetuned", True) else "nope",
+        "position_embedding_type": "rope" if rotates else "nope",
         "num_experts": count,
         "num_local_experts": count,
         "num_experts_per_tok": values.integer("expert_used_count", 0, low=0),
@@ -247,6 +250,7 @@ def _nemotron_h(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     heads, head_dim = _state_space(values)
     attends = values.integers("attention.head_count_kv", layers)
     sizes = values.integers("feed_forward_length", layers)
+    values.expect("attention.value_length", config["head_dim"], "the keys' length")
     found: dict[str, Any] = {}
     if values.integer("expert_count", 0, low=0):
         found = _nemotron_experts(values)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from entrollm.checkpoint.gguf_architecture import Architecture, Values
-from entrollm.checkpoint.gguf_changes import Changes, Joined, KeysAndValues, Rows, split_experts
+from entrollm.checkpoint.gguf_changes import SPLIT_EXPERTS, Changes, Joined, KeysAndValues, Rows
 from entrollm.checkpoint.gguf_mixtures import MIXTURES
 
 # How llama.cpp numbers what makes scores of the products of a router.
@@ -32,10 +32,15 @@ def _latent(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     plain = values.integer(f"attention.key_length{suffix}") - rotated
     if plain < 1:
         raise values.unsupported(f"attention.key_length{suffix}")
+    routed = _routed(values, config)
+    guessing = values.integer("nextn_predict_layers", 0, low=0)
+    if guessing and routed["model_type"] != "deepseek_v3":
+        raise values.unsupported("nextn_predict_layers")
     return {
-        **_routed(values, config),
+        **routed,
         "num_key_value_heads": config["num_attention_heads"],
-        "head_dim": rotated,
+        # In transformers, the rotated features are a head of DeepSeek's, and a part of one of Mistral's.
+        "head_dim": plain + rotated if routed["model_type"] == "mistral4" else rotated,
         "kv_lora_rank": rank,
         "q_lora_rank": values.integer("attention.q_lora_rank") if values.has("attention.q_lora_rank") else None,
         "qk_rope_head_dim": rotated,
@@ -44,7 +49,7 @@ def _latent(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         "rope_interleave": True,
         "attention_bias": False,
         "rope_parameters": _rope(values, config),
-        "num_nextn_predict_layers": values.integer("nextn_predict_layers", 0, low=0),
+        "num_nextn_predict_layers": guessing,
     }
 
 
@@ -107,7 +112,7 @@ def _changes(config: Mapping[str, Any]) -> Changes:
             "ffn_gate_up_exps.weight": {"mlp.experts.gate_up_proj.{}": Rows()},
             "ffn_down_exps.weight": {"mlp.experts.down_proj.{}": Rows()},
         }
-    return latent | {"ffn_gate_up_exps.weight": split_experts(config["moe_intermediate_size"])}
+    return {**latent, **SPLIT_EXPERTS}
 
 
 _GLM = MIXTURES["glm4moe"]

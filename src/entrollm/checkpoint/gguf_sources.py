@@ -98,9 +98,11 @@ class Source:
         Raises:
             FormatError: it holds what no model has.
         """
+        array = self._joined(file)
+        return array.astype(np.float32) - np.float32(self.offset) if self.offset else array
+
+    def _joined(self, file: GgufFile) -> NDArray[Any]:
         parts = [self._part(file, name) for name in self.tensors]
-        if self.offset:
-            return parts[0].astype(np.float32) - np.float32(self.offset)
         if self.change is not None:
             with _naming(file, self.name):
                 return self.change.apply(tuple(file.tensors[name].type.name for name in self.tensors), parts)

@@ -77,7 +77,7 @@ def dequantize(kind: str, octets: Octets) -> NDArray[np.float32]:
     return scales.apply(symbols.reshape(len(octets), -1).astype(np.float32), slice(None))
 
 
-def _read(name: str, kind: str, tensors: RawTensors, columns: list[int] | None) -> ImportedWeights:
+def _read(name: str, kind: str, tensors: RawTensors, columns: list[int] | None = None) -> ImportedWeights:
     octets = tensors.array(name)
     rows = len(octets)
     try:
