@@ -39,12 +39,18 @@ struct AttentionTile {
   // last are multiples of kPositionsAtOnce.
   const PositionRun* runs;
   std::size_t run_count;
-  float* scratch;  // attention_scratch() floats
+  float* scratch;          // attention_scratch() floats
+  std::int16_t* integers;  // attention_integers() integers; unused unless kInt8
 };
 
 // The number of floats of scratch for a tile.
 constexpr std::size_t attention_scratch(std::size_t head_dim) {
   return kAttentionRows * (kPositionsAtOnce + 2 * head_dim);
+}
+
+// The number of integers of scratch for a tile of kInt8.
+constexpr std::size_t attention_integers(std::size_t head_dim) {
+  return kAttentionRows * (kPositionsAtOnce + head_dim + 1);
 }
 
 // Computes results from the exact sums of some rows with eight activation vectors.
@@ -88,7 +94,9 @@ struct FloatKernels {
   // out = gelu(gate) * up, where gelu is the approximation by a hyperbolic tangent.
   void (*geglu)(const float* gate, const float* up, std::size_t count, float* out);
 
-  // outputs = softmax(queries keys * scale) values, each row over the positions that it sees.
+  // outputs = softmax(queries keys * scale) values, each row over the positions that it sees. With
+  // kInt8, queries are rounded to 16 bits, and weights to 16 bits of the largest in each run of
+  // kPositionsAtOnce.
   void (*attend)(const AttentionTile& tile);
 
   // out = x rounded to half precision, to the nearest and of two to the even one. Larger values

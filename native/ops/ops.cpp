@@ -93,6 +93,7 @@ std::size_t length_of(const Attention& op) {
 // (tokens, query heads).
 void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, std::size_t end) {
   thread_local std::vector<float> scratch;
+  thread_local std::vector<std::int16_t> integers;
   thread_local std::vector<PositionRun> runs;
   const CachedPositions& cache = op.cache;
   const std::size_t length = length_of(op);
@@ -126,6 +127,8 @@ void attend_tile(const Attention& op, std::size_t kv_head, std::size_t begin, st
   tile.runs = runs.data();
   tile.run_count = runs.size();
   tile.scratch = scratch.data();
+  if (is_spread) integers.resize(attention_integers(op.head_dim));
+  tile.integers = integers.data();
   kernels().floats->attend(tile);
   for (std::size_t row = 0; is_spread && row < tile.rows; ++row) {
     kernels().floats->spread(tile.outputs[row], op.head_dim);

@@ -15,6 +15,7 @@ from entrollm.engine.layer_cache import CacheType, LayerCache, Positions
 from entrollm.engine.weights import Floats
 from tests.engine.architectures import random_ids, relative_difference
 from tests.engine.dense import load_dense
+from tests.support import reference_ops as reference
 from tests.support.isa_workers import InstructionSets
 from tests.support.paths import TINY_LLAMA
 
@@ -53,6 +54,58 @@ def test_attention_over_rounded_keys_and_values(
         assert positions.keys.dtype == np.float16
         rounded = positions._replace(keys=positions.floats()[0], values=positions.floats()[1])
         np.testing.assert_array_equal(mixed(queries[:1], positions), mixed(queries[:1], rounded))
+
+
+def hadamard(size: int) -> Floats:
+    """The orthonormal matrix that mixes `size` features: one for each run of the largest power of two."""
+    matrix = np.ones((1, 1))
+    while size % (2 * len(matrix)) == 0:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.kron(np.eye(size // len(matrix)), matrix / len(matrix) ** 0.5).astype(np.float32)
+
+
+def mixed_in_floats(queries: Floats, positions: Positions) -> Floats:
+    """Attention over the floats that the integers stand for."""
+    assert positions.scales is not None
+    key_scales, value_scales = positions.scales
+    keys, values = positions.keys * key_scales[:, None], positions.values * value_scales[:, :, None]
+    matrix = hadamard(queries.shape[-1])
+    found = reference.attention(queries @ matrix, keys, values, positions.window)
+    return np.asarray((found.reshape(queries.shape) @ matrix).reshape(found.shape), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"), [(8, 1, 64, None), (6, 2, 24, 40), (2, 2, 5, None), (1, 1, 1100, 7)]
+)
+def test_products_of_integers_are_those_of_their_floats(
+    heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    queries, keys, values = (normal(seed, 600, n, head_dim) for seed, n in enumerate((heads, kv_heads, kv_heads)))
+    cache = LayerCache(kv_heads, head_dim, window, cache_type="int8")
+    for begin, end in ((0, 590), (590, 599), (599, 600)):
+        positions = cache.append(keys[begin:end], values[begin:end])
+        found = mixed(queries[begin:end], positions)
+        assert relative_difference(found, mixed_in_floats(queries[begin:end], positions)) <= 3e-4
+
+
+def test_small_weights_beside_a_large_one_count() -> None:
+    keys, values = normal(1, 4000, 1, 64) * np.float32(0.1), np.ones((4000, 1, 64), np.float32)
+    queries = np.ones((1, 1, 64), np.float32)
+    keys[0], values[0] = 1.5, 0  # 12 above the other scores
+    positions = LayerCache(1, 64, None, cache_type="int8").append(keys, values)
+    expected = mixed_in_floats(queries, positions)[0, 0]
+    assert 0.01 < expected < 0.05
+    # Weights beside the large one, in its block of 256 positions, are below a step of 1 / 32767.
+    assert abs(mixed(queries, positions)[0, 0] - expected) < 256 / 32767 / 2
+
+
+def test_queries_that_are_not_finite_give_nan() -> None:
+    positions = LayerCache(1, 8, None, cache_type="int8").append(normal(1, 20, 1, 8), normal(2, 20, 1, 8))
+    for value in (np.nan, np.inf):
+        queries = normal(3, 1, 2, 8)
+        queries[0, 1, 3] = value
+        found = mixed(queries, positions)
+        assert np.isfinite(found[0, :8]).all() and np.isnan(found[0, 8:]).all()
 
 
 def _mixed_by(cache_type: CacheType, queries: Floats, keys: Floats, values: Floats) -> Floats:

@@ -143,6 +143,8 @@ void check_attention(Random& random) {
   }
   const Floats scratch(new float[attention_scratch(head_dim)]);
   tile.scratch = scratch.get();
+  const std::unique_ptr<std::int16_t[]> integers(new std::int16_t[attention_integers(head_dim)]);
+  tile.integers = integers.get();
   const Floats before = random_floats(random, rows * head_dim);
   agree("attend", before, rows * head_dim, [&](const FloatKernels& floats, float* out) {
     for (std::size_t row = 0; row < rows; ++row) tile.outputs[row] = out + row * head_dim;

@@ -78,33 +78,6 @@ inline Lanes load_lanes(const std::uint16_t* p) {
   return v;
 }
 
-// Loads integers.
-inline Lanes load_lanes(const std::int8_t* p) {
-  Lanes v;
-#if defined(__aarch64__)
-  const int8x16_t bytes = vld1q_s8(p);
-  const int16x8_t words[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
-  for (std::size_t i = 0; i < 2; ++i) {
-    v.part[2 * i] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_low_s16(words[i])));
-    v.part[2 * i + 1] = (NativeFloats)vcvtq_f32_s32(vmovl_s16(vget_high_s16(words[i])));
-  }
-#else
-  for (std::size_t i = 0; i < Lanes::kParts; ++i) {
-    const std::int8_t* from = p + i * kNative;
-#if defined(__AVX512F__)
-    v.part[i] = _mm512_cvtepi32_ps(
-        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
-    v.part[i] = _mm256_cvtepi32_ps(
-        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    for (std::size_t lane = 0; lane < kNative; ++lane) v.part[i][lane] = from[lane];
-#endif
-  }
-#endif
-  return v;
-}
-
 inline void store_lanes(float* p, const Lanes& v) {
   for (std::size_t i = 0; i < Lanes::kParts; ++i) {
     std::memcpy(p + i * kNative, &v.part[i], sizeof v.part[i]);
