@@ -15,35 +15,27 @@ namespace {
 // The softmax of a row as far as its positions have been seen.
 struct Running {
   float largest = -std::numeric_limits<float>::infinity();  // score
-  float total = 0.0f;                                       // of exp(score - largest)
+  float total = 0.0f;                                       // of weights
+
+  // What scores are compared with: a row that has seen no position yet has no largest one.
+  float top() const { return largest == -std::numeric_limits<float>::infinity() ? 0.0f : largest; }
 };
 
-// Replaces the scores of a block by exp(score - largest so far), those outside [begin, end) by 0.
-// Returns what weights from earlier blocks are to be multiplied by.
-inline float soften(float* scores, std::size_t begin, std::size_t end, std::size_t count,
-                    Running& row) {
+// Hides the scores of a block outside [begin, end), and moves the largest so far. Returns how much
+// it moved, -infinity if there was none.
+inline float raise_largest(float* scores, std::size_t begin, std::size_t end, std::size_t count,
+                           Running& row) {
   constexpr float kHidden = -std::numeric_limits<float>::infinity();
-  const std::size_t room = (count + kLanes - 1) / kLanes * kLanes;
+  const std::size_t room = padded(count);
   for (std::size_t i = 0; i < begin; ++i) scores[i] = kHidden;
   for (std::size_t i = end; i < room; ++i) scores[i] = kHidden;
   Lanes largest = splat(row.largest);
   for (std::size_t i = 0; i < room; i += kLanes) {
     largest = larger(largest, load_lanes(scores + i));
   }
-  const float most = fold(largest, [](float a, float b) { return a > b ? a : b; });
-  // A row that has seen no position yet has no largest score.
-  const Lanes top = splat(most == kHidden ? 0.0f : most);
-  Lanes total = splat(0.0f);
-  for (std::size_t i = 0; i < room; i += kLanes) {
-    const Lanes weights = exp_of(load_lanes(scores + i) - top);
-    store_lanes(scores + i, weights);
-    total = total + weights;
-  }
-  float factor[kLanes];
-  store_lanes(factor, exp_of(splat(row.largest) - top));
-  row.largest = most;
-  row.total = row.total * factor[0] + sum_of(total);
-  return factor[0];
+  const float before = row.largest;
+  row.largest = fold(largest, [](float a, float b) { return a > b ? a : b; });
+  return before - row.top();
 }
 
 // `place` as one of the `count` positions from `begin` on, or their end.
@@ -64,7 +56,7 @@ struct Seen {
   }
 };
 
-// `Arithmetic` has score(), weigh() and mix() of FloatAttention.
+// `Arithmetic` has the functions of FloatAttention.
 template <class Arithmetic>
 void attend_tile(const AttentionTile& tile) {
   const Seen seen(tile);
@@ -82,15 +74,19 @@ void attend_tile(const AttentionTile& tile) {
       for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
         arithmetic.template score<Rows>(run, first, begin, count);
       });
+      float moved[kAttentionRows];
       for (std::size_t row = 0; row < tile.rows; ++row) {
         const std::size_t from = within(tile.firsts[row], start + begin, count);
         const std::size_t to = within(tile.lasts[row], start + begin, count);
-        const float factor = soften(scores_of(tile, row), from, to, count, running[row]);
-        float* const sums = outputs_of(tile, row);
-        if (factor != 1.0f) {
-          for (std::size_t i = 0; i < width; ++i) sums[i] *= factor;
-        }
-        arithmetic.weigh(run, row, begin, count);
+        moved[row] = raise_largest(scores_of(tile, row), from, to, count, running[row]);
+      }
+      for (std::size_t row = 0; row < tile.rows; ++row) {
+        const float total = arithmetic.weigh(run, row, begin, count, running[row].top());
+        const float factor =
+            moved[row] == 0.0f ? 1.0f : first_of(Arithmetic::power(splat(moved[row])));
+        running[row].total = running[row].total * factor + total;
+        if (factor == 1.0f) continue;
+        for (std::size_t i = 0; i < width; ++i) outputs_of(tile, row)[i] *= factor;
       }
       for_row_sets(tile.rows, [&]<std::size_t Rows>(std::size_t first) {
         arithmetic.template mix<Rows>(run, first, begin, count);

@@ -60,8 +60,20 @@ class FloatAttention {
     }
   }
 
-  // Takes the weights of a row as they are.
-  void weigh(const PositionRun&, std::size_t, std::size_t, std::size_t) {}
+  // What a weight is multiplied by where its score grows by `x`.
+  static Lanes power(const Lanes& x) { return exp_of(x); }
+
+  // Turns the scores of a row, at most `top`, into weights. Returns their sum.
+  float weigh(const PositionRun&, std::size_t row, std::size_t, std::size_t count, float top) {
+    float* const scores = scores_of(tile_, row);
+    Lanes total = splat(0.0f);
+    for (std::size_t i = 0; i < padded(count); i += kLanes) {
+      const Lanes weights = power(load_lanes(scores + i) - splat(top));
+      store_lanes(scores + i, weights);
+      total = total + weights;
+    }
+    return sum_of(total);
+  }
 
   // Adds the values of `count` positions of a run from `begin` on, each times its weight, to the
   // outputs of rows from `first` on.

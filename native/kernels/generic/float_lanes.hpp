@@ -99,6 +99,15 @@ inline void store_some(float* p, const Lanes& v, std::size_t count) {
   std::memcpy(p, some, count * sizeof(float));
 }
 
+inline float first_of(const Lanes& v) {
+  float lanes[kLanes];
+  store_lanes(lanes, v);
+  return lanes[0];
+}
+
+// The number of lanes of as many vectors as `count` elements take.
+constexpr std::size_t padded(std::size_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
 inline Lanes splat(float value) {
   Lanes v;
   for (auto& part : v.part) {
@@ -164,6 +173,25 @@ inline NativeFloats exp_part(NativeFloats x) {
   const NativeFloats result = p * (NativeFloats)exponent;
   const NativeFloats low = x < -87.0f ? NativeFloats{} : result;
   return x > 88.0f ? NativeFloats{} + std::numeric_limits<float>::infinity() : low;
+}
+
+// 2^x to within 3e-6 of itself, for x below 128. It is 0 below -126.5. NaN stays NaN.
+inline NativeFloats power_of_two_part(NativeFloats x) {
+  constexpr float kRounder = 12582912.0f;  // as in exp_part
+  const NativeFloats least = NativeFloats{} - 127.0f;
+  const NativeFloats bounded = least > x ? least : x;
+  const NativeFloats shifted = bounded + kRounder;
+  const NativeFloats r = bounded - (shifted - kRounder);
+  NativeFloats p = r * 9.57010128e-3f + 5.59178591e-2f;
+  p = p * r + 2.40247443e-1f;
+  p = p * r + 6.93121791e-1f;
+  p = p * r + 9.99999285e-1f;
+  const NativeWords exponent = ((NativeWords)shifted << 23) + (127u << 23);
+  return p * (NativeFloats)exponent;
+}
+
+inline Lanes power_of_two(const Lanes& x) {
+  return each_part([](auto part) { return power_of_two_part(part); }, x);
 }
 
 inline Lanes exp_of(const Lanes& x) {

@@ -47,6 +47,34 @@ struct Rounding {
   }
 };
 
+// Vector i of two rows. What follows them by `ahead` bytes, in the next block of positions, is
+// loaded to the second-level cache; the first level has no room for two blocks.
+inline PairLanes load_pairs_and_prefetch(const std::int8_t* one, const std::int8_t* other,
+                                         std::size_t i, std::size_t ahead) {
+  if (i == 0) {
+    __builtin_prefetch(one + ahead, 0, 2);
+    __builtin_prefetch(other + ahead, 0, 2);
+  }
+  return load_pairs(one + i * kLanes, other + i * kLanes);
+}
+
+// sums[row][i] += factor(row, k) * vector i of load(row 2 k, row 2 k + 1, i), for `count` rows from
+// `first` on, `stride` apart. An odd last row has itself as the other, and a factor of 0.
+template <std::size_t Rows, std::size_t Vectors, class Factor, class Load>
+[[gnu::always_inline]] inline void add_pairs(IntegerLanes (&sums)[Rows][Vectors], std::size_t count,
+                                             Factor factor, const std::int8_t* first,
+                                             std::size_t stride, Load load) {
+  multiply_add(sums, count / 2, factor, [&](std::size_t k, std::size_t i) {
+    const std::int8_t* row = first + 2 * k * stride;
+    return load(row, row + stride, i);
+  });
+  if (count % 2 == 0) return;
+  const std::int8_t* last = first + (count - 1) * stride;
+  multiply_add(
+      sums, 1, [&](std::size_t row, std::size_t) { return factor(row, count / 2); },
+      [&](std::size_t, std::size_t i) { return load(last, last, i); });
+}
+
 class IntegerAttention {
  public:
   explicit IntegerAttention(const AttentionTile& tile)
@@ -76,10 +104,6 @@ class IntegerAttention {
     const auto query = [&](std::size_t row, std::size_t k) {
       return load_factor(queries + 2 * (k * Rows + row));
     };
-    // From a feature to the one it is multiplied with; an odd last one has no other.
-    const auto step = [&](std::size_t k) {
-      return 2 * k + 1 < tile_.head_dim ? run.key_stride : 0;
-    };
     const auto store = [&](std::size_t row, std::size_t place, const IntegerLanes& sums,
                            const Lanes& scale) {
       store_lanes(scores + row * kPositionsAtOnce + place,
@@ -87,15 +111,10 @@ class IntegerAttention {
     };
     const std::size_t whole = for_vectors(count, [&]<std::size_t Vectors>(std::size_t offset) {
       IntegerLanes sums[Rows][Vectors] = {};
-      multiply_add(sums, pairs_, query, [&](std::size_t k, std::size_t i) {
-        const std::int8_t* vector = keys + offset + 2 * k * run.key_stride + i * kLanes;
-        const std::int8_t* other = vector + step(k);
-        if (i == 0) {
-          __builtin_prefetch(vector + kPositionsAtOnce);
-          __builtin_prefetch(other + kPositionsAtOnce);
-        }
-        return load_pairs(vector, other);
-      });
+      add_pairs(sums, tile_.head_dim, query, keys + offset, run.key_stride,
+                [](const std::int8_t* one, const std::int8_t* other, std::size_t i) {
+                  return load_pairs_and_prefetch(one, other, i, kPositionsAtOnce);
+                });
       for (std::size_t i = 0; i < Vectors; ++i) {
         const std::size_t place = offset + i * kLanes;
         const Lanes scale = load_lanes(scales + place);
@@ -104,33 +123,37 @@ class IntegerAttention {
     });
     if (whole == count) return;
     IntegerLanes sums[Rows][1] = {};
-    multiply_add(sums, pairs_, query, [&](std::size_t k, std::size_t) {
-      const std::int8_t* vector = keys + whole + 2 * k * run.key_stride;
-      return load_some_pairs(vector, vector + step(k), count - whole);
-    });
+    add_pairs(sums, tile_.head_dim, query, keys + whole, run.key_stride,
+              [&](const std::int8_t* one, const std::int8_t* other, std::size_t) {
+                return load_some_pairs(one, other, count - whole);
+              });
     const Lanes scale = load_some(scales + whole, count - whole, 0.0f);
     for (std::size_t row = 0; row < Rows; ++row) store(row, whole, sums[row][0], scale);
   }
 
-  // Multiplies the weights of a row by the scales of the values, and rounds them.
-  void weigh(const PositionRun& run, std::size_t row, std::size_t begin, std::size_t count) {
+  // What a weight is multiplied by where its score grows by `x`.
+  static Lanes power(const Lanes& x) { return power_of_two(x); }
+
+  // Turns the scores of a row, at most `top`, into weights times the scales of the values. Returns
+  // the sum of the weights.
+  float weigh(const PositionRun& run, std::size_t row, std::size_t begin, std::size_t count,
+              float top) {
     const float* scales = run.value_scales + begin;
-    float* const weights = scores_of(tile_, row);
-    const std::size_t room = (count + kLanes - 1) / kLanes * kLanes;
+    float* const scores = scores_of(tile_, row);
+    Lanes total = splat(0.0f);
     LargestMagnitude largest;
-    for (std::size_t i = 0; i < room; i += kLanes) {
-      const Lanes scale =
-          i + kLanes <= count ? load_lanes(scales + i) : load_some(scales + i, count - i, 0.0f);
-      const Lanes weight = load_lanes(weights + i) * scale;
-      store_lanes(weights + i, weight);
-      largest.add(weight);
-    }
-    const Rounding rounding(largest.value(), kLargestMagnitude);
-    const Lanes inverse = splat(rounding.inverse);
-    for (std::size_t i = 0; i < room; i += kLanes) {
-      store_rounded(weights_ + row * kPositionsAtOnce + i, load_lanes(weights + i) * inverse);
-    }
-    weight_units_[row] = rounding.unit;
+    const auto weigh_at = [&](std::size_t i, const Lanes& scale) {
+      const Lanes weights = power(load_lanes(scores + i) - splat(top));
+      total = total + weights;
+      const Lanes scaled = weights * scale;
+      store_lanes(scores + i, scaled);
+      largest.add(scaled);
+    };
+    std::size_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) weigh_at(i, load_lanes(scales + i));
+    if (i < count) weigh_at(i, load_some(scales + i, count - i, 0.0f));
+    largest_weights_[row] = largest.value();
+    return sum_of(total);
   }
 
   // Adds the values of `count` positions of a run from `begin` on, each times its weight, to the
@@ -141,21 +164,20 @@ class IntegerAttention {
     const std::int8_t* values = static_cast<const std::int8_t*>(run.values) + begin * width;
     const std::int16_t* weights = weights_ + first * kPositionsAtOnce;
     float* const outputs = outputs_of(tile_, first);
+    float units[Rows];
+    for (std::size_t row = 0; row < Rows; ++row) units[row] = round_weights(first + row, count);
     const auto weight = [&](std::size_t row, std::size_t k) {
       return load_factor(weights + row * kPositionsAtOnce + 2 * k);
     };
-    // An odd last position has no other, and its pair has a weight of 0.
-    const auto step = [&](std::size_t k) { return 2 * k + 1 < count ? width : 0; };
     const auto added = [&](std::size_t row, const Lanes& before, const IntegerLanes& sums) {
-      return before + to_floats(sums) * splat(weight_units_[first + row]);
+      return before + to_floats(sums) * splat(units[row]);
     };
-    const std::size_t pairs = (count + 1) / 2;
     const std::size_t whole = for_vectors(width, [&]<std::size_t Vectors>(std::size_t at) {
       IntegerLanes sums[Rows][Vectors] = {};
-      multiply_add(sums, pairs, weight, [&](std::size_t k, std::size_t i) {
-        const std::int8_t* vector = values + 2 * k * width + at + i * kLanes;
-        return load_pairs(vector, vector + step(k));
-      });
+      add_pairs(sums, count, weight, values + at, width,
+                [&](const std::int8_t* one, const std::int8_t* other, std::size_t i) {
+                  return load_pairs_and_prefetch(one, other, i, kPositionsAtOnce * width);
+                });
       for (std::size_t row = 0; row < Rows; ++row) {
         for (std::size_t i = 0; i < Vectors; ++i) {
           float* const place = outputs + row * width + at + i * kLanes;
@@ -165,10 +187,10 @@ class IntegerAttention {
     });
     if (whole == width) return;
     IntegerLanes sums[Rows][1] = {};
-    multiply_add(sums, pairs, weight, [&](std::size_t k, std::size_t) {
-      const std::int8_t* vector = values + 2 * k * width + whole;
-      return load_some_pairs(vector, vector + step(k), width - whole);
-    });
+    add_pairs(sums, count, weight, values + whole, width,
+              [&](const std::int8_t* one, const std::int8_t* other, std::size_t) {
+                return load_some_pairs(one, other, width - whole);
+              });
     for (std::size_t row = 0; row < Rows; ++row) {
       float* const place = outputs + row * width + whole;
       const Lanes before = load_some(place, width - whole, 0.0f);
@@ -177,6 +199,17 @@ class IntegerAttention {
   }
 
  private:
+  // Returns what the integers count.
+  float round_weights(std::size_t row, std::size_t count) {
+    const Rounding rounding(largest_weights_[row], kLargestMagnitude);
+    const Lanes inverse = splat(rounding.inverse);
+    for (std::size_t i = 0; i < padded(count); i += kLanes) {
+      store_rounded(weights_ + row * kPositionsAtOnce + i,
+                    load_lanes(scores_of(tile_, row) + i) * inverse);
+    }
+    return rounding.unit;
+  }
+
   // Writes pairs of features `step` integers apart. Returns what a sum is multiplied by for a
   // score.
   float round_query(const float* x, float range, std::int16_t* out, std::size_t step) const {
@@ -190,7 +223,7 @@ class IntegerAttention {
       out[k / 2 * step + k % 2] = rounded(x[k] * rounding.inverse);
     }
     if (tile_.head_dim % 2 == 1) out[(pairs_ - 1) * step + 1] = 0;
-    return rounding.unit * tile_.scale;
+    return rounding.unit * tile_.scale * 1.44269504f;  // for powers of two instead of e
   }
 
   const AttentionTile& tile_;
@@ -198,7 +231,7 @@ class IntegerAttention {
   std::int16_t* const weights_;  // rows of kPositionsAtOnce
   std::int16_t* const queries_;  // of each set of rows, (pairs, rows, 2)
   float query_units_[kAttentionRows];
-  float weight_units_[kAttentionRows];
+  float largest_weights_[kAttentionRows];
 };
 
 }  // namespace
