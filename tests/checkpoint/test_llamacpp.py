@@ -22,7 +22,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.engine.load import load
 from tests.checkpoint.gguf_layers import LAYERED
 from tests.checkpoint.test_gguf_metadata import scaling, whole
-from tests.checkpoint.test_gguf_tokenizer import TEXTS, gemma4_values, merges_of, trained, values_of
+from tests.checkpoint.test_gguf_tokenizer import TEXTS, merges_of, trained, values_of
 from tests.support.gguf_sources import GgufSource
 
 PYTHON = os.environ.get("LLAMACPP_PYTHON", sys.executable)
@@ -123,15 +123,6 @@ def test_byte_level_tokenizers(pre: str, add_bos: bool | None, tmp_path: Path) -
     check_config(path, found)
     tokenizer = Tokenizer.from_str(convert_tokenizer(path)["tokenizer.json"])
     assert [tokenizer.encode(text).ids for text in texts] == found["tokens"]
-
-
-def test_gemma4_tokenizers(tmp_path: Path) -> None:
-    values = gemma4_values()
-    path = tmp_path / "model.gguf"
-    path.write_bytes(model(values, len(values["tokenizer.ggml.tokens"])).to_bytes())
-    texts = ["Once upon a time, there was a child.", "a  time\n\nthere\n", " é"]
-    tokenizer = Tokenizer.from_str(convert_tokenizer(path)["tokenizer.json"])
-    assert [tokenizer.encode(text).ids for text in texts] == ask(path, texts, [])["tokens"]
 
 
 @pytest.mark.parametrize(
