@@ -50,6 +50,7 @@ def opened(
         ("deepseek-v3", "attention.temperature_scale", 0.5, "attention.temperature_scale 0.5 is not implemented"),
         ("deepseek-v3", "rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor 0.5 is not implemented"),
         ("deepseek-v3", "attention.head_count_kv", 2, "head_count_kv is 2, expected 1, the latent vector that all"),
+        ("deepseek-v3-whole", "attention.head_count_kv", 1, "head_count_kv is 1, expected 4, the heads of queries"),
         ("deepseek-v3", "attention.key_length", 99, "key_length is 99, expected 80, the latent vector's features and"),
         ("deepseek-v3", "attention.value_length", 9, "value_length is 9, expected 64, the latent vector's features"),
         ("deepseek-v3", "attention.key_length_mla", 16, "attention.key_length_mla 16 is not implemented"),

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from entrollm import CompressOptions, compress
+from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
 from entrollm.engine.load import load
 from tests.checkpoint.gguf_converted import KINDS, make_model, tokens, write_file
+from tests.checkpoint.test_gguf_tokenizer import gemma4_values
 from tests.checkpoint.test_llamacpp import ask, is_installed
 from tests.engine.architectures import reference_logits, relative_difference
 
@@ -53,3 +56,16 @@ def test_coded_blocks(name: str, tmp_path: Path) -> None:
     path = write(name, model, tmp_path, is_quantized=True)
     compress(path, tmp_path / "coded", CompressOptions(measure=False))
     assert relative_difference(load(tmp_path / "coded").logits(IDS), reference_logits(model, IDS)) < 2e-3
+
+
+@pytest.mark.skipif(not is_installed(), reason="llama-cpp-python is not installed")
+def test_gemma4_tokens(tmp_path: Path) -> None:
+    """Token ids of Gemma 4's kind of tokenizer are llama.cpp's."""
+    values = gemma4_values()
+    kind = KINDS["gemma4-experts"]
+    model = make_model(kind, len(values["tokenizer.ggml.tokens"]))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(write_file(kind, model, is_quantized=False, tokens=values).to_bytes())
+    texts = ["Once upon a time, there was a child.", "a  time\n\nthere\n", " é"]
+    tokenizer = Tokenizer.from_str(convert_tokenizer(path)["tokenizer.json"])
+    assert [tokenizer.encode(text).ids for text in texts] == ask(path, texts, [])["tokens"]

@@ -49,7 +49,7 @@ def check_reference(source: GgufSource, rows: int, folder: Path, options: Compre
     assert np.abs(load(folder / "coded", 1).logits(ids) - expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("architecture", [*CENTERED, "granitemoe", "granitemoe:shared"])
+@pytest.mark.parametrize("architecture", [*sorted(CENTERED.keys() - {"phi2:fused", "phimoe"}), "granitemoe:shared"])
 def test_logits_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
     source, rows = source_of(architecture)
     check_reference(source, rows, tmp_path, CompressOptions(bits=8, measure=False))
@@ -88,7 +88,6 @@ def test_blocks_of_gpt2_keep_their_values(is_kept: bool, tmp_path: Path) -> None
 
 
 def test_transposed_matrices_are_refused_where_they_do_not_run(tmp_path: Path) -> None:
-
     source, _ = source_of("gpt2")
     (tmp_path / "model.gguf").write_bytes(source.to_bytes())
     compress(tmp_path / "model.gguf", tmp_path / "coded", CompressOptions(bits=8, measure=False))

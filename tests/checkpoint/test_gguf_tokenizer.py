@@ -96,6 +96,43 @@ def test_byte_level_tokenizers_are_converted(pre: str, tmp_path: Path) -> None:
     assert (config["bos_token"], config["eos_token"], config["chat_template"]) == ("<s>", "</s>", "{{ messages }}")
 
 
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("glm4", "it's 12345", ["it", "'s", " ", "123", "45"]),
+        ("dbrx", "it's 12345", ["it", "'s", " ", "123", "45"]),
+        ("qwen35", "नमस्ते 12", ["नमस्ते", " ", "1", "2"]),
+        ("deepseek-v3", "abc12345日本x!", ["abc", "123", "45", "日本", "x", "!"]),
+        ("refact", "a12 b", ["a", "1", "2", " b"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(pre: str, text: str, words: list[str], tmp_path: Path) -> None:
+    original = trained("gpt-2")
+    found, _ = convert(tmp_path, values_of(original, "gpt2", pre=pre, merges=merges_of(original)))
+    assert found.pre_tokenizer is not None
+    assert [text[start:end] for _, (start, end) in found.pre_tokenizer.pre_tokenize_str(text)] == words
+
+
+def gemma4_values() -> dict[str, Any]:
+    """A small tokenizer of Gemma 4's kind."""
+    merges = ["o n", "▁ t", "i m", "e r", "im e", "▁t ime", "\n \n", "▁ ▁", "h er", "▁t her"]
+    pieces = ["<pad>", "</s>", "<s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += sorted(set("\n▁Oonceupatim,hrws.dl"))
+    pieces += ["".join(merge.split(" ")) for merge in merges]
+    types = [3, 3, 3, 2, *(6 for _ in range(256)), *(1 for _ in pieces[260:])]
+    values = {"tokens": pieces, "token_type": types, "merges": merges, "scores": [0.0] * len(pieces)}
+    values |= {"model": "gemma4", "bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": 3}
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()} | {"tokenizer.ggml.add_bos_token": True}
+
+
+def test_gemma4_tokenizers_are_converted(tmp_path: Path) -> None:
+    found, config = convert(tmp_path, gemma4_values())
+    text = "Once  upon there\n\na time é"
+    tokens = found.encode(text).tokens
+    assert tokens[0] == config["bos_token"] == "<s>" and "▁ther" in tokens and "\n\n" in tokens and "<0xC3>" in tokens
+    assert found.decode(found.encode(text).ids) == text
+
+
 @pytest.mark.parametrize("begins", [True, False])
 def test_sentence_piece_tokenizers_are_converted(begins: bool, tmp_path: Path) -> None:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -155,7 +155,7 @@ class Joined:
 
     def form(self, kinds: tuple[str, ...], shapes: tuple[Shape, ...]) -> tuple[str, Shape]:
         """See Change."""
-        if kinds[0] != kinds[1] or shapes[0][1:] != shapes[1][1:]:
+        if kinds[0] != kinds[1] or not shapes[0] or not shapes[1] or shapes[0][1:] != shapes[1][1:]:
             raise FormatError(
                 f"is {kinds[0]} of shape {list(shapes[0])}, and {self.others[0]} of its layer {kinds[1]} of shape "
                 f"{list(shapes[1])}; expected one type and length of rows"

@@ -16,7 +16,6 @@ _UNSTATED, _SOFTMAX, _SIGMOID = 0, 1, 2
 _GLM_LAYERS, _GLM_TOKENS = (47, 48), 154880
 # Files have a tenth of the multiplier.
 _TENTH = 10
-_CORRECTION = "model.layers.{}.mlp.gate.e_score_correction_bias"
 
 
 def _latent(values: Values, config: dict[str, Any]) -> dict[str, Any]:
@@ -28,6 +27,8 @@ def _latent(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         values.expect("attention.head_count_kv", 1, "the latent vector that all heads share")
         values.expect("attention.key_length", rank + rotated, "the latent vector's features and the rotated ones")
         values.expect("attention.value_length", rank, "the latent vector's features")
+    else:
+        values.expect("attention.head_count_kv", config["num_attention_heads"], "the heads of queries")
     suffix = "_mla" if is_split else ""
     plain = values.integer(f"attention.key_length{suffix}") - rotated
     if plain < 1:
