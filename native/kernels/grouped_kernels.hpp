@@ -6,7 +6,8 @@
 // products of fields and 16-bit activations exactly; then, for each run in order,
 // lane = fma(float(sum), scale of its group, lane) in float32. A run is a chunk where groups are
 // smaller than one; otherwise it ends at the ends of groups and at multiples of kGroupedRun chunks.
-// The 16 lanes of a row are added as a tree: lane i and lane i + 8, then i + 4, i + 2, i + 1.
+// Lanes begin with the products of the groups' shifts. The 16 lanes of a row are added as a tree:
+// lane i and lane i + 8, then i + 4, i + 2, i + 1.
 #pragma once
 
 #include <cstddef>
@@ -77,32 +78,42 @@ struct GroupTerms {
   }
 };
 
-// What the totals of some rows are made of.
-struct GroupedSums {
-  const float* lanes;  // (rows, vectors, kGroupedLanes)
-  std::size_t rows;
-  std::size_t vectors;
+// What the lanes of some rows begin with: the shifts of groups times the sums of activations.
+struct GroupedShifts {
   const float* shifts;  // (rows, groups), and finite floats up to a whole number of lanes; or null
   std::size_t groups;
-  const float* sums;        // of each vector over groups: (at most vectors, sums_stride)
+  const float* sums;        // of each vector over groups: (vectors, sums_stride)
   std::size_t sums_stride;  // groups and zeros up to a whole number of lanes
 };
 
-using ReorderDigits = void (*)(std::int8_t* digits, std::size_t count);
+// Where the totals of some rows go.
+struct GroupedTotals {
+  std::size_t rows;
+  std::size_t vectors;   // of the lanes
+  std::size_t batch;     // vectors that are wanted, at most `vectors`
+  const double* scales;  // of the vectors
+  float* out;            // (batch, rows), `stride` floats from a vector to the next
+  std::size_t stride;
+};
+
+// Digits of `vectors` vectors side by side, `chunks` times kVector columns of each.
+using ReorderDigits = void (*)(std::int8_t* digits, std::size_t chunks, std::size_t vectors);
 
 struct GroupedKernels {
-  // Puts the digits of `count` times kVector columns of a vector, high ones first, into the order
-  // in which product() reads them; null if that is the order of columns.
+  // Puts digits into the order in which product() reads them for so many vectors; null if that is
+  // always the order of columns, the high digits of kVector columns first.
   ReorderDigits reorder;
 
   // Adds the products of rows with 1, 2, 4 or 8 vectors to lanes (rows, count, kGroupedLanes). The
   // digits are those of the first chunk on, reordered.
   void (*product)(const GroupedRows& rows, const FlatVectors& x, float* lanes);
 
-  // The totals of `batch` vectors, at most sums.vectors: (rows, batch). Each is the total of its
-  // lanes, and with shifts plus that of lanes of the groups' products: lane = fma(shift, sum,
-  // lane).
-  void (*totals)(const GroupedSums& sums, std::size_t batch, float* totals);
+  // Writes the lanes (rows, vectors, kGroupedLanes) that products are added to: for group i, lane
+  // i % kGroupedLanes = fma(shift, sum, lane), and zeros without shifts.
+  void (*begin)(const GroupedShifts& shifts, std::size_t rows, std::size_t vectors, float* lanes);
+
+  // Writes the total of the lanes of each row and vector times the vector's scale.
+  void (*totals)(const float* lanes, const GroupedTotals& totals);
 
   // The terms of W = symbol * scale + shift for the groups of `rows` rows from `first` on:
   // (rows, groups). `shift` is written if has_shift(); `scratch` has room for as many floats. Every

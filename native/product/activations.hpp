@@ -82,6 +82,7 @@ class Activations {
   }
 
   double scale(std::size_t row) const { return scales_[row]; }
+  const double* scales() const { return scales_.data(); }
   std::int64_t sum(std::size_t row) const { return sums(row)[padded_ / kVector]; }
 
  private:

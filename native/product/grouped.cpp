@@ -127,44 +127,53 @@ namespace {
 // of each over groups of columns.
 class GroupedVectors {
  public:
-  GroupedVectors(const Activations& x, std::size_t padded, std::size_t size, std::size_t columns)
-      : x_(x), chunks_(padded / kVector) {
-    for (std::size_t first = 0; first < x.batch(); first += kMostFlatVectors) {
-      const std::size_t batch = std::min(kMostFlatVectors, x.batch() - first);
-      interleave(first, batch, std::bit_ceil(batch));
-    }
-    stride_ = ((columns - 1) / size + kGroupedLanes) / kGroupedLanes * kGroupedLanes;
-    sums_.resize(x.batch() * stride_);
-    for (std::size_t b = 0; b < x.batch(); ++b) {
-      const std::int16_t* whole = x.digits(b, 0).whole;
-      for (std::size_t begin = 0, group = 0; begin < columns; begin += size, ++group) {
-        std::int64_t sum = 0;
-        for (std::size_t j = begin; j < std::min(columns, begin + size); ++j) sum += whole[j];
-        sums_[b * stride_ + group] = static_cast<float>(sum);
-      }
-    }
+  GroupedVectors(ThreadPool& pool, const Activations& x, std::size_t padded, std::size_t size,
+                 std::size_t columns)
+      : x_(x),
+        padded_(padded),
+        stride_(((columns - 1) / size + kGroupedLanes) / kGroupedLanes * kGroupedLanes),
+        digits_(2 * padded * lane_vectors()),
+        sums_(stride_ * lane_vectors()) {
+    const std::size_t passes = (x.batch() - 1) / kMostFlatVectors + 1;
+    pool.run(passes, [&](std::size_t pass, std::size_t) {
+      const std::size_t first = pass * kMostFlatVectors;
+      interleave(first);
+      const std::size_t end = std::min(x.batch(), first + kMostFlatVectors);
+      for (std::size_t b = first; b < end; ++b) add_up(b, size, columns);
+    });
   }
 
   std::size_t batch() const { return x_.batch(); }
-  double scale(std::size_t b) const { return x_.scale(b); }
+  // Vectors from `first` on, a multiple of kMostFlatVectors, that are multiplied together, and how
+  // many places there are for them.
+  std::size_t together(std::size_t first) const {
+    return std::min(kMostFlatVectors, batch() - first);
+  }
+  std::size_t places(std::size_t first) const { return std::bit_ceil(together(first)); }
+  // Places of all vectors.
+  std::size_t lane_vectors() const {
+    const std::size_t last = (batch() - 1) / kMostFlatVectors * kMostFlatVectors;
+    return last + places(last);
+  }
+  const double* scales(std::size_t b) const { return x_.scales() + b; }
   // Groups of a row, rounded up to whole lanes of zeros.
   std::size_t stride() const { return stride_; }
   const float* sums(std::size_t b) const { return sums_.data() + b * stride_; }
 
-  // The vectors from `first` on, a multiple of kMostFlatVectors, from a chunk on.
+  // The vectors from `first` on, from a chunk on.
   FlatVectors from(std::size_t first, std::size_t chunk) const {
-    const auto& digits = digits_[first / kMostFlatVectors];
-    const std::size_t count = std::bit_ceil(std::min(kMostFlatVectors, batch() - first));
-    return {digits.data() + chunk * 2 * count * kVector, count};
+    const std::size_t count = places(first);
+    return {digits_.data() + 2 * (first * padded_ + chunk * count * kVector), count};
   }
 
  private:
-  void interleave(std::size_t first, std::size_t batch, std::size_t count) {
-    AlignedArray<std::int8_t> digits(chunks_ * 2 * count * kVector);
-    std::int8_t* out = digits.data();
-    for (std::size_t chunk = 0; chunk < chunks_; ++chunk) {
+  void interleave(std::size_t first) {
+    const std::size_t count = places(first), chunks = padded_ / kVector;
+    std::int8_t* const begin = digits_.data() + 2 * first * padded_;
+    std::int8_t* out = begin;
+    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
       for (std::size_t i = 0; i < count; ++i, out += 2 * kVector) {
-        if (i < batch) {
+        if (i < together(first)) {
           const Digits x = x_.digits(first + i, chunk * kVector);
           std::memcpy(out, x.high, kVector);
           std::memcpy(out + kVector, x.low, kVector);
@@ -173,22 +182,37 @@ class GroupedVectors {
         }
       }
     }
-    if (kernels().grouped->reorder != nullptr) {
-      kernels().grouped->reorder(digits.data(), chunks_ * count);
+    const ReorderDigits reorder = kernels().grouped->reorder;
+    if (reorder != nullptr) reorder(begin, chunks, count);
+  }
+
+  // The sums of a vector over groups.
+  void add_up(std::size_t b, std::size_t size, std::size_t columns) {
+    const std::int16_t* whole = x_.digits(b, 0).whole;
+    float* out = sums_.data() + b * stride_;
+    for (std::size_t begin = 0; begin < columns; begin += size) {
+      const std::size_t end = std::min(columns, begin + size);
+      std::int64_t sum = 0;
+      for (std::size_t at = begin; at < end; at += kVector) {
+        const std::size_t stop = std::min(end, at + kVector);
+        std::int32_t part = 0;
+        for (std::size_t j = at; j < stop; ++j) part += whole[j];
+        sum += part;
+      }
+      *out++ = static_cast<float>(sum);
     }
-    digits_.push_back(std::move(digits));
   }
 
   const Activations& x_;
-  std::size_t chunks_;
-  std::size_t stride_ = 0;
-  std::vector<AlignedArray<std::int8_t>> digits_;
-  std::vector<float> sums_;  // (batch, stride)
+  std::size_t padded_;
+  std::size_t stride_;
+  AlignedArray<std::int8_t> digits_;  // (passes, chunks, places, 2 * kVector)
+  std::vector<float> sums_;           // (places, stride)
 };
 
 // A thread's buffers, kept between products.
 struct Scratch {
-  std::vector<float> scale, shift, spare, lanes, totals;
+  std::vector<float> scale, shift, spare, lanes;
 };
 
 // One matrix times the vectors, whose outputs are `stride` floats apart.
@@ -214,9 +238,15 @@ class GroupedProduct {
       last_row = block.first_row;
       const GroupedRows rows = rows_of(block.symbols, block.columns, block.first_column / kVector,
                                        block.columns / kVector, 8, block.rows);
-      multiply(rows);
+      for_passes([&](std::size_t first) {
+        float* lanes = scratch().lanes.data() + first * rows.rows * kGroupedLanes;
+        kernels().grouped->product(rows, x_.from(first, rows.first_chunk), lanes);
+      });
       if (block.first_column + block.columns >= geometry_.columns) {
-        finish_rows(block.first_row, block.rows);
+        for_passes([&](std::size_t first) {
+          finish_rows(block.first_row, block.rows, first,
+                      scratch().lanes.data() + first * block.rows * kGroupedLanes);
+        });
       }
     });
   }
@@ -227,12 +257,26 @@ class GroupedProduct {
     return buffers;
   }
 
-  void multiply_flat_rows(std::size_t first) const {
-    const std::size_t count = std::min(kTileRows, geometry_.rows - first);
-    start_rows(first, count);
-    multiply(rows_of(matrix_.fields() + first * matrix_.row_bytes(), matrix_.row_bytes(), 0,
-                     geometry_.padded_columns() / kVector, matrix_.bits(), count));
-    finish_rows(first, count);
+  // Calls body(first) for the first one of the vectors that are multiplied together.
+  template <class Body>
+  void for_passes(const Body& body) const {
+    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) body(first);
+  }
+
+  // One pass after the other, whose lanes stay in the first-level cache.
+  void multiply_flat_rows(std::size_t first_row) const {
+    const std::size_t count = std::min(kTileRows, geometry_.rows - first_row);
+    expand_terms(first_row, count);
+    const GroupedRows rows =
+        rows_of(matrix_.fields() + first_row * matrix_.row_bytes(), matrix_.row_bytes(), 0,
+                geometry_.padded_columns() / kVector, matrix_.bits(), count);
+    std::vector<float>& lanes = scratch().lanes;
+    lanes.resize(count * kMostFlatVectors * kGroupedLanes);
+    for_passes([&](std::size_t first) {
+      kernels().grouped->begin(shifts_of(first), count, x_.places(first), lanes.data());
+      kernels().grouped->product(rows, x_.from(first, 0), lanes.data());
+      finish_rows(first_row, count, first, lanes.data());
+    });
   }
 
   GroupedRows rows_of(const std::uint8_t* fields, std::size_t row_bytes, std::size_t first_chunk,
@@ -250,9 +294,21 @@ class GroupedProduct {
             matrix_.scales().terms.groups};
   }
 
-  // Expands the scales of some rows, and clears their lanes. Kernels read whole registers, so that
-  // zeros follow the last row's.
-  void start_rows(std::size_t first, std::size_t count) const {
+  // Lanes of coded rows are (passes, rows, places of a pass, kGroupedLanes): their blocks come one
+  // after the other.
+  void start_rows(std::size_t first_row, std::size_t count) const {
+    expand_terms(first_row, count);
+    std::vector<float>& lanes = scratch().lanes;
+    lanes.resize(count * x_.lane_vectors() * kGroupedLanes);
+    for_passes([&](std::size_t first) {
+      kernels().grouped->begin(shifts_of(first), count, x_.places(first),
+                               lanes.data() + first * count * kGroupedLanes);
+    });
+  }
+
+  // Expands the scales of some rows. Kernels read whole registers, so that zeros follow the last
+  // row's.
+  void expand_terms(std::size_t first, std::size_t count) const {
     Scratch& buffers = scratch();
     const GroupTerms& terms = matrix_.scales().terms;
     const std::size_t size = count * terms.groups;
@@ -260,7 +316,6 @@ class GroupedProduct {
       buffer->resize(size + kVector);
       std::fill(buffer->begin() + static_cast<std::ptrdiff_t>(size), buffer->end(), 0.0f);
     }
-    buffers.lanes.assign(count * lane_vectors() * kGroupedLanes, 0.0f);
     kernels().grouped->terms(terms, first, count, buffers.scale.data(), buffers.shift.data(),
                              buffers.spare.data());
     if (first + 3 * count <= geometry_.rows) fetch_terms(terms, first + 2 * count, count);
@@ -278,38 +333,16 @@ class GroupedProduct {
     }
   }
 
-  // Lanes are (passes, rows, vectors of a pass, kGroupedLanes).
-  std::size_t lane_vectors() const {
-    const std::size_t whole = x_.batch() / kMostFlatVectors * kMostFlatVectors;
-    const std::size_t rest = x_.batch() - whole;
-    return whole + (rest == 0 ? 0 : std::bit_ceil(rest));
-  }
-
-  void multiply(const GroupedRows& rows) const {
-    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
-      kernels().grouped->product(rows, x_.from(first, rows.first_chunk),
-                                 scratch().lanes.data() + first * rows.rows * kGroupedLanes);
-    }
-  }
-
-  void finish_rows(std::size_t first_row, std::size_t count) const {
-    Scratch& buffers = scratch();
+  GroupedShifts shifts_of(std::size_t first) const {
     const GroupTerms& terms = matrix_.scales().terms;
-    const float* shifts = terms.has_shift() ? buffers.shift.data() : nullptr;
-    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
-      const std::size_t batch = std::min(kMostFlatVectors, x_.batch() - first);
-      buffers.totals.resize(count * batch);
-      const float* lanes = buffers.lanes.data() + first * count * kGroupedLanes;
-      kernels().grouped->totals({lanes, count, x_.from(first, 0).count, shifts, terms.groups,
-                                 x_.sums(first), x_.stride()},
-                                batch, buffers.totals.data());
-      for (std::size_t b = 0; b < batch; ++b) {
-        for (std::size_t row = 0; row < count; ++row) {
-          y_[(first + b) * stride_ + first_row + row] =
-              static_cast<float>(buffers.totals[row * batch + b] * x_.scale(first + b));
-        }
-      }
-    }
+    return {terms.has_shift() ? scratch().shift.data() : nullptr, terms.groups, x_.sums(first),
+            x_.stride()};
+  }
+
+  void finish_rows(std::size_t first_row, std::size_t count, std::size_t first,
+                   const float* lanes) const {
+    kernels().grouped->totals(lanes, {count, x_.places(first), x_.together(first), x_.scales(first),
+                                      y_ + first * stride_ + first_row, stride_});
   }
 
   const GroupedMatrix& matrix_;
@@ -346,8 +379,8 @@ void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> ma
     } else {
       auto found = std::find(sizes.begin(), sizes.end(), size);
       if (found == sizes.end()) {
-        vectors.push_back(std::make_unique<GroupedVectors>(activations, geometry.padded_columns(),
-                                                           size, geometry.columns));
+        vectors.push_back(std::make_unique<GroupedVectors>(
+            pool, activations, geometry.padded_columns(), size, geometry.columns));
         found = sizes.insert(sizes.end(), size);
       }
       products.emplace_back(*matrix, *vectors[static_cast<std::size_t>(found - sizes.begin())],

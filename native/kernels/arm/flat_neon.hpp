@@ -64,10 +64,11 @@ struct FlatLanes {
 
   template <int At, std::size_t Register>
   [[gnu::always_inline]] static inline Bytes single_bits(const std::uint8_t* part) {
-    const uint8x8_t eight = vld1_u8(part);
+    std::uint64_t eight;
+    __builtin_memcpy(&eight, part, sizeof eight);
     constexpr auto kLeft = static_cast<std::int8_t>(At - 2 * static_cast<int>(Register));
     const int8x16_t left = vcombine_s8(vdup_n_s8(kLeft), vdup_n_s8(kLeft - 1));
-    return vshlq_u8(vcombine_u8(eight, eight), left);
+    return vshlq_u8(vreinterpretq_u8_u64(vdupq_n_u64(eight)), left);
   }
 
   // bytes | (more & Mask << At); bits of `bytes` from At on are zero.

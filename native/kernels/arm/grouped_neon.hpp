@@ -18,6 +18,23 @@ struct GroupedFloats {
     return vfmaq_f32(c, a, b);
   }
 
+  // Each step adds the halves of what is left of rows, and puts the sums side by side.
+  static void add_lanes(const float* lanes, std::size_t stride, float* totals) {
+    const auto fours = [&](std::size_t row) __attribute__((always_inline)) {
+      const float* at = lanes + row * stride;
+      return vaddq_f32(vaddq_f32(load(at), load(at + 8)), vaddq_f32(load(at + 4), load(at + 12)));
+    };
+    const auto pairs = [&](std::size_t row) __attribute__((always_inline)) {
+      const float64x2_t a = vreinterpretq_f64_f32(fours(row));
+      const float64x2_t b = vreinterpretq_f64_f32(fours(row + 1));
+      return vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(a, b)),
+                       vreinterpretq_f32_f64(vzip2q_f64(a, b)));
+    };
+    for (std::size_t row = 0; row < 8; row += 4) {
+      store(totals + row, vpaddq_f32(pairs(row), pairs(row + 2)));
+    }
+  }
+
   template <std::size_t Size>
   [[gnu::always_inline]] static inline float32x4_t spread(const float* scales) {
     static_assert(Size == 8);

@@ -10,7 +10,7 @@ struct GroupedLanes : GroupedFloats {
   static constexpr std::size_t kMostVectors = 4;
   static constexpr ReorderDigits kReorder = nullptr;
 
-  template <int Bits>
+  template <int Bits, std::size_t Vectors>
   struct Sums {
     int32x4_t total = vdupq_n_s32(0);
 

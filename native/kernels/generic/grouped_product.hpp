@@ -5,8 +5,9 @@
 //     using Lanes = FlatLanes;
 //     using Floats;                         // a float for every four bytes of a register
 //     static constexpr std::size_t kMostVectors;  // that share the unpacking of a row
-//     template <int Bits>
-//     struct Sums {                         // exact, of four columns each; symbols have Bits bits
+//     // Exact, of four columns each; symbols have Bits bits, and Vectors share their unpacking.
+//     template <int Bits, std::size_t Vectors>
+//     struct Sums {
 //       void add(Lanes::Bytes symbols, const std::int8_t* high, const std::int8_t* low);
 //       Floats floats() const;              // the sums so far, rounded to float32
 //     };
@@ -16,6 +17,8 @@
 //     static Floats fma(Floats a, Floats b, Floats c);
 //     static Floats splat(float);
 //     static void widen_halves(const std::uint16_t* halves, std::size_t count, float* out);
+//     // The totals of kTotalRows rows of lanes, `stride` floats apart, as grouped_total adds them.
+//     static void add_lanes(const float* lanes, std::size_t stride, float* totals);
 //     // The scale of each lane of a register that covers several groups of Size columns.
 //     template <std::size_t Size>
 //     static Floats spread(const float* scales);
@@ -33,6 +36,8 @@ namespace {
 
 // As kFlatAhead.
 inline constexpr std::size_t kGroupedAhead = 8192;
+
+inline constexpr std::size_t kTotalRows = 8;
 
 // Fields that are the symbols.
 template <class Lanes, int Bits>
@@ -73,7 +78,7 @@ class GroupedRow {
   static constexpr std::size_t kRegisters = kVector / Lanes::kLanes;
   static constexpr std::size_t kFloats = Lanes::kLanes / 4;
   static constexpr std::size_t kChunkBytes = flat_chunk_bytes(Fields::kBits);
-  using Sums = typename Isa::template Sums<Fields::kSymbolBits>;
+  using Sums = typename Isa::template Sums<Fields::kSymbolBits, Vectors>;
 
   [[gnu::always_inline]] inline GroupedRow(const Fields& fields, const float* lanes,
                                            std::size_t digits_step)
@@ -268,50 +273,49 @@ void multiply_grouped_rows(const GroupedRows& rows, const FlatVectors& x, float*
           : multiply_grouped_batch<Isa, TableFields<Lanes, 4, 7>>(rows, x, lanes);
 }
 
-// grouped_total in registers.
-[[gnu::always_inline]] inline float total_of(const float* lanes) {
-  using Eight = float __attribute__((vector_size(32)));
-  using Four = float __attribute__((vector_size(16)));
-  Eight low, high;
-  std::memcpy(&low, lanes, sizeof low);
-  std::memcpy(&high, lanes + 8, sizeof high);
-  low += high;
-  Four fours[2];
-  std::memcpy(fours, &low, sizeof fours);
-  const Four four = fours[0] + fours[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// The total over lanes of products of floats, `count` of them, a multiple of kGroupedLanes.
 template <class Isa>
-[[gnu::always_inline]] inline float total_of_products(const float* a, const float* b,
-                                                      std::size_t count) {
+void begin_grouped_lanes(const GroupedShifts& shifts, std::size_t rows, std::size_t vectors,
+                         float* lanes) {
+  if (shifts.shifts == nullptr) {
+    std::memset(lanes, 0, rows * vectors * kGroupedLanes * sizeof *lanes);
+    return;
+  }
   constexpr std::size_t kFloats = Isa::Lanes::kLanes / 4;
   constexpr std::size_t kParts = kGroupedLanes / kFloats;
-  typename Isa::Floats sums[kParts];
-  for (std::size_t k = 0; k < kParts; ++k) sums[k] = Isa::splat(0.0f);
-  for (std::size_t i = 0; i < count; i += kGroupedLanes) {
-    for (std::size_t k = 0; k < kParts; ++k) {
-      sums[k] = Isa::fma(Isa::load(a + i + k * kFloats), Isa::load(b + i + k * kFloats), sums[k]);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const float* shift = shifts.shifts + row * shifts.groups;
+    for (std::size_t vector = 0; vector < vectors; ++vector, lanes += kGroupedLanes) {
+      const float* sum = shifts.sums + vector * shifts.sums_stride;
+      typename Isa::Floats parts[kParts];
+      for (std::size_t k = 0; k < kParts; ++k) parts[k] = Isa::splat(0.0f);
+      for (std::size_t i = 0; i < shifts.sums_stride; i += kGroupedLanes) {
+        for (std::size_t k = 0; k < kParts; ++k) {
+          const std::size_t at = i + k * kFloats;
+          parts[k] = Isa::fma(Isa::load(shift + at), Isa::load(sum + at), parts[k]);
+        }
+      }
+      for (std::size_t k = 0; k < kParts; ++k) Isa::store(lanes + k * kFloats, parts[k]);
     }
   }
-  float lanes[kGroupedLanes];
-  for (std::size_t k = 0; k < kParts; ++k) Isa::store(lanes + k * kFloats, sums[k]);
-  return total_of(lanes);
 }
 
 template <class Isa>
-void write_grouped_totals(const GroupedSums& sums, std::size_t batch, float* totals) {
-  const float* lanes = sums.lanes;
-  for (std::size_t row = 0; row < sums.rows; ++row, lanes += sums.vectors * kGroupedLanes) {
-    for (std::size_t b = 0; b < batch; ++b)
-      totals[row * batch + b] = total_of(lanes + b * kGroupedLanes);
-  }
-  if (sums.shifts == nullptr) return;
-  for (std::size_t row = 0; row < sums.rows; ++row) {
-    for (std::size_t b = 0; b < batch; ++b) {
-      totals[row * batch + b] += total_of_products<Isa>(
-          sums.shifts + row * sums.groups, sums.sums + b * sums.sums_stride, sums.sums_stride);
+void write_grouped_totals(const float* lanes, const GroupedTotals& totals) {
+  const std::size_t stride = totals.vectors * kGroupedLanes;
+  for (std::size_t b = 0; b < totals.batch; ++b) {
+    float* out = totals.out + b * totals.stride;
+    const float* row_lanes = lanes + b * kGroupedLanes;
+    const double scale = totals.scales[b];
+    std::size_t row = 0;
+    for (; row + kTotalRows <= totals.rows; row += kTotalRows, row_lanes += kTotalRows * stride) {
+      float some[kTotalRows];
+      Isa::add_lanes(row_lanes, stride, some);
+      for (std::size_t k = 0; k < kTotalRows; ++k) {
+        out[row + k] = static_cast<float>(some[k] * scale);
+      }
+    }
+    for (; row < totals.rows; ++row, row_lanes += stride) {
+      out[row] = static_cast<float>(grouped_total(row_lanes) * scale);
     }
   }
 }
@@ -320,6 +324,7 @@ template <class Isa>
 constexpr GroupedKernels make_grouped_kernels() {
   return {.reorder = Isa::kReorder,
           .product = multiply_grouped_rows<Isa>,
+          .begin = begin_grouped_lanes<Isa>,
           .totals = write_grouped_totals<Isa>,
           .terms = write_group_terms<Isa::widen_halves>};
 }

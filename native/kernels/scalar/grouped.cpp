@@ -50,19 +50,25 @@ void product(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
   }
 }
 
-void write_totals(const GroupedSums& sums, std::size_t batch, float* totals) {
-  for (std::size_t row = 0; row < sums.rows; ++row) {
-    for (std::size_t b = 0; b < batch; ++b) {
-      float& total = totals[row * batch + b];
-      total = grouped_total(sums.lanes + (row * sums.vectors + b) * kGroupedLanes);
-      if (sums.shifts == nullptr) continue;
-      float lanes[kGroupedLanes] = {};
-      for (std::size_t i = 0; i < sums.groups; ++i) {
+void begin(const GroupedShifts& shifts, std::size_t rows, std::size_t vectors, float* lanes) {
+  std::fill_n(lanes, rows * vectors * kGroupedLanes, 0.0f);
+  if (shifts.shifts == nullptr) return;
+  for (std::size_t row = 0; row < rows; ++row) {
+    for (std::size_t vector = 0; vector < vectors; ++vector, lanes += kGroupedLanes) {
+      const float* sums = shifts.sums + vector * shifts.sums_stride;
+      for (std::size_t i = 0; i < shifts.groups; ++i) {
         float& lane = lanes[i % kGroupedLanes];
-        lane =
-            std::fma(sums.shifts[row * sums.groups + i], sums.sums[b * sums.sums_stride + i], lane);
+        lane = std::fma(shifts.shifts[row * shifts.groups + i], sums[i], lane);
       }
-      total += grouped_total(lanes);
+    }
+  }
+}
+
+void write_totals(const float* lanes, const GroupedTotals& totals) {
+  for (std::size_t row = 0; row < totals.rows; ++row) {
+    for (std::size_t b = 0; b < totals.batch; ++b) {
+      const float total = grouped_total(lanes + (row * totals.vectors + b) * kGroupedLanes);
+      totals.out[b * totals.stride + row] = static_cast<float>(total * totals.scales[b]);
     }
   }
 }
@@ -86,6 +92,7 @@ void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {
 
 const GroupedKernels kScalarGroupedKernels = {.reorder = nullptr,
                                               .product = product,
+                                              .begin = begin,
                                               .totals = write_totals,
                                               .terms = write_group_terms<widen_halves>};
 

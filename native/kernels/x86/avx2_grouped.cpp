@@ -8,12 +8,12 @@ namespace {
 
 // Activations of even columns take the place of high digits, and those of odd columns that of low
 // ones.
-void reorder(std::int8_t* digits, std::size_t count) {
+void reorder(std::int8_t* digits, std::size_t chunks, std::size_t vectors) {
   const auto store = [](std::int8_t* out, __m256i high, __m256i low) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                         _mm256_add_epi16(high, _mm256_srai_epi16(low, 8)));
   };
-  const std::int8_t* end = digits + count * 2 * kVector;
+  const std::int8_t* end = digits + chunks * vectors * 2 * kVector;
   for (; digits < end; digits += 2 * kVector) {
     for (std::size_t at = 0; at < kVector; at += FlatLanes::kLanes) {
       const __m256i high = load_digits(digits + at), low = load_digits(digits + kVector + at);
@@ -27,7 +27,7 @@ struct GroupedLanes : GroupedFloats {
   static constexpr std::size_t kMostVectors = 4;
   static constexpr ReorderDigits kReorder = reorder;
 
-  template <int Bits>
+  template <int Bits, std::size_t Vectors>
   struct Sums {
     __m256i total = _mm256_setzero_si256();
 

@@ -9,7 +9,7 @@ struct GroupedLanes : GroupedFloats {
   static constexpr std::size_t kMostVectors = 4;
   static constexpr ReorderDigits kReorder = nullptr;
 
-  template <int Bits>
+  template <int Bits, std::size_t Vectors>
   struct Sums {
     __m256i highs = _mm256_setzero_si256();
     __m256i lows = _mm256_setzero_si256();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/x86/flat_avx2.hpp"
+#include "kernels/x86/grouped_lanes.hpp"
 
 namespace entrollm {
 namespace {
@@ -15,6 +16,10 @@ struct GroupedFloats {
   [[gnu::always_inline]] static inline __m256 splat(float x) { return _mm256_set1_ps(x); }
   [[gnu::always_inline]] static inline __m256 fma(__m256 a, __m256 b, __m256 c) {
     return _mm256_fmadd_ps(a, b, c);
+  }
+
+  static void add_lanes(const float* lanes, std::size_t stride, float* totals) {
+    add_lanes_of_eight(lanes, stride, totals);
   }
 
   template <std::size_t Size>
