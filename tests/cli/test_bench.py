@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from entrollm import CompressOptions, compress
 from entrollm.cli.main import app
 from entrollm.engine.benchmark import measure_speeds
+from entrollm.engine.code_speeds import measure_codes
 from entrollm.engine.model import Model
+from entrollm.format.reader import CompressedModel
+from entrollm.matrix import CodedMatrix, matrix_of
 from tests.support.paths import TINY_LLAMA
 
 FEW = ["--prompt-tokens", "12", "--tokens", "4", "--rounds", "2", "--threads", "1"]
@@ -59,6 +62,42 @@ def test_rates_are_of_the_tokens_that_were_made(folder: Path, monkeypatch: pytes
     (speed,) = measure_speeds(folder, ["file"], 1, prompt=6, tokens=5, rounds=1)
     assert made == [1, 1, 1, 5]
     assert speed.prompt_rates == (6 / 3,) and speed.token_rates == (4 / 8,)
+
+
+def test_the_papers_codes_are_timed_beside_the_model(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", str(folder), "--codes", "--json", "--rounds", "1", "--threads", "2"])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["threads"] == [1, 2] and facts["weights_per_token"] > 0
+    codes = {speed["code"]: speed for speed in facts["codes"]}
+    assert list(codes)[:4] == ["uint8", "uint8, Huffman", "uint4", "uint4, Huffman"] and len(codes) == 6
+    assert all(len(speed["rates"]) == 2 and min(speed["rates"]) > 0 for speed in codes.values())
+    assert 8 <= codes["uint8"]["bits"] < 9 and 4 <= codes["uint4"]["bits"] < 5
+    assert codes["uint4, Huffman"]["bits"] < codes["uint4"]["bits"]
+    assert codes["uint8, Huffman"]["bits"] < codes["uint8"]["bits"]
+
+
+def test_the_table_of_codes_has_ratios_over_uint8(folder: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", str(folder), "--codes", "--rounds", "1", "--threads", "1"])
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in (rows[0][0], rows[0][3])] == ["uint8", "1.00"]
+    assert rows[-1][0].strip() == "this model, flat in memory"
+
+
+def test_evenly_spaced_matrices_stand_for_a_large_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def open_matrix(model: CompressedModel, name: str) -> CodedMatrix:
+        opened.append(name)
+        return matrix_of(model, name)
+
+    monkeypatch.setattr("entrollm.engine.code_speeds.matrix_of", open_matrix)
+    specs = CompressedModel.open(folder).specs
+    total = sum(spec.rows * spec.columns for spec in specs.values())
+    speeds = measure_codes(folder, [1], rounds=1, most_weights=total // 3)
+    assert opened == list(specs)[:: -(-total // (total // 3))]
+    assert all(speed.rates[0] > 0 for speed in speeds)
 
 
 @pytest.mark.parametrize(
