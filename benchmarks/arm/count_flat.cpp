@@ -11,7 +11,8 @@
 
 using namespace entrollm;
 
-// Arguments: bits of a field, 8 for plain bytes, rows, columns, patches of a thousand weights.
+// Arguments: bits of a field, 8 for plain bytes, rows, columns (at most 4096), patches of a
+// thousand weights.
 int main(int argc, char** argv) {
   if (argc != 5) throw std::invalid_argument("count_flat BITS ROWS COLUMNS PATCHES_PER_THOUSAND");
   const int bits = std::atoi(argv[1]);
@@ -23,15 +24,15 @@ int main(int argc, char** argv) {
     fields.data()[i] = static_cast<std::uint8_t>(random());
   }
   std::vector<std::uint32_t> first{0};
-  std::vector<std::uint16_t> places;
-  std::vector<std::int16_t> differences;
+  std::vector<FlatPatch> patches;
   for (std::size_t row = 0; row < rows; ++row) {
+    std::size_t before = 0;
     for (std::size_t column = 0; column < columns; ++column) {
       if (random() % 1000 >= often) continue;
-      places.push_back(static_cast<std::uint16_t>(column));
-      differences.push_back(static_cast<std::int16_t>(random() % 9));
+      patches.push_back(make_patch(column - before, static_cast<int>(random() % 15) - 7));
+      before = column;
     }
-    first.push_back(static_cast<std::uint32_t>(places.size()));
+    first.push_back(static_cast<std::uint32_t>(patches.size()));
   }
   const std::vector<float> values(columns, 1.0f);
   ThreadPool pool(1);
@@ -45,9 +46,9 @@ int main(int argc, char** argv) {
   } else {
     const Activations x(pool, {values.data(), 1, columns, columns, {}},
                         Activations::Layout::kSideBySide);
-    kernels.flat->product({fields.data(), rows, chunks, bits}, {x.interleaved(), 1}, sums.data());
-    kernels.flat->add_patches({first.data(), places.data(), nullptr, differences.data()}, rows,
-                              x.interleaved_whole(), 1, sums.data());
+    kernels.flat->product({fields.data(), rows, chunks, bits}, x.group(0), sums.data(), 1);
+    kernels.flat->add_patches({first.data(), patches.data()}, rows, x.interleaved_whole(), 1,
+                              sums.data());
   }
   std::printf("%lld\n", static_cast<long long>(sums[0]));
 }
