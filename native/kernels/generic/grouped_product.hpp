@@ -273,6 +273,32 @@ void multiply_grouped_rows(const GroupedRows& rows, const FlatVectors& x, float*
           : multiply_grouped_batch<Isa, TableFields<Lanes, 4, 7>>(rows, x, lanes);
 }
 
+// The lanes of a row that `Vectors` vectors begin with.
+template <class Isa, std::size_t Vectors>
+[[gnu::always_inline]] inline void begin_grouped_row(const float* shift, const float* sums,
+                                                     std::size_t stride, float* lanes) {
+  constexpr std::size_t kFloats = Isa::Lanes::kLanes / 4;
+  constexpr std::size_t kParts = kGroupedLanes / kFloats;
+  typename Isa::Floats parts[Vectors][kParts];
+  for (auto& vector : parts) {
+    for (auto& part : vector) part = Isa::splat(0.0f);
+  }
+  for (std::size_t i = 0; i < stride; i += kGroupedLanes) {
+    for (std::size_t k = 0; k < kParts; ++k) {
+      const std::size_t at = i + k * kFloats;
+      const auto factor = Isa::load(shift + at);
+      for (std::size_t v = 0; v < Vectors; ++v) {
+        parts[v][k] = Isa::fma(factor, Isa::load(sums + v * stride + at), parts[v][k]);
+      }
+    }
+  }
+  for (std::size_t v = 0; v < Vectors; ++v) {
+    for (std::size_t k = 0; k < kParts; ++k) {
+      Isa::store(lanes + v * kGroupedLanes + k * kFloats, parts[v][k]);
+    }
+  }
+}
+
 template <class Isa>
 void begin_grouped_lanes(const GroupedShifts& shifts, std::size_t rows, std::size_t vectors,
                          float* lanes) {
@@ -280,21 +306,18 @@ void begin_grouped_lanes(const GroupedShifts& shifts, std::size_t rows, std::siz
     std::memset(lanes, 0, rows * vectors * kGroupedLanes * sizeof *lanes);
     return;
   }
-  constexpr std::size_t kFloats = Isa::Lanes::kLanes / 4;
-  constexpr std::size_t kParts = kGroupedLanes / kFloats;
+  const std::size_t stride = shifts.sums_stride;
   for (std::size_t row = 0; row < rows; ++row) {
     const float* shift = shifts.shifts + row * shifts.groups;
-    for (std::size_t vector = 0; vector < vectors; ++vector, lanes += kGroupedLanes) {
-      const float* sum = shifts.sums + vector * shifts.sums_stride;
-      typename Isa::Floats parts[kParts];
-      for (std::size_t k = 0; k < kParts; ++k) parts[k] = Isa::splat(0.0f);
-      for (std::size_t i = 0; i < shifts.sums_stride; i += kGroupedLanes) {
-        for (std::size_t k = 0; k < kParts; ++k) {
-          const std::size_t at = i + k * kFloats;
-          parts[k] = Isa::fma(Isa::load(shift + at), Isa::load(sum + at), parts[k]);
-        }
+    const float* sums = shifts.sums;
+    if (vectors < 4) {
+      for (std::size_t v = 0; v < vectors; ++v, sums += stride, lanes += kGroupedLanes) {
+        begin_grouped_row<Isa, 1>(shift, sums, stride, lanes);
       }
-      for (std::size_t k = 0; k < kParts; ++k) Isa::store(lanes + k * kFloats, parts[k]);
+      continue;
+    }
+    for (std::size_t v = 0; v < vectors; v += 4, sums += 4 * stride, lanes += 4 * kGroupedLanes) {
+      begin_grouped_row<Isa, 4>(shift, sums, stride, lanes);
     }
   }
 }
