@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from common import NO_STREAM, SEED, Coded, finish, source, timed
 from entrollm import _core
 from entrollm.codec.choose import Prefer
 from entrollm.codec.flat import SEGMENT_ROWS
+from entrollm.format.code import Code, Field
 from entrollm.format.layout import padded_stream
 
 
@@ -63,7 +65,7 @@ class Form:
         counted: the row of COUNTS.json.
         bits: per weight, in the memory that products read, with patches.
         entropy: of the Gaussian source that it is measured on.
-        code: how its code is chosen; or the bits of plain fields, in the fastest layout that there is for them.
+        code: how its code is chosen, or the code; or plain fields of 4 bits, which are fastest in the flat layout.
         is_flat: whether it is transcoded to memory.
     """
 
@@ -71,16 +73,16 @@ class Form:
     counted: str
     bits: float
     entropy: float
-    code: Prefer | int
+    code: Prefer | Code | Literal["nibbles"]
     is_flat: bool = False
 
 
 # The paper's grid of 8 bits takes 5.4 to 6.4 bits of entropy on real models, and that of 4 bits 1.5 to 2.4. At the KL
 # of the first, ours have 0.4 bits less, and at that of the second about as many.
 FORMS = (
-    Form("uint8", "plain uint8", 8.0, 5.6, 8),
+    Form("uint8", "plain uint8", 8.0, 5.6, Code(Field(8, ()))),
     Form("uint8, Huffman (the paper's)", "Huffman tree at 5.6", 5.7, 5.6, "size"),
-    Form("uint4", "plain uint4", 4.0, 1.47, 4),
+    Form("uint4", "plain uint4", 4.0, 1.47, "nibbles"),
     Form("uint4, Huffman (the paper's)", "1-1-1-2", 1.5, 1.47, "size"),
     Form("at the KL of uint8, from the file", "Huffman tree at 5.6", 5.3, 5.2, "size"),
     Form("at the KL of uint8, flat in memory", "in memory: flat 6, 0.7 % patches", 6.1, 5.2, "size", is_flat=True),
@@ -157,17 +159,18 @@ def _make(
 ) -> tuple[_core.CodedMatrix | _core.FlatMatrix, float]:
     """A matrix in a form, and its bits per weight."""
     symbols = _symbols(form, rows)
-    if isinstance(form.code, int):
-        return _plain(symbols, form.code, repeat, pool), form.bits
-    coded = Coded(symbols, repeat, form.code)
+    if form.code == "nibbles":
+        return _nibbles(symbols, repeat, pool), form.bits
+    prefer, code = ("speed", form.code) if isinstance(form.code, Code) else (form.code, None)
+    coded = Coded(symbols, repeat, prefer, code)
     if not form.is_flat:
         return coded.matrix, coded.bits
     flat = _core.FlatMatrix(coded.matrix, pool)
     return flat, flat.size_bytes * 8 / coded.weights
 
 
-def _plain(symbols: NDArray[np.uint8], bits: int, repeat: int, pool: _core.ThreadPool) -> _core.FlatMatrix:
-    windows = np.full(-(-len(symbols) // SEGMENT_ROWS), bits, np.uint16)  # fields from symbol 0 on
+def _nibbles(symbols: NDArray[np.uint8], repeat: int, pool: _core.ThreadPool) -> _core.FlatMatrix:
+    windows = np.full(-(-len(symbols) // SEGMENT_ROWS), 4, np.uint16)  # fields from symbol 0 on
     fields, _, sizes, windows = _core.encode_flat(symbols, SEGMENT_ROWS, windows)
     stored = _core.FlatMatrix.open(
         (len(symbols) * repeat, COLUMNS),
@@ -185,7 +188,7 @@ def _plain(symbols: NDArray[np.uint8], bits: int, repeat: int, pool: _core.Threa
 
 def _symbols(form: Form, rows: int) -> NDArray[np.uint8]:
     symbols = source(form.entropy, (rows, COLUMNS))
-    return np.clip(symbols, 120, 119 + _LEVELS) - np.uint8(120) if form.code == 4 else symbols
+    return np.clip(symbols, 120, 119 + _LEVELS) - np.uint8(120) if form.code == "nibbles" else symbols
 
 
 def print_measured(found: Sequence[Measured], weights: float) -> None:

@@ -74,6 +74,26 @@ def test_quantizers_that_know_flat_codes_save_patches(
     assert excess_bits("flat", "speed") < excess_bits("none", "size") - 0.05
 
 
+def test_steps_of_flat_codes_grow_with_the_weights_of_a_column(
+    monkeypatch: pytest.MonkeyPatch, weights: NDArray[np.float32], moments: NDArray[np.float64]
+) -> None:
+    unlike = weights * np.exp(0.7 * np.random.default_rng(4).standard_normal(COLUMNS)).astype(np.float32)
+
+    def least_excess_bits() -> float:
+        found = []
+        for step in (0.3, 0.36, 0.43, 0.52, 0.62):
+            quantizer = FeedbackQuantizer(step, damped_factor(moments), fits="flat")
+            quantized = quantizer.quantize(ArraySource("w", unlike), functools.partial(choose, prefer="speed"))
+            bits = best_window([int(c) for c in quantized.counts])[1] / unlike.size
+            error = output_error(quantized.weights().astype(np.float64), unlike, moments)
+            found.append(bits + 0.5 * float(np.log2(error)))
+        return min(found)
+
+    leveled = least_excess_bits()
+    monkeypatch.setattr("entrollm.quantize.feedback.WEIGHT_POWER", 0.0)
+    assert leveled < least_excess_bits() - 0.05
+
+
 @pytest.mark.parametrize("step", [0.4, 0.9])
 def test_the_output_error_is_far_below_that_of_rounding_alone_at_equal_bits(
     step: float, weights: NDArray[np.float32], moments: NDArray[np.float64]

@@ -17,7 +17,7 @@ from entrollm.codec.blocks import choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.codec.flat import SEGMENT_ROWS
 from entrollm.format.blocks import block_count
-from entrollm.format.code import Code
+from entrollm.format.code import Code, Field
 from entrollm.format.layout import padded_stream
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
@@ -30,6 +30,7 @@ MOST_WEIGHTS = 1 << 27
 
 # Names of the paper's grids in the table, and their bits.
 _GRIDS = (("uint8", 8), ("uint4", 4))
+_BYTES = Code(Field(8, ()))
 _NO_STREAM = np.zeros(_core.SLACK_BYTES, np.uint8)
 _CODED = ", Huffman"
 _FROM_FILE, _FLAT = "this model, from the file", "this model, flat in memory"
@@ -94,8 +95,11 @@ def measure_codes(
         weights = matrix.dequantize(np.arange(matrix.spec.rows), pools[-1])
         for name, bits in _GRIDS:
             integers = PaperQuantizer(bits).quantize(ArraySource(matrix.name, weights), partial(choose_code, blocks=1))
-            _add_plain(forms[name], integers, bits, pools[-1])
-            _add_huffman(forms[name + _CODED], integers)
+            if bits == 4:
+                _add_nibbles(forms[name], integers, pools[-1])
+            else:
+                _add_coded(forms[name], integers, _BYTES)
+            _add_coded(forms[name + _CODED], integers)
     forms[_FROM_FILE] = _own_form(matrices)
     if all(matrix.can_be_flat for matrix in matrices):
         forms[_FLAT] = _own_form([matrix.to_flat(pools[-1]) for matrix in matrices])
@@ -107,12 +111,11 @@ def measure_codes(
     ]
 
 
-def _add_plain(form: _Form, integers: Quantized, bits: int, pool: _core.ThreadPool) -> None:
-    """Integers of one width as they are, in the fastest layout that there is for them."""
+def _add_nibbles(form: _Form, integers: Quantized, pool: _core.ThreadPool) -> None:
+    """Integers of 4 bits as flat fields, which are multiplied faster than any other layout of them."""
     rows, columns = integers.symbols.shape
-    windows = np.full(-(-rows // SEGMENT_ROWS), bits, np.uint16)  # fields from symbol 0 on
+    windows = np.full(-(-rows // SEGMENT_ROWS), 4, np.uint16)  # fields from symbol 0 on
     fields, _, sizes, windows = _core.encode_flat(integers.symbols, SEGMENT_ROWS, windows)
-    scale = np.asarray(integers.scale, np.float32)
     stored = _core.FlatMatrix.open(
         (rows, columns),
         SEGMENT_ROWS,
@@ -120,7 +123,7 @@ def _add_plain(form: _Form, integers: Quantized, bits: int, pool: _core.ThreadPo
         padded_stream([fields]),
         _NO_STREAM,
         sizes[:0],
-        scale,
+        np.asarray(integers.scale, np.float32),
         integers.offset,
         None,
     )
@@ -128,19 +131,20 @@ def _add_plain(form: _Form, integers: Quantized, bits: int, pool: _core.ThreadPo
     form.add(columns, flat.size_bytes, flat.multiply)
 
 
-def _add_huffman(form: _Form, integers: Quantized) -> None:
-    """Integers in the smallest code."""
+def _add_coded(form: _Form, integers: Quantized, code: Code | None = None) -> None:
+    """Integers in a code, by default the smallest one."""
     rows, columns = integers.symbols.shape
     blocks = choose_blocks(rows, columns)
     counts = [int(count) for count in integers.counts]
-    code = choose_code(counts, block_count(rows, columns, blocks), can_be_flat=False)
-    assert isinstance(code, Code)
-    dense, sparse, sizes = _core.encode(code.program(), code.low_bits, integers.symbols, blocks.rows, blocks.columns)
+    chosen = code or choose_code(counts, block_count(rows, columns, blocks), can_be_flat=False)
+    assert isinstance(chosen, Code)
+    program, low_bits = chosen.program(), chosen.low_bits
+    dense, sparse, sizes = _core.encode(program, low_bits, integers.symbols, blocks.rows, blocks.columns)
     if not sparse.size:
         sizes = sizes[:0]
     native = _core.CodedMatrix(
-        code.program(),
-        code.low_bits,
+        program,
+        low_bits,
         _core.Geometry(rows, columns, blocks.rows, blocks.columns),
         padded_stream([dense]) if dense.size else _NO_STREAM,
         padded_stream([sparse]) if sparse.size else _NO_STREAM,

@@ -43,7 +43,7 @@ _ROW_POWER = 0.5
 _COLUMN_POWER = 0.5
 # Fields of one width need numbers of one size, so steps of flat codes also grow with the weights of a column. That is
 # worth a scale for each column where the logarithms of their sizes vary by this, and by this over the number of rows.
-_WEIGHT_POWER = 0.65
+WEIGHT_POWER = 0.65
 _LEAST_VARIANCE = 0.01
 _LEAST_VARIANCE_OF_A_ROW = 4.0
 # Inputs below this share of the RMS count as if they had it.
@@ -139,7 +139,7 @@ class EcsqQuantizer:
         else:
             wanted = (sizes / float(np.exp(np.log(sizes).mean()))) ** -_COLUMN_POWER
         if weights is not None:
-            wanted = wanted * weights**_WEIGHT_POWER
+            wanted = wanted * weights**WEIGHT_POWER
         columns = snap(wanted, octave_codes(source.shape[0], self.step, self.fine_scales), 1.0)
         damage = float(np.square(sizes * columns.values()).mean())
         return columns, math.sqrt(float(np.square(sizes).mean()) / damage)
@@ -231,14 +231,19 @@ def _column_spread(source: RowSource) -> NDArray[np.float64] | None:
     """The sizes of the columns of a matrix around 1, none of them very small; None if they are about equal."""
     rows = source.shape[0]
     energies = source.map(lambda chunk: np.square(source.read(*chunk), dtype=np.float64).sum(axis=0))
-    sizes = np.sqrt(np.sum(energies, axis=0) / rows)
-    whole = math.sqrt(float(np.square(sizes).mean()))
-    if not 0 < whole < math.inf:
-        return None
-    logarithms = np.log(np.maximum(sizes, _SMALLEST_COLUMN * whole))
-    logarithms -= logarithms.mean()
+    logarithms = log_spread(np.sqrt(np.sum(energies, axis=0) / rows))
     is_spread = float(np.square(logarithms).mean()) > max(_LEAST_VARIANCE, _LEAST_VARIANCE_OF_A_ROW / rows)
     return np.exp(logarithms) if is_spread else None
+
+
+def log_spread(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The logarithms of the sizes of columns around 0, none of them very small; zeros if the sizes are not finite."""
+    whole = math.sqrt(float(np.square(sizes).mean()))
+    if not 0 < whole < math.inf:
+        return np.zeros(len(sizes))
+    logarithms = np.log(np.maximum(sizes, _SMALLEST_COLUMN * whole))
+    centred: NDArray[np.float64] = logarithms - logarithms.mean()
+    return centred
 
 
 def fit_rows(weights: Float32, found: Float32, steps: Float32) -> NDArray[np.float64]:

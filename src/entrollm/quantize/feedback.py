@@ -20,7 +20,7 @@ from entrollm import _core
 from entrollm.arrays import HOST, Array, Device, double, functions, like, single, solve_positive
 from entrollm.errors import FormatError
 from entrollm.format.log_scales import LogScales, octave_codes, short_base, snap
-from entrollm.quantize.ecsq import PRICE, WORTH_BITS
+from entrollm.quantize.ecsq import PRICE, WEIGHT_POWER, WORTH_BITS, log_spread
 from entrollm.quantize.grid import PLAIN_GRID, AnyRounding, CodeFit, Grid, fit_grid, fit_rounding, grid_choices
 from entrollm.quantize.method import CodeChooser, Float32, Quantized, RowSource, out_of_range, sum_counts
 from entrollm.quantize.rounding import BLOCK_COLUMNS, ZERO, Rounding, round_columns
@@ -112,7 +112,10 @@ class FeedbackQuantizer:
             rows, columns = np.ones(len(weights), np.float32), np.ones(len(diagonal), np.float32)
             return (like(weights, rows), like(weights, columns)), False
         typical = float(np.exp(np.log(diagonal).mean()))
-        by_column = self.step * whole * inputs / typical * (diagonal / typical) ** -_COLUMN_POWER
+        relative = (diagonal / typical) ** -_COLUMN_POWER
+        if self.fits == "flat":
+            relative = _leveled(relative, diagonal, weights, self.device)
+        by_column = self.step * whole * inputs / typical * relative
         column_steps = like(weights, by_column.astype(np.float32))
         by_row = np.where(sizes > 0, sizes / whole, 1.0) ** _ROW_POWER
         if self.row_precision is not None:
@@ -167,6 +170,15 @@ class FeedbackQuantizer:
         fitted = take(row_scale)
         moved = float(np.exp(np.log(fitted / rows.values()).mean()))
         return snap(fitted, rows.per_octave, short_base(rows.base * moved)), columns
+
+
+def _leveled(
+    steps: NDArray[np.float64], diagonal: NDArray[np.float64], weights: Array, device: Device
+) -> NDArray[np.float64]:
+    """Steps of columns that also grow with the weights of a column, for flat codes, and do the damage of the others."""
+    leveled = steps * np.exp(WEIGHT_POWER * log_spread(row_sizes(weights.T, device)))
+    damage = np.square(diagonal * leveled).sum() / np.square(diagonal * steps).sum()
+    return leveled / math.sqrt(float(damage))
 
 
 def read_finite(source: RowSource, device: Device = HOST) -> Array:
