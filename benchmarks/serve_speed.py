@@ -81,10 +81,12 @@ class Client:
 
 
 @contextmanager
-def server(command: Sequence[str], ready: Callable[[subprocess.Popen[str]], str]) -> Iterator[tuple[str, float]]:
+def server(
+    command: Sequence[str], ready: Callable[[subprocess.Popen[str]], str], stderr: int = subprocess.PIPE
+) -> Iterator[tuple[str, float]]:
     """A running server: its URL, and the seconds until it listened."""
     started = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, text=True) as process:
         try:
             url = ready(process)
             threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
@@ -115,7 +117,8 @@ def peer(path: Path, threads: int) -> Any:
     """The server of llama-cpp-python."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--n_ctx", "8192"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--interrupt_requests", "false"]
 
     def ready(process: subprocess.Popen[str]) -> str:
@@ -128,7 +131,8 @@ def peer(path: Path, threads: int) -> Any:
                 time.sleep(0.005)
         raise RuntimeError("the peer did not start")
 
-    return server(command, ready)
+    # It writes more at its start than a pipe holds that nobody reads.
+    return server(command, ready, subprocess.DEVNULL)
 
 
 def clients(client: Client, tokens: int, seed: int) -> dict[str, float]:
