@@ -65,11 +65,6 @@ class CodedMatrix:
     lossless: _core.LosslessMatrix | None = None
 
     @property
-    def has_trellis(self) -> bool:
-        """Whether its coded symbols choose between two grids."""
-        return isinstance(self.spec.kind, GridKind) and self.spec.kind.trellis
-
-    @property
     def can_be_flat(self) -> bool:
         """Whether memory can hold it in the flat form, which fp8 values and odd sizes of scale groups do not have."""
         return self.grouped is None or self.grouped.can_flatten
@@ -140,7 +135,7 @@ class CodedMatrix:
             CorruptStreamError: a block does not decode.
         """
         found = self.symbols(begin, end, pool)
-        return trellis_symbols(found) if self.has_trellis else found
+        return trellis_symbols(found) if self.spec.has_trellis else found
 
     def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
@@ -220,7 +215,6 @@ def _open_native(
 ) -> _core.CodedMatrix | _core.FlatMatrix:
     dense, sparse = (arrays.get(suffix, _NO_STREAM) for suffix in layout.STREAMS)
     sizes = _aligned(arrays.get(layout.SPARSE_SIZES, _NO_SIZES))
-    has_trellis = isinstance(spec.kind, GridKind) and spec.kind.trellis
     if isinstance(spec.code, FlatCode):
         shape, windows = (spec.rows, spec.columns), _aligned(arrays.get(layout.SEGMENTS, _NO_SIZES))
         if sparse.ctypes.data % windows.itemsize:
@@ -235,7 +229,7 @@ def _open_native(
             scales.scale,
             scales.offset,
             scales.column_scale,
-            has_trellis,
+            spec.has_trellis,
         )
     return _core.CodedMatrix(
         spec.code.program(),
@@ -247,7 +241,7 @@ def _open_native(
         scales.scale,
         scales.offset,
         scales.column_scale,
-        has_trellis,
+        spec.has_trellis,
     )
 
 

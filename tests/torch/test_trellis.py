@@ -44,6 +44,6 @@ def test_parts_have_the_weights_of_the_whole(name: str, axis: int) -> None:
         PartCutter(stored, 1, 2).fill(weight, axis)
         whole = matrix_of(stored, name).dequantize(np.arange(rows), POOL)
         part = open_native(name, weight.spec, weight.entries())
-        assert part.has_trellis == (axis == 0)
+        assert part.spec.has_trellis == (axis == 0)
         expected = whole[-(-rows // 2) :] if axis == 0 else whole[:, -(-columns // 2) :]
         np.testing.assert_array_equal(part.dequantize(np.arange(part.spec.rows), POOL), expected)

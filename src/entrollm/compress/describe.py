@@ -157,7 +157,7 @@ def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorRepor
     return TensorReport(
         name=matrix.name,
         shape=(spec.rows, spec.columns),
-        grid=spec.grid_name + (" + trellis" if matrix.has_trellis else ""),
+        grid=spec.grid_name + (" + trellis" if spec.has_trellis else ""),
         code=describe_code(spec.code, matrix.flat_rows),
         symbols=sum(1 for c in histogram if c),
         entropy_bits=entropy_bits(histogram) + low_bits,

@@ -15,7 +15,6 @@ from entrollm import _core
 from entrollm.errors import CorruptStreamError
 from entrollm.format.code import RAW_BITS, Code, Field, Node
 from entrollm.format.flat import FlatCode
-from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
@@ -84,14 +83,14 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
-        spec: of the matrix. With group scales, no instruction set multiplies while it decodes. A small one that is flat
-            in the file gains from the pages that memory has for it. Nor with a trellis, in the file as well.
+        spec: of the matrix. With group scales or a trellis, no instruction set multiplies while it decodes. A small one
+            that is flat in the file gains from the pages that memory has for it.
         isa: the name of the instruction set, as `_core.isa()` has it.
         threads: of products.
     """
     if isa == "scalar":
         return False
-    if _has_trellis(spec):
+    if spec.has_trellis:
         return True
     if isinstance(spec.code, FlatCode):
         return spec.rows * spec.columns < _LEAST_IN_PLACE
@@ -100,10 +99,6 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     if isinstance(spec.kind, LosslessKind):
         return not _is_fused_lossless(spec, spec.kind, spec.code)
     return threads <= _MOST_FLAT_THREADS or not is_fused(spec.code)
-
-
-def _has_trellis(spec: TensorSpec) -> bool:
-    return isinstance(spec.kind, GridKind) and spec.kind.trellis
 
 
 def _is_fused_lossless(spec: TensorSpec, kind: LosslessKind, code: Code) -> bool:
@@ -141,7 +136,7 @@ class MemoryPlan:
             if isinstance(spec.kind, LosslessKind):
                 bits -= spec.kind.low_bits
             extra = _COPY_BITS / spec.columns if isinstance(spec.code, FlatCode) else _EXTRA_BITS
-            extra += _TRELLIS_BITS if _has_trellis(spec) else 0
+            extra += _TRELLIS_BITS if spec.has_trellis else 0
             if memory == "fast" or (memory == "auto" and is_faster_flat(spec, _core.isa(), threads)):
                 sizes[name] = round(min(8.0, bits + extra) * weights / 8)
         self.flat_bytes = sum(sizes.values())

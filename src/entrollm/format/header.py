@@ -111,7 +111,7 @@ def parse_specs(file: SafetensorsFile, texts: Mapping[str, str]) -> dict[str, Te
             raise FormatError(f"{file.path}: {name}: its spec declares stored scales, but no parts that hold them")
         if spec.parts is not None and _is_version_1(file):
             raise FormatError(f"{file.path}: {name}: its spec has parts, which format version 1 does not have")
-        if isinstance(spec.kind, GridKind) and spec.kind.trellis and _is_version_1(file):
+        if spec.has_trellis and _is_version_1(file):
             raise FormatError(f"{file.path}: {name}: its spec has a trellis, which format version 1 does not have")
     return specs
 

@@ -65,6 +65,11 @@ class TensorSpec:
     checksum: int = 0
     parts: tuple[int, int, int] | None = None
 
+    @property
+    def has_trellis(self) -> bool:
+        """Whether the symbols of a row choose between two grids."""
+        return isinstance(self.kind, GridKind) and self.kind.trellis
+
     def to_json(self) -> str:
         """Compact JSON. Floats round-trip exactly; the checksum comes last because it covers what precedes it."""
         fields: dict[str, Any] = {

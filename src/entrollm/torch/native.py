@@ -39,7 +39,7 @@ def open_for_products(name: str, spec: TensorSpec, entries: Mapping[str, Tensor]
         FormatError: the entries do not match the spec.
     """
     matrix = open_native(name, spec, entries)
-    return NativeMatrix([matrix.to_flat(_pool()) if matrix.has_trellis else matrix])
+    return NativeMatrix([matrix.to_flat(_pool()) if spec.has_trellis else matrix])
 
 
 class NativeMatrix:

@@ -93,7 +93,7 @@ class PartCutter:
         arrays = self._stored.matrix_arrays(name)
         matrix = matrix_of(self._stored, name)
         shape = (rows[1] - rows[0], columns[1] - columns[0])
-        if isinstance(spec.kind, GridKind) and spec.kind.trellis and shape[1] != spec.columns:
+        if isinstance(spec.kind, GridKind) and spec.has_trellis and shape[1] != spec.columns:
             symbols = matrix.symbols(*rows, self._pool)[:, slice(*columns)]
             counts = [int(c) for c in _core.histogram(np.ascontiguousarray(symbols))]
             code = choose_code(counts, block_count(*shape, choose_blocks(*shape)))

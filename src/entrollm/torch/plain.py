@@ -124,7 +124,7 @@ class PlainMatrix:
         if has_short:
             decoded.append(self._decode_row_blocks(row_blocks[-1:], last_rows))
         symbols = torch.cat(decoded)
-        return _half_steps(symbols) if isinstance(spec.kind, GridKind) and spec.kind.trellis else symbols
+        return _half_steps(symbols) if spec.has_trellis else symbols
 
     def _chunks(self) -> tuple[Tensor, ...]:
         row_blocks = torch.arange(self._row_blocks(), device=self._device)

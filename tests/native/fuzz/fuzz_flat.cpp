@@ -21,8 +21,9 @@ std::vector<std::uint16_t> take_words(std::span<const std::uint8_t>& data, std::
 
 }  // namespace
 
-// Input: rows and whether they have a trellis, columns (2 bytes), rows of a segment, windows, sizes, patches; then fields, which
-// are cut or filled with zeros to the size that the windows call for.
+// Input: rows and whether they have a trellis, columns (2 bytes), rows of a segment, windows,
+// sizes, patches; then fields, which are cut or filled with zeros to the size that the windows call
+// for.
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* bytes, std::size_t size) {
   if (size < 4) return 0;
   std::span<const std::uint8_t> data(bytes + 4, size - 4);
