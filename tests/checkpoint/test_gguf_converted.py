@@ -10,13 +10,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from entrollm import CompressOptions, compress
+from entrollm import CompressOptions, _core, compress
 from entrollm.checkpoint.gguf_tokenizer import convert_tokenizer
+from entrollm.compress.export import export
 from entrollm.engine.load import load
+from entrollm.format.reader import CompressedModel
 from tests.checkpoint.gguf_converted import KINDS, make_model, tokens, write_file
 from tests.checkpoint.test_gguf_tokenizer import gemma4_values
 from tests.checkpoint.test_llamacpp import ask, is_installed
-from tests.engine.architectures import reference_logits, relative_difference
+from tests.engine.architectures import load_reference, reference_logits, relative_difference
 
 TOKENS = tokens()
 VOCABULARY = len(TOKENS["tokenizer.ggml.tokens"])
@@ -56,6 +58,19 @@ def test_coded_blocks(name: str, tmp_path: Path) -> None:
     path = write(name, model, tmp_path, is_quantized=True)
     compress(path, tmp_path / "coded", CompressOptions(measure=False))
     assert relative_difference(load(tmp_path / "coded").logits(IDS), reference_logits(model, IDS)) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["mistral4", "granitehybrid-experts", "gemma4-experts"])
+def test_experts_in_floats(name: str, tmp_path: Path) -> None:
+    """They are coded, and exported as the stacks that transformers loads."""
+    model = make_model(KINDS[name], VOCABULARY)
+    path = write(name, model, tmp_path, is_quantized=False)
+    compress(path, tmp_path / "coded", CompressOptions(bits=8, granularity="row", measure=False))
+    with CompressedModel.open(tmp_path / "coded") as coded:
+        assert not [kept for kept in coded.plain if "experts" in kept and coded.array(kept).ndim > 1]
+        export(coded, tmp_path / "exported", _core.ThreadPool(1), "f32")
+    expected = reference_logits(load_reference(tmp_path / "exported"), IDS)
+    assert relative_difference(load(tmp_path / "coded").logits(IDS), expected) < 2e-3
 
 
 @pytest.mark.skipif(not is_installed(), reason="llama-cpp-python is not installed")

@@ -224,7 +224,12 @@ def transposed_matrix(name: str) -> str | None:
 def is_kept_member(name: str) -> bool:
     """Whether a plain matrix of this name is one of a stack, as matrices of experts from GGUF files are."""
     member = stack_member(name)
-    return transposed_member(name) is not None or (member is not None and member[0].endswith(".weight"))
+    return transposed_member(name) is not None or (member is not None and _holds_matrices(member[0]))
+
+
+def _holds_matrices(stack: str) -> bool:
+    """Whether a tensor of this name may be a stack of weight matrices."""
+    return stack.endswith(".weight") or stack.rpartition(".")[0].endswith(".experts")
 
 
 def member_name(stack: str, index: int, *, is_transposed: bool = False) -> str:

@@ -84,9 +84,8 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
 
     A matrix whose name is that of one matrix of a stack, or of a transpose, is a weight matrix, too.
     """
-    member = layout.stack_member(name)
-    whole = layout.transposed_matrix(name) or (name if member is None else member[0])
-    is_matrix = whole.endswith("weight") or layout.transposed_member(name) is not None
+    whole = layout.transposed_matrix(name) or name
+    is_matrix = whole.endswith("weight") or layout.is_kept_member(name)
     return (len(shape) == 2 and is_matrix) or is_stack(name, shape)
 
 
