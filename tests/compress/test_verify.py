@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from entrollm.compress import CodingOptions, compress_folder
 from entrollm.compress.verify import VerifyResult, verify
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 from tests.support.checkpoints import example_weights, write_checkpoint
 from tests.support.folders import MULTI_ROW, change_entries, change_spec, check_all, read_entry, reseal, write_example
+from tests.support.paths import GOLDEN
 
 OPTIONS = CodingOptions(bits=4, granularity="row")
 
@@ -164,3 +167,18 @@ def test_buffers_that_only_the_original_has_are_no_difference(file: Path, tmp_pa
     original = write_checkpoint(tmp_path / "with-more", {**example_weights(), "embeddings.weight_ids": np.arange(8)})
     with pytest.raises(FormatError, match=r"'embeddings\.weight_ids' is only in .*with-more"):
         check(file, original)
+
+
+@pytest.mark.parametrize("folder", ["v1-groups", "v2-trellis"])
+def test_other_matrices_with_the_name_of_a_paper_grid_are_compared_as_they_are(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / folder, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    with CompressedModel.open(file.parent) as model:
+        pool = _core.ThreadPool(1)
+        rows = {name: np.arange(spec.rows) for name, spec in model.specs.items()}
+        original = {name: matrix_of(model, name).dequantize(rows[name], pool) for name in rows}
+    for name in original:
+        change_spec(file, name, grid="paper-asymmetric-4")
+        reseal(file, name)
+    result = check(file, write_checkpoint(tmp_path / "original", original))
+    assert result.compared and result.matrices == len(original)

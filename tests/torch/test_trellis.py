@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from entrollm import _core
+from entrollm.errors import FormatError
+from entrollm.format import layout
+from entrollm.format.blocks import Blocks
+from entrollm.format.code import Code, Field
+from entrollm.format.grid import GridKind
 from entrollm.format.reader import CompressedModel
+from entrollm.format.spec import TensorSpec
+from entrollm.format.stored import store_matrix
+from entrollm.format.writer import ShardWriter
 from entrollm.matrix import matrix_of
 from entrollm.torch.backend import Backend, open_on
 from entrollm.torch.entries import to_tensor
@@ -47,3 +57,17 @@ def test_parts_have_the_weights_of_the_whole(name: str, axis: int) -> None:
         assert part.spec.has_trellis == (axis == 0)
         expected = whole[-(-rows // 2) :] if axis == 0 else whole[:, -(-columns // 2) :]
         np.testing.assert_array_equal(part.dequantize(np.arange(part.spec.rows), POOL), expected)
+
+
+def test_symbols_that_half_steps_do_not_tell_apart_are_named_when_rows_are_split(tmp_path: Path) -> None:
+    code, shape = Code(Field(2, (63, 64, 200, 255))), (6, 130)
+    symbols = np.random.default_rng(0).choice(np.array([63, 64, 200, 255], np.uint8), shape)
+    dense, _, _ = _core.encode(code.program(), 0, symbols, 3, 192)
+    spec = TensorSpec(*shape, "F32", "foreign", code, Blocks(3, 192), GridKind(scale=0.1, zero=127.5, trellis=True))
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "entrollm", "version": 2}}')
+    with ShardWriter(tmp_path / "model.safetensors") as writer:
+        writer.add_matrix(store_matrix("a.weight", spec, {layout.DENSE: layout.padded_stream([dense])}))
+    with CompressedModel.open(tmp_path) as stored:
+        weight = without_entries(stored, "a.weight", torch.float32)
+        with pytest.raises(FormatError, match=r"a\.weight: it has a trellis and symbols beyond 127.*compress"):
+            PartCutter(stored, 1, 2).fill(weight, 0)

@@ -180,7 +180,7 @@ def _compare_matrix(
         _compare_bits(matrix, original, pool)
         return
     is_exact = isinstance(spec.kind, GroupedKind)
-    grid = _stored_grid(matrix, stored) if spec.grid_name.startswith(_PAPER_PREFIX) else None
+    grid = _stored_grid(spec, stored)
     error = energy = 0.0
     for begin, symbols in symbol_chunks(matrix, pool):
         weights = original.read_float32(name, begin, begin + len(symbols))
@@ -209,10 +209,11 @@ def _compare_bits(matrix: CodedMatrix, original: Checkpoint, pool: _core.ThreadP
             raise FormatError(f"{name}: its weights are not bit for bit those of the original, from row {begin} on")
 
 
-def _stored_grid(matrix: CodedMatrix, stored: dict[str, NDArray[Any]]) -> Grid:
-    """The paper grid of a matrix, with 8 bits, since its symbols need no clipping."""
-    kind = matrix.spec.kind
-    assert isinstance(kind, GridKind)
+def _stored_grid(spec: TensorSpec, stored: dict[str, NDArray[Any]]) -> Grid | None:
+    """The paper grid of a matrix, with 8 bits, since its symbols need no clipping; None if it has another grid."""
+    kind = spec.kind
+    if not isinstance(kind, GridKind) or kind.trellis or not spec.grid_name.startswith(_PAPER_PREFIX):
+        return None
     scale = np.array([kind.scale], np.float32) if kind.scale is not None else stored[layout.SCALE]
     offset = np.array([kind.offset], np.float32) if kind.offset is not None else stored.get(layout.OFFSET)
     return Grid("symmetric" if offset is None else "asymmetric", 8, scale, offset)

@@ -83,8 +83,9 @@ def is_faster_flat(spec: TensorSpec, isa: str, threads: int) -> bool:
     """Whether an instruction set multiplies with the flat form of a matrix faster than with its code.
 
     Args:
-        spec: of the matrix. With group scales or a trellis, no instruction set multiplies while it decodes. A small one
-            that is flat in the file gains from the pages that memory has for it.
+        spec: of the matrix. With group scales or a trellis, no instruction set multiplies while it decodes; with a
+            trellis, none multiplies flat fields of the file either. Other small matrices that are flat in the file gain
+            from the pages that memory has for them.
         isa: the name of the instruction set, as `_core.isa()` has it.
         threads: of products.
     """

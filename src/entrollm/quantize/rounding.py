@@ -15,9 +15,6 @@ BLOCK_COLUMNS = 64
 """Columns that are rounded together. Within them, errors are fed back one column at a time; to the columns before them,
 by one matrix product."""
 
-BLOCK_COLUMNS = 64
-"""Within a block of so many columns, errors are fed back one column at a time; to those before, by one product."""
-
 # 128 KB of float32, so that a block and its temporaries stay in the L2 cache.
 _BLOCK_ELEMENTS = 1 << 15
 

@@ -19,7 +19,8 @@ from entrollm import _core
 from entrollm.codec.blocks import blocks_for, choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
-from entrollm.errors import UnsupportedError
+from entrollm.codec.trellis import MAX_TRELLIS_SYMBOL
+from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
 from entrollm.format.entry import join_arrays
@@ -69,6 +70,7 @@ class PartCutter:
         """Give a coded weight the entries of this process's part.
 
         Raises:
+            FormatError: the matrix has a trellis and symbols that no writer of this package makes.
             UnsupportedError: the matrix has group scales and would be split.
             ValueError: the axis is too short for this number of processes.
         """
@@ -101,15 +103,18 @@ class PartCutter:
         else:
             symbols = matrix.coded_symbols(*rows, self._pool)[:, slice(*columns)]
         blocks = blocks_for(spec.code, *shape)
+        chunks = row_chunks(*shape, blocks)
+        coded: dict[str, NDArray[Any]]
         with ThreadPoolExecutor(self._pool.size) as executor:
-            coded: dict[str, NDArray[Any]] = encode_symbols(
-                np.ascontiguousarray(symbols),
-                spec.code,
-                blocks,
-                row_chunks(*shape, blocks),
-                executor,
-                lambda done: None,
-            )
+            try:
+                coded = encode_symbols(
+                    np.ascontiguousarray(symbols), spec.code, blocks, chunks, executor, lambda done: None
+                )
+            except ValueError:  # half steps do not tell larger symbols from those that are smaller by 128
+                raise FormatError(
+                    f"{name}: it has a trellis and symbols beyond {MAX_TRELLIS_SYMBOL}, with which its rows cannot be "
+                    "split over processes; compress the model again"
+                ) from None
         for suffix, axis in ((layout.SCALE, rows), (layout.OFFSET, rows), (layout.COLUMN_SCALE, columns)):
             if suffix in arrays:
                 coded[suffix] = arrays[suffix] if arrays[suffix].size == 1 else arrays[suffix][slice(*axis)]
