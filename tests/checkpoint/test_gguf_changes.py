@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def without(end: str) -> Callable[[Tensor], Tensor | None]:
     return lambda tensor: None if tensor[0].endswith(end) else tensor
 
 
+def as_blocks(end: str, *shape: int) -> Callable[[Tensor], Tensor]:
+    content = bytes(math.prod(shape) // 32 * 34)
+    return lambda tensor: (tensor[0], shape, 8, content) if tensor[0].endswith(end) else tensor
+
+
 def as_zeros(end: str, *shape: int, kind: int = 0) -> Callable[[Tensor], Tensor]:
     content = np.zeros(shape, np.float32 if kind == 0 else np.float16).tobytes()
     return lambda tensor: (tensor[0], shape, kind, content) if tensor[0].endswith(end) else tensor
@@ -108,11 +114,25 @@ def as_zeros(end: str, *shape: int, kind: int = 0) -> Callable[[Tensor], Tensor]
             as_zeros("ffn_up.weight", 192, 128, kind=1),
             r"ffn_gate.weight' is F32 .* F16 .*expected one type and length of rows",
         ),
+        ("granitehybrid", as_blocks("0.ssm_a", 8, 32), r"ssm_a' is Q8_0, expected one of F32, F16, BF16"),
+        (
+            "granitehybrid-experts",
+            as_zeros("0.ffn_up_exps.weight", 2, 192, 128),
+            r"blk.0.ffn_up_exps.weight' has 2 experts, and the model 6",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(name: str, change: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=message):
         opened(tmp_path, name, change=change)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"), [("granitehybrid", "0.ssm_norm.weight"), ("qwen35", "0.post_attention_norm.weight")]
+)
+def test_norms_in_blocks_are_refused(name: str, end: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{end}' is Q8_0; expected one of F32, F16, BF16"):
+        opened(tmp_path, name, change=as_blocks(end, 2, 128))
 
 
 def test_numbers_that_no_model_has(tmp_path: Path) -> None:

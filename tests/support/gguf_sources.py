@@ -155,7 +155,8 @@ def encode_value(value: Any) -> bytes:
     if isinstance(value, int):
         return struct.pack("<II", 4, value) if value >= 0 else struct.pack("<Ii", 5, value)
     if isinstance(value, float):
-        return struct.pack("<If", 6, value)
+        is_wide = float(np.finfo(np.float32).max) < abs(value) < np.inf
+        return struct.pack("<Id", 12, value) if is_wide else struct.pack("<If", 6, value)
     if value and isinstance(value[0], (int, float)):
         kind, code = {bool: (7, "?"), int: (5, "i"), float: (6, "f")}[type(value[0])]
         return struct.pack("<IIQ", 9, kind, len(value)) + struct.pack(f"<{len(value)}{code}", *value)

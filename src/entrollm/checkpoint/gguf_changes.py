@@ -90,6 +90,8 @@ class Rows:
             shape = (shape[0] // 2, *shape[1:])
         if self.columns is not None and (len(shape) != 2 or shape[1] != len(self.columns)):
             raise FormatError(f"has shape {list(shape)}, expected {len(self.columns)} columns")
+        if self.values is not None and kinds[0] not in FLOAT_TYPES:
+            raise FormatError(f"is {kinds[0]}, expected one of {', '.join(FLOAT_TYPES)}")
         kind = kinds[0] if self.values is None else "F32"
         return kind, (math.prod(shape),) if self.is_flat else shape
 

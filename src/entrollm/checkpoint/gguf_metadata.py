@@ -81,6 +81,7 @@ _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.
 _LLAMA3_CONTEXT = 8192
 # Names of tensors have four digits for the layer.
 _MAX_LAYERS = 10_000
+_LARGEST = float(np.finfo(np.float32).max)
 # Divisors of frequencies that leave features as they are, in Gemma 4.
 _HARDLY = 1e20
 
@@ -262,11 +263,11 @@ class _Metadata:
         return self.size("feed_forward_length") if is_given else self.integer(name)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number."""
+        """A finite number of 32 bits."""
         key = self._prefix + name
         value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+            raise FormatError(f"{self._path}: {key} is {value!r:.80}, expected a number of 32 bits")
         return float(str(np.float32(value)))  # the decimal that was meant: the file has it in 32 bits
 
     def flag(self, name: str, default: bool) -> bool:

@@ -111,7 +111,8 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
             if len(shape) != (2 if source.expert is None else 3):
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
             is_member = layout.stack_member(name) is not None or layout.is_transposed(name)
-            if not name.endswith(".weight") and not is_member:
+            is_norm = source.offset != 0 or name.endswith("norm.weight")
+            if is_norm or (not name.endswith(".weight") and not is_member):
                 raise UnsupportedError(
                     f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
                     "no matrix of weights"
@@ -155,13 +156,14 @@ def _check_experts(path: Path, file: GgufFile, sources: Mapping[str, Source], co
     Raises:
         FormatError: there is one.
     """
+    count = config.get("num_experts", 0)
     for source in sources.values():
-        count = config.get("num_experts", 0)
-        if source.expert == 0 and file.tensors[source.name].shape[0] != count:
-            raise FormatError(
-                f"{path}: tensor {source.name!r:.80} has {file.tensors[source.name].shape[0]} experts, and the model "
-                f"{count} (expert_count)"
-            )
+        for name in source.tensors if source.expert == 0 else ():
+            found = file.tensors[name].shape[0]
+            if found != count:
+                raise FormatError(
+                    f"{path}: tensor {name!r:.80} has {found} experts, and the model {count} (expert_count)"
+                )
 
 
 def _biases(

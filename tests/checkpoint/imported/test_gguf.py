@@ -169,6 +169,7 @@ def test_other_architectures_have_their_biases(tmp_path: Path) -> None:
         ({"llama.block_count": None}, FormatError, "llama.block_count is None, expected a positive integer"),
         ({"llama.context_length": 0}, FormatError, "llama.context_length is 0, expected a positive integer"),
         ({"llama.rope.freq_base": "x"}, FormatError, "llama.rope.freq_base is 'x', expected a number"),
+        ({"llama.rope.freq_base": 1e300}, FormatError, r"freq_base is 1e\+300, expected a number of 32 bits"),
         ({"llama.rope.scaling.type": 3}, FormatError, "llama.rope.scaling.type is 3, expected a string"),
         ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope' is not supported"),
         ({"llama.expert_count": 8}, FormatError, "llama.expert_used_count is None, expected a positive integer"),
