@@ -81,9 +81,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_compressing_holds_a_few_tensors_at_most(checkpoint: Path, tmp_path: Path) -> None:
     measured = run(_COMPRESS, checkpoint, tmp_path / "out")
-    # The promise, and a bound that a run which kept the model's integers would break.
+    # The promise, and a bound that a run which kept the model's integers, 60 MB, would break. Modules that are imported
+    # on the way are part of the growth.
     assert measured["peak"] < 2 * _LARGEST_BYTES + 300 * _MEGABYTE
-    assert measured["growth"] < 2 * _LARGEST_BYTES + 16 * _MEGABYTE
+    assert measured["growth"] < 2 * _LARGEST_BYTES + 24 * _MEGABYTE
 
 
 def test_a_loaded_model_is_resident_as_its_coded_bytes(checkpoint: Path, tmp_path: Path) -> None:
