@@ -21,12 +21,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common import NO_STREAM, SEED, Coded, finish, source, timed
+from common import SEED, Coded, finish, source, timed
 from entrollm import _core
 from entrollm.codec.choose import Prefer
-from entrollm.codec.flat import SEGMENT_ROWS
+from entrollm.engine.code_speeds import flat_nibbles
 from entrollm.format.code import Code, Field
-from entrollm.format.layout import padded_stream
 
 
 @dataclass(frozen=True)
@@ -160,30 +159,13 @@ def _make(
     """A matrix in a form, and its bits per weight."""
     symbols = _symbols(form, rows)
     if form.code == "nibbles":
-        return _nibbles(symbols, repeat, pool), form.bits
+        return flat_nibbles(np.tile(symbols, (repeat, 1)), np.ones(1, np.float32), None, pool), form.bits
     prefer, code = ("speed", form.code) if isinstance(form.code, Code) else (form.code, None)
     coded = Coded(symbols, repeat, prefer, code)
     if not form.is_flat:
         return coded.matrix, coded.bits
     flat = _core.FlatMatrix(coded.matrix, pool)
     return flat, flat.size_bytes * 8 / coded.weights
-
-
-def _nibbles(symbols: NDArray[np.uint8], repeat: int, pool: _core.ThreadPool) -> _core.FlatMatrix:
-    windows = np.full(-(-len(symbols) // SEGMENT_ROWS), 4, np.uint16)  # fields from symbol 0 on
-    fields, _, sizes, windows = _core.encode_flat(symbols, SEGMENT_ROWS, windows)
-    stored = _core.FlatMatrix.open(
-        (len(symbols) * repeat, COLUMNS),
-        SEGMENT_ROWS,
-        np.tile(windows, repeat),
-        padded_stream([np.tile(fields, repeat)]),
-        NO_STREAM,
-        sizes[:0],
-        np.ones(1, np.float32),
-        None,
-        None,
-    )
-    return stored.copy(pool)
 
 
 def _symbols(form: Form, rows: int) -> NDArray[np.uint8]:

@@ -96,7 +96,9 @@ def measure_codes(
         for name, bits in _GRIDS:
             integers = PaperQuantizer(bits).quantize(ArraySource(matrix.name, weights), partial(choose_code, blocks=1))
             if bits == 4:
-                _add_nibbles(forms[name], integers, pools[-1])
+                scales = np.asarray(integers.scale, np.float32)
+                flat = flat_nibbles(integers.symbols, scales, integers.offset, pools[-1])
+                forms[name].add(integers.symbols.shape[1], flat.size_bytes, flat.multiply)
             else:
                 _add_coded(forms[name], integers, _BYTES)
             _add_coded(forms[name + _CODED], integers)
@@ -111,11 +113,19 @@ def measure_codes(
     ]
 
 
-def _add_nibbles(form: _Form, integers: Quantized, pool: _core.ThreadPool) -> None:
-    """Integers of 4 bits as flat fields, which are multiplied faster than any other layout of them."""
-    rows, columns = integers.symbols.shape
-    windows = np.full(-(-rows // SEGMENT_ROWS), 4, np.uint16)  # fields from symbol 0 on
-    fields, _, sizes, windows = _core.encode_flat(integers.symbols, SEGMENT_ROWS, windows)
+def flat_nibbles(
+    symbols: NDArray[np.uint8], scales: NDArray[np.float32], offsets: NDArray[np.float32] | None, pool: _core.ThreadPool
+) -> _core.FlatMatrix:
+    """Integers of 4 bits as flat fields, which are multiplied faster than any other layout of them.
+
+    Args:
+        symbols: below 16, shape (rows, columns).
+        scales, offsets: of the rows, or one for all; None for offsets of 0.
+        pool: makes the matrix.
+    """
+    windows = np.full(-(-len(symbols) // SEGMENT_ROWS), 4, np.uint16)  # fields from symbol 0 on
+    fields, _, sizes, windows = _core.encode_flat(symbols, SEGMENT_ROWS, windows)
+    rows, columns = symbols.shape
     stored = _core.FlatMatrix.open(
         (rows, columns),
         SEGMENT_ROWS,
@@ -123,12 +133,11 @@ def _add_nibbles(form: _Form, integers: Quantized, pool: _core.ThreadPool) -> No
         padded_stream([fields]),
         _NO_STREAM,
         sizes[:0],
-        np.asarray(integers.scale, np.float32),
-        integers.offset,
+        scales,
+        offsets,
         None,
     )
-    flat = stored.copy(pool)
-    form.add(columns, flat.size_bytes, flat.multiply)
+    return stored.copy(pool)
 
 
 def _add_coded(form: _Form, integers: Quantized, code: Code | None = None) -> None:

@@ -73,15 +73,18 @@ def dequantize(kind: str, octets: Octets) -> NDArray[np.float32]:
     Raises:
         FormatError: a block is malformed.
     """
+    symbols, scales = _unpack(kind, octets)
+    return scales.apply(symbols.astype(np.float32), slice(None))
+
+
+def _unpack(kind: str, octets: Octets) -> tuple[Octets, GroupScales]:
     symbols, scales = _UNPACK[kind](octets.reshape(len(octets), -1, _SIZES[kind].size_bytes))
-    return scales.apply(symbols.reshape(len(octets), -1).astype(np.float32), slice(None))
+    return symbols.reshape(len(octets), -1), scales
 
 
 def _read(name: str, kind: str, tensors: RawTensors, columns: list[int] | None = None) -> ImportedWeights:
-    octets = tensors.array(name)
-    rows = len(octets)
     try:
-        symbols, scales = _UNPACK[kind](octets.reshape(rows, -1, _SIZES[kind].size_bytes))
+        symbols, scales = _unpack(kind, tensors.array(name))
     except FormatError as error:  # which names the part of the blocks
         raise FormatError(f"{name}: {error}") from None
     if columns is not None:
@@ -91,7 +94,7 @@ def _read(name: str, kind: str, tensors: RawTensors, columns: list[int] | None =
     for part, array in scales.arrays.items():
         if array.dtype in (np.float16, np.float32) and not np.isfinite(array).all():
             raise FormatError(f"{name}: its {part} has a value that is not finite")
-    return ImportedWeights(np.ascontiguousarray(symbols.reshape(rows, -1)), scales)
+    return ImportedWeights(np.ascontiguousarray(symbols), scales)
 
 
 def _half(octets: Octets) -> NDArray[np.float16]:
