@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,16 @@ CASES: dict[str, tuple[NDArray[np.uint8], list[tuple[int, int]]]] = {
 def golden_matrix(name: str) -> StoredMatrix:
     """One matrix of the golden file."""
     symbols, windows = CASES[name]
+    return store_flat(name, symbols, windows, SEGMENT_ROWS, GridKind(scale=0.125, zero=2.5))
+
+
+def store_flat(
+    name: str, symbols: NDArray[np.uint8], windows: Sequence[tuple[int, int]], segment_rows: int, kind: GridKind
+) -> StoredMatrix:
+    """A matrix of flat fields; `windows` are the width and the first symbol of each segment."""
     stored = np.array([bits | base << 8 for bits, base in windows], np.uint16)
-    fields, patches, sizes, _ = _core.encode_flat(symbols, SEGMENT_ROWS, stored)
-    code = FlatCode(SEGMENT_ROWS)
-    kind = GridKind(scale=0.125, zero=2.5)
+    fields, patches, sizes, _ = _core.encode_flat(symbols, segment_rows, stored)
+    code = FlatCode(segment_rows)
     spec = TensorSpec(*symbols.shape, "F32", "golden", code, code.blocks(symbols.shape[1]), kind)
     arrays = {
         layout.DENSE: layout.padded_stream([fields]),
@@ -68,9 +75,14 @@ def golden_matrix(name: str) -> StoredMatrix:
 
 def write_golden_flat(path: Path) -> None:
     """Write the folder."""
+    write_golden_folder(path, map(golden_matrix, CASES))
+
+
+def write_golden_folder(path: Path, matrices: Iterable[StoredMatrix]) -> None:
+    """Write a folder of matrices and a config.json."""
     path.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "llama", "quantization_config": {"quant_method": "entrollm", "version": 2}}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     with ShardWriter(path / "model.safetensors") as writer:
-        for name in CASES:
-            writer.add_matrix(golden_matrix(name))
+        for matrix in matrices:
+            writer.add_matrix(matrix)

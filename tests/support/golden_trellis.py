@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from entrollm import _core
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field, Leaf
-from entrollm.format.flat import FlatCode
 from entrollm.format.grid import GridKind
 from entrollm.format.spec import TensorSpec
 from entrollm.format.stored import StoredMatrix, store_matrix
-from entrollm.format.writer import ShardWriter
 from tests.support.golden_cases import Golden
+from tests.support.golden_flat import store_flat, write_golden_folder
 
 KIND = GridKind(scale=0.125, zero=127.5, trellis=True)
 _CASCADE = Field(1, (64,), Field(2, (63, 65, 62), Field(3, (66, 61, 67, 60, 0, 127, 1, 126))))
@@ -53,25 +51,12 @@ def _coded(name: str, symbols: NDArray[np.uint8]) -> StoredMatrix:
     return store_matrix(name + ".weight", spec, arrays)
 
 
-def _flat(symbols: NDArray[np.uint8]) -> StoredMatrix:
-    windows = np.array([bits | base << 8 for bits, base in _WINDOWS], np.uint16)
-    fields, patches, sizes, _ = _core.encode_flat(symbols, _SEGMENT_ROWS, windows)
-    code = FlatCode(_SEGMENT_ROWS)
-    arrays = {
-        layout.DENSE: layout.padded_stream([fields]),
-        layout.SPARSE: layout.padded_stream([patches.view(np.uint8)]),
-        layout.SPARSE_SIZES: sizes,
-        layout.SEGMENTS: windows,
-    }
-    spec = TensorSpec(*symbols.shape, "F32", "golden", code, code.blocks(symbols.shape[1]), KIND)
-    return store_matrix(FLAT + ".weight", spec, arrays)
-
-
 def write_golden_trellis(path: Path) -> None:
     """Write the folder."""
-    path.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "entrollm", "version": 2}}
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    with ShardWriter(path / "model.safetensors") as writer:
-        for name, symbols in golden_symbols().items():
-            writer.add_matrix(_flat(symbols) if name == FLAT else _coded(name, symbols))
+    write_golden_folder(
+        path,
+        (
+            store_flat(FLAT, symbols, _WINDOWS, _SEGMENT_ROWS, KIND) if name == FLAT else _coded(name, symbols)
+            for name, symbols in golden_symbols().items()
+        ),
+    )
