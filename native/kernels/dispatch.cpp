@@ -14,6 +14,8 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace entrollm {
@@ -81,6 +83,19 @@ bool runs_dot_product() {
   return false;
 #endif
 }
+
+bool runs_matrix_products() {
+#if defined(__linux__)
+  constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which older headers lack
+  return (getauxval(AT_HWCAP2) & kI8mm) != 0;
+#elif defined(__APPLE__)
+  int found = 0;
+  std::size_t size = sizeof found;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 }  // namespace
@@ -96,6 +111,7 @@ std::span<const BuiltKernels> built_kernels() {
       {&kAvx2Kernels, runs_avx2()},
 #endif
 #ifdef ENTROLLM_HAVE_NEON
+      {&kNeonI8mmKernels, runs_dot_product() && runs_matrix_products()},
       {&kNeonDotKernels, runs_dot_product()},
       {&kNeonKernels, true},
 #endif

@@ -38,9 +38,11 @@ struct Digits {
   }
 };
 
-// The activation vectors that dot_tile multiplies at once.
+// The activation vectors that dot_tile multiplies at once, and the most rows and columns of
+// dot_tile_rows.
 inline constexpr std::size_t kColumnTile = 4;
-inline constexpr std::size_t kPairColumns = 32 * kVector;
+inline constexpr std::size_t kMostDotRows = 8;
+inline constexpr std::size_t kDotRowsColumns = 32 * kVector;
 
 // Decoded rows are stored in panels of sixteen rows: the first vectors of all sixteen rows, then
 // their second vectors, and so on.
@@ -169,10 +171,11 @@ struct Kernels {
   void (*dot_tile)(const std::uint8_t* weights, const Digits* x, std::size_t count,
                    std::int64_t* out);
 
-  // Optional. dot_tile for two rows that lie `stride` bytes apart, and at most kPairColumns weights
-  // of each; `out` is (2, kColumnTile).
-  void (*dot_tile_pair)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
+  // Optional. dot_tile for dot_rows rows, at most kMostDotRows, that lie `stride` bytes apart, and
+  // at most kDotRowsColumns weights of each; `out` is (dot_rows, kColumnTile).
+  void (*dot_tile_rows)(const std::uint8_t* weights, std::size_t stride, const Digits* x,
                         std::size_t count, std::int64_t* out) = nullptr;
+  std::size_t dot_rows = 2;
 
   // Optional. The product of a run, decoded and multiplied in one pass; `sums` is (rows, columns).
   // The code has no raw root and at most kMaxCascadeLowBits low bits. Returns the number of blocks,
@@ -200,7 +203,8 @@ extern const Kernels kAvx2VnniKernels;  // the AVX2 kernels with AVX-VNNI produc
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;  // the AVX-512 kernels with products of panels
 extern const Kernels kNeonKernels;
-extern const Kernels kNeonDotKernels;  // the NEON kernels with the ARMv8.2 dot product
+extern const Kernels kNeonDotKernels;   // the NEON kernels with the ARMv8.2 dot product
+extern const Kernels kNeonI8mmKernels;  // these with products of 8-bit matrices for many vectors
 
 // A set of kernels that this build has.
 struct BuiltKernels {

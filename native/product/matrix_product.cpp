@@ -23,17 +23,16 @@ namespace {
 void multiply_columns(const Tile& tile, const Digits (&digits)[kColumnTile], std::int64_t* sums,
                       std::size_t stride) {
   const Kernels& isa = kernels();
-  std::int64_t products[2 * kColumnTile];
+  std::int64_t products[kMostDotRows * kColumnTile];
   const auto add = [&](std::size_t row, const std::int64_t* from) {
     for (std::size_t i = 0; i < kColumnTile; ++i) sums[row * stride + i] += from[i];
   };
   std::size_t row = 0;
-  if (isa.dot_tile_pair != nullptr) {
-    for (; row + 2 <= tile.rows; row += 2) {
-      isa.dot_tile_pair(tile.symbols + row * tile.stride, tile.stride, digits, tile.width,
+  if (isa.dot_tile_rows != nullptr) {
+    for (; row + isa.dot_rows <= tile.rows; row += isa.dot_rows) {
+      isa.dot_tile_rows(tile.symbols + row * tile.stride, tile.stride, digits, tile.width,
                         products);
-      add(row, products);
-      add(row + 1, products + kColumnTile);
+      for (std::size_t i = 0; i < isa.dot_rows; ++i) add(row + i, products + i * kColumnTile);
     }
   }
   for (; row < tile.rows; ++row) {

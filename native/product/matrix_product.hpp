@@ -32,7 +32,7 @@ inline constexpr std::size_t kTileBatch = 128;
 
 // Columns of a tile that are multiplied at a time.
 inline constexpr std::size_t kTileColumns = 1024;
-static_assert(kTileColumns <= kPairColumns);
+static_assert(kTileColumns <= kDotRowsColumns);
 
 // Where there are products of panels and many vectors: panels of so many rows stay in the
 // second-level cache while the vectors pass, and so do the sums of so many vectors at a time.

@@ -186,7 +186,7 @@ def spec_of(code: Code, kind: Kind) -> TensorSpec:
 def test_what_is_faster_flat() -> None:
     cascade, tree = spec_of(CASCADE, GridKind(1.0)), spec_of(TREE, GridKind(1.0))
     grouped = spec_of(CASCADE, GroupedKind(32, {"group_scale": "F16"}))
-    for isa in ("avx2", "avx2-vnni", "neon", "neon-dot"):
+    for isa in ("avx2", "avx2-vnni", "neon", "neon-dot", "neon-i8mm"):
         assert is_faster_flat(cascade, isa, 16) and is_faster_flat(tree, isa, 16)
     for isa in ("avx512", "amx"):
         assert is_faster_flat(cascade, isa, 4) and not is_faster_flat(cascade, isa, 5)

@@ -184,21 +184,18 @@ void test_dot(Random& random) {
     require(isa->dot(weights, x[0], count) == exact[0] && std::equal(tile, tile + 4, exact),
             std::string("products: ") + isa->name + " is exact");
   }
-  // Two rows, the second one right behind the first.
-  const std::size_t width = std::min(count / 2 / kVector * kVector, kPairColumns);
-  if (width == 0) return;
-  std::vector<std::int64_t> pair(2 * kColumnTile);
-  for (std::size_t i = 0; i < pair.size(); ++i) {
-    const std::uint8_t* row = weights + i / kColumnTile * width;
-    for (std::size_t j = 0; j < width; ++j) pair[i] += row[j] * x[i % kColumnTile].whole[j];
-  }
+  // Several rows, each right behind the one before.
   for (const Kernels* isa : kKernels) {
-    std::vector<std::int64_t> found(pair);
-    if (isa->dot_tile_pair != nullptr) {
-      std::fill(found.begin(), found.end(), 0);
-      isa->dot_tile_pair(weights, width, x, width, found.data());
+    if (isa->dot_tile_rows == nullptr) continue;
+    const std::size_t width = std::min(count / isa->dot_rows / kVector * kVector, kDotRowsColumns);
+    if (width == 0) continue;
+    std::vector<std::int64_t> rows(isa->dot_rows * kColumnTile), found(rows);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const std::uint8_t* row = weights + i / kColumnTile * width;
+      for (std::size_t j = 0; j < width; ++j) rows[i] += row[j] * x[i % kColumnTile].whole[j];
     }
-    require(found == pair, std::string("products of two rows: ") + isa->name + " is exact");
+    isa->dot_tile_rows(weights, width, x, width, found.data());
+    require(found == rows, std::string("products of several rows: ") + isa->name + " is exact");
   }
 }
 

@@ -1,6 +1,7 @@
-// The kernels of ARMv8.0 (Cortex-A57, A72) and, in a second table, those with the dot product of
-// ARMv8.2 (Cortex-A76).
+// The kernels of ARMv8.0 (Cortex-A57, A72) and, in further tables, those with the dot product of
+// ARMv8.2 (Cortex-A76) and with the products of matrices of ARMv8.6 (Apple M2, Neoverse V1).
 #include "kernels/arm/neon_dot.hpp"
+#include "kernels/arm/neon_i8mm.hpp"
 #include "kernels/arm/neon_vectors.hpp"
 #include "kernels/generic/kernels_of.hpp"
 #include "kernels/kernels.hpp"
@@ -52,11 +53,7 @@ constexpr Kernels kTable = [] {
   return kernels;
 }();
 
-}  // namespace
-
-constinit const Kernels kNeonKernels = kTable;
-
-constinit const Kernels kNeonDotKernels = [] {
+constexpr Kernels kDotTable = [] {
   Kernels kernels = kTable;
   kernels.name = "neon-dot";
   kernels.flat = &kNeonDotFlatKernels;
@@ -64,6 +61,20 @@ constinit const Kernels kNeonDotKernels = [] {
   kernels.grouped = &kNeonDotGroupedKernels;
   kernels.dot = neon_sdot;
   kernels.dot_tile = neon_sdot_tile;
+  return kernels;
+}();
+
+}  // namespace
+
+constinit const Kernels kNeonKernels = kTable;
+
+constinit const Kernels kNeonDotKernels = kDotTable;
+
+constinit const Kernels kNeonI8mmKernels = [] {
+  Kernels kernels = kDotTable;
+  kernels.name = "neon-i8mm";
+  kernels.dot_tile_rows = neon_i8mm_dot_tile_rows;
+  kernels.dot_rows = kI8mmRows;
   return kernels;
 }();
 

@@ -56,7 +56,7 @@ inline void add_sums(__m256i& sums, __m256i products) {
 }
 
 // Eight sums, of which each load serves two or four. Indices are constants throughout, which keeps
-// them in registers. kPairColumns columns add 256 products to each of 8 lanes, as above.
+// them in registers. kDotRowsColumns columns add 256 products to each of 8 lanes, as above.
 template <std::size_t... I>
 void dot_tile_pair_of(const std::uint8_t* weights, std::size_t stride, const Digits* x,
                       std::size_t count, std::int64_t* out, std::index_sequence<I...>) {
@@ -88,7 +88,7 @@ void dot_tile_pair(const std::uint8_t* weights, std::size_t stride, const Digits
 
 constexpr Kernels kTable = [] {
   Kernels kernels = kernels_of<Avx2Vectors, Avx2Products>("avx2");
-  kernels.dot_tile_pair = dot_tile_pair;
+  kernels.dot_tile_rows = dot_tile_pair;
   kernels.encode = &kAvx2EncodeKernels;
   kernels.flat = &kAvx2FlatKernels;
   kernels.lossless = &kAvx2LosslessKernels;
@@ -107,7 +107,7 @@ constinit const Kernels kAvx2VnniKernels = [] {
   kernels.flat = &kAvx2VnniFlatKernels;
   kernels.lossless = &kAvx2LosslessKernels;
   kernels.grouped = &kAvx2VnniGroupedKernels;
-  kernels.dot_tile_pair = nullptr;  // its products of digits have too many sums for two rows
+  kernels.dot_tile_rows = nullptr;  // its products of digits have too many sums for two rows
   kernels.dot = avx2_vnni_dot;
   kernels.dot_tile = avx2_vnni_dot_tile;
   return kernels;

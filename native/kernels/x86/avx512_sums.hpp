@@ -32,8 +32,8 @@ inline __m512i total_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-// 256 * high + low of eight sums, summed over lanes: totals of digits, over kPairColumns columns,
-// are below 2^31.
+// 256 * high + low of eight sums, summed over lanes: totals of digits, over kDotRowsColumns
+// columns, are below 2^31.
 inline __m512i reduce_eight(const __m512i (&high)[8], const __m512i (&low)[8]) {
   const auto halves = [](__m512i v, __m512i w) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(v, w, 0x44), _mm512_shuffle_i64x2(v, w, 0xee));
