@@ -133,6 +133,17 @@ def test_gemma4_tokenizers_are_converted(tmp_path: Path) -> None:
     assert found.decode(found.encode(text).ids) == text
 
 
+@pytest.mark.parametrize("begin, end", [("<s:>", "</s>"), ("$A", "</s>"), ("<s>", "$B:1"), ("a:0", "b:")])
+def test_ends_may_have_any_characters(begin: str, end: str, tmp_path: Path) -> None:
+    values = values_of(trained("gpt-2"), "gpt2", pre="gpt-2", merges=[], add_bos_token=True, add_eos_token=True)
+    values["tokenizer.ggml.tokens"][:2] = [begin, end]
+    values["tokenizer.ggml.token_type"][:2] = [3, 3]
+    values["tokenizer.ggml.bos_token_id"], values["tokenizer.ggml.eos_token_id"] = 0, 1
+    encoding = convert(tmp_path, values)[0].encode("a")
+    assert encoding.ids == [0, values["tokenizer.ggml.tokens"].index("a"), 1]
+    assert encoding.tokens == [begin, "a", end]
+
+
 @pytest.mark.parametrize("begins", [True, False])
 def test_sentence_piece_tokenizers_are_converted(begins: bool, tmp_path: Path) -> None:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -194,9 +195,12 @@ def _add_ends(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     used = [token for token in (bos, eos) if token is not None]
     if not used:
         return
-    ids = {token: vocabulary.tokens.index(token) for token in used}
-    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    template = processors.TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=list(ids.items()))
+    # The library would read a colon or a dollar sign in a token as a part of the template.
+    is_plain = not re.search("[:$]", "".join(used))
+    names = {token: token if is_plain else f"token {i}" for i, token in enumerate(used)}
+    single = [*([names[bos]] if bos else []), "$A", *([names[eos]] if eos else [])]
+    special = [{"id": names[t], "ids": [vocabulary.tokens.index(t)], "tokens": [t]} for t in dict.fromkeys(used)]
+    template = processors.TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=special)
     level = processors.ByteLevel(trim_offsets=False)
     is_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
     tokenizer.post_processor = processors.Sequence([level, template]) if is_bytes else template
