@@ -110,6 +110,7 @@ def test_unknown_field(copy: Path, load: Callable[[Path], Any]) -> None:
         ("method", "gptq", "method must be one of paper, ecsq, feedback, imported, lossless, found 'gptq'"),
         ("method", "imported", "an imported model has a source"),
         ("bits_per_weight", 3.0, "give one of bits, bpw and size"),
+        ("trellis", True, "trellis is for the smallest files at a size such as bpw=4.5: leave out bits=4"),
     ],
 )
 def test_field_with_a_wrong_value(coded: Path, field: str, value: Any, message: str) -> None:
@@ -151,6 +152,7 @@ def test_configuration_round_trip(coded: Path) -> None:
         EntroConfig(bits=8, granularity="row", prefer="speed", processor="arm"),
         EntroConfig(bpw=2.5, keep="*embed*"),
         EntroConfig(size="1.9GB", overrides={"lm_head*": 8, "*.0.*": None}),
+        EntroConfig(bpw=2.5, trellis=True),
     ]
     for config in configs:
         stored = json.loads(json.dumps(config.to_dict()))
