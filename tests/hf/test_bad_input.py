@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import entrollm.hf
+from entrollm.compress.options import Method
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
@@ -157,14 +158,15 @@ def test_configuration_round_trip(coded: Path) -> None:
         assert AutoQuantizationConfig.from_dict(stored) == config
         assert EntroConfig.from_dict(stored).options() == config.options() or config == EntroConfig()
     assert len({config.to_json_string() for config in configs}) == len(configs)
-    feedback = {
-        "quant_method": "entrollm",
-        "version": 2,
-        "method": "feedback",
-        "bits_per_weight": 3.0,
-        "prefer": "size",
-    }
-    assert EntroConfig.from_dict(feedback).to_dict() == feedback
+    for method in get_args(Method):
+        calibrated = {
+            "quant_method": "entrollm",
+            "version": 2,
+            "method": method,
+            "bits_per_weight": 3.0,
+            "prefer": "size",
+        }
+        assert EntroConfig.from_dict(calibrated).to_dict() == calibrated
 
 
 def test_wrong_options() -> None:

@@ -19,7 +19,7 @@ from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS
 from entrollm.quantize.paper import Granularity
 from entrollm.recipes.options import CompressOptions
 
-Method = Literal["paper", "ecsq", "feedback", "imported", "lossless"]
+Method = Literal["paper", "ecsq", "feedback", "light", "gptq", "imported", "lossless"]
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
 # Bits of a bfloat16 weight, more than which no device holds of a lossless matrix.
@@ -40,7 +40,8 @@ class EntroConfig(QuantizationConfigMixin):
         size: a size of the weights instead, in bytes or as "1.9GB".
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
+        processor: what will run the model: "x86", "arm", or "avx512" for servers with many cores; with "speed" as
+            `prefer` only.
         overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
         lossless: code every matrix bit for bit; no size goes with it.
         lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.
@@ -168,7 +169,7 @@ class EntroConfig(QuantizationConfigMixin):
                 size=config_dict.get("file_bytes"),
                 granularity=config_dict.get("granularity", "tensor"),
                 prefer=config_dict.get("prefer", "size"),
-                processor=config_dict.get("processor", "x86"),
+                processor=config_dict.get("processor", "x86") if config_dict.get("prefer") == "speed" else "x86",
                 overrides=config_dict.get("overrides"),
                 lossless=config_dict.get("method") == "lossless",
                 lossless_for=config_dict.get("lossless_for", ()),
