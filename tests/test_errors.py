@@ -1,5 +1,6 @@
 """Errors whose messages name options, in Python's form and structure."""
 
+import importlib.metadata
 import pickle
 
 import pytest
@@ -20,6 +21,11 @@ from entrollm.errors import EntroLLMError, FormatError, Message, Option, OptionE
 )
 def test_options_are_written_as_python(option: Option, text: str) -> None:
     assert str(option) == text
+
+
+def test_the_package_has_its_version() -> None:
+    assert entrollm.__version__ == importlib.metadata.version("entrollm")
+    assert "__version__" in dir(entrollm)
 
 
 def test_braces_in_what_a_message_quotes_are_left_alone() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entrollm import _core
-from entrollm.codec.trellis import trellis_symbols
 from entrollm.codec.words import weights_of
 from entrollm.errors import CorruptStreamError, FormatError
 from entrollm.format import layout
@@ -128,15 +127,6 @@ class CodedMatrix:
         except _core.CorruptBlockError as error:
             raise self.corrupt(error) from None
 
-    def coded_symbols(self, begin: int, end: int, pool: _core.ThreadPool) -> NDArray[np.uint8]:
-        """Decode rows [begin, end) to the symbols that the code has: uint8 (end - begin, columns).
-
-        Raises:
-            CorruptStreamError: a block does not decode.
-        """
-        found = self.symbols(begin, end, pool)
-        return trellis_symbols(found) if self.spec.has_trellis else found
-
     def dequantize(self, rows: NDArray[np.int64], pool: _core.ThreadPool) -> NDArray[np.float32]:
         """Decode and dequantize some rows: float32 (len(rows), columns).
 
@@ -253,6 +243,19 @@ def matrix_of(model: CompressedModel, name: str) -> CodedMatrix:
         FormatError: the stored entries do not match the spec.
     """
     return open_matrix(name, model.specs[name], model.entries(name))
+
+
+def code_of(model: CompressedModel, name: str) -> CodedMatrix:
+    """Open one matrix so that it decodes to the symbols of its code, and not, with a trellis, to half steps.
+
+    Raises:
+        KeyError: no matrix has this name.
+        FormatError: the stored entries do not match the spec.
+    """
+    spec = model.specs[name]
+    if isinstance(spec.kind, GridKind) and spec.kind.trellis:
+        spec = replace(spec, kind=replace(spec.kind, trellis=False))
+    return open_matrix(name, spec, model.entries(name))
 
 
 class Product:

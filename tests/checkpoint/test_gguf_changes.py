@@ -68,7 +68,7 @@ def opened(
         ("granitehybrid", "ssm.time_step_rank", 7, "ssm.time_step_rank 7 is not implemented"),
         ("nemotron_h_moe", "expert_gating_func", 1, "expert_gating_func is 1, expected 2, sigmoids"),
         ("nemotron_h_moe", "nextn_predict_layers", 1, "nextn_predict_layers 1 is not implemented; it should be 0"),
-        ("nemotron_h_moe", "moe_latent_size", 32, "the key nemotron_h_moe.moe_latent_size is not known"),
+        ("nemotron_h_moe", "moe_latent_size", 32, "the key 'nemotron_h_moe.moe_latent_size' is not known"),
     ],
 )
 def test_values_that_are_not_implemented(name: str, key: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -128,9 +128,15 @@ def test_tensors_that_do_not_fit(name: str, change: Any, message: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "end"), [("granitehybrid", "0.ssm_norm.weight"), ("qwen35", "0.post_attention_norm.weight")]
+    ("name", "end"),
+    [
+        ("granitehybrid", "0.ssm_norm.weight"),
+        ("qwen35", "0.post_attention_norm.weight"),
+        ("granitehybrid", "0.ssm_conv1d.weight"),
+        ("nemotron_h", "0.ssm_conv1d.weight"),
+    ],
 )
-def test_norms_in_blocks_are_refused(name: str, end: str, tmp_path: Path) -> None:
+def test_norms_and_kernels_in_blocks_are_refused(name: str, end: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=rf"{end}' is Q8_0; expected one of F32, F16, BF16"):
         opened(tmp_path, name, change=as_blocks(end, 2, 128))
 

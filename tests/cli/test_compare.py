@@ -97,7 +97,22 @@ def test_earlier_points_are_drawn_too(folders: list[str], tmp_path: Path) -> Non
 )
 def test_earlier_results_of_another_form_are_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "peers.json").write_text(content)
-    result = run(MODEL, MODEL, *SHORT, "--add", str(tmp_path / "peers.json"))
+    result = run(MODEL, MODEL, *SHORT, "--plot", str(tmp_path / "a.png"), "--add", str(tmp_path / "peers.json"))
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--add", "peers.json"], "--add goes with --plot FILE, which draws its figures"),
+        (["--json", "/no/such.json"], "--json /no/such.json: there is no folder /no"),
+        (["--plot", "/no/such.png"], "--plot /no/such.png: there is no folder /no"),
+        (["--json", "/"], "--json / is not a file"),
+    ],
+)
+def test_files_that_could_not_be_written_are_refused_before_anything_runs(arguments: list[str], message: str) -> None:
+    result = run(MODEL, "./nothing", *SHORT, *arguments)
     assert result.exit_code == 1
     assert message in " ".join(result.stderr.split())
 

@@ -119,6 +119,11 @@ def test_demo_says_where_to_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "--model" in invoke_json("demo", code=1)["error"]["message"]
 
 
+def test_demo_refuses_a_prompt_that_it_would_not_use() -> None:
+    error = invoke_json("demo", "--table", "-p", "Once", code=1)["error"]
+    assert error["message"] == "--prompt cannot be given with --table, which generates no text"
+
+
 def test_info_names_the_instruction_set() -> None:
     facts = invoke_json("info")
     assert facts["isa"] == next(name for name, runs in facts["isas"].items() if runs)

@@ -41,7 +41,7 @@ def test_page_has_every_matrix_and_the_speed(compressed: Path, tmp_path: Path) -
     [
         ([MODEL], "not a compressed model"),
         (["/no/such"], "/no/such"),
-        (["OUT", "--html", "/no/such/a.html"], "no such folder"),
+        (["OUT", "--html", "/no/such/a.html"], "there is no folder"),
     ],
 )
 def test_what_cannot_be_reported_is_named(compressed: Path, arguments: list[str], message: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from entrollm.codec import reference
-from entrollm.codec.trellis import MAX_TRELLIS_SYMBOL, half_steps, trellis_symbols
+from entrollm.codec.trellis import half_steps
 from entrollm.format.code import Code, Field
 from tests.codec.test_multiply import activations
 from tests.support.isa_workers import InstructionSets
@@ -32,17 +32,11 @@ def test_half_steps_of_a_row_by_hand() -> None:
     assert half_steps(symbols).tolist() == [[10, 6, 9, 14, 2, 3, 255]]
 
 
-def test_symbols_come_back_from_half_steps() -> None:
-    symbols = symbols_of(5, 1000, 1, MAX_TRELLIS_SYMBOL)
-    steps = half_steps(symbols)
-    np.testing.assert_array_equal(trellis_symbols(steps), symbols)
-    assert 0.4 < (steps & 1).mean() < 0.6
-
-
 @pytest.mark.parametrize("shape", [(40, 70), (9, 5000)])
 def test_every_instruction_set_multiplies_half_steps(instruction_sets: InstructionSets, shape: tuple[int, int]) -> None:
     generator = np.random.default_rng(shape[0])
-    symbols = np.clip(np.rint(generator.normal(63, 3, shape)), 0, MAX_TRELLIS_SYMBOL).astype(np.uint8)
+    symbols = np.rint(generator.normal(63, 3, shape)).astype(np.uint8)
+    symbols[:, ::50] = generator.integers(128, 256, symbols[:, ::50].shape)  # 2 k + m is then beyond a byte
     code = Code(Field(2, (62, 63, 64), Field(2, (61, 65, 60), Field(8, ()))))
     columns = generator.uniform(0.5, 2, shape[1]).tolist()
     coded = store(code, symbols, None, [0.5], [-63.25], columns, trellis=True)

@@ -247,7 +247,7 @@ def compress_elsewhere(checkpoint: Path, out: Path, file_limit: int = 0) -> int 
 def test_a_file_that_cannot_grow_leaves_no_output(checkpoint: Path, tmp_path: Path) -> None:
     assert compress_elsewhere(checkpoint, tmp_path / "out", 50_000) == errno.EFBIG
     assert not (tmp_path / "out").exists()
-    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == [".plan.json"]
+    assert not (tmp_path / "out.partial").exists()  # there is nothing to go on from
     compress_folder(checkpoint, tmp_path / "out")
 
 

@@ -169,6 +169,7 @@ def test_the_command_keeps_and_reuses_a_prompt(tmp_path: Path) -> None:
     ("file", "options", "message"),
     [
         ("no folder/a.cache", [], "there is no folder"),
+        (".", [], "is not a file; name another one"),
         ("a.cache", ["--top-p", "7"], "top_p should be from 0 to 1"),
     ],
 )

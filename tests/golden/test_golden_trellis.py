@@ -12,7 +12,7 @@ from entrollm import _core
 from entrollm.codec import reference
 from entrollm.compress.verify import verify
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import matrix_of
+from entrollm.matrix import code_of, matrix_of
 from tests.support.golden_trellis import FLAT, KIND, golden_symbols, write_golden_trellis
 
 TRELLIS = Path(__file__).parent / "v2-trellis"
@@ -36,7 +36,7 @@ def test_the_integers_are_as_stated(name: str, tmp_path: Path) -> None:
             matrix = matrix_of(model, name + ".weight")
             assert matrix.spec.kind == KIND
             rows = np.arange(len(symbols))
-            np.testing.assert_array_equal(matrix.coded_symbols(0, len(rows), POOL), symbols)
+            np.testing.assert_array_equal(code_of(model, name + ".weight").symbols(0, len(rows), POOL), symbols)
             for form in (matrix, matrix.to_flat(POOL)):
                 np.testing.assert_array_equal(form.symbols(0, len(rows), POOL), steps)
                 np.testing.assert_array_equal(form.dequantize(rows, POOL), (steps - 127.5) * 0.125)

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 import entrollm.hf
+from entrollm.compress.options import Method
 from entrollm.errors import CorruptStreamError, FormatError, UnsupportedError
 from entrollm.format import layout
 from entrollm.format.reader import CompressedModel
@@ -110,6 +111,7 @@ def test_unknown_field(copy: Path, load: Callable[[Path], Any]) -> None:
         ("method", "gptq", "method must be one of paper, ecsq, feedback, imported, lossless, found 'gptq'"),
         ("method", "imported", "an imported model has a source"),
         ("bits_per_weight", 3.0, "give one of bits, bpw and size"),
+        ("trellis", True, "trellis is for the smallest files at a size such as bpw=4.5: leave out bits=4"),
     ],
 )
 def test_field_with_a_wrong_value(coded: Path, field: str, value: Any, message: str) -> None:
@@ -151,20 +153,22 @@ def test_configuration_round_trip(coded: Path) -> None:
         EntroConfig(bits=8, granularity="row", prefer="speed", processor="arm"),
         EntroConfig(bpw=2.5, keep="*embed*"),
         EntroConfig(size="1.9GB", overrides={"lm_head*": 8, "*.0.*": None}),
+        EntroConfig(bpw=2.5, trellis=True),
     ]
     for config in configs:
         stored = json.loads(json.dumps(config.to_dict()))
         assert AutoQuantizationConfig.from_dict(stored) == config
         assert EntroConfig.from_dict(stored).options() == config.options() or config == EntroConfig()
     assert len({config.to_json_string() for config in configs}) == len(configs)
-    feedback = {
-        "quant_method": "entrollm",
-        "version": 2,
-        "method": "feedback",
-        "bits_per_weight": 3.0,
-        "prefer": "size",
-    }
-    assert EntroConfig.from_dict(feedback).to_dict() == feedback
+    for method in get_args(Method):
+        calibrated = {
+            "quant_method": "entrollm",
+            "version": 2,
+            "method": method,
+            "bits_per_weight": 3.0,
+            "prefer": "size",
+        }
+        assert EntroConfig.from_dict(calibrated).to_dict() == calibrated
 
 
 def test_wrong_options() -> None:

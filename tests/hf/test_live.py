@@ -41,8 +41,9 @@ def load(checkpoint: Path, config: EntroConfig, **options: Any) -> Any:
         EntroConfig(bits=3, granularity="row", overrides={"*embed*": 8}, keep=["*.0.*q_proj*"]),
         EntroConfig(lossless=True),
         EntroConfig(bits=4, lossless_for=["*embed*"]),
+        EntroConfig(trellis=True),
     ],
-    ids=["default", "4", "8-speed", "overrides", "lossless", "some lossless"],
+    ids=["default", "4", "8-speed", "overrides", "lossless", "some lossless", "trellis"],
 )
 def test_integers_are_those_of_the_command(checkpoint: Path, config: EntroConfig, tmp_path: Path) -> None:
     model = load(checkpoint, config, dtype=torch.bfloat16)
@@ -50,6 +51,7 @@ def test_integers_are_those_of_the_command(checkpoint: Path, config: EntroConfig
     compress(checkpoint, tmp_path / "command", config.options())
     with CompressedModel.open(tmp_path / "live") as live, CompressedModel.open(tmp_path / "command") as command:
         assert dict(live.specs) == dict(command.specs)  # checksums included
+        assert any(spec.has_trellis for spec in live.specs.values()) == config.trellis
         assert set(live.plain) == set(command.plain)
         for name in live.plain:
             assert live.array(name).tobytes() == command.array(name).tobytes()

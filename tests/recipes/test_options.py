@@ -55,6 +55,16 @@ SELF: dict[str, Any] = {"calibration": "self"}
             "--target must be one of x86, arm, avx512, found 'sparc'",
         ),
         (
+            {"processor": "arm"},
+            "processor='arm' goes with prefer='speed'",
+            "--target arm goes with --prefer speed",
+        ),
+        (
+            {"bits": 4, "processor": "avx512", "prefer": "fixed"},
+            "processor='avx512' goes with prefer='speed'",
+            "--target avx512 goes with --prefer speed",
+        ),
+        (
             {"device": "tpu"},
             "device must be one of cpu, cuda, found 'tpu'",
             "--device must be one of cpu, cuda, found 'tpu'",
@@ -118,6 +128,11 @@ SELF: dict[str, Any] = {"calibration": "self"}
             {"bpw": 3, "sampled": 9},
             "sampled goes with calibration=FILE or calibration='self'",
             "--sampled goes with --calibration FILE or --calibration self",
+        ),
+        (
+            {"bpw": 3, "seed": 1},
+            "seed=1 goes with calibration=FILE or calibration='self'",
+            "--seed 1 goes with --calibration FILE or --calibration self",
         ),
         (
             {"bpw": 3, "device": "cuda"},

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from entrollm import _core
-from entrollm.errors import FormatError
+from entrollm.codec.reference import half_steps_of_row
+from entrollm.compress.describe import describe
+from entrollm.compress.verify import verify
 from entrollm.format import layout
 from entrollm.format.blocks import Blocks
 from entrollm.format.code import Code, Field
@@ -59,7 +61,7 @@ def test_parts_have_the_weights_of_the_whole(name: str, axis: int) -> None:
         np.testing.assert_array_equal(part.dequantize(np.arange(part.spec.rows), POOL), expected)
 
 
-def test_symbols_that_half_steps_do_not_tell_apart_are_named_when_rows_are_split(tmp_path: Path) -> None:
+def test_symbols_of_another_writer_beyond_127_are_read_checked_and_split(tmp_path: Path) -> None:
     code, shape = Code(Field(2, (63, 64, 200, 255))), (6, 130)
     symbols = np.random.default_rng(0).choice(np.array([63, 64, 200, 255], np.uint8), shape)
     dense, _, _ = _core.encode(code.program(), 0, symbols, 3, 192)
@@ -68,6 +70,15 @@ def test_symbols_that_half_steps_do_not_tell_apart_are_named_when_rows_are_split
     with ShardWriter(tmp_path / "model.safetensors") as writer:
         writer.add_matrix(store_matrix("a.weight", spec, {layout.DENSE: layout.padded_stream([dense])}))
     with CompressedModel.open(tmp_path) as stored:
-        weight = without_entries(stored, "a.weight", torch.float32)
-        with pytest.raises(FormatError, match=r"a\.weight: it has a trellis and symbols beyond 127.*compress"):
-            PartCutter(stored, 1, 2).fill(weight, 0)
+        assert verify(stored, POOL).weights == symbols.size
+        (found,) = describe(stored, POOL).tensors
+        assert found.symbols == 4 and found.grid == "foreign + trellis"
+        expected = (np.array([half_steps_of_row(row) for row in symbols.tolist()]) - 127.5) * np.float32(0.1)
+        np.testing.assert_allclose(matrix_of(stored, "a.weight").dequantize(np.arange(6), POOL), expected, atol=2e-6)
+        for axis, own in ((0, np.s_[3:]), (1, np.s_[:, 65:])):
+            weight = without_entries(stored, "a.weight", torch.float32)
+            weight.anchor = torch.empty(0)
+            PartCutter(stored, 1, 2).fill(weight, axis)
+            part = open_native("a.weight", weight.spec, weight.entries())
+            rows = np.arange(part.spec.rows)
+            np.testing.assert_allclose(part.dequantize(rows, POOL), expected[own], atol=2e-6)

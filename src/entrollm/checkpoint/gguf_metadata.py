@@ -191,8 +191,8 @@ class _Metadata:
                     )
             elif name != key and name not in _USED | _INERT:
                 raise UnsupportedError(
-                    f"{self._path}: the key {key} is not known; it may change what the model computes, so the file is "
-                    "not read"
+                    f"{self._path}: the key {key!r:.80} is not known; it may change what the model computes, so the "
+                    "file is not read"
                 )
 
     def unsupported(self, name: str) -> UnsupportedError:

@@ -112,7 +112,7 @@ def _read(path: Path, file: GgufFile) -> tuple[dict[str, Any], dict[str, GgufTen
                 raise UnsupportedError(f"{path}: tensor {source.name!r} of shape {list(shape)} is {kind}")
             is_member = layout.stack_member(name) is not None or layout.is_transposed(name)
             is_norm = source.offset != 0 or name.endswith("norm.weight")
-            if is_norm or (not name.endswith(".weight") and not is_member):
+            if is_norm or source.is_kernel or (not name.endswith(".weight") and not is_member):
                 raise UnsupportedError(
                     f"{path}: tensor {source.name!r} is {kind}; expected one of {', '.join(FLOAT_TYPES)}, since it is "
                     "no matrix of weights"

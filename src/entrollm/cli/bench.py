@@ -23,6 +23,8 @@ EXAMPLES = (
     ("ENTROLLM_ISA=avx2 entrollm bench OUT", "as on a processor without AVX-512"),
 )
 
+_PROMPT_TOKENS, _TOKENS = 256, 48
+
 
 def command(
     model: Annotated[Path, typer.Argument(metavar="OUT", help="A folder made by `entrollm compress`.")],
@@ -34,8 +36,12 @@ def command(
             show_default=False,
         ),
     ] = None,
-    prompt: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of the long prompt.")] = 256,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens to make one after the other.")] = 48,
+    prompt: Annotated[
+        int | None, typer.Option("--prompt-tokens", min=1, help="Tokens of the long prompt; by default 256.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=2, help="Tokens to make one after the other; by default 48.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often to time each choice; they take turns.")] = 5,
     codes: Annotated[
         bool,
@@ -63,8 +69,12 @@ def command(
 
     threads = threads or default_threads()
     if codes:
+        others = {"--memory": memory, "--prompt-tokens": prompt, "--tokens": tokens}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} cannot be given with --codes, which times products alone")
         _bench_codes(model, threads, rounds, json_output)
         return
+    prompt, tokens = prompt or _PROMPT_TOKENS, tokens or _TOKENS
     choices = [check_memory(choice) for choice in memory or ("file", "fast")]
     speeds = measure_speeds(model, choices, threads, prompt=prompt, tokens=tokens, rounds=rounds)
     if json_output:

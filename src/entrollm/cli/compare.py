@@ -11,6 +11,7 @@ import typer
 
 from entrollm.cli.console import ThreadsOption, json_safe, message, print_json, write_text
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
+from entrollm.cli.options import check_new_file
 from entrollm.errors import FormatError
 from entrollm.system import naming
 
@@ -61,10 +62,15 @@ def command(
     from entrollm.engine.load import load
     from entrollm.report import check_plotting, draw_rate_distortion, read_points
 
+    if add and plot is None:
+        raise ValueError("--add goes with --plot FILE, which draws its figures")
     earlier = [point for path in add or [] for point in read_points(read_json(path), path.stem)]
     if plot is not None:
         check_plotting(plot)
+        check_new_file("--plot", plot)
     to_stdout = str(json_file) == "-"
+    if json_file is not None and not to_stdout:
+        check_new_file("--json", json_file)
     loader = partial(load, threads=threads)
     measured = measure(models, original, TextOptions(text, window, max_windows, bos), loader, to_stdout)
     result = json_safe(measured.to_json())

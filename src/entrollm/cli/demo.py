@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from entrollm.cli.console import JsonOption, MemoryOption, ThreadsOption, json_safe, print_json, progress_bar, stdout
+from entrollm.cli.options import read_memory
 from entrollm.cli.progress import ProgressBars
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ def command(
         int, typer.Option("--max-windows", min=1, metavar="N", help="Use only the first N windows of the text.")
     ] = 8,
     table: Annotated[bool, typer.Option("--table", help="Print the table only; generate no text.")] = False,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.")] = _PROMPT,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue.", show_default=_PROMPT)
+    ] = None,
     threads: ThreadsOption = None,
     memory: MemoryOption = "auto",
     json_output: JsonOption = False,
@@ -58,9 +62,10 @@ def command(
     model and text.
     """
     from entrollm.engine.load import load
-    from entrollm.engine.memory import check_memory
     from entrollm.system import scratch_folder
 
+    if table and prompt is not None:
+        raise ValueError("--prompt cannot be given with --table, which generates no text")
     for path, option in ((model, "--model"), (text, "--text")):
         if not path.exists():
             raise ValueError(f"{path} is missing; run this in a clone of the project, or name another with {option}")
@@ -68,10 +73,13 @@ def command(
         results = {}
         for label, bits, prefer in _VARIANTS:
             results[label] = _compress(model, folder / label.replace(" ", ""), bits, prefer, threads, json_output)
-        loader = partial(load, threads=threads, memory=check_memory(memory))
+        loader = partial(load, threads=threads, memory=read_memory(memory))
         evaluations, original = _evaluate(model, results, (text, windows), loader, json_output)
         rows = _rows(model, results, evaluations, original)
-        generated = None if table else _generate(loader(results["uint8 + Huffman"].path), prompt, json_output, rows)
+        generated = None
+        if not table:
+            coded = loader(results["uint8 + Huffman"].path)
+            generated = _generate(coded, _PROMPT if prompt is None else prompt, json_output, rows)
         if json_output:
             print_json(json_safe(_to_json(rows, results, generated)))
         elif table:
@@ -156,7 +164,7 @@ def _generate(model: Model, prompt: str, quiet: bool, rows: list[QualityRow]) ->
     if not quiet:
         _print_table(rows)
         stdout.print("\nfrom the uint8 + Huffman folder:")
-        stdout.print(f"[bold]{prompt}[/bold]", end="", markup=True)
+        stdout.print(f"[bold]{escape(prompt)}[/bold]", end="")
     result = model.generate(
         prompt,
         max_tokens=64,

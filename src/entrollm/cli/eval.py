@@ -81,7 +81,7 @@ def command(
         _refuse("--tasks", {"--against": against, "--window": window, "--max-windows": max_windows, "--bos": bos})
         names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
         options = TaskOptions(names, limit, few_shot, include, chat)
-        loading = LoadOptions(threads, memory, cache_type, check)
+        loading = LoadOptions(threads, read_memory(memory), cache_type, check)
         score(models, options, loading, json_output=json_output)
         return
     from entrollm.engine.load import load

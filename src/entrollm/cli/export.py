@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from entrollm.cli.console import JsonOption, ThreadsOption, print_json, progress_bar, stdout
 
@@ -69,4 +70,5 @@ def command(
     if json_output:
         print_json(result.to_json())
     else:
-        stdout.print(f"[bold]{out}[/bold]: {format_count(result.weights)} weights, {format_bytes(result.file_bytes)}")
+        size = format_bytes(result.file_bytes)
+        stdout.print(f"[bold]{escape(str(out))}[/bold]: {format_count(result.weights)} weights, {size}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +63,24 @@ def read_memory(text: str) -> Memory:
     from entrollm.engine.memory import check_memory
 
     return check_memory(parse_size(text) if text[:1].isdigit() else text)
+
+
+def check_new_file(option: str, file: Path) -> None:
+    """Check that a file can be made, before the work that it is to keep.
+
+    Args:
+        option: that names the file, for errors.
+        file: may exist.
+    Raises:
+        ValueError: something else is there, or its folder does not exist or cannot be written to.
+    """
+    folder = file.parent
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} {file} is not a file; name another one")
+    if not folder.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {folder}; make it, or name another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {file}: the folder {folder} cannot be written to; name a file in another one")
 
 
 def parse_bits(values: Sequence[str]) -> tuple[int | None, dict[str, int | None]]:

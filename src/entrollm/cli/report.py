@@ -10,7 +10,7 @@ import typer
 
 from entrollm.cli.console import ThreadsOption, message, progress_bar, stdout, write_text
 from entrollm.cli.measured import BosOption, MaxWindowsOption, TextOption, TextOptions, WindowOption, measure
-from entrollm.errors import OptionError
+from entrollm.cli.options import check_new_file
 
 if TYPE_CHECKING:
     from entrollm.compress.describe import ModelReport
@@ -46,10 +46,7 @@ def command(
     from entrollm.engine.load import load
     from entrollm.report import read_points, render_page
 
-    if html.exists() and not html.is_file():
-        raise OptionError(f"--html {html} is not a file")
-    if not html.absolute().parent.is_dir():
-        raise OptionError(f"--html {html}: there is no such folder as {html.parent}")
+    check_new_file("--html", html)
     described = [_describe(model, threads) for model in models]  # refuses what is not compressed before it measures
     measured = measure(
         [str(model) for model in models],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from entrollm.cli.console import (
     message,
     print_json,
 )
-from entrollm.cli.options import read_memory
+from entrollm.cli.options import check_new_file, read_memory
 from entrollm.cli.speculation import DraftOption, SpeculateOption, open_speculation
 from entrollm.cli.streams import write_stdout
 
@@ -140,6 +139,8 @@ def command(
 
 def _opened(model: Model, file: Path) -> Cache:
     """What a file holds of a prompt, or an empty cache."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--cache {file} is not a file; name another one")
     return model.restore_cache(file) if file.exists() else model.new_cache()
 
 
@@ -148,26 +149,13 @@ def _prefill(model: Model, prompt: str, cache: Cache, file: Path) -> None:
     held, ids = list(cache.ids), model.encode(prompt)
     is_kept = held != ids[: len(held)]
     if not is_kept and held != ids[:-1]:
-        _check_folder(file)
+        check_new_file("--cache", file)
     computed = model.prefill(prompt, cache)
     message(f"{file}: {cache.length - computed} of {cache.length + 1} prompt tokens were known")
     if is_kept:
         message(f"{file} holds another prompt and stays as it is; delete it, or name another file")
     elif computed:
         model.save_cache(cache, file)
-
-
-def _check_folder(file: Path) -> None:
-    """Check that a file can be made, before the work that it is to keep.
-
-    Raises:
-        ValueError: its folder does not exist, or cannot be written to.
-    """
-    folder = file.parent
-    if not folder.is_dir():
-        raise ValueError(f"--cache {file}: there is no folder {folder}; make it, or name another file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"--cache {file}: the folder {folder} cannot be written to; name a file in another one")
 
 
 def result_to_json(result: GenerationResult) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from entrollm.cli.console import stdout
 from entrollm.report.numbers import format_bytes, format_count, format_rate
 
@@ -19,14 +21,17 @@ def print_summary(result: CompressResult) -> None:
     """Print sizes, speed, and what tuning and the search for --max-kl found."""
     done = result.quantized_weights - result.resumed_weights
     stdout.print(
-        f"[bold]{result.path}[/bold]: {format_bytes(result.source_bytes)} -> "
+        f"[bold]{escape(str(result.path))}[/bold]: {format_bytes(result.source_bytes)} -> "
         f"[bold green]{format_bytes(result.file_bytes)}[/bold green], "
         f"{result.file_bits:.3f} bits/weight over {format_count(result.weights)} weights"
     )
-    stdout.print(
-        f"coded weights: entropy {result.entropy_bits:.3f}, Huffman optimum {result.huffman_bits:.3f}, "
-        f"in the file {result.coded_bits:.3f} bits"
-    )
+    if result.quantized_weights:
+        stdout.print(
+            f"coded weights: entropy {result.entropy_bits:.3f}, Huffman optimum {result.huffman_bits:.3f}, "
+            f"in the file {result.coded_bits:.3f} bits"
+        )
+    else:
+        stdout.print("no matrix is coded: all tensors keep their types")
     if result.imported is not None:
         _print_imported(result.imported)
     resumed = f" ({format_count(result.resumed_weights)} were finished before)" if result.resumed_weights else ""

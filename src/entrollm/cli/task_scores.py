@@ -13,6 +13,7 @@ from entrollm.cli.console import json_safe, print_json, stdout
 from entrollm.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from entrollm.engine.memory import Memory
     from entrollm.harness import TaskScore
     from entrollm.report import Table
 
@@ -39,7 +40,7 @@ class LoadOptions:
     """How to load the models; see `load`."""
 
     threads: int | None
-    memory: str
+    memory: Memory
     cache_type: str
     check: bool
 

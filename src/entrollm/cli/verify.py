@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from entrollm.cli.console import JsonOption, Stopwatch, ThreadsOption, print_json, progress_bar, stdout
 
@@ -51,9 +52,9 @@ def command(
         return
     agreement = "; equal to the original's integers" if result.compared else ""
     if result.left_out:
-        agreement += f", without buffers that models make themselves ({', '.join(result.left_out)})"
+        agreement += f", without buffers that models make themselves ({escape(', '.join(result.left_out))})"
     stdout.print(
-        f"[bold green]ok[/bold green] {model}: {result.matrices} matrices, {format_count(result.weights)} weights "
-        f"decode and encode exactly, {result.kept} kept tensors{agreement} "
+        f"[bold green]ok[/bold green] {escape(str(model))}: {result.matrices} matrices, {format_count(result.weights)} "
+        f"weights decode and encode exactly, {result.kept} kept tensors{agreement} "
         f"({format_rate(result.weights, watch.elapsed_s, 'weights')})"
     )

@@ -16,7 +16,8 @@ from entrollm.format.code import Field, Leaf, Node, Split
 from entrollm.format.flat import AnyCode, FlatCode
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
-from entrollm.matrix import CodedMatrix, matrix_of
+from entrollm.format.spec import TensorSpec
+from entrollm.matrix import CodedMatrix, code_of
 
 _CHUNK_WEIGHTS = 1 << 22
 
@@ -89,7 +90,7 @@ class ModelReport:
     @property
     def coded_bits(self) -> float:
         """Stored bits per coded weight: the files without the plain tensors."""
-        return (self.file_bytes - self.kept_bytes) * 8 / max(1, self.coded_weights)
+        return (self.file_bytes - self.kept_bytes) * 8 / self.coded_weights if self.tensors else 0.0
 
     @property
     def file_bits(self) -> float:
@@ -123,8 +124,7 @@ def describe(
     done = 0
     reports = []
     for name in model.specs:
-        matrix = matrix_of(model, name)
-        reports.append(_describe_matrix(matrix, pool))
+        reports.append(_describe_matrix(code_of(model, name), model.specs[name], pool))
         model.release(name)
         done += reports[-1].weights
         if on_progress is not None:
@@ -140,15 +140,14 @@ def describe(
 
 
 def symbol_chunks(matrix: CodedMatrix, pool: _core.ThreadPool) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode a matrix in runs of whole row blocks; yields (first row, symbols as the code has them)."""
+    """Decode a matrix in runs of whole row blocks; yields (first row, symbols)."""
     spec = matrix.spec
     step = max(1, _CHUNK_WEIGHTS // (spec.columns * spec.blocks.rows)) * spec.blocks.rows
     for begin in range(0, spec.rows, step):
-        yield begin, matrix.coded_symbols(begin, min(spec.rows, begin + step), pool)
+        yield begin, matrix.symbols(begin, min(spec.rows, begin + step), pool)
 
 
-def _describe_matrix(matrix: CodedMatrix, pool: _core.ThreadPool) -> TensorReport:
-    spec = matrix.spec
+def _describe_matrix(matrix: CodedMatrix, spec: TensorSpec, pool: _core.ThreadPool) -> TensorReport:
     counts = np.zeros(256, np.int64)
     for _, symbols in symbol_chunks(matrix, pool):
         counts += _core.histogram(symbols)

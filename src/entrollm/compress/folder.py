@@ -67,6 +67,10 @@ class OutputFolder:
 
     def close(self) -> None:
         """Release the lock; files that are not published stay for another run."""
+        with contextlib.suppress(OSError):  # it was published, or whatever is in the way stays
+            if [file.name for file in self.partial.iterdir()] == [_PLAN]:  # nothing was made
+                (self.partial / _PLAN).unlink()
+                self.partial.rmdir()
         self._lock.release()
 
     def write_text(self, name: str, text: str) -> None:

@@ -107,7 +107,7 @@ def summarize(checkpoint: Checkpoint, plan: Plan, records: Sequence[ShardRecord]
         file_bits=file_bytes * 8 / max(1, weights),
         entropy_bits=_mean([(matrix.entropy_bits, matrix.weights) for matrix in matrices.values()]),
         huffman_bits=_mean([(matrix.huffman_bits, matrix.weights) for matrix in matrices.values()]),
-        coded_bits=(file_bytes - kept_bytes) * 8 / max(1, coded),
+        coded_bits=(file_bytes - kept_bytes) * 8 / coded if coded else 0.0,
         elapsed_s=run.elapsed_s,
         resumed_weights=run.resumed_weights,
         imported=_summarize_imported(checkpoint, plan, matrices),

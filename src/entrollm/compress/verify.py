@@ -25,7 +25,7 @@ from entrollm.format.group_scales import GroupedKind
 from entrollm.format.lossless import LosslessKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
-from entrollm.matrix import CodedMatrix, matrix_of
+from entrollm.matrix import CodedMatrix, code_of, matrix_of
 from entrollm.quantize.paper import Grid, quantize_rows
 
 # The stored error was added up in another order.
@@ -89,7 +89,7 @@ def verify(
         model.check_checksum(name)
         matrix = matrix_of(model, name)
         stored = model.matrix_arrays(name)
-        _check_coding(matrix, stored, pool)
+        _check_coding(code_of(model, name), stored, pool)
         _check_end(matrix, model.entries(name))
         if original is not None:
             _compare_matrix(matrix, stored, original, pool)

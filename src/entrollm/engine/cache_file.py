@@ -75,7 +75,7 @@ def restore_cache(path: Path, cache: Cache, fingerprint: str, vocab_size: int) -
         CorruptStreamError: its bytes differ from their checksum.
         OSError: it cannot be read.
     """
-    with open_safetensors(path) as file:
+    with _open_cache(path) as file:
         _check_metadata(file, cache, fingerprint)
         arrays = {name: file.array(name) for name in file.tensors}
         if (found := f"{_checksum(arrays):08x}") != file.metadata.get("crc32"):
@@ -100,6 +100,18 @@ def restore_cache(path: Path, cache: Cache, fingerprint: str, vocab_size: int) -
             raise FormatError(f"{path}: {min(arrays)!r} is not part of the cache of this model; delete the file")
         cache.ids = ids.tolist()
         cache.is_long = file.metadata["rotations"] == _ROTATIONS[True]
+
+
+def _open_cache(path: Path) -> SafetensorsFile:
+    """Open the file.
+
+    Raises:
+        FormatError: it is no safetensors file.
+    """
+    try:
+        return open_safetensors(path)
+    except FormatError as error:
+        raise FormatError(f"{path} is not a cache, or is damaged; delete it, or name another file ({error})") from None
 
 
 def _check_metadata(file: SafetensorsFile, cache: Cache, fingerprint: str) -> None:

@@ -76,7 +76,8 @@ def measure_codes(
         folder: made by `compress`.
         threads: numbers of threads.
         rounds: how often to time each code; they take turns.
-        most_weights: how many weights to take; of a larger model, evenly spaced matrices.
+        most_weights: how many weights to take; of a larger model, evenly spaced matrices, without those that are larger
+            by themselves unless all are.
     Returns:
         the speeds, uint8 first. The flat form is absent if a matrix has none.
     Raises:
@@ -87,8 +88,8 @@ def measure_codes(
     model = CompressedModel.open(folder)
     if not model.specs:
         raise ValueError(f"{folder} has no coded matrix, so that there is nothing to time")
-    total = sum(spec.rows * spec.columns for spec in model.specs.values())
-    matrices = [matrix_of(model, name) for name in list(model.specs)[:: -(-total // most_weights)]]
+    sizes = {name: spec.rows * spec.columns for name, spec in model.specs.items()}
+    matrices = [matrix_of(model, name) for name in _taken(sizes, most_weights)]
     pools = [_core.ThreadPool(count) for count in threads]
     forms = {f"{name}{coded}": _Form() for name, _ in _GRIDS for coded in ("", _CODED)}
     for matrix in matrices:
@@ -111,6 +112,18 @@ def measure_codes(
         CodeSpeed(name, form.size_bytes * 8 / taken, tuple(taken / s for s in seconds[name]))
         for name, form in forms.items()
     ]
+
+
+def _taken(sizes: Mapping[str, int], most: int) -> list[str]:
+    """Evenly spaced matrices of at most `most` weights together, or the smallest one if each has more."""
+    names = [name for name, size in sizes.items() if size <= most] or [min(sizes, key=lambda name: sizes[name])]
+    taken: list[str] = []
+    left = most
+    for name in names[:: -(-sum(sizes[name] for name in names) // most)]:
+        if sizes[name] <= left or not taken:
+            taken.append(name)
+            left -= sizes[name]
+    return taken
 
 
 def flat_nibbles(

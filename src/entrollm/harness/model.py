@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         max_length: int | None = None,
         batch_size: int | str = 8,
         threads: int | None = None,
-        memory: str = "auto",
+        memory: str | int = "auto",
         cache_type: str = "f32",
         check: bool = True,
         add_bos_token: bool | None = None,

@@ -19,14 +19,14 @@ from entrollm.format.spec import FORMAT_VERSION, READ_VERSIONS
 from entrollm.quantize.paper import Granularity
 from entrollm.recipes.options import CompressOptions
 
-Method = Literal["paper", "ecsq", "feedback", "imported", "lossless"]
+Method = Literal["paper", "ecsq", "feedback", "light", "gptq", "imported", "lossless"]
 # Where only a size in bytes is asked for, which says nothing before the weights are counted.
 _PLANNED_BITS = 8
 # Bits of a bfloat16 weight, more than which no device holds of a lossless matrix.
 _LOSSLESS_BITS = 16
 _FIELDS = frozenset(
     {"quant_method", "version", "method", "bits", "granularity", "bits_per_weight", "file_bytes", "prefer", "processor"}
-    | {"overrides", "keep", "lossless_for", "source"}
+    | {"overrides", "keep", "lossless_for", "source", "trellis"}
 )
 
 
@@ -34,13 +34,20 @@ _FIELDS = frozenset(
 class EntroConfig(QuantizationConfigMixin):
     """How a model is quantized and coded while it is loaded, or how a stored one was made.
 
+    `CompressOptions` has more options, which need `entrollm compress`. `calibration`, and `max_kl` and the others that
+    go with it, run the whole model before the first matrix is coded. Folders with `base` hold differences, with which
+    nothing multiplies. `tokenizer`, `measure` and `shard_bytes` are about a folder that is written.
+
     Args:
         bits: width of the paper's grids, 2 to 8; 4 where only `overrides` has widths.
         bpw: bits per weight of the whole model instead, everything included; by default 4.5, for the coded matrices.
         size: a size of the weights instead, in bytes or as "1.9GB".
         granularity: "tensor" or "row": what has a grid of its own; with `bits` only.
+        trellis: let the weights of a row choose between two grids: closer at equal size, with slower products. With
+            "size" as `prefer`, and none of `bits`, widths in `overrides`, and `lossless`.
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
+        processor: what will run the model: "x86", "arm", or "avx512" for servers with many cores; with "speed" as
+            `prefer` only.
         overrides: bits by glob over tensor names, or None for tensors that keep their type; a later match wins.
         lossless: code every matrix bit for bit; no size goes with it.
         lossless_for: globs of matrices that are coded bit for bit; they win over `overrides`.
@@ -57,6 +64,7 @@ class EntroConfig(QuantizationConfigMixin):
         size: str | int | None = None,
         *,
         granularity: Granularity = "tensor",
+        trellis: bool = False,
         prefer: Prefer = "size",
         processor: Processor = "x86",
         overrides: Mapping[str, int | None] | None = None,
@@ -70,6 +78,7 @@ class EntroConfig(QuantizationConfigMixin):
             bpw=bpw,
             size=size,
             granularity=granularity,
+            trellis=trellis,
             overrides=dict(overrides or {}),
             lossless=lossless,
             lossless_for=[lossless_for] if isinstance(lossless_for, str) else list(lossless_for),
@@ -89,6 +98,7 @@ class EntroConfig(QuantizationConfigMixin):
         # Where the integers of an imported model come from; nothing can be coded by such a configuration.
         self.source: str | None = None
         self.granularity = options.granularity
+        self.trellis = options.trellis
         self.prefer = options.prefer
         self.processor = options.processor
         self.overrides = dict(options.overrides)
@@ -103,6 +113,7 @@ class EntroConfig(QuantizationConfigMixin):
             bpw=None if self._is_default else self.bpw,
             size=self.file_bytes,
             granularity=self.granularity,
+            trellis=self.trellis,
             overrides=self.overrides,
             lossless=self.method == "lossless",
             lossless_for=self.lossless_for,
@@ -134,6 +145,8 @@ class EntroConfig(QuantizationConfigMixin):
         else:
             stored["file_bytes"] = self.file_bytes
         stored["prefer"] = self.prefer
+        if self.trellis:
+            stored["trellis"] = True
         if self.processor != "x86":
             stored["processor"] = self.processor
         if self.overrides:
@@ -167,8 +180,9 @@ class EntroConfig(QuantizationConfigMixin):
                 bpw=config_dict.get("bits_per_weight"),
                 size=config_dict.get("file_bytes"),
                 granularity=config_dict.get("granularity", "tensor"),
+                trellis=config_dict.get("trellis", False),
                 prefer=config_dict.get("prefer", "size"),
-                processor=config_dict.get("processor", "x86"),
+                processor=config_dict.get("processor", "x86") if config_dict.get("prefer") == "speed" else "x86",
                 overrides=config_dict.get("overrides"),
                 lossless=config_dict.get("method") == "lossless",
                 lossless_for=config_dict.get("lossless_for", ()),

@@ -55,7 +55,8 @@ class CompressOptions:
             original take 0.13 to 0.2 bits less per weight, and products with them are slower. With "size" as `prefer`,
             and none of `bits`, `lossless` and "gptq".
         prefer: "size" for the fewest bits, "speed" for the fastest decoding, "fixed" for no entropy coding.
-        processor: what will run the model, for "speed": "x86", "arm", or "avx512" for servers with many cores.
+        processor: what will run the model: "x86", "arm", or "avx512" for servers with many cores; with "speed" as
+            `prefer` only.
         calibration: a UTF-8 text file like what the model will read, or "self" for what the model writes itself.
         sampled: windows of text that the model writes itself, added to a text file; `None` for 64. They take the whole
             model in memory; with 0, calibration takes one layer at a time.
@@ -185,6 +186,8 @@ def _check_values(options: CompressOptions) -> None:
             raise OptionError(
                 Message("{} must be at least {}, a whole number, found {!r}", Option(name), fewest, count)
             )
+    if options.processor != "x86" and options.prefer != "speed":
+        raise OptionError(Message("{} goes with {}", Option("processor", options.processor), Option("prefer", "speed")))
     if options.threads is not None and options.threads > MAX_THREADS:
         raise OptionError(Message("{} must be at most {}, found {}", Option("threads"), MAX_THREADS, options.threads))
 
@@ -200,6 +203,8 @@ def _check_calibration(options: CompressOptions) -> None:
         raise OptionError(Message("{} needs a text: add {} or {}", Option("tune"), *_EITHER_TEXT))
     if options.sampled is not None:
         raise OptionError(Message("{} goes with {} or {}", Option("sampled"), *_EITHER_TEXT))
+    if options.seed:
+        raise OptionError(Message("{} goes with {} or {}", Option("seed", options.seed), *_EITHER_TEXT))
     if options.device != "cpu":
         raise OptionError(Message("{} goes with {} or {}", Option("device", options.device), *_EITHER_TEXT))
     if options.method != "feedback":

@@ -19,8 +19,7 @@ from entrollm import _core
 from entrollm.codec.blocks import blocks_for, choose_blocks
 from entrollm.codec.choose import choose_code
 from entrollm.codec.encode import encode_symbols, row_chunks
-from entrollm.codec.trellis import MAX_TRELLIS_SYMBOL
-from entrollm.errors import FormatError, UnsupportedError
+from entrollm.errors import UnsupportedError
 from entrollm.format import layout
 from entrollm.format.blocks import block_count
 from entrollm.format.entry import join_arrays
@@ -28,7 +27,7 @@ from entrollm.format.grid import GridKind
 from entrollm.format.group_scales import GroupedKind
 from entrollm.format.reader import CompressedModel
 from entrollm.format.spec import TensorSpec
-from entrollm.matrix import matrix_of
+from entrollm.matrix import code_of, matrix_of
 from entrollm.threads import start_pool
 from entrollm.torch.backend import storage_device
 from entrollm.torch.entries import to_tensor
@@ -70,7 +69,6 @@ class PartCutter:
         """Give a coded weight the entries of this process's part.
 
         Raises:
-            FormatError: the matrix has a trellis and symbols that no writer of this package makes.
             UnsupportedError: the matrix has group scales and would be split.
             ValueError: the axis is too short for this number of processes.
         """
@@ -93,28 +91,20 @@ class PartCutter:
         self, name: str, spec: TensorSpec, rows: Range, columns: Range
     ) -> tuple[TensorSpec, dict[str, NDArray[Any]]]:
         arrays = self._stored.matrix_arrays(name)
-        matrix = matrix_of(self._stored, name)
         shape = (rows[1] - rows[0], columns[1] - columns[0])
         if isinstance(spec.kind, GridKind) and spec.has_trellis and shape[1] != spec.columns:
-            symbols = matrix.symbols(*rows, self._pool)[:, slice(*columns)]
+            symbols = matrix_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
             counts = [int(c) for c in _core.histogram(np.ascontiguousarray(symbols))]
             code = choose_code(counts, block_count(*shape, choose_blocks(*shape)))
             spec = replace(spec, code=code, kind=replace(spec.kind, trellis=False))
         else:
-            symbols = matrix.coded_symbols(*rows, self._pool)[:, slice(*columns)]
+            symbols = code_of(self._stored, name).symbols(*rows, self._pool)[:, slice(*columns)]
         blocks = blocks_for(spec.code, *shape)
         chunks = row_chunks(*shape, blocks)
         coded: dict[str, NDArray[Any]]
         with ThreadPoolExecutor(self._pool.size) as executor:
-            try:
-                coded = encode_symbols(
-                    np.ascontiguousarray(symbols), spec.code, blocks, chunks, executor, lambda done: None
-                )
-            except ValueError:  # half steps do not tell larger symbols from those that are smaller by 128
-                raise FormatError(
-                    f"{name}: it has a trellis and symbols beyond {MAX_TRELLIS_SYMBOL}, with which its rows cannot be "
-                    "split over processes; compress the model again"
-                ) from None
+            symbols = np.ascontiguousarray(symbols)
+            coded = encode_symbols(symbols, spec.code, blocks, chunks, executor, lambda done: None)
         for suffix, axis in ((layout.SCALE, rows), (layout.OFFSET, rows), (layout.COLUMN_SCALE, columns)):
             if suffix in arrays:
                 coded[suffix] = arrays[suffix] if arrays[suffix].size == 1 else arrays[suffix][slice(*axis)]
