@@ -98,6 +98,6 @@ def spin_us() -> int:
         ValueError: the variable is not an integer from 0 to 1000000.
     """
     text = os.environ.get("ENTROLLM_SPIN_US", "200")
-    if not text.isdecimal() or int(text) > 1_000_000:
-        raise ValueError(f"ENTROLLM_SPIN_US should be an integer from 0 to 1000000 (microseconds), found {text!r}")
+    if not text.isdecimal() or len(text) > 7 or int(text) > 1_000_000:
+        raise ValueError(f"ENTROLLM_SPIN_US should be an integer from 0 to 1000000 (microseconds), found {text!r:.80}")
     return int(text)

@@ -19,7 +19,7 @@ def test_the_time_awake_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _core.ThreadPool(3, spin_us()).size == 3
 
 
-@pytest.mark.parametrize("text", ["", "-1", "ten", "1.5", "1000001"])
+@pytest.mark.parametrize("text", ["", "-1", "ten", "1.5", "1000001", "9" * 5000])
 def test_a_time_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("ENTROLLM_SPIN_US", text)
     with pytest.raises(ValueError, match="ENTROLLM_SPIN_US should be an integer from 0 to 1000000"):

@@ -130,6 +130,7 @@ def test_the_example_has_the_ids_of_auto_tokenizer() -> None:
         ),
         ({"tokenizer_config": {"added_tokens_decoder": [1]}}, r"added_tokens_decoder is \[1\]"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": token("a")}}}, "added_tokens_decoder 'x' is"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: token("a")}}}, "added_tokens_decoder '9999"),
         ({"tokenizer_config": {"added_tokens_decoder": {"3": {"x": 1}}}}, r"a token is \{'x': 1\}"),
         ({"tokenizer_config": numbered({"content": "a", "special": 3})}, "the token 'a' is"),
         ({"tokenizer_config": {"extra_special_tokens": 3}}, "extra_special_tokens is 3"),

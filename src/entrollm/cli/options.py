@@ -98,8 +98,8 @@ def parse_bits(values: Sequence[str]) -> tuple[int | None, dict[str, int | None]
     overrides: dict[str, int | None] = {}
     for value in values:
         pattern, equals, number = value.rpartition("=")
-        if not (number.isascii() and number.isdigit()):
-            raise ValueError(f"--bits takes N or GLOB=N, such as 4 or 'lm_head*=8'; found {value!r}")
+        if not (number.isascii() and number.isdigit() and len(number) < 10):
+            raise ValueError(f"--bits takes N or GLOB=N, such as 4 or 'lm_head*=8'; found {value!r:.80}")
         if equals:
             overrides.pop(pattern, None)  # a glob that is given again wins over those between
             overrides[pattern] = int(number)

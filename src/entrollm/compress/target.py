@@ -11,6 +11,7 @@ _FIT_MARGIN = 0.001
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _MAX_BYTES = 2**63 - 1
+_MOST_DIGITS = 1000  # Python refuses to read thousands
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 
 
@@ -63,9 +64,9 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: `text` is not a valid file size.
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if len(text) <= _MOST_DIGITS else None
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a valid file size; write 1.9GB, 900MB or 1.5GiB")
+        raise ValueError(f"{text!r:.80} is not a valid file size; write 1.9GB, 900MB or 1.5GiB")
     size_bytes = int(Fraction(match[1]) * _UNITS[match[2].upper()])
     if size_bytes > _MAX_BYTES:
         raise ValueError(f"{text!r:.40} is more than a file can hold; write 1.9GB, 900MB or 1.5GiB")

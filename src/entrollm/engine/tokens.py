@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from entrollm.errors import FormatError
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_MOST_DIGITS = 10  # of a token's number: Python refuses to read thousands
 # Of several new tokens, those with these roles get their numbers first.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
@@ -74,7 +75,7 @@ def _numbered(files: TokenFiles, specials: set[str]) -> tuple[Path, dict[int, Ad
             raise _malformed(source, "added_tokens_decoder", decoder)
         found = {}
         for number, value in decoder.items():
-            if not number.isdecimal() or not isinstance(value, dict):
+            if not number.isdecimal() or len(number) > _MOST_DIGITS or not isinstance(value, dict):
                 raise _malformed(source, f"added_tokens_decoder {number!r:.40}", value)
             found[int(number)] = _token(source, value)
         return source, found
