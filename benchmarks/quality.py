@@ -33,12 +33,15 @@ from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, eva
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from entrollm.quantize.paper import Granularity
+from llamacpp import TYPES
+from quality_ik import TYPES as IK_TYPES
+from quality_ik import ik_peers
 from quality_peers import LlamaCpp, Peer, Tensors, group_peers, llamacpp_peers
 from quality_torch import TorchModel, decoded, mean_squares
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0)
 GROUP_WIDTHS = (2, 3, 4)
-PEERS = ("groups", "llama.cpp", "imatrix")
+PEERS = ("groups", "llama.cpp", "imatrix", "ik", "ik-imatrix")
 PAPER: tuple[tuple[int, Granularity], ...] = ((4, "tensor"), (6, "tensor"), (8, "tensor"), (4, "row"), (5, "row"))
 DATA_FREE = "data-free"
 BEGIN, END = "<!-- written by benchmarks/quality.py -->\n", "<!-- end -->\n"
@@ -169,12 +172,14 @@ def measure_all(
         others: list[Iterable[Peer]] = []
         if "groups" in peers:
             others.append(group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS))
-        for name in ("llama.cpp", "imatrix"):
+        for name in PEERS[1:]:
             if name in peers:
-                windows = next(iter(known.values())).windows if name == "imatrix" else None
+                windows = next(iter(known.values())).windows if name.endswith("imatrix") else None
                 importance = None if windows is None else mean_squares(model, tensors, windows, threads)
-                given = LlamaCpp(importance, join_rows)
-                others.append(llamacpp_peers(tensors, measurement.config, Path(folder), given))
+                make, kinds = (ik_peers, IK_TYPES) if name.startswith("ik") else (llamacpp_peers, TYPES)
+                others.append(
+                    make(tensors, measurement.config, Path(folder), LlamaCpp(importance, join_rows, tuple(kinds)))
+                )
         for peer in itertools.chain.from_iterable(others):
             yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
 
@@ -300,8 +305,8 @@ def main() -> None:
         "--join-rows", action="store_true", help="give llama.cpp as many rows as fill 256 weights as one"
     )
     arguments = parser.parse_args()
-    if "imatrix" in arguments.peers and not arguments.calibration:
-        parser.error("--peers imatrix needs a --calibration, whose windows it reads")
+    if any(name.endswith("imatrix") for name in arguments.peers) and not arguments.calibration:
+        parser.error("--peers imatrix and ik-imatrix need a --calibration, whose windows they read")
     model, text = arguments.model, arguments.text
     measurement = Measurement(model, text, arguments.max_windows, arguments.threads, arguments.torch)
     with tempfile.TemporaryDirectory(prefix="calibration-") as folder:

@@ -151,10 +151,10 @@ class LlamaCpp:
 def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCpp) -> Iterator[Peer]:
     """llama.cpp's quantizer on the model; sizes are those of the GGUF files."""
     source = folder / "f32.gguf"
-    _write_gguf(tensors, config, source, given)
+    write_gguf(tensors, config, source, given)
     weights = sum(tensor.size for tensor in tensors.values())
     squares = {
-        _gguf_name(name): np.tile(values, given.rows(tensors[name].shape))
+        gguf_name(name): np.tile(values, given.rows(tensors[name].shape))
         for name, values in (given.importance or {}).items()
     }
     for kind in given.kinds:
@@ -162,15 +162,15 @@ def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: L
         quantize(source, target, kind, squares or None)
         made, types = _read_gguf(target, config, {name: tensor.shape for name, tensor in tensors.items()})
         family = "llama.cpp" if given.importance is None else "llama.cpp, importance matrix"
-        yield Peer(kind, family, made, target.stat().st_size * 8 / weights, _mix(types))
+        yield Peer(kind, family, made, target.stat().st_size * 8 / weights, shares(types))
         target.unlink()
 
 
-def _mix(types: dict[str, int]) -> str:
+def shares(types: dict[str, int]) -> str:
     """How much of the weights has which type."""
     total = sum(types.values())
-    shares = sorted(types.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in shares if count > 0.005 * total)
+    most_first = sorted(types.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in most_first if count > 0.005 * total)
 
 
 _GGUF_NAMES = {
@@ -186,7 +186,8 @@ _GGUF_NAMES = {
 }
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """The name of a checkpoint's tensor in a GGUF file."""
     fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, _, suffix = name.rpartition(".")
     if stem in fixed:
@@ -204,18 +205,22 @@ def _joined(weight: Floats, rows: int) -> Floats:
     return np.ascontiguousarray(weight if rows == 1 else weight.reshape(-1, rows * weight.shape[1]))
 
 
-def _restore(weight: Floats, heads: int) -> Floats:
-    return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+def restored(values: NDArray[np.generic], name: str, shape: tuple[int, ...], config: ModelConfig) -> Floats:
+    """A tensor of a GGUF file as the checkpoint has it, in float32, with its rows in their own order."""
+    weight = values.astype(np.float32).reshape(shape)
+    heads = _heads(name, config)
+    return weight.reshape(heads, -1, 2, shape[1]).swapaxes(1, 2).reshape(shape) if heads else weight
 
 
 def _heads(name: str, config: ModelConfig) -> int:
     """Heads whose rows GGUF orders differently; 0 for none."""
-    if name.endswith(("q_proj.weight", "attn_q.weight")):
+    if name.endswith("q_proj.weight"):
         return config.num_heads
-    return config.num_kv_heads if name.endswith(("k_proj.weight", "attn_k.weight")) else 0
+    return config.num_kv_heads if name.endswith("k_proj.weight") else 0
 
 
-def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaCpp) -> None:
+def write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaCpp) -> None:
+    """A GGUF file of the model in float32, with rows joined as `given` says."""
     if config.model_type != "llama":
         raise ValueError(f"GGUF files are written for llama models, found {config.model_type}")
     writer = gguf.GGUFWriter(path, "llama")
@@ -235,7 +240,7 @@ def _write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaC
     for name, tensor in tensors.items():
         heads = _heads(name, config)
         ordered = _interleave(tensor, heads) if heads else tensor
-        writer.add_tensor(_gguf_name(name), _joined(ordered, given.rows(tensor.shape)))
+        writer.add_tensor(gguf_name(name), _joined(ordered, given.rows(tensor.shape)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -246,20 +251,12 @@ def _read_gguf(
     path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensors, dict[str, int]]:
     """The weights under their names in the checkpoint, and how many of them have each type."""
-    back = {value: key for key, value in _GGUF_NAMES.items()}
-    fixed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    names = {gguf_name(name): name for name in shapes}
     found: Tensors = {}
     types: dict[str, int] = {}
     for tensor in gguf.GGUFReader(path).tensors:
-        stem = tensor.name.removesuffix(".weight")
-        if stem in fixed:
-            name = f"{fixed[stem]}.weight"
-        else:
-            _, index, rest = stem.split(".", 2)
-            name = f"model.layers.{index}.{back[rest]}.weight"
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shapes[name])
-        heads = _heads(name, config)
-        found[name] = _restore(values, heads) if heads else values
+        name = names[tensor.name]
+        found[name] = restored(dequantize(tensor.data, tensor.tensor_type), name, shapes[name], config)
         kind = tensor.tensor_type.name
-        types[kind] = types.get(kind, 0) + values.size
+        types[kind] = types.get(kind, 0) + found[name].size
     return found, types

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from entrollm import _core
 from entrollm.format.reader import CompressedModel
+from entrollm.matrix import matrix_of
 
 Floats = NDArray[np.float32]
 
@@ -78,5 +79,5 @@ def decoded(path: Path) -> dict[str, Any]:
     with CompressedModel.open(path) as model:
         tensors = {name: model.array(name).astype(np.float32) for name in model.plain}
         for name, spec in model.specs.items():
-            tensors[name] = model.matrix(name).dequantize(np.arange(spec.rows), pool)
+            tensors[name] = matrix_of(model, name).dequantize(np.arange(spec.rows), pool)
     return tensors

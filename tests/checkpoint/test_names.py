@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import entrollm
 import entrollm.hf
 from entrollm import CompressOptions, _core, compress
-from entrollm.checkpoint.names import canonical_names, natural_key, output_head
+from entrollm.checkpoint.names import canonical_names, natural_key, output_head, text_names
 from entrollm.cli.main import app
 from entrollm.compress.export import export
 from entrollm.engine.check import why_not_run
@@ -74,6 +74,9 @@ def test_two_tensors_of_one_name_are_refused() -> None:
 def test_a_tied_head_serves_as_the_embedding() -> None:
     assert dict(canonical_names([HEAD], is_tied=True)) == {EMBEDDING: HEAD}
     assert dict(canonical_names([HEAD])) == {HEAD: HEAD}
+    for other in ("transformer.wte.weight", "backbone.embeddings.weight"):
+        names = text_names([other, HEAD], is_tied=True)
+        assert names == {other: other, HEAD: HEAD} and output_head(names, is_tied=True, embedding=other) == HEAD
     assert output_head([EMBEDDING, HEAD], is_tied=True) == HEAD
     assert output_head([EMBEDDING], is_tied=True) == EMBEDDING
     with pytest.raises(FormatError, match=r"lm_head\.weight: the tensor is missing"):

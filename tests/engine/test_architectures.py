@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from entrollm.engine import decoder as decoder_module
 from entrollm.engine.decoder import Decoder
 from entrollm.engine.files import ModelFiles
+from entrollm.engine.load import load
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Floats
 from entrollm.errors import FormatError
@@ -169,6 +171,25 @@ def test_example_equals_transformers() -> None:
     assert relative_difference(model.logits(ids), reference_logits(reference, ids)) < 1e-4
     result = model.generate(text, max_tokens=64)
     assert list(result.token_ids) == reference_greedy(reference, ids, 64)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "nemotron_h"])
+def test_a_head_of_its_own_beside_an_embedding_of_another_name(name: str, tmp_path: Path) -> None:
+    """transformers uses it, whatever tie_word_embeddings says."""
+    ARCHITECTURES[name](tmp_path)
+    tensors = {}
+    for file in tmp_path.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    shape = tensors["lm_head.weight" if name == "nemotron_h" else "transformer.wte.weight"].shape
+    head = np.random.default_rng(3).standard_normal(shape) / shape[1] ** 0.5
+    save_file({**tensors, "lm_head.weight": head.astype(np.float32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = random_ids(20)
+    expected = reference_logits(load_reference(tmp_path), ids)
+    assert relative_difference(load(tmp_path, threads=1).logits(ids), expected) < 2e-3
 
 
 def test_a_missing_head_is_refused_unless_it_is_the_embedding(checkpoint: Checkpoint) -> None:

@@ -81,6 +81,15 @@ def test_a_prompt_that_fills_the_context_is_not_run(coded_folder: Callable[[str]
         model.prefill(prompt, model.new_cache())
 
 
+def test_an_empty_cache_is_not_saved(coded_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load(coded_folder("llama"), threads=1)
+    with pytest.raises(ValueError, match="the cache holds no tokens; run the model on a prompt first"):
+        model.save_cache(model.new_cache(), tmp_path / "empty.cache")
+    (tmp_path / "short.cache").write_bytes(b"short")
+    with pytest.raises(FormatError, match=r"short\.cache is not a cache, or is damaged; delete it"):
+        model.restore_cache(tmp_path / "short.cache")
+
+
 def test_other_models_types_and_files_are_refused(coded_folder: Callable[[str], Path], tmp_path: Path) -> None:
     model = load(coded_folder("mistral-window"), threads=1)
     path = saved(model, tmp_path / "prompt.cache")

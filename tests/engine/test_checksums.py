@@ -158,6 +158,15 @@ def test_edited_files_pass_and_edits_that_look_like_damage_say_how_to_go_on(fold
     load(folder)
 
 
+def test_shards_of_another_compression_are_refused(folder: Path, tmp_path: Path) -> None:
+    compress(TINY_LLAMA, tmp_path / "other", CompressOptions(bits=3, measure=False))
+    shutil.copy(tmp_path / "other" / "model.safetensors", folder)
+    message = r"model\.safetensors: it has \d+ bytes, entrollm_checksums\.json has \d+; .* another compression"
+    with pytest.raises(CorruptStreamError, match=message):
+        load(folder)
+    load(folder, check=False)
+
+
 def test_files_may_be_removed(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert load(folder).tokenizer is None

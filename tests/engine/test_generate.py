@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,18 @@ def test_an_abandoned_generation_keeps_its_beginning() -> None:
     first = next(iter(generation))
     assert generation.result.text == first
     assert generation.result.finish_reason == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": 5}, "stop should be a string or a sequence of strings, got 5"),
+        ({"logit_bias": [1]}, "logit_bias should map token ids to numbers, got \\[1\\]"),
+    ],
+)
+def test_options_of_another_type_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        resolve_options(options, Fields({}, "generation_config.json"), ())
 
 
 def test_stop_strings_need_a_tokenizer() -> None:

@@ -64,6 +64,10 @@ CASES: dict[str, dict[str, Any]] = {
     "listed": {"tokenizer_config": FAST | {"additional_special_tokens": ["<x1>", "<x2>"], "pad_token": "<pad>"}},
     "listed anew": {"tokenizer_config": FAST | {"extra_special_tokens": ["<x2>", "<x1>"]}},
     "listed by name": {"tokenizer_config": FAST | {"extra_special_tokens": {"image_token": "<image>"}}},
+    "listed by role": {
+        "tokenizer_config": FAST
+        | {"extra_special_tokens": ["<x2>"], "model_specific_special_tokens": {"image_token": "<image>"}}
+    },
     "added": {"tokenizer_config": FAST, "added_tokens": {"<tool>": SIZE, "</tool>": SIZE + 1}},
     "added in another order": {"tokenizer_config": FAST, "added_tokens": {"<tool>": SIZE + 1, "</tool>": SIZE}},
     "added and special": {
@@ -86,6 +90,22 @@ CASES: dict[str, dict[str, Any]] = {
 CASES["a word of the vocabulary"]["tokenizer_config"]["added_tokens_decoder"] = {
     str(byte_level().token_to_id("the")): token("the", special=True)
 }
+
+
+@pytest.mark.parametrize("has_space", [True, False, None])
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_gpt2_begins_with_a_space_as_its_configuration_says(
+    has_space: bool | None, is_stored: bool, tmp_path: Path
+) -> None:
+    config = {"tokenizer_class": "GPT2Tokenizer"} | ({} if has_space is None else {"add_prefix_space": has_space})
+    folder = write(tmp_path / "model", {"tokenizer_config": config})
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=is_stored)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = read_model_files(folder).tokenizer
+    assert ours is not None
+    text = "Once upon a time"
+    assert ours.encode(text).ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -157,6 +157,32 @@ def test_options_that_are_wrong_or_do_not_go_together_are_refused(
     assert describe_error(raised.value) == shown
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lossless": "no"}, "lossless must be True or False, found 'no'"),
+        ({"drift": None}, "drift must be True or False, found None"),
+        ({"keep": None}, "keep is a sequence of globs, found None"),
+        ({"lossless_for": ["a", 5]}, "lossless_for is a sequence of globs, found ['a', 5]"),
+        ({"overrides": [("a", 4)]}, "overrides maps globs to widths, found [('a', 4)]"),
+        ({"bpw": "3"}, "bpw must be an int or a float, found '3'"),
+        ({"max_kl": True, **SELF}, "max_kl must be an int or a float, found True"),
+        ({"size": 1.5}, "size is a number of bytes or a text such as 1.9GB, found 1.5"),
+    ],
+)
+def test_values_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        CompressOptions(**options)
+    assert str(raised.value) == message
+
+
+def test_options_are_compress_options(tmp_path: Path) -> None:
+    wrong: Any = {"bpw": 3}
+    for call in (lambda: entrollm.compress(TINY_LLAMA, tmp_path / "out", wrong), lambda: entrollm.plan("x", wrong)):
+        with pytest.raises(TypeError, match=r"options should be CompressOptions\(\.\.\.\), found dict"):
+            call()
+
+
 @pytest.mark.parametrize("size", [{"bpw": 3.0}, {"size": 10**6}, {"max_kl": 0.1, **SELF}])
 def test_widths_beside_a_size_are_refused_when_they_would_be_used(size: dict[str, Any], tmp_path: Path) -> None:
     options = CompressOptions(overrides={"lm_head*": 8}, **size)
@@ -199,6 +225,11 @@ def test_options_of_coding_are_those_of_the_user() -> None:
             {"bits": 4},
             "a plan is for a size such as bpw=4.5 or size='1.9GB', not for bits",
             "a plan is for a size such as --bpw 4.5 or --fit 1.9GB, not for --bits",
+        ),
+        (
+            {"lossless": True, "base": "other"},
+            "a plan compares with no base: leave out base='other'",
+            "a plan compares with no base: leave out --base other",
         ),
         (
             {"bpw": 3, **SELF},

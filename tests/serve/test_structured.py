@@ -97,6 +97,8 @@ def test_any_object(client: httpx.Client) -> None:
         (schema_format({"enum": ["x" * 70000]}), "response_format is longer than 65536 bytes"),
         (schema_format({"enum": [-(2**63)]}), "the number -9223372036854775808, which is not supported"),
         ({"type": "json_schema"}, "needs json_schema"),
+        ({"type": "json_object", "syntax": "lark", "definition": "x"}, "json_object has no syntax; leave it out"),
+        ({"type": "text", "definition": "x"}, "response_format of type text has no definition; leave it out"),
         ({"type": "xml"}, "response_format.type: Input should be 'text', 'json_object', 'json_schema' or 'grammar'"),
     ],
 )

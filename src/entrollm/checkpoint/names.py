@@ -17,6 +17,8 @@ from entrollm.errors import FormatError
 from entrollm.files.safetensors import Entry
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What architectures with names of their own call it.
+_EMBEDDINGS = {EMBEDDING, "transformer.wte.weight", "gpt_neox.embed_in.weight", "backbone.embeddings.weight"}
 
 _PREFIX = "model."
 # The longest first: the others are beginnings or ends of it.
@@ -164,7 +166,7 @@ def _add(found: dict[str, str], canonical: str, name: str) -> None:
 
 def _tied(found: dict[str, str]) -> dict[str, str]:
     """The names where the output head is the embedding, so that the one that is stored is both."""
-    if HEAD not in found or EMBEDDING in found:
+    if HEAD not in found or not found.keys().isdisjoint(_EMBEDDINGS):
         return found
     return {EMBEDDING if name == HEAD else name: theirs for name, theirs in found.items()}
 

@@ -35,8 +35,11 @@ def save_cache(path: Path, cache: Cache, fingerprint: str) -> None:
         cache: of a sequence.
         fingerprint: of the model.
     Raises:
+        ValueError: the cache is empty.
         OSError: it cannot be written.
     """
+    if not cache.ids:
+        raise ValueError(f"{path}: the cache holds no tokens; run the model on a prompt first, with prefill")
     arrays: dict[str, NDArray[Any]] = {_IDS: np.array(cache.ids, dtype=np.int64)}
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, LayerCache | RecurrentState):

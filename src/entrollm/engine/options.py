@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypedDict, TypeVar
@@ -146,6 +146,8 @@ def resolve_options(
     stop = keywords.get("stop")
     if stop is None:
         stop = _stop_strings(generation_config)
+    elif not isinstance(stop, Iterable):
+        raise TypeError(f"stop should be a string or a sequence of strings, got {stop!r}")
     max_tokens = keywords.get("max_tokens")
     do_sample = generation_config.flag("do_sample", False)
     return GenerationOptions(

@@ -61,6 +61,8 @@ class SamplingOptions:
                 raise ValueError(f"{name} should be from {low:g} to {high:g}, got {value}")
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature should be 0 or at least 0.001, got {self.temperature}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise TypeError(f"logit_bias should map token ids to numbers, got {self.logit_bias!r:.80}")
         for token, bias in self.logit_bias.items():
             check_number("a token id of logit_bias", token, is_integer=True)
             check_number(f"logit_bias of token {token}", bias, is_integer=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from entrollm.errors import FormatError
 
@@ -43,6 +43,7 @@ def add_tokens(tokenizer: Tokenizer, files: TokenFiles) -> None:
     if not isinstance(is_split, bool):
         raise _malformed(files.folder / "tokenizer_config.json", "split_special_tokens", is_split)
     tokenizer.encode_special_tokens = is_split
+    _set_first_space(tokenizer, files.tokenizer_config)
     named = list(_named(files))
     specials = {str(token.content) for token in named}
     source, numbered = _numbered(files, specials)
@@ -64,6 +65,15 @@ def add_tokens(tokenizer: Tokenizer, files: TokenFiles) -> None:
         if token.content in specials and not token.special:
             token.special = True
             tokenizer.add_tokens([token])
+
+
+def _set_first_space(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Let a text begin with a space as tokenizer_config.json says, which GPT-2's class puts above tokenizer.json."""
+    has_space, first = config.get("add_prefix_space", False), tokenizer.pre_tokenizer
+    is_gpt2 = config.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
+    if is_gpt2 and isinstance(has_space, bool) and isinstance(first, pre_tokenizers.ByteLevel):
+        first.add_prefix_space = has_space
+        tokenizer.pre_tokenizer = first
 
 
 def _numbered(files: TokenFiles, specials: set[str]) -> tuple[Path, dict[int, AddedToken]]:
@@ -98,6 +108,10 @@ def _named(files: TokenFiles) -> Iterator[AddedToken]:
     listed: Any = next((values[key] for key in _LISTS if values.get(key)), [])
     roles = [key for key, value in values.items() if key.endswith("_token") and isinstance(value, str | dict)]
     found = [values[key] for key in sorted(roles, key=lambda key: _ROLES.index(key) if key in _ROLES else len(_ROLES))]
+    roles_of_model = values.get("model_specific_special_tokens") or {}
+    if not isinstance(roles_of_model, dict):
+        raise _malformed(source, "model_specific_special_tokens", roles_of_model)
+    found += roles_of_model.values()
     if isinstance(listed, dict):
         found += listed.values()
     elif isinstance(listed, list):

@@ -38,8 +38,8 @@ def checksums_text(folder: Path, names: Iterable[str]) -> str:
 def check_files(folder: Path) -> None:
     """Compare a folder's small files and headers with their checksums.
 
-    Folders without checksums pass, and so do files that were removed or have another size: these were edited, since
-    damage leaves sizes as they are.
+    Folders without checksums pass, and so do files that were removed, and small files that have another size: these
+    were edited, since damage leaves sizes as they are.
 
     Raises:
         FormatError: the checksums file is malformed.
@@ -71,8 +71,13 @@ def _check(path: Path, name: str, value: object, checksum: Callable[[Path], int]
     if not file.exists():
         return
     check_is_file(file)
-    if file.stat().st_size != value[_SIZE]:
-        return
+    if (size := file.stat().st_size) != value[_SIZE]:
+        if checksum is _of_file:
+            return
+        raise CorruptStreamError(
+            f"{file}: it has {size} bytes, {path.name} has {value[_SIZE]}; it is damaged or belongs to another "
+            "compression of a model, fetch the folder again"
+        )
     found = checksum(file)
     if found != int(expected, 16):
         what = "its header has" if checksum is _of_header else "it has"

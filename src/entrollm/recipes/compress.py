@@ -42,7 +42,8 @@ def compress(
         ValueError: an option or a path is wrong, or the size is out of reach.
         OSError: reading or writing failed; finished shards are kept for the next run.
     """
-    options = options or CompressOptions()
+    options = CompressOptions() if options is None else options
+    _check_options(options)
     progress = progress or Silent()
     result = _compress(model, Path(out), options, overwrite, progress)
     if options.base is not None:
@@ -80,6 +81,11 @@ def _compress(
     return CompressResult.of(compress_difference(model, options.base, out, write, keep))
 
 
+def _check_options(options: object) -> None:
+    if not isinstance(options, CompressOptions):
+        raise TypeError(f"options should be CompressOptions(...), found {type(options).__name__}")
+
+
 def plan(model: str | Path, options: CompressOptions) -> SizePlan:
     """Predict size, error, memory and speed of a model compressed to a size, without writing anything.
 
@@ -93,6 +99,9 @@ def plan(model: str | Path, options: CompressOptions) -> SizePlan:
         ValueError: the options have `bits` or calibrate, the size is out of reach, or the checkpoint is quantized
             already.
     """
+    _check_options(options)
+    if options.base is not None:
+        raise OptionError(Message("a plan compares with no base: leave out {}", Option("base", options.base)))
     if options.calibration is not None:
         raise OptionError(Message("a plan does not calibrate: leave out {}", Option("calibration")))
     if options.bits is not None or options.has_widths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -155,6 +155,28 @@ class CompressOptions:
         )
 
 
+def _check_types(options: CompressOptions) -> None:
+    """Check what would otherwise be taken for something else, such as "no" for True."""
+    for name in ("lossless", "trellis", "drift", "tune", "measure"):
+        if not isinstance(value := getattr(options, name), bool):
+            raise OptionError(Message("{} must be True or False, found {!r}", Option(name), value))
+    for name in ("keep", "lossless_for"):
+        globs = getattr(options, name)
+        if isinstance(globs, str):
+            raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option(name), globs))
+        if not isinstance(globs, Iterable) or not all(isinstance(each, str) for each in globs):
+            raise OptionError(Message("{} is a sequence of globs, found {!r}", Option(name), globs))
+    if not isinstance(options.overrides, Mapping) or not all(isinstance(each, str) for each in options.overrides):
+        raise OptionError(Message("{} maps globs to widths, found {!r}", Option("overrides"), options.overrides))
+    for name in ("bpw", "max_kl"):
+        number = getattr(options, name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise OptionError(Message("{} must be an int or a float, found {!r}", Option(name), number))
+    if options.size is not None and (isinstance(options.size, bool) or not isinstance(options.size, int | str)):
+        words = "{} is a number of bytes or a text such as 1.9GB, found {!r}"
+        raise OptionError(Message(words, Option("size"), options.size))
+
+
 def _check_values(options: CompressOptions) -> None:
     """Check each option by itself."""
     from entrollm.codec.choose import Prefer
@@ -162,6 +184,7 @@ def _check_values(options: CompressOptions) -> None:
     from entrollm.compress.options import Method
     from entrollm.quantize.paper import MAX_BITS, MIN_BITS, Granularity
 
+    _check_types(options)
     for bits in (options.bits, *options.overrides.values()):
         if bits is not None and (type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS):
             raise OptionError(Message("{} must be {} to {}, found {!r}", Option("bits"), MIN_BITS, MAX_BITS, bits))
@@ -176,10 +199,6 @@ def _check_values(options: CompressOptions) -> None:
         allowed, value = get_args(choice), getattr(options, name)
         if value not in allowed:
             raise OptionError(Message("{} must be one of {}, found {!r}", Option(name), ", ".join(allowed), value))
-    for name in ("keep", "lossless_for"):
-        globs = getattr(options, name)
-        if isinstance(globs, str):
-            raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option(name), globs))
     for name, fewest in (("sampled", 0), ("seed", 0), ("shard_bytes", 1), ("threads", 1)):
         count = getattr(options, name)
         if count is not None and (type(count) is not int or count < fewest):

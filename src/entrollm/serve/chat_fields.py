@@ -119,6 +119,13 @@ class ResponseFormat(Strict):
     definition: Annotated[str, Field(max_length=_MAX_DEFINITION)] | None = None
 
     @property
+    def unused(self) -> str | None:
+        """A field that is given and belongs to another type; `None` if there is none."""
+        own = {"json_schema": {"json_schema"}, "grammar": {"syntax", "definition"}}.get(self.type, set())
+        others = ("json_schema", "syntax", "definition")
+        return next((name for name in others if name not in own and getattr(self, name) is not None), None)
+
+    @property
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The schema that an answer must have; `None` if it is not JSON."""
         if self.type == "json_object":
@@ -192,6 +199,8 @@ def check_tools(request: ChatRequest) -> None:
         raise bad_request("response_format of type json_schema needs json_schema", "response_format")
     if form is not None and form.type == "grammar" and (form.syntax is None or form.definition is None):
         raise bad_request("response_format of type grammar needs syntax and definition", "response_format")
+    if form is not None and (unused := form.unused):
+        raise bad_request(f"response_format of type {form.type} has no {unused}; leave it out", "response_format")
     guides = [name for name in GUIDES if getattr(request, name) is not None]
     guides += ["response_format"] if form is not None and form.type != "text" else []
     if guides and request.offered:
