@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +13,7 @@ from entrollm import CompressOptions, compress
 from entrollm.cli.main import app
 from entrollm.engine.benchmark import measure_speeds
 from entrollm.engine.code_speeds import measure_codes
+from entrollm.engine.generate import GenerationResult
 from entrollm.engine.model import Model
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import CodedMatrix, matrix_of
@@ -47,20 +48,17 @@ def test_the_table_names_machine_and_choice(folder: Path) -> None:
 
 
 def test_rates_are_of_the_tokens_that_were_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(1000))
-    monkeypatch.setattr("entrollm.engine.benchmark.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     made: list[int] = []
     generate = Model.generate
 
-    def count(self: Model, prompt: object, **options: object) -> object:
-        made.append(int(str(options["max_tokens"])))
-        for _ in range(2 * made[-1]):
-            next(clock)
-        return generate(self, prompt, **options)  # type: ignore[arg-type]
+    def count(self: Model, prompt: object, **options: object) -> GenerationResult:
+        result = generate(self, prompt, **options)  # type: ignore[arg-type]
+        made.append(len(result.token_ids))
+        return replace(result, prefill_s=3.0, decode_s=8.0)
 
     monkeypatch.setattr(Model, "generate", count)
     (speed,) = measure_speeds(folder, ["file"], 1, prompt=6, tokens=5, rounds=1)
-    assert made == [1, 1, 1, 5]
+    assert made == [1, 1, 5]
     assert speed.prompt_rates == (6 / 3,) and speed.token_rates == (4 / 8,)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from entrollm.engine.generate import GenerationResult
 from entrollm.engine.load import load
 from entrollm.engine.memory import Memory
 from entrollm.engine.model import Model
@@ -73,12 +74,10 @@ def measure_speeds(
     token_rates: list[list[float]] = [[] for _ in opened]
     for seed in range(rounds):
         for place, (_, model, _) in enumerate(opened):
-            seconds, _ = _generate(model, prompt, 1, seed)
-            prompt_rates[place].append(prompt / seconds)
-            first, _ = _generate(model, _START, 1, seed)
-            seconds, made = _generate(model, _START, tokens, seed)
-            if made > 1:
-                token_rates[place].append((made - 1) / (seconds - first))
+            prompt_rates[place].append(prompt / _generate(model, prompt, 1, seed).prefill_s)
+            answer = _generate(model, _START, tokens, seed)
+            if len(answer.token_ids) > 1:
+                token_rates[place].append(answer.tokens_per_second)
     if not all(token_rates):
         raise ValueError(f"{folder}: the model ends each of its texts at once, so that there is nothing to time")
     return [
@@ -87,9 +86,7 @@ def measure_speeds(
     ]
 
 
-def _generate(model: Model, prompt: int, tokens: int, seed: int) -> tuple[float, int]:
-    """The seconds that a prompt of random tokens and at most `tokens` greedy ones take, and how many were made."""
+def _generate(model: Model, prompt: int, tokens: int, seed: int) -> GenerationResult:
+    """The answer of at most `tokens` greedy tokens to a prompt of random ones."""
     ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, prompt).tolist()
-    begin = time.perf_counter()
-    result = model.generate(ids, max_tokens=tokens, temperature=0.0)
-    return time.perf_counter() - begin, len(result.token_ids)
+    return model.generate(ids, max_tokens=tokens, temperature=0.0)
