@@ -252,6 +252,7 @@ void add_flat_patches_of(const FlatPatches& patches, std::size_t rows, const std
     while (at < end) {
       const std::size_t stop = end - at < kPatchRun ? end : at + kPatchRun;
       PatchSums<Vectors> run;
+#pragma GCC unroll 4
       for (; at < stop; ++at) {
         x += patch_gap(patches.words[at]) * Vectors;
         run.add(patch_difference(patches.words[at]), x);
