@@ -97,7 +97,7 @@ def ones(*shape: int) -> NDArray[np.float32]:
 def test_the_largest_sums_fit(instruction_sets: InstructionSets) -> None:
     columns = 1000
     stored = store(RAW, np.full((17, columns), 255, np.uint8))
-    x = np.float32([[1], [-1]]) * ones(2, columns)
+    x = np.array([[1], [-1]], np.float32) * ones(2, columns)
     for name, y in instruction_sets.each(multiply_groups, stored, x, 2**31, ones(17), None).items():
         np.testing.assert_allclose(y, [[255 * columns] * 17, [-255 * columns] * 17], rtol=1e-6, err_msg=name)
 
