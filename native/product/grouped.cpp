@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 
 #include "codec/decode.hpp"
@@ -22,11 +23,6 @@ constexpr std::size_t kTasksPerThread = 8;
 // Least units of a task: fields are fetched some kilobytes ahead, which in a shorter task are those
 // of another one.
 constexpr std::size_t kTaskUnits = 8;
-constexpr std::size_t kFlattenRows = 16;
-
-// Rows whose scales are expanded together, and whose fields stay in the second-level cache while
-// the vectors of a batch pass.
-constexpr std::size_t kTileRows = 16;
 
 constexpr std::size_t kNoBlock = SIZE_MAX;
 
@@ -63,6 +59,52 @@ int width_of(std::size_t largest, int least) {
 constexpr int kLeastTableBits = 3;
 static_assert(kGroupedTable == 16);
 
+// Row blocks that end where tiles do, or at the last row.
+std::size_t stripe_blocks(const Geometry& geometry) {
+  return kGroupedRows / std::gcd(geometry.block_rows, kGroupedRows);
+}
+
+std::size_t stripe_count(const Geometry& geometry) {
+  return (geometry.row_blocks() - 1) / stripe_blocks(geometry) + 1;
+}
+
+// Writes rows of symbols, `stride` apart, as the steps of a tile.
+void lay_out_tile(const std::uint8_t* symbols, std::size_t rows, std::size_t stride,
+                  std::span<std::uint8_t> tile) {
+  if (rows < kGroupedRows) std::fill(tile.begin(), tile.end(), std::uint8_t{0});
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::uint8_t* from = symbols + row * stride;
+    std::uint8_t* out = tile.data() + row * kStepColumns;
+    for (std::size_t at = 0; at < tile.size(); at += kVector, from += kStepColumns) {
+      std::memcpy(out + at, from, kStepColumns);
+    }
+  }
+}
+
+// Decodes a stripe and calls take(first row, rows, tile) for each of its tiles. Returns a block
+// that does not decode, or kNoBlock.
+template <class Take>
+std::size_t for_tiles(const GroupedMatrix& matrix, std::size_t stripe, const Take& take) {
+  thread_local std::vector<std::uint8_t> symbols, tile;
+  const Geometry& geometry = matrix.geometry();
+  const std::size_t begin = stripe * stripe_blocks(geometry);
+  const std::size_t end = std::min(geometry.row_blocks(), begin + stripe_blocks(geometry));
+  const std::size_t rows = geometry.rows_between(begin, end), stride = geometry.padded_columns();
+  symbols.resize(rows * stride);
+  tile.resize(matrix.steps() * kVector);
+  for (std::size_t block = begin; block < end; ++block) {
+    const std::size_t first = (block - begin) * geometry.block_rows;
+    const std::size_t bad = matrix.coded().decode_rows(block, symbols.data() + first * stride);
+    if (bad != kNoBlock) return bad;
+  }
+  for (std::size_t row = 0; row < rows; row += kGroupedRows) {
+    const std::size_t count = std::min(kGroupedRows, rows - row);
+    lay_out_tile(symbols.data() + row * stride, count, stride, tile);
+    take(begin * geometry.block_rows + row, count, std::span(tile));
+  }
+  return kNoBlock;
+}
+
 }  // namespace
 
 GroupedMatrix::GroupedMatrix(const CodedMatrix& coded, const GroupScales& scales)
@@ -89,29 +131,20 @@ void GroupedMatrix::flatten(ThreadPool& pool) {
     table_[i] = symbols[i];
     numbers[symbols[i]] = static_cast<std::uint8_t>(i);
   }
-  const std::size_t chunks = geometry.padded_columns() / kVector;
-  row_bytes_ = flat_row_bytes(chunks, bits);
-  Arena arena(geometry.rows * row_bytes_ + kVector);
-  std::uint8_t* fields = arena.allocate(geometry.rows * row_bytes_);
+  tile_bytes_ = steps() * flat_chunk_bytes(bits);
+  Arena arena(tiles() * tile_bytes_ + kVector);
+  std::uint8_t* fields = arena.allocate(tiles() * tile_bytes_);
   if (fields == nullptr) throw std::bad_alloc();
-  const std::size_t step = std::max<std::size_t>(1, kFlattenRows / geometry.block_rows);
   std::atomic<std::size_t> corrupt{kNoBlock};
-  pool.run((geometry.row_blocks() - 1) / step + 1, [&](std::size_t task, std::size_t) {
-    const std::size_t begin = task * step;
-    const std::size_t end = std::min(geometry.row_blocks(), begin + step);
-    const std::size_t bad = coded_.for_blocks(begin, end, [&](const DecodedBlock& block) {
-      std::array<std::uint8_t, kMaxBlockColumns> numbered_row;
-      for (std::size_t row = 0; row < block.rows; ++row) {
-        const std::uint8_t* from = block.symbols + row * block.columns;
-        if (has_table_) {
-          for (std::size_t i = 0; i < block.columns; ++i) numbered_row[i] = numbers[from[i]];
-          from = numbered_row.data();
-        }
-        kernels().flat->pack(from, block.columns / kVector, bits, 0,
-                             fields + (block.first_row + row) * row_bytes_ +
-                                 flat_row_bytes(block.first_column / kVector, bits));
+  pool.run(stripe_count(geometry), [&](std::size_t stripe, std::size_t) {
+    const auto pack = [&](std::size_t first_row, std::size_t, std::span<std::uint8_t> tile) {
+      if (has_table_) {
+        for (std::uint8_t& symbol : tile) symbol = numbers[symbol];
       }
-    });
+      kernels().flat->pack(tile.data(), steps(), bits, 0,
+                           fields + first_row / kGroupedRows * tile_bytes_);
+    };
+    const std::size_t bad = for_tiles(*this, stripe, pack);
     if (bad != kNoBlock) corrupt = bad;
   });
   if (corrupt != kNoBlock) throw_corrupt(corrupt);
@@ -125,71 +158,73 @@ namespace {
 
 // The vectors of a batch, rounded, in groups of up to kMostFlatVectors side by side, and the sums
 // of each over groups of columns.
-class GroupedVectors {
+class GroupedActivations {
  public:
-  GroupedVectors(ThreadPool& pool, const Activations& x, std::size_t padded, std::size_t size,
-                 std::size_t columns)
+  GroupedActivations(ThreadPool& pool, const Activations& x, std::size_t size, std::size_t columns)
       : x_(x),
-        padded_(padded),
-        stride_(((columns - 1) / size + kGroupedLanes) / kGroupedLanes * kGroupedLanes),
-        digits_(2 * padded * lane_vectors()),
-        sums_(stride_ * lane_vectors()) {
+        steps_((columns - 1) / kStepColumns + 1),
+        groups_((columns - 1) / size + 1),
+        digits_(steps_ * places_of_all() * kStepBytes),
+        sums_(groups_ * places_of_all()) {
     const std::size_t passes = (x.batch() - 1) / kMostFlatVectors + 1;
     pool.run(passes, [&](std::size_t pass, std::size_t) {
       const std::size_t first = pass * kMostFlatVectors;
-      interleave(first);
+      lay_out(first);
       const std::size_t end = std::min(x.batch(), first + kMostFlatVectors);
       for (std::size_t b = first; b < end; ++b) add_up(b, size, columns);
     });
   }
 
   std::size_t batch() const { return x_.batch(); }
-  // Vectors from `first` on, a multiple of kMostFlatVectors, that are multiplied together, and how
-  // many places there are for them.
+  // Vectors from `first` on, a multiple of kMostFlatVectors, that are multiplied together.
   std::size_t together(std::size_t first) const {
     return std::min(kMostFlatVectors, batch() - first);
   }
-  std::size_t places(std::size_t first) const { return std::bit_ceil(together(first)); }
-  // Places of all vectors.
-  std::size_t lane_vectors() const {
-    const std::size_t last = (batch() - 1) / kMostFlatVectors * kMostFlatVectors;
-    return last + places(last);
-  }
-  const double* scales(std::size_t b) const { return x_.scales() + b; }
-  // Groups of a row, rounded up to whole lanes of zeros.
-  std::size_t stride() const { return stride_; }
-  const float* sums(std::size_t b) const { return sums_.data() + b * stride_; }
+  double scale(std::size_t b) const { return x_.scale(b); }
 
-  // The vectors from `first` on, from a chunk on.
-  FlatVectors from(std::size_t first, std::size_t chunk) const {
-    const std::size_t count = places(first);
-    return {digits_.data() + 2 * (first * padded_ + chunk * count * kVector), count};
+  GroupedVectors from(std::size_t first) const {
+    return {digits_.data() + first * steps_ * kStepBytes, places(first),
+            sums_.data() + first * groups_, groups_};
   }
 
  private:
-  void interleave(std::size_t first) {
-    const std::size_t count = places(first), chunks = padded_ / kVector;
-    std::int8_t* const begin = digits_.data() + 2 * first * padded_;
-    std::int8_t* out = begin;
-    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
-      for (std::size_t i = 0; i < count; ++i, out += 2 * kVector) {
-        if (i < together(first)) {
-          const Digits x = x_.digits(first + i, chunk * kVector);
-          std::memcpy(out, x.high, kVector);
-          std::memcpy(out + kVector, x.low, kVector);
+  // Places for the vectors from `first` on, and for all.
+  std::size_t places(std::size_t first) const { return std::bit_ceil(together(first)); }
+  std::size_t places_of_all() const {
+    const std::size_t last = (batch() - 1) / kMostFlatVectors * kMostFlatVectors;
+    return last + places(last);
+  }
+
+  void lay_out(std::size_t first) {
+    const std::size_t count = places(first);
+    const bool is_whole = kernels().grouped->takes_whole;
+    for (std::size_t i = 0; i < count; ++i) {
+      std::int8_t* out = digits_.data() + (first * steps_ + i) * kStepBytes;
+      const std::size_t step_bytes = count * kStepBytes;
+      if (i >= together(first)) {
+        for (std::size_t step = 0; step < steps_; ++step, out += step_bytes) {
+          std::memset(out, 0, kStepBytes);
+        }
+        continue;
+      }
+      const Digits x = x_.digits(first + i, 0);
+      for (std::size_t at = 0; at < steps_ * kStepColumns; at += kStepColumns, out += step_bytes) {
+        if (is_whole) {
+          const std::int16_t pairs[] = {x.whole[at], x.whole[at + 2], x.whole[at + 1],
+                                        x.whole[at + 3]};
+          std::memcpy(out, pairs, kStepBytes);
         } else {
-          std::memset(out, 0, 2 * kVector);
+          std::memcpy(out, x.high + at, kStepColumns);
+          std::memcpy(out + kStepColumns, x.low + at, kStepColumns);
         }
       }
     }
-    const ReorderDigits reorder = kernels().grouped->reorder;
-    if (reorder != nullptr) reorder(begin, chunks, count);
   }
 
   // The sums of a vector over groups.
   void add_up(std::size_t b, std::size_t size, std::size_t columns) {
     const std::int16_t* whole = x_.digits(b, 0).whole;
-    float* out = sums_.data() + b * stride_;
+    float* out = sums_.data() + b * groups_;
     for (std::size_t begin = 0; begin < columns; begin += size) {
       const std::size_t end = std::min(columns, begin + size);
       std::int64_t sum = 0;
@@ -204,51 +239,48 @@ class GroupedVectors {
   }
 
   const Activations& x_;
-  std::size_t padded_;
-  std::size_t stride_;
-  AlignedArray<std::int8_t> digits_;  // (passes, chunks, places, 2 * kVector)
-  std::vector<float> sums_;           // (places, stride)
+  std::size_t steps_;
+  std::size_t groups_;
+  AlignedArray<std::int8_t> digits_;  // (passes, steps, places, kStepBytes)
+  std::vector<float> sums_;           // (places of all, groups)
 };
 
-// A thread's buffers, kept between products.
+// A thread's buffers, kept between products: terms of the rows of a tile, and by groups.
 struct Scratch {
-  std::vector<float> scale, shift, spare, lanes;
+  std::vector<float> scale, shift, spare, scales, shifts;
 };
 
 // One matrix times the vectors, whose outputs are `stride` floats apart.
 class GroupedProduct {
  public:
-  GroupedProduct(const GroupedMatrix& matrix, const GroupedVectors& x, float* y, std::size_t stride)
+  GroupedProduct(const GroupedMatrix& matrix, const GroupedActivations& x, float* y,
+                 std::size_t stride)
       : matrix_(matrix), geometry_(matrix.geometry()), x_(x), y_(y), stride_(stride) {}
 
-  // Runs of rows that tasks consist of.
+  // What tasks consist of: tiles, or stripes of coded ones.
   std::size_t units() const {
-    return matrix_.is_flat() ? (geometry_.rows - 1) / kTileRows + 1 : geometry_.row_blocks();
+    return matrix_.is_flat() ? matrix_.tiles() : stripe_count(geometry_);
   }
 
   // Multiplies units [begin, end). Returns a block that does not decode, or kNoBlock.
   std::size_t run(std::size_t begin, std::size_t end) const {
-    if (matrix_.is_flat()) {
-      for (std::size_t unit = begin; unit < end; ++unit) multiply_flat_rows(unit * kTileRows);
-      return kNoBlock;
-    }
-    std::size_t last_row = SIZE_MAX;
-    return matrix_.coded().for_blocks(begin, end, [&](const DecodedBlock& block) {
-      if (block.first_row != last_row) start_rows(block.first_row, block.rows);
-      last_row = block.first_row;
-      const GroupedRows rows = rows_of(block.symbols, block.columns, block.first_column / kVector,
-                                       block.columns / kVector, 8, block.rows);
-      for_passes([&](std::size_t first) {
-        float* lanes = scratch().lanes.data() + first * rows.rows * kGroupedLanes;
-        kernels().grouped->product(rows, x_.from(first, rows.first_chunk), lanes);
-      });
-      if (block.first_column + block.columns >= geometry_.columns) {
-        for_passes([&](std::size_t first) {
-          finish_rows(block.first_row, block.rows, first,
-                      scratch().lanes.data() + first * block.rows * kGroupedLanes);
-        });
+    for (std::size_t unit = begin; unit < end; ++unit) {
+      if (matrix_.is_flat()) {
+        const std::size_t first_row = unit * kGroupedRows;
+        multiply(first_row, std::min(kGroupedRows, geometry_.rows - first_row),
+                 {matrix_.tile_fields(unit), matrix_.steps(), matrix_.bits(), matrix_.table(),
+                  matrix_.symbol_bits(), 0, nullptr, nullptr});
+        continue;
       }
-    });
+      const std::size_t bad = for_tiles(
+          matrix_, unit,
+          [&](std::size_t first_row, std::size_t rows, std::span<const std::uint8_t> tile) {
+            multiply(first_row, rows,
+                     {tile.data(), matrix_.steps(), 8, nullptr, 8, 0, nullptr, nullptr});
+          });
+      if (bad != kNoBlock) return bad;
+    }
+    return kNoBlock;
   }
 
  private:
@@ -257,68 +289,47 @@ class GroupedProduct {
     return buffers;
   }
 
-  // Calls body(first) for the first one of the vectors that are multiplied together.
-  template <class Body>
-  void for_passes(const Body& body) const {
-    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) body(first);
+  void multiply(std::size_t first_row, std::size_t rows, GroupedTile tile) const {
+    add_terms(first_row, rows, tile);
+    float totals[kMostFlatVectors * kGroupedRows];
+    for (std::size_t first = 0; first < x_.batch(); first += kMostFlatVectors) {
+      kernels().grouped->product(tile, x_.from(first), totals);
+      for (std::size_t b = 0; b < x_.together(first); ++b) {
+        const double scale = x_.scale(first + b);
+        float* out = y_ + (first + b) * stride_ + first_row;
+        for (std::size_t row = 0; row < rows; ++row) {
+          out[row] = static_cast<float>(totals[b * kGroupedRows + row] * scale);
+        }
+      }
+    }
   }
 
-  // One pass after the other, whose lanes stay in the first-level cache.
-  void multiply_flat_rows(std::size_t first_row) const {
-    const std::size_t count = std::min(kTileRows, geometry_.rows - first_row);
-    expand_terms(first_row, count);
-    const GroupedRows rows =
-        rows_of(matrix_.fields() + first_row * matrix_.row_bytes(), matrix_.row_bytes(), 0,
-                geometry_.padded_columns() / kVector, matrix_.bits(), count);
-    std::vector<float>& lanes = scratch().lanes;
-    lanes.resize(count * kMostFlatVectors * kGroupedLanes);
-    for_passes([&](std::size_t first) {
-      kernels().grouped->begin(shifts_of(first), count, x_.places(first), lanes.data());
-      kernels().grouped->product(rows, x_.from(first, 0), lanes.data());
-      finish_rows(first_row, count, first, lanes.data());
-    });
-  }
-
-  GroupedRows rows_of(const std::uint8_t* fields, std::size_t row_bytes, std::size_t first_chunk,
-                      std::size_t chunks, int bits, std::size_t count) const {
-    return {fields,
-            count,
-            row_bytes,
-            first_chunk,
-            chunks,
-            bits,
-            matrix_.is_flat() ? matrix_.table() : nullptr,
-            matrix_.is_flat() ? matrix_.symbol_bits() : bits,
-            matrix_.scales().size,
-            scratch().scale.data(),
-            matrix_.scales().terms.groups};
-  }
-
-  // Lanes of coded rows are (passes, rows, places of a pass, kGroupedLanes): their blocks come one
-  // after the other.
-  void start_rows(std::size_t first_row, std::size_t count) const {
-    expand_terms(first_row, count);
-    std::vector<float>& lanes = scratch().lanes;
-    lanes.resize(count * x_.lane_vectors() * kGroupedLanes);
-    for_passes([&](std::size_t first) {
-      kernels().grouped->begin(shifts_of(first), count, x_.places(first),
-                               lanes.data() + first * count * kGroupedLanes);
-    });
-  }
-
-  // Expands the scales of some rows. Kernels read whole registers, so that zeros follow the last
-  // row's.
-  void expand_terms(std::size_t first, std::size_t count) const {
+  // Expands the terms of a tile; those of missing rows are zeros.
+  void add_terms(std::size_t first, std::size_t rows, GroupedTile& tile) const {
     Scratch& buffers = scratch();
     const GroupTerms& terms = matrix_.scales().terms;
-    const std::size_t size = count * terms.groups;
-    for (std::vector<float>* buffer : {&buffers.scale, &buffers.shift, &buffers.spare}) {
-      buffer->resize(size + kVector);
-      std::fill(buffer->begin() + static_cast<std::ptrdiff_t>(size), buffer->end(), 0.0f);
+    const std::size_t size = kGroupedRows * terms.groups;
+    for (std::vector<float>* buffer :
+         {&buffers.scale, &buffers.shift, &buffers.spare, &buffers.scales, &buffers.shifts}) {
+      buffer->resize(size);
     }
-    kernels().grouped->terms(terms, first, count, buffers.scale.data(), buffers.shift.data(),
-                             buffers.spare.data());
-    if (first + 3 * count <= geometry_.rows) fetch_terms(terms, first + 2 * count, count);
+    if (rows < kGroupedRows) {
+      std::fill(buffers.scale.begin(), buffers.scale.end(), 0.0f);
+      std::fill(buffers.shift.begin(), buffers.shift.end(), 0.0f);
+    }
+    const GroupedKernels& grouped = *kernels().grouped;
+    grouped.terms(terms, first, rows, buffers.scale.data(), buffers.shift.data(),
+                  buffers.spare.data());
+    grouped.transpose(buffers.scale.data(), terms.groups, buffers.scales.data());
+    tile.group_steps = matrix_.scales().size / kStepColumns;
+    tile.scales = buffers.scales.data();
+    if (terms.has_shift()) {
+      grouped.transpose(buffers.shift.data(), terms.groups, buffers.shifts.data());
+      tile.shifts = buffers.shifts.data();
+    }
+    if (first + 3 * kGroupedRows <= geometry_.rows) {
+      fetch_terms(terms, first + 2 * kGroupedRows, kGroupedRows);
+    }
   }
 
   // Fetches the stored scales of later rows, which come in pieces too short for the processor to
@@ -333,21 +344,9 @@ class GroupedProduct {
     }
   }
 
-  GroupedShifts shifts_of(std::size_t first) const {
-    const GroupTerms& terms = matrix_.scales().terms;
-    return {terms.has_shift() ? scratch().shift.data() : nullptr, terms.groups, x_.sums(first),
-            x_.stride()};
-  }
-
-  void finish_rows(std::size_t first_row, std::size_t count, std::size_t first,
-                   const float* lanes) const {
-    kernels().grouped->totals(lanes, {count, x_.places(first), x_.together(first), x_.scales(first),
-                                      y_ + first * stride_ + first_row, stride_});
-  }
-
   const GroupedMatrix& matrix_;
   const Geometry& geometry_;
-  const GroupedVectors& x_;
+  const GroupedActivations& x_;
   float* y_;
   std::size_t stride_;
 };
@@ -368,7 +367,7 @@ void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> ma
   const Activations activations(
       pool, ActivationRows{x, batch, geometry.columns, geometry.padded_columns(), {}},
       Activations::Layout::kRows);
-  std::vector<std::unique_ptr<GroupedVectors>> vectors;  // by group size
+  std::vector<std::unique_ptr<GroupedActivations>> vectors;  // by group size
   std::vector<GroupedProduct> products;
   std::vector<std::size_t> sizes, first_unit{0};
   std::size_t at = 0;
@@ -379,8 +378,8 @@ void multiply_grouped(ThreadPool& pool, std::span<const GroupedMatrix* const> ma
     } else {
       auto found = std::find(sizes.begin(), sizes.end(), size);
       if (found == sizes.end()) {
-        vectors.push_back(std::make_unique<GroupedVectors>(
-            pool, activations, geometry.padded_columns(), size, geometry.columns));
+        vectors.push_back(
+            std::make_unique<GroupedActivations>(pool, activations, size, geometry.columns));
         found = sizes.insert(sizes.end(), size);
       }
       products.emplace_back(*matrix, *vectors[static_cast<std::size_t>(found - sizes.begin())],

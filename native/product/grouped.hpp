@@ -34,12 +34,8 @@ class GroupedMatrix {
   // decode.
   void flatten(ThreadPool& pool);
 
-  // Whether the kernels of group scales take the matrix. Blocks must end where runs do.
-  bool can_flatten() const {
-    const Geometry& geometry = coded_.geometry();
-    return is_grouped_size(scales_.size) && scales_.values.empty() &&
-           (geometry.parts() == 1 || geometry.block_columns % (kGroupedRun * kVector) == 0);
-  }
+  // Whether the kernels of group scales take the matrix.
+  bool can_flatten() const { return is_grouped_size(scales_.size) && scales_.values.empty(); }
   bool is_flat() const { return bits_ != 0; }
   std::size_t size_bytes() const { return fields_ ? fields_->used() : 0; }
 
@@ -50,8 +46,12 @@ class GroupedMatrix {
   int symbol_bits() const { return symbol_bits_; }
   // The symbols by number; null if fields are symbols.
   const std::uint8_t* table() const { return has_table_ ? table_.data() : nullptr; }
-  const std::uint8_t* fields() const { return fields_begin_; }
-  std::size_t row_bytes() const { return row_bytes_; }
+  // Tiles one behind the other, the last one filled up with rows of zeros.
+  const std::uint8_t* tile_fields(std::size_t tile) const {
+    return fields_begin_ + tile * tile_bytes_;
+  }
+  std::size_t tiles() const { return (geometry().rows - 1) / kGroupedRows + 1; }
+  std::size_t steps() const { return (geometry().columns - 1) / kStepColumns + 1; }
 
  private:
   const CodedMatrix& coded_;
@@ -60,7 +60,7 @@ class GroupedMatrix {
   int symbol_bits_ = 0;
   bool has_table_ = false;
   std::array<std::uint8_t, kGroupedTable> table_{};
-  std::size_t row_bytes_ = 0;
+  std::size_t tile_bytes_ = 0;
   std::optional<Arena> fields_;
   const std::uint8_t* fields_begin_ = nullptr;
 };

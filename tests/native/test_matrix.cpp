@@ -46,7 +46,7 @@ GroupScales scales_of(std::size_t size, std::size_t groups, const std::vector<fl
 // Group scales at the edges of exact-size arrays. Returns whether the flat form numbers symbols.
 bool check_groups(const CodedCase& c, const CodedMatrix& matrix, ThreadPool& pool, Random& random) {
   const Geometry& geometry = c.geometry;
-  constexpr std::size_t kSizes[] = {8, 16, 32, 64, 128, 192, 512, 1024};
+  constexpr std::size_t kSizes[] = {8, 12, 16, 32, 64, 128, 192, 512, 1024};
   const std::size_t size = random.coin()   ? kSizes[random.below(std::size(kSizes))]
                            : random.coin() ? 1 + random.below(200)
                                            : 1 + random.below(2 * geometry.columns);

@@ -15,6 +15,7 @@ struct FlatLanes {
   template <int Bits, std::size_t Register>
   [[gnu::always_inline]] static inline Bytes fields(const std::uint8_t* chunk) {
     if constexpr (Bits == 8) return vld1q_u8(chunk + Register * kLanes);
+    if constexpr (Bits == 3) return octals<Register>(chunk);
     Bytes bytes = vdupq_n_u8(0);
     if constexpr (has_flat_part(Bits, 4)) bytes = nibbles<Register>(chunk);
     if constexpr (has_flat_part(Bits, 2)) {
@@ -52,6 +53,26 @@ struct FlatLanes {
     return Register < 2 ? vandq_u8(both, vdupq_n_u8(15)) : vshrq_n_u8(both, 4);
   }
 
+  // Fields of 3 bits. Two registers' fields are put together at once, in nibbles whose highest bit
+  // is 0: those of registers 0 and 2, and those of 1 and 3.
+  template <std::size_t Register>
+  [[gnu::always_inline]] static inline Bytes octals(const std::uint8_t* chunk) {
+    constexpr bool kIsOdd = Register % 2 != 0;
+    const Bytes two = kIsOdd ? vshrq_n_u8(vld1q_u8(chunk), 2) : vld1q_u8(chunk);
+    const Bytes mask = vcombine_u8(vdup_n_u8(0x55), vdup_n_u8(0xaa));
+    const Bytes one = vandq_u8(eight_bytes(chunk + flat_part_offset(3, 1)), mask);
+    constexpr std::int8_t kLeft = kIsOdd ? 0 : 2;
+    const int8x16_t left = vcombine_s8(vdup_n_s8(kLeft), vdup_n_s8(kLeft - 1));
+    const Bytes both = vbslq_u8(vdupq_n_u8(0x33), two, vshlq_u8(one, left));
+    return Register < 2 ? vandq_u8(both, vdupq_n_u8(7)) : vshrq_n_u8(both, 4);
+  }
+
+  [[gnu::always_inline]] static inline Bytes eight_bytes(const std::uint8_t* bytes) {
+    std::uint64_t eight;
+    __builtin_memcpy(&eight, bytes, sizeof eight);
+    return vreinterpretq_u8_u64(vdupq_n_u64(eight));
+  }
+
   // The pairs of bits at their place, with others beside them.
   template <int At, std::size_t Register>
   [[gnu::always_inline]] static inline Bytes pairs(const std::uint8_t* part) {
@@ -64,11 +85,9 @@ struct FlatLanes {
 
   template <int At, std::size_t Register>
   [[gnu::always_inline]] static inline Bytes single_bits(const std::uint8_t* part) {
-    std::uint64_t eight;
-    __builtin_memcpy(&eight, part, sizeof eight);
     constexpr auto kLeft = static_cast<std::int8_t>(At - 2 * static_cast<int>(Register));
     const int8x16_t left = vcombine_s8(vdup_n_s8(kLeft), vdup_n_s8(kLeft - 1));
-    return vshlq_u8(vreinterpretq_u8_u64(vdupq_n_u64(eight)), left);
+    return vshlq_u8(eight_bytes(part), left);
   }
 
   // bytes | (more & Mask << At); bits of `bytes` from At on are zero.

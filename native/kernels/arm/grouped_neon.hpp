@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/arm/flat_neon.hpp"
+#include "kernels/grouped_kernels.hpp"
 
 namespace entrollm {
 namespace {
@@ -18,27 +19,27 @@ struct GroupedFloats {
     return vfmaq_f32(c, a, b);
   }
 
-  // Each step adds the halves of what is left of rows, and puts the sums side by side.
-  static void add_lanes(const float* lanes, std::size_t stride, float* totals) {
-    const auto fours = [&](std::size_t row) __attribute__((always_inline)) {
-      const float* at = lanes + row * stride;
-      return vaddq_f32(vaddq_f32(load(at), load(at + 8)), vaddq_f32(load(at + 4), load(at + 12)));
-    };
-    const auto pairs = [&](std::size_t row) __attribute__((always_inline)) {
-      const float64x2_t a = vreinterpretq_f64_f32(fours(row));
-      const float64x2_t b = vreinterpretq_f64_f32(fours(row + 1));
-      return vaddq_f32(vreinterpretq_f32_f64(vzip1q_f64(a, b)),
-                       vreinterpretq_f32_f64(vzip2q_f64(a, b)));
-    };
-    for (std::size_t row = 0; row < 8; row += 4) {
-      store(totals + row, vpaddq_f32(pairs(row), pairs(row + 2)));
+  static void transpose(const float* rows, std::size_t groups, float* out) {
+    std::size_t group = 0;
+    for (; group + 4 <= groups; group += 4) {
+      for (std::size_t row = 0; row < kGroupedRows; row += 4) {
+        float32x4x4_t four;
+        for (std::size_t i = 0; i < 4; ++i) four.val[i] = load(rows + (row + i) * groups + group);
+        const float32x4x2_t low = vzipq_f32(four.val[0], four.val[2]);
+        const float32x4x2_t high = vzipq_f32(four.val[1], four.val[3]);
+        for (std::size_t i = 0; i < 2; ++i) {
+          const float32x4x2_t both = vzipq_f32(low.val[i], high.val[i]);
+          for (std::size_t k = 0; k < 2; ++k) {
+            store(out + (group + 2 * i + k) * kGroupedRows + row, both.val[k]);
+          }
+        }
+      }
     }
-  }
-
-  template <std::size_t Size>
-  [[gnu::always_inline]] static inline float32x4_t spread(const float* scales) {
-    static_assert(Size == 8);
-    return vcombine_f32(vdup_n_f32(scales[0]), vdup_n_f32(scales[1]));
+    for (; group < groups; ++group) {
+      for (std::size_t row = 0; row < kGroupedRows; ++row) {
+        out[group * kGroupedRows + row] = rows[row * groups + group];
+      }
+    }
   }
 
   static void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {

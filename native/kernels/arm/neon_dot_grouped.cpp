@@ -6,8 +6,8 @@ namespace entrollm {
 namespace {
 
 struct GroupedLanes : GroupedFloats {
-  static constexpr std::size_t kMostVectors = 4;
-  static constexpr ReorderDigits kReorder = nullptr;
+  static constexpr std::size_t kMostVectors = 2;
+  static constexpr bool kTakesWhole = false;
 
   template <int Bits, std::size_t Vectors>
   struct Sums {
@@ -15,9 +15,8 @@ struct GroupedLanes : GroupedFloats {
     int32x4_t lows = vdupq_n_s32(0);
 
     // Signed products: the upper nibbles of bytes have sums of their own weight.
-    [[gnu::always_inline]] inline void add(uint8x16_t fields, const std::int8_t* high,
-                                           const std::int8_t* low) {
-      const int8x16_t x_high = vld1q_s8(high), x_low = vld1q_s8(low);
+    [[gnu::always_inline]] inline void add(uint8x16_t fields, const std::int8_t* x) {
+      const int8x16_t x_high = splat_four(x), x_low = splat_four(x + kStepColumns);
       if constexpr (Bits == 8) {
         const int8x16_t upper = vreinterpretq_s8_u8(vshrq_n_u8(fields, 4));
         const int32x4_t zero = vdupq_n_s32(0);
@@ -31,6 +30,13 @@ struct GroupedLanes : GroupedFloats {
     }
     [[gnu::always_inline]] inline float32x4_t floats() const {
       return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(highs, 8), lows));
+    }
+
+   private:
+    [[gnu::always_inline]] static inline int8x16_t splat_four(const std::int8_t* x) {
+      std::int32_t four;
+      __builtin_memcpy(&four, x, sizeof four);
+      return vreinterpretq_s8_s32(vdupq_n_s32(four));
     }
   };
 };

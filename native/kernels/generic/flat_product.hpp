@@ -4,7 +4,8 @@
 //   struct FlatProducts {
 //     using Lanes = FlatLanes;
 //     using Sums;                             // a register of 32-bit sums
-//     static constexpr std::size_t kUnroll;  // chunks that the loop repeats its code for
+//     // Chunks that the loop repeats its code for.
+//     static constexpr std::size_t unroll(int bits);
 //     // Rows that share loads of activations.
 //     static constexpr std::size_t rows(int bits, std::size_t vectors);
 //     static Lanes::Bytes load(const std::int8_t*);
@@ -70,7 +71,8 @@ class FlatTile {
     const std::int8_t* digits = cut_.digits;
     for (; left >= kRun; left -= kRun) {
       fetch(fields);
-      constexpr std::size_t kUnrolled = kRun < Products::kUnroll ? kRun : Products::kUnroll;
+      constexpr std::size_t kMostUnrolled = Products::unroll(Bits);
+      constexpr std::size_t kUnrolled = kRun < kMostUnrolled ? kRun : kMostUnrolled;
 #pragma GCC unroll 1
       for (std::size_t chunk = 0; chunk < kRun; chunk += kUnrolled) {
         for_constants<kUnrolled>([&]<std::size_t Chunk>() __attribute__((always_inline)) {

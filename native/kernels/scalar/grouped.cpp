@@ -10,66 +10,43 @@
 namespace entrollm {
 namespace {
 
-// The end of the run that begins at chunk `at`.
-std::size_t end_of_run(const GroupedRows& rows, std::size_t at) {
-  const std::size_t end = rows.first_chunk + rows.chunks;
-  if (rows.group_columns < kVector) return at + 1;
-  const std::size_t group_chunks = rows.group_columns / kVector;
-  return std::min(
-      {end, (at / group_chunks + 1) * group_chunks, (at / kGroupedRun + 1) * kGroupedRun});
+std::int32_t symbol_of(const GroupedTile& tile, std::size_t step, std::size_t place) {
+  const std::uint8_t field =
+      flat_field(tile.fields + step * flat_chunk_bytes(tile.bits), tile.bits, place);
+  return tile.table == nullptr ? field : tile.table[field];
 }
 
-void product(const GroupedRows& rows, const FlatVectors& x, float* lanes) {
-  constexpr std::size_t kColumns = kVector / kGroupedLanes;  // of a lane in a chunk
-  for (std::size_t row = 0; row < rows.rows; ++row, lanes += x.count * kGroupedLanes) {
-    const std::uint8_t* fields = rows.fields + row * rows.row_bytes;
-    const float* scales = rows.scales + row * rows.scale_stride;
-    const std::size_t end = rows.first_chunk + rows.chunks;
-    for (std::size_t at = rows.first_chunk; at < end;) {
-      const std::size_t stop = end_of_run(rows, at);
-      for (std::size_t vector = 0; vector < x.count; ++vector) {
-        for (std::size_t lane = 0; lane < kGroupedLanes; ++lane) {
+void product(const GroupedTile& tile, const GroupedVectors& x, float* totals) {
+  for (std::size_t vector = 0; vector < x.count; ++vector) {
+    for (std::size_t row = 0; row < kGroupedRows; ++row) {
+      float total = 0.0f;
+      for (std::size_t at = 0, group = 0; at < tile.steps; ++group) {
+        const std::size_t end = at + std::min(tile.group_steps, tile.steps - at);
+        const std::size_t term = group * kGroupedRows + row;
+        if (tile.shifts != nullptr) {
+          total = std::fma(tile.shifts[term], x.sums[vector * x.sums_stride + group], total);
+        }
+        while (at < end) {
+          const std::size_t stop = at + std::min(kGroupedRun, end - at);
           std::int32_t sum = 0;
-          for (std::size_t chunk = at; chunk < stop; ++chunk) {
-            const std::size_t local = chunk - rows.first_chunk;
-            const std::int8_t* digits = x.digits + (local * x.count + vector) * 2 * kVector;
-            for (std::size_t k = lane * kColumns; k < (lane + 1) * kColumns; ++k) {
-              const std::uint8_t field =
-                  flat_field(fields + local * flat_chunk_bytes(rows.bits), rows.bits, k);
-              const std::int32_t symbol = rows.table == nullptr ? field : rows.table[field];
-              sum += symbol * (256 * digits[k] + digits[kVector + k]);
+          for (; at < stop; ++at) {
+            const std::int8_t* digits = x.digits + (at * x.count + vector) * kStepBytes;
+            for (std::size_t c = 0; c < kStepColumns; ++c) {
+              sum += symbol_of(tile, at, row * kStepColumns + c) *
+                     (256 * digits[c] + digits[kStepColumns + c]);
             }
           }
-          const std::size_t group = (at * kVector + lane * kColumns) / rows.group_columns;
-          float& out = lanes[vector * kGroupedLanes + lane];
-          out = std::fma(static_cast<float>(sum), scales[group], out);
+          total = std::fma(static_cast<float>(sum), tile.scales[term], total);
         }
       }
-      at = stop;
+      totals[vector * kGroupedRows + row] = total;
     }
   }
 }
 
-void begin(const GroupedShifts& shifts, std::size_t rows, std::size_t vectors, float* lanes) {
-  std::fill_n(lanes, rows * vectors * kGroupedLanes, 0.0f);
-  if (shifts.shifts == nullptr) return;
-  for (std::size_t row = 0; row < rows; ++row) {
-    for (std::size_t vector = 0; vector < vectors; ++vector, lanes += kGroupedLanes) {
-      const float* sums = shifts.sums + vector * shifts.sums_stride;
-      for (std::size_t i = 0; i < shifts.groups; ++i) {
-        float& lane = lanes[i % kGroupedLanes];
-        lane = std::fma(shifts.shifts[row * shifts.groups + i], sums[i], lane);
-      }
-    }
-  }
-}
-
-void write_totals(const float* lanes, const GroupedTotals& totals) {
-  for (std::size_t row = 0; row < totals.rows; ++row) {
-    for (std::size_t b = 0; b < totals.batch; ++b) {
-      const float total = grouped_total(lanes + (row * totals.vectors + b) * kGroupedLanes);
-      totals.out[b * totals.stride + row] = static_cast<float>(total * totals.scales[b]);
-    }
+void transpose(const float* rows, std::size_t groups, float* out) {
+  for (std::size_t group = 0; group < groups; ++group) {
+    for (std::size_t row = 0; row < kGroupedRows; ++row) *out++ = rows[row * groups + group];
   }
 }
 
@@ -90,10 +67,9 @@ void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {
 
 }  // namespace
 
-const GroupedKernels kScalarGroupedKernels = {.reorder = nullptr,
+const GroupedKernels kScalarGroupedKernels = {.takes_whole = false,
                                               .product = product,
-                                              .begin = begin,
-                                              .totals = write_totals,
-                                              .terms = write_group_terms<widen_halves>};
+                                              .terms = write_group_terms<widen_halves>,
+                                              .transpose = transpose};
 
 }  // namespace entrollm

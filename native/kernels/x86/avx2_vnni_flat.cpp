@@ -7,7 +7,7 @@ namespace entrollm {
 namespace {
 
 struct FlatProducts : FlatTotals {
-  static constexpr std::size_t kUnroll = 4;
+  static constexpr std::size_t unroll(int) { return 4; }
   static constexpr std::size_t rows(int, std::size_t vectors) {
     return vectors == 1 ? 4 : vectors == 2 ? 2 : 1;
   }

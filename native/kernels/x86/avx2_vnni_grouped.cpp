@@ -7,17 +7,16 @@ namespace {
 
 struct GroupedLanes : GroupedFloats {
   static constexpr std::size_t kMostVectors = 4;
-  static constexpr ReorderDigits kReorder = nullptr;
+  static constexpr bool kTakesWhole = false;
 
   template <int Bits, std::size_t Vectors>
   struct Sums {
     __m256i highs = _mm256_setzero_si256();
     __m256i lows = _mm256_setzero_si256();
 
-    [[gnu::always_inline]] inline void add(__m256i fields, const std::int8_t* high,
-                                           const std::int8_t* low) {
-      highs = _mm256_dpbusd_avx_epi32(highs, fields, load_digits(high));
-      lows = _mm256_dpbusd_avx_epi32(lows, fields, load_digits(low));
+    [[gnu::always_inline]] inline void add(__m256i symbols, const std::int8_t* x) {
+      highs = _mm256_dpbusd_avx_epi32(highs, symbols, splat_four(x));
+      lows = _mm256_dpbusd_avx_epi32(lows, symbols, splat_four(x + kStepColumns));
     }
     [[gnu::always_inline]] inline __m256 floats() const {
       return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(highs, 8), lows));

@@ -8,7 +8,7 @@ namespace {
 struct FlatProducts {
   using Lanes = FlatLanes;
   using Sums = __m512i;
-  static constexpr std::size_t kUnroll = 4;
+  static constexpr std::size_t unroll(int) { return 4; }
   static constexpr std::size_t rows(int, std::size_t vectors) { return vectors == 2 ? 4 : 2; }
 
   [[gnu::always_inline]] static inline __m512i load(const std::int8_t* digits) {

@@ -18,22 +18,8 @@ struct GroupedFloats {
     return _mm256_fmadd_ps(a, b, c);
   }
 
-  static void add_lanes(const float* lanes, std::size_t stride, float* totals) {
-    add_lanes_of_eight(lanes, stride, totals);
-  }
-
-  template <std::size_t Size>
-  [[gnu::always_inline]] static inline __m256 spread(const float* scales) {
-    if constexpr (Size == 16) {
-      double two;
-      __builtin_memcpy(&two, scales, sizeof two);
-      return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(two)),
-                                  _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-    } else {
-      static_assert(Size == 8);
-      const __m256 four = _mm256_castps128_ps256(_mm_loadu_ps(scales));
-      return _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
-    }
+  static void transpose(const float* rows, std::size_t groups, float* out) {
+    transpose_tile(rows, groups, out);
   }
 
   static void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {
@@ -46,8 +32,8 @@ struct GroupedFloats {
   }
 };
 
-[[gnu::always_inline]] inline __m256i load_digits(const std::int8_t* digits) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(digits));
+[[gnu::always_inline]] inline __m256i splat_four(const std::int8_t* x) {
+  return _mm256_set1_epi32(load_four(x));
 }
 
 }  // namespace

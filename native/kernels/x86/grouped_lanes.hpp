@@ -1,4 +1,4 @@
-// Totals of lanes, eight rows at a time. Internal linkage, as in generic/flat_pack.hpp.
+// What products with group scales of x86 share. Internal linkage, as in generic/flat_pack.hpp.
 #pragma once
 
 #include <immintrin.h>
@@ -8,24 +8,50 @@
 namespace entrollm {
 namespace {
 
-// Each step adds the halves of what is left of two rows, and puts the sums side by side.
-[[gnu::always_inline]] inline void add_lanes_of_eight(const float* lanes, std::size_t stride,
-                                                      float* totals) {
-  const auto eights = [&](std::size_t row) __attribute__((always_inline)) {
-    const float* at = lanes + row * stride;
-    return _mm256_add_ps(_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8));
+// Of eight rows, `stride` floats apart, and eight columns; written kGroupedRows floats apart.
+[[gnu::always_inline]] inline void transpose_eight(const float* rows, std::size_t stride,
+                                                   float* out) {
+  __m256 four[8], two[8];
+  // Halves of rows i and i + 4, which need no exchange of halves later.
+  const auto halves = [&](std::size_t row, std::size_t at) __attribute__((always_inline)) {
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(rows + row * stride + at));
+    return _mm256_insertf128_ps(low, _mm_loadu_ps(rows + (row + 4) * stride + at), 1);
   };
-  const auto fours = [&](std::size_t row) __attribute__((always_inline)) {
-    const __m256 a = eights(row), b = eights(row + 4);
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-  };
-  const auto pairs = [&](std::size_t row) __attribute__((always_inline)) {
-    const __m256 a = fours(row), b = fours(row + 1);
-    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
-  };
-  const __m256 a = pairs(0), b = pairs(2);
-  _mm256_storeu_ps(totals,
-                   _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)));
+  for (std::size_t i = 0; i < 8; ++i) four[i] = halves(i % 4, i / 4 * 4);
+  for (std::size_t i = 0; i < 8; i += 4) {
+    two[i] = _mm256_unpacklo_ps(four[i], four[i + 1]);
+    two[i + 1] = _mm256_unpackhi_ps(four[i], four[i + 1]);
+    two[i + 2] = _mm256_unpacklo_ps(four[i + 2], four[i + 3]);
+    two[i + 3] = _mm256_unpackhi_ps(four[i + 2], four[i + 3]);
+  }
+  for (std::size_t i = 0; i < 8; i += 4) {
+    float* at = out + i * kGroupedRows;
+    _mm256_storeu_ps(at, _mm256_shuffle_ps(two[i], two[i + 2], 0x44));
+    _mm256_storeu_ps(at + kGroupedRows, _mm256_shuffle_ps(two[i], two[i + 2], 0xee));
+    _mm256_storeu_ps(at + 2 * kGroupedRows, _mm256_shuffle_ps(two[i + 1], two[i + 3], 0x44));
+    _mm256_storeu_ps(at + 3 * kGroupedRows, _mm256_shuffle_ps(two[i + 1], two[i + 3], 0xee));
+  }
+}
+
+inline void transpose_tile(const float* rows, std::size_t groups, float* out) {
+  std::size_t group = 0;
+  for (; group + 8 <= groups; group += 8) {
+    for (std::size_t row = 0; row < kGroupedRows; row += 8) {
+      transpose_eight(rows + row * groups + group, groups, out + group * kGroupedRows + row);
+    }
+  }
+  for (; group < groups; ++group) {
+    for (std::size_t row = 0; row < kGroupedRows; ++row) {
+      out[group * kGroupedRows + row] = rows[row * groups + group];
+    }
+  }
+}
+
+// Four bytes of activations in every lane.
+[[gnu::always_inline]] inline int load_four(const std::int8_t* x) {
+  int four;
+  __builtin_memcpy(&four, x, sizeof four);
+  return four;
 }
 
 }  // namespace
