@@ -20,6 +20,8 @@ from entrollm.models.config import ModelConfig
 from quality_peers import LlamaCpp, Peer, Tensors, gguf_name, restored, shares, write_gguf
 
 TYPES = ("IQ5_K", "IQ4_K", "IQ3_K", "IQ2_K", "IQ4_KT", "IQ3_KT", "IQ2_KT")
+# The program refuses these without an importance matrix.
+_WITH_IMPORTANCE = {"IQ2_KT"}
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -38,6 +40,8 @@ def ik_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCp
         _write_importance(given.importance, rows, squares)
     weights = sum(tensor.size for tensor in tensors.values())
     for kind in given.kinds:
+        if given.importance is None and kind in _WITH_IMPORTANCE:
+            continue
         target = folder / f"ik-{kind}.gguf"
         program = package / "bin" / "llama-quantize"
         done = subprocess.run([program, *options, source, target, kind, "1"], capture_output=True, text=True)
