@@ -524,6 +524,12 @@ def test_factors_of_the_rotation_and_a_scaling_do_not_mix(tmp_path: Path) -> Non
             config_of(tmp_path, whole(architecture, values, factors))
 
 
+def test_factors_of_the_rotation_of_other_heads_are_refused(tmp_path: Path) -> None:
+    factors = ("rope_freqs.weight", (12,), 0, np.ones(12, np.float32).tobytes())
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight holds 12 factors, expected 16, one for two features"):
+        config_of(tmp_path, whole("llama", None, factors))
+
+
 def vocabulary(*last: str, **values: Any) -> dict[str, Any]:
     """Metadata of a vocabulary of the model's size that ends with these tokens."""
     tokens = [f"t{number}" for number in range(320 - len(last))] + list(last)

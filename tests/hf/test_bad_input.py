@@ -108,7 +108,7 @@ def test_unknown_field(copy: Path, load: Callable[[Path], Any]) -> None:
         ("bits", "4", "bits must be 2 to 8, found '4'"),
         ("prefer", "quality", "prefer must be one of size, speed, fixed, found 'quality'"),
         ("granularity", "group", "granularity must be one of tensor, row"),
-        ("method", "gptq", "method must be one of paper, ecsq, feedback, imported, lossless, found 'gptq'"),
+        ("method", "awq", "method must be one of paper, ecsq, feedback, light, gptq, imported, lossless, found 'awq'"),
         ("method", "imported", "an imported model has a source"),
         ("bits_per_weight", 3.0, "give one of bits, bpw and size"),
         ("trellis", True, "trellis is for the smallest files at a size such as bpw=4.5: leave out bits=4"),

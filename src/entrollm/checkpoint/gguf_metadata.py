@@ -312,6 +312,13 @@ def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str,
         if not metadata.architecture.has_factors or (factor != 1.0 and kind != "none"):
             raise UnsupportedError(f"{file.path}: {_FACTORS} and a scaling of rotations are not supported together")
         factors = file.array(_FACTORS).astype(np.float64).reshape(-1)
+        head_dim = metadata.integer("embedding_length") // metadata.integer("attention.head_count")
+        pairs = metadata.integer("rope.dimension_count", metadata.integer("attention.key_length", head_dim)) // 2
+        if len(factors) != pairs:
+            raise FormatError(
+                f"{file.path}: {_FACTORS} holds {len(factors)} factors, expected {pairs}, one for two features of a "
+                "head; fetch it again"
+            )
         if metadata.architecture.model_type == "gemma4_text":
             return rope | _proportional(file.path, factors)
         return {**_llama3(file.path, theta, factors), "rope_theta": theta}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -164,7 +164,7 @@ def _check_types(options: CompressOptions) -> None:
         globs = getattr(options, name)
         if isinstance(globs, str):
             raise OptionError(Message("{} is a sequence of globs, found the text {!r}", Option(name), globs))
-        if not isinstance(globs, Iterable) or not all(isinstance(each, str) for each in globs):
+        if not isinstance(globs, Collection) or not all(isinstance(each, str) for each in globs):
             raise OptionError(Message("{} is a sequence of globs, found {!r}", Option(name), globs))
     if not isinstance(options.overrides, Mapping) or not all(isinstance(each, str) for each in options.overrides):
         raise OptionError(Message("{} maps globs to widths, found {!r}", Option("overrides"), options.overrides))
