@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 import entrollm
@@ -203,6 +203,13 @@ def test_expressions_that_take_for_ever_are_an_error() -> None:
     token = tokenizer.token_to_id("a")
     with pytest.raises(FormatError, match=r"tokenizer\.json: the tokenizers library fails on it"):
         decode(tokenizer, [*[token] * 40, token + 2], skip_special_tokens=False)
+
+
+def test_an_unknown_token_that_there_is_not_is_an_error() -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0}, [], unk_token="<unk>"))
+    assert encode(tokenizer, "a", add_special_tokens=False) == [0]
+    with pytest.raises(FormatError, match=r"tokenizer\.json: the tokenizers library fails on it \(Unk token"):
+        encode(tokenizer, "b", add_special_tokens=False)
 
 
 def test_halves_of_characters_are_refused(tmp_path: Path) -> None:

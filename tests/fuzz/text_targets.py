@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from entrollm.checkpoint.panics import decode, encode
 from entrollm.cli.compare import read_json
 from entrollm.compress.shard import MatrixRecord, ShardRecord
 from entrollm.engine.files import read_json as read_file
@@ -86,8 +87,8 @@ def _mutate_tokenizer(folder: Path, seed: Mapping[str, Any], generator: random.R
 def _read_tokenizer(folder: Path) -> None:
     tokenizer = read_model_files(folder).tokenizer
     if tokenizer is not None:
-        ids = tokenizer.encode("Once upon <x> a time, naïve <y>", add_special_tokens=False).ids
-        tokenizer.decode(ids)
+        ids = encode(tokenizer, "Once upon <x> a time, naïve <y>", add_special_tokens=False)
+        decode(tokenizer, ids, skip_special_tokens=False)
 
 
 def _prepare_generation(folder: Path) -> list[Any]:
