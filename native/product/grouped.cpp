@@ -14,6 +14,7 @@
 #include "format/flat.hpp"
 #include "product/activations.hpp"
 #include "product/grouped_by_segments.hpp"
+#include "product/grouped_tile.hpp"
 
 namespace entrollm {
 namespace {
@@ -66,19 +67,6 @@ std::size_t stripe_blocks(const Geometry& geometry) {
 
 std::size_t stripe_count(const Geometry& geometry) {
   return (geometry.row_blocks() - 1) / stripe_blocks(geometry) + 1;
-}
-
-// Writes rows of symbols, `stride` apart, as the steps of a tile.
-void lay_out_tile(const std::uint8_t* symbols, std::size_t rows, std::size_t stride,
-                  std::span<std::uint8_t> tile) {
-  if (rows < kGroupedRows) std::fill(tile.begin(), tile.end(), std::uint8_t{0});
-  for (std::size_t row = 0; row < rows; ++row) {
-    const std::uint8_t* from = symbols + row * stride;
-    std::uint8_t* out = tile.data() + row * kStepColumns;
-    for (std::size_t at = 0; at < tile.size(); at += kVector, from += kStepColumns) {
-      std::memcpy(out + at, from, kStepColumns);
-    }
-  }
 }
 
 // Decodes a stripe and calls take(first row, rows, tile) for each of its tiles. Returns a block
