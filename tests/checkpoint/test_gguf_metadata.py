@@ -526,7 +526,7 @@ def test_factors_of_the_rotation_and_a_scaling_do_not_mix(tmp_path: Path) -> Non
 
 def test_factors_of_the_rotation_of_other_heads_are_refused(tmp_path: Path) -> None:
     factors = ("rope_freqs.weight", (12,), 0, np.ones(12, np.float32).tobytes())
-    with pytest.raises(FormatError, match=r"rope_freqs\.weight holds 12 factors, expected 16, one for two features"):
+    with pytest.raises(FormatError, match=r"rope_freqs\.weight holds 12 factors, expected 16, one for every two"):
         config_of(tmp_path, whole("llama", None, factors))
 
 

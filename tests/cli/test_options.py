@@ -1,9 +1,11 @@
 """Values of options as the command line reads them."""
 
+from pathlib import Path
+
 import pytest
 
 from entrollm import CompressOptions
-from entrollm.cli.options import parse_bits
+from entrollm.cli.options import check_new_file, parse_bits
 from entrollm.quantize import BitsOverride
 
 
@@ -24,6 +26,14 @@ def test_a_glob_that_is_given_again_wins_over_those_between() -> None:
 
 def test_no_bare_number_leaves_the_default_open() -> None:
     assert parse_bits([]) == (None, {})
+
+
+def test_a_link_is_judged_by_the_folder_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "none" / "a.json")
+    with pytest.raises(ValueError, match=r"--json .*link: there is no folder .*none; make it"):
+        check_new_file("--json", tmp_path / "link")
+    (tmp_path / "none").mkdir()
+    check_new_file("--json", tmp_path / "link")
 
 
 @pytest.mark.parametrize(

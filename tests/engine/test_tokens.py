@@ -92,12 +92,13 @@ CASES["a word of the vocabulary"]["tokenizer_config"]["added_tokens_decoder"] = 
 }
 
 
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast"])
 @pytest.mark.parametrize("has_space", [True, False, None])
 @pytest.mark.parametrize("is_stored", [True, False])
-def test_gpt2_begins_with_a_space_as_its_configuration_says(
-    has_space: bool | None, is_stored: bool, tmp_path: Path
+def test_texts_begin_with_a_space_as_the_configuration_says(
+    name: str, has_space: bool | None, is_stored: bool, tmp_path: Path
 ) -> None:
-    config = {"tokenizer_class": "GPT2Tokenizer"} | ({} if has_space is None else {"add_prefix_space": has_space})
+    config = {"tokenizer_class": name} | ({} if has_space is None else {"add_prefix_space": has_space})
     folder = write(tmp_path / "model", {"tokenizer_config": config})
     tokenizer = byte_level()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=is_stored)

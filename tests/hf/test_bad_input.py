@@ -169,6 +169,7 @@ def test_configuration_round_trip(coded: Path) -> None:
             "prefer": "size",
         }
         assert EntroConfig.from_dict(calibrated).to_dict() == calibrated
+        assert EntroConfig.from_dict({**calibrated, "processor": "arm"}).to_dict() == calibrated
 
 
 def test_wrong_options() -> None:

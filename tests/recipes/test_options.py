@@ -167,7 +167,7 @@ def test_options_that_are_wrong_or_do_not_go_together_are_refused(
         ({"overrides": [("a", 4)]}, "overrides maps globs to widths, found [('a', 4)]"),
         ({"bpw": "3"}, "bpw must be an int or a float, found '3'"),
         ({"max_kl": True, **SELF}, "max_kl must be an int or a float, found True"),
-        ({"size": 1.5}, "size is a number of bytes or a text such as 1.9GB, found 1.5"),
+        ({"size": 1.9e9}, "size must be an int, in bytes, or a text such as 1.9GB, found 1900000000.0"),
     ],
 )
 def test_values_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:

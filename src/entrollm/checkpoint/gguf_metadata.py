@@ -316,8 +316,8 @@ def _rope(metadata: _Metadata, file: GgufFile, context_length: int) -> dict[str,
         pairs = metadata.integer("rope.dimension_count", metadata.integer("attention.key_length", head_dim)) // 2
         if len(factors) != pairs:
             raise FormatError(
-                f"{file.path}: {_FACTORS} holds {len(factors)} factors, expected {pairs}, one for two features of a "
-                "head; fetch it again"
+                f"{file.path}: {_FACTORS} holds {len(factors)} factors, expected {pairs}, one for every two "
+                "rotated features of a head; fetch it again"
             )
         if metadata.architecture.model_type == "gemma4_text":
             return rope | _proportional(file.path, factors)

@@ -74,7 +74,7 @@ def check_new_file(option: str, file: Path) -> None:
     Raises:
         ValueError: something else is there, or its folder does not exist or cannot be written to.
     """
-    folder = file.parent
+    folder = (file.resolve() if file.is_symlink() else file).parent  # a link stays, and what it leads to is replaced
     if file.exists() and not file.is_file():
         raise ValueError(f"{option} {file} is not a file; name another one")
     if not folder.is_dir():

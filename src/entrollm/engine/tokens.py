@@ -68,10 +68,10 @@ def add_tokens(tokenizer: Tokenizer, files: TokenFiles) -> None:
 
 
 def _set_first_space(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Let a text begin with a space as tokenizer_config.json says, which GPT-2's class puts above tokenizer.json."""
+    """Let a text begin with a space as tokenizer_config.json says, which these classes put above tokenizer.json."""
     has_space, first = config.get("add_prefix_space", False), tokenizer.pre_tokenizer
-    is_gpt2 = config.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast")
-    if is_gpt2 and isinstance(has_space, bool) and isinstance(first, pre_tokenizers.ByteLevel):
+    has_class = str(config.get("tokenizer_class")).removesuffix("Fast") in ("GPT2Tokenizer", "GPTNeoXTokenizer")
+    if has_class and isinstance(has_space, bool) and isinstance(first, pre_tokenizers.ByteLevel):
         first.add_prefix_space = has_space
         tokenizer.pre_tokenizer = first
 

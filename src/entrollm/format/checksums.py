@@ -71,12 +71,14 @@ def _check(path: Path, name: str, value: object, checksum: Callable[[Path], int]
     if not file.exists():
         return
     check_is_file(file)
+    hint = Message("if you changed it yourself, remove its line from {}", path.name)
     if (size := file.stat().st_size) != value[_SIZE]:
         if checksum is _of_file:
             return
         raise CorruptStreamError(
             f"{file}: it has {size} bytes, {path.name} has {value[_SIZE]}; it is damaged or belongs to another "
-            "compression of a model, fetch the folder again"
+            "compression, compress or fetch the folder again",
+            hint=hint,
         )
     found = checksum(file)
     if found != int(expected, 16):
@@ -84,7 +86,7 @@ def _check(path: Path, name: str, value: object, checksum: Callable[[Path], int]
         raise CorruptStreamError(
             f"{file}: {what} CRC-32 {found:08x}, {path.name} has {expected}; "
             "the file is damaged, compress or fetch it again",
-            hint=Message("if you changed it yourself, remove its line from {}", path.name),
+            hint=hint,
         )
 
 

@@ -182,6 +182,7 @@ class EntroConfig(QuantizationConfigMixin):
                 granularity=config_dict.get("granularity", "tensor"),
                 trellis=config_dict.get("trellis", False),
                 prefer=config_dict.get("prefer", "size"),
+                # Stored beside another `prefer`, which it does not go with, it had no effect.
                 processor=config_dict.get("processor", "x86") if config_dict.get("prefer") == "speed" else "x86",
                 overrides=config_dict.get("overrides"),
                 lossless=config_dict.get("method") == "lossless",

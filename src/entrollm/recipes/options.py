@@ -173,7 +173,7 @@ def _check_types(options: CompressOptions) -> None:
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
             raise OptionError(Message("{} must be an int or a float, found {!r}", Option(name), number))
     if options.size is not None and (isinstance(options.size, bool) or not isinstance(options.size, int | str)):
-        words = "{} is a number of bytes or a text such as 1.9GB, found {!r}"
+        words = "{} must be an int, in bytes, or a text such as 1.9GB, found {!r}"
         raise OptionError(Message(words, Option("size"), options.size))
 
 
