@@ -233,6 +233,14 @@ def test_any_config_is_read_or_refused(model_type: str, changes: dict[str, objec
         assert np.isfinite(config.rope.frequencies).all()
 
 
+@pytest.mark.parametrize("key", ["mscale", "mscale_all_dim", "attention_factor"])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama"])
+def test_factors_of_yarn_are_bounded(model_type: str, key: str) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4, key: 1e200}
+    with pytest.raises(FormatError, match=rf"config\.json.* {key} should be a finite number from 0 to 1e\+12"):
+        read_config(Fields({**CONFIG, "head_dim": 2, "model_type": model_type, "rope_scaling": rope}, "config.json"))
+
+
 @pytest.mark.parametrize("name", list(tensors()))
 def test_missing_and_misshapen_tensors(name: str) -> None:
     expected = tensors()[name].shape

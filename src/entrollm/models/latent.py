@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from entrollm.models.config import LatentAttention, ModelConfig
-from entrollm.models.config_fields import Fields
+from entrollm.models.config_fields import MAX_FACTOR, Fields
 from entrollm.models.read import Defaults, read_decoder
 
 
@@ -45,7 +45,7 @@ def read_latent_decoder(
 def _magnitude(fields: Fields) -> float:
     """How much yarn makes scores larger, as mscale_all_dim says."""
     section = fields.section("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
-    weight = section.number("mscale_all_dim", 0.0)
+    weight = section.number("mscale_all_dim", 0.0, high=MAX_FACTOR)
     if section.text("rope_type", section.text("type", "default")) == "default" or not weight:
         return 1.0
     factor = section.factor("factor")

@@ -247,12 +247,12 @@ def _yarn(source: _Source) -> Rope:
 
 def _yarn_scale(fields: Fields, factor: float) -> float:
     if "attention_factor" in fields:
-        return fields.number("attention_factor")
+        return fields.number("attention_factor", high=MAX_FACTOR)
 
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    numerator, denominator = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    numerator, denominator = (fields.number(key, 0.0, high=MAX_FACTOR) for key in ("mscale", "mscale_all_dim"))
     return magnitude(numerator) / magnitude(denominator) if numerator and denominator else magnitude(1.0)
 
 
