@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/arm/flat_neon.hpp"
-#include "kernels/grouped_kernels.hpp"
+#include "kernels/generic/group_terms.hpp"
 
 namespace entrollm {
 namespace {
@@ -35,11 +35,7 @@ struct GroupedFloats {
         }
       }
     }
-    for (; group < groups; ++group) {
-      for (std::size_t row = 0; row < kGroupedRows; ++row) {
-        out[group * kGroupedRows + row] = rows[row * groups + group];
-      }
-    }
+    transpose_groups(rows, group, groups, out);
   }
 
   static void widen_halves(const std::uint16_t* halves, std::size_t count, float* out) {

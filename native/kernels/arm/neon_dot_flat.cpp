@@ -7,8 +7,6 @@ namespace entrollm {
 namespace {
 
 struct FlatProducts : FlatTotals {
-  // At 3 bits, a loop over chunks takes a tenth of all instructions.
-  static constexpr std::size_t unroll(int bits) { return bits == 3 ? 2 : 1; }
   // Widths with a part of single bits need more registers a row.
   static constexpr std::size_t rows(int bits, std::size_t vectors) {
     return vectors <= 2 && bits % 2 == 0 ? 4 : 2;

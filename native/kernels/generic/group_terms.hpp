@@ -9,6 +9,15 @@
 namespace entrollm {
 namespace {
 
+// The groups from `begin` on of kGroupedRows rows, as GroupedKernels::transpose writes them.
+inline void transpose_groups(const float* rows, std::size_t begin, std::size_t groups, float* out) {
+  for (std::size_t group = begin; group < groups; ++group) {
+    for (std::size_t row = 0; row < kGroupedRows; ++row) {
+      out[group * kGroupedRows + row] = rows[row * groups + group];
+    }
+  }
+}
+
 using WidenHalves = void (*)(const std::uint16_t*, std::size_t, float*);
 
 template <WidenHalves Halves>

@@ -45,9 +45,7 @@ void product(const GroupedTile& tile, const GroupedVectors& x, float* totals) {
 }
 
 void transpose(const float* rows, std::size_t groups, float* out) {
-  for (std::size_t group = 0; group < groups; ++group) {
-    for (std::size_t row = 0; row < kGroupedRows; ++row) *out++ = rows[row * groups + group];
-  }
+  transpose_groups(rows, 0, groups, out);
 }
 
 float widen_half(std::uint16_t half) {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/grouped_kernels.hpp"
+#include "kernels/generic/group_terms.hpp"
 
 namespace entrollm {
 namespace {
@@ -40,11 +40,7 @@ inline void transpose_tile(const float* rows, std::size_t groups, float* out) {
       transpose_eight(rows + row * groups + group, groups, out + group * kGroupedRows + row);
     }
   }
-  for (; group < groups; ++group) {
-    for (std::size_t row = 0; row < kGroupedRows; ++row) {
-      out[group * kGroupedRows + row] = rows[row * groups + group];
-    }
-  }
+  transpose_groups(rows, group, groups, out);
 }
 
 // Four bytes of activations in every lane.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from entrollm.models.config import LatentAttention, ModelConfig
 from entrollm.models.config_fields import MAX_FACTOR, Fields
 from entrollm.models.read import Defaults, read_decoder
+from entrollm.models.rope import yarn_magnitude
 
 
 def read_latent_decoder(
@@ -48,5 +48,4 @@ def _magnitude(fields: Fields) -> float:
     weight = section.number("mscale_all_dim", 0.0, high=MAX_FACTOR)
     if section.text("rope_type", section.text("type", "default")) == "default" or not weight:
         return 1.0
-    factor = section.factor("factor")
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+    return yarn_magnitude(weight, section.factor("factor"))

@@ -248,12 +248,15 @@ def _yarn(source: _Source) -> Rope:
 def _yarn_scale(fields: Fields, factor: float) -> float:
     if "attention_factor" in fields:
         return fields.number("attention_factor", high=MAX_FACTOR)
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     numerator, denominator = (fields.number(key, 0.0, high=MAX_FACTOR) for key in ("mscale", "mscale_all_dim"))
-    return magnitude(numerator) / magnitude(denominator) if numerator and denominator else magnitude(1.0)
+    if numerator and denominator:
+        return yarn_magnitude(numerator, factor) / yarn_magnitude(denominator, factor)
+    return yarn_magnitude(1.0, factor)
+
+
+def yarn_magnitude(weight: float, factor: float) -> float:
+    """How much yarn makes scores larger where contexts are `factor` times as long, with `weight` for mscale."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _longrope(source: _Source) -> Rope:
