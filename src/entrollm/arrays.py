@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from entrollm.processes import ALONE, Group
 from entrollm.system import memory_bytes
 
 Array = Any
@@ -64,6 +65,7 @@ class Device(Protocol):
     Attributes:
         name: for people.
         spare: the share of free memory that a computation may take to be faster.
+        group: the processes that share the computation.
     """
 
     @property
@@ -71,6 +73,9 @@ class Device(Protocol):
 
     @property
     def spare(self) -> float: ...
+
+    @property
+    def group(self) -> Group: ...
 
     def put(self, values: NDArray[Any]) -> Array:
         """A new array on the device, in float32, of values in float32, float16 or bfloat16."""
@@ -95,10 +100,13 @@ class Device(Protocol):
 
 
 class _Host:
-    """The memory of this process, which other processes share."""
+    """The memory of this machine, which other processes share."""
 
     name = "this machine"
     spare = 0.0
+
+    def __init__(self, group: Group = ALONE) -> None:
+        self.group = group
 
     def put(self, values: NDArray[Any]) -> Array:
         return values.astype(np.float32)
@@ -111,7 +119,7 @@ class _Host:
         return np.zeros(shape, np.float32)
 
     def memory(self) -> int:
-        return memory_bytes()
+        return memory_bytes() // self.group.neighbors
 
     def guard(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -121,3 +129,8 @@ class _Host:
 
 
 HOST: Device = _Host()
+
+
+def shared_host(group: Group) -> Device:
+    """`HOST` for a group of processes."""
+    return _Host(group)

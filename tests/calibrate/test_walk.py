@@ -65,7 +65,7 @@ def whole_model(network: Network, windows: NDArray[np.int64]) -> dict[str, float
     ids = torch.from_numpy(windows)
     with torch.no_grad():
         logits = network.model(**inputs(network, ids)).logits
-    _, labels = draw_labels(logits.reshape(-1, logits.shape[-1]).clone(), np.random.default_rng(0))
+    _, labels = draw_labels(logits.flatten(0, 1).clone(), np.random.default_rng(0).random(windows.size))
     names = list(network.views)
     weights = {matrix.pieces[0].name: matrix for matrix in network.matrices.values()}
     parameters = [parameter.requires_grad_() for parameter in network.model.parameters()]

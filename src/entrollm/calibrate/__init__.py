@@ -2,6 +2,8 @@
 
 from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, calibrate, held_out
 from entrollm.calibrate.compare import compare
+from entrollm.calibrate.follow import follow
+from entrollm.calibrate.joined import check_windows
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
@@ -18,7 +20,9 @@ __all__ = [
     "calibrate",
     "calibration_windows",
     "check_predicts",
+    "check_windows",
     "compare",
+    "follow",
     "held_out",
     "measure",
     "sample_windows",

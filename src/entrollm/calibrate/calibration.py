@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from entrollm.arrays import HOST, Device
+from entrollm.calibrate.joined import check_windows
 from entrollm.calibrate.network import read_config
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
@@ -71,7 +72,7 @@ def calibrate(
         text: what it reads.
         folder: where the result is kept; see `measure` for its size.
         progress: called with what is being done, and how much of it is done and in all.
-        device: what computes.
+        device: what computes; see `measure` for processes that share it.
     Raises:
         EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
         UnsupportedError: transformers does not know the model, or its layers cannot be walked.
@@ -89,6 +90,7 @@ def calibrate(
         if text.file is not None:
             parts.append(calibration_windows(source.tokenizer(), text.file, tokens, text.windows, text.held_out))
             _check_tokens(checkpoint, parts[0])
+        check_windows(sum(map(len, parts)) + text.sampled, device.group)
         if text.sampled:
             parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
         measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)

@@ -14,6 +14,7 @@ from entrollm.calibrate.student import Student
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.format.reader import CompressedModel
+from entrollm.processes import share
 from entrollm.system import scratch_folder
 from entrollm.torch.device import TorchDevice
 
@@ -34,7 +35,7 @@ def compare(
         model: the checkpoint, a folder or a Hub id.
         folder: what was made of it.
         windows: token ids, shape (windows, tokens).
-        device: what computes.
+        device: what computes; processes that share it compare a part of the windows each.
         threads: to decode on; None for one per core.
     Returns:
         The KL divergence of each prediction in nats, and whether both models have the same likeliest token, both of
@@ -44,6 +45,9 @@ def compare(
         FormatError: a tensor is missing or has the wrong shape.
         UnsupportedError: the layers of the model cannot be walked.
     """
+    windows = windows[:, :-1]
+    divergences, agreements = np.zeros(windows.shape), np.zeros(windows.shape)
+    own = share(np.arange(len(windows)), device.group)
     place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
     with (
         Checkpoint.open(resolve(model)) as checkpoint,
@@ -51,4 +55,8 @@ def compare(
         scratch_folder("entrollm-comparison-") as scratch,
     ):
         student = Student(checkpoint, MovingScales(compressed, threads), Spool(scratch, place), place)
-        return student.compare(windows[:, :-1])
+        if len(own):
+            divergences[own], agreements[own] = student.compare(windows[own])
+    for found in (divergences, agreements):
+        device.group.sum(found)
+    return divergences, agreements > 0

@@ -9,7 +9,7 @@ ridge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -25,6 +25,7 @@ from entrollm.calibrate.network import Matrix, Network
 from entrollm.calibrate.watch import Stream, Streams, Watch
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError, UnsupportedError
+from entrollm.processes import Group, share
 from entrollm.torch.device import TorchDevice
 
 # The part of the correction that is applied, and the ridge over the mean square of an input.
@@ -45,7 +46,8 @@ class DriftWalk:
         checkpoint: the model.
         windows: token ids, shape (windows, tokens).
         streams: the matrices that can be corrected, and what their outputs are added to, if anything is known of it.
-        device: what computes.
+        device: what computes. Processes that share it walk together, each with a part of the windows: the others ask
+            for the corrections that the first one asks for, and get none.
     """
 
     def __init__(
@@ -55,16 +57,19 @@ class DriftWalk:
         streams: Mapping[str, Stream | None],
         device: Device = HOST,
     ) -> None:
+        self._group = device.group
         self._is_host = not isinstance(device, TorchDevice)
         self._streams = streams
         place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
-        self._models = _Models(checkpoint, windows, streams, place)
+        self._models = _Models(checkpoint, windows, streams, place, self._group)
         self._stops = self._models.walk()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._current: tuple[str, Array | None] = "", None
 
     def correction(self, name: str) -> Array | None:
         """What is added to a matrix before it is rounded: float32, its shape; None for nothing.
+
+        The first of several processes asks, and `follow` lets the others do the same.
 
         Raises:
             EntroLLMError: activations of the quantized model are not finite.
@@ -75,19 +80,21 @@ class DriftWalk:
         if name not in self._streams:
             return None
         if name != self._current[0]:  # the last matrix is asked for again and again, until the size fits
+            if self._group.rank == 0:
+                self._group.from_first(("correct", name))
             with products.rounded(self._models.original.place):
                 found = next((stop for stop in self._stops if stop[0] == name), None)
                 if found is None:
                     raise ValueError(f"{name}: not a matrix of a layer, or matrices after it were asked for before")
                 correction = self._solve(*found)
-            self._current = name, correction.cpu().numpy() if self._is_host else correction
+            self._current = name, correction.cpu().numpy() if self._is_host and correction is not None else correction
         return self._current[1]
 
     def record(self, name: str, weights: Weights) -> None:
         """Take note of what a matrix has become, to be read when the walk passes it; else it counts as unchanged."""
         self._models.recorded[name] = weights
 
-    def _solve(self, name: str, original: list[Call], quantized: list[Call]) -> Tensor:
+    def _solve(self, name: str, original: list[Call], quantized: list[Call]) -> Tensor | None:
         is_transposed = original[0].args[2]
         weight = self._models.original.views[name]
         by_outputs = weight if is_transposed else weight.T
@@ -97,6 +104,10 @@ class DriftWalk:
             wanted = by_outputs.double().T @ drift
         else:
             moments, wanted = _output_sums(by_outputs, original, quantized)
+            self._group.sum(moments)
+            self._group.sum(wanted)
+        if self._group.rank:
+            return None
         if not (torch.isfinite(moments).all() and torch.isfinite(wanted).all()):
             raise EntroLLMError(f"{name}: its inputs in the quantized model are not finite")
         mean = float(torch.trace(moments)) / len(moments)
@@ -116,6 +127,8 @@ class DriftWalk:
             x, y = _rows(before.args[0]), _rows(now.args[0])
             moments = moments + products.moments(y).double()
             drift = drift + products.estimate(x - y, y).double()
+        self._group.sum(moments)
+        self._group.sum(drift)
         return first, moments, drift
 
 
@@ -146,19 +159,20 @@ class _Models:
         windows: NDArray[np.int64],
         streams: Mapping[str, Stream | None],
         device: TorchDevice,
+        group: Group,
     ) -> None:
         self.original, self._quantized = (Network(checkpoint, device) for _ in range(2))
         self.recorded: dict[str, Weights] = {}
         self._device = device
+        self._group = group
         self._streams = streams
-        self._batches = batches(windows, self.original.model)
+        self._batches = share(batches(windows, self.original.model, group.size), group)
 
     def walk(self) -> Iterator[Stop]:
         """The matrices that can be corrected one after another, once all windows of both models have got there."""
-        for name in set(self.recorded) & set(self._quantized.views):
-            self._apply(name)
+        self._apply(self._quantized.views)
         networks = (self.original, self._quantized)
-        watchers = [[_Pauser(self, network) for _ in self._batches] for network in networks]
+        watchers = [[_Pauser(self) for _ in self._batches] for network in networks]
         walks = [
             Lockstep(network.layers, network.names).run(
                 [partial(self._go, network, watcher, ids) for watcher, ids in zip(row, self._batches, strict=True)]
@@ -171,7 +185,7 @@ class _Models:
                 raise UnsupportedError(f"the quantized model goes another way than the original: {other}, not {stop}")
             if isinstance(stop, str):
                 yield stop, original, quantized
-                self._apply(stop)
+                self._apply([stop, *self._uncorrected()])
                 for call in (*original, *quantized):
                     call.result = call.args[1]()
                 continue
@@ -181,13 +195,8 @@ class _Models:
                 network.load(stop)
                 for call in calls:
                     call.result = RunHere(row[call.batch].streams.enter)
+            self._apply(self._uncorrected())
             layer = stop
-
-    def apply(self, network: Network, matrix: Matrix) -> None:
-        """Give the quantized model a matrix as it was recorded, if it was."""
-        if network is self._quantized:
-            for piece in matrix.pieces:
-                self._apply(piece.name)
 
     def stream(self, name: str) -> Stream | None:
         """What the outputs of a matrix are added to."""
@@ -197,11 +206,19 @@ class _Models:
         """Whether the walk stops at a matrix."""
         return not matrix.stack and matrix.pieces[0].name in self._streams
 
-    def _apply(self, name: str) -> None:
-        weights = self.recorded.pop(name, None)
-        if weights is not None:
-            found = weights()
-            self._quantized.views[name].copy_(found if isinstance(found, Tensor) else self._device.put(found))
+    def _uncorrected(self) -> list[str]:
+        """The loaded matrices that the walk does not stop at."""
+        return [name for name in self._quantized.views if name not in self._streams]
+
+    def _apply(self, names: Iterable[str]) -> None:
+        """Give the quantized model matrices as the first process has recorded them."""
+        for name in self._group.from_first([name for name in names if name in self.recorded]):
+            view = self._quantized.views[name]
+            recorded = self.recorded.pop(name, None)
+            found = torch.empty(view.shape, device=view.device) if recorded is None else recorded()
+            weights = found if isinstance(found, Tensor) else self._device.put(found)
+            self._group.broadcast(weights)
+            view.copy_(weights)
 
     def _go(self, network: Network, watcher: _Pauser, ids: NDArray[np.int64]) -> None:
         with torch.no_grad(), Watch(network, watcher):
@@ -211,15 +228,13 @@ class _Models:
 class _Pauser:
     """Stops at the products with matrices that can be corrected."""
 
-    def __init__(self, models: _Models, network: Network) -> None:
+    def __init__(self, models: _Models) -> None:
         self.streams = Streams()
         self._models = models
-        self._network = network
 
     def product(self, matrix: Matrix, x: Tensor, is_transposed: bool, multiply: Callable[[], Tensor]) -> Tensor:
         """Stop before a product."""
         if not self._models.is_corrected(matrix):
-            self._models.apply(self._network, matrix)
             return multiply()
         name = matrix.pieces[0].name
         stream = self.streams.tensor(self._models.stream(name))

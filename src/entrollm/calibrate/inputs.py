@@ -18,12 +18,16 @@ _BATCH_WINDOWS = 8
 _LOGITS = 1 << 26
 
 
-def batches(windows: NDArray[np.int64], model: Any) -> list[NDArray[np.int64]]:
-    """Windows, shape (windows, tokens), in batches that go through a model together."""
+def batches(windows: NDArray[np.int64], model: Any, processes: int = 1) -> list[NDArray[np.int64]]:
+    """Windows, shape (windows, tokens), in batches that go through a model together.
+
+    For several processes there are as many for each, and where a single one would have as many, they are the same.
+    """
     if not len(windows):
         return []
     size = max(1, min(_BATCH_WINDOWS, _LOGITS // (windows.shape[1] * max(1, vocabulary(model)))))
-    return np.array_split(windows, -(-len(windows) // size))
+    rounds = -(-len(windows) // (size * processes))
+    return np.array_split(windows, min(len(windows), rounds * processes))
 
 
 def vocabulary(model: Any) -> int:

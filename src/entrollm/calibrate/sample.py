@@ -19,6 +19,7 @@ from entrollm.calibrate.sums import draw_labels
 from entrollm.calibrate.threads import QuickestThreads
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError, Message, Option, UnsupportedError
+from entrollm.processes import share
 from entrollm.torch.device import TorchDevice
 
 # Keys and values of the sequences that are written side by side: so much at least.
@@ -40,8 +41,8 @@ def sample_windows(
         checkpoint: the model.
         shape: (windows, tokens) wanted; the start token is not among them.
         seed: of the random choices.
-        progress: called with the tokens done and in all.
-        device: what computes.
+        progress: called with the tokens done and in all, of this process.
+        device: what computes; processes that share it write a part of the windows each.
     Returns:
         int64, of that shape.
     Raises:
@@ -62,16 +63,17 @@ def sample_windows(
         network.load(index)
     generator = np.random.default_rng(seed)
     windows, tokens = shape
+    config = model.config.get_text_config()
+    first = config.bos_token_id
+    starts = generator.integers(0, config.vocab_size, windows) if first is None else np.full(windows, first)
+    points = generator.random((tokens, windows))  # whichever process writes a window, its choices are the same
+    own = share(np.arange(windows), device.group)
     quickest = QuickestThreads()
-    batch = min(windows, max(1, cache_bytes // _sequence_bytes(model.config.get_text_config(), tokens)))
-    written = np.empty(shape, np.int64)
-    for begin in range(0, windows, batch):
-        part = written[begin : begin + batch]
-        start = model.config.get_text_config().bos_token_id
-        if start is None:
-            ids = generator.integers(0, model.config.get_text_config().vocab_size, len(part))
-        else:
-            ids = np.full(len(part), start)
+    size = max(1, cache_bytes // _sequence_bytes(config, tokens))
+    written = np.zeros(shape, np.int64)
+    for begin in range(0, len(own), size):
+        part = own[begin : begin + size]
+        ids = starts[part]
         cache = None
         for position in range(tokens):
             with quickest.step():
@@ -80,10 +82,11 @@ def sample_windows(
                 _give_room(cache, tokens)
             if not torch.isfinite(logits.sum()):
                 raise EntroLLMError("the model's logits are not finite; its weights may be damaged")
-            ids = place.take(draw_labels(logits, generator)[1])
-            part[:, position] = ids
+            ids = place.take(draw_labels(logits, points[position, part])[1])
+            written[part, position] = ids
             if progress is not None:
-                progress(begin * tokens + (position + 1) * len(part), windows * tokens)
+                progress(begin * tokens + (position + 1) * len(part), len(own) * tokens)
+    device.group.sum(written)
     return written
 
 

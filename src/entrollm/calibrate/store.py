@@ -125,7 +125,9 @@ class StoredStatistics:
         self._order |= dict.fromkeys(names)
 
     def drift(self, checkpoint: Checkpoint) -> DriftWalk:
-        """A walk through the model that starts with nothing quantized."""
+        """A walk through the model that starts with nothing quantized; `follow` lets other processes start it too."""
+        if self.device.group.rank == 0:
+            self.device.group.from_first(("drift", self.streams))
         return DriftWalk(checkpoint, self.windows, self.streams, self.device)
 
     def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.calibrate.products import estimate, moments
@@ -72,12 +73,16 @@ class Squares:
 
 
 class Moments:
-    """The sum of x x^T in float64 over rows x."""
+    """The sum of x x^T in float64 over rows x.
 
-    def __init__(self) -> None:
+    Args:
+        known: the sum over earlier rows, which is added to; None if there are none.
+    """
+
+    def __init__(self, known: Tensor | None = None) -> None:
         self._waiting: list[Tensor] = []
         self._tokens = 0
-        self._sum: Tensor | None = None
+        self._sum = known
 
     def add(self, x: Tensor) -> None:
         """Add float32 (n, columns), which must not change any more."""
@@ -105,11 +110,22 @@ class Moments:
             self._sum += product
 
 
-def draw_labels(logits: Tensor, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Predicted probabilities, in place of the logits, and one token drawn from each row's, int64."""
+def draw_labels(logits: Tensor, points: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """Predicted probabilities, in place of the logits, and one token drawn from each row's, int64.
+
+    Args:
+        logits: float32, shape (rows, vocabulary).
+        points: shape (rows,), random numbers in [0, 1), which decide between the tokens.
+    """
     logits -= logits.amax(-1, keepdim=True)
     logits.exp_()
     logits /= logits.sum(-1, keepdim=True)
     summed = logits.cumsum(1, dtype=torch.float64)
-    points = torch.from_numpy(generator.random((len(logits), 1))).to(summed)
-    return logits, (summed <= points * summed[:, -1:]).sum(1)
+    places = torch.from_numpy(points[:, None]).to(summed)
+    return logits, (summed <= places * summed[:, -1:]).sum(1)
+
+
+def random_numbers(windows: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Random numbers in [0, 1), shape (windows, count), which depend on the numbers of the windows alone."""
+    generators = (np.random.Generator(np.random.PCG64(0).advance(int(window) * count)) for window in windows)
+    return np.stack([generator.random(count) for generator in generators])

@@ -24,6 +24,7 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.errors import UnsupportedError
 from entrollm.format.reader import CompressedModel
+from entrollm.processes import share
 from entrollm.system import scratch_folder
 from entrollm.torch.device import TorchDevice
 
@@ -76,7 +77,7 @@ class Tuner:
         model: the checkpoint, a folder or a Hub id.
         windows: token ids, shape (windows, tokens), to tune on.
         held_out: others, shape (windows, tokens), to measure on.
-        device: what computes.
+        device: what computes; processes that share it tune together, each on a part of the windows.
         threads: to decode on; None for one per core.
     """
 
@@ -91,6 +92,7 @@ class Tuner:
         self._path = resolve(model)
         # The token after the last one of a window is unknown, and not predicted in other measures either.
         self._windows, self._held_out = windows[:, :-1], held_out[:, :-1]
+        self._group = device.group
         self._device = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
         self._threads = threads
         self.result: TuneResult | None = None
@@ -122,7 +124,7 @@ class Tuner:
             descent = _Descent(scales, _RATE * math.sqrt(before), -(-count // _BATCH))
             for begin in range(0, count, _BATCH):
                 gradients = _zeros(scales)
-                student.divergence(self._windows[order[begin : begin + _BATCH]], gradients)
+                self._divergence(student, self._windows[order[begin : begin + _BATCH]], gradients)
                 descent.step(gradients)
                 if progress is not None:
                     progress(min(count, begin + _BATCH), count)
@@ -134,7 +136,17 @@ class Tuner:
     def _measure(self, student: Student) -> float:
         """The divergence over the windows held out."""
         parts = [self._held_out[begin : begin + _BATCH] for begin in range(0, len(self._held_out), _BATCH)]
-        return sum(student.divergence(part) * len(part) for part in parts) / len(self._held_out)
+        return sum(self._divergence(student, part) * len(part) for part in parts) / len(self._held_out)
+
+    def _divergence(self, student: Student, windows: NDArray[np.int64], gradients: Gradients | None = None) -> float:
+        """The mean divergence over the windows, of which each process takes a part; adds to gradients as well."""
+        own = share(windows, self._group)
+        part = len(own) / len(windows)
+        mean = part * student.divergence(own, gradients) if len(own) else 0.0
+        for gradient in () if gradients is None else gradients.values():
+            gradient *= part
+            self._group.sum(gradient)
+        return sum(self._group.gather(mean))
 
 
 def check_predicts(model: str | Path, purpose: str) -> None:

@@ -26,16 +26,18 @@ from torch.nn import functional
 from entrollm.arrays import HOST, Device, double
 from entrollm.calibrate import products
 from entrollm.calibrate.inputs import batches, model_inputs, predictions, vocabulary
+from entrollm.calibrate.joined import check_windows, join
 from entrollm.calibrate.lockstep import Call, Lockstep
 from entrollm.calibrate.network import Matrix, Network
 from entrollm.calibrate.room import room_beside
 from entrollm.calibrate.seen import Pools, Seen, Watcher
 from entrollm.calibrate.store import Spool, StoredStatistics
-from entrollm.calibrate.sums import RARE_TOKEN, draw_labels, mean_moments
+from entrollm.calibrate.sums import RARE_TOKEN, draw_labels, mean_moments, random_numbers
 from entrollm.calibrate.visit import Visit
 from entrollm.calibrate.watch import Watch
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
+from entrollm.processes import share
 from entrollm.quantize.statistics import Sensitivity, damped_factor
 from entrollm.torch.device import TorchDevice
 
@@ -63,7 +65,8 @@ def measure(
         windows: token ids, shape (windows, tokens).
         folder: where the statistics go; an empty folder that outlives the result.
         progress: called after each layer of each pass with those done and in all.
-        device: what computes.
+        device: what computes. Where several processes share it, each runs a part of the windows, and the first one
+            alone has the statistics of matrices.
     Raises:
         EntroLLMError: activations or gradients are not finite.
         FormatError: a tensor is missing or has another shape.
@@ -71,6 +74,7 @@ def measure(
     """
     place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
     network = Network(checkpoint, place)
+    check_windows(min(len(windows), _GRADIENT_WINDOWS), device.group)
     room = room_beside(network, windows.size, place)
     stored = StoredStatistics(folder, windows, device, room)
     _Measurement(network, windows, stored, Spool(folder, place, room)).run(progress)
@@ -81,6 +85,8 @@ def measure(
 class _Batch:
     ids: NDArray[np.int64]
     has_gradient: bool
+    # The numbers of its windows among all that have gradients, or that have none.
+    numbers: NDArray[np.int64]
 
 
 class _Measurement:
@@ -88,18 +94,20 @@ class _Measurement:
         self._network = network
         self._stored = stored
         self._spool = spool
+        self._group = stored.device.group
         picked = np.unique(np.linspace(0, len(windows) - 1, min(len(windows), _GRADIENT_WINDOWS)).astype(int))
         others = np.setdiff1d(np.arange(len(windows)), picked)
-        self._batches = [
-            _Batch(ids, has_gradient)
-            for chosen, has_gradient in ((picked, True), (others, False))
-            for ids in batches(windows[chosen], network.model)
-        ]
+        self._batches: list[_Batch] = []
+        for chosen, has_gradient in ((picked, True), (others, False)):
+            found, done = [], 0
+            for ids in batches(windows[chosen], network.model, self._group.size):
+                found.append(_Batch(ids, has_gradient, np.arange(done, done + len(ids))))
+                done += len(ids)
+            self._batches += share(found, self._group)
         self._glue = Watcher(adds_inputs=True)
         self._tokens: dict[str, int] = {}
         self._likely: Tensor | None = None
         self._predictions = 0
-        self._generator = np.random.default_rng(0)
 
     def run(self, progress: Progress | None) -> None:
         """Both passes."""
@@ -115,6 +123,9 @@ class _Measurement:
                     progress(len(visits), 2 * len(layers))
             self._stored.add_order(self._glue.names())
             self._stored.streams |= {name: None for name, seen in self._glue.seen.items() if not seen.is_looked_up}
+            self._predictions = sum(self._group.gather(self._predictions))
+            if self._likely is not None:
+                self._group.sum(self._likely)
             done = len(visits)
             while visits:
                 with products.rounded(self._network.place):
@@ -123,8 +134,10 @@ class _Measurement:
                     progress(2 * done - len(visits), 2 * done)
         finally:
             lockstep.close()
-        totals = {name: moments.total() for name, moments in self._glue.moments.items()}
-        self._keep(self._glue, totals, self._glue.tokens)
+        join(self._glue, self._network, self._group)
+        if self._group.rank == 0:
+            totals = {name: moments.total() for name, moments in self._glue.moments.items()}
+            self._keep(self._glue, totals, self._glue.tokens)
 
     def _go(self, batch: _Batch) -> None:
         """Run the model on a batch, and the gradient of a loss back to the last layer."""
@@ -136,19 +149,27 @@ class _Measurement:
         with torch.enable_grad(), Watch(self._network, self._glue):
             outputs = self._network.model(**inputs)
             self._glue.windows = len(batch.ids)
-            loss = self._loss(predictions(outputs))
+            loss = self._loss(predictions(outputs), batch.numbers)
             loss.backward()  # type: ignore[no-untyped-call]
             self._glue.forget()
 
-    def _loss(self, predicted: Tensor) -> Tensor:
-        """A loss whose gradients have the second derivatives of the divergence as their squares."""
+    def _loss(self, predicted: Tensor, windows: NDArray[np.int64]) -> Tensor:
+        """A loss whose gradients have the second derivatives of the divergence as their squares.
+
+        Args:
+            predicted: shape (windows, ..., outputs).
+            windows: their numbers, which decide the labels.
+        """
         flat = predicted.reshape(-1, predicted.shape[-1])
         self._predictions += len(flat)
         if predicted.shape[-1] != vocabulary(self._network.model):
-            # Outputs that are no distribution: a Gaussian around them, as wide as they are large.
-            signs = torch.from_numpy(self._generator.integers(0, 2, tuple(flat.shape)) * 2.0 - 1).to(flat)
-            return (flat * signs).sum() / flat.detach().square().mean().sqrt().clamp_min(1e-20)
-        probabilities, labels = draw_labels(flat.detach().float().clone(), self._generator)
+            # Outputs that are no distribution: a Gaussian around them, as wide as they are large in a window.
+            outputs = predicted.reshape(len(windows), -1)
+            signs = torch.from_numpy(np.sign(random_numbers(windows, outputs.shape[1]) - 0.5)).to(outputs)
+            sizes = outputs.detach().square().mean(1).sqrt().clamp_min(1e-20)
+            return ((outputs * signs).sum(1) / sizes).sum()
+        points = random_numbers(windows, len(flat) // len(windows)).reshape(-1)
+        probabilities, labels = draw_labels(flat.detach().float().clone(), points)
         total = probabilities.sum(0, dtype=torch.float64)
         self._likely = total if self._likely is None else self._likely + total
         return functional.cross_entropy(flat.float(), labels, reduction="sum")
@@ -168,6 +189,7 @@ class _Measurement:
                     with torch.no_grad():
                         call.result = layer(*call.args, **call.kwargs)
                 watcher.forget()
+        join(watcher, self._network, self._group)
         self._put_moments(index, watcher)
         self._stored.add_order(watcher.names())
         self._stored.streams |= {
@@ -183,7 +205,7 @@ class _Measurement:
             totals[group] = moments.total()
             if not torch.isfinite(totals[group]).all():
                 raise EntroLLMError(f"{group}: its inputs on the calibration text are not finite")
-        for group, total in totals.items():
+        for group, total in totals.items() if self._group.rank == 0 else ():
             self._spool.put_triangle(f"{index}-{group}", total)
         self._tokens |= watcher.tokens
 
@@ -197,6 +219,13 @@ class _Measurement:
                 watcher.windows = self._glue.windows = len(self._batches[visit.batch].ids)
                 visit.backward(layer)
                 watcher.forget()
+        join(watcher, self._network, self._group)
+        if self._group.rank == 0:
+            self._keep_layer(index, watcher)
+        self._network.release(index)
+
+    def _keep_layer(self, index: int, watcher: Watcher) -> None:
+        """Keep the statistics of the matrices of a layer."""
         waiting = {seen.group: seen.matrix.shape[1] for seen in watcher.seen.values()}
         waiting |= {name: matrix.shape[1] for name, matrix in self._unseen(index, watcher).items()}
         totals = {
@@ -206,7 +235,6 @@ class _Measurement:
         }
         totals |= {group: moments.total() for group, moments in watcher.moments.items()}
         self._keep(watcher, totals, self._tokens | watcher.tokens)
-        self._network.release(index)
 
     def _unseen(self, index: int, watcher: Watcher) -> dict[str, Matrix]:
         """Members of stacks that gradients did not reach."""

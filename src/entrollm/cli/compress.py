@@ -19,6 +19,7 @@ from entrollm.cli.options import (
     TrellisOption,
     parse_bits,
 )
+from entrollm.cli.processes import shared_by_torchrun
 from entrollm.cli.progress import ProgressBars
 from entrollm.cli.summary import print_summary
 
@@ -217,37 +218,41 @@ def command(
     appears when it is complete; after an interruption, run the same command again to resume. The last line says how
     close the model stayed, if entrollm run runs it.
     """
-    from entrollm.recipes import CompressOptions, compress
+    from entrollm.recipes import CompressOptions, assist, compress
     from entrollm.recipes.closeness import damage_of_result
 
-    width, overrides = parse_bits(bits or ())
-    options = CompressOptions(
-        bits=width,
-        bpw=bpw,
-        size=size,
-        max_kl=max_kl,
-        overrides=overrides,
-        lossless=lossless,
-        lossless_for=lossless_for or (),
-        base=base,
-        keep=keep or (),
-        granularity=granularity.value,
-        trellis=trellis,
-        prefer=prefer.value,
-        processor=processor.value,
-        calibration=calibration,
-        sampled=sampled,
-        method=method.value,
-        drift=drift,
-        tune=tune,
-        device=device.value,
-        tokenizer=tokenizer,
-        measure=measure,
-        threads=threads,
-    )
-    is_run = base is None and _warn_of_engine(model)
-    with ProgressBars(quiet=json_output) as progress:
-        result = compress(model, out, options, overwrite=overwrite, progress=progress)
+    with shared_by_torchrun(device.value) as group:
+        width, overrides = parse_bits(bits or ())
+        options = CompressOptions(
+            bits=width,
+            bpw=bpw,
+            size=size,
+            max_kl=max_kl,
+            overrides=overrides,
+            lossless=lossless,
+            lossless_for=lossless_for or (),
+            base=base,
+            keep=keep or (),
+            granularity=granularity.value,
+            trellis=trellis,
+            prefer=prefer.value,
+            processor=processor.value,
+            calibration=calibration,
+            sampled=sampled,
+            method=method.value,
+            drift=drift,
+            tune=tune,
+            device=device.value,
+            tokenizer=tokenizer,
+            measure=measure,
+            threads=threads,
+        )
+        if group.rank:
+            assist(model, options, group)
+            return
+        is_run = base is None and _warn_of_engine(model)
+        with ProgressBars(quiet=json_output) as progress:
+            result = compress(model, out, options, overwrite=overwrite, progress=progress, group=group)
     if json_output:
         print_json(json_safe(result.to_json()))
     else:

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from entrollm.cli.console import examples_epilog, guard, report_error, stdout
+from entrollm.cli.processes import refuse_to_share
 from entrollm.cli.streams import naming_stdout
 from entrollm.cli.usage import CommandGroup, normalize_option
 
@@ -51,11 +52,14 @@ def _print_version(requested: bool) -> None:
 
 
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Large language models whose weights stay entropy-coded from disk to the matrix product."""
+    if context.invoked_subcommand not in (None, "compress"):
+        refuse_to_share(str(context.invoked_subcommand))
 
 
 def _reflow(text: str) -> str:

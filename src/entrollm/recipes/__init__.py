@@ -4,8 +4,8 @@ The command line, the transformers plugin and Python all come through here, with
 package is cheap: what does the work is imported when it starts.
 """
 
-from entrollm.recipes.compress import compress, plan
+from entrollm.recipes.compress import assist, compress, plan
 from entrollm.recipes.options import CompressOptions
 from entrollm.recipes.progress import Progress, Stage
 
-__all__ = ["CompressOptions", "Progress", "Stage", "compress", "plan"]
+__all__ = ["CompressOptions", "Progress", "Stage", "assist", "compress", "plan"]

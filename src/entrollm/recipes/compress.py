@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from entrollm.errors import Message, Option, OptionError
-from entrollm.recipes.options import CompressOptions
+from entrollm.errors import Message, Option, OptionError, Placeholder
+from entrollm.processes import ALONE, Group
+from entrollm.recipes.options import SELF, CompressOptions
 from entrollm.recipes.progress import Progress, Silent, report_weights
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def compress(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> CompressResult:
     """Quantize a checkpoint, entropy-code it and write a model folder.
 
@@ -35,6 +38,8 @@ def compress(
         options: by default 4.5 bits per weight without calibration, or the integers of a quantized checkpoint.
         overwrite: replace an earlier output.
         progress: receives what is finished.
+        group: processes that share the calibration, of which this is the first; the others call
+            `entrollm.recipes.assist`. After an error all of them must end.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
         UnsupportedError: the checkpoint uses something that is not implemented.
@@ -45,7 +50,7 @@ def compress(
     options = CompressOptions() if options is None else options
     _check_options(options)
     progress = progress or Silent()
-    result = _compress(model, Path(out), options, overwrite, progress)
+    result = _compress(model, Path(out), options, overwrite, progress, group)
     if options.base is not None:
         return result  # which is no model by itself
     from entrollm.recipes.closeness import with_closeness
@@ -53,17 +58,49 @@ def compress(
     return with_closeness(model, result, options, progress)
 
 
+def assist(model: str | Path, options: CompressOptions, group: Group) -> None:
+    """Calibrate with the process that calls `compress`, in each of the others.
+
+    Args:
+        model, options: what that process calls `compress` with.
+        group: the processes.
+    Raises:
+        EntroLLMError: a process has ended, or this one does not see what the first one writes; also as `compress`.
+        ValueError: an option is wrong.
+    """
+    _check_options(options)
+    _calibrated(options, group).assist(model, options, group)
+
+
+def _calibrated(options: CompressOptions, group: Group) -> ModuleType:
+    """The recipe with calibration, which imports torch and transformers."""
+    if options.calibration is None:
+        raise OptionError(
+            Message(
+                "{} processes can share a calibration alone: add {} or {}, or start one process",
+                group.size,
+                Option("calibration", Placeholder("FILE")),
+                Option("calibration", SELF),
+            )
+        )
+    try:
+        from entrollm.recipes import calibrated
+    except ModuleNotFoundError as error:
+        hint = Message("install torch and transformers with: pip install 'entrollm[hf]'")
+        needed = Message("{} needs {}, which is not installed", Option("calibration"), error.name)
+        raise OptionError(needed, hint=hint) from None
+    return calibrated
+
+
 def _compress(
-    model: str | Path, out: Path, options: CompressOptions, overwrite: bool, progress: Progress
+    model: str | Path, out: Path, options: CompressOptions, overwrite: bool, progress: Progress, group: Group
 ) -> CompressResult:
-    if options.calibration is not None:
-        try:
-            from entrollm.recipes.calibrated import compress_calibrated
-        except ModuleNotFoundError as error:
-            hint = Message("install torch and transformers with: pip install 'entrollm[hf]'")
-            needed = Message("{} needs {}, which is not installed", Option("calibration"), error.name)
-            raise OptionError(needed, hint=hint) from None
-        return compress_calibrated(model, out, options, overwrite=overwrite, progress=progress)
+    if options.calibration is not None or group.size > 1:
+        recipe = _calibrated(options, group)
+        result: CompressResult = recipe.compress_calibrated(
+            model, out, options, overwrite=overwrite, progress=progress, group=group
+        )
+        return result
     from entrollm.compress import compress_folder
     from entrollm.recipes.result import CompressResult
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.errors import EntroLLMError, Message, Option, UnsupportedError
+from entrollm.processes import ALONE, Group
 from entrollm.quantize.rounding import round_columns
 from entrollm.system import memory_bytes
 from entrollm.torch.cuda.compile import check_installed
@@ -30,15 +31,17 @@ class TorchDevice:
 
     Args:
         kind: "cuda", or "cpu" to compare with.
+        group: the processes that share the computation.
     Raises:
         UnsupportedError: torch finds no GPU.
     """
 
-    def __init__(self, kind: str = "cuda") -> None:
+    def __init__(self, kind: str = "cuda", group: Group = ALONE) -> None:
+        self.group = group
         self._device = torch.device(kind)
         self._is_cuda = self._device.type == "cuda"
         if self._is_cuda:
-            _check_gpu()
+            check_gpu()
             self._device = torch.device(kind, torch.cuda.current_device())
         self.name = torch.cuda.get_device_name(self._device) if self._is_cuda else "this machine"
         self.spare = 0.5 if self._is_cuda else 0.0
@@ -78,7 +81,7 @@ class TorchDevice:
         if self._is_cuda:
             kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             return int(torch.cuda.mem_get_info(self._device)[0]) + kept
-        return memory_bytes()
+        return memory_bytes() // self.group.neighbors
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -137,7 +140,12 @@ class _Recording:
         return self._outputs
 
 
-def _check_gpu() -> None:
+def check_gpu() -> None:
+    """Check that there is a GPU.
+
+    Raises:
+        UnsupportedError: torch finds none.
+    """
     if torch.version.cuda is None:
         raise UnsupportedError(
             f"torch {torch.__version__} is built without CUDA",
