@@ -36,7 +36,7 @@ def test_divergences_are_those_of_the_engine(tied: bool, tmp_path: Path) -> None
 def test_a_search_with_a_gpu_measures_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     model = write_random_llama(tmp_path / "model", layers=1, tied=True)
-    monkeypatch.setattr(calibrated, "open_device", lambda _: TorchDevice("cpu"))
+    monkeypatch.setattr(calibrated, "open_device", lambda *_: TorchDevice("cpu"))
     monkeypatch.setattr(search, "load", lambda *_, **__: pytest.fail("the engine was asked"))
     options = CompressOptions(max_kl=0.3, calibration="self", sampled=8, device="cuda", seed=3)
     result = compress(model, tmp_path / "out", options)
