@@ -1,9 +1,11 @@
 """Calibrate and compress a random model of a published shape on a GPU, timed by phase.
 
     python benchmarks/cuda/calibrate.py --json results.json
+    torchrun --nproc-per-node 2 benchmarks/cuda/calibrate.py --json results.json
 
 The weights are random: what takes the time is the same, and quality means nothing. Half of the windows are random
 tokens, which stand for a text, and half the model writes itself, as `entrollm compress --calibration FILE` has it.
+With torchrun, GPUs share the calibration; the first process reports.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from entrollm.calibrate import DEFAULT_WINDOWS, measure, sample_windows
+from entrollm.calibrate import DEFAULT_WINDOWS, follow, measure, sample_windows
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.compress.progress import CompressProgress
+from entrollm.processes import ALONE, Group, is_shared
 from entrollm.torch.device import TorchDevice
+from entrollm.torch.group import TorchGroup
 from gemv import commit
 
 CONFIG = {
@@ -44,10 +48,16 @@ WINDOW = 512
 
 
 class Record:
-    """Seconds by phase and other figures; written after each phase, so that a run that is cut short tells of them."""
+    """Seconds by phase and other figures; written after each phase, so that a run that is cut short tells of them.
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: the file; None to write none.
+        speaks: whether to print as well.
+    """
+
+    def __init__(self, path: Path | None, speaks: bool) -> None:
         self._path = path
+        self._speaks = speaks
         self._started = time.perf_counter()
         self.figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": commit(), "seconds": {}}
 
@@ -58,7 +68,8 @@ class Record:
         self.figures["seconds"][name] = round(now - self._started, 2)
         self.figures["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         self._started = now
-        print(name, self.figures["seconds"][name], flush=True)
+        if self._speaks:
+            print(name, self.figures["seconds"][name], flush=True)
         self.write()
 
     def write(self) -> None:
@@ -100,14 +111,17 @@ def _random(shape: tuple[int, ...]) -> torch.Tensor:
     return (torch.randn(shape, device="cuda") * sizes).bfloat16().cpu()
 
 
-def run(folder: Path, layers: int, bits: float, record: Record) -> None:
-    """All phases, in an empty folder."""
-    model, statistics_folder = folder / "model", folder / "statistics"
-    model.mkdir()
+def run(folder: Path, layers: int, bits: float, record: Record, group: Group) -> None:
+    """All phases, in an empty folder of this process; the first one writes the model."""
+    model = group.from_first(folder / "model")
+    statistics_folder = folder / "statistics"
     statistics_folder.mkdir()
-    write_model(model, layers)
+    if group.rank == 0:
+        model.mkdir()
+        write_model(model, layers)
+    group.from_first(None)
     record.phase("write the model")
-    device = TorchDevice("cuda")
+    device = TorchDevice("cuda", group)
     with Checkpoint.open(model) as checkpoint:
         shape = (DEFAULT_WINDOWS, WINDOW)
         written = sample_windows(checkpoint, shape, device=device)
@@ -121,6 +135,9 @@ def run(folder: Path, layers: int, bits: float, record: Record) -> None:
 
         statistics = measure(checkpoint, np.concatenate([text, written]), statistics_folder, progress, device)
         record.phase("backward")
+    if group.rank:
+        follow(model, statistics)
+        return
     kept = sum(file.stat().st_size for file in statistics_folder.iterdir())
     record.figures |= {"windows": 2 * DEFAULT_WINDOWS, "tokens": WINDOW, "statistics_bytes": kept}
 
@@ -132,6 +149,7 @@ def run(folder: Path, layers: int, bits: float, record: Record) -> None:
 
     options = CodingOptions(target=Target(bits_per_weight=bits))
     result = compress_folder(model, folder / "out", options, statistics=statistics, on_progress=first)
+    group.from_first(None)
     record.phase("quantize and code")
     names = ("weights", "file_bytes", "file_bits", "entropy_bits", "huffman_bits", "coded_bits")
     record.figures |= {name: getattr(result, name) for name in names}
@@ -145,11 +163,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model and the statistics go for the time of the run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    record = Record(arguments.json)
+    group = ALONE
+    if is_shared():
+        shared = TorchGroup("cuda")
+        shared.open()
+        group = shared
+    is_first = group.rank == 0
+    record = Record(arguments.json if is_first else None, is_first)
     shape = {name: CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
-    record.figures |= {"layers": arguments.layers, **shape, "cores": os.cpu_count()}
+    record.figures |= {"layers": arguments.layers, **shape, "cores": os.cpu_count(), "gpus": group.size}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        run(Path(folder), arguments.layers, arguments.bits, record)
+        run(Path(folder), arguments.layers, arguments.bits, record, group)
+    group.close()
+    if not is_first:
+        return
     seconds = record.figures["seconds"]
     record.figures["minutes"] = (sum(seconds.values()) - seconds["write the model"]) / 60
     record.write()

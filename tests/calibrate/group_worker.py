@@ -16,8 +16,9 @@ from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from tests.engine.architectures import VOCAB_SIZE
 
-# In two batches of 8, one for each process.
+# In two batches of 8, one for each process. The first one repeats a token, so that it needs two experts.
 WINDOWS = np.random.default_rng(4).integers(0, VOCAB_SIZE, (16, 24))
+WINDOWS[:8] = 7
 HELD_OUT = np.random.default_rng(5).integers(0, VOCAB_SIZE, (3, 24))
 
 

@@ -31,6 +31,10 @@ EXAMPLES = (
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration self", "the same without a text"),
     ("entrollm compress MODEL -o OUT --bpw 2.5 --calibration text.txt --tune", "closer still, at low sizes"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda", "calibrated on a GPU"),
+    (
+        "torchrun --nproc-per-node 2 -m entrollm compress MODEL -o OUT --bpw 3 --calibration text.txt --device cuda",
+        "on two GPUs",
+    ),
     ("entrollm compress MODEL -o OUT --max-kl 0.02 --calibration text.txt", "the smallest that stays this close"),
     ("entrollm compress MODEL -o OUT --bpw 3 --calibration self --trellis", "smaller at equal quality, and slower"),
     ("entrollm compress MODEL -o OUT --bits 8", "the paper's 8-bit grids, nearly lossless"),
@@ -166,7 +170,11 @@ def command(
     ] = Method.feedback,
     device: Annotated[
         DeviceName,
-        typer.Option("--device", help="With --calibration: where to compute. cuda is a GPU, and needs torch."),
+        typer.Option(
+            "--device",
+            help="With --calibration: where to compute. cuda is a GPU, and needs torch. Several GPUs share the work if "
+            "torchrun starts this command: see the examples.",
+        ),
     ] = DeviceName.cpu,
     granularity: Annotated[
         Granularity,
