@@ -80,7 +80,8 @@ def main(out: Path, *models: Path) -> None:
     group.open()
     torch.set_num_threads(1)
     found = [work(model, out / f"{model.name}-{group.rank}", shared_host(group)) for model in models]
-    assert all((texts == texts[0]).all() for texts in zip(*group.gather([each["written"] for each in found])))
+    everyone = group.gather([each["written"] for each in found])
+    assert all((texts == texts[0]).all() for texts in zip(*everyone, strict=True))
     if group.rank == 0:
         (out / "found.pickle").write_bytes(pickle.dumps(found))
     group.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from entrollm.errors import UnsupportedError
@@ -142,6 +143,7 @@ class _Run:
         self._error: BaseException | None = None
         self._is_cancelled = False
         self._turn, self._pause = threading.Semaphore(0), threading.Semaphore(0)
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self._thread = threading.Thread(target=self._main, daemon=True)
 
     def advance(self) -> None:
@@ -173,6 +175,8 @@ class _Run:
     def _main(self) -> None:
         self._turn.acquire()
         _LOCAL.run = self
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)  # threads begin on the first one
         try:
             if not self._is_cancelled:
                 self._work()

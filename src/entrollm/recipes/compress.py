@@ -38,8 +38,8 @@ def compress(
         options: by default 4.5 bits per weight without calibration, or the integers of a quantized checkpoint.
         overwrite: replace an earlier output.
         progress: receives what is finished.
-        group: processes that share the calibration, of which this is the first; the others call
-            `entrollm.recipes.assist`. After an error all of them must end.
+        group: processes that share the calibration, such as an open `entrollm.torch.group.TorchGroup`; this is the
+            first, and the others call `entrollm.recipes.assist`. After an error all of them must end.
     Raises:
         FormatError: the checkpoint is malformed or has a weight that is not finite.
         UnsupportedError: the checkpoint uses something that is not implemented.
