@@ -18,10 +18,11 @@ from entrollm.arrays import HOST
 from entrollm.calibrate import check_windows
 from entrollm.calibrate.inputs import batches
 from entrollm.cli.main import app
+from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.errors import UnsupportedError
 from entrollm.torch import group as torch_group
 from entrollm.torch.group import TorchGroup
-from tests.calibrate.group_worker import work
+from tests.calibrate.group_worker import fit, work
 from tests.support.checkpoints import write_random_llama
 from tests.support.paths import ROOT
 
@@ -61,14 +62,16 @@ def assert_equal(found: Any, expected: Any, name: str) -> None:
 
 def test_two_processes_find_what_one_finds(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     models = [checkpoint(name) for name in NAMES]
-    ran = torchrun("tests.calibrate.group_worker", str(tmp_path), *map(str, models))
+    options = CodingOptions(target=Target(coded_bits=3.0), fine_scales=True, threads=1)
+    made = compress_folder(models[-1], tmp_path / "made", options).path
+    ran = torchrun("tests.calibrate.group_worker", str(tmp_path), str(made), *map(str, models))
     assert ran.returncode == 0, ran.stderr
     found = pickle.loads((tmp_path / "found.pickle").read_bytes())
     torch.set_num_threads(1)
-    for name, model, shared in zip(NAMES, models, found, strict=True):
-        expected = work(model, tmp_path / f"alone-{name}", HOST)
-        for part in expected:
-            assert_equal(shared[part], expected[part], f"{name} {part}")
+    alone = [work(model, tmp_path / f"alone-{name}", HOST) for name, model in zip(NAMES, models, strict=True)]
+    alone.append(fit(models[-1], made, HOST))
+    for name, shared, expected in zip((*NAMES, "fit"), found, alone, strict=True):
+        assert_equal(shared, expected, name)
 
 
 def test_the_command_writes_one_folder_and_speaks_once(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class _Run:
         self._error: BaseException | None = None
         self._is_cancelled = False
         self._turn, self._pause = threading.Semaphore(0), threading.Semaphore(0)
-        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._thread = threading.Thread(target=self._main, daemon=True)
 
     def advance(self) -> None:
