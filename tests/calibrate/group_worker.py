@@ -13,6 +13,8 @@ from entrollm.calibrate import Tuner, compare, follow, measure, products, sample
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.cli.processes import shared_by_torchrun
+from entrollm.processes import Group
+from entrollm.torch.device import TorchDevice
 from entrollm.torch.group import TorchGroup
 from tests.engine.architectures import VOCAB_SIZE
 
@@ -36,7 +38,7 @@ def work(model: Path, folder: Path, device: Device) -> dict[str, Any]:
     sensitivities = {name: statistics.sensitivity(name) for name in statistics.order}
     return {
         "written": written,
-        "factors": {name: statistics.factor(name) for name in statistics.order},
+        "factors": {name: device.take(statistics.factor(name)) for name in statistics.order},
         "shares": {name: found.share for name, found in sensitivities.items() if found is not None},
         "rows": {name: found.row_weights for name, found in sensitivities.items() if found is not None},
         "streams": statistics.streams,
@@ -47,10 +49,10 @@ def work(model: Path, folder: Path, device: Device) -> dict[str, Any]:
 def fit(model: Path, made: Path, device: Device) -> dict[str, Any]:
     """Tune what was made of a model, and compare it."""
     tuner = Tuner(model, WINDOWS[8:15], HELD_OUT, device, threads=1)
-    scales = tuner(made)
+    tuner(made)
     assert tuner.result is not None
     divergences, _ = compare(model, made, HELD_OUT, device, threads=1)
-    return {"tuned": (tuner.result.kl_before, tuner.result.kl_after), "scales": scales, "divergences": divergences}
+    return {"tuned": (tuner.result.kl_before, tuner.result.kl_after), "divergences": divergences}
 
 
 def correct(model: Path, statistics: StoredStatistics) -> dict[str, Any]:
@@ -60,20 +62,26 @@ def correct(model: Path, statistics: StoredStatistics) -> dict[str, Any]:
     with Checkpoint.open(model) as checkpoint:
         walk = statistics.drift(checkpoint)
         for name in statistics.order:
-            found[name] = walk.correction(name)
+            correction = walk.correction(name)
+            found[name] = None if correction is None else statistics.device.take(correction)
             weight = checkpoint.read_float32(name)
             noisy = weight + 0.1 * weight.std() * generator.standard_normal(weight.shape, np.float32)
             walk.record(name, lambda noisy=noisy: noisy)
     return found
 
 
-def main(out: Path, made: Path, *models: Path) -> None:
+def device_of(kind: str, group: Group) -> Device:
+    """What a group computes on."""
+    return TorchDevice(kind, group) if kind == "cuda" else shared_host(group)
+
+
+def main(kind: str, out: Path, made: Path, *models: Path) -> None:
     """Do the work on each model in a group, fit `made` to the last one, and leave what was found in `out`."""
     products._HAS_BFLOAT16 = False
-    group = TorchGroup("cpu")
+    group = TorchGroup(kind)
     group.open()
     torch.set_num_threads(1)
-    device = shared_host(group)
+    device = device_of(kind, group)
     found = [work(model, out / f"{model.name}-{group.rank}", device) for model in models]
     everyone = group.gather([each["written"] for each in found])
     assert all((texts == texts[0]).all() for texts in zip(*everyone, strict=True))
@@ -96,4 +104,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "fail":
         fail()
     else:
-        main(*map(Path, sys.argv[1:]))
+        main(sys.argv[1], *map(Path, sys.argv[2:]))
