@@ -2,11 +2,11 @@
 
 from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, CalibrationText, calibrate, held_out
 from entrollm.calibrate.compare import compare
+from entrollm.calibrate.measure import measure
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
 from entrollm.calibrate.tune import Tuner, TuneResult, check_predicts
-from entrollm.calibrate.walk import measure
 
 __all__ = [
     "DEFAULT_WINDOWS",

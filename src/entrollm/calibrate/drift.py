@@ -46,6 +46,7 @@ class DriftWalk:
         windows: token ids, shape (windows, tokens).
         streams: the matrices that can be corrected, and what their outputs are added to, if anything is known of it.
         device: what computes.
+        repeated: the matrices that are multiplied with in several places; none of those that can be corrected.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class DriftWalk:
         windows: NDArray[np.int64],
         streams: Mapping[str, Stream | None],
         device: Device = HOST,
+        repeated: frozenset[str] = frozenset(),
     ) -> None:
         self._is_host = not isinstance(device, TorchDevice)
         self._streams = streams
         place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
-        self._models = _Models(checkpoint, windows, streams, place)
+        self._models = _Models(checkpoint, windows, streams, place, repeated)
         self._stops = self._models.walk()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._current: tuple[str, Array | None] = "", None
@@ -146,11 +148,14 @@ class _Models:
         windows: NDArray[np.int64],
         streams: Mapping[str, Stream | None],
         device: TorchDevice,
+        repeated: frozenset[str],
     ) -> None:
         self.original, self._quantized = (Network(checkpoint, device) for _ in range(2))
         self.recorded: dict[str, Weights] = {}
         self._device = device
         self._streams = streams
+        self._repeated = repeated
+        self._kept: dict[str, Weights] = {}
         self._batches = batches(windows, self.original.model)
 
     def walk(self) -> Iterator[Stop]:
@@ -160,7 +165,7 @@ class _Models:
         networks = (self.original, self._quantized)
         watchers = [[_Pauser(self, network) for _ in self._batches] for network in networks]
         walks = [
-            Lockstep(network.layers, network.names).run(
+            Lockstep(network.layers, network.names, repeats=True).run(
                 [partial(self._go, network, watcher, ids) for watcher, ids in zip(row, self._batches, strict=True)]
             )
             for network, row in zip(networks, watchers, strict=True)
@@ -181,6 +186,8 @@ class _Models:
                 network.load(stop)
                 for call in calls:
                     call.result = RunHere(row[call.batch].streams.enter)
+            # Where a layer comes again, its matrices are the original's until they are made the recorded ones again.
+            self.recorded |= {name: self._kept[name] for name in self._kept.keys() & self._quantized.views.keys()}
             layer = stop
 
     def apply(self, network: Network, matrix: Matrix) -> None:
@@ -200,6 +207,8 @@ class _Models:
     def _apply(self, name: str) -> None:
         weights = self.recorded.pop(name, None)
         if weights is not None:
+            if name in self._repeated:
+                self._kept[name] = weights
             found = weights()
             self._quantized.views[name].copy_(found if isinstance(found, Tensor) else self._device.put(found))
 

@@ -18,11 +18,12 @@ _BATCH_WINDOWS = 8
 _LOGITS = 1 << 26
 
 
-def batches(windows: NDArray[np.int64], model: Any) -> list[NDArray[np.int64]]:
-    """Windows, shape (windows, tokens), in batches that go through a model together."""
+def batches(windows: NDArray[np.int64], model: Any, at_most: int | None = None) -> list[NDArray[np.int64]]:
+    """Windows, shape (windows, tokens), in batches that go through a model together, of `at_most` windows if given."""
     if not len(windows):
         return []
-    size = max(1, min(_BATCH_WINDOWS, _LOGITS // (windows.shape[1] * max(1, vocabulary(model)))))
+    size = min(at_most or _BATCH_WINDOWS, _BATCH_WINDOWS, _LOGITS // (windows.shape[1] * max(1, vocabulary(model))))
+    size = max(1, size)
     return np.array_split(windows, -(-len(windows) // size))
 
 

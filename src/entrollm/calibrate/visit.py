@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers.cache_utils import Cache
 
-from entrollm.calibrate.lockstep import Call
+from entrollm.calibrate.lockstep import Call, UnwalkableError
 from entrollm.calibrate.store import Spool
-from entrollm.errors import UnsupportedError
+
+# What a layer cannot leave anything in for other layers. None is among them.
+_PLAIN = (bool, int, float, str, slice, torch.dtype, torch.device, torch.Size, type(None))
 
 
 class _Node:
@@ -49,8 +50,9 @@ class Visit:
         self._glued: dict[int, Tensor] = {}
         self._given: list[_Node | None] = []
         for place, value in enumerate(self._values):
-            if isinstance(value, Cache):
-                raise UnsupportedError("a layer reads keys and values of others, which calibration does not follow")
+            if not isinstance(value, (Tensor, *_PLAIN)):
+                kind = type(value).__name__
+                raise UnwalkableError(f"layers share a {kind} beside their hidden states")
             if not isinstance(value, Tensor) or not value.requires_grad:
                 continue
             self._values[place] = value.detach()

@@ -66,7 +66,7 @@ def compress_calibrated(
     device = open_device(options.device)
     with scratch_folder("entrollm-calibration-") as folder, device.guard():
         windows = held_out(model, text, device) if text.held_out else None
-        statistics = calibrate(model, text, folder, progress.advance, device)
+        statistics = calibrate(model, text, folder, progress.advance, device, tunes=options.tune)
         tuner = None
         if options.tune:
             assert windows is not None  # `_text` holds some out
