@@ -1,13 +1,16 @@
 """Models that are measured as a whole: against walks and autograd, within a memory, corrected and compressed."""
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from entrollm.calibrate import StoredStatistics, compare, measure
 from entrollm.calibrate.drift import DriftWalk
@@ -109,6 +112,25 @@ def test_a_small_memory_takes_more_passes(
         measure_whole(checkpoint, windows, found, CPU, lambda done, total: steps.append(total))
     assert_equal(found, expected, 1e-4, but="position_embeddings")  # which have one sum over a batch
     assert len(steps) == steps[-1] >= 2 * len(windows)  # several passes, of one window at a time
+
+
+def test_batches_that_go_different_ways_are_measured_and_not_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, calls = LlamaDecoderLayer.__call__, itertools.count()
+
+    def skip(layer: LlamaDecoderLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Leave out the second layer every other time."""
+        is_left_out = layer.self_attn.layer_idx == 1 and next(calls) % 2
+        return x if is_left_out else call(layer, x, *args, **kwargs)
+
+    (tmp_path / "model").mkdir()
+    model = save_model("llama-tied", tmp_path / "model")
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", skip)
+    with Checkpoint.open(model) as checkpoint:
+        statistics = walked(checkpoint, tmp_path / "statistics", MANY_WINDOWS[:16])
+    assert statistics.order
+    assert not statistics.streams
 
 
 def test_a_model_that_does_not_fit_is_named(
