@@ -80,13 +80,14 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+OF_THE_ENGINE = ("llama-tied", "qwen3-window", "gemma3", "gemma4_unified", "nemotron_h", "gpt2", "mixtral")
 AS_A_WHOLE = ("albert", "gemma3n", "gemma4", "zamba2")
 # Windows that suit the models above and those of the engine's tests.
 WINDOWS = np.random.default_rng(4).integers(0, VOCABULARY, (3, 24))
 # Parameters with several dimensions that no product is seen of: biases of experts, convolutions, Funnel's positions.
 NO_MATRICES = ("_proj_bias", ".conv1d.", ".attention.r_", ".seg_embed.")
 # Members of stacks and positions have one sum over all windows, which is another estimate of the same.
-ONE_WINDOW = ("mixtral", "gpt_oss", "gpt2", "bert", "t5")
+ONE_WINDOW = ("mixtral", "nemotron_h", "gpt_oss", "gpt2", "bert", "t5")
 
 
 def save_model(name: str, folder: Path) -> Path:
@@ -138,7 +139,7 @@ def whole_model(network: Network, windows: NDArray[np.int64]) -> dict[str, float
     return sums
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3-window", "gemma3", "gpt2", "mixtral", *_OTHERS])
+@pytest.mark.parametrize("name", [*OF_THE_ENGINE, *_OTHERS])
 def test_shares_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     (tmp_path / "model").mkdir()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.errors import EntroLLMError
 from entrollm.torch.device import TorchDevice
 from tests.calibrate.test_drift import closed_form, few_tokens, noisy_copy
-from tests.calibrate.test_walk import AS_A_WHOLE, WINDOWS, save_model
+from tests.calibrate.test_walk import AS_A_WHOLE, OF_THE_ENGINE, WINDOWS, save_model
 
 CPU = TorchDevice("cpu")
 MANY_WINDOWS = np.random.default_rng(6).integers(0, 211, (70, 8))
@@ -73,7 +74,9 @@ def assert_equal(found: StoredStatistics, expected: StoredStatistics, rel: float
         np.testing.assert_allclose(moments, wanted, atol=rel * np.abs(wanted).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen3-window", "gemma2", "gpt2", "t5", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "qwen3-window", "gemma2", "gemma4_unified", "gpt2", "t5", "gpt_oss", "qwen3_next"]
+)
 def test_statistics_are_those_of_a_walk(name: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     # More windows than gradients are taken of, for one of the models.
@@ -112,6 +115,17 @@ def test_a_small_memory_takes_more_passes(
         measure_whole(checkpoint, windows, found, CPU, lambda done, total: steps.append(total))
     assert_equal(found, expected, 1e-4, but="position_embeddings")  # which have one sum over a batch
     assert len(steps) == steps[-1] >= 2 * len(windows)  # several passes, of one window at a time
+
+
+@pytest.mark.parametrize("name", [*OF_THE_ENGINE, "t5"])
+def test_what_can_be_walked_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, why: str, **__: object) -> None:
+        pytest.fail(why)
+
+    monkeypatch.setattr(sys.modules["entrollm.calibrate.measure"], "measure_whole", refuse)
+    (tmp_path / "model").mkdir()
+    with Checkpoint.open(save_model(name, tmp_path / "model")) as checkpoint:
+        assert walked(checkpoint, tmp_path / "statistics", WINDOWS[:1]).order
 
 
 def test_batches_that_go_different_ways_are_measured_and_not_corrected(

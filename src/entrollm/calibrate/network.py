@@ -239,8 +239,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers {transformers.__version__} does not know the model_type "
             f"{stored.get('model_type')!r}; compress it without calibration"
         )
+    known = CONFIG_MAPPING[stored["model_type"]]
     plain = {key: value for key, value in stored.items() if key != "quantization_config"}
-    return CONFIG_MAPPING[stored["model_type"]].from_dict(plain)
+    # JSON has no infinity, as in the limits of Mamba's steps; transformers writes it in a form of its own.
+    return known.from_dict(known._decode_special_floats(plain))
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +14,26 @@ from entrollm.calibrate.store import Spool
 
 # What a layer cannot leave anything in for other layers. None is among them.
 _PLAIN = (bool, int, float, str, slice, torch.dtype, torch.device, torch.Size, type(None))
+_SHARES = "layers share a {} beside their hidden states"
+
+
+class _Unread(MutableMapping[Any, Any]):
+    """In place of an empty mapping that a model hands to its layers: they may fill it, but not ask for anything."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Let the value go."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnwalkableError(_SHARES.format("mapping"))
+
+    def __delitem__(self, key: Any) -> None:
+        self[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[None])
+
+    def __len__(self) -> int:
+        return len(self[None])
 
 
 class _Node:
@@ -50,9 +70,10 @@ class Visit:
         self._glued: dict[int, Tensor] = {}
         self._given: list[_Node | None] = []
         for place, value in enumerate(self._values):
-            if not isinstance(value, (Tensor, *_PLAIN)):
-                kind = type(value).__name__
-                raise UnwalkableError(f"layers share a {kind} beside their hidden states")
+            if isinstance(value, Mapping) and not value:
+                self._values[place] = _Unread()
+            elif not isinstance(value, (Tensor, *_PLAIN)):
+                raise UnwalkableError(_SHARES.format(type(value).__name__))
             if not isinstance(value, Tensor) or not value.requires_grad:
                 continue
             self._values[place] = value.detach()
@@ -64,10 +85,16 @@ class Visit:
                 spool.put(f"{key}-{place}", value.detach())
 
     def forward(self, layer: Callable[..., Any]) -> Any:
-        """Run the layer, and mark what it gives."""
+        """Run the layer, and mark what it gives.
+
+        Raises:
+            UnwalkableError: it shares something with other layers through one of its arguments.
+        """
         args, kwargs = tree_unflatten(self._values, self._form)
         with torch.no_grad():
             given, form = tree_flatten(layer(*args, **kwargs))
+        if tree_flatten((args, kwargs))[1] != self._form:
+            raise UnwalkableError(_SHARES.format("container"))
         for place in self._waiting:
             self._values[place] = None
         self._given = [_Node() if isinstance(value, Tensor) and value.is_floating_point() else None for value in given]
