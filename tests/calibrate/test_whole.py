@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from entrollm.calibrate import StoredStatistics, compare, measure
 from entrollm.calibrate.drift import DriftWalk
 from entrollm.calibrate.network import Network
+from entrollm.calibrate.survey import load_whole
 from entrollm.calibrate.watch import Watch
-from entrollm.calibrate.whole import load_whole, measure_whole
+from entrollm.calibrate.whole import measure_whole
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.compress import CodingOptions, Target, compress_folder
 from entrollm.errors import EntroLLMError

@@ -42,7 +42,7 @@ def compare(
     Raises:
         EntroLLMError: a divergence is not finite.
         FormatError: a tensor is missing or has the wrong shape.
-        UnsupportedError: the layers of the model cannot be walked.
+        UnsupportedError: the layers that run depend on the text.
     """
     place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
     with (

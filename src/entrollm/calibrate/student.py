@@ -22,8 +22,8 @@ from entrollm.calibrate.lockstep import Lockstep, UnwalkableError
 from entrollm.calibrate.network import Network
 from entrollm.calibrate.scales import Floats, MovingScales
 from entrollm.calibrate.store import Spool
+from entrollm.calibrate.survey import load_whole
 from entrollm.calibrate.visit import Visit
-from entrollm.calibrate.whole import load_whole
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
 from entrollm.format import layout
