@@ -28,7 +28,7 @@ from entrollm.evaluate import Windows, evaluate
 from entrollm.format.reader import CompressedModel
 from entrollm.matrix import matrix_of
 from entrollm.torch.device import TorchDevice
-from tests.engine.architectures import ARCHITECTURES, VOCAB_SIZE
+from tests.calibrate.test_walk import AS_A_WHOLE, VOCABULARY, save_model
 from tests.support.checkpoints import write_random_llama
 
 OPTIONS = CodingOptions(target=Target(bits_per_weight=3.0), fine_scales=True, shard_bytes=150_000)
@@ -87,10 +87,10 @@ def check_gradients(
         assert float(gradient @ direction) == pytest.approx(slope, rel=0.02, abs=1e-4), entry
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen3_moe", *AS_A_WHOLE])
 def test_any_architecture_is_tuned(architecture: str, tmp_path: Path) -> None:
-    source = ARCHITECTURES[architecture](tmp_path)
-    read = np.random.default_rng(3).integers(0, VOCAB_SIZE, (4, 24))
+    source = save_model(architecture, tmp_path)
+    read = np.random.default_rng(3).integers(0, VOCABULARY, (4, 24))
     options = CodingOptions(target=Target(coded_bits=3.0), fine_scales=True)
     out = compress_folder(source, tmp_path / "out", options).path
     with Checkpoint.open(source) as checkpoint, CompressedModel.open(out) as opened:

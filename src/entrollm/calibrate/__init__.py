@@ -4,11 +4,11 @@ from entrollm.calibrate.calibration import DEFAULT_WINDOWS, WINDOW_TOKENS, Calib
 from entrollm.calibrate.compare import compare
 from entrollm.calibrate.follow import follow
 from entrollm.calibrate.joined import check_windows
+from entrollm.calibrate.measure import measure
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows
 from entrollm.calibrate.tune import Tuner, TuneResult, check_predicts
-from entrollm.calibrate.walk import measure
 
 __all__ = [
     "DEFAULT_WINDOWS",

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 
 from entrollm.arrays import HOST, Device
 from entrollm.calibrate.joined import check_windows
+from entrollm.calibrate.measure import measure
 from entrollm.calibrate.network import read_config
 from entrollm.calibrate.sample import sample_windows
 from entrollm.calibrate.store import StoredStatistics
 from entrollm.calibrate.text import calibration_windows, held_out_windows
-from entrollm.calibrate.walk import measure
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.checkpoint.resolve import resolve
 from entrollm.compress.source import stamps
@@ -64,6 +64,8 @@ def calibrate(
     folder: Path,
     progress: Callable[[Action, float, float], None] | None = None,
     device: Device = HOST,
+    *,
+    tunes: bool = False,
 ) -> StoredStatistics:
     """Measure what the matrices of a checkpoint see of a text, and how much their errors matter.
 
@@ -73,9 +75,10 @@ def calibrate(
         folder: where the result is kept; see `measure` for its size.
         progress: called with what is being done, and how much of it is done and in all.
         device: what computes; see `measure` for processes that share it.
+        tunes: whether `Tuner` follows.
     Raises:
-        EntroLLMError: the text is too short or not UTF-8, or activations are not finite.
-        UnsupportedError: transformers does not know the model, or its layers cannot be walked.
+        EntroLLMError: the text is too short or not UTF-8, activations are not finite, or the model does not fit.
+        UnsupportedError: transformers does not know the model.
         ValueError: the model has no tokenizer.
     """
 
@@ -93,7 +96,7 @@ def calibrate(
         check_windows(sum(map(len, parts)) + text.sampled, device.group)
         if text.sampled:
             parts.append(sample_windows(checkpoint, (text.sampled, tokens), text.seed, report("writing"), device))
-        measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device)
+        measured = measure(checkpoint, np.concatenate(parts), folder, report("calibrating"), device, tunes=tunes)
         measured.source = opened
         return measured
 

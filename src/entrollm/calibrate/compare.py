@@ -43,7 +43,7 @@ def compare(
     Raises:
         EntroLLMError: a divergence is not finite.
         FormatError: a tensor is missing or has the wrong shape.
-        UnsupportedError: the layers of the model cannot be walked.
+        UnsupportedError: the layers that run depend on the text.
     """
     windows = windows[:, :-1]
     divergences, agreements = np.zeros(windows.shape), np.zeros(windows.shape)

@@ -48,6 +48,7 @@ class DriftWalk:
         streams: the matrices that can be corrected, and what their outputs are added to, if anything is known of it.
         device: what computes. Processes that share it walk together, each with a part of the windows: the others ask
             for the corrections that the first one asks for, and get none.
+        repeated: the matrices that are multiplied with in several places; none of those that can be corrected.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class DriftWalk:
         windows: NDArray[np.int64],
         streams: Mapping[str, Stream | None],
         device: Device = HOST,
+        repeated: frozenset[str] = frozenset(),
     ) -> None:
         self._group = device.group
         self._is_host = not isinstance(device, TorchDevice)
         self._streams = streams
         place = device if isinstance(device, TorchDevice) else TorchDevice("cpu")
-        self._models = _Models(checkpoint, windows, streams, place, self._group)
+        self._models = _Models(checkpoint, windows, streams, place, repeated, self._group)
         self._stops = self._models.walk()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._current: tuple[str, Array | None] = "", None
@@ -159,6 +161,7 @@ class _Models:
         windows: NDArray[np.int64],
         streams: Mapping[str, Stream | None],
         device: TorchDevice,
+        repeated: frozenset[str],
         group: Group,
     ) -> None:
         self.original, self._quantized = (Network(checkpoint, device) for _ in range(2))
@@ -166,7 +169,9 @@ class _Models:
         self._device = device
         self._group = group
         self._streams = streams
-        self._batches = share(batches(windows, self.original.model, group.size), group)
+        self._repeated = repeated
+        self._kept: dict[str, Weights] = {}
+        self._batches = share(batches(windows, self.original.model, processes=group.size), group)
 
     def walk(self) -> Iterator[Stop]:
         """The matrices that can be corrected one after another, once all windows of both models have got there."""
@@ -174,7 +179,7 @@ class _Models:
         networks = (self.original, self._quantized)
         watchers = [[_Pauser(self) for _ in self._batches] for network in networks]
         walks = [
-            Lockstep(network.layers, network.names).run(
+            Lockstep(network.layers, network.names, repeats=True).run(
                 [partial(self._go, network, watcher, ids) for watcher, ids in zip(row, self._batches, strict=True)]
             )
             for network, row in zip(networks, watchers, strict=True)
@@ -195,6 +200,8 @@ class _Models:
                 network.load(stop)
                 for call in calls:
                     call.result = RunHere(row[call.batch].streams.enter)
+            # Where a layer comes again, its matrices are the original's until they are made the recorded ones again.
+            self.recorded |= {name: self._kept[name] for name in self._kept.keys() & self._quantized.views.keys()}
             self._apply(self._uncorrected())
             layer = stop
 
@@ -215,6 +222,8 @@ class _Models:
         for name in self._group.from_first([name for name in names if name in self.recorded]):
             view = self._quantized.views[name]
             recorded = self.recorded.pop(name, None)
+            if recorded is not None and name in self._repeated:
+                self._kept[name] = recorded
             found = torch.empty(view.shape, device=view.device) if recorded is None else recorded()
             weights = found if isinstance(found, Tensor) else self._device.put(found)
             self._group.broadcast(weights)

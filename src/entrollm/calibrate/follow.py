@@ -32,7 +32,7 @@ def follow(
             action, value = order
             if action == "drift":
                 walk = None  # frees the hidden states of the last one
-                statistics.streams = value
+                statistics.streams, statistics.repeated = value
                 walk = statistics.drift(checkpoint)
             elif action == "correct":
                 assert walk is not None  # the first process has one

@@ -18,15 +18,17 @@ _BATCH_WINDOWS = 8
 _LOGITS = 1 << 26
 
 
-def batches(windows: NDArray[np.int64], model: Any, processes: int = 1) -> list[NDArray[np.int64]]:
-    """Windows, shape (windows, tokens), in batches that go through a model together.
+def batches(
+    windows: NDArray[np.int64], model: Any, at_most: int | None = None, processes: int = 1
+) -> list[NDArray[np.int64]]:
+    """Windows, shape (windows, tokens), in batches that go through a model together, of `at_most` windows if given.
 
     For several processes there are as many for each, and where a single one would have as many, they are the same.
     """
     if not len(windows):
         return []
-    size = max(1, min(_BATCH_WINDOWS, _LOGITS // (windows.shape[1] * max(1, vocabulary(model)))))
-    rounds = -(-len(windows) // (size * processes))
+    size = min(at_most or _BATCH_WINDOWS, _BATCH_WINDOWS, _LOGITS // (windows.shape[1] * max(1, vocabulary(model))))
+    rounds = -(-len(windows) // (max(1, size) * processes))
     return np.array_split(windows, min(len(windows), rounds * processes))
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from entrollm.calibrate.lockstep import UnwalkableError
 from entrollm.calibrate.network import Network
 from entrollm.calibrate.seen import Seen, Watcher
 from entrollm.calibrate.sums import Moments, Squares
@@ -43,6 +44,16 @@ def check_windows(windows: int, group: Group) -> None:
         )
 
 
+class _UnwalkableElsewhereError(UnwalkableError):
+    """Another process has told that it cannot walk the model."""
+
+
+def tell_unwalkable(error: UnwalkableError, group: Group) -> None:
+    """Tell the processes that have arrived at `join` that this one cannot walk the model."""
+    if not isinstance(error, _UnwalkableElsewhereError):
+        group.gather(str(error))
+
+
 def join(watcher: Watcher, network: Network, group: Group) -> None:
     """Give a watcher the sums over all processes, and the matrices that only others have seen, such as experts.
 
@@ -53,7 +64,11 @@ def join(watcher: Watcher, network: Network, group: Group) -> None:
     """
     if group.size == 1:
         return
-    sights = group.gather(_sight(watcher))
+    answers: list[_Sight | str] = group.gather(_sight(watcher))
+    for reason in answers:
+        if isinstance(reason, str):
+            raise _UnwalkableElsewhereError(reason)
+    sights = [answer for answer in answers if isinstance(answer, _Sight)]
     loaded = {matrix.pieces[0].name: matrix for matrix in network.matrices.values()}
     for sight in sights:
         for name, (place, is_looked_up, _) in sight.matrices.items():

@@ -20,6 +20,10 @@ from entrollm.errors import UnsupportedError
 _LOCAL = threading.local()
 
 
+class UnwalkableError(UnsupportedError):
+    """The layers of a model cannot be run one at a time."""
+
+
 @dataclass
 class Call:
     """A layer that a batch has arrived at, or another place.
@@ -59,11 +63,13 @@ class Lockstep:
     Args:
         layers: the layers of the model; their `forward` is replaced until `close`.
         names: of the layers, for errors.
+        repeats: whether batches may arrive at a layer several times.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], names: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], names: Sequence[str], *, repeats: bool = False) -> None:
         self._layers = layers
         self._names = names
+        self._repeats = repeats
         self._forwards: list[Callable[..., Any]] = [layer.forward for layer in layers]
         for index, layer in enumerate(layers):
             layer.forward = _Stop(index, layer.forward)
@@ -81,7 +87,7 @@ class Lockstep:
         """Run batches, each of which calls the model, and stop where all of them have arrived at a layer or a pause.
 
         Raises:
-            UnsupportedError: batches arrive at different layers, or at a layer for the second time.
+            UnwalkableError: batches arrive at different layers, or at a layer for the second time.
         """
         runs = [_Run(number, work) for number, work in enumerate(batches)]
         passed: set[int | str] = set()
@@ -94,14 +100,11 @@ class Lockstep:
                     return
                 if len(stops) > 1:
                     found = ", ".join(sorted(self._describe(stop) for stop in stops))
-                    raise UnsupportedError(f"calibration cannot follow layers that depend on the text: {found}")
+                    raise UnwalkableError(f"the layers that run depend on the text: {found}")
                 (stop,) = stops
                 assert stop is not None
-                if stop in passed:
-                    raise UnsupportedError(
-                        f"{self._describe(stop)}: the model runs it more than once, which calibration does not follow; "
-                        "compress it without"
-                    )
+                if stop in passed and not self._repeats:
+                    raise UnwalkableError(f"{self._describe(stop)}: the model runs it more than once")
                 passed.add(stop)
                 yield stop, [run.call for run in runs if run.call is not None]
         finally:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from entrollm.calibrate.lockstep import UnwalkableError
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import FormatError, UnsupportedError
 from entrollm.format import layout
@@ -137,6 +138,28 @@ class Network:
         parameter, place = self._places[name]
         return None if parameter.grad is None else parameter.grad[place]
 
+    def check_apart(self) -> None:
+        """Check that no layer has parameters that others use too.
+
+        Raises:
+            UnwalkableError: one has.
+        """
+        users: dict[int | str, str] = {}
+        for name, parameter in _parameters(self.model):
+            layer = next((prefix for prefix in self._inner if name.startswith(prefix)), "")
+            for key in (id(parameter), self._ties.get(name, name)):
+                if users.setdefault(key, layer) != layer:
+                    raise UnwalkableError(f"{name}: it belongs to several layers")
+
+    def weights(self) -> int:
+        """How many the parameters are, those that are tied counted once."""
+        sources = {self._ties.get(name, name) for name, _ in _parameters(self.model)}
+        return sum(self.model.get_parameter(name).numel() for name in sources)
+
+    def load_all(self) -> None:
+        """Load the weights of all layers; `release` cannot undo it where layers share parameters."""
+        self._load(name for name, parameter in _parameters(self.model) if parameter.is_meta)
+
     def load(self, index: int) -> None:
         """Load the weights of a layer."""
         self._load(name for name, _ in _parameters(self.model) if name.startswith(self._inner[index]))
@@ -216,8 +239,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path}: transformers {transformers.__version__} does not know the model_type "
             f"{stored.get('model_type')!r}; compress it without calibration"
         )
+    known = CONFIG_MAPPING[stored["model_type"]]
     plain = {key: value for key, value in stored.items() if key != "quantization_config"}
-    return CONFIG_MAPPING[stored["model_type"]].from_dict(plain)
+    # JSON has no infinity, as in the limits of Mamba's steps; transformers writes it in a form of its own.
+    return known.from_dict(known._decode_special_floats(plain))
 
 
 def empty_model(checkpoint: Checkpoint) -> Any:
@@ -304,10 +329,10 @@ def _ties(model: Any, sources: Mapping[str, _Source]) -> dict[str, str]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the outermost lists of modules with parameters."""
+    """The members of the outermost lists of modules with parameters; lists of lists are no layers but hold some."""
     found: list[nn.Module] = []
     for child in model.children():
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList) and not any(isinstance(layer, nn.ModuleList) for layer in child):
             found += [layer for layer in child if any(True for _ in layer.parameters())]
         else:
             found += _layers(child)

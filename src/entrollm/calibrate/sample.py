@@ -59,8 +59,7 @@ def sample_windows(
             f"{checkpoint.path}: {type(model).__name__} does not write text",
             hint=Message("calibrate on a text alone, with {}", Option("sampled", 0)),
         )
-    for index in range(len(network.layers)):
-        network.load(index)
+    network.load_all()
     generator = np.random.default_rng(seed)
     windows, tokens = shape
     config = model.config.get_text_config()

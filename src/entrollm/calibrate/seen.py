@@ -106,7 +106,10 @@ class Watcher:
         if is_transposed:
             self._add(seen.group, outputs)
         is_shared = bool(seen.matrix.stack)  # its tokens come from any window
-        x, dy = self._by_window(columns, is_shared), self._by_window(rows, is_shared)
+        self._add_gradient(seen, self._by_window(columns, is_shared), self._by_window(rows, is_shared))
+
+    def _add_gradient(self, seen: Seen, x: Tensor, dy: Tensor) -> None:
+        """Add the gradients dy^T x of windows, whose shapes are (windows, n, rows) and (windows, n, columns)."""
         for piece in seen.matrix.pieces:
             seen.squares.setdefault(piece.name, Squares()).add_products(x, dy[..., piece.begin : piece.end])
 

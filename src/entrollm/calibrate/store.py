@@ -73,6 +73,11 @@ class _Shelf:
         del self._shapes[path]
         return found
 
+    def clear(self) -> None:
+        """Let all arrays go."""
+        for path in list(self._shapes):
+            self.take(path)
+
     def _size_bytes(self, path: Path) -> int:
         return 4 * sum(math.prod(shape) for shape in self._shapes[path])
 
@@ -88,6 +93,7 @@ class StoredStatistics:
     Attributes:
         streams: the matrices whose inputs drift when those before them are quantized, and what their outputs are added
             to; None if unknown.
+        repeated: the matrices that the model multiplies with in several places.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class StoredStatistics:
         self.device = device
         self.source: Stamps = {}
         self.streams: dict[str, Stream | None] = {}
+        self.repeated: frozenset[str] = frozenset()
         self._folder = folder
         self._order: dict[str, None] = {}
         self._factors: dict[str, tuple[Path, int]] = {}
@@ -127,8 +134,8 @@ class StoredStatistics:
     def drift(self, checkpoint: Checkpoint) -> DriftWalk:
         """A walk through the model that starts with nothing quantized; `follow` lets other processes start it too."""
         if self.device.group.rank == 0:
-            self.device.group.from_first(("drift", self.streams))
-        return DriftWalk(checkpoint, self.windows, self.streams, self.device)
+            self.device.group.from_first(("drift", (self.streams, self.repeated)))
+        return DriftWalk(checkpoint, self.windows, self.streams, self.device, self.repeated)
 
     def add(self, name: str, factor: Array, sensitivity: Sensitivity) -> None:
         """Keep what is known of a matrix."""
@@ -172,6 +179,10 @@ class Spool:
     def take_triangle(self, key: str, size: int) -> Array:
         """Take the lower triangle of an array of `size` rows; float32, some of the rest is zero."""
         return _triangle(self._shelf.take(self._path(key)), size, self._device)
+
+    def clear(self) -> None:
+        """Let all arrays go."""
+        self._shelf.clear()
 
     def _path(self, key: str) -> Path:
         return self._folder / f"spool-{key}"

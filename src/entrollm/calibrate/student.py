@@ -1,7 +1,8 @@
 """A model and what compression made of it, as they read windows of text: their divergence, and its gradients.
 
 Both run through one layer at a time, as in `walk.py`. The weights of the compressed model are parameters of
-transformers' own code, so autograd gives the gradients of its matrices whatever the layers do with them.
+transformers' own code, so autograd gives the gradients of its matrices whatever the layers do with them. Gradients of
+a model that cannot be walked go through all of it at once, as in `whole.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrollm.calibrate.inputs import batches, model_inputs, predictions
-from entrollm.calibrate.lockstep import Lockstep
+from entrollm.calibrate.lockstep import Lockstep, UnwalkableError
 from entrollm.calibrate.network import Network
 from entrollm.calibrate.scales import Floats, MovingScales
 from entrollm.calibrate.store import Spool
+from entrollm.calibrate.survey import load_whole
 from entrollm.calibrate.visit import Visit
 from entrollm.checkpoint.model_folder import Checkpoint
 from entrollm.errors import EntroLLMError
@@ -35,6 +37,7 @@ class Student:
     """A compressed model that reads windows beside its original.
 
     Memory: for each of the two, the float32 weights outside the layers and of one layer; gradients take as much again.
+    Of a compressed model that cannot be walked, all weights with their gradients, and what autograd keeps of a window.
 
     Args:
         checkpoint: the original.
@@ -44,7 +47,9 @@ class Student:
     """
 
     def __init__(self, checkpoint: Checkpoint, scales: MovingScales, spool: Spool, device: TorchDevice) -> None:
+        self._checkpoint = checkpoint
         self._original, self._network = (Network(checkpoint, device) for _ in range(2))
+        self._is_whole = False
         self._scales = scales
         self._spool = spool
         self._device = device
@@ -58,13 +63,28 @@ class Student:
             windows: token ids, shape (windows, tokens).
             gradients: what the gradients are added to, with the shapes of `MovingScales.values`; None if unwanted.
         Raises:
-            EntroLLMError: the divergence is not finite.
+            EntroLLMError: the divergence is not finite, or the model does not fit the memory.
         """
         if gradients is None:
             return float(self.compare(windows)[0].mean())
-        parts = batches(windows, self._original.model)
+        parts = batches(windows, self._original.model, 1 if self._is_whole else None)
         self._teach(parts)
-        return max(0.0, _check(self._follow(parts, windows.size, gradients)))  # rounding may take 0 below it
+        try:
+            return max(0.0, _check(self._follow(parts, windows.size, gradients)))  # rounding may take 0 below it
+        except UnwalkableError as error:
+            why = str(error)
+        # The error, and with it all that was in memory, is gone by now.
+        self._take_whole(windows, why)
+        return self.divergence(windows, gradients)
+
+    def _take_whole(self, windows: NDArray[np.int64], why: str) -> None:
+        """Load all layers of the compressed model."""
+        self._spool.clear()
+        del self._network
+        self._network, *_ = load_whole(self._checkpoint, windows, self._device, why, for_tuning=True)
+        self._is_whole = True
+        self._outer = list(self._network.views)
+        _require(self._network.model.parameters())
 
     def compare(self, windows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The KL divergence of each prediction from the original's, in nats, and whether both have one likeliest token.
@@ -106,7 +126,11 @@ class Student:
 
     def _forward(self, network: Network, load: Callable[[int], None], runs: Sequence[Callable[[], None]]) -> None:
         """Run batches through the layers of a model, without gradients."""
-        lockstep = Lockstep(network.layers, network.names)
+        if self._is_whole and network is self._network:
+            for run in runs:
+                run()
+            return
+        lockstep = Lockstep(network.layers, network.names, repeats=True)
         try:
             for index, calls in lockstep.run(runs):
                 assert isinstance(index, int)
@@ -121,7 +145,7 @@ class Student:
     def _follow(self, parts: list[NDArray[np.int64]], predicted: int, gradients: Gradients) -> float:
         """The divergence of the compressed model from the predictions in the spool, and its gradients."""
         network = self._network
-        found = []
+        found: list[float] = []
 
         def go(number: int) -> None:
             with torch.enable_grad():
@@ -131,10 +155,24 @@ class Student:
                 divergence.backward()  # type: ignore[no-untyped-call]
 
         self._put(self._outer)
+        runs = [partial(go, number) for number in range(len(parts))]
+        if self._is_whole:
+            for run in runs:
+                run()
+        else:
+            self._walk(runs, gradients)
+        self._gather(self._outer, gradients)
+        network.model.zero_grad()
+        return math.fsum(found)
+
+    def _walk(self, runs: Sequence[Callable[[], None]], gradients: Gradients) -> None:
+        """Run batches through the layers of the compressed model, and gradients back."""
+        network = self._network
+        network.check_apart()
         lockstep = Lockstep(network.layers, network.names)
         try:
             visits: list[tuple[int, list[Visit]]] = []
-            for index, calls in lockstep.run([partial(go, number) for number in range(len(parts))]):
+            for index, calls in lockstep.run(runs):
                 assert isinstance(index, int)
                 self._load(index)
                 visits.append((index, [Visit(call, f"{index}-{call.batch}", self._spool) for call in calls]))
@@ -150,9 +188,6 @@ class Student:
                 network.release(index)
         finally:
             lockstep.close()
-        self._gather(self._outer, gradients)
-        network.model.zero_grad()
-        return math.fsum(found)
 
     def _load(self, index: int) -> None:
         """Load a layer of the compressed model."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from entrollm.calibrate.products import estimate, moments
 
-# Activations of so many tokens wait for one product, which costs less than many small ones.
-_TOKENS_PER_PRODUCT = 4096
+TOKENS_PER_PRODUCT = 4096
+"""Activations of so many tokens wait for one product, which costs less than many small ones."""
 # Gradients of so many windows are made at once that they have about this many numbers.
 _GRADIENT_NUMBERS = 1 << 24
 
@@ -88,7 +88,7 @@ class Moments:
         """Add float32 (n, columns), which must not change any more."""
         self._waiting.append(x)
         self._tokens += len(x)
-        if self._tokens >= _TOKENS_PER_PRODUCT:
+        if self._tokens >= TOKENS_PER_PRODUCT:
             self._flush()
 
     def total(self) -> Tensor:

@@ -106,9 +106,9 @@ class Tuner:
         Returns:
             The scales by entry of the file, in their stored types; none where tuning did not help.
         Raises:
-            EntroLLMError: a prediction is not finite.
+            EntroLLMError: a prediction is not finite, or a model that cannot be walked does not fit the memory.
             FormatError: a tensor is missing or has the wrong shape.
-            UnsupportedError: the layers of the model cannot be walked.
+            UnsupportedError: the layers that run depend on the text.
         """
         started = time.monotonic()
         count = len(self._windows)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from transformers.cache_utils import Cache
 
-from entrollm.calibrate.lockstep import Call
+from entrollm.calibrate.lockstep import Call, UnwalkableError
 from entrollm.calibrate.store import Spool
-from entrollm.errors import UnsupportedError
+
+# What a layer cannot leave anything in for other layers. None is among them.
+_PLAIN = (bool, int, float, str, slice, torch.dtype, torch.device, torch.Size, type(None))
+_SHARES = "layers share a {} beside their hidden states"
+
+
+class _Unread(MutableMapping[Any, Any]):
+    """In place of an empty mapping that a model hands to its layers: they may fill it, but not ask for anything."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Let the value go."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnwalkableError(_SHARES.format("mapping"))
+
+    def __delitem__(self, key: Any) -> None:
+        self[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[None])
+
+    def __len__(self) -> int:
+        return len(self[None])
 
 
 class _Node:
@@ -49,8 +70,10 @@ class Visit:
         self._glued: dict[int, Tensor] = {}
         self._given: list[_Node | None] = []
         for place, value in enumerate(self._values):
-            if isinstance(value, Cache):
-                raise UnsupportedError("a layer reads keys and values of others, which calibration does not follow")
+            if isinstance(value, Mapping) and not value:
+                self._values[place] = _Unread()
+            elif not isinstance(value, (Tensor, *_PLAIN)):
+                raise UnwalkableError(_SHARES.format(type(value).__name__))
             if not isinstance(value, Tensor) or not value.requires_grad:
                 continue
             self._values[place] = value.detach()
@@ -62,10 +85,16 @@ class Visit:
                 spool.put(f"{key}-{place}", value.detach())
 
     def forward(self, layer: Callable[..., Any]) -> Any:
-        """Run the layer, and mark what it gives."""
+        """Run the layer, and mark what it gives.
+
+        Raises:
+            UnwalkableError: it shares something with other layers through one of its arguments.
+        """
         args, kwargs = tree_unflatten(self._values, self._form)
         with torch.no_grad():
             given, form = tree_flatten(layer(*args, **kwargs))
+        if tree_flatten((args, kwargs))[1] != self._form:
+            raise UnwalkableError(_SHARES.format("container"))
         for place in self._waiting:
             self._values[place] = None
         self._given = [_Node() if isinstance(value, Tensor) and value.is_floating_point() else None for value in given]

@@ -143,7 +143,7 @@ def command(
             min=0,
             metavar="N",
             help="With --calibration: how many windows of text the model writes itself, 64 by default. Writing takes "
-            "the whole model in memory, in float32; with 0, calibration takes one layer at a time.",
+            "the whole model in memory, in float32; with 0, calibration takes one layer at a time, if it can.",
         ),
     ] = None,
     tune: Annotated[

@@ -132,7 +132,7 @@ def _calibrated(
     text = _text(options)
     check_windows((0 if text.file is None else text.windows) + text.sampled, device.group)
     windows = held_out(model, text, device) if text.held_out else None
-    statistics = calibrate(model, text, folder, progress.advance, device)
+    statistics = calibrate(model, text, folder, progress.advance, device, tunes=options.tune)
     if not options.tune:
         return statistics, windows, None
     assert windows is not None  # `_text` holds some out

@@ -59,7 +59,7 @@ class CompressOptions:
             `prefer` only.
         calibration: a UTF-8 text file like what the model will read, or "self" for what the model writes itself.
         sampled: windows of text that the model writes itself, added to a text file; `None` for 64. They take the whole
-            model in memory; with 0, calibration takes one layer at a time.
+            model in memory; with 0, calibration takes one layer at a time, if the model allows that.
         seed: of the text that the model writes itself.
         method: how calibrated matrices are rounded: "feedback"; "light", which measures no more than how much matrices
             and their inputs matter, on 16 short windows, and rounds as without calibration; or "gptq" to compare with.
