@@ -16,10 +16,11 @@ from entrollm.cli.processes import shared_by_torchrun
 from entrollm.processes import Group
 from entrollm.torch.device import TorchDevice
 from entrollm.torch.group import TorchGroup
+from tests.calibrate.test_walk import AS_A_WHOLE, VOCABULARY
 from tests.engine.architectures import VOCAB_SIZE
 
 # In two batches of 8, one for each process. The first one repeats a token, so that it needs two experts.
-WINDOWS = np.random.default_rng(4).integers(0, VOCAB_SIZE, (16, 24))
+WINDOWS = np.random.default_rng(4).integers(0, VOCABULARY, (16, 24))
 WINDOWS[:8] = 7
 HELD_OUT = np.random.default_rng(5).integers(0, VOCAB_SIZE, (3, 24))
 
@@ -28,7 +29,8 @@ def work(model: Path, folder: Path, device: Device) -> dict[str, Any]:
     """Write, measure and correct; what the first process, or the only one, has found."""
     folder.mkdir()
     with Checkpoint.open(model) as checkpoint:
-        written = sample_windows(checkpoint, (5, 16), device=device)
+        is_writer = checkpoint.config["model_type"] not in AS_A_WHOLE
+        written = sample_windows(checkpoint, (5, 16), device=device) if is_writer else np.zeros(0)
         statistics = measure(checkpoint, WINDOWS, folder, device=device)
     if device.group.rank:
         follow(model, statistics)

@@ -25,11 +25,13 @@ from entrollm.processes import ALONE
 from entrollm.torch import group as torch_group
 from entrollm.torch.group import TorchGroup
 from tests.calibrate.group_worker import device_of, fit, work
+from tests.calibrate.test_walk import save_model
 from tests.support.checkpoints import write_random_llama
 from tests.support.paths import ROOT
 
-# Between them: experts that one process alone sees, a tied head, positions, matrices that are stored transposed.
-NAMES = ("mixtral", "gpt2")
+# Between them: one that is measured as a whole, experts that one process alone sees, a tied head, positions, and
+# matrices that are stored transposed.
+NAMES = ("albert", "mixtral", "gpt2")
 FOLDERS = ("shared", "alone")
 
 
@@ -65,7 +67,7 @@ def assert_equal(found: Any, expected: Any, name: str, tolerance: float) -> None
 def test_two_processes_find_what_one_finds(kind: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     if kind == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    models = [checkpoint(name) for name in NAMES]
+    models = [save_model("albert", tmp_path / "albert"), *(checkpoint(name) for name in NAMES[1:])]
     options = CodingOptions(target=Target(coded_bits=3.0), fine_scales=True, threads=1)
     made = compress_folder(models[-1], tmp_path / "made", options).path
     ran = torchrun("tests.calibrate.group_worker", kind, str(tmp_path), str(made), *map(str, models))
