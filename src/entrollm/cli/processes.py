@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
+from entrollm.cli.usage import UsageError
 from entrollm.processes import ALONE, Group, is_first, is_shared
 
 
@@ -14,13 +15,13 @@ def refuse_to_share(command: str) -> None:
     """End a command that several processes would do several times.
 
     Raises:
-        typer.BadParameter: in the first process; the others end without a word.
+        UsageError: in the first process; the others end without a word.
     """
     if not is_shared():
         return
     if not is_first():
         raise typer.Exit
-    raise typer.BadParameter(f"torchrun is for compress with --calibration; start {command} without it")
+    raise UsageError(f"torchrun is for compress with --calibration; start {command} without it")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "outfile": "output",
 }
 # typer brings its own copy of click's errors, or imports click's.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def normalize_option(name: str) -> str:
@@ -58,7 +58,7 @@ class CommandGroup(TyperGroup):
 def _reporting(args: Sequence[str]) -> Iterator[None]:
     try:
         yield
-    except _UsageError as error:
+    except UsageError as error:
         if _wants_json(args):
             text = error.format_message() if hasattr(error, "format_message") else str(error)
             print_json_error("UsageError", " ".join(text.split()))
