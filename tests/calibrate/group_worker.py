@@ -30,7 +30,7 @@ def work(model: Path, folder: Path, device: Device) -> dict[str, Any]:
     folder.mkdir()
     with Checkpoint.open(model) as checkpoint:
         is_writer = checkpoint.config["model_type"] not in AS_A_WHOLE
-        written = sample_windows(checkpoint, (5, 16), device=device) if is_writer else np.zeros(0)
+        written = sample_windows(checkpoint, (5, 16), device=device) if is_writer else np.zeros((0, 16), np.int64)
         statistics = measure(checkpoint, WINDOWS, folder, device=device)
     if device.group.rank:
         follow(model, statistics)
