@@ -146,7 +146,7 @@ def test_batches_are_those_of_one_process_where_they_can_be(windows: int, proces
             def get_text_config() -> Any:
                 return None
 
-    found = batches(np.zeros((windows, 4), np.int64), Model(), processes)
+    found = batches(np.zeros((windows, 4), np.int64), Model(), processes=processes)
     assert len(found) >= processes
     assert max(map(len, found)) - min(map(len, found)) <= 1
     assert min(map(len, found)) == sizes
