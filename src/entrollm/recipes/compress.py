@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -84,12 +85,11 @@ def _calibrated(options: CompressOptions, group: Group) -> ModuleType:
             )
         )
     try:
-        from entrollm.recipes import calibrated
+        return import_module("entrollm.recipes.calibrated")
     except ModuleNotFoundError as error:
         hint = Message("install torch and transformers with: pip install 'entrollm[hf]'")
         needed = Message("{} needs {}, which is not installed", Option("calibration"), error.name)
         raise OptionError(needed, hint=hint) from None
-    return calibrated
 
 
 def _compress(
