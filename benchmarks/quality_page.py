@@ -1,0 +1,168 @@
+"""The tables and the plot of quality.py's results."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+END = "<!-- end -->\n"
+
+Row = dict[str, Any]
+_Floats = NDArray[np.float64]
+
+
+def bits_at(points: Sequence[tuple[float, float]], kl: float) -> float | None:
+    """Bits at which a curve of (bits, KL) reaches a divergence: ln KL interpolated over bits; None outside of it."""
+    ordered = sorted((bits, math.log(value)) for bits, value in points)
+    wanted = math.log(kl)
+    for (low, above), (high, below) in itertools.pairwise(ordered):
+        if above >= wanted >= below:
+            return low + (high - low) * (above - wanted) / (above - below)
+    return None
+
+
+def savings(rows: Sequence[Row], text: str) -> list[dict[str, Any]]:
+    """How many fewer bits our curves take at each other model's divergence on a text, in per cent of its bits.
+
+    Returns:
+        an entry for each other model, with the saving and its standard error under the name of each curve; `None`
+        outside the curve.
+    """
+    here = [row for row in rows if row["text"] == text]
+    ours: dict[str, list[Row]] = {}
+    for row in here:
+        if row["is_ours"]:
+            ours.setdefault(row["family"], []).append(row)
+    found = []
+    for peer in here:
+        if not peer["is_ours"]:
+            entry = {key: peer[key] for key in ("name", "file_bits", "kl_mean")}
+            found.append(entry | {family: _saving(peer, points) for family, points in ours.items()})
+    return found
+
+
+def _saving(peer: Row, curve: Sequence[Row]) -> tuple[float, float | None] | None:
+    """A saving and its standard error, by the jackknife over windows: each is left out in turn, of all models."""
+    windows = len(peer["window_kl"])
+    kept = [np.arange(windows) != left_out for left_out in range(windows)]
+    without = [_saving_on(peer, curve, mask) for mask in kept]
+    whole = _saving_on(peer, curve, np.ones(windows, bool))
+    if whole is None:
+        return None
+    values = [value for value in without if value is not None]
+    if len(values) < windows or windows < 2:
+        return whole, None
+    return whole, math.sqrt((windows - 1) * float(np.var(values)))
+
+
+def _saving_on(peer: Row, curve: Sequence[Row], kept: NDArray[np.bool_]) -> float | None:
+    points = [(row["file_bits"], _mean(row, kept)) for row in curve]
+    bits = bits_at(points, _mean(peer, kept))
+    return None if bits is None else 100 * (1 - bits / peer["file_bits"])
+
+
+def _mean(row: Row, kept: NDArray[np.bool_]) -> float:
+    return float(np.asarray(row["window_kl"])[kept].mean())
+
+
+def _standard_error(row: Row) -> float:
+    values: _Floats = np.asarray(row["window_kl"])
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def page(results: dict[str, Any]) -> str:
+    """The tables, in Markdown: two for each text, and what llama.cpp's types consist of."""
+    rows = results["models"]
+    lines: list[str] = []
+    for name, text in results["texts"].items():
+        lines += [
+            f"{results['model']} on {name}, the first {text['windows']} windows of {text['window']} tokens of "
+            f"{text['source']}:",
+            "",
+            *_figures([row for row in rows if row["text"] == name]),
+            "",
+            "How many per cent fewer file bits ours need at the same KL (negative: more; -: outside the curve):",
+            "",
+            *_savings(savings(rows, name)),
+            "",
+        ]
+    notes = {row["name"]: row["note"] for row in rows if row["note"]}
+    if notes:
+        listed = "; ".join(f"{name}: {note}" for name, note in notes.items())
+        lines += [f"What llama.cpp's types consist of here: {listed}.", ""]
+    return "\n".join(lines)
+
+
+def _figures(rows: Sequence[Row]) -> list[str]:
+    lines = ["| model | file bits | KL mean | KL 99 % | same top token | perplexity |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (not row["is_ours"], row["family"], row["file_bits"])):
+        lines.append(
+            f"| {row['name']} | {row['file_bits']:.3f} | {row['kl_mean']:.4f} +- {_standard_error(row):.4f} | "
+            f"{row['kl_p99']:.3f} | {100 * row['top1']:.1f} % | {row['perplexity']:.2f} |"
+        )
+    return lines
+
+
+def _savings(entries: Sequence[dict[str, Any]]) -> list[str]:
+    ours = [key for key in entries[0] if key not in ("name", "file_bits", "kl_mean")] if entries else []
+    lines = [f"| at the KL of | its file bits | {' | '.join(ours)} |", "|---|---|" + "---|" * len(ours)]
+    for entry in entries:
+        shares = (_share(entry[family]) for family in ours)
+        lines.append(f"| {entry['name']} | {entry['file_bits']:.3f} | {' | '.join(shares)} |")
+    return lines
+
+
+def _share(saving: tuple[float, float | None] | None) -> str:
+    if saving is None:
+        return "-"
+    share, error = saving
+    return f"{share:.1f}" if error is None else f"{share:.1f} +- {error:.1f}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """KL over file bits on the first text, one curve per family."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    families: dict[str, list[Row]] = {}
+    text = next(iter(results["texts"]))
+    for row in results["models"]:
+        if row["text"] == text:
+            families.setdefault(row["family"], []).append(row)
+    for family, rows in families.items():
+        points = sorted((row["file_bits"], row["kl_mean"]) for row in rows)
+        is_type = family.startswith("llama.cpp")
+        style = "o-" if rows[0]["is_ours"] else "s" if is_type else ".--"
+        axes.plot(*zip(*points, strict=True), style, label=family, markersize=5, linewidth=1.2)
+        for row in rows if is_type else ():
+            place = (row["file_bits"], row["kl_mean"])
+            axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_yscale("log")
+    axes.set_xlim(1.8, 8.8)
+    axes.set_xlabel("file bits per weight, everything included")
+    axes.set_ylabel("KL divergence from the original, nats")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def write_page(path: Path, results: dict[str, Any]) -> None:
+    """Replace what lies between the marks of a model: a line with its name and the next mark of an end.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    content = path.read_text(encoding="utf-8")
+    mark = f"<!-- {results['model']}: written by benchmarks/quality.py -->\n"
+    begin = content.find(mark)
+    end = content.find(END, begin)
+    if begin < 0 or end < 0:
+        raise ValueError(f"{path} has no line {mark.strip()} with a line {END.strip()} after it")
+    path.write_text(content[: begin + len(mark)] + "\n" + page(results) + content[end:], encoding="utf-8")
