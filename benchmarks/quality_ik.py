@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def ik_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCp
             continue
         target = folder / f"ik-{kind}.gguf"
         program = package / "bin" / "llama-quantize"
-        done = subprocess.run([program, *options, source, target, kind, "1"], capture_output=True, text=True)
+        command = [program, *options, source, target, kind, str(os.cpu_count() or 1)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"ik_llama.cpp cannot quantize to {kind}: {(done.stdout + done.stderr)[-1000:]}")
         made, types = _read(library, target, tensors, config, given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from entrollm.engine.load import load
 from entrollm.engine.model import Model
 from entrollm.engine.weights import Embedding, Floats, Linear
 from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows
-from entrollm.evaluate.divergence import summarize_divergences, token_divergences, top1_agreements
-from entrollm.evaluate.perplexity import summarize_losses, token_losses
+from entrollm.evaluate.divergence import summarize_divergences, top1_agreements
+from entrollm.evaluate.perplexity import log_softmax, pieces, summarize_losses
 from entrollm.models import read_config
 from entrollm.models.config_fields import Fields
 from quality_peers import Tensors
@@ -121,6 +122,7 @@ class Measurement:
         self.windows: dict[str, Windows] = {
             text.name: cut_windows(self._files.tokenizer, text.content, protocol) for text in texts
         }
+        self._pool = ThreadPoolExecutor(threads)
         self._torch = TorchModel(model, threads) if is_in_torch else None
         original = self._model(originals(model))
         self._logits = {name: [original.logits(ids)[:-1] for ids in w.ids] for name, w in self.windows.items()}
@@ -150,9 +152,12 @@ class Measurement:
         losses: list[NDArray[np.float64]] = []
         for ids, wanted in zip(windows.ids, self._logits[text], strict=True):
             found = model.logits(ids)[:-1]
-            divergences.append(token_divergences(wanted, found))
+            parts = (np.array_split(array, self.threads) for array in (wanted, found, ids[1:]))
+            compared = self._pool.map(_compare, *parts)
+            divergence, loss = (np.concatenate(arrays) for arrays in zip(*compared, strict=True))
+            divergences.append(divergence)
             agreements.append(top1_agreements(wanted, found))
-            losses.append(token_losses(found, ids[1:]))
+            losses.append(loss)
         kl = summarize_divergences(np.stack(divergences), np.stack(agreements))
         if not np.isfinite(kl.mean):
             raise ValueError(f"{identity.name}: the divergence on {text} is not finite")
@@ -167,6 +172,16 @@ class Measurement:
         )
         print(f"{row.name:32} {row.file_bits:.3f} bits  {text}: KL {row.kl_mean:.4f}", flush=True)
         return row
+
+
+def _compare(wanted: Floats, found: Floats, targets: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
+    """The divergence of each prediction and the loss of its token, from one pass over the logits."""
+    divergences, losses = np.empty(len(found)), np.empty(len(found))
+    for rows in pieces(found):
+        reference, model = log_softmax(wanted[rows]), log_softmax(found[rows])
+        divergences[rows] = (np.exp(reference) * (reference - model)).sum(axis=1)
+        losses[rows] = -model[np.arange(len(model)), targets[rows]]
+    return np.maximum(divergences, 0.0), losses
 
 
 def originals(model: Path) -> Tensors:
