@@ -46,7 +46,7 @@ def ik_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCp
             continue
         target = folder / f"ik-{kind}.gguf"
         program = package / "bin" / "llama-quantize"
-        command = [program, *options, source, target, kind, str(os.cpu_count() or 1)]
+        command = [str(program), *options, str(source), str(target), kind, str(os.cpu_count() or 1)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"ik_llama.cpp cannot quantize to {kind}: {(done.stdout + done.stderr)[-1000:]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +71,29 @@ def _mean(row: Row, kept: NDArray[np.bool_]) -> float:
     return float(np.asarray(row["window_kl"])[kept].mean())
 
 
-def _standard_error(row: Row) -> float:
+def _error(row: Row) -> str:
+    """The standard error of the mean, from the spread between windows."""
     values: _Floats = np.asarray(row["window_kl"])
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return f" +- {values.std(ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
 
 
 def page(results: dict[str, Any]) -> str:
-    """The tables, in Markdown: two for each text, and what llama.cpp's types consist of."""
+    """The tables, in Markdown: figures on all texts, what ours save on each, and what llama.cpp's types consist of."""
     rows = results["models"]
-    lines: list[str] = []
-    for name, text in results["texts"].items():
+    texts = [
+        f"{name} (the first {text['windows']} windows of {text['window']} tokens of {text['source']})"
+        for name, text in results["texts"].items()
+    ]
+    commit = results["environment"]["commit"]
+    lines = [
+        f"{results['model']} on {' and '.join(texts)}; commit {commit}:",
+        "",
+        *_figures(rows, results["texts"]),
+        "",
+    ]
+    for name in results["texts"]:
         lines += [
-            f"{results['model']} on {name}, the first {text['windows']} windows of {text['window']} tokens of "
-            f"{text['source']}:",
-            "",
-            *_figures([row for row in rows if row["text"] == name]),
-            "",
-            "How many per cent fewer file bits ours need at the same KL (negative: more; -: outside the curve):",
+            f"File bits that ours need fewer at the same KL on {name}, in per cent (negative: more; -: outside the curve):",
             "",
             *_savings(savings(rows, name)),
             "",
@@ -99,13 +105,18 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figures(rows: Sequence[Row]) -> list[str]:
-    lines = ["| model | file bits | KL mean | KL 99 % | same top token | perplexity |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (not row["is_ours"], row["family"], row["file_bits"])):
-        lines.append(
-            f"| {row['name']} | {row['file_bits']:.3f} | {row['kl_mean']:.4f} +- {_standard_error(row):.4f} | "
-            f"{row['kl_p99']:.3f} | {100 * row['top1']:.1f} % | {row['perplexity']:.2f} |"
-        )
+def _figures(rows: Sequence[Row], texts: Iterable[str]) -> list[str]:
+    found = {(row["name"], row["text"]): row for row in rows}
+    models = {row["name"]: (not row["is_ours"], row["family"], row["file_bits"]) for row in rows}
+    columns = [f"{figure}: {text}" for figure in ("KL", "KL 99 %", "same top token", "perplexity") for text in texts]
+    lines = [f"| model | file bits | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for name in sorted(models, key=lambda name: models[name]):
+        here = [found[name, text] for text in texts]
+        cells = [f"{row['kl_mean']:.4f}{_error(row)}" for row in here]
+        cells += [f"{row['kl_p99']:.3f}" for row in here]
+        cells += [f"{100 * row['top1']:.1f} %" for row in here]
+        cells += [f"{row['perplexity']:.2f}" for row in here]
+        lines.append(f"| {name} | {here[0]['file_bits']:.3f} | {' | '.join(cells)} |")
     return lines
 
 
