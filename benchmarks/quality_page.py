@@ -93,7 +93,7 @@ def page(results: dict[str, Any]) -> str:
     ]
     for name in results["texts"]:
         lines += [
-            f"File bits that ours need fewer at the same KL on {name}, in per cent (negative: more; -: outside the curve):",
+            f"File bits that ours save at the same KL on {name}, in per cent (negative: more; -: outside the curve):",
             "",
             *_savings(savings(rows, name)),
             "",
