@@ -108,14 +108,13 @@ def page(results: dict[str, Any]) -> str:
 def _figures(rows: Sequence[Row], texts: Iterable[str]) -> list[str]:
     found = {(row["name"], row["text"]): row for row in rows}
     models = {row["name"]: (not row["is_ours"], row["family"], row["file_bits"]) for row in rows}
-    columns = [f"{figure}: {text}" for figure in ("KL", "KL 99 %", "same top token", "perplexity") for text in texts]
+    columns = [f"{figure}: {text}" for figure in ("KL", "KL 99 %", "same top token") for text in texts]
     lines = [f"| model | file bits | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for name in sorted(models, key=lambda name: models[name]):
         here = [found[name, text] for text in texts]
         cells = [f"{row['kl_mean']:.4f}{_error(row)}" for row in here]
         cells += [f"{row['kl_p99']:.3f}" for row in here]
         cells += [f"{100 * row['top1']:.1f} %" for row in here]
-        cells += [f"{row['perplexity']:.2f}" for row in here]
         lines.append(f"| {name} | {here[0]['file_bits']:.3f} | {' | '.join(cells)} |")
     return lines
 
