@@ -11,6 +11,7 @@ import argparse
 import ctypes
 import dataclasses
 import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def quantize(
     """
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = TYPES[kind]
-    parameters.nthread = 1
+    parameters.nthread = os.cpu_count() or 1
     # An entry without a name ends the list.
     entries = (llama_cpp.llama_model_imatrix_data * (len(importance or {}) + 1))()
     for entry, (name, squares) in zip(entries, (importance or {}).items(), strict=False):

@@ -1,301 +1,186 @@
 """Divergence from the original over file bits: our methods, the paper's grids, group-wise grids, llama.cpp's types.
 
-One model, one text: writes a JSON of all figures, a plot, and the tables between the marks of a page.
+One model on one or more texts: writes a JSON of all figures, a plot, and the tables between the marks of a page. What
+the JSON already has is not measured again, so that a run can be continued and extended.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common import environment
-from entrollm import _core
-from entrollm.calibrate import CalibrationText, StoredStatistics, calibrate
-from entrollm.checkpoint.model_folder import Checkpoint
+from entrollm.calibrate import CalibrationText, StoredStatistics, calibrate, calibration_windows
 from entrollm.compress import CodingOptions, Target, compress_folder
-from entrollm.compress.statistics import Statistics
 from entrollm.engine.files import read_model_files
-from entrollm.engine.linear import DenseLinear
-from entrollm.engine.load import load
-from entrollm.engine.model import Model
-from entrollm.engine.weights import Embedding, Floats, Linear
-from entrollm.evaluate import LanguageModel, Protocol, Windows, cut_windows, evaluate, read_text
-from entrollm.models import read_config
-from entrollm.models.config_fields import Fields
+from entrollm.evaluate import model_size
 from entrollm.quantize.paper import Granularity
 from llamacpp import TYPES
 from quality_ik import TYPES as IK_TYPES
 from quality_ik import ik_peers
-from quality_peers import LlamaCpp, Peer, Tensors, group_peers, llamacpp_peers
-from quality_torch import TorchModel, decoded, mean_squares
+from quality_measure import WINDOW, Identity, Measurement, Row, originals
+from quality_page import plot, write_page
+from quality_peers import LlamaCpp, Peer, Tensors, given_title, group_peers, llamacpp_peers
+from quality_text import open_text
+from quality_torch import second_moments
 
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0)
-GROUP_WIDTHS = (2, 3, 4)
-PEERS = ("groups", "llama.cpp", "imatrix", "ik", "ik-imatrix")
+PEERS = ("paper", "groups", "llama.cpp", "imatrix", "ik", "ik-imatrix")
 PAPER: tuple[tuple[int, Granularity], ...] = ((4, "tensor"), (6, "tensor"), (8, "tensor"), (4, "row"), (5, "row"))
 DATA_FREE = "data-free"
-BEGIN, END = "<!-- written by benchmarks/quality.py -->\n", "<!-- end -->\n"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model; bits per weight of its files, everything included."""
+class Asked:
+    """What to measure.
 
-    name: str
-    family: str
-    file_bits: float
-    kl_mean: float
-    kl_p99: float
-    top1: float
-    perplexity: float
-    note: str = ""
+    Attributes:
+        bits: sizes of our files, for each way to make them.
+        calibrations: texts to calibrate on, by their names; `None` for what the model writes.
+        folders: compressed folders, each with the name of its curve.
+        peers: some of `PEERS`.
+        widths: bits of the group-wise grids.
+        types: those of llama.cpp and ik_llama.cpp to measure.
+        peer_text: the text that importance matrices and GPTQ read; `None` if absent.
+        peer_windows: how many windows of it.
+        joins_rows: whether llama.cpp gets as many rows as fill 256 weights as one.
+    """
 
-
-class ArrayWeights:
-    """Weights in memory, for the engine."""
-
-    def __init__(self, tensors: Tensors, threads: int) -> None:
-        self._tensors = tensors
-        self.pool = _core.ThreadPool(threads)
-
-    def __contains__(self, name: str, /) -> bool:
-        return name in self._tensors
-
-    def linear(self, *names: str) -> Linear:
-        """The matrices `names`, side by side."""
-        return DenseLinear(np.concatenate([self._tensors[name] for name in names]))
-
-    def embedding(self, name: str, /) -> Embedding:
-        """The matrix `name`."""
-        return DenseLinear(self._tensors[name])
-
-    def tensor(self, name: str, /) -> Floats:
-        """The tensor `name`."""
-        return self._tensors[name]
+    bits: Sequence[float]
+    calibrations: dict[str, Path | None]
+    folders: Sequence[tuple[str, Path]]
+    peers: Sequence[str]
+    widths: tuple[int, ...]
+    types: Sequence[str]
+    peer_text: Path | None
+    peer_windows: int
+    joins_rows: bool
 
 
-class Remembered:
-    """A model whose logits are kept: 4 bytes x vocabulary for each token of the windows."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._logits: dict[bytes, Floats] = {}
-
-    def logits(self, ids: NDArray[np.int64], /) -> Floats:
-        """float32 (n, vocabulary), to be read only."""
-        key = ids.tobytes()
-        if key not in self._logits:
-            self._logits[key] = self._model.logits(ids)
-        return self._logits[key]
+def measure_all(measurement: Measurement, asked: Asked, measured: set[str]) -> Iterator[Row]:
+    """The rows of all that is asked for, but for those whose names are in `measured`."""
+    for curve, path in asked.folders:
+        file_bits = model_size(path).file_bits
+        if (name := f"{curve} {file_bits:.1f}") not in measured:
+            yield from measurement.folder(path, Identity(name, curve, True, file_bits))
+    yield from _compressed(measurement, asked, measured)
+    tensors = originals(measurement.model)
+    for peer in _peers(measurement, asked, tensors, measured):
+        yield from measurement.tensors(peer.tensors, Identity(peer.name, peer.family, False, peer.file_bits, peer.note))
 
 
-class Measurement:
-    """Measures models against one original on one text."""
+def _compressed(measurement: Measurement, asked: Asked, measured: set[str]) -> Iterator[Row]:
+    """Our curves and the paper's grids."""
+    with tempfile.TemporaryDirectory(prefix="quality-") as temporary:
+        folder = Path(temporary)
 
-    def __init__(self, model: Path, text: Path, max_windows: int, threads: int, is_in_torch: bool = False) -> None:
-        self.model = model
-        self.threads = threads
-        self._is_in_torch = is_in_torch
-        self._files = read_model_files(model)
-        self.config = read_config(Fields(self._files.config, "config.json"))
-        self._reference = Remembered(self._model(originals(model)))
-        if self._files.tokenizer is None:
-            raise ValueError(f"{model} has no tokenizer.json")
-        window = min(512, self.config.context_length)
-        self.windows: Windows = cut_windows(self._files.tokenizer, read_text(text), Protocol(window, max_windows))
+        @functools.cache
+        def statistics(text: str) -> StoredStatistics:
+            place = folder / f"calibration-{text}"
+            place.mkdir()
+            return calibrate(measurement.model, CalibrationText(asked.calibrations[text]), place)
 
-    def folder(self, path: Path, name: str, family: str, file_bits: float) -> Row:
-        """A compressed folder."""
-        model = self._model(decoded(path)) if self._is_in_torch else load(path, threads=self.threads)
-        return self._row(model, name, family, file_bits)
-
-    def tensors(self, tensors: Tensors, name: str, family: str, file_bits: float, note: str) -> Row:
-        """Weights in memory."""
-        return self._row(self._model(tensors), name, family, file_bits, note)
-
-    def _model(self, tensors: Tensors) -> LanguageModel:
-        if self._is_in_torch:
-            return TorchModel(self.model, tensors, self.threads)
-        return Model(self._files, ArrayWeights(tensors, self.threads))
-
-    def _row(self, model: LanguageModel, name: str, family: str, file_bits: float, note: str = "") -> Row:
-        evaluations, _ = evaluate([model], self.windows, self._reference)
-        kl = evaluations[0].divergence
-        assert kl is not None
-        row = Row(
-            name,
-            family,
-            file_bits,
-            kl.mean,
-            kl.percentile_99,
-            kl.top1_agreement,
-            evaluations[0].perplexity.perplexity,
-            note,
-        )
-        print(f"{row.name:24} {row.file_bits:.3f} bits  KL {row.kl_mean:.4f}", flush=True)
-        return row
+        runs: list[tuple[Identity, CodingOptions, str | None]] = []
+        for text, bits in itertools.product((None, *asked.calibrations), asked.bits):
+            curve = DATA_FREE if text is None else f"calibrated: {text}"
+            options = CodingOptions(target=Target(bits_per_weight=bits), threads=measurement.threads)
+            runs.append((Identity(f"{text or DATA_FREE} {bits:g}", curve, True, bits), options, text))
+        for width, granularity in PAPER if "paper" in asked.peers else ():
+            grid = Identity(f"paper {width} bits, {granularity}", f"paper grid per {granularity}", False, width)
+            options = CodingOptions(bits=width, granularity=granularity, threads=measurement.threads)
+            runs.append((grid, options, None))
+        for number, (identity, options, text) in enumerate(runs):
+            if identity.name in measured:
+                continue
+            out = folder / str(number)
+            found = compress_folder(
+                measurement.model, out, options, statistics=None if text is None else statistics(text)
+            )
+            made = Identity(identity.name, identity.family, identity.is_ours, found.file_bits)
+            yield from measurement.folder(out, made)
 
 
-def measure_all(
-    measurement: Measurement,
-    known: dict[str, StoredStatistics],
-    bits: Sequence[float],
-    peers: Sequence[str],
-    join_rows: bool,
-) -> Iterator[Row]:
-    """All rows; `known` has statistics by the text that they come from. llama.cpp's types are `peers` of their own."""
-    model, threads = measurement.model, measurement.threads
-    runs: list[tuple[str, str, CodingOptions, Statistics | None]] = []
-    for asked in bits:
-        options = CodingOptions(target=Target(bits_per_weight=asked), threads=threads)
-        runs.append((f"data-free {asked:g}", DATA_FREE, options, None))
-        runs += [(f"{text} {asked:g}", f"calibrated: {text}", options, found) for text, found in known.items()]
-    for width, granularity in PAPER:
-        options = CodingOptions(bits=width, granularity=granularity, threads=threads)
-        runs.append((f"paper {width} bits, {granularity}", f"paper grid per {granularity}", options, None))
-    with tempfile.TemporaryDirectory(prefix="quality-") as folder:
-        for number, (name, family, options, statistics) in enumerate(runs):
-            out = Path(folder) / str(number)
-            result = compress_folder(model, out, options, statistics=statistics)
-            yield measurement.folder(out, name, family, result.file_bits)
-        tensors = originals(model)
-        others: list[Iterable[Peer]] = []
-        if "groups" in peers:
-            others.append(group_peers(tensors, next(iter(known.values()), None), GROUP_WIDTHS))
-        for name in PEERS[1:]:
-            if name in peers:
-                windows = next(iter(known.values())).windows if name.endswith("imatrix") else None
-                importance = None if windows is None else mean_squares(model, tensors, windows, threads)
-                make, kinds = (ik_peers, IK_TYPES) if name.startswith("ik") else (llamacpp_peers, TYPES)
-                others.append(
-                    make(tensors, measurement.config, Path(folder), LlamaCpp(importance, join_rows, tuple(kinds)))
-                )
-        for peer in itertools.chain.from_iterable(others):
-            yield measurement.tensors(peer.tensors, peer.name, peer.family, peer.file_bits, peer.note)
+def _peers(measurement: Measurement, asked: Asked, tensors: Tensors, measured: set[str]) -> Iterator[Peer]:
+    """Group-wise grids and llama.cpp's types."""
 
+    @functools.cache
+    def moments() -> Tensors:
+        tokenizer = read_model_files(measurement.model).tokenizer
+        assert tokenizer is not None  # `Measurement` has one
+        assert asked.peer_text is not None  # `main` asks for one
+        windows = calibration_windows(tokenizer, asked.peer_text, WINDOW, asked.peer_windows)
+        return second_moments(measurement.model, tensors, windows, measurement.threads)
 
-def originals(model: Path) -> Tensors:
-    """All weights of a checkpoint, in float32."""
-    with Checkpoint.open(model) as checkpoint:
-        return {name: checkpoint.read_float32(name) for name in checkpoint.tensors}
-
-
-def _is_ours(family: str) -> bool:
-    return family == DATA_FREE or family.startswith("calibrated")
-
-
-def bits_at(rows: Iterable[Row], kl: float) -> float | None:
-    """Bits at which a curve reaches a divergence: ln KL interpolated over bits; None outside of it."""
-    points = sorted((row.file_bits, math.log(row.kl_mean)) for row in rows)
-    wanted = math.log(kl)
-    for (low, above), (high, below) in itertools.pairwise(points):
-        if above >= wanted >= below:
-            return low + (high - low) * (above - wanted) / (above - below)
-    return None
-
-
-def savings(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """How many fewer bits our curves take at each other model's divergence, in per cent of its bits."""
-    found = []
-    ours = list(dict.fromkeys(row.family for row in rows if _is_ours(row.family)))
-    for peer in rows:
-        if _is_ours(peer.family):
-            continue
-        entry: dict[str, Any] = {"name": peer.name, "file_bits": peer.file_bits, "kl_mean": peer.kl_mean}
-        for family in ours:
-            bits = bits_at((row for row in rows if row.family == family), peer.kl_mean)
-            entry[family] = None if bits is None else 100 * (1 - bits / peer.file_bits)
-        found.append(entry)
-    return found
-
-
-def page(results: dict[str, Any]) -> str:
-    """The tables, in Markdown."""
-    ours = [key for key in results["savings"][0] if _is_ours(key)] if results["savings"] else []
-    lines = [
-        f"{results['model']}, the first {results['windows']} windows of {results['window']} tokens of "
-        f"{results['text']}; commit {results['environment']['commit']}.",
-        "",
-        "| model | file bits | KL mean | KL 99 % | same top token | perplexity |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in sorted(results["models"], key=lambda row: (row["family"], row["file_bits"])):
-        lines.append(
-            f"| {row['name']} | {row['file_bits']:.3f} | {row['kl_mean']:.4f} | {row['kl_p99']:.3f} | "
-            f"{100 * row['top1']:.1f} % | {row['perplexity']:.2f} |"
-        )
-    lines += ["", "How many fewer file bits we need at the same KL (negative: more; -: outside the curve):", ""]
-    lines += [f"| at the KL of | its file bits | {' | '.join(ours)} |", "|---|---|" + "---|" * len(ours)]
-    for entry in results["savings"]:
-        shares = ("-" if entry[family] is None else f"{entry[family]:.1f} %" for family in ours)
-        lines.append(f"| {entry['name']} | {entry['file_bits']:.3f} | {' | '.join(shares)} |")
-    notes = [f"{row['name']}: {row['note']}" for row in results["models"] if row["note"]]
-    if notes:
-        lines += [
-            "",
-            "What llama.cpp's types consist of here (rows that are not a multiple of 256 fall back to other types): ",
+    if "groups" in asked.peers:
+        yield from group_peers(tensors, moments if asked.peer_text else None, asked.widths, measured)
+    for name in PEERS[2:]:
+        has_matrix, is_ik = name.endswith("imatrix"), name.startswith("ik")
+        title = given_title(has_matrix, asked.joins_rows)
+        kinds = [
+            kind for kind in (IK_TYPES if is_ik else TYPES) if kind in asked.types and kind + title not in measured
         ]
-        lines[-1] += "; ".join(notes) + "."
-    return "\n".join(lines) + "\n"
+        if name not in asked.peers or not kinds:
+            continue
+        importance = {name: np.diag(found).copy() for name, found in moments().items()} if has_matrix else None
+        with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+            make = ik_peers if is_ik else llamacpp_peers
+            given = LlamaCpp(importance, asked.joins_rows, tuple(kinds))
+            yield from make(tensors, measurement.config, Path(folder), given)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """KL over file bits, one curve per family."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in results["models"]:
-        families.setdefault(row["family"], []).append(row)
-    for family, rows in families.items():
-        points = sorted((row["file_bits"], row["kl_mean"]) for row in rows)
-        style = "o-" if _is_ours(family) else "s" if family == "llama.cpp" else ".--"
-        axes.plot(*zip(*points, strict=True), style, label=family, markersize=5, linewidth=1.2)
-        for row in rows if family == "llama.cpp" else ():
-            place = (row["file_bits"], row["kl_mean"])
-            axes.annotate(row["name"], place, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set_yscale("log")
-    axes.set_xlim(1.8, 8.8)
-    axes.set_xlabel("file bits per weight, everything included")
-    axes.set_ylabel("KL divergence from the original, nats")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-
-
-def write_page(path: Path, text: str) -> None:
-    """Replace what lies between the marks.
+def _known_rows(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of earlier results.
 
     Raises:
-        ValueError: the page has no marks.
+        ValueError: they are of another model, or of other texts.
     """
-    content = path.read_text(encoding="utf-8")
-    begin, end = content.find(BEGIN), content.find(END)
-    if begin < 0 or end < begin:
-        raise ValueError(f"{path} has no lines {BEGIN.strip()} and {END.strip()}")
-    path.write_text(content[: begin + len(BEGIN)] + "\n" + text + "\n" + content[end:], encoding="utf-8")
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in expected.items():
+        if results.get(key) != value:
+            raise ValueError(f"{path} has results of {key} {results.get(key)}, not of {value}; choose another --output")
+    rows: list[dict[str, Any]] = results["models"]
+    return rows
 
 
-def main() -> None:
-    """Measure, write, print the savings."""
+def _named(argument: str) -> tuple[str, str]:
+    """The parts of NAME=VALUE; without a name, the value is the name too."""
+    name, _, value = argument.rpartition("=")
+    return name or value, value
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="what divergences are measured on")
+    parser.add_argument("--title", help="the model's name in the results; the folder's name by default")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]FILE|NAME=stdlib",
+        help="what divergences are measured on; stdlib stands for excerpts of Python's standard library",
+    )
     parser.add_argument("--calibration", nargs="*", default=[], metavar="NAME=FILE|self", help="texts to calibrate on")
-    parser.add_argument("--max-windows", type=int, default=12)
+    parser.add_argument(
+        "--folder", nargs="*", default=[], metavar="CURVE=FOLDER", help="compressed folders to measure as well"
+    )
+    parser.add_argument("--max-windows", type=int, default=12, help="windows of each text")
     parser.add_argument("--bits", type=float, nargs="*", default=list(BITS))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:2], help="other quantizers to compare with")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:3], help="other quantizers to compare with")
+    parser.add_argument("--peer-text", type=Path, help="the text that GPTQ and importance matrices read")
+    parser.add_argument("--peer-windows", type=int, default=64, help="how many windows of it")
+    parser.add_argument("--widths", type=int, nargs="*", default=[2, 3, 4], help="of group-wise grids")
+    parser.add_argument("--types", nargs="*", default=[*TYPES, *IK_TYPES], help="of llama.cpp and ik_llama.cpp")
     parser.add_argument("--torch", action="store_true", help="measure with PyTorch, as quality_torch.py says")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", "-o", type=Path, required=True, help="JSON")
@@ -304,32 +189,48 @@ def main() -> None:
     parser.add_argument(
         "--join-rows", action="store_true", help="give llama.cpp as many rows as fill 256 weights as one"
     )
+    return parser
+
+
+def main() -> None:
+    """Measure, write after each model."""
+    parser = _parser()
     arguments = parser.parse_args()
-    if any(name.endswith("imatrix") for name in arguments.peers) and not arguments.calibration:
-        parser.error("--peers imatrix and ik-imatrix need a --calibration, whose windows they read")
-    model, text = arguments.model, arguments.text
-    measurement = Measurement(model, text, arguments.max_windows, arguments.threads, arguments.torch)
-    with tempfile.TemporaryDirectory(prefix="calibration-") as folder:
-        known: dict[str, StoredStatistics] = {}
-        for item in arguments.calibration:
-            name, _, file = item.rpartition("=")
-            place = Path(folder) / str(len(known))
-            place.mkdir()
-            known[name or file] = calibrate(arguments.model, CalibrationText(None if file == "self" else file), place)
-        rows = list(measure_all(measurement, known, arguments.bits, arguments.peers, arguments.join_rows))
-    count, window = measurement.windows.ids.shape
-    results = {
-        "model": arguments.model.resolve().name,
-        "text": arguments.text.name,
-        "windows": count,
-        "window": window,
-        "models": [asdict(row) for row in rows],
-        "savings": savings(rows),
-        "environment": environment(),
+    if any(name.endswith("imatrix") for name in arguments.peers) and arguments.peer_text is None:
+        parser.error("--peers imatrix and ik-imatrix need a --peer-text")
+    calibrations = {name: None if file == "self" else Path(file) for name, file in map(_named, arguments.calibration)}
+    asked = Asked(
+        arguments.bits,
+        calibrations,
+        [(curve, Path(folder)) for curve, folder in map(_named, arguments.folder)],
+        arguments.peers,
+        tuple(arguments.widths),
+        arguments.types,
+        arguments.peer_text,
+        arguments.peer_windows,
+        arguments.join_rows,
+    )
+    texts = [open_text(text) for text in arguments.text]
+    measurement = Measurement(arguments.model, texts, arguments.max_windows, arguments.threads, arguments.torch)
+    identity = {
+        "model": arguments.title or arguments.model.resolve().name,
+        "texts": {
+            text.name: dict(zip(("windows", "window"), measurement.windows[text.name].ids.shape, strict=True))
+            | {"source": text.source}
+            for text in texts
+        },
     }
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    rows = _known_rows(arguments.output, identity)
+    results = {**identity, "models": rows, "environment": environment()}
+    # Rows of a model whose measurement was interrupted between two texts are dropped.
+    complete = {row["name"] for row in rows if row["text"] == texts[-1].name}
+    rows[:] = [row for row in rows if row["name"] in complete]
+    for row in measure_all(measurement, asked, complete):
+        rows.append(asdict(row))
+        if row.text == texts[-1].name:
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.page is not None:
-        write_page(arguments.page, page(results))
+        write_page(arguments.page, results)
     if arguments.plot is not None:
         plot(results, arguments.plot)
 

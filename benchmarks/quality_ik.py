@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,27 +38,29 @@ def ik_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: LlamaCp
     options = [] if given.importance is None else ["--imatrix", str(squares)]
     if given.importance is not None:
         rows = {name: given.rows(tensors[name].shape) for name in given.importance}
-        _write_importance(given.importance, rows, squares)
+        importance = {gguf_name(name, config): np.tile(given.importance[name], rows[name]) for name in rows}
+        _write_importance(importance, squares)
     weights = sum(tensor.size for tensor in tensors.values())
     for kind in given.kinds:
         if given.importance is None and kind in _WITH_IMPORTANCE:
             continue
         target = folder / f"ik-{kind}.gguf"
         program = package / "bin" / "llama-quantize"
-        done = subprocess.run([program, *options, source, target, kind, "1"], capture_output=True, text=True)
+        command = [str(program), *options, str(source), str(target), kind, str(os.cpu_count() or 1)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"ik_llama.cpp cannot quantize to {kind}: {(done.stdout + done.stderr)[-1000:]}")
         made, types = _read(library, target, tensors, config, given)
-        family = "ik_llama.cpp" if given.importance is None else "ik_llama.cpp, importance matrix"
-        yield Peer(kind, family, made, target.stat().st_size * 8 / weights, shares(types))
+        peer = kind + given.title, f"ik_llama.cpp{given.title}"
+        yield Peer(*peer, made, target.stat().st_size * 8 / weights, shares(types))
         target.unlink()
 
 
-def _write_importance(importance: Tensors, rows: Mapping[str, int], path: Path) -> None:
+def _write_importance(importance: Tensors, path: Path) -> None:
     """Mean squares of inputs in the form of llama.cpp's imatrix files, as if from one call."""
     parts = [struct.pack("<i", len(importance))]
-    for name, squares in importance.items():
-        stored, values = gguf_name(name).encode(), np.tile(squares, rows[name])
+    for name, values in importance.items():
+        stored = name.encode()
         parts += [struct.pack("<i", len(stored)), stored, struct.pack("<ii", 1, values.size), values.tobytes()]
     path.write_bytes(b"".join(parts))
 
@@ -158,7 +161,7 @@ def _read(
     found: Tensors = {}
     types: dict[str, int] = {}
     for name, tensor in originals.items():
-        entry = stored[gguf_name(name)]
+        entry = stored[gguf_name(name, config)]
         columns = tensor.shape[-1] * given.rows(tensor.shape)
         values = library.dequantized(path, entry, math.prod(tensor.shape) // columns, columns)
         found[name] = restored(values, name, tensor.shape, config)

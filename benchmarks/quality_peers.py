@@ -6,7 +6,7 @@ Every peer gives the weights that it would multiply with, in float32, and the bi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy as np
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from entrollm.compress.statistics import Statistics
 from entrollm.models.config import ModelConfig
 from llamacpp import TYPES, quantize
 
@@ -25,6 +24,8 @@ Tensors = dict[str, Floats]
 GROUP = 128
 # A scale and an offset of 16 bits for each group.
 _GROUP_BITS = 32
+# GPTQ's default: what is added to the diagonal of the moments, as a share of its mean.
+_GPTQ_DAMPING = 0.01
 # Weights that a superblock of llama.cpp takes from one row.
 _BLOCK = 256
 # HQQ's defaults (lp_norm, beta, kappa, iterations).
@@ -49,23 +50,35 @@ class Peer:
     note: str = ""
 
 
-def group_peers(tensors: Tensors, statistics: Statistics | None, widths: tuple[int, ...]) -> Iterator[Peer]:
-    """All matrices on grids of `widths` bits per group of 128 inputs; vectors stay in 16 bits."""
+def group_peers(
+    tensors: Tensors, moments: Callable[[], Tensors] | None, widths: tuple[int, ...], measured: Container[str]
+) -> Iterator[Peer]:
+    """All matrices on grids of `widths` bits per group of 128 inputs; vectors stay in 16 bits.
+
+    Args:
+        tensors: the original's weights.
+        moments: gives mean products of the inputs of matrices, (columns, columns), by the matrices' names, for GPTQ;
+            `None` to leave it out. GPTQ only rounds to nearest where a matrix has none.
+        widths: bits of a weight.
+        measured: names of peers to leave out.
+    """
     methods: dict[str, Callable[[str, Floats, int], Floats]] = {
         "RTN": lambda name, weight, width: _round_groups(weight, width),
         "HQQ": lambda name, weight, width: _hqq(weight, width),
     }
-    if statistics is not None:
-        methods["GPTQ"] = lambda name, weight, width: _gptq(weight, statistics.factor(name), width)
+    if moments is not None:
+        methods["GPTQ"] = lambda name, weight, width: _gptq(weight, moments().get(name), width)
     weights = sum(tensor.size for tensor in tensors.values())
     for family, method in methods.items():
         for width in widths:
+            if (peer := f"{family} {width} bits g{GROUP}") in measured:
+                continue
             made = {name: method(name, t, width) if t.ndim == 2 else t for name, t in tensors.items()}
             bits = sum(
                 t.size * width + -(-t.shape[1] // GROUP) * t.shape[0] * _GROUP_BITS if t.ndim == 2 else t.size * 16
                 for t in tensors.values()
             )
-            yield Peer(f"{family} {width} bits g{GROUP}", f"{family} g{GROUP}", made, bits / weights)
+            yield Peer(peer, f"{family} g{GROUP}", made, bits / weights)
 
 
 def _grid(weight: Floats, width: int) -> tuple[Floats, Floats]:
@@ -111,10 +124,12 @@ def _hqq(weight: Floats, width: int) -> Floats:
     return out
 
 
-def _gptq(weight: Floats, factor: Floats | None, width: int) -> Floats:
+def _gptq(weight: Floats, moments: Floats | None, width: int) -> Floats:
     """GPTQ (arXiv 2210.17323): columns from the last to the first, each group's grid from what is left of it."""
-    if factor is None:
+    if moments is None:
         return _round_groups(weight, width)
+    damping = _GPTQ_DAMPING * moments.trace(dtype=np.float64) / len(moments)
+    factor = np.linalg.cholesky(moments.astype(np.float64) + damping * np.eye(len(moments))).astype(np.float32)
     left = weight @ factor
     out = np.empty_like(weight)
     for begin, end in reversed(_groups(weight.shape[1])):
@@ -125,6 +140,11 @@ def _gptq(weight: Floats, factor: Floats | None, width: int) -> Floats:
             out[:, i] = ((level - zero) * scale)[:, 0]
             left[:, : i + 1] -= np.outer(out[:, i], factor[i, : i + 1])
     return out
+
+
+def given_title(has_matrix: bool, joins_rows: bool) -> str:
+    """What follows the name of a type of llama.cpp that was given an importance matrix, or joined rows."""
+    return (", matrix" if has_matrix else "") + (", joined rows" if joins_rows else "")
 
 
 @dataclass(frozen=True)
@@ -142,6 +162,11 @@ class LlamaCpp:
     joins_rows: bool = False
     kinds: tuple[str, ...] = tuple(TYPES)
 
+    @property
+    def title(self) -> str:
+        """What follows the name of a type."""
+        return given_title(self.importance is not None, self.joins_rows)
+
     def rows(self, shape: tuple[int, ...]) -> int:
         """How many rows of a matrix are given as one."""
         joined = _BLOCK // math.gcd(_BLOCK, shape[-1])
@@ -154,15 +179,15 @@ def llamacpp_peers(tensors: Tensors, config: ModelConfig, folder: Path, given: L
     write_gguf(tensors, config, source, given)
     weights = sum(tensor.size for tensor in tensors.values())
     squares = {
-        gguf_name(name): np.tile(values, given.rows(tensors[name].shape))
+        gguf_name(name, config): np.tile(values, given.rows(tensors[name].shape))
         for name, values in (given.importance or {}).items()
     }
     for kind in given.kinds:
         target = folder / f"{kind}.gguf"
         quantize(source, target, kind, squares or None)
         made, types = _read_gguf(target, config, {name: tensor.shape for name, tensor in tensors.items()})
-        family = "llama.cpp" if given.importance is None else "llama.cpp, importance matrix"
-        yield Peer(kind, family, made, target.stat().st_size * 8 / weights, shares(types))
+        peer = kind + given.title, f"llama.cpp{given.title}"
+        yield Peer(*peer, made, target.stat().st_size * 8 / weights, shares(types))
         target.unlink()
 
 
@@ -173,9 +198,9 @@ def shares(types: dict[str, int]) -> str:
     return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in most_first if count > 0.005 * total)
 
 
-_GGUF_NAMES = {
+# Parts of a layer by their names in the checkpoint; Gemma 3 has other norms than Llama.
+_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -184,16 +209,28 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_NAMES_BY_TYPE = {
+    "llama": _LAYER_NAMES | {"post_attention_layernorm": "ffn_norm"},
+    "gemma3_text": _LAYER_NAMES
+    | {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+_ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3"}
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, config: ModelConfig) -> str:
     """The name of a checkpoint's tensor in a GGUF file."""
     fixed = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     stem, _, suffix = name.rpartition(".")
     if stem in fixed:
         return f"{fixed[stem]}.{suffix}"
     _, _, index, rest = stem.split(".", 3)
-    return f"blk.{index}.{_GGUF_NAMES[rest]}.{suffix}"
+    return f"blk.{index}.{_NAMES_BY_TYPE[config.model_type][rest]}.{suffix}"
 
 
 def _interleave(weight: Floats, heads: int) -> Floats:
@@ -213,17 +250,19 @@ def restored(values: NDArray[np.generic], name: str, shape: tuple[int, ...], con
 
 
 def _heads(name: str, config: ModelConfig) -> int:
-    """Heads whose rows GGUF orders differently; 0 for none."""
+    """Heads whose rows GGUF orders differently; 0 if none are."""
+    if config.model_type != "llama":
+        return 0
     if name.endswith("q_proj.weight"):
         return config.num_heads
     return config.num_kv_heads if name.endswith("k_proj.weight") else 0
 
 
 def write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaCpp) -> None:
-    """A GGUF file of the model in float32, with rows joined as `given` says."""
-    if config.model_type != "llama":
-        raise ValueError(f"GGUF files are written for llama models, found {config.model_type}")
-    writer = gguf.GGUFWriter(path, "llama")
+    """A GGUF file of the model in float32, with rows joined as `given` says. It is for quantizers and does not run."""
+    if config.model_type not in _ARCHITECTURES:
+        raise ValueError(f"GGUF files are written for {', '.join(_ARCHITECTURES)}, found {config.model_type}")
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[config.model_type])
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -234,13 +273,15 @@ def write_gguf(tensors: Tensors, config: ModelConfig, path: Path, given: LlamaCp
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.context_length)  # llama.cpp does not open the file without one
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(0)
     for name, tensor in tensors.items():
         heads = _heads(name, config)
         ordered = _interleave(tensor, heads) if heads else tensor
-        writer.add_tensor(gguf_name(name), _joined(ordered, given.rows(tensor.shape)))
+        writer.add_tensor(gguf_name(name, config), _joined(ordered, given.rows(tensor.shape)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -251,7 +292,7 @@ def _read_gguf(
     path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensors, dict[str, int]]:
     """The weights under their names in the checkpoint, and how many of them have each type."""
-    names = {gguf_name(name): name for name in shapes}
+    names = {gguf_name(name, config): name for name in shapes}
     found: Tensors = {}
     types: dict[str, int] = {}
     for tensor in gguf.GGUFReader(path).tensors:

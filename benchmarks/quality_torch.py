@@ -1,7 +1,4 @@
-"""Models run by transformers in place of the engine, whose float32 products take too long where a model is not tiny.
-
-PyTorch rounds the inputs of products to bfloat16 where the processor multiplies those faster, and adds up in float32.
-"""
+"""Models run by transformers in place of the engine, whose float32 products take too long where a model is not tiny."""
 
 from __future__ import annotations
 
@@ -22,26 +19,23 @@ Floats = NDArray[np.float32]
 
 
 class TorchModel:
-    """A model of a checkpoint's configuration with other weights.
+    """A model of a checkpoint's configuration whose weights can be replaced, in float32.
 
     Args:
         checkpoint: the folder of the configuration.
-        tensors: all weights, by their names in the checkpoint.
         threads: for products.
     """
 
-    def __init__(self, checkpoint: Path, tensors: dict[str, Floats], threads: int) -> None:
+    def __init__(self, checkpoint: Path, threads: int) -> None:
         torch.set_num_threads(threads)
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         config = AutoConfig.from_pretrained(checkpoint)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        rotation = type(model.model.rotary_emb)(config)
+        self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    def set_weights(self, tensors: dict[str, Floats]) -> None:
+        """Use other weights: all of them, by their names in the checkpoint."""
         state = {name: torch.from_numpy(np.require(tensor, np.float32, "W")) for name, tensor in tensors.items()}
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-        model.load_state_dict(state, assign=True)
-        model.model.rotary_emb = rotation  # its frequencies are in no checkpoint
-        self._model = model.eval()
+        self._model.load_state_dict(state, assign=True)
 
     def modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """All modules by name."""
@@ -53,24 +47,32 @@ class TorchModel:
             found: Floats = self._model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
         return found
 
+    def run_body(self, ids: NDArray[np.int64], /) -> None:
+        """Run all layers and predict nothing, for the hooks of modules."""
+        with torch.inference_mode():
+            self._model.model(torch.from_numpy(ids)[None], use_cache=False)
 
-def mean_squares(
+
+def second_moments(
     checkpoint: Path, tensors: dict[str, Floats], windows: NDArray[np.int64], threads: int
 ) -> dict[str, Floats]:
-    """The mean squares of the inputs of linear layers, float32 (columns,), by the names of their weights."""
-    model = TorchModel(checkpoint, tensors, threads)
+    """The mean products of the inputs of the layers' matrices, float32 (columns, columns), by the matrices' names."""
+    model = TorchModel(checkpoint, threads)
+    model.set_weights(tensors)
     sums: dict[str, torch.Tensor] = {}
 
     def add(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
-        squares = inputs[0].flatten(0, -2).double().square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+        values = inputs[0].flatten(0, -2)
+        moments = values.T @ values
+        sums[name] = sums[name].add_(moments) if name in sums else moments
 
     for name, module in model.modules():
         if isinstance(module, torch.nn.Linear) and f"{name}.weight" in tensors:
             module.register_forward_pre_hook(lambda _, inputs, name=f"{name}.weight": add(name, inputs))
+    run = model.logits if "lm_head.weight" in tensors else model.run_body
     for ids in windows:
-        model.logits(ids)
-    return {name: (total / windows.size).float().numpy() for name, total in sums.items()}
+        run(ids)
+    return {name: (total / windows.size).numpy() for name, total in sums.items()}
 
 
 def decoded(path: Path) -> dict[str, Any]:

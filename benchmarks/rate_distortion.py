@@ -69,7 +69,8 @@ def draw(results: dict[str, Any], theme: Theme, path: Path) -> None:
     with plt.rc_context(colours | {"font.size": 11}):
         figure, panels = plt.subplots(1, len(results), figsize=(10.4, 5.4), sharex=True, layout="constrained")
         for axes, (name, result) in zip(panels, results.items(), strict=True):
-            _panel(axes, result["models"], PLACES[name], theme)
+            text = next(iter(result["texts"]))
+            _panel(axes, [row for row in result["models"] if row["text"] == text], PLACES[name], theme)
             axes.set_title(TITLES[name], fontsize=11)
         panels[0].set_ylabel("KL divergence from the original, nats")
         handles, labels = panels[0].get_legend_handles_labels()
